@@ -1,0 +1,10 @@
+.PHONY: check fix
+check:
+	ruff format --check .
+	ruff check .
+	lint-imports
+	basedpyright
+	pytest
+fix:
+	ruff format .
+	ruff check --fix .

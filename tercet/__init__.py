@@ -1,0 +1,1 @@
+"""Make a text embedder of your own from any pretrained transformer: train, measure, search."""

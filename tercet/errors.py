@@ -1,0 +1,37 @@
+"""The errors a user of this package can cause, and no others.
+
+Anything else that escapes (an AssertionError, a torch RuntimeError) is a bug in the package.
+"""
+
+from pathlib import Path
+
+
+class TercetError(Exception):
+    """Base of every error below; the command line prints its message and exits with status 2."""
+
+
+class DataError(TercetError):
+    """A data file does not say what it should; the message starts with ``file:line:``."""
+
+    def __init__(self, path: Path | str, line: int | None, problem: str) -> None:
+        where = str(path) if line is None else f"{path}:{line}"
+        super().__init__(f"{where}: {problem}")
+
+
+class RecipeError(TercetError):
+    """A recipe or a run asks for something impossible, such as a batch larger than its data."""
+
+
+class ModelError(TercetError):
+    """A model folder is incomplete, of another version, or a model that cannot be packed."""
+
+
+class IndexFolderError(TercetError):
+    """An index folder is incomplete, or belongs to another model."""
+
+
+class MissingExtraError(TercetError):
+    """A part of the package that is installed on request is not there."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an extra package; install it: pip install 'tercet[{extra}]'")

@@ -1,0 +1,1 @@
+"""How good an embedder is, against a baseline, with intervals."""

@@ -1,0 +1,1 @@
+"""One file for each method: numbers and names of parts, no loops."""

@@ -1,0 +1,79 @@
+"""The nouns of the package. Everything else is a function from one of these to another.
+
+There is no padding anywhere: the tokens of a batch lie end to end in one row, and ``offsets``
+says where each text begins. Axis names, the same in every signature:
+
+- ``texts`` of a batch; ``bounds`` is one more: text ``i`` is ``offsets[i]:offsets[i + 1]``
+- ``tokens`` of all those texts together
+- ``hidden`` width of the backbone; ``dim`` width of an embedding
+- ``queries`` and ``docs``, the rows and columns of a score matrix
+
+Words: a *query* is searched with, a *document* is found. A document is a *positive* of a query
+that it answers; a *mined* negative comes with the example, an *in-batch* negative is another
+example's document. A *task* names where examples come from; its *prompt* is put before a text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tercet.segments import offsets_of
+
+POSITIVE: Final = 1
+NEGATIVE: Final = -1
+IGNORED: Final = 0
+
+Role: TypeAlias = Literal["query", "document"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training record: a query, the documents it matches, and some that it does not.
+
+    Scores, where given, are a teacher's, one for each text of the field they belong to.
+    A prompt of None means: use the model's.
+    """
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+    positive_scores: tuple[float, ...] | None = None
+    negative_scores: tuple[float, ...] | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    task: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Texts as token ids, end to end. No text is without a token."""
+
+    ids: Int[Tensor, "tokens"]
+    offsets: Int[Tensor, "bounds"]
+    pooled: Bool[Tensor, "tokens"]  # false for an instruction: read, but not part of the vector
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return self.offsets.diff().tolist()
+
+    def take(self, texts: Sequence[int]) -> "Packed":
+        """These texts, in this order."""
+        bounds = self.offsets.tolist()
+        rows = [slice(bounds[i], bounds[i + 1]) for i in texts]
+        lengths = torch.tensor([row.stop - row.start for row in rows], device=self.offsets.device)
+        if not rows:
+            return Packed(self.ids[:0], self.offsets[:1], self.pooled[:0])
+        ids = torch.cat([self.ids[row] for row in rows])
+        return Packed(ids, offsets_of(lengths), torch.cat([self.pooled[row] for row in rows]))
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same texts on another device."""
+        return Packed(self.ids.to(device), self.offsets.to(device), self.pooled.to(device))
