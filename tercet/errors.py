@@ -35,3 +35,17 @@ class MissingExtraError(TercetError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an extra package; install it: pip install 'tercet[{extra}]'")
+
+
+class StorageError(TercetError):
+    """A file or folder could not be written; what was there before is still there."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(
+            f"{path}: could not be written: {problem}; nothing was changed there. "
+            "Make room or choose another place, and run the same command again"
+        )
+
+
+class TrainingError(TercetError):
+    """Training cannot go on, such as at a loss that is not a number; the checkpoint is kept."""

@@ -1,0 +1,78 @@
+"""From examples to a batch: texts chosen, prompts put before them, tokenized, related."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from tercet.data.relation import Relation, relation_of
+from tercet.data.tokens import Tokens
+from tercet.types import Example, Packed, Role
+
+Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
+"""Texts, their role and their prompts to tokens: an embedder's."""
+
+PromptOf = Callable[[Role, str], str]
+"""The prompt that the model uses for a role and a task."""
+
+_DRAW: Final = 0xD0C  # keeps the choice of texts apart from other uses of the same seed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One step's texts in one packed row, queries first, and what each document is to each query."""
+
+    texts: Packed
+    queries: int
+    relation: Relation
+    truncated: int  # texts that were cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Turns examples into a :class:`Batch`, the same one for the same seed."""
+
+    tokenize: Tokenize
+    prompt_of: PromptOf
+    positives: int = 1  # at most, of one query; more are drawn from
+    negatives: int = 8  # mined ones at most, of one query
+    in_batch: bool = True  # whether other examples' documents are negatives
+
+    def __call__(self, examples: Sequence[Example], seed: Sequence[int]) -> Batch:
+        """Choose each example's documents and lay all texts in a row."""
+        rng = np.random.default_rng([_DRAW, *seed])
+        positives = [_drawn(example.positives, self.positives, rng) for example in examples]
+        negatives = [_drawn(example.negatives, self.negatives, rng) for example in examples]
+        queries = [example.query for example in examples]
+        documents = [
+            text
+            for pair in zip(positives, negatives, strict=True)
+            for side in pair
+            for text in side
+        ]
+        owners = [
+            example
+            for example, right, wrong in zip(examples, positives, negatives, strict=True)
+            for _ in range(len(right) + len(wrong))
+        ]
+        query_prompts = [self._prompt(e.query_prompt, "query", e) for e in examples]
+        document_prompts = [self._prompt(e.document_prompt, "document", e) for e in owners]
+        tokens = Tokens.join(
+            [
+                self.tokenize(queries, "query", query_prompts),
+                self.tokenize(documents, "document", document_prompts),
+            ]
+        )
+        relation = relation_of(queries, positives, negatives, in_batch=self.in_batch)
+        return Batch(tokens.pack(), len(queries), relation, tokens.truncated)
+
+    def _prompt(self, own: str | None, role: Role, example: Example) -> str:
+        return self.prompt_of(role, example.task) if own is None else own
+
+
+def _drawn(texts: Sequence[str], at_most: int, rng: np.random.Generator) -> tuple[str, ...]:
+    if len(texts) <= at_most:
+        return tuple(texts)
+    chosen = sorted(rng.choice(len(texts), at_most, replace=False).tolist())
+    return tuple(texts[i] for i in chosen)

@@ -1,0 +1,174 @@
+"""What a line of training data may say, and what is wrong with it when it does not."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from tercet.types import Example
+
+# The first name of each field is ours and the one we write; the others are read as well. The
+# short ones are those of FlagEmbedding's files.
+QUERY: Final = ("query",)
+POSITIVES: Final = ("positives", "positive", "pos")
+NEGATIVES: Final = ("negatives", "negative", "neg")
+POSITIVE_SCORES: Final = ("positive_scores", "pos_scores")
+NEGATIVE_SCORES: Final = ("negative_scores", "neg_scores")
+QUERY_PROMPT: Final = ("query_prompt", "prompt")
+DOCUMENT_PROMPT: Final = ("document_prompt",)
+TASK: Final = ("task",)
+EXAMPLE_FIELDS: Final = (
+    *QUERY,
+    *POSITIVES,
+    *NEGATIVES,
+    *POSITIVE_SCORES,
+    *NEGATIVE_SCORES,
+    *QUERY_PROMPT,
+    *DOCUMENT_PROMPT,
+    *TASK,
+)
+
+SHOWN_CHARACTERS: Final = 60  # of a wrong value, in a message
+
+
+def parse_example(record: object, task: str) -> Example:
+    """The training example that a decoded JSON object or a parquet row holds.
+
+    Unknown fields are ignored, and a field that is null counts as absent. ``task`` is the name
+    for a record that gives none. A negative that equals a positive is kept: the relation matrix
+    ignores equal texts, and ``check`` counts them.
+
+    Raises:
+        ValueError: naming the field; the caller knows the file and the line and adds them.
+    """
+    fields = as_object(record)
+    name, query = _given(fields, QUERY)
+    if query is None:
+        raise ValueError('"query" is missing; an example needs a "query" and its "positives"')
+    positives = _texts(fields, POSITIVES)
+    if not positives:
+        raise ValueError(
+            '"positives" is missing or empty; a query needs at least one document that it matches'
+        )
+    for text in positives:
+        nonblank(text, POSITIVES[0])
+    negatives = _texts(fields, NEGATIVES)
+    return Example(
+        query=nonblank(text_of(query, name), name),
+        positives=positives,
+        negatives=negatives,
+        positive_scores=_scores(fields, POSITIVE_SCORES, len(positives)),
+        negative_scores=_scores(fields, NEGATIVE_SCORES, len(negatives)),
+        query_prompt=_optional_text(fields, QUERY_PROMPT),
+        document_prompt=_optional_text(fields, DOCUMENT_PROMPT),
+        task=_optional_text(fields, TASK) or task,
+    )
+
+
+def example_record(example: Example) -> dict[str, Any]:
+    """The record that ``parse_example`` reads this example from; absent fields are left out."""
+    record: dict[str, Any] = {
+        "query": example.query,
+        "positives": list(example.positives),
+        "negatives": list(example.negatives) or None,
+        "positive_scores": _listed(example.positive_scores),
+        "negative_scores": _listed(example.negative_scores),
+        "query_prompt": example.query_prompt,
+        "document_prompt": example.document_prompt,
+        "task": example.task or None,
+    }
+    return {field: value for field, value in record.items() if value is not None}
+
+
+def as_object(record: object) -> Mapping[str, Any]:
+    """The record itself, if it has fields at all."""
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"expected an object with named fields, {{...}}, got {type(record).__name__}"
+        )
+    return record
+
+
+def text_of(value: object, field: str) -> str:
+    """The value itself, if it is a text that UTF-8 can carry to a tokenizer."""
+    if not isinstance(value, str):
+        raise ValueError(f'"{field}" must be a text, got {shown(value)}')
+    # JSON can write half of a character that needs two escapes ("\ud83d" without its second
+    # half). Python holds it in a string, but no tokenizer takes it.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f'"{field}" holds half a character at position {error.start}, '
+            f"{value[error.start]!r}; remove it"
+        ) from None
+    return value
+
+
+def nonblank(text: str, field: str) -> str:
+    """The text itself, if there is something to read in it."""
+    if not text or text.isspace():
+        raise ValueError(f'"{field}" holds a blank text; write the text or remove the record')
+    return text
+
+
+def shown(value: object) -> str:
+    """A value as a message can quote it: never longer than a line."""
+    whole = repr(value)
+    return whole if len(whole) <= SHOWN_CHARACTERS else whole[:SHOWN_CHARACTERS] + "..."
+
+
+def _given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+    """The name a field goes by in this record, and its value; None if it is absent."""
+    used = [name for name in names if fields.get(name) is not None]
+    if len(used) > 1:
+        raise ValueError(
+            f'"{used[0]}" and "{used[1]}" are two names of one field; keep one of them'
+        )
+    return (used[0], fields[used[0]]) if used else (names[0], None)
+
+
+def _optional_text(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    name, value = _given(fields, names)
+    return None if value is None else text_of(value, name)
+
+
+def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    name, value = _given(fields, names)
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (text_of(value, name),)
+    if not isinstance(value, list):
+        raise ValueError(f'"{name}" must be a list of texts, got {shown(value)}')
+    return tuple(text_of(text, name) for text in value)
+
+
+def _scores(
+    fields: Mapping[str, Any], names: Sequence[str], texts: int
+) -> tuple[float, ...] | None:
+    name, value = _given(fields, names)
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise ValueError(f'"{name}" must be a list of numbers, got {shown(value)}')
+    if len(value) != texts:
+        raise ValueError(
+            f'"{name}" has {len(value)} numbers for {texts} texts; give one number for each text'
+        )
+    return tuple(_finite(score, name) for score in value)
+
+
+def _finite(value: object, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f'"{field}" must hold numbers, got {shown(value)}')
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f'"{field}" must hold finite numbers, got {shown(number)}')
+    return number
+
+
+def _listed(scores: tuple[float, ...] | None) -> list[float] | None:
+    return None if scores is None else list(scores)

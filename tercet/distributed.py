@@ -1,0 +1,169 @@
+"""Several processes that train one model; the only module that imports ``torch.distributed``.
+
+``torchrun`` starts the processes and describes them in environment variables. Without it there is
+one process, and every function here is the identity. All processes have to call the same
+functions in the same order: each call waits for the others.
+
+The gradient of a batch that is spread over processes is the *sum* of what each of them computes,
+as long as each divides its loss by counts of the whole batch (``Relation.positives``). Their mean
+is too small by the number of processes, and no constant repairs a mean of per-process means.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
+
+BUCKET_NUMBERS: Final = 1 << 24  # summed in one message: 64 MiB of float32
+
+
+def start() -> None:
+    """Join the processes that ``torchrun`` started; does nothing in a process of its own.
+
+    Tensors on the CPU travel by gloo, tensors on a GPU by NCCL.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, counted from zero."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks to the user."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """The value that process ``source`` holds; it is pickled on its way."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_rows(x: Float[Tensor, "rows dim"]) -> Float[Tensor, "all_rows dim"]:
+    """The rows of all processes, in the order of their ranks; they may differ in number.
+
+    The gradient of a row is summed over every process that used it, and returned to the one
+    process that the row came from.
+    """
+    return x if world() == 1 else _GatherRows.apply(x)
+
+
+def gather_ints(x: Int[Tensor, "rows *rest"]) -> Int[Tensor, "all_rows *rest"]:
+    """The rows of all processes, in the order of their ranks; they may differ in number."""
+    return x if world() == 1 else torch.cat(_gathered(x))
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its sum over the processes; call it once a step.
+
+    A gradient that only some processes have counts as zero in the others. One that none has stays
+    None. Summed in at least float32.
+    """
+    if world() == 1:
+        return
+    trained = [p for p in parameters if p.requires_grad]
+    if not trained:
+        return
+    present = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32)
+    present = present.to(trained[0].device)
+    dist.all_reduce(present, dist.ReduceOp.MAX)
+    gradients = [
+        _gradient_or_zeros(p)
+        for p, anywhere in zip(trained, present.tolist(), strict=True)
+        if anywhere
+    ]
+    for bucket in _buckets(gradients):
+        _sum_in_place(bucket)
+
+
+def _gradient_or_zeros(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Runs of tensors of one dtype and device, short enough to be copied into one message."""
+    buckets: list[list[Tensor]] = []
+    room, kind = 0, None
+    for tensor in sorted(tensors, key=lambda t: (str(t.dtype), str(t.device))):
+        if kind != (tensor.dtype, tensor.device) or tensor.numel() > room:
+            buckets.append([])
+            room, kind = BUCKET_NUMBERS, (tensor.dtype, tensor.device)
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets
+
+
+def _sum_in_place(tensors: list[Tensor]) -> None:
+    flat = torch.cat([t.flatten() for t in tensors])
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _gathered(x: Tensor) -> list[Tensor]:
+    """One tensor for each process. Messages have one size, so short ones are filled up and cut."""
+    count = torch.tensor([len(x)], device=x.device)
+    counts = [torch.empty_like(count) for _ in range(world())]
+    dist.all_gather(counts, count)
+    lengths = [int(n) for n in torch.cat(counts).tolist()]
+    message = x.new_zeros(max(lengths), *x.shape[1:])
+    message[: len(x)] = x
+    messages = [torch.empty_like(message) for _ in lengths]
+    dist.all_gather(messages, message)
+    return [received[:length] for received, length in zip(messages, lengths, strict=True)]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = _gathered(x.detach())
+        begin = sum(len(part) for part in parts[: rank()])
+        ctx.own = slice(begin, begin + len(x))
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # `to` may give the very tensor that autograd owns: never sum into that one.
+        summed = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        dist.all_reduce(summed.contiguous())
+        return summed[ctx.own].to(gradient.dtype)

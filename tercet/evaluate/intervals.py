@@ -1,0 +1,78 @@
+"""How sure a mean over queries is: bootstrap intervals (Efron 1979), percentile method.
+
+Queries are drawn again, with replacement, as often as there are; the mean is taken; the middle
+95 % of many such means is the interval. It says what other queries of the same kind would have
+given. It says nothing of another training run, or of queries of another kind.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from jaxtyping import Float64
+
+RESAMPLES: Final = 10_000
+_DRAWS_AT_ONCE: Final = 1 << 22  # of one block of resamples: 32 MB of row numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and its interval, with all that is needed to compute it again."""
+
+    mean: float
+    low: float
+    high: float
+    queries: int
+    resamples: int = RESAMPLES
+    seed: int = 0
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of zero: of a difference, that it is real."""
+        return self.low > 0 or self.high < 0
+
+
+def interval(
+    values: Float64[np.ndarray, "queries"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """The mean of one number a query, and its bootstrap interval.
+
+    The seed decides the draws: equal input, equal interval. Too narrow below some 30 queries,
+    and when queries depend on one another. Without queries everything is NaN.
+    """
+    count = len(values)
+    if not count:
+        return Interval(np.nan, np.nan, np.nan, 0, resamples, seed, level)
+    random = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    at_once = max(1, _DRAWS_AT_ONCE // count)
+    for start in range(0, resamples, at_once):
+        part = means[start : start + at_once]
+        part[:] = values[random.integers(0, count, (len(part), count))].mean(axis=1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    mean = float(values.mean())
+    return Interval(mean, float(low), float(high), count, resamples, seed, level)
+
+
+def paired_difference(
+    after: Float64[np.ndarray, "queries"],
+    before: Float64[np.ndarray, "queries"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """How much better ``after`` is than ``before`` on the same queries, and its interval.
+
+    Query by query: what makes a query hard for both drops out, so this is far narrower than the
+    distance of two intervals. Above zero means that ``after`` is the better one.
+    """
+    return interval(after - before, resamples=resamples, seed=seed, level=level)

@@ -1,0 +1,223 @@
+"""The folder format of sentence-transformers: what it says beside weights and tokenizer.
+
+Nothing here imports sentence-transformers: the format is a few small JSON files.
+
+- ``modules.json``: which modules a text passes through, in order
+- ``1_Pooling/config.json``: which tokens become the vector, and how
+- ``sentence_bert_config.json``: the longest text, in tokens
+- ``config_sentence_transformers.json``: prompts by name, similarity, versions
+
+It is written as releases 2 to 5 wrote it. Release 6 renamed modules and keys but still reads the
+old ones without a warning; other programs that serve embedders know the old ones only.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from tercet.errors import ModelError
+
+PoolingName: TypeAlias = Literal["mean", "weighted_mean", "first", "last"]
+
+# Our name, their name, and the flag by which releases before 6 say the same.
+POOLINGS: Final[Mapping[str, tuple[PoolingName | None, str]]] = {
+    "cls": ("first", "pooling_mode_cls_token"),
+    "mean": ("mean", "pooling_mode_mean_tokens"),
+    "max": (None, "pooling_mode_max_tokens"),
+    "mean_sqrt_len_tokens": (None, "pooling_mode_mean_sqrt_len_tokens"),
+    "weightedmean": ("weighted_mean", "pooling_mode_weightedmean_tokens"),
+    "lasttoken": ("last", "pooling_mode_lasttoken"),
+}
+MODULES: Final = ("Transformer", "Pooling", "Normalize")
+WRITTEN_AS: Final = "5.0.0"  # the release whose layout is written; readers compare it with theirs
+REMEDY: Final = "load the model with sentence-transformers itself, or use another one"
+
+
+@dataclass(frozen=True, slots=True)
+class StFolder:
+    """What a sentence-transformers folder says about the way from token states to a vector."""
+
+    pooling: PoolingName
+    dim: int
+    max_tokens: int
+    prompts: dict[str, str]  # by name; "query" and "document" are used for these roles
+    include_prompt: bool  # whether tokens of the prompt are pooled
+    normalize: bool  # whether vectors have length one
+
+
+def write_modules(folder: Path, *, settings: StFolder) -> None:
+    """Make a folder with weights and tokenizer one that ``SentenceTransformer(folder)`` loads.
+
+    Attention both ways of a decoder is not said here but by ``is_causal`` in ``config.json``.
+    """
+    modules = MODULES if settings.normalize else MODULES[:2]
+    _write(
+        folder / "modules.json",
+        [
+            {
+                "idx": i,
+                "name": str(i),
+                "path": "" if name == "Transformer" else f"{i}_{name}",
+                "type": f"sentence_transformers.models.{name}",
+            }
+            for i, name in enumerate(modules)
+        ],
+    )
+    for i, name in enumerate(modules[1:], start=1):
+        (folder / f"{i}_{name}").mkdir(exist_ok=True)
+    modes = {flag: ours == settings.pooling for ours, flag in POOLINGS.values()}
+    dim = {"word_embedding_dimension": settings.dim}
+    include = {"include_prompt": settings.include_prompt}
+    _write(folder / "1_Pooling" / "config.json", dim | modes | include)
+    _write(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": settings.max_tokens, "do_lower_case": False},
+    )
+    _write(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "__version__": {
+                "sentence_transformers": WRITTEN_AS,
+                "transformers": version("transformers"),
+                "pytorch": version("torch"),
+            },
+            "prompts": settings.prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def read_modules(folder: Path) -> StFolder | None:
+    """What the folder says; None if it is not one of sentence-transformers.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the model has a part that tercet has not.
+    """
+    if not (folder / "modules.json").is_file():
+        return None
+    modules = _read_module_list(folder / "modules.json")
+    pooling, dim, include_prompt = _read_pooling(folder / modules["Pooling"] / "config.json")
+    return StFolder(
+        pooling=pooling,
+        dim=dim,
+        max_tokens=_read_max_tokens(folder),
+        prompts=_read_prompts(folder / "config_sentence_transformers.json"),
+        include_prompt=include_prompt,
+        normalize="Normalize" in modules,
+    )
+
+
+def _read_module_list(path: Path) -> dict[str, str]:
+    """The subfolder of each module, by its class; transformer and pooling are among them."""
+    try:
+        found = [(module["type"], module["path"]) for module in _read(path)]
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{path}: is not a list of modules with type and path") from error
+    for kind, _ in found:
+        name = kind.rpartition(".")[2]
+        if not kind.startswith("sentence_transformers.") or name not in MODULES:
+            raise ModelError(f'{path}: has the module "{kind}", which tercet does not; {REMEDY}')
+    names = tuple(kind.rpartition(".")[2] for kind, _ in found)
+    if names not in (MODULES, MODULES[:2]):
+        raise ModelError(
+            f"{path}: has the modules {', '.join(names) or '(none)'}; "
+            f"tercet reads {', '.join(MODULES)} in this order, the last one optional; {REMEDY}"
+        )
+    if found[0][1]:
+        raise ModelError(
+            f"{path}: keeps the transformer in the subfolder {found[0][1]}, as very old releases "
+            "did; load and save it with a current sentence-transformers first"
+        )
+    return {name: subfolder for name, (_, subfolder) in zip(names, found, strict=True)}
+
+
+def _read_pooling(path: Path) -> tuple[PoolingName, int, bool]:
+    """Pooling, width, and whether prompts are pooled: as release 6 says it, or as earlier ones."""
+    config = _read_object(path)
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [name for name, (_, flag) in POOLINGS.items() if config.get(flag)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else modes
+    ours = POOLINGS.get(modes[0], (None,))[0] if len(modes) == 1 else None
+    if ours is None:
+        known = ", ".join(name for name, (our_name, _) in POOLINGS.items() if our_name)
+        raise ModelError(
+            f'{path}: pools by "{" + ".join(modes)}"; tercet knows {known}, one of them; {REMEDY}'
+        )
+    dim = config.get("embedding_dimension", config.get("word_embedding_dimension"))
+    if not isinstance(dim, int):
+        raise ModelError(f"{path}: says no embedding_dimension; is the download complete?")
+    return ours, dim, config.get("include_prompt", True)
+
+
+def _read_max_tokens(folder: Path) -> int:
+    """The longest text: as set, else what both tokenizer and model take."""
+    # Old releases put the architecture in the name: sentence_roberta_config.json.
+    names = [
+        "sentence_bert_config.json",
+        *sorted(p.name for p in folder.glob("sentence_*_config.json")),
+    ]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    config = _read_object(path) if path else {}
+    if config.get("do_lower_case"):
+        raise ModelError(
+            f"{path}: asks for lower case before the tokenizer, which tercet does not do; if the "
+            'tokenizer lower-cases by itself, set "do_lower_case" to false'
+        )
+    task = config.get("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise ModelError(f'{path}: uses the transformer for "{task}", tercet for states; {REMEDY}')
+    limits = [config.get("max_seq_length")]
+    if not limits[0]:
+        tokenizer, model = folder / "tokenizer_config.json", folder / "config.json"
+        limits = [
+            _read_object(tokenizer).get("model_max_length") if tokenizer.is_file() else None,
+            _read_object(model).get("max_position_embeddings") if model.is_file() else None,
+        ]
+    known = [limit for limit in limits if isinstance(limit, int)]
+    if not known:
+        raise ModelError(
+            f"{folder}: does not say how long a text may be; "
+            'set "max_seq_length" in sentence_bert_config.json'
+        )
+    return min(known)
+
+
+def _read_prompts(path: Path) -> dict[str, str]:
+    """Prompts by name, the one for documents also under the name "document".
+
+    Authors call it "passage" or "corpus" as well. Release 6 then encodes documents without a
+    prompt, because it adds an empty one called "document" and prefers it.
+    """
+    prompts = _read_object(path).get("prompts") if path.is_file() else None
+    found = {name: prompt or "" for name, prompt in (prompts or {}).items()}
+    for name in ("passage", "corpus"):
+        if found.get(name) and not found.get("document"):
+            found["document"] = found[name]
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = _read(path)
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: should hold one JSON object; is the download complete?")
+    return content
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: is missing; is the download complete?") from error
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise ModelError(f"{path}: is not JSON ({error}); is the download complete?") from error
+
+
+def _write(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")

@@ -1,0 +1,326 @@
+"""A stock transformers model that reads packed texts, one way or both ways, and proves that it does.
+
+Whether a decoder is really bidirectional cannot be seen from its settings: flags are ignored in
+some places, forgotten on reload in others. So the flags are all set, and then :func:`probe`
+changes a token and looks at what moves.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from tercet import zoo
+from tercet.errors import ModelError
+from tercet.nn.attention import NAME, Layout
+from tercet.segments import offsets_of
+from tercet.types import Packed
+
+Attention: TypeAlias = Literal["causal", "bidirectional"]
+Window: TypeAlias = Literal["keep", "full"]
+
+
+class Backbone(nn.Module):
+    """From packed tokens to one hidden state a token.
+
+    ``attention`` None keeps the model's own direction: that of its config where it says one.
+    ``window`` is about models with sliding-window layers: "keep" leaves the window, "full" lets
+    every layer see the whole text. None means "keep", except for a decoder turned both ways whose
+    layers are all windowed (Mistral): those are opened, as LLM2Vec and NV-Embed do.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        attention: Attention | None = None,
+        window: Window | None = None,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.attention: Attention = _direction(model, attention)
+        self.window: Window = window or _usual_window(model, self.attention)
+        self.position_offset = _position_offset(model)
+        _switch_to_packed(model)
+        _set_direction(model, self.attention)
+        if self.window == "full":
+            _open_windows(model)
+        self.train(model.training)
+
+    @staticmethod
+    def load(
+        source: str | Path,
+        *,
+        attention: Attention | None = None,
+        window: Window | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Backbone":
+        """Load a zoo name, a local folder, a GGUF file or a hub id, and probe it.
+
+        Raises:
+            ModelError: when files are missing or the model cannot be packed, with the reason.
+        """
+        backbone = Backbone(_load_model(str(source), dtype), attention=attention, window=window)
+        probe(backbone)
+        return backbone
+
+    @property
+    def config(self) -> Any:
+        """The transformers config, with the direction written into it."""
+        return self.model.config
+
+    @property
+    def hidden(self) -> int:
+        """The width of a hidden state."""
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the model has positions for."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit or 1_000_000) - self.position_offset
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def forward(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
+        """The last hidden states, in the order of the tokens. Needs at least one text.
+
+        Inside, texts are sorted by length, so that those of one length are attended together.
+        """
+        lengths = texts.lengths
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        if order == list(range(len(lengths))):
+            return self._run(texts, lengths)
+        bounds = texts.offsets.tolist()
+        place = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order])
+        place = place.to(texts.ids.device)
+        hidden = self._run(
+            Packed(texts.ids[place], texts.offsets, texts.pooled), [lengths[i] for i in order]
+        )
+        back = torch.empty_like(place)
+        back[place] = torch.arange(len(place), device=place.device)
+        return hidden[back]
+
+    def _run(self, texts: Packed, lengths: list[int]) -> Tensor:
+        device = texts.ids.device
+        places = torch.cat([torch.arange(length) for length in lengths]) + self.position_offset
+        options = {"use_cache": False} if hasattr(self.config, "use_cache") else {}
+        output = self.model(
+            input_ids=texts.ids[None],
+            position_ids=places.to(device)[None],
+            layout=Layout(lengths, device),
+            **options,
+        )
+        return output.last_hidden_state[0]
+
+    def freeze_embeddings(self) -> None:
+        """Leave the token table as it is: most of a small multilingual model's weights."""
+        self.model.get_input_embeddings().weight.requires_grad_(False)
+
+    def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
+        """Freeze all weights and add trainable low-rank updates to every linear layer (peft)."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"
+        )
+        self.model = get_peft_model(self.model, config)
+
+    def merge_lora(self) -> None:
+        """Add the low-rank updates to the weights they belong to, in float32, and drop them."""
+        if not self.has_lora:
+            return
+        dtype = next(self.model.parameters()).dtype
+        self.model = self.model.float().merge_and_unload().to(dtype)
+        _set_direction(self.model, self.attention)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether low-rank updates sit on the model, not yet merged."""
+        return hasattr(self.model, "merge_and_unload")
+
+
+@torch.no_grad()
+def probe(backbone: Backbone) -> None:
+    """Prove by numbers that texts are read alone, in the promised direction, as stock code would.
+
+    Raises:
+        ModelError: naming what is wrong, when a neighbour or the future leaks in, when a
+            bidirectional model is causal all the same, or when states differ from the stock
+            attention's.
+    """
+    training = backbone.training
+    backbone.eval()
+    vocabulary = backbone.config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(10, vocabulary // 2), vocabulary, (32,), generator=draw)
+    text, changed, others = ids[:12], ids[:12].clone(), (ids[12:19], ids[19:])
+    changed[-1] = ids[-1] if ids[-1] != text[-1] else ids[-2]
+
+    alone = _states(backbone, text)
+    size = alone.abs().max().item()
+    close = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    name = type(backbone.model).__name__
+
+    between = _states(backbone, others[0], text, others[1])[len(others[0]) :][: len(text)]
+    if _gap(between, alone) > close * size:
+        raise ModelError(
+            f"{name}: a text's states depend on its neighbours, so it cannot be packed"
+        )
+    moved = (_states(backbone, changed) - alone).abs().amax(1) / size  # [tokens]
+    if backbone.attention == "causal" and moved[:-1].max() > 1e-5:
+        raise ModelError(f"{name}: asked to be causal, but a token sees the one after it")
+    if backbone.attention == "bidirectional" and moved[-2] < 1e-5:
+        raise ModelError(
+            f"{name}: asked to read both ways, but no token sees the one after it; "
+            "this architecture has no bidirectional path"
+        )
+    stock = _stock_states(backbone, text)
+    if stock is not None and _gap(stock, alone) > close * size:
+        raise ModelError(
+            f"{name}: packed states differ from the model's own by {_gap(stock, alone)}"
+        )
+    backbone.train(training)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def _states(backbone: Backbone, *texts: Tensor) -> Tensor:
+    ids = torch.cat(texts)
+    offsets = offsets_of(torch.tensor([len(text) for text in texts]))
+    packed = Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
+    return backbone(packed.to(backbone.device)).float()
+
+
+def _stock_states(backbone: Backbone, text: Tensor) -> Tensor | None:
+    """The states of one text by transformers' own attention; None where it has no plain one."""
+    model = backbone.model
+    try:
+        model.set_attn_implementation("eager")
+    except ValueError:
+        return None
+    try:
+        return model(input_ids=text[None].to(backbone.device)).last_hidden_state[0].float()
+    finally:
+        model.set_attn_implementation(NAME)
+
+
+def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    place = str(zoo.resolve(source))
+    try:
+        config = AutoConfig.from_pretrained(place)
+        model, report = AutoModel.from_pretrained(
+            place, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"{source}: cannot be loaded: {_first_line(error)}{_hint(source)}"
+        ) from error
+    lost = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if lost:
+        raise ModelError(
+            f"{source}: {len(lost)} weights are missing, such as {lost[0]}; "
+            "the folder is incomplete or holds another architecture; copy or download it again"
+        )
+    if any("pooler" in key for key in report["missing_keys"]):
+        model.pooler = None
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _hint(source: str) -> str:
+    if Path(source).exists():
+        return "; is it a complete transformers folder (config.json, model.safetensors, tokenizer)?"
+    return f"; {source!r} is no local folder, nor one of {', '.join(m.name for m in zoo.MODELS)}"
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config object that a part of the model looks at."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _is_decoder(model: nn.Module) -> bool:
+    return any(getattr(module, "is_causal", None) is True for module in model.modules())
+
+
+def _direction(model: Any, wanted: Attention | None) -> Attention:
+    decoder = _is_decoder(model)
+    if wanted == "causal" and not decoder:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder; it reads both ways and has no causal form"
+        )
+    if wanted is not None:
+        return wanted
+    config = model.config
+    turned = getattr(config, "is_causal", None) is False
+    turned = turned or bool(getattr(config, "use_bidirectional_attention", False))
+    return "causal" if decoder and not turned else "bidirectional"
+
+
+def _set_direction(model: nn.Module, attention: Attention) -> None:
+    """Set both switches: some architectures obey the config, some the module (spec: traps)."""
+    if attention == "bidirectional":
+        for module in model.modules():
+            if isinstance(getattr(module, "is_causal", None), bool):
+                module.is_causal = False  # pyright: ignore[reportAttributeAccessIssue]
+    for config in _configs(model):
+        if not getattr(config, "use_bidirectional_attention", False):  # Gemma's own switch, enough
+            config.is_causal = attention == "causal"
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+
+
+def _switch_to_packed(model: PreTrainedModel) -> None:
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"{type(model).__name__} does not let its attention be replaced, so it cannot be packed"
+        ) from error
+
+
+def _usual_window(model: Any, attention: Attention) -> Window:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    all_slide = getattr(config, "sliding_window", None) is not None and (
+        kinds <= {"sliding_attention"}
+    )
+    return "full" if attention == "bidirectional" and _is_decoder(model) and all_slide else "keep"
+
+
+def _open_windows(model: nn.Module) -> None:
+    """Make every window as wide as the longest text. Layer types stay: rotary bases hang on them."""
+    for config in _configs(model):
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and getattr(config, "local_attention", None):
+            config.local_attention = 2 * limit
+        elif limit and getattr(config, "sliding_window", None) is not None:
+            config.sliding_window = limit
+    for module in model.modules():
+        if isinstance(getattr(module, "sliding_window", None), int):
+            config: Any = getattr(module, "config", None)
+            module.sliding_window = config.sliding_window  # pyright: ignore
+
+
+def _position_offset(model: nn.Module) -> int:
+    """RoBERTa and its kin count positions from the padding id plus one."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return int(getattr(module, "padding_idx", 0) or 0) + 1
+    return 0

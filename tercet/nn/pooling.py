@@ -1,0 +1,98 @@
+"""From one hidden state per token to one vector per text.
+
+A pooling is any function with the signature of :func:`mean`. Each looks at the pooled tokens
+only, so an instruction can be read without being part of the vector. A text without a pooled
+token (an empty text after an instruction) is pooled over all of its tokens, alone or in a batch
+alike.
+"""
+
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tercet import segments
+from tercet.types import Packed
+
+PoolingName: TypeAlias = Literal["mean", "weighted_mean", "first", "last"]
+
+
+@runtime_checkable
+class Pooling(Protocol):
+    """What every function of this module looks like."""
+
+    def __call__(
+        self, hidden: Float[Tensor, "tokens hidden"], texts: Packed
+    ) -> Float[Tensor, "texts hidden"]:
+        """One vector for each text, in at least float32."""
+        ...
+
+
+def mean(hidden: Float[Tensor, "tokens hidden"], texts: Packed) -> Float[Tensor, "texts hidden"]:
+    """Average over the pooled tokens, summed in float32."""
+    return _weighted(hidden, texts, _counted(texts).unsqueeze(1))
+
+
+def weighted_mean(
+    hidden: Float[Tensor, "tokens hidden"], texts: Packed
+) -> Float[Tensor, "texts hidden"]:
+    """Average with weight j for the j-th pooled token (SGPT, arXiv 2202.08904, sec. 3.1).
+
+    For causal models: later tokens have read more of the text.
+    """
+    counted = _counted(texts)
+    running = counted.cumsum(0)
+    before = torch.cat([running.new_zeros(1), running])[texts.offsets[:-1]]
+    place = (running - before[segments.row_of(texts.offsets)]) * counted
+    return _weighted(hidden, texts, place.unsqueeze(1))
+
+
+def first(hidden: Float[Tensor, "tokens hidden"], texts: Packed) -> Float[Tensor, "texts hidden"]:
+    """The first pooled token: BERT's ``[CLS]`` where no instruction is left out."""
+    tokens = torch.arange(len(texts.ids), device=texts.ids.device)
+    place = torch.where(_counted(texts) > 0, tokens, len(texts.ids))
+    return _picked(hidden, place, texts, "amin")
+
+
+def last(hidden: Float[Tensor, "tokens hidden"], texts: Packed) -> Float[Tensor, "texts hidden"]:
+    """The last pooled token, such as a decoder's end-of-text token."""
+    tokens = torch.arange(len(texts.ids), device=texts.ids.device)
+    return _picked(hidden, torch.where(_counted(texts) > 0, tokens, -1), texts, "amax")
+
+
+POOLINGS: Final[dict[PoolingName, Pooling]] = {
+    "mean": mean,
+    "weighted_mean": weighted_mean,
+    "first": first,
+    "last": last,
+}
+
+
+def _counted(texts: Packed) -> Float[Tensor, "tokens"]:
+    """One for each token that is pooled; for all tokens of a text that pools none."""
+    pooled = texts.pooled.to(torch.float32)
+    if bool(texts.pooled.all()):
+        return pooled
+    some = segments.total(pooled.unsqueeze(1), texts.offsets).squeeze(1) > 0  # [texts]
+    return torch.where(some[segments.row_of(texts.offsets)], pooled, 1.0)
+
+
+def _weighted(
+    hidden: Float[Tensor, "tokens hidden"], texts: Packed, weights: Float[Tensor, "tokens 1"]
+) -> Float[Tensor, "texts hidden"]:
+    sums = segments.total(
+        hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * weights, texts.offsets
+    )
+    return sums / segments.total(weights, texts.offsets)
+
+
+def _picked(
+    hidden: Float[Tensor, "tokens hidden"],
+    place: Int[Tensor, "tokens"],
+    texts: Packed,
+    best: Literal["amin", "amax"],
+) -> Float[Tensor, "texts hidden"]:
+    start = place.new_full((len(texts),), len(place) if best == "amin" else -1)
+    token = start.scatter_reduce(0, segments.row_of(texts.offsets), place, best)
+    return hidden[token].to(torch.promote_types(hidden.dtype, torch.float32))

@@ -1,0 +1,78 @@
+"""Everything a run needs to go on after a kill as if nothing had happened.
+
+Random numbers are not saved: every draw (batches, documents, dropout) comes from a seed that
+hangs on the run's seed and the step alone.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from tercet.errors import RecipeError
+from tercet.files import replacing_file
+
+VERSION: Final = 1
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How far a stage is."""
+
+    step: int = 0  # optimizer steps taken
+    tokens: int = 0  # read by the model
+    seconds: float = 0.0  # spent training, over all restarts
+    truncated: int = 0  # texts that were cut
+    best_score: float | None = None
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+    finished: bool = False
+    scores: list[tuple[int, float]] = field(default_factory=list)  # (step, score on the dev set)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that training changes, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def save(path: Path, what: dict[str, Any], progress: Progress, **states: Any) -> None:
+    """Write a checkpoint that appears whole or not at all. ``what`` says what run it is of.
+
+    Raises:
+        StorageError: when the disk refuses; the checkpoint before it is still there.
+    """
+    record = {"version": VERSION, "what": what, "progress": asdict(progress), **states}
+    with replacing_file(path) as fresh:
+        torch.save(record, fresh)
+
+
+def load(path: Path, what: dict[str, Any]) -> tuple[Progress, dict[str, Any]] | None:
+    """The progress and the states of the checkpoint at ``path``, None where there is none.
+
+    Raises:
+        RecipeError: when it is of another run: another recipe, other data, other precision.
+    """
+    if not path.exists():
+        return None
+    record = torch.load(path, map_location="cpu", weights_only=True)
+    changed = [key for key in what if record["what"].get(key) != what[key]]
+    if record["version"] != VERSION or changed:
+        details = "; ".join(
+            f"{key} was {record['what'].get(key)!r}, now {what[key]!r}" for key in changed
+        )
+        raise RecipeError(
+            f"{path.parent} holds a run with other settings ({details or 'another version'}); "
+            "give the settings it was started with, another --out, or delete that folder"
+        )
+    return Progress(**record["progress"]), record
+
+
+def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put saved trainable weights back into the module they came from."""
+    own = trainable(module)
+    assert own.keys() == weights.keys(), "a checkpoint of the same run has the same weights"
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(weights[name])

@@ -1,0 +1,419 @@
+"""The one training loop. Recipes differ in numbers and parts, not in loops."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tercet import distributed
+from tercet.data.collate import Batch, Collator
+from tercet.data.sampler import BatchPlan, BatchRows, Sampler
+from tercet.data.sources import Source
+from tercet.errors import RecipeError, TrainingError
+from tercet.files import replacing_file
+from tercet.nn.chunked import Chunks, backward_in_chunks
+from tercet.nn.embedder import Embedder
+from tercet.progress import Advance, bar
+from tercet.train import checkpoint, schedule
+from tercet.train.log import Log
+from tercet.train.memory import graph_tokens_that_fit
+from tercet.train.recipe import Model, Recipe, Stage
+from tercet.types import Role
+
+CHECKPOINT: Final = "checkpoint.pt"
+BEST: Final = "best.pt"
+
+Score = Callable[[Embedder], float]
+"""How good an embedder is on the dev set; higher is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What belongs to the machine and not to the recipe: it changes time and memory."""
+
+    device: str | None = None  # None: a GPU if there is one
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
+    chunk_tokens: int | None = None  # encoded together; None: 2,048 on a CPU, 16,384 on a GPU
+    memory_gb: float | None = None  # for kept activations; None: half of what is free
+    save_minutes: float = 5.0  # between checkpoints
+    save_steps: int | None = None  # between checkpoints, as well
+    eval_steps: int | None = None  # between evaluations; None: ten times a stage
+    tensorboard: bool = False
+    show_progress: bool = True
+
+
+def train(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    score: Score | None = None,
+    run: Run | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Embedder:
+    """Run a recipe's stages and save the embedder under ``out/model``.
+
+    The same call after a kill goes on from the last checkpoint, and on a CPU ends with the same
+    bits as a run that was never stopped. With ``score`` the model is measured before the first
+    step and along the way, and the best weights are the ones that stay.
+
+    Raises:
+        RecipeError: when recipe, data and an earlier run in ``out`` do not fit together.
+        TrainingError: at a loss or gradient that is not a number, naming the examples.
+        StorageError: when the disk refuses a checkpoint; the one before it is kept.
+    """
+    run, out = run or Run(), Path(out)
+    embedder = build(recipe.model).to(run.device or _usual_device())
+    if distributed.is_main():
+        _describe(recipe, sources, run, out)
+    for number, stage in enumerate(recipe.stages, start=1):
+        folder = out if len(recipe.stages) == 1 else out / f"{number}-{stage.name}"
+        if recipe.model.lora is not None and not embedder.backbone.has_lora:
+            lora = recipe.model.lora
+            torch.manual_seed(recipe.seed + number)
+            embedder.backbone.add_lora(lora.rank, lora.alpha, lora.dropout)
+            embedder.to(run.device or _usual_device())
+        trainer = _Trainer(embedder, stage, sources, folder, recipe=recipe, run=run, say=say)
+        trainer.run(score)
+        embedder.backbone.merge_lora()
+    if distributed.is_main():
+        about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
+        data = {source.name: source.fingerprint for source in sources}
+        embedder.save(out / "model", about={**about, "data": data, "run": asdict(run)})
+    distributed.barrier()
+    return embedder.eval()
+
+
+def build(model: Model) -> Embedder:
+    """The embedder that a recipe starts from."""
+    wanted = {
+        "pooling": model.pooling,
+        "prompts": model.prompts,
+        "pool_prompt": model.pool_prompt,
+        "query_tokens": model.query_tokens,
+        "document_tokens": model.document_tokens,
+    }
+    changes = {name: value for name, value in wanted.items() if value is not None}
+    embedder = Embedder.load(model.base, attention=model.attention, window=model.window, **changes)
+    if model.freeze_embeddings:
+        embedder.backbone.freeze_embeddings()
+    return embedder
+
+
+class _Trainer:
+    """One stage: its optimizer, its place in the data, and its checkpoints."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        stage: Stage,
+        sources: Sequence[Source],
+        folder: Path,
+        *,
+        recipe: Recipe,
+        run: Run,
+        say: Callable[[str], None],
+    ) -> None:
+        self.embedder, self.stage, self.sources, self.folder = embedder, stage, sources, folder
+        self.seed, self.options, self.say = recipe.seed, run, say
+        self.sampler = _sampler(stage, sources, recipe.seed, embedder)
+        self.steps = stage.steps or self.sampler.total_batches
+        self.collate = Collator(
+            tokenize=embedder.tokenize,
+            prompt_of=_prompts_of(embedder),
+            positives=stage.positives,
+            negatives=stage.negatives,
+            in_batch=stage.in_batch,
+        )
+        self.optimizer = _optimizer(embedder, stage)
+        on_gpu = embedder.device.type == "cuda"
+        self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
+        self.graph_tokens = graph_tokens_that_fit(
+            embedder.backbone, run.memory_gb, half=run.precision == "bfloat16"
+        )
+        self.progress = checkpoint.Progress()
+        self.what = _identity(recipe, stage, sources, run)
+
+    def run(self, score: Score | None) -> None:
+        """Train to the end, from the last checkpoint if there is one."""
+        self._resume()
+        if self.progress.finished:
+            self.say(f"{self.folder}: this stage is finished already; taking its weights")
+            self._take_best(score)
+            return
+        if self.progress.step == 0:
+            self._greet()
+            self._evaluate(score)
+        saved_at = started = time.monotonic()
+        log = Log(self.folder, step=self.progress.step, tensorboard=self._logs("tensorboard"))
+        shown = self.options.show_progress and distributed.is_main()
+        with ExitStack() as stack:
+            stack.callback(log.close)
+            advance = stack.enter_context(
+                bar(self.stage.name, self.steps, self.progress.step, shown=shown)
+            )
+            before = self.progress.seconds
+            while self.progress.step < self.steps and not self._gave_up():
+                self._step(log, advance)
+                self.progress.seconds = before + time.monotonic() - started
+                if self._due(self._eval_every()):
+                    self._evaluate(score, log)
+                minutes = (time.monotonic() - saved_at) / 60
+                if self._due(self.options.save_steps) or minutes >= self.options.save_minutes:
+                    self._save()
+                    saved_at = time.monotonic()
+        self.progress.finished = True
+        self._save()
+        self._take_best(score)
+
+    def _step(self, log: Log, advance: Advance) -> None:
+        began, step = time.monotonic(), self.progress.step
+        rows = self._next_rows()
+        mine = rows.share(distributed.rank(), distributed.world())
+        batch = self.collate(mine.examples(self.sources), [self.seed, step])
+        rate = self.stage.learning_rate * schedule.factor(
+            self.stage.schedule,
+            step,
+            self.steps,
+            warmup=round(self.stage.warmup * self.steps),
+            decay=round(self.stage.decay * self.steps),
+        )
+        losses = self._backward(batch)
+        loss = _everyones(losses["loss"])
+        if not math.isfinite(loss):
+            raise TrainingError(self._complaint(f"the loss is {loss}", mine))
+        weights = [p for p in self.embedder.parameters() if p.requires_grad]
+        distributed.sum_gradients(weights)
+        norm = float(nn.utils.clip_grad_norm_(weights, self.stage.clip))
+        if not math.isfinite(norm):
+            raise TrainingError(self._complaint(f"the norm of the gradient is {norm}", mine))
+        if step == 0 and norm == 0:
+            raise TrainingError(
+                self._complaint("no weight gets a gradient, so nothing would be learned", mine)
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        tokens = int(_everyones(torch.tensor(float(len(batch.texts.ids)))))
+        seconds = time.monotonic() - began
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.truncated += batch.truncated
+        note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s"
+        advance(1, note)
+        if distributed.is_main():
+            log.write(
+                self.progress.step,
+                loss=loss,
+                learning_rate=rate,
+                gradient_norm=norm,
+                tokens=tokens,
+                tokens_per_second=round(tokens / seconds, 1),
+                examples=len(rows),
+                truncated=batch.truncated,
+            )
+
+    def _next_rows(self) -> BatchRows:
+        """The next batch that has an example for every process."""
+        while (rows := self.sampler.next_batch()) is not None:
+            if len(rows) >= distributed.world():
+                return rows
+        raise RecipeError(
+            f"no batch has an example for each of {distributed.world()} processes; "
+            "raise the batch size or start fewer processes"
+        )
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        self.embedder.train()
+        device = self.embedder.device
+        seed = _seed_of(self.seed, self.progress.step, distributed.rank())
+        half = self.options.precision == "bfloat16"
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            return backward_in_chunks(
+                self.embedder,
+                batch.texts.to(device),
+                lambda vectors: self.stage.objective(vectors, batch),
+                chunks=Chunks(self.chunk_tokens, self.graph_tokens, seed),
+            )
+
+    # ---- measuring ---------------------------------------------------------------------------
+
+    def _evaluate(self, score: Score | None, log: Log | None = None) -> None:
+        """Measure on the dev set, and keep the weights if they are the best so far."""
+        if score is None:
+            return
+        value = score(self.embedder.eval()) if distributed.is_main() else 0.0
+        value = distributed.broadcast_object(value)
+        progress = self.progress
+        progress.scores.append((progress.step, value))
+        if log is not None and distributed.is_main():
+            log.write(progress.step, dev_score=value)
+        if progress.best_score is None or value > progress.best_score:
+            progress.best_score, progress.best_step, progress.stale = value, progress.step, 0
+            if distributed.is_main():
+                weights = {n: p.detach() for n, p in checkpoint.trainable(self.embedder).items()}
+                with replacing_file(self.folder / BEST) as fresh:
+                    torch.save(weights, fresh)
+        else:
+            progress.stale += 1
+
+    def _take_best(self, score: Score | None) -> None:
+        """The weights that scored best; the last ones where nothing was measured."""
+        distributed.barrier()
+        if score is not None and self.progress.best_step != self.progress.step:
+            weights = torch.load(self.folder / BEST, map_location="cpu", weights_only=True)
+            checkpoint.restore(self.embedder, weights)
+
+    def _gave_up(self) -> bool:
+        return self.stage.patience is not None and self.progress.stale >= self.stage.patience
+
+    def _eval_every(self) -> int:
+        return self.options.eval_steps or max(1, math.ceil(self.steps / 10))
+
+    def _due(self, every: int | None) -> bool:
+        step = self.progress.step
+        return every is not None and (step % every == 0 or step == self.steps)
+
+    # ---- going on ----------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        found = checkpoint.load(self.folder / CHECKPOINT, self.what)
+        if found is None:
+            return
+        self.progress, states = found
+        checkpoint.restore(self.embedder, states["weights"])
+        self.optimizer.load_state_dict(states["optimizer"])
+        self.sampler.restore(states["sampler"])
+        if not self.progress.finished:
+            self.say(f"going on from step {self.progress.step} of {self.steps}")
+
+    def _save(self) -> None:
+        if not distributed.is_main():
+            return
+        weights = {n: p.detach() for n, p in checkpoint.trainable(self.embedder).items()}
+        checkpoint.save(
+            self.folder / CHECKPOINT,
+            self.what,
+            self.progress,
+            weights=weights,
+            optimizer=self.optimizer.state_dict(),
+            sampler=self.sampler.state(),
+        )
+
+    # ---- telling -----------------------------------------------------------------------------
+
+    def _greet(self) -> None:
+        count = sum(p.numel() for p in self.embedder.parameters() if p.requires_grad)
+        others = "the others' documents" if self.stage.in_batch else "its own negatives alone"
+        self.say(
+            f"{self.stage.name}: {self.steps} steps of {self.stage.batch_size} examples, each "
+            f"query against {others}; {count / 1e6:.1f}M weights in training"
+        )
+
+    def _logs(self, what: Literal["tensorboard"]) -> bool:
+        return bool(getattr(self.options, what)) and distributed.is_main()
+
+    def _complaint(self, problem: str, rows: BatchRows) -> str:
+        pairs = list(zip(rows.source.tolist(), rows.row.tolist(), strict=True))
+        places = [f"{self.sources[s].name} example {r + 1}" for s, r in pairs[:5]]
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        kept = self.folder / CHECKPOINT
+        last = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
+        return (
+            f"step {self.progress.step + 1}: {problem}; its batch holds {', '.join(places)}{more}; "
+            f"{last}. Look at these examples (tercet check), or lower the learning rate"
+        )
+
+
+def _seed_of(*numbers: int) -> int:
+    """One seed from several, the same in every process and on every machine."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 1_000_003 + number + 1) % (1 << 61)
+    return mixed
+
+
+def _everyones(share: Tensor) -> float:
+    """The sum of a number over all processes."""
+    return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())
+
+
+def _usual_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _sampler(stage: Stage, sources: Sequence[Source], seed: int, embedder: Embedder) -> Sampler:
+    """The stage's batches. The sampler knows sizes in bytes, the recipe speaks of tokens."""
+    tokens = _bytes_per_token(sources, embedder) if stage.length_edges else 1.0
+    budget = stage.token_budget
+    plan = BatchPlan(
+        batch_size=stage.batch_size,
+        seed=seed,
+        epochs=stage.epochs if stage.steps is None else stage.steps,  # an epoch has a batch or more
+        mixing=stage.mixing,
+        size_budget=None if budget is None else round(budget * tokens),
+        length_edges=tuple(round(edge * tokens) for edge in stage.length_edges),
+    )
+    return Sampler(sources, plan)
+
+
+def _bytes_per_token(sources: Sequence[Source], embedder: Embedder) -> float:
+    """Measured on a few examples of each source."""
+    size = tokens = 0
+    for source in sources:
+        rows = np.linspace(0, len(source) - 1, num=min(len(source), 64)).astype(int)
+        size += int(source.sizes[rows].sum())
+        for example in source.examples(rows.tolist()):
+            texts = [example.query, *example.positives, *example.negatives]
+            tokens += max(embedder.tokenizer(texts, 1_000_000).lengths)
+    return size / tokens
+
+
+def _prompts_of(embedder: Embedder) -> Callable[[Role, str], str]:
+    settings = embedder.settings
+
+    def prompt_of(role: Role, task: str) -> str:
+        return settings.prompt(role, task if task in settings.task_prompts else None)
+
+    return prompt_of
+
+
+def _optimizer(embedder: Embedder, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW; biases and norms are not decayed."""
+    weights = checkpoint.trainable(embedder).values()
+    if not weights:
+        raise RecipeError("every weight is frozen; train with LoRA or leave some weights free")
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.learning_rate, fused=True)
+
+
+def _identity(recipe: Recipe, stage: Stage, sources: Sequence[Source], run: Run) -> dict[str, Any]:
+    """What has to be the same for a run to go on: plain values, compared key by key."""
+    flat = {f"model.{k}": repr(v) for k, v in asdict(recipe.model).items()}
+    flat |= {k: repr(v) for k, v in asdict(stage).items()}
+    flat |= {f"data {source.name}": source.fingerprint for source in sources}
+    return {**flat, "seed": recipe.seed, "precision": run.precision}
+
+
+def _describe(recipe: Recipe, sources: Sequence[Source], run: Run, out: Path) -> None:
+    """Write ``recipe.json`` for people and diffs; nothing reads it back."""
+    record = {
+        "recipe": asdict(recipe),
+        "run": asdict(run),
+        "data": {s.name: {"examples": len(s), "fingerprint": s.fingerprint} for s in sources},
+    }
+    with replacing_file(out / "recipe.json") as fresh:
+        fresh.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")

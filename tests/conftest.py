@@ -1,0 +1,40 @@
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import toy
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory) -> Path:
+    """A tiny random BERT with a real WordPiece tokenizer."""
+    return toy.save_model(tmp_path_factory.mktemp("encoder"), "bert")
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(tmp_path_factory) -> Path:
+    """A tiny random Llama with a real byte-level BPE tokenizer."""
+    return toy.save_model(tmp_path_factory.mktemp("decoder"), "llama")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+from tercet.evaluate import intervals
+from tercet.evaluate.intervals import Interval, interval, paired_difference
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)
+
+
+def test_intervals_hold_the_true_mean_about_as_often_as_they_say(random):
+    # 95 % of 400 is 380, with a standard deviation of 4.4; 60 skewed values cover a little less.
+    held = 0
+    for trial in range(400):
+        found = interval(random.exponential(1.0, 60), resamples=400, seed=trial)
+        held += found.low <= 1.0 <= found.high
+    assert 355 <= held <= 393
+
+
+def test_an_interval_is_as_wide_as_the_normal_approximation(random):
+    values = random.random(2000)
+    found = interval(values)
+    half = 1.96 * values.std() / np.sqrt(2000)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=half / 20)
+    assert found.high == pytest.approx(values.mean() + half, abs=half / 20)
+
+
+def test_a_lower_level_is_a_narrower_interval(random):
+    values = random.random(300)
+    wide, narrow = interval(values), interval(values, level=0.5)
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_a_paired_difference_is_narrower_than_the_two_intervals(random):
+    hardness = random.random(300)
+    before = hardness + 0.05 * random.random(300)
+    after = hardness + 0.05 * random.random(300) + 0.02
+    paired = paired_difference(after, before)
+    assert paired.low > 0
+    assert paired.excludes_zero()
+    apart = interval(after).high - interval(before).low, interval(after).low - interval(before).high
+    assert paired.high - paired.low < 0.2 * (apart[0] - apart[1])
+
+
+def test_the_difference_is_the_first_minus_the_second():
+    found = paired_difference(np.ones(5), np.zeros(5))
+    assert (found.mean, found.low, found.high) == (1, 1, 1)
+    assert paired_difference(np.zeros(5), np.ones(5)).excludes_zero()
+
+
+def test_equal_inputs_differ_by_zero_to_zero(random):
+    values = random.random(40)
+    found = paired_difference(values, values)
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
+    assert not found.excludes_zero()
+
+
+def test_the_seed_alone_decides_the_draws(random):
+    values = random.random(50)
+    assert interval(values, seed=3) == interval(values, seed=3)
+    assert interval(values, seed=3).low != interval(values, seed=4).low
+
+
+def test_blocks_of_draws_do_not_change_the_interval(random, monkeypatch):
+    values = random.random(50)
+    whole = interval(values, resamples=999)
+    monkeypatch.setattr(intervals, "_DRAWS_AT_ONCE", 50 * 7)
+    assert interval(values, resamples=999) == whole
+
+
+def test_an_interval_says_how_it_was_made():
+    found = interval(np.array([0.25, 0.75]), resamples=100, seed=9)
+    assert (found.queries, found.resamples, found.seed, found.level) == (2, 100, 9, 0.95)
+    assert str(Interval(0.5, 0.25, 0.75, 2)) == "0.500 [0.250, 0.750]"
+
+
+def test_no_queries_have_no_mean():
+    found = interval(np.zeros(0))
+    assert found.queries == 0
+    assert np.isnan([found.mean, found.low, found.high]).all()
+    assert not found.excludes_zero()

@@ -1,0 +1,141 @@
+"""Stand-ins built in code: tiny random models of real architectures, tokenizers trained here."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.processors import TemplateProcessing
+
+from tercet.segments import offsets_of
+from tercet.types import Packed
+
+SENTENCES = (
+    "a small web server for static files",
+    "play music from the command line",
+    "the editor for programs and prose",
+    "draw maps of rivers and mountains",
+    "read mail in a terminal window",
+    "a compiler for the language of the moon",
+    "count words, lines and bytes in files",
+    "make photographs sharper and brighter",
+    "keep passwords in an encrypted file",
+    "chess against a strong opponent",
+    "learn to type with ten fingers",
+    "the weather of tomorrow in your panel",
+)
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+}
+_GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2}
+_SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+DECODERS: dict[str, t.PreTrainedConfig] = {
+    "llama": t.LlamaConfig(**_GROUPED, **_SPECIAL),
+    "qwen3": t.Qwen3Config(**_GROUPED, **_SPECIAL, head_dim=16),
+    "mistral": t.MistralConfig(**_GROUPED, **_SPECIAL, sliding_window=4),
+    "gemma2": t.Gemma2Config(**_GROUPED, **_SPECIAL, head_dim=16, sliding_window=4),
+    "gemma3": t.Gemma3TextConfig(
+        **_GROUPED, **_SPECIAL, head_dim=16, sliding_window=4, sliding_window_pattern=2
+    ),
+    "phi3": t.Phi3Config(**_GROUPED, **_SPECIAL),
+}
+ENCODERS: dict[str, t.PreTrainedConfig] = {
+    "bert": t.BertConfig(**_SMALL, pad_token_id=0),
+    "xlm-roberta": t.XLMRobertaConfig(**_SMALL, pad_token_id=1),
+    "modernbert": t.ModernBertConfig(
+        **_SMALL,
+        **_SPECIAL,
+        local_attention=8,
+        global_attn_every_n_layers=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
+    "gemma3 both ways": t.Gemma3TextConfig(
+        **_GROUPED,
+        **_SPECIAL,
+        head_dim=16,
+        sliding_window=8,
+        sliding_window_pattern=2,
+        use_bidirectional_attention=True,
+    ),
+}
+
+
+def random_model(config: t.PreTrainedConfig) -> Any:
+    """A model with weights large enough that attention matters."""
+    torch.manual_seed(1)
+    model = t.AutoModel.from_config(deepcopy(config), attn_implementation="eager").eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def pack(*texts: torch.Tensor) -> Packed:
+    """Texts of token ids, all pooled."""
+    ids = torch.cat(texts)
+    offsets = offsets_of(torch.tensor([len(text) for text in texts]))
+    return Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
+
+
+def random_texts(*lengths: int, vocabulary: int = 300) -> list[torch.Tensor]:
+    return [torch.randint(5, vocabulary, (length,)) for length in lengths]
+
+
+def wordpiece() -> t.PreTrainedTokenizerFast:
+    """A WordPiece tokenizer with [CLS] and [SEP], trained on the sentences above."""
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    fast = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
+    fast.normalizer = normalizers.BertNormalizer()  # pyright: ignore[reportAttributeAccessIssue]
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
+    fast.train_from_iterator(
+        SENTENCES, trainers.WordPieceTrainer(vocab_size=250, special_tokens=special)
+    )
+    fast.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+    )
+
+
+def byte_bpe() -> t.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as decoders have it: no special token around a text."""
+    special = ["<pad>", "<s>", "</s>"]
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    fast.decoder = ByteLevelDecoder()  # pyright: ignore[reportAttributeAccessIssue]
+    fast.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def save_model(folder: Path, kind: str) -> Path:
+    """Write a tiny random model and its tokenizer, as a hub folder would be."""
+    config = {**DECODERS, **ENCODERS}[kind]
+    random_model(config).save_pretrained(folder)
+    (wordpiece() if kind in ENCODERS else byte_bpe()).save_pretrained(folder)
+    return folder
