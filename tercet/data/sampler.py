@@ -20,8 +20,7 @@ from tercet.types import Example
 Mixing: TypeAlias = Literal["single", "blended"]
 
 SMALLEST_BATCH: Final = 2  # with one example there is nothing to contrast
-WINDOW_BLOCKS: Final = 8  # rows are shuffled inside so many blocks, so that reading stays local
-WINDOW_BATCHES: Final = 16  # and inside so many batches at least, where blocks are small
+WINDOW_BATCHES: Final = 16  # rows are shuffled inside so many batches at least
 
 MAX_EDGES: Final = 100  # a length group is a byte a row
 
@@ -233,8 +232,8 @@ class Sampler:
 
     def _order(self, index: int, random: np.random.Generator) -> np.ndarray:
         source = self.sources[index]
-        at_least = WINDOW_BATCHES * self.plan.batch_size
-        return _windowed_order(source.blocks, len(source), random, at_least=at_least)
+        at_least = WINDOW_BATCHES * self.plan.batch_size if source.window > 1 else 1
+        return _windowed_order(source, random, at_least=at_least)
 
     def _random(
         self, purpose: int, epoch: int, source: int = 0, number: int = 0
@@ -251,14 +250,13 @@ class Sampler:
         return int.from_bytes(digest, "big")
 
 
-def _windowed_order(
-    blocks: np.ndarray, rows: int, random: np.random.Generator, *, at_least: int
-) -> np.ndarray:
+def _windowed_order(source: Source, random: np.random.Generator, *, at_least: int) -> np.ndarray:
     """All rows at random, so that any stretch of them comes from few blocks.
 
     The blocks are shuffled, then the rows inside windows of some blocks. A window holds
     ``at_least`` rows, so a file of many tiny blocks is shuffled well. One block is one window.
     """
+    rows, blocks = len(source), source.blocks
     order = np.arange(rows, dtype=np.int32 if rows < 2**31 else np.int64)
     ends = np.append(blocks[1:], rows)
     shuffled = random.permutation(len(blocks))
@@ -267,7 +265,7 @@ def _windowed_order(
     begin, held = 0, 0
     for end in bounds.tolist():
         held += 1
-        if (held >= WINDOW_BLOCKS and end - begin >= at_least) or end == rows:
+        if (held >= source.window and end - begin >= at_least) or end == rows:
             random.shuffle(order[begin:end])
             begin, held = end, 0
     return order

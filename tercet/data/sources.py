@@ -35,7 +35,8 @@ BOM: Final = b"\xef\xbb\xbf"
 MAX_LINE_BYTES: Final = 1 << 26  # 64 MiB: more is not a line but a file without line ends
 ROWS_AT_ONCE: Final = 1024  # rows of parquet that are Python objects at the same time
 ROWS_PER_GROUP: Final = 4096  # of a parquet file we write
-CACHED_BYTES: Final = 1 << 28  # 256 MiB of row groups in memory; at least one group
+CACHED_BYTES: Final = 1 << 28  # 256 MiB of row groups in memory; at least two groups
+WINDOW_BLOCKS: Final = 8  # so many are shuffled together, if two such windows fit in the cache
 ROWS_PER_REPORT: Final = 1000  # how often progress is told
 
 # What pyarrow raises on a damaged file. UnicodeDecodeError and ArrowInvalid are ValueErrors.
@@ -79,6 +80,7 @@ class Source:
     weight: float | int  # how often each example is used an epoch
     sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text; stands for its tokens
     blocks: np.ndarray  # [blocks] int64, the first row of each block that is cheap to read whole
+    window: int  # blocks that are cheap to read in turns
     fingerprint: str  # of what the records say
     reader: Reader
 
@@ -127,19 +129,19 @@ def open_source(
     if progress is not None:
         progress(1.0)
     _check_stamp(path, stamp)
-    blocks, reader = (
-        np.zeros(1, np.int64),
-        JsonlReader(path, stamp, np.frombuffer(offsets, np.int64)),
-    )
     if path.suffix == ".parquet":
-        blocks = _first_rows(path)
-        reader = ParquetReader(path, stamp, blocks)
+        blocks, window = _row_groups(path)
+        reader: Reader = ParquetReader(path, stamp, blocks)
+    else:
+        blocks, window = np.zeros(1, np.int64), 1
+        reader = JsonlReader(path, stamp, np.frombuffer(offsets, np.int64))
     return Source(
         path=path,
         name=name,
         weight=weight,
         sizes=np.frombuffer(sizes, np.int32),
         blocks=blocks,
+        window=window,
         fingerprint=digest.hexdigest(),
         reader=reader,
     )
@@ -277,7 +279,7 @@ class JsonlReader:
 
 
 class ParquetReader:
-    """Reads row groups, and keeps the ones used last: up to 256 MiB, and at least one."""
+    """Reads row groups, and keeps the ones used last: up to 256 MiB, and at least two."""
 
     def __init__(self, path: Path, stamp: Stamp, blocks: np.ndarray) -> None:
         self.path, self.stamp, self.blocks = path, stamp, blocks
@@ -307,11 +309,11 @@ class ParquetReader:
 
     def _group(self, group: int) -> pa.Table:
         if group not in self._kept:
-            with pq.ParquetFile(self.path) as file:
+            with _parquet_file(self.path) as file:
                 columns = _columns_of(file, EXAMPLE_FIELDS)
-                self._kept[group] = file.read_row_group(group, columns=columns)
+                self._kept[group] = file.read_row_group(group, columns=columns, use_threads=False)
         self._kept.move_to_end(group)
-        while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > CACHED_BYTES:
+        while len(self._kept) > 2 and sum(t.nbytes for t in self._kept.values()) > CACHED_BYTES:
             self._kept.popitem(last=False)
         return self._kept[group]
 
@@ -347,7 +349,7 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
 
 
 def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:
-    with _readable(path), pq.ParquetFile(path) as file:
+    with _readable(path), _parquet_file(path) as file:
         columns = _columns_of(file, fields)
         for group in needs:
             if not set(group) & set(columns):
@@ -359,7 +361,7 @@ def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterato
                 )
         total = max(file.metadata.num_rows, 1)
         row = 0
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
             for value in batch.to_pylist():
                 row += 1
                 yield Record(row, 0, (row - 1) / total, repr(value).encode(), value)
@@ -368,17 +370,25 @@ def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterato
             raise DataError(path, None, f"holds {row} rows, not the {promised} that it promises")
 
 
+def _parquet_file(path: Path) -> pq.ParquetFile:
+    # By default pyarrow fetches all row groups ahead: the whole file would be in memory.
+    return pq.ParquetFile(path, pre_buffer=False)
+
+
 def _columns_of(file: pq.ParquetFile, fields: Sequence[str]) -> list[str]:
     names = file.schema_arrow.names
     return [field for field in fields if field in names]
 
 
-def _first_rows(path: Path) -> np.ndarray:
-    """The first row of each row group."""
+def _row_groups(path: Path) -> tuple[np.ndarray, int]:
+    """The first row of each row group, and how many groups a window of the shuffle spans."""
     with _readable(path):
         metadata = pq.read_metadata(path)
-    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return np.concatenate(([0], np.cumsum(rows[:-1]))).astype(np.int64)
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    first_rows = np.concatenate(([0], np.cumsum([group.num_rows for group in groups[:-1]])))
+    largest = max(group.total_byte_size for group in groups)
+    window = min(max(CACHED_BYTES // 2 // max(largest, 1), 1), WINDOW_BLOCKS)
+    return first_rows.astype(np.int64), window
 
 
 def _checked_records(path: Path, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:

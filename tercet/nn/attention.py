@@ -189,7 +189,7 @@ def _varlen_takes() -> bool:
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: _Rule) -> Tensor:
-    """All the texts in one CUDA kernel. Its window counts neighbours, so one less than the limit."""
+    """All the texts in one CUDA kernel; its window counts neighbours: one less than the limit."""
     from torch.nn.attention.varlen import varlen_attn
 
     reach = -1 if rule.limit is None else rule.limit - 1

@@ -1,4 +1,4 @@
-"""A stock transformers model that reads packed texts, one way or both ways, and proves that it does.
+"""A stock transformers model that reads packed texts, one way or both ways, and proves it.
 
 Whether a decoder is really bidirectional cannot be seen from its settings: flags are ignored in
 some places, forgotten on reload in others. So the flags are all set, and then :func:`probe`
@@ -305,7 +305,7 @@ def _usual_window(model: Any, attention: Attention) -> Window:
 
 
 def _open_windows(model: nn.Module) -> None:
-    """Make every window as wide as the longest text. Layer types stay: rotary bases hang on them."""
+    """Make every window as wide as any text. Layer types stay: rotary bases hang on them."""
     for config in _configs(model):
         limit = getattr(config, "max_position_embeddings", None)
         if limit and getattr(config, "local_attention", None):

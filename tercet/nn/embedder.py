@@ -1,4 +1,4 @@
-"""The embedder: texts in, vectors out, with everything it needs to do so saved beside its weights."""
+"""The embedder: texts in, vectors out; all it needs for that is saved beside its weights."""
 
 import hashlib
 import json

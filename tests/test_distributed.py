@@ -1,0 +1,262 @@
+"""Two processes against one. Run as a script, this file is one of the two."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tercet import distributed
+from tercet.data.relation import Relation, relation_of
+from tercet.losses.contrastive import info_nce
+from tercet.nn.chunked import Chunks, backward_in_chunks
+from tercet.segments import offsets_of, total
+from tercet.types import Packed
+
+ROOT = Path(__file__).parent.parent
+SHARES = [slice(0, 5), slice(5, 8)]  # eight examples on two processes
+
+# "twin", "early" and the query "c" stand on both sides of the cut.
+QUERIES = ["a", "b", "c", "d", "e", "f", "c", "h"]
+POSITIVES = [
+    ["p0"],
+    ["twin"],
+    ["p2", "q2"],
+    ["p3", "early", "r3"],
+    ["p4"],
+    ["twin"],
+    ["p6"],
+    ["p7"],
+]
+NEGATIVES = [["n0"], [], ["n2", "p3"], [], ["n4"], ["n5", "m5"], ["early"], []]
+POLICIES = {
+    "in-batch": [True] * 8,
+    "own": [False] * 8,
+    "blended": [True, False, True, True, False, True, False, True],
+}
+DIMS = {"whole": None, "prefixes": [2, 4, 6]}
+CASES = list(product(POLICIES, DIMS))
+
+
+class Embedder(nn.Module):
+    """Letters to vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(128, 6, dtype=torch.float64))
+
+    def forward(self, texts: Packed) -> Tensor:
+        return torch.tanh(total(self.table[texts.ids], texts.offsets))
+
+
+def embedder() -> Embedder:
+    torch.manual_seed(0)
+    return Embedder()
+
+
+def letters(texts: list[str]) -> Packed:
+    ids = torch.tensor([ord(letter) for text in texts for letter in text])
+    offsets = offsets_of(torch.tensor([len(text) for text in texts]))
+    return Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
+
+
+def relation(share: slice, policy: str) -> Relation:
+    return relation_of(
+        QUERIES[share], POSITIVES[share], NEGATIVES[share], in_batch=POLICIES[policy][share]
+    )
+
+
+def texts_of(share: slice) -> Packed:
+    documents = zip(POSITIVES[share], NEGATIVES[share], strict=True)
+    return letters(QUERIES[share] + [text for both in documents for text in (*both[0], *both[1])])
+
+
+def step(share: slice, policy: str, dims: list[int] | None) -> dict[str, Tensor]:
+    """Loss and gradient of some of the examples, as a training loop takes them."""
+    model, queries = embedder(), len(QUERIES[share])
+
+    def loss_of(embeddings: Tensor) -> dict[str, Tensor]:
+        docs = distributed.gather_rows(embeddings[queries:])
+        everybody = relation(share, policy).gathered()
+        return {"loss": info_nce(embeddings[:queries], docs, everybody, 0.5, dims=dims)}
+
+    chunks = Chunks(max_tokens=9, graph_tokens=12)
+    loss = backward_in_chunks(model, texts_of(share), loss_of, chunks=chunks)["loss"]
+    assert model.table.grad is not None
+    own = model.table.grad.clone()
+    distributed.sum_gradients(model.parameters())
+    return {"loss": loss, "own": own, "gradient": model.table.grad}
+
+
+def sparse_gradients(rank: int) -> list[Tensor | None]:
+    """Weights that both, one or none of the processes have a gradient for, in two dtypes."""
+    dtypes = [torch.float64, torch.bfloat16, torch.float64, torch.float64]
+    weights = [nn.Parameter(torch.zeros(2, 3, dtype=dtype)) for dtype in dtypes]
+    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    weights[0].grad = torch.full_like(weights[0], 1.0 + rank)
+    weights[1].grad = torch.full_like(weights[1], 256.0 if rank else 2.0)
+    if rank == 1:
+        weights[2].grad = torch.full_like(weights[2], 7.0)
+    distributed.sum_gradients([*weights, frozen])
+    return [weight.grad for weight in weights]
+
+
+def gradient_of_gathered_rows(rank: int) -> Tensor:
+    """Each process weighs every row by its own factor, so a row's gradient is the factors' sum."""
+    rows = torch.ones(2 + rank, 3, requires_grad=True)
+    (distributed.gather_rows(rows).sum() * (10.0**rank)).backward()
+    assert rows.grad is not None
+    return rows.grad
+
+
+def one_of_two(out: Path) -> None:
+    """What one of the two processes does, for the tests below to look at."""
+    torch.set_num_threads(1)
+    distributed.start()
+    distributed.start()  # a second time does nothing
+    rank = distributed.rank()
+    share = SHARES[rank]
+    facts: dict[str, Any] = {
+        "world": distributed.world(),
+        "is_main": distributed.is_main(),
+        "steps": {case: step(share, case[0], DIMS[case[1]]) for case in CASES},
+        "rows": relation(share, "blended").gathered().rows(0, len(QUERIES[share])),
+        "positives": relation(share, "blended").gathered().positives,
+        "gathered": distributed.gather_rows(torch.full((2 + rank, 3), float(rank))),
+        "gathered half": distributed.gather_rows(torch.full((1, 2), 0.5, dtype=torch.bfloat16)),
+        "gathered ints": distributed.gather_ints(torch.arange(3 * rank)),  # none of rank 0
+        "gathered gradient": gradient_of_gathered_rows(rank),
+        "sparse gradients": sparse_gradients(rank),
+        "object": distributed.broadcast_object({"from": rank}, source=1),
+    }
+    distributed.barrier()
+    torch.save(facts, out / f"{rank}.pt")
+    distributed.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+    """The facts that two processes, described as torchrun does it, came back with."""
+    out = tmp_path_factory.mktemp("both")
+    described = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",  # NCCL refuses two processes on one GPU
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out)],
+            env={**described, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    yield [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a1_a20_two_processes_with_unequal_shares_give_the_gradient_of_one(both, case):
+    alone = step(slice(None), case[0], DIMS[case[1]])
+    steps = [facts["steps"][case] for facts in both]
+    torch.testing.assert_close(steps[0]["gradient"], alone["gradient"], rtol=0, atol=1e-12)
+    assert torch.equal(steps[0]["gradient"], steps[1]["gradient"])
+    torch.testing.assert_close(
+        steps[0]["loss"] + steps[1]["loss"], alone["loss"], rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a1_the_mean_over_processes_is_not_that_gradient(both, case):
+    alone = step(slice(None), case[0], DIMS[case[1]])["gradient"]
+    mean = torch.stack([facts["steps"][case]["own"] for facts in both]).mean(0)
+    assert (mean - alone).abs().max() > 0.1 * alone.abs().max()
+
+
+def test_a2_each_process_counts_the_positives_of_both(both):
+    assert [facts["positives"] for facts in both] == [11, 11]
+
+
+def test_a16_equal_texts_are_found_across_processes(both):
+    alone = relation(slice(None), "blended").rows(0, len(QUERIES))
+    assert torch.equal(torch.cat([facts["rows"] for facts in both]), alone)
+
+
+def test_each_process_knows_its_place(both):
+    assert [(facts["world"], facts["is_main"]) for facts in both] == [(2, True), (2, False)]
+
+
+def test_gathered_rows_are_in_the_order_of_the_processes(both):
+    for facts in both:
+        assert facts["gathered"][:, 0].tolist() == [0, 0, 1, 1, 1]
+        assert facts["gathered half"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+        assert facts["gathered ints"].tolist() == [0, 1, 2]
+
+
+def test_gradient_of_a_gathered_row_is_summed_and_goes_home(both):
+    for rank, facts in enumerate(both):
+        assert torch.equal(facts["gathered gradient"], torch.full((2 + rank, 3), 11.0))
+
+
+def test_a_gradient_that_one_process_lacks_counts_as_zero_there(both):
+    for facts in both:
+        first, half, lopsided, nowhere = facts["sparse gradients"]
+        assert torch.equal(first, torch.full((2, 3), 3.0, dtype=torch.float64))
+        assert torch.equal(half, torch.full((2, 3), 258.0, dtype=torch.bfloat16))
+        assert torch.equal(lopsided, torch.full((2, 3), 7.0, dtype=torch.float64))
+        assert nowhere is None
+
+
+def test_an_object_is_sent_from_its_source(both):
+    assert [facts["object"] for facts in both] == [{"from": 1}, {"from": 1}]
+
+
+def test_everything_is_the_identity_for_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    distributed.start()
+    rows, ints = torch.randn(2, 3, requires_grad=True), torch.arange(4)
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    distributed.sum_gradients([weight])
+    distributed.barrier()
+    distributed.stop()
+    assert distributed.gather_rows(rows) is rows
+    assert distributed.gather_ints(ints) is ints
+    assert weight.grad.tolist() == [1, 1]
+    assert distributed.broadcast_object("x") == "x"
+    assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
+
+
+def test_small_gradients_share_a_message_and_a_large_one_has_its_own(monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET_NUMBERS", 5)
+    sizes = [2, 3, 1, 9, 4]
+    buckets = distributed._buckets([torch.zeros(size) for size in sizes])
+    assert [[len(tensor) for tensor in bucket] for bucket in buckets] == [[2, 3], [1], [9], [4]]
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]))
