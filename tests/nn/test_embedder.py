@@ -1,0 +1,155 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from tercet.errors import ModelError, RecipeError, StorageError
+from tercet.nn.embedder import Embedder
+from tests.toy import SENTENCES, save_model
+
+TEXTS = [*SENTENCES, "x", "maps " * 60]
+
+
+def test_vectors_do_not_depend_on_batch_order_or_company(encoder_folder):
+    embedder = Embedder.load(encoder_folder)
+    together = embedder.encode(TEXTS)
+    embedder.batch_tokens = 30
+    np.testing.assert_allclose(embedder.encode(TEXTS[::-1])[::-1], together, atol=1e-6)
+    alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(alone, together, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_an_empty_a_one_token_and_a_longest_text_in_one_batch(tmp_path, kind, caplog):
+    embedder = Embedder.load(save_model(tmp_path / "model", kind), document_tokens=128)
+    texts = ["", "a", "the moon " * 200, "mail"]
+    with caplog.at_level(logging.WARNING, logger="tercet"):
+        vectors = embedder.encode(texts)
+    assert caplog.messages == ["1 of 4 texts were cut to 128 tokens"]
+    assert embedder.tokenize(texts, "document").lengths[2] == 128
+    alone = np.concatenate([embedder.encode([text]) for text in texts])
+    np.testing.assert_allclose(vectors, alone, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_no_texts_give_no_vectors(encoder_folder):
+    assert Embedder.load(encoder_folder).encode([]).shape == (0, 64)
+
+
+def test_one_string_instead_of_a_list_is_refused(encoder_folder):
+    with pytest.raises(TypeError, match="list of texts"):
+        Embedder.load(encoder_folder).encode("a text")
+
+
+def test_dims_keeps_the_leading_coordinates_at_unit_length(encoder_folder):  # trap A6
+    embedder = Embedder.load(encoder_folder)
+    short, full = embedder.encode(TEXTS, dims=16), embedder.encode(TEXTS)
+    expected = full[:, :16] / np.linalg.norm(full[:, :16], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, atol=1e-6)
+    with pytest.raises(RecipeError, match="dims is 65"):
+        embedder.encode(TEXTS, dims=65)
+
+
+def test_prompts_live_in_the_saved_model_and_are_used_by_default(encoder_folder, tmp_path):
+    plain = Embedder.load(encoder_folder)
+    prompts = {"query": "query: ", "document": "passage: "}
+    Embedder.load(encoder_folder, prompts=prompts).save(tmp_path / "saved")
+    saved = Embedder.load(tmp_path / "saved")
+    expected = plain.encode(["query: " + text for text in TEXTS])
+    np.testing.assert_allclose(saved.encode(TEXTS, "query"), expected, atol=1e-6)
+    assert np.abs(saved.encode(TEXTS, "document") - expected).max() > 0.01
+
+
+def test_a_task_has_prompts_of_its_own(encoder_folder):
+    tasks = {"mail": {"query": "which mail: "}}
+    embedder = Embedder.load(encoder_folder, task_prompts=tasks)
+    expected = Embedder.load(encoder_folder).encode(["which mail: today"])
+    np.testing.assert_allclose(embedder.encode(["today"], "query", task="mail"), expected)
+    with pytest.raises(RecipeError, match="no prompt for the task 'post'; it knows: mail"):
+        embedder.encode(["today"], "query", task="post")
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "first", "last"])
+def test_sentence_transformers_reads_the_saved_folder_alike(tmp_path, kind, pooling):
+    folder = save_model(tmp_path / "base", kind)
+    way = "causal" if kind == "llama" and pooling == "last" else "bidirectional"
+    lengths = {"query_tokens": 40, "document_tokens": 40}
+    embedder = Embedder.load(folder, attention=way, pooling=pooling, **lengths)
+    embedder.save(tmp_path / "saved")
+    ours = embedder.encode(TEXTS)
+    peer = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(peer.encode(TEXTS), ours, atol=1e-5)
+    reloaded = Embedder.load(tmp_path / "saved")
+    assert reloaded.settings == embedder.settings
+    assert reloaded.backbone.attention == way
+    np.testing.assert_array_equal(reloaded.encode(TEXTS), ours)
+    assert reloaded.fingerprint() == embedder.fingerprint()
+
+
+def test_sentence_transformers_applies_the_saved_prompts(encoder_folder, tmp_path):
+    prompts = {"query": "find: ", "document": "text: "}
+    embedder = Embedder.load(encoder_folder, prompts=prompts)
+    embedder.save(tmp_path / "saved")
+    peer = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(
+        peer.encode_query(list(TEXTS)), embedder.encode(TEXTS, "query"), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        peer.encode_document(list(TEXTS)), embedder.encode(TEXTS, "document"), atol=1e-5
+    )
+
+
+def test_lora_is_merged_on_save_and_an_adapter_reloads_both_ways(decoder_folder, tmp_path):
+    embedder = Embedder.load(decoder_folder, attention="bidirectional")
+    embedder.backbone.add_lora(rank=2, alpha=4, dropout=0.0)
+    for name, weight in embedder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    expected = embedder.encode(TEXTS)
+    embedder.save_adapter(tmp_path / "adapter", base=str(decoder_folder))
+    adapted = Embedder.load(tmp_path / "adapter")
+    assert adapted.backbone.attention == "bidirectional"
+    np.testing.assert_allclose(adapted.encode(TEXTS), expected, atol=1e-5)
+    embedder.save(tmp_path / "merged")
+    np.testing.assert_allclose(Embedder.load(tmp_path / "merged").encode(TEXTS), expected, atol=1e-5)
+
+
+def test_bfloat16_gives_nearly_the_same_float32_vectors(encoder_folder):
+    exact = Embedder.load(encoder_folder).encode(TEXTS)
+    rough = Embedder.load(encoder_folder, dtype=torch.bfloat16).encode(TEXTS)
+    assert rough.dtype == np.float32
+    assert (exact * rough).sum(1).min() > 0.99
+
+
+def test_a_settings_file_of_another_kind_is_refused(encoder_folder, tmp_path):
+    Embedder.load(encoder_folder).save(tmp_path / "saved")
+    path = tmp_path / "saved" / "tercet.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    with pytest.raises(ModelError, match="newer tercet"):
+        Embedder.load(tmp_path / "saved")
+    path.write_text("{")
+    with pytest.raises(ModelError, match="not a tercet settings file"):
+        Embedder.load(tmp_path / "saved")
+
+
+def test_a_full_disk_leaves_the_old_model_whole(encoder_folder, tmp_path, monkeypatch):
+    embedder = Embedder.load(encoder_folder)
+    embedder.save(tmp_path / "saved")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedder.tokenizer.stock, "save_pretrained", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        embedder.save(tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    Embedder.load(tmp_path / "saved")
+
+
+def test_an_unknown_setting_is_named(encoder_folder):
+    with pytest.raises(RecipeError, match="no such setting: poling"):
+        Embedder.load(encoder_folder, poling="mean")
