@@ -401,3 +401,7 @@ def _quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -115,7 +115,9 @@ def test_lora_is_merged_on_save_and_an_adapter_reloads_both_ways(decoder_folder,
     assert adapted.backbone.attention == "bidirectional"
     np.testing.assert_allclose(adapted.encode(TEXTS), expected, atol=1e-5)
     embedder.save(tmp_path / "merged")
-    np.testing.assert_allclose(Embedder.load(tmp_path / "merged").encode(TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        Embedder.load(tmp_path / "merged").encode(TEXTS), expected, atol=1e-5
+    )
 
 
 def test_bfloat16_gives_nearly_the_same_float32_vectors(encoder_folder):
