@@ -163,7 +163,11 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # `to` may give the very tensor that autograd owns: never sum into that one.
-        summed = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
-        dist.all_reduce(summed.contiguous())
+        # A copy, since autograd may own the tensor, and one whose rows lie end to end.
+        summed = torch.empty_like(
+            gradient,
+            dtype=torch.promote_types(gradient.dtype, torch.float32),
+            memory_format=torch.contiguous_format,
+        ).copy_(gradient)
+        dist.all_reduce(summed)
         return summed[ctx.own].to(gradient.dtype)

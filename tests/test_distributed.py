@@ -111,9 +111,18 @@ def sparse_gradients(rank: int) -> list[Tensor | None]:
 def gradient_of_gathered_rows(rank: int) -> Tensor:
     """Each process weighs every row by its own factor, so a row's gradient is the factors' sum."""
     rows = torch.ones(2 + rank, 3, requires_grad=True)
-    (distributed.gather_rows(rows).sum() * (10.0**rank)).backward()
+    columns = distributed.gather_rows(rows).T  # its gradient comes back transposed in memory
+    (columns * torch.full((3, 5), 10.0**rank)).sum().backward()
     assert rows.grad is not None
     return rows.grad
+
+
+def gradient_autograd_owns(rank: int) -> Tensor:
+    """The gradient of the sum itself, which backward may not change."""
+    rows = torch.ones(2, 3, requires_grad=True)
+    by_rows = torch.full((4, 3), 1.0 + rank)
+    distributed.gather_rows(rows).backward(by_rows)
+    return by_rows
 
 
 def one_of_two(out: Path) -> None:
@@ -133,6 +142,7 @@ def one_of_two(out: Path) -> None:
         "gathered half": distributed.gather_rows(torch.full((1, 2), 0.5, dtype=torch.bfloat16)),
         "gathered ints": distributed.gather_ints(torch.arange(3 * rank)),  # none of rank 0
         "gathered gradient": gradient_of_gathered_rows(rank),
+        "gradient left alone": gradient_autograd_owns(rank),
         "sparse gradients": sparse_gradients(rank),
         "object": distributed.broadcast_object({"from": rank}, source=1),
     }
@@ -220,6 +230,7 @@ def test_gathered_rows_are_in_the_order_of_the_processes(both):
 def test_gradient_of_a_gathered_row_is_summed_and_goes_home(both):
     for rank, facts in enumerate(both):
         assert torch.equal(facts["gathered gradient"], torch.full((2 + rank, 3), 11.0))
+        assert torch.equal(facts["gradient left alone"], torch.full((4, 3), 1.0 + rank))
 
 
 def test_a_gradient_that_one_process_lacks_counts_as_zero_there(both):
@@ -256,6 +267,23 @@ def test_small_gradients_share_a_message_and_a_large_one_has_its_own(monkeypatch
     sizes = [2, 3, 1, 9, 4]
     buckets = distributed._buckets([torch.zeros(size) for size in sizes])
     assert [[len(tensor) for tensor in bucket] for bucket in buckets] == [[2, 3], [1], [9], [4]]
+
+
+def test_gradients_of_one_dtype_share_a_message_wherever_they_stand():
+    dtypes = [torch.float32, torch.float64, torch.float32]
+    buckets = distributed._buckets([torch.zeros(2, dtype=dtype) for dtype in dtypes])
+    assert [len(bucket) for bucket in buckets] == [2, 1]
+
+
+def test_bfloat16_gradients_of_many_processes_are_summed_in_float32(monkeypatch):
+    def two_others_add_one(message: Tensor) -> None:
+        for _ in range(2):
+            message += 1  # 257 does not exist in bfloat16
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", two_others_add_one)
+    gradient = torch.full((3,), 256.0, dtype=torch.bfloat16)
+    distributed._sum_in_place([gradient])
+    assert gradient.tolist() == [258, 258, 258]
 
 
 if __name__ == "__main__":

@@ -70,8 +70,6 @@ def backward_in_chunks(
             return embed(texts.take(members[chunk]))
 
     without = [embedded(chunk, with_graph=False) for chunk in range(first_kept)]
-    # Autocast caches weights it has cast, and those cast just now carry no gradient.
-    torch.clear_autocast_cache()
     kept = [embedded(chunk, with_graph=True) for chunk in range(first_kept, len(members))]
     losses, gradient = _loss_and_gradient(loss_of, [*without, *(x.detach() for x in kept)], members)
     if gradient is None:

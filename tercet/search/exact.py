@@ -131,7 +131,7 @@ def _faiss_is_faster(queries: int, docs: np.ndarray) -> bool:
 
     Up to three queries its direct kernel wins, by 3 for one query. From 128,000 query values on
     it takes the matrix product and selects while the scores are warm, and wins by 1.2 to 1.8.
-    In between it runs the direct kernel query by query, and takes 2 to 4 times as long as we do.
+    In between it runs the direct kernel query by query, and takes up to 4 times as long as we do.
     """
     if docs.dtype != np.float32 or not docs.flags.c_contiguous:
         return False  # faiss would copy all of it

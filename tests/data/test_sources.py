@@ -269,7 +269,19 @@ def test_the_blocks_of_parquet_are_its_row_groups_and_few_are_kept(tmp_path, mon
     monkeypatch.setattr(sources, "CACHED_BYTES", 1)
     source.examples([5, 0])
     assert list(source.reader._kept) == [0, 1]
-    assert (source.window, open_source(path).window) == (8, 1)
+
+
+def test_two_windows_of_the_shuffle_fit_in_the_memory_for_row_groups(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    monkeypatch.setattr(sources, "ROWS_PER_GROUP", 4)
+    write_examples(path, numbered(12))
+    metadata = pq.read_metadata(path)
+    largest = max(metadata.row_group(group).total_byte_size for group in range(3))
+    windows = []
+    for cached in (1, 6 * largest, 1 << 28):
+        monkeypatch.setattr(sources, "CACHED_BYTES", cached)
+        windows.append(open_source(path).window)
+    assert windows == [1, 3, 8]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -371,6 +383,15 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one_alone(tmp_path, suffi
         write_examples(path, disk_full())
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_who_reads_a_file_while_it_is_written_anew_goes_on_with_the_old_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_examples(path, numbered(2))
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        write_examples(path, numbered(9))
+        assert reader.read() == before
 
 
 def test_writing_into_a_missing_folder_or_an_unknown_format_is_refused(tmp_path):

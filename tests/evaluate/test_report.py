@@ -144,9 +144,11 @@ def test_names_that_drawings_refer_to_are_there(report, tmp_path):
 
 
 def test_matplotlib_is_left_as_it_was(report, tmp_path):
-    before, backend = dict(matplotlib.rcParams), matplotlib.get_backend()
-    write_report(tmp_path / "report.html", report)
-    assert dict(matplotlib.rcParams) == before
+    backend = matplotlib.get_backend()
+    with matplotlib.rc_context({"font.size": 3, "svg.fonttype": "path", "svg.hashsalt": "mine"}):
+        before = dict(matplotlib.rcParams)
+        write_report(tmp_path / "report.html", report)
+        assert dict(matplotlib.rcParams) == before
     assert matplotlib.get_backend() == backend
     plots = sys.modules.get("matplotlib.pyplot")
     assert plots is None or not plots.get_fignums()

@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import exp, nan
 
 import pytest
 import torch
@@ -215,12 +215,18 @@ def test_a5_autocast_does_not_round_the_scores(dims: list[int] | None):
 
 
 def test_a_small_float16_gradient_survives_when_the_loss_is_scaled():
-    # One pair of opposite documents that is almost solved: e^-18 is zero in float16.
+    # An almost solved pair: a gradient of -24 / e^24 is zero in float16.
     queries = torch.tensor([[1.0, 0.0]], dtype=torch.float16, requires_grad=True)
-    docs = torch.tensor([[9.0, 0.0], [-9.0, 0.0]], dtype=torch.float16)
+    docs = torch.tensor([[12.0, 0.0], [-12.0, 0.0]], dtype=torch.float16)
     loss = info_nce(queries, docs, dense([POSITIVE, NEGATIVE]), 1.0)
     (gradient,) = torch.autograd.grad(loss * 65536, queries)
-    assert gradient[0, 0] < 0
+    assert float(gradient[0, 0]) == pytest.approx(-24 / exp(24) * 65536, rel=1e-2)
+
+
+def test_an_ignored_pair_weighs_nothing_beside_scores_that_are_far_below_it():
+    queries, docs = torch.ones(1, 1), torch.tensor([[-300.0], [-301.0], [0.0]])
+    loss = info_nce(queries, docs, dense([POSITIVE, NEGATIVE, IGNORED]), 0.01)
+    assert float(loss) == pytest.approx(exp(-100), abs=1e-30)
 
 
 @pytest.mark.parametrize("dims", [None, [2, 4]])

@@ -216,6 +216,12 @@ def test_what_cannot_be_indexed_is_named_and_nothing_is_left(tmp_path, docs, nam
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_repeated_id_is_named_by_its_number_among_all_documents(tmp_path):
+    texts = [*documents(700), documents(1)[0]]
+    with pytest.raises(DataError, match="documents:701: id 'id0' occurs twice"):
+        ExactIndex.build(tmp_path / "index", vectors=[], documents=texts, settings={})
+
+
 def test_a_missing_folder_and_a_folder_without_index_are_told_apart(tmp_path):
     with pytest.raises(IndexFolderError, match="gone: no such folder; build one with: tercet"):
         ExactIndex.open(tmp_path / "gone")

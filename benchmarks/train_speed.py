@@ -1,0 +1,216 @@
+"""How fast is a contrastive training step, against sentence-transformers?
+
+Forward and backward of MiniLM on Debian package descriptions, pairs in random order, float32, no
+dropout, one thread, tokens made beforehand on both sides. The peer's losses are
+MultipleNegativesRankingLoss, and CachedMultipleNegativesRankingLoss with the best of several
+mini-batch sizes. What packing saves is padding, so the padding factor (token slots of the peer,
+over tokens) stands beside every ratio, and a control row has texts of one length.
+
+Run: python -m benchmarks.train_speed
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from torch import Tensor
+from transformers.utils import logging
+
+from benchmarks.common import Row, extra_memory, interleaved, write_results
+from tercet import zoo
+from tercet.data.collate import Batch
+from tercet.data.relation import relation_of
+from tercet.data.tokens import Tokens
+from tercet.nn.chunked import Chunks, backward_in_chunks
+from tercet.nn.embedder import Embedder
+from tercet.objectives.contrastive import Contrastive
+
+DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
+TEMPERATURE = 0.05
+LIMIT = 256  # tokens of a text; the model's own
+SEED = 0
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Pairs of token ids, and how to train on them."""
+
+    name: str
+    queries: list[np.ndarray]
+    documents: list[np.ndarray]
+    target: str
+    chunked: bool = False
+    graph_tokens: int | None = None  # ours; None: all graphs are kept
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, [*self.queries, *self.documents]))
+
+    @property
+    def padding_factor(self) -> float:
+        """Token slots when each column is padded to its longest text, over tokens."""
+        slots = sum(len(side) * max(map(len, side)) for side in (self.queries, self.documents))
+        return slots / self.tokens
+
+
+def cases() -> list[Case]:
+    """The batches that are measured; drawn once, by the seed."""
+    table = pq.read_table(DATA, columns=["short", "long", "split"]).to_pylist()
+    train = [(row["short"], row["long"]) for row in table if row["split"] == "train"]
+    order = np.random.default_rng(SEED).permutation(len(train))
+    pairs = [train[i] for i in order]
+    both = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
+    draw = np.random.default_rng(SEED)
+    equal = [draw.integers(1_000, 30_000, 64).astype(np.int32) for _ in range(128)]
+    cut = "chunks, graphs of"
+    return [
+        _case("64 pairs, short -> long", pairs[:64], "ratio >= 5"),
+        _case("64 pairs, both directions mixed", both[:64], "ratio >= 5"),
+        Case("control: 64 pairs, all of 64 tokens", equal[:64], equal[64:], "about 1"),
+        _case(f"256 pairs, {cut} all kept", pairs[:256], "ratio >= 4", chunked=True),
+        _case(f"256 pairs, {cut} half kept", pairs[:256], "ratio >= 4", chunked=True, keep=0.5),
+        _case(f"256 pairs, {cut} none kept", pairs[:256], "ratio >= 4", chunked=True, keep=0.0),
+    ]
+
+
+def _case(
+    name: str, pairs: Pairs, target: str, *, chunked: bool = False, keep: float | None = None
+) -> Case:
+    tokenizer = embedder().tokenizer
+    queries, documents = (tokenizer([pair[i] for pair in pairs], LIMIT).ids for i in (0, 1))
+    case = Case(name, queries, documents, target, chunked)
+    kept = None if keep is None else round(keep * case.tokens)
+    return Case(name, queries, documents, target, chunked, kept)
+
+
+def embedder() -> Embedder:
+    """MiniLM, packed; in eval mode, so that there is no dropout on this side."""
+    return Embedder.load("minilm")
+
+
+def our_step(case: Case) -> Callable[[], float]:
+    """Loss and gradients by packed chunks."""
+    model, size = embedder(), len(case.queries)
+    ids = [*case.queries, *case.documents]
+    texts = Tokens(ids, [0] * len(ids), 0).pack()
+    names = [str(i) for i in range(size)]
+    relation = relation_of([f"query {i}" for i in names], [[i] for i in names], [[]] * size)
+    batch = Batch(texts, size, relation, 0)
+    objective = Contrastive(temperature=TEMPERATURE)
+    chunks = Chunks(2_048, case.graph_tokens)
+
+    def step() -> float:
+        model.zero_grad()
+        found = backward_in_chunks(model, texts, lambda v: objective(v, batch), chunks=chunks)
+        step.gradient = _gradient(model)  # pyright: ignore[reportFunctionMemberAccess]
+        return float(found["loss"])
+
+    return step
+
+
+def peer_step(case: Case, mini_batch: int | None = None) -> Callable[[], float]:
+    """Loss and gradients by sentence-transformers, padded as its collator pads."""
+    model = SentenceTransformer(str(zoo.resolve("minilm")), device="cpu").eval()
+    scale = 1 / TEMPERATURE
+    if mini_batch is None:
+        loss: Any = losses.MultipleNegativesRankingLoss(model, scale=scale)
+    else:
+        loss = losses.CachedMultipleNegativesRankingLoss(
+            model, scale=scale, mini_batch_size=mini_batch
+        )
+    features = [_padded(case.queries), _padded(case.documents)]
+
+    def step() -> float:
+        model.zero_grad()
+        value = loss([dict(column) for column in features], None)
+        value.backward()
+        step.gradient = _gradient(model)  # pyright: ignore[reportFunctionMemberAccess]
+        return float(value.detach())
+
+    return step
+
+
+def _gradient(model: torch.nn.Module) -> Tensor:
+    return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+
+
+def _padded(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.from_numpy(row.astype(np.int64)), 1
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+
+
+def peak_flops() -> float:
+    """The speed of a plain matrix product in this run, in FLOP a CPU second."""
+    x, w = torch.randn(1024, 384), torch.randn(1536, 384)
+    spent = interleaved({"gemm": lambda: [F.linear(x, w) for _ in range(50)]}, 5)["gemm"]
+    return 50 * 2 * x.numel() * len(w) / min(spent)
+
+
+def measure(case: Case, repeats: int, mini_batch: int | None) -> Row:
+    """Best of interleaved repeats, both sides' loss and gradient norm, and their peak memory."""
+    sides = {"ours": our_step(case), "peer": peer_step(case, mini_batch)}
+    spent = interleaved(sides, repeats)
+    found = {name: (side(), float(side.gradient)) for name, side in sides.items()}  # pyright: ignore
+    memory = {
+        "ours": extra_memory(partial(our_step, case)),
+        "peer": extra_memory(partial(peer_step, case, mini_batch)),
+    }
+    rate = {name: case.tokens / min(seconds) for name, seconds in spent.items()}
+    useful = case.tokens * 3 * 2 * 10.6e6  # of the linear layers alone
+    return {
+        "name": case.name,
+        "ours": round(rate["ours"], 1),
+        "peer": round(rate["peer"], 1),
+        "unit": "tokens per CPU second",
+        "ratio": rate["ours"] / rate["peer"],
+        "target": case.target,
+        "error": abs(found["ours"][0] - found["peer"][0]),
+        "gradient error": abs(found["ours"][1] / found["peer"][1] - 1),
+        "padding_factor": case.padding_factor,
+        "memory ours GB": memory["ours"] / 1e9,
+        "memory peer GB": memory["peer"] / 1e9,
+        "of peak": useful / min(spent["ours"]) / peak_flops(),
+        "peer mini batch": mini_batch,
+        "spread": max(max(s) / min(s) for s in spent.values()),
+        "repeats": repeats,
+    }
+
+
+def best_mini_batch(case: Case) -> int:
+    """The mini-batch size at which the peer is fastest; one run of each."""
+    sides = {str(size): peer_step(case, size) for size in (16, 32, 64)}
+    spent = {}
+    for name, side in sides.items():
+        spent[name] = min(interleaved({"peer": side}, 1)["peer"])
+    return int(min(spent, key=spent.__getitem__))
+
+
+def main() -> None:
+    """Measure, print, write."""
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    rows, size = [], None
+    for case in cases():
+        if case.chunked and size is None:
+            size = best_mini_batch(case)
+        rows.append(measure(case, repeats, size if case.chunked else None))
+        print(rows[-1], flush=True)
+    write_results("train_speed", rows)
+
+
+if __name__ == "__main__":
+    main()
