@@ -65,9 +65,7 @@ def peer(dtype: torch.dtype) -> Encode:
 def padding_factor(lengths: list[int]) -> float:
     """Token slots in sorted batches of the peer's size, over tokens."""
     ordered = sorted(lengths, reverse=True)
-    slots = sum(
-        len(ordered[i : i + BATCH]) * ordered[i] for i in range(0, len(ordered), BATCH)
-    )
+    slots = sum(len(ordered[i : i + BATCH]) * ordered[i] for i in range(0, len(ordered), BATCH))
     return slots / sum(lengths)
 
 

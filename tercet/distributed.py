@@ -55,6 +55,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def beside() -> int:
+    """How many processes share this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
+
+
 def is_main() -> bool:
     """Whether this is the process that writes files and talks to the user."""
     return rank() == 0

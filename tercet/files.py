@@ -1,80 +1,156 @@
-"""Files and folders that appear whole or not at all, whatever happens while they are written."""
+"""Files and folders that appear whole or not at all, whatever happens while they are written.
 
+What is not finished lies beside its place, under ``.NAME.new-HOST-PID-N``. A killed process cannot
+sweep that away; the next one that writes the same name does.
+"""
+
+import errno
+import itertools
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from safetensors import SafetensorError
 
 from tercet.errors import StorageError
+
+_TURNED_UP: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # or gone: another process did it
+_TORCH_WRITES: Final = ("PytorchStreamWriter", "inline_container", "iostream")
+_numbers: Final = itertools.count()
 
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder to fill; when all went well it takes the place of ``folder``.
 
-    It lies beside ``folder``, so that the last step is a rename. A kill leaves the old folder as
-    it was, or for a moment under the name ``.NAME.old``, from where the next write restores it.
+    Its files get the mode that the umask gives, whatever the writer chose. A kill leaves the old
+    folder as it was, or for a moment under the name ``.NAME.old-...``, from where the next write
+    or :func:`recover_folder` takes it back. Of two processes that write at the same time, the
+    later one to finish wins.
 
     Raises:
         StorageError: when the disk refuses; what was there before is still there.
     """
-    folder = Path(folder)
-    fresh, old = _beside(folder, f"new-{os.getpid()}"), _beside(folder, "old")
+    folder = Path(folder).resolve()  # a link stays a link: what it points to is replaced
+    fresh, old = _beside(folder, "new"), _beside(folder, "old")
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(folder, "it is a file, and a folder is to be written")
     with _clear_about(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(folder)
-        shutil.rmtree(fresh, ignore_errors=True)
+        _sweep(folder, "new")
         fresh.mkdir()
     try:
         with _clear_about(folder):
             yield fresh
+            mode = fresh.stat().st_mode & 0o666
             for path in sorted(fresh.rglob("*")):
+                if path.is_file():
+                    path.chmod(mode)
                 _sync(path)
             _sync(fresh)
-            if folder.exists():
-                folder.rename(old)
-            fresh.rename(folder)
+            _swap(fresh, folder, old)
             _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        if not folder.exists() and old.exists():  # the disk refused the second of two renames
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def recover_folder(folder: Path) -> None:
     """Undo a replacement that was killed between its two renames."""
-    old = _beside(folder, "old")
-    if old.exists():
+    folder = Path(folder).resolve()
+    for old in _leftovers(folder, "old"):
         if folder.exists():
-            shutil.rmtree(old)
-        else:
+            break
+        with _clear_about(folder), suppress(FileNotFoundError):  # the writer itself was quicker
             old.rename(folder)
+    _sweep(folder, "old")
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to; when all went well the file takes the place of ``path``.
+    """Give an empty file to write to; when all went well it takes the place of ``path``.
 
     Raises:
         StorageError: when the disk refuses; what was there before is still there.
     """
-    path = Path(path)
-    fresh = _beside(path, f"new-{os.getpid()}")
+    path = Path(path).resolve()
+    fresh = _beside(path, "new")
+    if path.exists() and not path.is_file():
+        raise StorageError(path, "it is no file, and a file is to be written")
     try:
         with _clear_about(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path, "new")
+            fresh.touch()  # a place that cannot be written to shows before the work is done
             yield fresh
             _sync(fresh)
             fresh.replace(path)
             _sync(path.parent)
     finally:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            fresh.unlink()
 
 
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f".{path.name}.{ending}")
+def _swap(fresh: Path, folder: Path, old: Path) -> None:
+    """Two renames. Between them another process may put its own folder in place: then again."""
+    for last in (False, False, False, True):
+        try:
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            fresh.rename(folder)
+            return
+        except OSError as error:
+            if last or error.errno not in _TURNED_UP:
+                raise
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A name that no other process or thread uses, in the same folder, so that a rename is all."""
+    return path.with_name(
+        f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
+    )
+
+
+def _leftovers(path: Path, kind: str) -> list[Path]:
+    """What writers of ``path`` left beside it, or are still busy with; the newest first."""
+    prefix = f".{path.name}.{kind}-"
+    try:
+        found = [entry for entry in os.scandir(path.parent) if entry.name.startswith(prefix)]
+        found.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime, reverse=True)
+    except OSError:  # no such folder, or it may not be listed, or another process sweeps too
+        return []
+    return [Path(entry.path) for entry in found]
+
+
+def _sweep(path: Path, kind: str) -> None:
+    """Delete what processes left that were killed on this machine."""
+    for leftover in _leftovers(path, kind):
+        if _of_a_dead_process(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+            with suppress(OSError):
+                leftover.unlink()
+
+
+def _of_a_dead_process(leftover: Path) -> bool:
+    about, _, number = leftover.name.rpartition("-")
+    about, _, process = about.rpartition("-")
+    if not about.endswith(f"-{socket.gethostname()}") or not (process + number).isdecimal():
+        return False  # of another machine, or not ours at all
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def _sync(path: Path) -> None:
@@ -92,7 +168,7 @@ def _clear_about(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
-    except RuntimeError as error:  # how torch.save reports a failed write
-        if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
+    except RuntimeError as error:  # torch.save reports a failed write in words that say little
+        if not any(part in str(error) for part in _TORCH_WRITES):
             raise
-        raise StorageError(path, str(error).splitlines()[0]) from error
+        raise StorageError(path, "not all of it could be written; is the disk full?") from error

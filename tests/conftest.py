@@ -1,4 +1,5 @@
 import os
+import shutil
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +32,14 @@ def encoder_folder(tmp_path_factory) -> Path:
 def decoder_folder(tmp_path_factory) -> Path:
     """A tiny random Llama with a real byte-level BPE tokenizer."""
     return toy.save_model(tmp_path_factory.mktemp("decoder"), "llama")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for converted models."""
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache" / "models"
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # pytest would keep half a gigabyte
 
 
 def pytest_collection_modifyitems(items):

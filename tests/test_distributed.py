@@ -1,8 +1,5 @@
 """Two processes against one. Run as a script, this file is one of the two."""
 
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -19,8 +16,8 @@ from tercet.losses.contrastive import info_nce
 from tercet.nn.chunked import Chunks, backward_in_chunks
 from tercet.segments import offsets_of, total
 from tercet.types import Packed
+from tests.processes import run_together
 
-ROOT = Path(__file__).parent.parent
 SHARES = [slice(0, 5), slice(5, 8)]  # eight examples on two processes
 
 # "twin", "early" and the query "c" stand on both sides of the cut.
@@ -151,41 +148,11 @@ def one_of_two(out: Path) -> None:
     distributed.stop()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
     """The facts that two processes, described as torchrun does it, came back with."""
     out = tmp_path_factory.mktemp("both")
-    described = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",  # NCCL refuses two processes on one GPU
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out)],
-            env={**described, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    run_together(__file__, str(out))
     yield [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

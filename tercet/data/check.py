@@ -9,7 +9,8 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from tercet.data.examples import parse_example
-from tercet.data.sources import example_records, parsed
+from tercet.data.records import parsed
+from tercet.data.sources import example_records
 from tercet.errors import DataError
 from tercet.types import Example
 

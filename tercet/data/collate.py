@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from tercet.data.relation import Relation, relation_of
+from tercet.data.relation import Relation, hash_of, relation_of
 from tercet.data.tokens import Tokens
 from tercet.types import Example, Packed, Role
 
@@ -40,10 +40,17 @@ class Collator:
     in_batch: bool = True  # whether other examples' documents are negatives
 
     def __call__(self, examples: Sequence[Example], seed: Sequence[int]) -> Batch:
-        """Choose each example's documents and lay all texts in a row."""
-        rng = np.random.default_rng([_DRAW, *seed])
-        positives = [_drawn(example.positives, self.positives, rng) for example in examples]
-        negatives = [_drawn(example.negatives, self.negatives, rng) for example in examples]
+        """Choose each example's documents and lay all texts in a row.
+
+        A choice hangs on the seed and the query, not on the examples beside it: several processes
+        that share a batch choose what one would.
+        """
+        positives: list[tuple[str, ...]] = []
+        negatives: list[tuple[str, ...]] = []
+        for example in examples:
+            rng = np.random.default_rng([_DRAW, *seed, hash_of(example.query) % 2**63])
+            positives.append(_drawn(example.positives, self.positives, rng))
+            negatives.append(_drawn(example.negatives, self.negatives, rng))
         queries = [example.query for example in examples]
         documents = [
             text

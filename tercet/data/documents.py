@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tercet.data.examples import as_object, nonblank, shown, text_of
-from tercet.data.sources import Record, decoded, iter_lines, iter_records, parsed
+from tercet.data.records import Record, decoded, iter_lines, iter_records, parsed
 from tercet.errors import DataError
 
 

@@ -120,7 +120,8 @@ def relation_of(
     asked = torch.tensor([hash_of(query) for query in queries], dtype=torch.int64)
     whose = torch.tensor(owners, dtype=torch.int64)
     facts = [whose, torch.tensor(own), torch.tensor(texts), asked[whose]]
-    return _assembled(torch.stack([x.to(torch.int64) for x in facts]), torch.tensor(policies), 0)
+    agreed = torch.tensor(policies, dtype=torch.bool)  # float if there were no query
+    return _assembled(torch.stack([x.to(torch.int64) for x in facts]), agreed, 0)
 
 
 def hash_of(text: str) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from tercet.errors import ModelError
 from tercet.segments import offsets_of, row_of
 from tercet.types import Packed
+
+_NONE: Final = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Tokens:
         chosen = range(len(self.ids)) if texts is None else texts
         rows = [self.ids[i] for i in chosen]
         offsets = offsets_of(torch.tensor([len(row) for row in rows], dtype=torch.int64))
-        ids = torch.from_numpy(np.concatenate(rows).astype(np.int64))
+        ids = torch.from_numpy(np.concatenate(rows or [_NONE]).astype(np.int64))
         skipped = torch.tensor([self.skipped[i] for i in chosen])
         return Packed(ids, offsets, _places(offsets) >= skipped[row_of(offsets)])
 

@@ -11,7 +11,8 @@ from jaxtyping import Float, Float64, Int64
 
 from tercet import metrics
 from tercet.data.examples import as_object, nonblank, shown, text_of
-from tercet.data.sources import Record, decoded, iter_examples, iter_lines, iter_records, parsed
+from tercet.data.records import Record, decoded, iter_lines, iter_records, parsed
+from tercet.data.sources import iter_examples
 from tercet.errors import DataError, RecipeError
 from tercet.evaluate.intervals import Interval, interval
 from tercet.metrics import Judgements

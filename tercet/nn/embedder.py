@@ -22,6 +22,7 @@ from tercet.files import replacing_folder
 from tercet.interop.sentence_transformers import StFolder, read_modules, write_modules
 from tercet.nn.backbone import Attention, Backbone, Window, probe
 from tercet.nn.pooling import POOLINGS, PoolingName
+from tercet.nn.prepacked import Prepacked
 from tercet.progress import bar
 from tercet.types import Packed, Role
 
@@ -79,6 +80,7 @@ class Embedder(nn.Module):
         self.batch_tokens = (
             16_384 if backbone.device.type == "cuda" else 2_048
         )  # of one encode step
+        self._prepacked = Prepacked(backbone)
         self.train(backbone.training)
 
     # ---- vectors -----------------------------------------------------------------------------
@@ -135,7 +137,11 @@ class Embedder(nn.Module):
         vectors, cut = np.empty((len(texts), width), dtype=np.float32), 0
         training = self.training
         self.eval()
-        with torch.inference_mode(), bar("encode", len(texts), shown=progress) as advance:
+        with (
+            torch.inference_mode(),
+            self._prepacked.in_use(),
+            bar("encode", len(texts), shown=progress) as advance,
+        ):
             for start in range(0, len(texts), _WINDOW_OF_TEXTS):
                 part = texts[start : start + _WINDOW_OF_TEXTS]
                 tokens = self.tokenize(part, role, prompt)

@@ -154,13 +154,13 @@ class _Trainer:
             self._greet()
             self._evaluate(score)
         saved_at = started = time.monotonic()
-        log = Log(self.folder, step=self.progress.step, tensorboard=self._logs("tensorboard"))
+        log, step = None, self.progress.step
         shown = self.options.show_progress and distributed.is_main()
         with ExitStack() as stack:
-            stack.callback(log.close)
-            advance = stack.enter_context(
-                bar(self.stage.name, self.steps, self.progress.step, shown=shown)
-            )
+            if distributed.is_main():  # one file has one writer
+                log = Log(self.folder, step=step, tensorboard=self.options.tensorboard)
+                stack.callback(log.close)
+            advance = stack.enter_context(bar(self.stage.name, self.steps, step, shown=shown))
             before = self.progress.seconds
             while self.progress.step < self.steps and not self._gave_up():
                 self._step(log, advance)
@@ -175,9 +175,10 @@ class _Trainer:
         self._save()
         self._take_best(score)
 
-    def _step(self, log: Log, advance: Advance) -> None:
+    def _step(self, log: Log | None, advance: Advance) -> None:
         began, step = time.monotonic(), self.progress.step
-        rows = self._next_rows()
+        rows = self.sampler.next_batch()
+        assert rows is not None, "a stage has no more steps than its data have batches"
         mine = rows.share(distributed.rank(), distributed.world())
         batch = self.collate(mine.examples(self.sources), [self.seed, step])
         rate = self.stage.learning_rate * schedule.factor(
@@ -190,29 +191,30 @@ class _Trainer:
         losses = self._backward(batch)
         loss = _everyones(losses["loss"])
         if not math.isfinite(loss):
-            raise TrainingError(self._complaint(f"the loss is {loss}", mine))
+            raise TrainingError(self._complaint(f"the loss is {loss}", rows))
         weights = [p for p in self.embedder.parameters() if p.requires_grad]
         distributed.sum_gradients(weights)
         norm = float(nn.utils.clip_grad_norm_(weights, self.stage.clip))
         if not math.isfinite(norm):
-            raise TrainingError(self._complaint(f"the norm of the gradient is {norm}", mine))
+            raise TrainingError(self._complaint(f"the norm of the gradient is {norm}", rows))
         if step == 0 and norm == 0:
             raise TrainingError(
-                self._complaint("no weight gets a gradient, so nothing would be learned", mine)
+                self._complaint("no weight gets a gradient, so nothing would be learned", rows)
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        tokens = int(_everyones(torch.tensor(float(len(batch.texts.ids)))))
+        counts = torch.tensor([[len(batch.texts.ids), batch.truncated]])
+        tokens, truncated = distributed.gather_ints(counts).sum(0).tolist()
         seconds = time.monotonic() - began
         self.progress.step += 1
         self.progress.tokens += tokens
-        self.progress.truncated += batch.truncated
+        self.progress.truncated += truncated
         note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s"
         advance(1, note)
-        if distributed.is_main():
+        if log is not None:
             log.write(
                 self.progress.step,
                 loss=loss,
@@ -221,22 +223,14 @@ class _Trainer:
                 tokens=tokens,
                 tokens_per_second=round(tokens / seconds, 1),
                 examples=len(rows),
-                truncated=batch.truncated,
+                truncated=truncated,
             )
-
-    def _next_rows(self) -> BatchRows:
-        """The next batch that has an example for every process."""
-        while (rows := self.sampler.next_batch()) is not None:
-            if len(rows) >= distributed.world():
-                return rows
-        raise RecipeError(
-            f"no batch has an example for each of {distributed.world()} processes; "
-            "raise the batch size or start fewer processes"
-        )
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         self.embedder.train()
         device = self.embedder.device
+        if not len(batch.texts):  # a small batch is shared by others; they wait for this one
+            return _of_no_texts(self.embedder, lambda v: self.stage.objective(v, batch))
         seed = _seed_of(self.seed, self.progress.step, distributed.rank())
         half = self.options.precision == "bfloat16"
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
@@ -257,7 +251,7 @@ class _Trainer:
         value = distributed.broadcast_object(value)
         progress = self.progress
         progress.scores.append((progress.step, value))
-        if log is not None and distributed.is_main():
+        if log is not None:
             log.write(progress.step, dev_score=value)
         if progress.best_score is None or value > progress.best_score:
             progress.best_score, progress.best_step, progress.stale = value, progress.step, 0
@@ -289,6 +283,12 @@ class _Trainer:
 
     def _resume(self) -> None:
         found = checkpoint.load(self.folder / CHECKPOINT, self.what)
+        step = torch.tensor([0 if found is None else found[0].step])
+        if len(distributed.gather_ints(step).unique()) > 1:
+            raise RecipeError(
+                f"{self.folder}: processes find different checkpoints there; "
+                "give an --out that all of them share"
+            )
         if found is None:
             return
         self.progress, states = found
@@ -321,9 +321,6 @@ class _Trainer:
             f"query against {others}; {count / 1e6:.1f}M weights in training"
         )
 
-    def _logs(self, what: Literal["tensorboard"]) -> bool:
-        return bool(getattr(self.options, what)) and distributed.is_main()
-
     def _complaint(self, problem: str, rows: BatchRows) -> str:
         pairs = list(zip(rows.source.tolist(), rows.row.tolist(), strict=True))
         places = [f"{self.sources[s].name} example {r + 1}" for s, r in pairs[:5]]
@@ -344,6 +341,16 @@ def _seed_of(*numbers: int) -> int:
     return mixed
 
 
+def _of_no_texts(
+    embedder: Embedder, loss_of: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The loss of an empty share: zero, but its backward answers the other processes."""
+    vectors = torch.zeros(0, embedder.dim, device=embedder.device, requires_grad=True)
+    losses = loss_of(vectors)
+    losses["loss"].backward()
+    return {name: value.detach() for name, value in losses.items()}
+
+
 def _everyones(share: Tensor) -> float:
     """The sum of a number over all processes."""
     return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())
@@ -355,6 +362,11 @@ def _usual_device() -> str:
 
 def _sampler(stage: Stage, sources: Sequence[Source], seed: int, embedder: Embedder) -> Sampler:
     """The stage's batches. The sampler knows sizes in bytes, the recipe speaks of tokens."""
+    if stage.batch_size < distributed.world():
+        raise RecipeError(
+            f"a batch of {stage.batch_size} has no example for each of {distributed.world()} "
+            "processes; raise the batch size or start fewer processes"
+        )
     tokens = _bytes_per_token(sources, embedder) if stage.length_edges else 1.0
     budget = stage.token_budget
     plan = BatchPlan(

@@ -188,7 +188,7 @@ def test_a_build_that_fails_leaves_the_old_index_as_it_was(random, tmp_path):
 def test_a_build_killed_between_its_two_renames_is_undone_by_opening(random, tmp_path):
     folder = tmp_path / "index"
     build(folder, vectors(random, 5))
-    folder.rename(tmp_path / ".index.old")
+    folder.rename(tmp_path / ".index.old-host-1-0")
     assert len(ExactIndex.open(folder)) == 5
 
 

@@ -1,0 +1,173 @@
+"""Data files record by record: lines of JSON, rows of parquet, or why one cannot be told."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tercet.errors import DataError
+
+BOM: Final = b"\xef\xbb\xbf"
+MAX_LINE_BYTES: Final = 1 << 26  # 64 MiB: more is not a line but a file without line ends
+ROWS_AT_ONCE: Final = 1024  # rows of parquet that are Python objects at the same time
+
+# What pyarrow raises on a damaged file. UnicodeDecodeError and ArrowInvalid are ValueErrors.
+DAMAGED: Final = (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError)
+
+Needs: TypeAlias = Sequence[Sequence[str]]
+Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record as it stands in a file, or the reason why it cannot be told."""
+
+    line: int  # of the file, from 1; of parquet, the row
+    offset: int  # the byte where the line begins; 0 for parquet
+    done: float  # the part of the file that lies before the record
+    content: bytes  # what a fingerprint is taken of
+    value: object = None
+    problem: str | None = None
+
+
+def parsed(path: Path, record: Record, parse: Callable[[Record], Parsed]) -> Parsed:
+    """What ``parse`` makes of a record; its ValueError becomes a DataError with file and line."""
+    if record.problem is not None:
+        raise DataError(path, record.line, record.problem)
+    try:
+        return parse(record)
+    except ValueError as error:
+        raise DataError(path, record.line, str(error)) from error
+
+
+def iter_records(path: Path, fields: Sequence[str], *, needs: Needs) -> Iterator[Record]:
+    """The records of a .jsonl or .parquet file; blank lines are none.
+
+    Of parquet, only the columns in ``fields`` are read, and of each group in ``needs`` one column
+    must be there. A line that is no JSON is a record with a problem, so that a caller who
+    collects problems can go on to the next.
+
+    Raises:
+        DataError: if the file cannot be read at all, or holds no record.
+    """
+    empty = True
+    for record in _records_of_suffix(path, fields, needs):
+        empty = False
+        yield record
+    if empty:
+        raise DataError(path, None, "holds no records; write one JSON object a line")
+
+
+def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """The number, the first byte and the content of each line, line end and BOM taken off."""
+    with readable(path), path.open("rb") as file:
+        offset = len(BOM) if file.read(len(BOM)) == BOM else 0
+        file.seek(offset)
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES:
+                raise DataError(
+                    path, number, f"is longer than {MAX_LINE_BYTES} bytes; end each record's line"
+                )
+            yield number, offset, line.removesuffix(b"\n").removesuffix(b"\r")
+            offset += len(line)
+
+
+def decoded(line: bytes, offset: int) -> str:
+    """The text of a line that begins at this byte of its file.
+
+    Raises:
+        ValueError: if it is not UTF-8, naming the byte.
+    """
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"invalid UTF-8 at byte {offset + error.start} of the file "
+            f"(0x{line[error.start]:02x}); save the file as UTF-8"
+        ) from None
+
+
+def _records_of_suffix(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:
+    if known_suffix(path) == ".parquet":
+        return _parquet_records(path, fields, needs)
+    return _jsonl_records(path)
+
+
+def known_suffix(path: Path) -> str:
+    """The ending of a file that can be read, with its dot."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(path, None, f'unknown kind of file "{path.suffix}"; use .jsonl or .parquet')
+    return path.suffix
+
+
+def _jsonl_records(path: Path) -> Iterator[Record]:
+    with readable(path):
+        total = max(path.stat().st_size, 1)
+    for number, offset, line in iter_lines(path):
+        if line.isspace() or not line:
+            continue
+        value, problem = None, None
+        try:
+            value = json.loads(decoded(line, offset))
+        except json.JSONDecodeError as error:
+            problem = f"not JSON: {error.msg}, at character {error.colno}; one object a line"
+        except RecursionError:
+            problem = "not JSON that can be read: nested too deeply"
+        except ValueError as error:
+            problem = str(error)
+        yield Record(number, offset, offset / total, line, value, problem)
+
+
+def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:
+    with readable(path), open_parquet(path) as file:
+        columns = columns_of(file, fields)
+        for group in needs:
+            if not set(group) & set(columns):
+                raise DataError(
+                    path,
+                    None,
+                    f'has no column "{group[0]}"; rename one of its columns to it: '
+                    + ", ".join(f'"{name}"' for name in file.schema_arrow.names),
+                )
+        total = max(file.metadata.num_rows, 1)
+        row = 0
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
+            for value in batch.to_pylist():
+                row += 1
+                yield Record(row, 0, (row - 1) / total, repr(value).encode(), value)
+        if row != file.metadata.num_rows:
+            promised = file.metadata.num_rows
+            raise DataError(path, None, f"holds {row} rows, not the {promised} that it promises")
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """The file, to be read a row group at a time.
+
+    By default pyarrow fetches all row groups ahead: the whole file would be in memory.
+    """
+    return pq.ParquetFile(path, pre_buffer=False)
+
+
+def columns_of(file: pq.ParquetFile, fields: Sequence[str]) -> list[str]:
+    """Those of the fields that the file has."""
+    names = file.schema_arrow.names
+    return [field for field in fields if field in names]
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what a missing, forbidden or damaged file raises into a DataError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(path, None, "no such file") from error
+    except DAMAGED as error:
+        told = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(path, None, f"cannot be read: {told}") from error

@@ -1,0 +1,29 @@
+"""What belongs to the machine and not to the recipe: it changes time and memory."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tercet.errors import RecipeError
+from tercet.train.recipe import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a recipe is run on this machine."""
+
+    device: str | None = None  # None: a GPU if there is one
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
+    chunk_tokens: int | None = None  # encoded together; None: 2,048 on a CPU, 16,384 on a GPU
+    memory_gb: float | None = None  # for kept activations; None: half of what is free
+    save_minutes: float = 5.0  # between checkpoints
+    save_steps: int | None = None  # between checkpoints, as well
+    eval_steps: int | None = None  # between evaluations; None: ten times a stage
+    tensorboard: bool = False
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        require(self, above=("save_minutes",))
+        require(self, at_least=1, fields=("chunk_tokens", "save_steps", "eval_steps"))
+        require(self, at_least=0, fields=("memory_gb",))

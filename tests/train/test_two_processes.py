@@ -1,0 +1,307 @@
+"""The training loop in two processes against one. Run as a script, this file is one of the two."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tercet import distributed
+from tercet.data.sampler import BatchRows
+from tercet.data.sources import open_source, write_examples
+from tercet.errors import RecipeError, TrainingError
+from tercet.nn.embedder import Embedder
+from tercet.objectives.contrastive import Contrastive
+from tercet.recipes.finetune import finetune
+from tercet.train import checkpoint, loop
+from tercet.train.log import read
+from tercet.train.loop import Run, train
+from tercet.train.recipe import Recipe
+from tercet.types import Example
+from tests import toy
+from tests.processes import ROOT, run_together
+
+QUIET = Run(device="cpu", show_progress=False, save_steps=2)
+CHUNKED = replace(QUIET, chunk_tokens=40, memory_gb=0.0)  # every chunk is embedded twice
+CASES: dict[str, dict[str, Any]] = {
+    "in-batch": {},
+    "own negatives": {"in_batch": False},
+    "matryoshka": {"objective": Contrastive(dims=(8, 32))},
+}
+
+
+class Killed(BaseException):
+    """Both processes die in the middle of a step."""
+
+
+def examples() -> list[Example]:
+    """Nineteen, so that the third batch has three; more documents than a batch takes of each.
+
+    The queries of the first and the last are equal, and so are some documents.
+    """
+    text = toy.SENTENCES
+    return [
+        Example(
+            query=f"{text[i % 12].split()[-1]} {i % 18}",
+            positives=tuple(f"{text[i % 12]} {j}" for j in range(1 + i % 3)),
+            negatives=tuple(text[(i + j) % 12] for j in range(1, 1 + i % 5)),
+        )
+        for i in range(19)
+    ]
+
+
+def prepare(folder: Path) -> None:
+    """Data, and a model without dropout: its masks differ by process."""
+    write_examples(folder / "pairs.jsonl", examples())
+    config = toy.save_model(folder / "base", "bert") / "config.json"
+    said = json.loads(config.read_text())
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(said | off))
+
+
+def recipe(folder: Path, rate: float = 3e-4, steps: int = 6, **changes: Any) -> Recipe:
+    """Batches of 8, 8 and 3; up to two of up to three positives, and of up to four negatives."""
+    plain = finetune(
+        base=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
+    )
+    stage = replace(plain.stages[0], positives=2, **changes)
+    return replace(plain, stages=(stage,))
+
+
+def trained(folder: Path, out: str, recipe: Recipe, run: Run = QUIET, **more: Any) -> Embedder:
+    return train(recipe, [open_source(folder / "pairs.jsonl")], folder / out, run=run, **more)
+
+
+def weights(embedder: Embedder) -> dict[str, Tensor]:
+    return {
+        name: weight.detach().clone() for name, weight in checkpoint.trainable(embedder).items()
+    }
+
+
+def gradients(folder: Path, out: str, case: str, run: Run = QUIET) -> list[list[Tensor]]:
+    """The summed gradients of an epoch's three steps, at one place: the learning rate is zero."""
+    found: list[list[Tensor]] = []
+    add = distributed.sum_gradients
+
+    def recorded(parameters: list[torch.nn.Parameter]) -> None:
+        add(parameters)
+        found.append([p.grad.clone() for p in parameters if p.grad is not None])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "sum_gradients", recorded)
+        trained(folder, out, recipe(folder, rate=0.0, steps=3, **CASES[case]), run)
+    return found
+
+
+def gradients_with_an_idle_process(folder: Path, out: str) -> list[list[Tensor]]:
+    """The same, but the second process has no share of any batch."""
+
+    def unequal(self: BatchRows, rank: int, world: int) -> BatchRows:
+        kept = slice(0, len(self)) if rank == 0 else slice(0)
+        return BatchRows(self.source[kept], self.row[kept])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchRows, "share", unequal)
+        return gradients(folder, out, "in-batch")
+
+
+def killed(folder: Path, out: str) -> None:
+    """Three steps of six, the last two of which no checkpoint has."""
+    backward, done = loop.backward_in_chunks, []
+
+    def dying(*args: Any, **options: Any) -> Any:
+        if len(done) == 3:
+            raise Killed
+        done.append(1)
+        return backward(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "backward_in_chunks", dying)
+        trained(folder, out, recipe(folder))
+
+
+def complaint_about_nan(folder: Path, out: str) -> str:
+    """What is said when the second process alone has a bad loss, at step 3."""
+    normal, calls = Contrastive.__call__, []
+
+    def broken(self: Contrastive, vectors: Tensor, batch: Any) -> dict[str, Tensor]:
+        calls.append(1)
+        bad = len(calls) == 3 and distributed.rank() == 1
+        return {"loss": normal(self, vectors, batch)["loss"] * (float("nan") if bad else 1.0)}
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as caught:
+        patch.setattr(Contrastive, "__call__", broken)
+        trained(folder, out, recipe(folder))
+    return str(caught.value)
+
+
+def best_weights(folder: Path, out: str) -> dict[str, Tensor]:
+    """Measured by the first process alone; step 1 is best."""
+    values = iter([0.1, 0.9, 0.5, 0.4])
+    run = replace(QUIET, eval_steps=1)
+    model = trained(folder, out, recipe(folder, steps=3), run, score=lambda _: next(values))
+    return weights(model)
+
+
+def no_log(*_: Any, **__: Any) -> None:
+    raise AssertionError("one file has one writer, the first process")
+
+
+def refusal(ask: Callable[[], object]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        ask()
+    return str(caught.value)
+
+
+def one_of_two(folder: Path) -> None:
+    """What one of the two processes does, for the tests below to look at."""
+    torch.set_num_threads(1)
+    distributed.start()
+    rank = distributed.rank()
+    if rank == 1:
+        loop.Log = no_log  # pyright: ignore[reportAttributeAccessIssue]
+    facts = {
+        "gradients": {case: gradients(folder, f"two {case}", case) for case in CASES},
+        "chunked": gradients(folder, "two chunked", "in-batch", CHUNKED),
+        "idle": gradients_with_an_idle_process(folder, "two idle"),
+        "weights": weights(trained(folder, "two", recipe(folder))),
+        "nan": complaint_about_nan(folder, "two nan"),
+        "best": best_weights(folder, "two best"),
+        "small": refusal(lambda: trained(folder, "x", recipe(folder, batch_size=1))),
+        # A folder of its own for each process, one with a checkpoint in it.
+        "lost": refusal(lambda: trained(folder, ["two", "none"][rank], recipe(folder))),
+    }
+    killed(folder, "killed")
+    distributed.barrier()
+    torch.save(facts, folder / f"{rank}.pt")
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where two processes have trained."""
+    folder = tmp_path_factory.mktemp("both")
+    prepare(folder)
+    run_together(__file__, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder) -> dict[str, Tensor]:
+    """The weights after the same six steps in one process."""
+    return weights(trained(folder, "one", recipe(folder)))
+
+
+def gap(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The length of the difference as a share of the expected length, over all tensors."""
+    one, other = (torch.cat([x.flatten() for x in side]) for side in (found, expected))
+    return float((one - other).norm() / other.norm())
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read(run / "log.jsonl") if "loss" in record]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a1_a20_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, case):
+    one = gradients(folder, f"one {case}", case)
+    assert [len(step) for step in one] == [len(one[0])] * 3
+    for facts in both:
+        for found, expected in zip(facts["gradients"][case], one, strict=True):
+            assert gap(found, expected) < 1e-6
+
+
+def test_chunks_and_a_process_without_an_example_change_no_gradient(both):
+    for facts in both:
+        for kind in ("chunked", "idle"):
+            for found, expected in zip(facts[kind], facts["gradients"]["in-batch"], strict=True):
+                assert gap(found, expected) < 1e-6
+
+
+def test_the_weights_of_both_processes_are_equal_to_the_bit(both):
+    for kind in ("weights", "best"):
+        first, second = (facts[kind] for facts in both)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_end_with_the_weights_of_one(folder, both, alone):
+    # A softmax does not see a bias of the keys: its gradient is rounding noise, and AdamW takes
+    # steps of one length whatever the size of a gradient.
+    names = [name for name in alone if not name.endswith("key.bias")]
+    for name in names:
+        torch.testing.assert_close(both[0]["weights"][name], alone[name], rtol=0, atol=1e-5)
+    before = weights(loop.build(recipe(folder).model))
+    assert gap([before[name] for name in names], [alone[name] for name in names]) > 1e-3
+
+
+def test_the_log_of_two_processes_is_that_of_one(folder, alone):
+    logs = [read(folder / run / "log.jsonl") for run in ("two", "one")]
+    for found, expected in zip(*logs, strict=True):
+        for name in ("step", "tokens", "examples", "truncated"):
+            assert found[name] == expected[name]
+        for name in ("loss", "gradient_norm"):
+            assert found[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_the_best_weights_are_those_of_the_first_step(folder, both):
+    after_one = torch.load(folder / "two best" / loop.BEST, weights_only=True)
+    assert all(torch.equal(both[1]["best"][name], after_one[name]) for name in after_one)
+
+
+def test_a_run_of_two_processes_goes_on_in_one(folder, alone):
+    said: list[str] = []
+    trained(folder, "killed", recipe(folder), say=said.append)
+    assert said == ["going on from step 2 of 6"]
+    assert losses(folder / "killed") == pytest.approx(losses(folder / "one"), abs=1e-5)
+
+
+def test_a_bad_loss_in_one_process_stops_both_and_names_the_batch(both):
+    assert both[0]["nan"] == both[1]["nan"]
+    assert "step 3: the loss is nan; its batch holds pairs example" in both[0]["nan"]
+    assert "the last good checkpoint is" in both[0]["nan"]
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(both):
+    wanted = "a batch of 1 has no example for each of 2 processes; raise the batch size"
+    assert all(wanted in facts["small"] for facts in both)
+
+
+def test_processes_that_find_different_checkpoints_are_stopped(both):
+    for facts in both:
+        assert "processes find different checkpoints there; give an --out that" in facts["lost"]
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_in_two_processes(tmp_path):
+    prepare(tmp_path)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tercet.cli"
+    flags = "train finetune --base base --data pairs.jsonl --dev pairs.jsonl --out run --device cpu"
+    ended = subprocess.run(
+        [sys.executable, *torchrun.split(), *flags.split(), "--batch-size", "8"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "run/model\n"
+    steps = [record["step"] for record in read(tmp_path / "run/log.jsonl") if "loss" in record]
+    assert steps == [1, 2, 3]
+    assert Embedder.load(tmp_path / "run/model").encode(["words"]).shape == (1, 64)
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]))
