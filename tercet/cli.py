@@ -10,22 +10,21 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
 
 from tercet import zoo
-from tercet.data.check import Quantiles, check_examples
+from tercet.console import Notes, columns, one_line, results, say, shortened
+from tercet.data.check import DataReport, Quantiles, check_examples
 from tercet.data.documents import read_documents, read_texts
 from tercet.errors import RecipeError, TercetError
 from tercet.files import replacing_file
 from tercet.recipes.finetune import finetune
 
-EXAMPLES = Path("examples/data/packages.en.parquet")
+EXAMPLES: Final = Path("examples/data/packages.en.parquet")
+INTERRUPTED: Final = 130  # what typer ends with at Ctrl-C
 
 app = typer.Typer(
     help="Make a text embedder of your own: train, measure, search.",
@@ -42,20 +41,6 @@ Precision = Annotated[
 ]
 
 
-def _out() -> Console:
-    """Standard output; never narrower than a table needs when it is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, highlight=False).print(line, markup=False)
-
-
-def _rows(*header: str) -> Table:
-    return Table(*header, box=None, pad_edge=False, header_style="bold")
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
@@ -69,7 +54,7 @@ def demo(
     """
     from tercet.demo import run_demo
 
-    run_demo(out, data, steps=steps, seed=seed, console=_out(), say=_say)
+    run_demo(out, data, steps=steps, seed=seed, console=results(), say=say)
 
 
 @app.command()
@@ -79,29 +64,34 @@ def check(file: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file."
     Example: tercet check pairs.jsonl
     """
     report = check_examples(file)
-    out = _out()
-    counts = _rows("what", "count")
+    if report.examples:
+        _show(report)
+    for warning in report.warnings:
+        say(f"tercet: note: {warning}")
+    for error in report.errors:
+        say(f"tercet: {error}")
+    if report.errors:
+        raise typer.Exit(2)
+
+
+def _show(report: DataReport) -> None:
+    out = results()
+    counts = columns("what", "count")
     for name in ("examples", "with_negatives", "distinct_queries", "distinct_documents"):
         counts.add_row(name.replace("_", " "), f"{getattr(report, name):,}")
     counts.add_row("positives per query", f"{report.positives_per_query:.2f}")
     counts.add_row("duplicate pairs", f"{report.duplicate_pairs:,}")
     out.print(counts)
-    lengths = _rows("words", "least", "25 %", "median", "75 %", "95 %", "most")
+    lengths = columns("words", "least", "25 %", "median", "75 %", "95 %", "most")
     for name, found in (("query", report.query_lengths), ("document", report.document_lengths)):
         lengths.add_row(name, *_shown(found.words))
     out.print(lengths)
     for number, example in enumerate(report.samples, start=1):
         out.print(f"sample {number}", style="bold")
-        out.print(f"  query     {_short(example.query)}", markup=False)
-        out.print(f"  positive  {_short(example.positives[0])}", markup=False)
+        out.print(f"  query     {shortened(example.query)}")
+        out.print(f"  positive  {shortened(example.positives[0])}")
         if example.negatives:
-            out.print(f"  negative  {_short(example.negatives[0])}", markup=False)
-    for warning in report.warnings:
-        _say(f"tercet: note: {warning}")
-    for error in report.errors:
-        _say(f"tercet: {error}")
-    if report.errors:
-        raise typer.Exit(2)
+            out.print(f"  negative  {shortened(example.negatives[0])}")
 
 
 @app.command()
@@ -110,16 +100,16 @@ def models() -> None:
 
     Example: tercet models
     """
-    table = _rows("name", "here", "kind", "weights", "licence", "what")
+    table = columns("name", "here", "kind", "weights", "licence", "what")
     for model in zoo.MODELS:
         here = "yes" if zoo.installed(model.name) else "no"
         size = f"{model.parameters / 1e6:.0f}M"
         table.add_row(model.name, here, model.kind, size, model.licence, model.description)
-    _out().print(table)
+    results().print(table)
     for model in zoo.MODELS:
         if not zoo.installed(model.name):
-            _say(f"{model.name}: {model.install}   {model.terms}".rstrip())
-    _say("any folder or hub id of transformers or sentence-transformers works in their place")
+            say(f"{model.name}: {model.install}   {model.terms}".rstrip())
+    say("any folder or hub id of transformers or sentence-transformers works in their place")
 
 
 @app.command()
@@ -140,10 +130,14 @@ def encode(
     Example: tercet encode minilm texts.txt --out vectors.npy
     """
     texts = list(read_texts(file, text_field))
-    vectors = _load(model, precision).encode(texts, role, task=task, dims=dims, progress=True)
-    with replacing_file(out) as fresh, fresh.open("wb") as opened:
-        np.save(opened, vectors)
-    _out().print(f"{out}: {vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions")
+    embedder = _load(model, precision)
+    with replacing_file(out) as fresh:  # before the work: a place that is closed to us shows early
+        vectors = embedder.encode(texts, role, task=task, dims=dims, progress=True)
+        with fresh.open("wb") as opened:
+            np.save(opened, vectors)
+    results().print(
+        f"{out}: {vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions", soft_wrap=True
+    )
 
 
 @app.command()
@@ -187,8 +181,8 @@ def index(
             "precision": precision,
         },
     )
-    _out().print(f"{out}: {len(built):,} documents")
-    _say(f'search it: tercet search {out} "your question"')
+    results().print(f"{out}: {len(built):,} documents", soft_wrap=True)
+    say(f'search it: tercet search {out} "your question"')
 
 
 @app.command()
@@ -203,19 +197,18 @@ def search(
     """
     from tercet.search.exact import ExactIndex
 
-    opened = ExactIndex.open(folder)
-    blank = [query for query in queries if not query.strip()]
-    if blank:
+    if not all(query.strip() for query in queries):
         raise RecipeError("a query is blank; say what to look for")
-    embedder = _load(opened.settings["model"], opened.settings["precision"])
+    opened = ExactIndex.open(folder)
+    embedder = _load(opened.setting("model"), opened.setting("precision"))
     opened.require({"fingerprint": embedder.fingerprint()})
-    vectors = embedder.encode(queries, "query", dims=opened.settings["dims"])
-    out = _out()
+    vectors = embedder.encode(queries, "query", dims=opened.setting("dims"))
+    out = results()
     for query, hits in zip(queries, opened.search(vectors, k), strict=True):
-        out.print(query, style="bold", markup=False)
-        table = _rows("score", "id", "title")
+        out.print(one_line(query), style="bold")
+        table = columns("score", "id", "title")
         for hit in hits:
-            table.add_row(f"{hit.score:.3f}", hit.id, _short(hit.title or hit.text))
+            table.add_row(f"{hit.score:.3f}", one_line(hit.id), shortened(hit.title or hit.text))
         out.print(table)
 
 
@@ -242,22 +235,25 @@ def evaluate(
     from tercet.evaluate.retrieval import METRICS, RetrievalSet
 
     examined = RetrievalSet.from_beir(data) if data.is_dir() else RetrievalSet.from_examples(data)
-    results = {
+    names: list[str] = list(dict.fromkeys([str(model), *(against or [])]))
+    for name in names:  # a slip in the last name shows before the first is measured
+        zoo.resolve(name, say)
+    measured = {
         name: measure(_load(name, precision), examined, dims=dims, progress=True).result
-        for name in dict.fromkeys([model, *(against or [])])
+        for name in names
     }
     if bm25:
-        results["BM25"] = measure_bm25(examined)
-    out = _out()
+        measured["BM25"] = measure_bm25(examined)
+    out = results()
     out.print(f"{len(examined.queries):,} queries, {len(examined.documents):,} documents")
-    table = _rows("model", *METRICS)
-    for name, result in results.items():
+    table = columns("model", *METRICS)
+    for name, result in measured.items():
         table.add_row(name, *(str(result.interval(metric, seed)) for metric in METRICS))
     out.print(table)
-    if len(results) > 1:
-        gains = _rows(f"{model} minus", *METRICS)
-        for name, result in list(results.items())[1:]:
-            pairs = [(results[model].scores[m], result.scores[m]) for m in METRICS]
+    if len(measured) > 1:
+        gains = columns(f"{model} minus", *METRICS)
+        for name, result in list(measured.items())[1:]:
+            pairs = [(measured[model].scores[m], result.scores[m]) for m in METRICS]
             gains.add_row(name, *(_signed(paired_difference(a, b, seed=seed)) for a, b in pairs))
         out.print(gains)
 
@@ -282,8 +278,9 @@ def _training(recipe: Callable[..., Any]) -> Callable[..., None]:
         _flag("dev", Path | None, "Examples to choose the best weights by.", None),
     ]
     numbers = [
-        _flag(parameter.name, *get_args(parameter.annotation)[:2], parameter.default)
+        _flag(parameter.name, kind, text, parameter.default)
         for parameter in inspect.signature(recipe).parameters.values()
+        for kind, text in [get_args(parameter.annotation)]
     ]
     machine = [
         _flag("precision", Literal["float32", "bfloat16"], "Of matrix products.", "float32"),
@@ -333,11 +330,11 @@ def _train(recipe: Any, data: list[Path], out: Path, dev: Path | None, run: Any)
     try:
         sources = [open_source(path, weight=weight) for path, weight in map(_weighted, data)]
         score = None if dev is None else dev_score(RetrievalSet.from_examples(dev))
-        say = _say if distributed.is_main() else (lambda line: None)
-        train(recipe, sources, out, score=score, run=run, say=say)
+        tell = say if distributed.is_main() else (lambda line: None)
+        train(recipe, sources, out, score=score, run=run, say=tell)
         if distributed.is_main():
-            _out().print(f"{out / 'model'}")
-            _say(f"next: tercet index {out / 'model'} docs.jsonl --out {out / 'index'}")
+            results().print(f"{out / 'model'}", soft_wrap=True)
+            say(f"next: tercet index {out / 'model'} docs.jsonl --out {out / 'index'}")
     finally:
         distributed.stop()
 
@@ -363,17 +360,13 @@ def _load(model: str, precision: str) -> Any:
 
 
 def _where(model: str) -> str:
-    """A folder's full path, so that an index finds its model from anywhere."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    """The full path of a folder or file, so that an index finds its model from anywhere."""
+    is_name = zoo.find(model) is not None or not Path(model).exists()
+    return model if is_name else str(Path(model).resolve())
 
 
 def _shown(numbers: Quantiles) -> list[str]:
     return [f"{number:,.0f}" for number in numbers]
-
-
-def _short(text: str, width: int = 90) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def _signed(difference: Any) -> str:
@@ -382,17 +375,17 @@ def _signed(difference: Any) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a verb, and exit: 0 when done, 2 when the user can fix what went wrong."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[Notes()])
     _quiet_libraries()
     try:
         app(argv)
     except TercetError as error:
-        _say(f"tercet: {error}")
+        say(f"tercet: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("tercet: stopped; the same command goes on from the last checkpoint, if there is one")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            say("tercet: stopped; a training goes on when the same command is given again")
+        raise
 
 
 def _quiet_libraries() -> None:

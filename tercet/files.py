@@ -11,12 +11,14 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from tercet.errors import StorageError
+from tercet.errors import RecipeError, StorageError
 
 _TURNED_UP: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # or gone: another process did it
 _TORCH_WRITES: Final = ("PytorchStreamWriter", "inline_container", "iostream")
@@ -96,6 +98,36 @@ def replacing_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             fresh.unlink()
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes from doing the same in ``folder``; a killed one keeps nobody out.
+
+    Raises:
+        RecipeError: when another process is at it, saying which.
+        StorageError: when the folder cannot be written to.
+    """
+    path = Path(folder) / ".lock"
+    lock = FileLock(path)
+    with _clear_about(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = path.read_text(encoding="utf-8") if path.exists() else ""
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RecipeError(
+                f"{folder}: {holder.strip() or 'another process'} is writing there; "
+                "wait until it is done, stop it, or give another folder"
+            ) from None
+    try:
+        with _clear_about(path):
+            now = datetime.now().strftime("%Y-%m-%d %H:%M")
+            about = f"process {os.getpid()} on {socket.gethostname()}, started {now},"
+            path.write_text(about, encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def _swap(fresh: Path, folder: Path, old: Path) -> None:

@@ -18,8 +18,8 @@ from pyarrow.parquet import write_table
 from safetensors.torch import save_file
 
 from tercet import files
-from tercet.errors import StorageError
-from tercet.files import recover_folder, replacing_file, replacing_folder
+from tercet.errors import RecipeError, StorageError
+from tercet.files import recover_folder, replacing_file, replacing_folder, sole_writer
 
 
 @pytest.fixture
@@ -268,6 +268,46 @@ def test_what_libraries_raise_when_the_disk_refuses_is_a_storage_error(tmp_path,
 def test_another_runtime_error_passes_as_it_is(tmp_path):
     with pytest.raises(RuntimeError, match="shape"), replacing_file(tmp_path / "a.pt"):
         raise RuntimeError("shape")
+
+
+def test_of_two_writers_the_second_is_refused_and_told_who_the_first_is(tmp_path):
+    with sole_writer(tmp_path / "run"):
+        for _ in range(2):  # the first one refused does not wipe out who it is
+            with pytest.raises(RecipeError, match=f"run: process {os.getpid()} on .* is writing"):
+                with sole_writer(tmp_path / "run"):
+                    pass
+    with sole_writer(tmp_path / "run"):
+        pass
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from tercet.files import sole_writer
+
+with sole_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_keeps_nobody_out(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", HOLDING, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(RecipeError, match=f"process {other.pid} on"), sole_writer(tmp_path):
+            pass
+        other.kill()
+    with sole_writer(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="file: could not be written"):
+        with sole_writer(tmp_path / "file"):
+            pass
 
 
 def test_a_name_that_other_threads_do_not_use_is_given_to_each(tmp_path):

@@ -102,6 +102,8 @@ def _records_of_suffix(path: Path, fields: Sequence[str], needs: Needs) -> Itera
 
 def known_suffix(path: Path) -> str:
     """The ending of a file that can be read, with its dot."""
+    if path.is_dir() and not path.suffix:
+        raise DataError(path, None, "is a folder; give one of its files")
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(path, None, f'unknown kind of file "{path.suffix}"; use .jsonl or .parquet')
     return path.suffix

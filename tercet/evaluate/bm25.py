@@ -4,6 +4,7 @@ A gain over it is what a trained embedder is worth. Words are lower-cased runs o
 characters, with no stemming and no stop words, so that it serves any language alike.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -49,6 +50,7 @@ def bm25_scores(
         import bm25s
     except ImportError as error:
         raise MissingExtraError("BM25", "bm25") from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it speaks at the debug level
     texts = [words(doc) for doc in docs]
     if not any(texts):  # bm25s divides by the mean length
         yield from (np.zeros(len(docs), np.float32) for _ in queries)

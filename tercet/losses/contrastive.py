@@ -101,6 +101,8 @@ def _weights_of(dims: Sequence[int] | Mapping[int, float] | None, width: int) ->
     if dims is None:
         return {}
     given = dims if isinstance(dims, Mapping) else {dim: 1 / len(dims) for dim in dims}
+    if len(given) < len(dims):
+        raise RecipeError(f"prefixes of {list(dims)} dimensions; give each length once")
     for dim in given:
         if not 1 <= dim <= width:
             raise RecipeError(

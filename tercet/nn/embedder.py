@@ -81,6 +81,7 @@ class Embedder(nn.Module):
             16_384 if backbone.device.type == "cuda" else 2_048
         )  # of one encode step
         self._prepacked = Prepacked(backbone)
+        self._told: set[Role] = set()  # for which roles it was said that texts were cut
         self.train(backbone.training)
 
     # ---- vectors -----------------------------------------------------------------------------
@@ -120,7 +121,8 @@ class Embedder(nn.Module):
 
         The model's prompt for the role (or for the task and role) is put before each text. Texts
         are sorted by length and run in batches of ``batch_tokens`` tokens. ``dims`` keeps that
-        many leading coordinates, scaled to unit length again.
+        many leading coordinates, scaled to unit length again. That texts were too long and cut is
+        logged, with their number, the first time.
 
         Raises:
             RecipeError: for an unknown task, or ``dims`` out of range.
@@ -153,9 +155,10 @@ class Embedder(nn.Module):
                     vectors[start + np.array(rows)] = pooled.cpu().numpy()
                     advance(len(rows))
         self.train(training)
-        if cut:
+        if cut and role not in self._told:
+            self._told.add(role)
             limit = self.settings.max_tokens(role)
-            log.warning("%d of %d texts were cut to %d tokens", cut, len(texts), limit)
+            log.warning("%d of %d %s texts were cut to %d tokens", cut, len(texts), role, limit)
         return vectors
 
     # ---- folders -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Pull a query towards the documents that answer it, away from those that do not."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from tercet.data.collate import Batch
 from tercet.distributed import gather_rows
+from tercet.errors import RecipeError
 from tercet.losses.contrastive import info_nce
 
 
@@ -21,6 +23,12 @@ class Contrastive:
 
     temperature: float = 0.05
     dims: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < inf:
+            raise RecipeError(f"temperature is {self.temperature}; give a number above 0")
+        if len(set(self.dims)) < len(self.dims) or min(self.dims, default=1) < 1:
+            raise RecipeError(f"dims are {self.dims}; give lengths of 1 or more, each once")
 
     def __call__(self, vectors: Float[Tensor, "texts dim"], batch: Batch) -> dict[str, Tensor]:
         """The loss under ``"loss"``: this process's share of it, where there are several."""

@@ -30,6 +30,12 @@ def finetune(
     mixing: Annotated[
         Literal["single", "blended"], "One source a batch, or all in each."
     ] = "single",
+    length_edges: Annotated[
+        list[int] | None, "Batches of similar length: borders of the groups, in tokens."
+    ] = None,
+    token_budget: Annotated[
+        int | None, "Examples times tokens of the longest text of their group, at most."
+    ] = None,
     query_tokens: Annotated[int | None, "Longer queries are cut."] = None,
     document_tokens: Annotated[int | None, "Longer documents are cut."] = None,
     query_prompt: Annotated[str | None, "Put before every query."] = None,
@@ -66,6 +72,8 @@ def finetune(
                 negatives=negatives,
                 in_batch=in_batch,
                 mixing=mixing,
+                length_edges=tuple(length_edges or ()),
+                token_budget=token_budget,
                 learning_rate=learning_rate,
                 schedule=schedule,
                 patience=patience,

@@ -253,6 +253,19 @@ class ExactIndex:
             raise _broken(folder, f"{_DOCUMENTS} has columns {documents.schema_arrow.names}")
         return cls(vectors, about["settings"], folder, documents)
 
+    def setting(self, name: str) -> Any:
+        """What the index was made with.
+
+        Raises:
+            IndexFolderError: when the index does not say.
+        """
+        if name not in self.settings:
+            raise IndexFolderError(
+                f"{self.folder}: does not say with which {name} it was made; "
+                "build it again with: tercet index"
+            )
+        return self.settings[name]
+
     def require(self, expected: Mapping[str, Any]) -> None:
         """Check that the index was made with these settings, such as the model's fingerprint.
 

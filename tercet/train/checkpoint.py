@@ -4,6 +4,7 @@ Random numbers are not saved: every draw (batches, documents, dropout) comes fro
 hangs on the run's seed and the step alone.
 """
 
+import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -56,7 +57,7 @@ def load(path: Path, what: dict[str, Any]) -> tuple[Progress, dict[str, Any]] | 
     """
     if not path.exists():
         return None
-    record = torch.load(path, map_location="cpu", weights_only=True)
+    record = read(path)
     changed = [key for key in what if record["what"].get(key) != what[key]]
     if record["version"] != VERSION or changed:
         details = "; ".join(
@@ -67,6 +68,21 @@ def load(path: Path, what: dict[str, Any]) -> tuple[Progress, dict[str, Any]] | 
             "give the settings it was started with, another --out, or delete that folder"
         )
     return Progress(**record["progress"]), record
+
+
+def read(path: Path) -> Any:
+    """What a file of weights or of a checkpoint holds.
+
+    Raises:
+        RecipeError: when it is gone or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise RecipeError(
+            f"{path}: this file of an earlier run is gone or damaged; delete {path.parent} to "
+            "start anew, or give another --out"
+        ) from error
 
 
 def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:

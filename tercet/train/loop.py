@@ -4,28 +4,29 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tercet import distributed
 from tercet.data.collate import Batch, Collator
-from tercet.data.sampler import BatchPlan, BatchRows, Sampler
+from tercet.data.sampler import BatchRows
 from tercet.data.sources import Source
 from tercet.errors import RecipeError, TrainingError
-from tercet.files import replacing_file
+from tercet.files import replacing_file, sole_writer
 from tercet.nn.chunked import Chunks, backward_in_chunks
 from tercet.nn.embedder import Embedder
 from tercet.progress import Advance, bar
 from tercet.train import checkpoint, schedule
+from tercet.train.batches import sampler_of
 from tercet.train.log import Log
 from tercet.train.memory import graph_tokens_that_fit
 from tercet.train.recipe import Model, Recipe, Stage
+from tercet.train.run import Run
 from tercet.types import Role
 
 CHECKPOINT: Final = "checkpoint.pt"
@@ -33,21 +34,6 @@ BEST: Final = "best.pt"
 
 Score = Callable[[Embedder], float]
 """How good an embedder is on the dev set; higher is better."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What belongs to the machine and not to the recipe: it changes time and memory."""
-
-    device: str | None = None  # None: a GPU if there is one
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
-    chunk_tokens: int | None = None  # encoded together; None: 2,048 on a CPU, 16,384 on a GPU
-    memory_gb: float | None = None  # for kept activations; None: half of what is free
-    save_minutes: float = 5.0  # between checkpoints
-    save_steps: int | None = None  # between checkpoints, as well
-    eval_steps: int | None = None  # between evaluations; None: ten times a stage
-    tensorboard: bool = False
-    show_progress: bool = True
 
 
 def train(
@@ -71,18 +57,27 @@ def train(
         StorageError: when the disk refuses a checkpoint; the one before it is kept.
     """
     run, out = run or Run(), Path(out)
-    embedder = build(recipe.model).to(run.device or _usual_device())
-    if distributed.is_main():
-        _describe(recipe, sources, run, out)
-    job = _Job(recipe, sources, run, say)
+    with sole_writer(out) if distributed.is_main() else nullcontext():
+        return _train(_Job(recipe, sources, run, say), out, score)
+
+
+def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
+    recipe, sources, run = job.recipe, job.sources, job.run
+    device = run.find_device()
+    embedder = build(recipe.model).to(device)
+    _check_dims(recipe, embedder)
     for number, stage in enumerate(recipe.stages, start=1):
         folder = out if len(recipe.stages) == 1 else out / f"{number}-{stage.name}"
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
             lora = recipe.model.lora
             torch.manual_seed(recipe.seed + number)
             embedder.backbone.add_lora(lora.rank, lora.alpha, lora.dropout)
-            embedder.to(run.device or _usual_device())
-        _Trainer(embedder, stage, folder, job).run(score)
+            embedder.to(device)
+        trainer = _Trainer(embedder, stage, folder, job)
+        trainer.resume()
+        if number == 1 and distributed.is_main():
+            _describe(recipe, sources, run, out)
+        trainer.run(score)
         embedder.backbone.merge_lora()
     if distributed.is_main():
         about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
@@ -125,7 +120,7 @@ class _Trainer:
         recipe, sources, run = job.recipe, job.sources, job.run
         self.embedder, self.stage, self.sources, self.folder = embedder, stage, sources, folder
         self.seed, self.options, self.say = recipe.seed, run, job.say
-        self.sampler = _sampler(stage, sources, recipe.seed, embedder)
+        self.sampler = sampler_of(stage, sources, recipe.seed, embedder)
         self.steps = stage.steps or self.sampler.total_batches
         self.collate = Collator(
             tokenize=embedder.tokenize,
@@ -144,11 +139,10 @@ class _Trainer:
         self.what = _identity(recipe, stage, sources, run)
 
     def run(self, score: Score | None) -> None:
-        """Train to the end, from the last checkpoint if there is one."""
-        self._resume()
+        """Train to the end."""
         if self.progress.finished:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
-            self._take_best(score)
+            self._take_best()
             return
         if self.progress.step == 0:
             self._greet()
@@ -173,7 +167,7 @@ class _Trainer:
                     saved_at = time.monotonic()
         self.progress.finished = True
         self._save()
-        self._take_best(score)
+        self._take_best()
 
     def _step(self, log: Log | None, advance: Advance) -> None:
         began, step = time.monotonic(), self.progress.step
@@ -262,12 +256,12 @@ class _Trainer:
         else:
             progress.stale += 1
 
-    def _take_best(self, score: Score | None) -> None:
+    def _take_best(self) -> None:
         """The weights that scored best; the last ones where nothing was measured."""
         distributed.barrier()
-        if score is not None and self.progress.best_step != self.progress.step:
-            weights = torch.load(self.folder / BEST, map_location="cpu", weights_only=True)
-            checkpoint.restore(self.embedder, weights)
+        progress = self.progress
+        if progress.best_score is not None and progress.best_step != progress.step:
+            checkpoint.restore(self.embedder, checkpoint.read(self.folder / BEST))
 
     def _gave_up(self) -> bool:
         return self.stage.patience is not None and self.progress.stale >= self.stage.patience
@@ -281,7 +275,8 @@ class _Trainer:
 
     # ---- going on ----------------------------------------------------------------------------
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Go on from the last checkpoint, if there is one."""
         found = checkpoint.load(self.folder / CHECKPOINT, self.what)
         step = torch.tensor([0 if found is None else found[0].step])
         if len(distributed.gather_ints(step).unique()) > 1:
@@ -345,7 +340,8 @@ def _of_no_texts(
     embedder: Embedder, loss_of: Callable[[Tensor], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """The loss of an empty share: zero, but its backward answers the other processes."""
-    vectors = torch.zeros(0, embedder.dim, device=embedder.device, requires_grad=True)
+    nothing = next(embedder.parameters()).new_zeros(0, embedder.dim)
+    vectors = nothing.to(torch.promote_types(nothing.dtype, torch.float32)).requires_grad_()
     losses = loss_of(vectors)
     losses["loss"].backward()
     return {name: value.detach() for name, value in losses.items()}
@@ -356,40 +352,13 @@ def _everyones(share: Tensor) -> float:
     return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())
 
 
-def _usual_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _sampler(stage: Stage, sources: Sequence[Source], seed: int, embedder: Embedder) -> Sampler:
-    """The stage's batches. The sampler knows sizes in bytes, the recipe speaks of tokens."""
-    if stage.batch_size < distributed.world():
-        raise RecipeError(
-            f"a batch of {stage.batch_size} has no example for each of {distributed.world()} "
-            "processes; raise the batch size or start fewer processes"
-        )
-    tokens = _bytes_per_token(sources, embedder) if stage.length_edges else 1.0
-    budget = stage.token_budget
-    plan = BatchPlan(
-        batch_size=stage.batch_size,
-        seed=seed,
-        epochs=stage.epochs if stage.steps is None else stage.steps,  # an epoch has a batch or more
-        mixing=stage.mixing,
-        size_budget=None if budget is None else round(budget * tokens),
-        length_edges=tuple(round(edge * tokens) for edge in stage.length_edges),
-    )
-    return Sampler(sources, plan)
-
-
-def _bytes_per_token(sources: Sequence[Source], embedder: Embedder) -> float:
-    """Measured on a few examples of each source."""
-    size = tokens = 0
-    for source in sources:
-        rows = np.linspace(0, len(source) - 1, num=min(len(source), 64)).astype(int)
-        size += int(source.sizes[rows].sum())
-        for example in source.examples(rows.tolist()):
-            texts = [example.query, *example.positives, *example.negatives]
-            tokens += max(embedder.tokenizer(texts, 1_000_000).lengths)
-    return size / tokens
+def _check_dims(recipe: Recipe, embedder: Embedder) -> None:
+    for stage in recipe.stages:
+        if max(stage.objective.dims, default=0) > embedder.dim:
+            raise RecipeError(
+                f"dims are {list(stage.objective.dims)}, but the vectors of {recipe.model.base} "
+                f"have {embedder.dim} coordinates; give lengths up to that"
+            )
 
 
 def _prompts_of(embedder: Embedder) -> Callable[[Role, str], str]:

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
+from tercet.errors import RecipeError
 from tercet.nn.backbone import Attention, Window
 from tercet.nn.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
@@ -17,6 +19,10 @@ class Lora:
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "rank", "alpha")
+        shares(self, "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,9 @@ class Model:
     query_tokens: int | None = None  # a longer text is cut
     document_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -49,7 +58,7 @@ class Stage:
     in_batch: bool = True  # whether other examples' documents are negatives
     mixing: Literal["single", "blended"] = "single"  # one source a batch, or all in each
     length_edges: tuple[int, ...] = ()  # borders of length groups, in tokens; a batch has one group
-    token_budget: int | None = None  # with length_edges: tokens of a batch's longest texts, at most
+    token_budget: int | None = None  # examples times tokens of their group's longest text, at most
     learning_rate: float = 2e-5  # at the peak
     schedule: ScheduleName = "linear"
     warmup: float = 0.1  # share of the steps
@@ -57,6 +66,17 @@ class Stage:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
     patience: int | None = None  # evaluations without a better result until it stops
+
+    def __post_init__(self) -> None:
+        above(0, self, "epochs", "learning_rate", "clip")
+        at_least(1, self, "steps", "positives", "token_budget", "patience")
+        at_least(0, self, "negatives", "weight_decay")
+        shares(self, "warmup", "decay")
+        edges = self.length_edges
+        if list(edges) != sorted(set(edges)) or min(edges, default=1) < 1:
+            raise RecipeError(
+                f"length_edges are {edges}; give lengths above 0, each once, the smallest first"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +89,29 @@ class Recipe:
     seed: int = 0
     paper: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)  # where we depart from it, and why
+
+
+def above(limit: int, record: object, *fields: str) -> None:
+    """Refuse numbers that are not above ``limit``; None is no number."""
+    for name, value in _numbers(record, fields):
+        if not (value > limit and isfinite(value)):
+            raise RecipeError(f"{name} is {value}; give a number above {limit}")
+
+
+def at_least(limit: int, record: object, *fields: str) -> None:
+    """Refuse numbers below ``limit``; None is no number."""
+    for name, value in _numbers(record, fields):
+        if not (value >= limit and isfinite(value)):
+            raise RecipeError(f"{name} is {value}; give {limit} or more")
+
+
+def shares(record: object, *fields: str) -> None:
+    """Refuse numbers that are no share of a whole."""
+    for name, value in _numbers(record, fields):
+        if not 0 <= value <= 1:
+            raise RecipeError(f"{name} is {value}; give a share, from 0 to 1")
+
+
+def _numbers(record: object, fields: tuple[str, ...]) -> list[tuple[str, float | int]]:
+    values = [(name, getattr(record, name)) for name in fields]
+    return [(name, value) for name, value in values if value is not None]

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from tercet.errors import RecipeError
-from tercet.train.recipe import require
+from tercet.train.recipe import above, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,22 @@ class Run:
     show_progress: bool = True
 
     def __post_init__(self) -> None:
-        require(self, above=("save_minutes",))
-        require(self, at_least=1, fields=("chunk_tokens", "save_steps", "eval_steps"))
-        require(self, at_least=0, fields=("memory_gb",))
+        above(0, self, "save_minutes")
+        at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
+        at_least(0, self, "memory_gb")
+
+    def find_device(self) -> torch.device:
+        """The device asked for, or a GPU if there is one.
+
+        Raises:
+            RecipeError: when there is no such device here.
+        """
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            line = str(error).splitlines()[0].rstrip(".")
+            raise RecipeError(
+                f"the device {name!r} cannot be used here ({line}); leave the device out to take "
+                "a GPU if there is one"
+            ) from error

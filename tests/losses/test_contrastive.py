@@ -331,6 +331,13 @@ def test_a_prefix_that_vectors_do_not_have_is_refused(dim: int):
         info_nce(vectors(2, 3), vectors(2, 3), identity(2), 0.1, dims=[dim, 3])
 
 
+def test_a_prefix_given_twice_is_refused_instead_of_weighing_half():
+    with pytest.raises(
+        RecipeError, match=r"prefixes of \[2, 2\] dimensions; give each length once"
+    ):
+        info_nce(vectors(2, 3), vectors(2, 3), identity(2), 0.1, dims=[2, 2])
+
+
 def test_a_vector_that_is_not_a_number_gives_such_a_loss():
     queries = vectors(2, 3)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from tercet.data.sources import open_source, write_examples
 from tercet.errors import RecipeError, StorageError, TrainingError
+from tercet.files import sole_writer
 from tercet.nn.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune
@@ -157,6 +159,45 @@ def test_a_run_with_other_settings_is_not_mixed_into_an_old_one(data, recipe, tm
         train(other, [data], tmp_path / "run", run=QUIET)
 
 
+def test_a_refused_run_does_not_touch_the_description_of_the_old_one(data, recipe, tmp_path):
+    train(recipe, [data], tmp_path / "run", run=QUIET)
+    before = (tmp_path / "run/recipe.json").read_bytes()
+    with pytest.raises(RecipeError, match="seed was 0, now 1"):
+        train(replace(recipe, seed=1), [data], tmp_path / "run", run=QUIET)
+    assert (tmp_path / "run/recipe.json").read_bytes() == before
+
+
+def test_a_second_process_is_kept_out_of_a_run_folder(data, recipe, tmp_path):
+    with sole_writer(tmp_path / "run"), pytest.raises(RecipeError) as caught:
+        train(recipe, [data], tmp_path / "run", run=QUIET)
+    assert str(caught.value).startswith(f"{tmp_path}/run: process {os.getpid()} on ")
+    assert str(caught.value).endswith("wait until it is done, stop it, or give another folder")
+    train(recipe, [data], tmp_path / "run", run=QUIET)
+
+
+def test_the_best_weights_stay_the_best_whether_the_next_call_measures_or_not(
+    data, recipe, tmp_path
+):
+    values = iter([0.1, 0.9, *[0.2] * 9])
+    run = replace(QUIET, eval_steps=1)
+    best = train(recipe, [data], tmp_path / "run", run=run, score=lambda _: next(values))
+    assert same_bits(weights(best), weights(train(recipe, [data], tmp_path / "run", run=run)))
+    last = train(recipe, [data], tmp_path / "other", run=run)
+    again = train(recipe, [data], tmp_path / "other", run=run, score=lambda _: 1.0)
+    assert same_bits(weights(last), weights(again))
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.pt"])
+@pytest.mark.parametrize("content", [b"", b"damaged", None])
+def test_a_damaged_file_of_a_run_is_named(data, recipe, tmp_path, name, content):
+    values = iter([0.9, *[0.2] * 9])
+    train(recipe, [data], tmp_path / "run", run=QUIET, score=lambda _: next(values))
+    path = tmp_path / "run" / name
+    path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
+    with pytest.raises(RecipeError, match=f"{name}: this file of an earlier run is gone or dam"):
+        train(recipe, [data], tmp_path / "run", run=QUIET)
+
+
 def test_a_finished_run_is_not_run_again(data, recipe, tmp_path):
     first = weights(train(recipe, [data], tmp_path / "run", run=QUIET))
     said = []
@@ -215,17 +256,18 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(data, recipe, tmp_path
 
 
 def test_matryoshka_trains_the_short_prefix(data, recipe, tmp_path):
-    stage = replace(recipe.stages[0], objective=Contrastive(dims=(8, 32)), steps=20)
+    stage = replace(recipe.stages[0], objective=Contrastive(dims=(8, 32)), steps=80)
     embedder = train(replace(recipe, stages=(stage,)), [data], tmp_path / "run", run=QUIET)
     base = loop.build(recipe.model)
     examples = data.examples(range(len(data)))
 
-    def accuracy(model):
+    def mean_rank(model):
         queries = model.encode([e.query for e in examples], "query", dims=8)
         documents = model.encode([e.positives[0] for e in examples], dims=8)
-        return ((queries @ documents.T).argmax(1) == np.arange(len(examples))).mean()
+        scores = queries @ documents.T
+        return (scores > scores.diagonal()[:, None]).sum(1).mean() + 1
 
-    assert accuracy(embedder) > accuracy(base)
+    assert mean_rank(embedder) < 0.75 * mean_rank(base)
 
 
 def test_frozen_embeddings_stay_as_they_were(data, recipe, tmp_path):
@@ -243,6 +285,19 @@ def test_length_groups_and_two_sources_train(data, recipe, tmp_path):
     assert (tmp_path / "run/model/tercet.json").exists()
 
 
+def test_dims_wider_than_the_model_are_refused_before_training(data, recipe, tmp_path):
+    stage = replace(recipe.stages[0], objective=Contrastive(dims=(8, 65)))
+    with pytest.raises(RecipeError, match=r"dims are \[8, 65\], but .* have 64 coordinates"):
+        train(replace(recipe, stages=(stage,)), [data], tmp_path / "run", run=QUIET)
+    assert not (tmp_path / "run/recipe.json").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(data, recipe, tmp_path, device):
+    with pytest.raises(RecipeError, match=f"the device '{device}' cannot be used here"):
+        train(recipe, [data], tmp_path / "run", run=replace(QUIET, device=device))
+
+
 def test_tensorboard_files_are_written_on_request(data, recipe, tmp_path):
     train(recipe, [data], tmp_path / "run", run=replace(QUIET, tensorboard=True))
     assert list((tmp_path / "run/tensorboard").iterdir())
@@ -255,7 +310,7 @@ def test_kill_9_at_any_time_and_the_same_command_goes_on(data, encoder_folder, t
         start = [sys.executable, "-m", "tercet.cli", "train", "finetune", "--data", str(data.path)]
         return [*start, "--out", str(tmp_path / name), *flags.split()]
 
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command("whole"), check=True, env=environment, **quiet)
     log = tmp_path / "killed/log.jsonl"

@@ -35,6 +35,10 @@ CASES: dict[str, dict[str, Any]] = {
     "own negatives": {"in_batch": False},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
 }
+# How far gradients may be apart, as a share of their length. In float32 one process that takes
+# its texts in other chunks is 5e-7 away from itself.
+LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
+STEPS = [(case, dtype) for case in CASES for dtype in LIMITS]
 
 
 class Killed(BaseException):
@@ -66,7 +70,7 @@ def prepare(folder: Path) -> None:
     config.write_text(json.dumps(said | off))
 
 
-def recipe(folder: Path, rate: float = 3e-4, steps: int = 6, **changes: Any) -> Recipe:
+def recipe(folder: Path, rate: float = 1e-4, steps: int = 6, **changes: Any) -> Recipe:
     """Batches of 8, 8 and 3; up to two of up to three positives, and of up to four negatives."""
     plain = finetune(
         base=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
@@ -85,10 +89,12 @@ def weights(embedder: Embedder) -> dict[str, Tensor]:
     }
 
 
-def gradients(folder: Path, out: str, case: str, run: Run = QUIET) -> list[list[Tensor]]:
-    """The summed gradients of an epoch's three steps, at one place: the learning rate is zero."""
+def gradients(
+    folder: Path, out: str, case: str, dtype: torch.dtype = torch.float64, *, run: Run = QUIET
+) -> list[list[Tensor]]:
+    """The summed gradients of an epoch's three steps, too small to move the weights between."""
     found: list[list[Tensor]] = []
-    add = distributed.sum_gradients
+    add, build = distributed.sum_gradients, loop.build
 
     def recorded(parameters: list[torch.nn.Parameter]) -> None:
         add(parameters)
@@ -96,7 +102,8 @@ def gradients(folder: Path, out: str, case: str, run: Run = QUIET) -> list[list[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "sum_gradients", recorded)
-        trained(folder, out, recipe(folder, rate=0.0, steps=3, **CASES[case]), run)
+        patch.setattr(loop, "build", lambda model: build(model).to(dtype))
+        trained(folder, out, recipe(folder, rate=1e-30, steps=3, **CASES[case]), run)
     return found
 
 
@@ -168,13 +175,12 @@ def one_of_two(folder: Path) -> None:
     if rank == 1:
         loop.Log = no_log  # pyright: ignore[reportAttributeAccessIssue]
     facts = {
-        "gradients": {case: gradients(folder, f"two {case}", case) for case in CASES},
-        "chunked": gradients(folder, "two chunked", "in-batch", CHUNKED),
+        "gradients": {step: gradients(folder, f"two {step}", *step) for step in STEPS},
+        "chunked": gradients(folder, "two chunked", "in-batch", run=CHUNKED),
         "idle": gradients_with_an_idle_process(folder, "two idle"),
         "weights": weights(trained(folder, "two", recipe(folder))),
         "nan": complaint_about_nan(folder, "two nan"),
         "best": best_weights(folder, "two best"),
-        "small": refusal(lambda: trained(folder, "x", recipe(folder, batch_size=1))),
         # A folder of its own for each process, one with a checkpoint in it.
         "lost": refusal(lambda: trained(folder, ["two", "none"][rank], recipe(folder))),
     }
@@ -214,20 +220,21 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read(run / "log.jsonl") if "loss" in record]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a1_a20_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, case):
-    one = gradients(folder, f"one {case}", case)
+@pytest.mark.parametrize(("case", "dtype"), STEPS)
+def test_a1_a20_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, case, dtype):
+    one = gradients(folder, f"one {case} {dtype}", case, dtype)
     assert [len(step) for step in one] == [len(one[0])] * 3
     for facts in both:
-        for found, expected in zip(facts["gradients"][case], one, strict=True):
-            assert gap(found, expected) < 1e-6
+        for found, expected in zip(facts["gradients"][case, dtype], one, strict=True):
+            assert gap(found, expected) < LIMITS[dtype]
 
 
 def test_chunks_and_a_process_without_an_example_change_no_gradient(both):
     for facts in both:
+        usual = facts["gradients"]["in-batch", torch.float64]
         for kind in ("chunked", "idle"):
-            for found, expected in zip(facts[kind], facts["gradients"]["in-batch"], strict=True):
-                assert gap(found, expected) < 1e-6
+            for found, expected in zip(facts[kind], usual, strict=True):
+                assert gap(found, expected) < LIMITS[torch.float64]
 
 
 def test_the_weights_of_both_processes_are_equal_to_the_bit(both):
@@ -243,7 +250,7 @@ def test_two_processes_end_with_the_weights_of_one(folder, both, alone):
     for name in names:
         torch.testing.assert_close(both[0]["weights"][name], alone[name], rtol=0, atol=1e-5)
     before = weights(loop.build(recipe(folder).model))
-    assert gap([before[name] for name in names], [alone[name] for name in names]) > 1e-3
+    assert gap([before[name] for name in names], [alone[name] for name in names]) > 1e-4
 
 
 def test_the_log_of_two_processes_is_that_of_one(folder, alone):
@@ -251,8 +258,8 @@ def test_the_log_of_two_processes_is_that_of_one(folder, alone):
     for found, expected in zip(*logs, strict=True):
         for name in ("step", "tokens", "examples", "truncated"):
             assert found[name] == expected[name]
-        for name in ("loss", "gradient_norm"):
-            assert found[name] == pytest.approx(expected[name], abs=1e-5)
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
 
 
 def test_the_best_weights_are_those_of_the_first_step(folder, both):
@@ -273,9 +280,10 @@ def test_a_bad_loss_in_one_process_stops_both_and_names_the_batch(both):
     assert "the last good checkpoint is" in both[0]["nan"]
 
 
-def test_a_batch_smaller_than_the_number_of_processes_is_refused(both):
-    wanted = "a batch of 1 has no example for each of 2 processes; raise the batch size"
-    assert all(wanted in facts["small"] for facts in both)
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    with pytest.raises(RecipeError, match="a batch of 2 has no example for each of 3 processes"):
+        trained(folder, "small", recipe(folder, batch_size=2))
 
 
 def test_processes_that_find_different_checkpoints_are_stopped(both):
