@@ -7,6 +7,7 @@ Results go to standard output; progress and errors go to standard error. Exit st
 import inspect
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -19,7 +20,7 @@ from tercet import zoo
 from tercet.console import Notes, columns, one_line, results, say, shortened
 from tercet.data.check import DataReport, Quantiles, check_examples
 from tercet.data.documents import read_documents, read_texts
-from tercet.errors import RecipeError, TercetError
+from tercet.errors import IndexFolderError, ModelError, RecipeError, TercetError
 from tercet.files import replacing_file
 from tercet.recipes.finetune import finetune
 
@@ -200,7 +201,10 @@ def search(
     if not all(query.strip() for query in queries):
         raise RecipeError("a query is blank; say what to look for")
     opened = ExactIndex.open(folder)
-    embedder = _load(opened.setting("model"), opened.setting("precision"))
+    try:
+        embedder = _load(opened.setting("model"), opened.setting("precision"))
+    except ModelError as error:
+        raise IndexFolderError(f"{folder}: its model cannot be loaded: {error}") from error
     opened.require({"fingerprint": embedder.fingerprint()})
     vectors = embedder.encode(queries, "query", dims=opened.setting("dims"))
     out = results()
@@ -375,7 +379,7 @@ def _signed(difference: Any) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a verb, and exit: 0 when done, 2 when the user can fix what went wrong."""
-    logging.basicConfig(level=logging.WARNING, handlers=[Notes()])
+    logging.getLogger("tercet").handlers = [Notes()]
     _quiet_libraries()
     try:
         app(argv)
@@ -389,7 +393,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Our own progress is enough; theirs would be drawn into it."""
+    """Our own progress is enough, and their warnings of what will change are not for users."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

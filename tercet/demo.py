@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +75,7 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
     differences = {"after - before": gain, "after - BM25": lead}
 
     say("indexing the packages of the test split")
-    index = _index(out / "index", packages, embedder, out / "model")
+    index = _index(out, packages, embedder, after.documents)
     found = index.search(embedder.encode(QUERIES, "query"), 3)
 
     seconds = time.monotonic() - began
@@ -118,16 +119,16 @@ def _first(examples: Iterator[Example], count: int) -> list[Example]:
 
 
 def _index(
-    folder: Path, packages: Sequence[dict[str, Any]], embedder: Embedder, model: Path
+    out: Path, packages: Sequence[dict[str, Any]], embedder: Embedder, vectors: np.ndarray
 ) -> ExactIndex:
+    """The test split's packages, by the vectors that they were measured with."""
     chosen = [package for package in packages if package["split"] == "test"]
-    vectors = embedder.encode([package["long"] for package in chosen], progress=True)
     return ExactIndex.build(
-        folder,
+        out / "index",
         vectors=vectors,
         documents=((p["id"], f"{p['id']}: {p['short']}", p["long"]) for p in chosen),
         settings={
-            "model": str(model.resolve()),
+            "model": str((out / "model").resolve()),
             "fingerprint": embedder.fingerprint(),
             "dims": None,
             "precision": "float32",

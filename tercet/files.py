@@ -41,8 +41,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     fresh, old = _beside(folder, "new"), _beside(folder, "old")
     if folder.exists() and not folder.is_dir():
         raise StorageError(folder, "it is a file, and a folder is to be written")
+    _make_folder(folder.parent)
     with _clear_about(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(folder)
         _sweep(folder, "new")
         fresh.mkdir()
@@ -86,9 +86,9 @@ def replacing_file(path: Path) -> Iterator[Path]:
     fresh = _beside(path, "new")
     if path.exists() and not path.is_file():
         raise StorageError(path, "it is no file, and a file is to be written")
+    _make_folder(path.parent)
     try:
         with _clear_about(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             _sweep(path, "new")
             fresh.touch()  # a place that cannot be written to shows before the work is done
             yield fresh
@@ -110,8 +110,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """
     path = Path(folder) / ".lock"
     lock = FileLock(path)
+    _make_folder(path.parent)
     with _clear_about(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
         holder = path.read_text(encoding="utf-8") if path.exists() else ""
         try:
             lock.acquire(blocking=False)
@@ -128,6 +128,15 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(folder, "a file is where a folder has to be") from error
+    except OSError as error:
+        raise StorageError(folder, error.strerror or str(error)) from error
 
 
 def _swap(fresh: Path, folder: Path, old: Path) -> None:

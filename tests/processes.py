@@ -16,6 +16,7 @@ def run_together(script: str, *arguments: str, count: int = 2) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",  # NCCL refuses two processes on one GPU
     }

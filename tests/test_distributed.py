@@ -132,6 +132,7 @@ def one_of_two(out: Path) -> None:
     facts: dict[str, Any] = {
         "world": distributed.world(),
         "is_main": distributed.is_main(),
+        "beside": distributed.beside(),
         "steps": {case: step(share, case[0], DIMS[case[1]]) for case in CASES},
         "rows": relation(share, "blended").gathered().rows(0, len(QUERIES[share])),
         "positives": relation(share, "blended").gathered().positives,
@@ -185,6 +186,7 @@ def test_a16_equal_texts_are_found_across_processes(both):
 
 def test_each_process_knows_its_place(both):
     assert [(facts["world"], facts["is_main"]) for facts in both] == [(2, True), (2, False)]
+    assert [facts["beside"] for facts in both] == [2, 2]
 
 
 def test_gathered_rows_are_in_the_order_of_the_processes(both):
@@ -227,6 +229,7 @@ def test_everything_is_the_identity_for_one_process(monkeypatch):
     assert weight.grad.tolist() == [1, 1]
     assert distributed.broadcast_object("x") == "x"
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
+    assert distributed.beside() == 1
 
 
 def test_small_gradients_share_a_message_and_a_large_one_has_its_own(monkeypatch):

@@ -81,5 +81,5 @@ class Collator:
 def _drawn(texts: Sequence[str], at_most: int, rng: np.random.Generator) -> tuple[str, ...]:
     if len(texts) <= at_most:
         return tuple(texts)
-    chosen = sorted(rng.choice(len(texts), at_most, replace=False).tolist())
+    chosen: list[int] = sorted(rng.choice(len(texts), at_most, replace=False).tolist())
     return tuple(texts[i] for i in chosen)

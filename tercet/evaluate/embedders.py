@@ -22,9 +22,10 @@ DEPTH: Final = 100  # of the rankings that BM25 gives; as deep as the metrics lo
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """An embedder's result, and the scores of its relevant and of random pairs."""
+    """An embedder's result, the scores of its relevant and of random pairs, and its vectors."""
 
     result: RetrievalResult
+    documents: np.ndarray  # [documents, dim], to index them without encoding them again
     positives: np.ndarray  # scores of relevant pairs
     negatives: np.ndarray  # scores of their queries with random documents
 
@@ -37,7 +38,7 @@ def measure(
     documents = embedder.encode(data.documents, "document", dims=dims, progress=progress)
     result = evaluate_retrieval(data, queries, documents)
     positives, negatives = pair_scores(data, queries, documents)
-    return Measured(result, positives, negatives)
+    return Measured(result, documents, positives, negatives)
 
 
 def measure_bm25(data: RetrievalSet) -> RetrievalResult:

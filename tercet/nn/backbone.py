@@ -237,7 +237,7 @@ def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _hint(source: str) -> str:

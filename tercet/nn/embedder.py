@@ -328,10 +328,15 @@ def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
 def _load_tokenizer(place: str | Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(str(place))
+        tokenizer = AutoTokenizer.from_pretrained(str(place))
     except (OSError, ValueError, KeyError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"{place}: the tokenizer cannot be loaded: {line}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what is made up where none was saved
+        raise ModelError(
+            f"{place}: has no tokenizer (tokenizer.json); copy it there from the model's origin"
+        )
+    return tokenizer
 
 
 def _load_adapter(

@@ -370,8 +370,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     """What ``index.json`` says, with all its fields in place."""
     try:
         about = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        what = "is not an index" if folder.is_dir() else "no such folder"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "is not an index" if folder.exists() else "no such folder"
         raise IndexFolderError(f"{folder}: {what}; build one with: tercet index") from error
     except (OSError, ValueError) as error:
         raise _broken(folder, f"{_SETTINGS} cannot be read: {error}") from error

@@ -260,7 +260,13 @@ class _Trainer:
         """The weights that scored best; the last ones where nothing was measured."""
         distributed.barrier()
         progress = self.progress
-        if progress.best_score is not None and progress.best_step != progress.step:
+        if progress.best_score is None:
+            return
+        self.say(
+            f"dev set: {progress.scores[0][1]:.4f} before training, {progress.best_score:.4f} at "
+            f"best, after step {progress.best_step} of {progress.step}; taking those weights"
+        )
+        if progress.best_step != progress.step:
             checkpoint.restore(self.embedder, checkpoint.read(self.folder / BEST))
 
     def _gave_up(self) -> bool:

@@ -38,8 +38,7 @@ class Run:
         try:
             return torch.zeros(1, device=name).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            line = str(error).splitlines()[0].rstrip(".")
             raise RecipeError(
-                f"the device {name!r} cannot be used here ({line}); leave the device out to take "
-                "a GPU if there is one"
+                f"the device {name!r} cannot be used here; leave it out to take a GPU if there is "
+                "one, or else the CPU"
             ) from error

@@ -23,6 +23,7 @@ from tercet.recipes.finetune import finetune
 from tercet.train import checkpoint, loop
 from tercet.train.log import read
 from tercet.train.loop import Run, train
+from tercet.train.memory import graph_tokens_that_fit
 from tercet.train.recipe import Recipe
 from tercet.types import Example
 from tests import toy
@@ -289,6 +290,13 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(folder, monkeyp
 def test_processes_that_find_different_checkpoints_are_stopped(both):
     for facts in both:
         assert "processes find different checkpoints there; give an --out that" in facts["lost"]
+
+
+def test_processes_beside_each_other_share_the_free_memory(folder, monkeypatch):
+    backbone = loop.build(recipe(folder).model).backbone
+    one = graph_tokens_that_fit(backbone)
+    monkeypatch.setattr(distributed, "beside", lambda: 4)
+    assert graph_tokens_that_fit(backbone) == pytest.approx(one / 4, rel=0.5)
 
 
 @pytest.mark.slow

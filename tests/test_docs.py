@@ -1,0 +1,142 @@
+"""What README and docs name exists, and what they show runs."""
+
+import ast
+import importlib
+import json
+import pkgutil
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from tercet.cli import app
+from tercet.data.examples import parse_example
+from tercet.data.sources import open_source
+from tercet.errors import DataError
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("benchmarks/*.md"),
+    *ROOT.glob("examples/**/*.md"),
+]
+FOLDERS = ("tercet", "tests", "docs", "benchmarks", "examples")
+FILES_OF_OURS = ("tercet.json",)  # looks like a module, and is a file
+
+
+def of_each_page(pattern: str) -> list[Any]:
+    """Page and text of everything that the pattern's group finds, once."""
+    found = {(page, text) for page in PAGES for text in re.findall(pattern, page.read_text())}
+    return [pytest.param(*pair, id=f"{pair[0].name}:{pair[1]}") for pair in sorted(found)]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "name"), of_each_page(r"\btercet(?:\.\w+)+"))
+def test_every_module_function_and_class_named_exists(page, name):
+    if name not in FILES_OF_OURS:
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize(("page", "link"), of_each_page(r"\]\(([^)#\s]+)"))
+def test_every_link_to_a_file_leads_somewhere(page, link):
+    assert link.startswith("https://") or (page.parent / link).exists()
+
+
+@pytest.mark.parametrize(("page", "path"), of_each_page(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`"))
+def test_every_path_named_exists(page, path):
+    assert "NAME" in path or (ROOT / path).exists()
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Page and command line, from code blocks and from code inside a sentence."""
+    for page in PAGES:
+        text = page.read_text()
+        for line in re.findall(r"^(?:torchrun .*-m )?tercet(?:\.cli)? (.*)$", text, re.MULTILINE):
+            yield page.name, line.partition("#")[0]
+        for line in re.findall(r"`(?:torchrun [^`]*-m )?tercet(?:\.cli)? ([^`]*)`", text):
+            yield page.name, line
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(commands())))
+def test_every_command_shown_has_its_verb_and_flags(page, line):
+    verb: Any = typer.main.get_command(app)
+    words = [word for word in shlex.split(line) if word not in ("VERB", "...")]
+    while words and hasattr(verb, "commands") and not words[0].startswith("-"):
+        verb = verb.commands[words.pop(0)]
+    known = {flag for option in verb.params for flag in (*option.opts, *option.secondary_opts)}
+    assert {word for word in words if word.startswith("-")} <= known | {"--help"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_shown_is_python_and_its_imports_exist(page):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = blocks(ROOT / "README.md", "python")[0]
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "runs/mine/model/config.json").exists()
+    assert "0." in capsys.readouterr().out
+
+
+def test_the_layout_in_the_architecture_names_every_module():
+    layout = next(b for b in blocks(ROOT / "docs/architecture.md", "") if "types.py" in b)
+    modules = [path for path in (ROOT / "tercet").rglob("*.py") if path.stem != "__init__"]
+    assert [m.stem for m in modules if not re.search(rf"\b{m.stem}\b", layout)] == []
+
+
+def test_the_order_of_the_layers_is_that_of_the_contract():
+    contract = re.search(
+        r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M
+    )
+    assert contract is not None
+    order = re.findall(r"\w+", contract[1])
+    shown = next(b for b in blocks(ROOT / "docs/architecture.md", "") if "cli > " in b)
+    assert re.findall(r"\w+", shown) == order
+
+
+def test_the_examples_in_the_data_page_are_examples():
+    lines = blocks(ROOT / "docs/data.md", "json")[0].splitlines()
+    assert [parse_example(json.loads(line), "task").negatives for line in lines] == [
+        (),
+        ("Plays draughts.",),
+    ]
+
+
+GOOD = b'{"query": "a", "positives": ["b"]}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pairs.csv", b"a,b"),
+        ("pairs.jsonl", b""),
+        ("pairs.jsonl", GOOD + b'{"query":\n'),
+        ("pairs.jsonl", GOOD + b'{"text": "x"}\n'),
+        ("pairs.jsonl", GOOD + b'{"query": " ", "positives": ["b"]}\n'),
+        ("pairs.jsonl", GOOD + b'{"query": "x", "positives": [3]}\n'),
+        ("pairs.jsonl", GOOD + b'{"query": "x", "positives": ["b"], "pos": ["c"]}\n'),
+        ("pairs.jsonl", b'{"query": "x", "positives": ["b"], "positive_scores": [1, 2]}\n'),
+        ("pairs.jsonl", GOOD + b'{"query":"\xe9","positives": ["b"]}\n'),
+        ("pairs.jsonl", b'{"query": "\\ud83d", "positives": ["b"]}\n'),
+    ],
+)
+def test_messages_in_the_data_page_are_those_that_users_get(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        open_source(name)
+    assert f"| `{caught.value}` |" in (ROOT / "docs/data.md").read_text()
