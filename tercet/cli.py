@@ -305,7 +305,7 @@ def _training(recipe: Callable[..., Any]) -> Callable[..., None]:
     return command
 
 
-def _flag(name: str, kind: Any, text: str, default: Any = inspect.Parameter.empty) -> Any:
+def _flag(name: str, kind: Any, text: str, default: Any = ...) -> Any:
     option = typer.Option(help=text)
     return inspect.Parameter(
         name,

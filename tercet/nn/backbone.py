@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -221,7 +222,7 @@ def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
         model, report = AutoModel.from_pretrained(
             place, config=config, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{source}: cannot be loaded: {_first_line(error)}{_hint(source)}"
         ) from error

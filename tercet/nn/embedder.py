@@ -321,6 +321,9 @@ def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     if unknown:
         raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
     given = dict(changes)
+    if given.get("pooling", settings.pooling) not in POOLINGS:
+        known_poolings = ", ".join(POOLINGS)
+        raise RecipeError(f"no such pooling: {given['pooling']}; choose from {known_poolings}")
     if "dims" in given:
         given["dims"] = tuple(given["dims"])
     return replace(settings, **given)
@@ -330,8 +333,10 @@ def _load_tokenizer(place: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place))
     except (OSError, ValueError, KeyError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{place}: the tokenizer cannot be loaded: {line}") from error
+        line = (str(error) or type(error).__name__).splitlines()[0].strip(" :.")
+        raise ModelError(
+            f"{place}: the tokenizer cannot be loaded ({line}); is tokenizer.json there and whole?"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what is made up where none was saved
         raise ModelError(
             f"{place}: has no tokenizer (tokenizer.json); copy it there from the model's origin"

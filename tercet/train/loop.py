@@ -167,6 +167,8 @@ class _Trainer:
                     saved_at = time.monotonic()
         self.progress.finished = True
         self._save()
+        if cut := self.progress.truncated:
+            self.say(f"{cut:,} times a text was longer than the model takes, and its end was cut")
         self._take_best()
 
     def _step(self, log: Log | None, advance: Advance) -> None:
@@ -319,7 +321,7 @@ class _Trainer:
         others = "the others' documents" if self.stage.in_batch else "its own negatives alone"
         self.say(
             f"{self.stage.name}: {self.steps} steps of {self.stage.batch_size} examples, each "
-            f"query against {others}; {count / 1e6:.1f}M weights in training"
+            f"query against {others}; {count:,} weights in training"
         )
 
     def _complaint(self, problem: str, rows: BatchRows) -> str:
