@@ -1,4 +1,4 @@
-"""How fast is encode, against sentence-transformers?
+"""What does encoding cost, against sentence-transformers.
 
 Sentences per CPU second of MiniLM on Debian descriptions, short and long ones mixed in random
 order, one thread, tokenizing included on both sides. Both sort by length; the peer pads batches of

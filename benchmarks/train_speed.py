@@ -1,4 +1,4 @@
-"""How fast is a contrastive training step, against sentence-transformers?
+"""What does a contrastive training step cost, against sentence-transformers.
 
 Forward and backward of MiniLM on Debian package descriptions, pairs in random order, float32, no
 dropout, one thread, tokens made beforehand on both sides. The peer's losses are
@@ -54,6 +54,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
+        """Of all texts."""
         return sum(map(len, [*self.queries, *self.documents]))
 
     @property

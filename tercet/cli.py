@@ -46,7 +46,7 @@ Precision = Annotated[
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     data: Annotated[Path, typer.Option(help="Debian package descriptions.")] = EXAMPLES,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 60,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 40,
     seed: Annotated[int, typer.Option(help="Of batches and dropout.")] = 0,
 ) -> None:
     """Fine-tune a small model on real texts, measure the gain, and search, in minutes.

@@ -42,12 +42,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise StorageError(folder, "it is a file, and a folder is to be written")
     _make_folder(folder.parent)
-    with _clear_about(folder):
+    with clear_about(folder):
         recover_folder(folder)
         _sweep(folder, "new")
         fresh.mkdir()
     try:
-        with _clear_about(folder):
+        with clear_about(folder):
             yield fresh
             mode = fresh.stat().st_mode & 0o666
             for path in sorted(fresh.rglob("*")):
@@ -70,7 +70,7 @@ def recover_folder(folder: Path) -> None:
     for old in _leftovers(folder, "old"):
         if folder.exists():
             break
-        with _clear_about(folder), suppress(FileNotFoundError):  # the writer itself was quicker
+        with clear_about(folder), suppress(FileNotFoundError):  # the writer itself was quicker
             old.rename(folder)
     _sweep(folder, "old")
 
@@ -88,7 +88,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
         raise StorageError(path, "it is no file, and a file is to be written")
     _make_folder(path.parent)
     try:
-        with _clear_about(path):
+        with clear_about(path):
             _sweep(path, "new")
             fresh.touch()  # a place that cannot be written to shows before the work is done
             yield fresh
@@ -111,7 +111,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     path = Path(folder) / ".lock"
     lock = FileLock(path)
     _make_folder(path.parent)
-    with _clear_about(path.parent):
+    with clear_about(path.parent):
         holder = path.read_text(encoding="utf-8") if path.exists() else ""
         try:
             lock.acquire(blocking=False)
@@ -121,7 +121,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 "wait until it is done, stop it, or give another folder"
             ) from None
     try:
-        with _clear_about(path):
+        with clear_about(path):
             now = datetime.now().strftime("%Y-%m-%d %H:%M")
             about = f"process {os.getpid()} on {socket.gethostname()}, started {now},"
             path.write_text(about, encoding="utf-8")
@@ -203,7 +203,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _clear_about(path: Path) -> Iterator[None]:
+def clear_about(path: Path) -> Iterator[None]:
     """Name the path and the remedy when the disk is full or closed to us."""
     try:
         yield

@@ -39,13 +39,16 @@ _SMALL: dict[str, Any] = {
 _GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2}
 _SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+_EVERY_SECOND: dict[str, Any] = {"sliding_window_pattern": 2}  # read, but not declared
+_GLOBAL_SECOND: dict[str, Any] = {"global_attn_every_n_layers": 2}
+
 DECODERS: dict[str, t.PreTrainedConfig] = {
     "llama": t.LlamaConfig(**_GROUPED, **_SPECIAL),
     "qwen3": t.Qwen3Config(**_GROUPED, **_SPECIAL, head_dim=16),
     "mistral": t.MistralConfig(**_GROUPED, **_SPECIAL, sliding_window=4),
     "gemma2": t.Gemma2Config(**_GROUPED, **_SPECIAL, head_dim=16, sliding_window=4),
     "gemma3": t.Gemma3TextConfig(
-        **_GROUPED, **_SPECIAL, head_dim=16, sliding_window=4, sliding_window_pattern=2
+        **_GROUPED, **_SPECIAL, head_dim=16, sliding_window=4, **_EVERY_SECOND
     ),
     "phi3": t.Phi3Config(**_GROUPED, **_SPECIAL),
 }
@@ -56,7 +59,7 @@ ENCODERS: dict[str, t.PreTrainedConfig] = {
         **_SMALL,
         **_SPECIAL,
         local_attention=8,
-        global_attn_every_n_layers=2,
+        **_GLOBAL_SECOND,
         cls_token_id=1,
         sep_token_id=2,
     ),
@@ -65,7 +68,7 @@ ENCODERS: dict[str, t.PreTrainedConfig] = {
         **_SPECIAL,
         head_dim=16,
         sliding_window=8,
-        sliding_window_pattern=2,
+        **_EVERY_SECOND,
         use_bidirectional_attention=True,
     ),
 }

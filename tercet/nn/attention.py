@@ -221,8 +221,11 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: _Rule) ->
     from torch.nn.attention.varlen import varlen_attn
 
     reach = -1 if rule.limit is None else rule.limit - 1
+    rows, keys, values = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
     states = varlen_attn(
-        *(x[0].transpose(0, 1).contiguous() for x in (q, k, v)),
+        rows,
+        keys,
+        values,
         layout.bounds,
         layout.bounds,
         layout.longest,

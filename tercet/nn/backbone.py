@@ -280,7 +280,7 @@ def _set_direction(model: nn.Module, attention: Attention) -> None:
     if attention == "bidirectional":
         for module in model.modules():
             if isinstance(getattr(module, "is_causal", None), bool):
-                module.is_causal = False  # pyright: ignore[reportAttributeAccessIssue]
+                module.is_causal = False  # pyright: ignore
     for config in _configs(model):
         if not getattr(config, "use_bidirectional_attention", False):  # Gemma's own switch, enough
             config.is_causal = attention == "causal"

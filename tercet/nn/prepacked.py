@@ -38,7 +38,7 @@ class Prepacked:
             for module in self._model.modules():
                 if type(module) is nn.Linear:
                     activation = "gelu" if module in fused else "none"
-                    module.forward = self._forward(module, activation)
+                    module.forward = self._forward(module, activation)  # pyright: ignore
                     changed.append(module)
             for activation in fused.values():
                 activation.forward = _same

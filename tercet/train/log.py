@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.errors import MissingExtraError
-from tercet.files import replacing_file
+from tercet.files import clear_about, replacing_file
 
 
 class Log:
@@ -22,8 +22,9 @@ class Log:
 
     def write(self, step: int, **values: Any) -> None:
         """Add a record; numbers also go to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with clear_about(self.path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -31,7 +32,8 @@ class Log:
 
     def close(self) -> None:
         """Finish writing."""
-        self._file.close()
+        with clear_about(self.path):  # what could not be written is tried once more
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

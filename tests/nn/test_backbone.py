@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -6,7 +8,9 @@ from tercet.nn.attention import NAME
 from tercet.nn.backbone import Backbone, probe
 from tests.toy import DECODERS, ENCODERS, pack, random_model, random_texts, save_model
 
-CASES = [(name, way) for name in DECODERS for way in ("causal", "bidirectional")]
+CASES: list[tuple[str, Any]] = [
+    (name, way) for name in DECODERS for way in ("causal", "bidirectional")
+]
 CASES += [(name, "bidirectional") for name in ENCODERS]
 LENGTHS = (7, 31, 13, 1, 31, 5)
 
@@ -44,7 +48,8 @@ def test_the_last_token_reaches_the_first_only_both_ways(name):
     (text,) = random_texts(9)
     changed = text.clone()
     changed[-1] = (changed[-1] + 1) % 300
-    for way, moves in (("causal", False), ("bidirectional", True)):
+    ways: tuple[tuple[Any, bool], ...] = (("causal", False), ("bidirectional", True))
+    for way, moves in ways:
         backbone = Backbone(random_model(DECODERS[name]), attention=way, window="full")
         difference = (backbone(pack(text)) - backbone(pack(changed)))[0].abs().max()
         assert (difference > 1e-4) == moves
@@ -116,7 +121,7 @@ def test_the_probe_refuses_a_model_that_is_causal_against_its_promise():
     backbone = Backbone(random_model(DECODERS["llama"]), attention="bidirectional")
     for module in backbone.modules():
         if isinstance(getattr(module, "is_causal", None), bool):
-            module.is_causal = True  # pyright: ignore[reportAttributeAccessIssue]
+            module.is_causal = True  # pyright: ignore
     backbone.model.config.is_causal = True
     with pytest.raises(ModelError, match="asked to read both ways"):
         probe(backbone)
@@ -142,11 +147,11 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(kind, caplog):
 
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
     configs = {
-        "mpnet": lambda: t.MPNetConfig(**small, intermediate_size=96),
+        "mpnet": lambda: t.MPNetConfig(**small, intermediate_size=96),  # pyright: ignore
         "t5": lambda: t.T5Config(d_model=64, num_layers=2, num_heads=4, d_ff=96, vocab_size=300),
         "bloom": lambda: t.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=300),
     }
-    with pytest.raises(ModelError, match="packed|attention"):
+    with pytest.raises(ModelError, match=r"packed|attention"):
         probe(Backbone(random_model(configs[kind]())))
 
 

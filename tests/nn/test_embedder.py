@@ -1,5 +1,6 @@
 import json
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_a_task_has_prompts_of_its_own(encoder_folder):
 def test_sentence_transformers_reads_the_saved_folder_alike(tmp_path, kind, pooling):
     folder = save_model(tmp_path / "base", kind)
     way = "causal" if kind == "llama" and pooling == "last" else "bidirectional"
-    lengths = {"query_tokens": 40, "document_tokens": 40}
+    lengths: Any = {"query_tokens": 40, "document_tokens": 40}
     embedder = Embedder.load(folder, attention=way, pooling=pooling, **lengths)
     embedder.save(tmp_path / "saved")
     ours = embedder.encode(TEXTS)

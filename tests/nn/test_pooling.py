@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def slow(name: str, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
     """One text at a time, in plain loops."""
     out = []
     bounds = packed.offsets.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         rows = hidden[start:end][packed.pooled[start:end]]
         rows = rows if len(rows) else hidden[start:end]
         places = torch.arange(1, len(rows) + 1, dtype=hidden.dtype)
