@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-recipes = typer.Typer(help="Train an embedder by a recipe.", no_args_is_help=True)
+recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes, name="train")
 
 ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
@@ -320,7 +320,10 @@ recipes.command("finetune")(_training(finetune))
 
 @recipes.callback()
 def _about_recipes() -> None:
-    """Train an embedder by a recipe. Example: tercet train finetune --data a.jsonl --out runs/a."""
+    """Train an embedder by a recipe.
+
+    Example: tercet train finetune --data pairs.jsonl --out runs/mine
+    """
 
 
 def _train(recipe: Any, data: list[Path], out: Path, dev: Path | None, run: Any) -> None:
@@ -382,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("tercet").handlers = [Notes()]
     _quiet_libraries()
     try:
-        app(argv)
+        app(argv, prog_name="tercet")
     except TercetError as error:
         say(f"tercet: {error}")
         sys.exit(2)

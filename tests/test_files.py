@@ -1,13 +1,10 @@
 import os
-import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from safetensors.torch import save_file
 from tercet import files
 from tercet.errors import RecipeError, StorageError
 from tercet.files import recover_folder, replacing_file, replacing_folder, sole_writer
+from tests.toy import small_disk
 
 
 @pytest.fixture
@@ -235,17 +233,6 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(folder, tmp_path):
     with replacing_file(tmp_path / "latest") as fresh:
         fresh.write_text("newer")
     assert (tmp_path / "latest").is_symlink() and (folder / "new").read_text() == "newer"
-
-
-@contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """The system refuses to write files that are larger."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 WRITERS = {

@@ -1,5 +1,8 @@
 """Stand-ins built in code: tiny random models of real architectures, tokenizers trained here."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -144,3 +147,14 @@ def save_model(folder: Path, kind: str) -> Path:
     padding = config.pad_token_id  # RoBERTa counts positions from it, so it must not be [CLS]
     (wordpiece(padding=padding) if kind in ENCODERS else byte_bpe()).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """The system refuses to write files that are larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -24,14 +24,14 @@ def finetune(
         "Of the learning rate; wsd: warmup-stable-decay.",
     ] = "linear",
     temperature: Annotated[float, "Of the softmax over documents."] = 0.05,
-    dims: Annotated[list[int] | None, "Shorter widths to train as well (Matryoshka)."] = None,
+    dims: Annotated[list[int] | None, "A shorter width to train as well; may be repeated."] = None,
     negatives: Annotated[int, "Mined negatives of a query, at most."] = 8,
     in_batch: Annotated[bool, "Take other examples' documents as negatives."] = True,
     mixing: Annotated[
         Literal["single", "blended"], "One source a batch, or all in each."
     ] = "single",
     length_edges: Annotated[
-        list[int] | None, "Batches of similar length: borders of the groups, in tokens."
+        list[int] | None, "Border between length groups, in tokens; may be repeated."
     ] = None,
     token_budget: Annotated[
         int | None, "Examples times tokens of the longest text of their group, at most."
