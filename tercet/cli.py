@@ -349,7 +349,7 @@ def _train(recipe: Any, data: list[Path], out: Path, dev: Path | None, run: Any)
 def _weighted(path: Path) -> tuple[Path, float]:
     """``pairs.jsonl:0.5`` is that file at half its weight."""
     name, colon, weight = str(path).rpartition(":")
-    if not colon or path.exists():
+    if not colon:
         return path, 1.0
     try:
         return Path(name), float(weight)

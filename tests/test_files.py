@@ -224,6 +224,12 @@ def test_a_device_is_not_replaced():
     assert Path("/dev/null").is_char_device()
 
 
+def test_a_place_closed_to_us_shows_before_the_work_is_done():
+    for replacing in (replacing_file, replacing_folder):
+        with pytest.raises(StorageError), replacing(Path("/proc/tercet")):
+            pytest.fail("the work has begun")
+
+
 def test_a_link_stays_and_what_it_points_to_is_replaced(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     with replacing_folder(tmp_path / "link") as fresh:
