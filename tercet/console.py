@@ -13,7 +13,7 @@ CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 def results() -> Console:
     """Standard output, where texts stand as they are; a pipe has no width."""
-    width = None if sys.stdout.isatty() else 200
+    width = None if sys.stdout.isatty() else 10_000
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
