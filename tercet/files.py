@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -22,6 +23,7 @@ from tercet.errors import RecipeError, StorageError
 
 _TURNED_UP: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # or gone: another process did it
 _TORCH_WRITES: Final = ("PytorchStreamWriter", "inline_container", "iostream")
+_ATTEMPTS: Final = 50  # to put a folder in place while others do the same
 _numbers: Final = itertools.count()
 
 
@@ -60,7 +62,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         if not folder.exists() and old.exists():  # the disk refused the second of two renames
-            old.rename(folder)
+            with suppress(OSError):  # unless another process has put its own in place by now
+                old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -70,8 +73,12 @@ def recover_folder(folder: Path) -> None:
     for old in _leftovers(folder, "old"):
         if folder.exists():
             break
-        with clear_about(folder), suppress(FileNotFoundError):  # the writer itself was quicker
+        try:
             old.rename(folder)
+        except OSError as error:  # a living writer may have been quicker
+            if error.errno not in _TURNED_UP:
+                with clear_about(folder):
+                    raise
     _sweep(folder, "old")
 
 
@@ -141,7 +148,7 @@ def _make_folder(folder: Path) -> None:
 
 def _swap(fresh: Path, folder: Path, old: Path) -> None:
     """Two renames. Between them another process may put its own folder in place: then again."""
-    for last in (False, False, False, True):
+    for attempt in range(_ATTEMPTS):
         try:
             if folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
@@ -149,8 +156,9 @@ def _swap(fresh: Path, folder: Path, old: Path) -> None:
             fresh.rename(folder)
             return
         except OSError as error:
-            if last or error.errno not in _TURNED_UP:
+            if attempt + 1 == _ATTEMPTS or error.errno not in _TURNED_UP:
                 raise
+            time.sleep(0.001 * attempt)  # let the others finish
 
 
 def _beside(path: Path, kind: str) -> Path:

@@ -8,6 +8,7 @@ large models are left as they are. Results differ in the last bits only.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 MAX_BYTES: Final = 1 << 30  # of weights that are worth a second copy
+_SAMPLED: Final = 256  # entries of a weight that are compared to see whether it changed
 _TOKENS: Final = 1_024  # rows the layout is chosen for; any number works
 
 
@@ -24,7 +26,7 @@ class Prepacked:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._packed: WeakKeyDictionary[nn.Linear, tuple[int, int, Tensor]] = WeakKeyDictionary()
+        self._packed: WeakKeyDictionary[nn.Linear, _Packed] = WeakKeyDictionary()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -59,15 +61,35 @@ class Prepacked:
         return forward
 
     def _weight(self, linear: nn.Linear) -> Tensor:
-        weight = linear.weight
-        key = weight.data_ptr(), weight._version
+        weight = linear.weight.detach()
         held = self._packed.get(linear)
-        if held is None or held[:2] != key:
+        if held is None or not held.is_of(weight):
             with torch.inference_mode():
-                packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TOKENS)
-            held = *key, packed
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS)
+            held = _Packed(weight.data_ptr(), weight._version, _sample(weight), packed)
             self._packed[linear] = held
-        return held[2]
+        return held.packed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Packed:
+    """A packed weight, and what tells whether its original has changed since."""
+
+    place: int
+    version: int
+    sample: Tensor
+    packed: Tensor
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Fused optimizers change a weight without counting up its version, so look inside too."""
+        same = self.place == weight.data_ptr() and self.version == weight._version
+        return same and torch.equal(self.sample, _sample(weight))
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Some hundred entries, spread over the weight: an optimizer's step moves nearly all."""
+    flat = weight.flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLED)].clone()
 
 
 def _suits(model: nn.Module) -> bool:

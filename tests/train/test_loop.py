@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,20 @@ def test_kill_9_at_any_time_and_the_same_command_goes_on(data, encoder_folder, t
     subprocess.run(command("killed"), check=True, env=environment, **quiet)
     ends = [Embedder.load(tmp_path / name / "model") for name in ("whole", "killed")]
     assert same_bits(weights(ends[0]), weights(ends[1]))
+
+
+def test_what_is_measured_while_training_is_what_is_saved(data, recipe, tmp_path):
+    """An encoder that remembers weights from before a step would measure another model."""
+    measured = []
+
+    def score(embedder):
+        measured.append(embedder.encode(SENTENCES))
+        return float(len(measured))  # always better: the last weights stay
+
+    embedder = train(
+        recipe, [data], tmp_path / "run", run=replace(QUIET, eval_steps=1), score=score
+    )
+    saved = Embedder.load(tmp_path / "run/model").encode(SENTENCES)
+    np.testing.assert_array_equal(saved, embedder.encode(SENTENCES))
+    np.testing.assert_array_equal(saved, measured[-1])
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in pairwise(measured))
