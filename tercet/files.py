@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,8 +42,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """
     folder = Path(folder).resolve()  # a link stays a link: what it points to is replaced
     fresh, old = _beside(folder, "new"), _beside(folder, "old")
-    if folder.exists() and not folder.is_dir():
-        raise StorageError(folder, "it is a file, and a folder is to be written")
+    with suppress(OSError):  # one look, since another process may be renaming here
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise StorageError(folder, "it is a file, and a folder is to be written")
     _make_folder(folder.parent)
     with clear_about(folder):
         recover_folder(folder)

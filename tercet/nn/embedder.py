@@ -202,9 +202,16 @@ class Embedder(nn.Module):
 
         Raises:
             StorageError: when the disk refuses; what was there before is still there.
+            ModelError: when the folder holds something that is not a model.
         """
+        folder = Path(folder)
+        holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if holds and not holds & {FILE, "config.json", "adapter_config.json"}:
+            raise ModelError(
+                f"{folder}: is not a model and would be overwritten; choose another folder"
+            )
         self.backbone.merge_lora()
-        with replacing_folder(Path(folder)) as fresh:
+        with replacing_folder(folder) as fresh:
             self.backbone.model.save_pretrained(fresh)
             self.tokenizer.stock.save_pretrained(fresh)
             write_modules(fresh, settings=self._as_st_folder())

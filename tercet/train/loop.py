@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,6 +79,9 @@ def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
             _describe(recipe, sources, run, out)
         trainer.run(score)
         embedder.backbone.merge_lora()
+    short = {dim for stage in recipe.stages for dim in stage.objective.dims if dim < embedder.dim}
+    if short:
+        embedder.settings = replace(embedder.settings, dims=tuple(sorted(short)))
     if distributed.is_main():
         about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
         data = {source.name: source.fingerprint for source in sources}

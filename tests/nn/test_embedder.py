@@ -157,3 +157,10 @@ def test_a_full_disk_leaves_the_old_model_whole(encoder_folder, tmp_path, monkey
 def test_an_unknown_setting_is_named(encoder_folder):
     with pytest.raises(RecipeError, match="no such setting: poling"):
         Embedder.load(encoder_folder, poling="mean")
+
+
+def test_a_folder_of_other_things_is_not_overwritten(encoder_folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ModelError, match="is not a model and would be overwritten"):
+        Embedder.load(encoder_folder).save(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()

@@ -259,6 +259,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(data, recipe, tmp_path
 def test_matryoshka_trains_the_short_prefix(data, recipe, tmp_path):
     stage = replace(recipe.stages[0], objective=Contrastive(dims=(8, 32)), steps=80)
     embedder = train(replace(recipe, stages=(stage,)), [data], tmp_path / "run", run=QUIET)
+    assert Embedder.load(tmp_path / "run/model").settings.dims == (8, 32)
     base = loop.build(recipe.model)
     examples = data.examples(range(len(data)))
 
