@@ -29,7 +29,14 @@ NAME: Final = "tercet"
 class Layout:
     """Where the texts of a row begin. Texts of one length must be neighbours to run together."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        dropout: float | None = None,  # of attention weights in training; None: the model's own
+    ) -> None:
+        self.dropout = dropout
         self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         self.sizes = [length * count for length, count in self.runs]
         self.longest = max(lengths)
@@ -79,7 +86,7 @@ def attend(
             f"{type(module).__name__} does not hand keyword arguments down to its attention, "
             "so its texts cannot be packed; use a model with a standard transformers attention"
         )
-    rule = _rule_of(module, options)
+    rule = _rule_of(module, options, layout.dropout)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _plain(rule):
         return _attend_row(query, key, value, layout, rule)[None], None
     pieces = []
@@ -95,7 +102,7 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing left to mask
 
 
-def _rule_of(module: nn.Module, options: dict[str, Any]) -> _Rule:
+def _rule_of(module: nn.Module, options: dict[str, Any], dropout: float | None) -> _Rule:
     for name in ("position_bias", "attention_bias", "block_mask"):
         if options.get(name) is not None:
             raise ModelError(f"this model adds {name!r} to its attention, which cannot be packed")
@@ -106,7 +113,7 @@ def _rule_of(module: nn.Module, options: dict[str, Any]) -> _Rule:
         causal=bool(causal),
         limit=_window_limit(module, options.get("sliding_window"), bool(causal)),
         scale=options.get("scaling"),
-        dropout=options.get("dropout", 0.0),
+        dropout=options.get("dropout", 0.0) if dropout is None or not module.training else dropout,
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )

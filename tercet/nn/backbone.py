@@ -5,6 +5,8 @@ some places, forgotten on reload in others. So the flags are all set, and then :
 changes a token and looks at what moves.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -42,7 +44,9 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.model: Any = model
+        self.is_decoder = _is_decoder(model)
         self.attention: Attention = _direction(model, attention)
+        self.attention_dropout: float | None = None  # in training; None: the model's own
         self.window: Window = window or _usual_window(model, self.attention)
         self.position_offset = _position_offset(model)
         _switch_to_packed(model)
@@ -94,31 +98,65 @@ class Backbone(nn.Module):
 
         Inside, texts are sorted by length, so that those of one length are attended together.
         """
-        lengths = texts.lengths
-        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        if order == list(range(len(lengths))):
-            return self._run(texts, lengths)
-        bounds = texts.offsets.tolist()
-        place = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order])
-        place = place.to(texts.ids.device)
-        hidden = self._run(
-            Packed(texts.ids[place], texts.offsets, texts.pooled), [lengths[i] for i in order]
-        )
-        back = torch.empty_like(place)
-        back[place] = torch.arange(len(place), device=place.device)
-        return hidden[back]
+        return self._run(texts, lambda output: output.last_hidden_state)[0]
 
-    def _run(self, texts: Packed, lengths: list[int]) -> Tensor:
-        device = texts.ids.device
-        places = torch.cat([torch.arange(length) for length in lengths]) + self.position_offset
-        options = {"use_cache": False} if hasattr(self.config, "use_cache") else {}
+    def layer_states(self, texts: Packed) -> Float[Tensor, "layers tokens hidden"]:
+        """The states that go into the first layer, and those that come out of each."""
+        states = self._run(
+            texts, lambda output: torch.cat(output.hidden_states), output_hidden_states=True
+        )
+        return states
+
+    def _run(self, texts: Packed, states_of: Callable[[Any], Tensor], **options: Any) -> Tensor:
+        """What ``states_of`` takes from the model's output: [anything, tokens, hidden]."""
+        lengths, device = texts.lengths, texts.ids.device
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        ids, place = texts.ids, None
+        if order != list(range(len(lengths))):
+            bounds = texts.offsets.tolist()
+            place = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order]).to(device)
+            ids, lengths = ids[place], [lengths[i] for i in order]
+        positions = torch.cat([torch.arange(length) for length in lengths]) + self.position_offset
+        if hasattr(self.config, "use_cache"):
+            options["use_cache"] = False
         output = self.model(
-            input_ids=texts.ids[None],
-            position_ids=places.to(device)[None],
-            layout=Layout(lengths, device),
+            input_ids=ids[None],
+            position_ids=positions.to(device)[None],
+            layout=Layout(lengths, device, dropout=self.attention_dropout),
             **options,
         )
-        return output.last_hidden_state[0]
+        states = states_of(output)
+        if place is None:
+            return states
+        back = torch.empty_like(place)
+        back[place] = torch.arange(len(place), device=device)
+        return states[:, back]
+
+    @contextmanager
+    def reading(self, attention: Attention | None) -> Iterator[None]:
+        """Read in this direction for a while; None leaves it as it is. Weights stay the same.
+
+        Raises:
+            ModelError: for an encoder asked to be causal.
+        """
+        before = self.attention
+        if attention is None or attention == before:
+            yield
+            return
+        if not self.is_decoder:
+            raise ModelError(
+                f"{type(self.model).__name__} is an encoder; it reads both ways and has no causal "
+                "form"
+            )
+        try:
+            self._turn(attention)
+            yield
+        finally:
+            self._turn(before)
+
+    def _turn(self, attention: Attention) -> None:
+        self.attention = attention
+        _set_direction(self.model, attention)
 
     def freeze_embeddings(self) -> None:
         """Leave the token table as it is: most of a small multilingual model's weights."""
@@ -277,10 +315,9 @@ def _direction(model: Any, wanted: Attention | None) -> Attention:
 
 def _set_direction(model: nn.Module, attention: Attention) -> None:
     """Set both switches: some architectures obey the config, some the module (spec: traps)."""
-    if attention == "bidirectional":
-        for module in model.modules():
-            if isinstance(getattr(module, "is_causal", None), bool):
-                module.is_causal = False  # pyright: ignore
+    for module in model.modules():
+        if isinstance(getattr(module, "is_causal", None), bool):
+            module.is_causal = attention == "causal"  # pyright: ignore
     for config in _configs(model):
         if not getattr(config, "use_bidirectional_attention", False):  # Gemma's own switch, enough
             config.is_causal = attention == "causal"

@@ -196,3 +196,46 @@ def test_the_cuda_kernel_for_varying_lengths_equals_groups_of_equal_length():
         half = Backbone(random_model(config).to("cuda", torch.bfloat16), attention=way)
         got = half(texts.to("cuda")).float().cpu()
         assert torch.nn.functional.cosine_similarity(got, exact).min() > 0.99, (name, way)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "phi3"])
+def test_a_decoder_can_be_read_the_other_way_for_a_while(kind):
+    texts = pack(*random_texts(9, 5))
+    causal = Backbone(random_model(DECODERS[kind]), attention="causal")
+    turned = Backbone(random_model(DECODERS[kind]), attention="bidirectional", window="keep")
+    with torch.no_grad():
+        before, other = causal(texts), turned(texts)
+        with causal.reading("bidirectional"):
+            torch.testing.assert_close(causal(texts), other)
+        with turned.reading("causal"):
+            torch.testing.assert_close(turned(texts), before)
+        torch.testing.assert_close(causal(texts), before, rtol=0, atol=0)
+    assert causal.config.is_causal and not turned.config.is_causal
+
+
+def test_an_encoder_has_no_causal_form_to_read():
+    encoder = Backbone(random_model(ENCODERS["bert"]))
+    with pytest.raises(ModelError, match="is an encoder"), encoder.reading("causal"):
+        pass
+    with encoder.reading(None), encoder.reading("bidirectional"):
+        assert encoder.attention == "bidirectional"
+
+
+def test_layer_states_begin_with_the_embeddings_and_end_with_the_last_states():
+    backbone = Backbone(random_model(DECODERS["llama"]))
+    texts = pack(*random_texts(3, 9, 5))
+    with torch.no_grad():
+        states = backbone.layer_states(texts)
+        assert states.shape == (4, 17, 64)
+        torch.testing.assert_close(states[-1], backbone(texts))
+        torch.testing.assert_close(states[0], backbone.model.embed_tokens(texts.ids))
+
+
+def test_attention_dropout_is_raised_in_training_alone():
+    backbone = Backbone(random_model(DECODERS["llama"]), attention="bidirectional")
+    texts = pack(*random_texts(9, 5))
+    with torch.no_grad():
+        plain = backbone.train()(texts)
+        backbone.attention_dropout = 0.3
+        assert not torch.equal(backbone(texts), backbone(texts))
+        torch.testing.assert_close(backbone.eval()(texts), plain)
