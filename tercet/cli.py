@@ -19,7 +19,8 @@ import typer
 from tercet import zoo
 from tercet.console import Notes, columns, one_line, results, say, shortened
 from tercet.data.check import DataReport, Quantiles, check_examples
-from tercet.data.documents import read_documents, read_texts
+from tercet.data.documents import read_documents
+from tercet.data.texts import read_texts
 from tercet.errors import IndexFolderError, ModelError, RecipeError, TercetError
 from tercet.files import replacing_file
 from tercet.recipes.finetune import finetune

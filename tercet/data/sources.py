@@ -45,6 +45,8 @@ WINDOW_BLOCKS: Final = 8  # so many are shuffled together, if two such windows f
 ROWS_PER_REPORT: Final = 1000  # how often progress is told
 
 Stamp: TypeAlias = tuple[int, int]
+Parse: TypeAlias = Callable[[object, str], Example]
+"""A record and the task of one that names none, to the example it holds, or a ValueError."""
 
 
 @runtime_checkable
@@ -71,6 +73,7 @@ class Source:
     window: int  # blocks that are cheap to read in turns
     fingerprint: str  # of what the records say
     reader: Reader
+    parse: Parse
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -82,57 +85,9 @@ class Source:
             DataError: if the file is no longer the one that was opened.
         """
         try:
-            return [parse_example(record, self.name) for record in self.reader.read(indices)]
+            return [self.parse(record, self.name) for record in self.reader.read(indices)]
         except ValueError as error:
             raise _changed(self.path) from error
-
-
-def open_source(
-    path: Path | str,
-    *,
-    name: str | None = None,
-    weight: float | int = 1.0,
-    progress: Callable[[float], None] | None = None,
-) -> Source:
-    """Check every example of a .jsonl or .parquet file, and make them readable by row.
-
-    Reads the file once from end to end. ``progress`` is told the part that is done, up to 1.
-
-    Raises:
-        DataError: at the first record that is not an example, naming the line.
-    """
-    path = Path(path)
-    name = path.stem if name is None else name
-    with readable(path):
-        stamp = _stamp(path)
-    offsets, sizes = array("q"), array("i")
-    digest = hashlib.blake2b(digest_size=16)
-    for record in example_records(path):
-        example = parsed(path, record, lambda it: parse_example(it.value, name))
-        offsets.append(record.offset)
-        sizes.append(longest_text_bytes(example))
-        digest.update(record.content)
-        if progress is not None and len(sizes) % ROWS_PER_REPORT == 0:
-            progress(record.done)
-    if progress is not None:
-        progress(1.0)
-    _check_stamp(path, stamp)
-    if path.suffix == ".parquet":
-        blocks, window = _row_groups(path)
-        reader: Reader = ParquetReader(path, stamp, blocks)
-    else:
-        blocks, window = np.zeros(1, np.int64), 1
-        reader = JsonlReader(path, stamp, np.frombuffer(offsets, np.int64))
-    return Source(
-        path=path,
-        name=name,
-        weight=weight,
-        sizes=np.frombuffer(sizes, np.int32),
-        blocks=blocks,
-        window=window,
-        fingerprint=digest.hexdigest(),
-        reader=reader,
-    )
 
 
 def iter_examples(path: Path | str, task: str | None = None) -> Iterator[Example]:
@@ -150,6 +105,70 @@ def iter_examples(path: Path | str, task: str | None = None) -> Iterator[Example
 def example_records(path: Path) -> Iterator[Record]:
     """The records of a file that should hold examples."""
     return iter_records(path, EXAMPLE_FIELDS, needs=(QUERY, POSITIVES))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the records of a file are, and how they are read."""
+
+    records: Callable[[Path], Iterator[Record]] = example_records
+    parse: Parse = parse_example
+    fields: tuple[str, ...] = EXAMPLE_FIELDS  # columns of a parquet file that are read
+    decode: Callable[[str], object] = json.loads  # a line of any other file
+
+
+EXAMPLES: Final = Kind()
+
+
+def open_source(
+    path: Path | str,
+    *,
+    name: str | None = None,
+    weight: float | int = 1.0,
+    progress: Callable[[float], None] | None = None,
+    kind: Kind = EXAMPLES,
+) -> Source:
+    """Check every example of a .jsonl or .parquet file, and make them readable by row.
+
+    Reads the file once from end to end. ``progress`` is told the part that is done, up to 1.
+    Files of another ``kind`` are opened by ``tercet.data.texts.open_texts``.
+
+    Raises:
+        DataError: at the first record that is not an example, naming the line.
+    """
+    path = Path(path)
+    name = path.stem if name is None else name
+    with readable(path):
+        stamp = _stamp(path)
+    offsets, sizes = array("q"), array("i")
+    digest = hashlib.blake2b(digest_size=16)
+    for record in kind.records(path):
+        example = parsed(path, record, lambda it: kind.parse(it.value, name))
+        offsets.append(record.offset)
+        sizes.append(longest_text_bytes(example))
+        digest.update(record.content)
+        if progress is not None and len(sizes) % ROWS_PER_REPORT == 0:
+            progress(record.done)
+    if progress is not None:
+        progress(1.0)
+    _check_stamp(path, stamp)
+    if path.suffix == ".parquet":
+        blocks, window = _row_groups(path)
+        reader: Reader = ParquetReader(path, stamp, blocks, kind.fields)
+    else:
+        blocks, window = np.zeros(1, np.int64), 1
+        reader = LineReader(path, stamp, np.frombuffer(offsets, np.int64), kind.decode)
+    return Source(
+        path=path,
+        name=name,
+        weight=weight,
+        sizes=np.frombuffer(sizes, np.int32),
+        blocks=blocks,
+        window=window,
+        fingerprint=digest.hexdigest(),
+        reader=reader,
+        parse=kind.parse,
+    )
 
 
 def longest_text_bytes(example: Example) -> int:
@@ -174,12 +193,13 @@ def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class JsonlReader:
+class LineReader:
     """Reads lines by seeking to where they begin."""
 
     path: Path
     stamp: Stamp
     offsets: np.ndarray  # [rows] int64
+    decode: Callable[[str], object] = json.loads
 
     def read(self, rows: Sequence[int]) -> list[object]:
         """The records of these lines; read in the order of the file."""
@@ -190,21 +210,23 @@ class JsonlReader:
             for place in np.argsort(wanted, kind="stable").tolist():
                 file.seek(int(self.offsets[wanted[place]]))
                 lines[place] = file.readline()
-        return [json.loads(line.decode("utf-8")) for line in lines]
+        return [self.decode(line.decode("utf-8")) for line in lines]
 
 
 class ParquetReader:
     """Reads row groups, and keeps the ones used last: up to 256 MiB, and at least two."""
 
-    def __init__(self, path: Path, stamp: Stamp, blocks: np.ndarray) -> None:
-        self.path, self.stamp, self.blocks = path, stamp, blocks
+    def __init__(
+        self, path: Path, stamp: Stamp, blocks: np.ndarray, fields: Sequence[str] = EXAMPLE_FIELDS
+    ) -> None:
+        self.path, self.stamp, self.blocks, self.fields = path, stamp, blocks, fields
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = Lock()
 
-    def __getstate__(self) -> tuple[Path, Stamp, np.ndarray]:
-        return self.path, self.stamp, self.blocks
+    def __getstate__(self) -> tuple[Path, Stamp, np.ndarray, Sequence[str]]:
+        return self.path, self.stamp, self.blocks, self.fields
 
-    def __setstate__(self, state: tuple[Path, Stamp, np.ndarray]) -> None:
+    def __setstate__(self, state: tuple[Path, Stamp, np.ndarray, Sequence[str]]) -> None:
         self.__init__(*state)
 
     def read(self, rows: Sequence[int]) -> list[object]:
@@ -225,7 +247,7 @@ class ParquetReader:
     def _group(self, group: int) -> pa.Table:
         if group not in self._kept:
             with open_parquet(self.path) as file:
-                columns = columns_of(file, EXAMPLE_FIELDS)
+                columns = columns_of(file, self.fields)
                 self._kept[group] = file.read_row_group(group, columns=columns, use_threads=False)
         self._kept.move_to_end(group)
         while len(self._kept) > 2 and sum(t.nbytes for t in self._kept.values()) > CACHED_BYTES:

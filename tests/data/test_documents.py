@@ -5,7 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tercet.data import documents
-from tercet.data.documents import Document, read_documents, read_texts
+from tercet.data.documents import Document, read_documents
+from tercet.data.texts import read_texts
 from tercet.errors import DataError
 
 few = settings(
@@ -64,7 +65,7 @@ def test_a_line_of_plain_text_is_a_document_named_by_its_number(tmp_path):
     ("line", "problem"),
     [
         ("[]", ":2: expected an object with named fields, {...}, got list"),
-        ("{}", ':2: "text" is missing; it holds the text of the document'),
+        ("{}", ':2: "text" is missing; it holds the text'),
         ('{"text": " "}', ':2: "text" holds a blank text'),
         ('{"text": 1}', ':2: "text" must be a text, got 1'),
         ('{"text": "\\ud800"}', ':2: "text" holds half a character at position 0'),

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tercet.data.examples import parse_example
 from tercet.data.sampler import BatchPlan, Sampler
-from tercet.data.sources import JsonlReader, Source, open_source, write_examples
+from tercet.data.sources import LineReader, Source, open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.types import Example
 
@@ -24,7 +25,8 @@ def source_of(name, sizes, *, weight=1.0, blocks=(0,), window=8):
         blocks=np.asarray(blocks, np.int64),
         window=window,
         fingerprint=name,
-        reader=JsonlReader(Path(name), (0, 0), np.zeros(1, np.int64)),
+        reader=LineReader(Path(name), (0, 0), np.zeros(1, np.int64)),
+        parse=parse_example,
     )
 
 

@@ -1,0 +1,99 @@
+"""Files of plain texts: .txt with one text a line, .jsonl and .parquet with a field of text."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from tercet.data.examples import as_object, nonblank, text_of
+from tercet.data.records import Record, decoded, iter_lines, iter_records, parsed
+from tercet.data.sources import Kind, Source, open_source
+from tercet.errors import DataError
+from tercet.types import Example
+
+
+def read_texts(path: Path | str, field: str = "text") -> Iterator[str]:
+    """The texts of a .jsonl, .parquet or .txt file, in order and blank ones included.
+
+    A text stands for a row of the vectors made of it, so a blank line of a .txt file is a text.
+
+    Raises:
+        DataError: at the first record without such a text, naming the line.
+    """
+    path = Path(path)
+    for record in text_records(path, (field,), blank_lines=True):
+        yield parsed(path, record, lambda it: text_under(it.value, field))
+
+
+def open_texts(
+    path: Path | str,
+    *,
+    field: str = "text",
+    name: str | None = None,
+    weight: float | int = 1.0,
+    blank_lines: bool = False,
+) -> Source:
+    """Check a file of texts, and make them readable by row.
+
+    Each text is an example: its query and its one positive. Blank lines of a .txt file are texts
+    only with ``blank_lines``.
+
+    Raises:
+        DataError: at the first record without a text, naming the line.
+    """
+    path = Path(path)
+    kind = Kind(
+        records=partial(text_records, fields=(field,), blank_lines=blank_lines),
+        parse=partial(_as_example, field=field, blank=blank_lines),
+        fields=(field,),
+        decode=partial(_line_as_record, field=field) if path.suffix == ".txt" else json.loads,
+    )
+    return open_source(path, name=name, weight=weight, kind=kind)
+
+
+def text_records(
+    path: Path, fields: tuple[str, ...], *, blank_lines: bool = False
+) -> Iterator[Record]:
+    """The records of a file; a line of plain text is a record with the first field only.
+
+    Raises:
+        DataError: when the file cannot be read, is of an unknown kind, or holds no text.
+    """
+    if path.suffix in (".jsonl", ".parquet"):
+        yield from iter_records(path, fields, needs=(fields[:1],))
+        return
+    if path.suffix != ".txt":
+        kinds = "use .jsonl, .parquet or .txt"
+        raise DataError(path, None, f'unknown kind of file "{path.suffix}"; {kinds}')
+    empty = True
+    for number, offset, line in iter_lines(path):
+        try:
+            text, problem = decoded(line, offset), None
+        except ValueError as error:
+            text, problem = "?", str(error)
+        if blank_lines or (text and not text.isspace()):
+            empty = False
+            yield Record(number, offset, 0.0, line, {fields[0]: text}, problem)
+    if empty:
+        raise DataError(path, None, "holds no texts; write one text a line")
+
+
+def _as_example(record: object, task: str, *, field: str, blank: bool) -> Example:
+    text = text_under(record, field)
+    return Example(text if blank else nonblank(text, field), (text,), task=task)
+
+
+def _line_as_record(line: str, *, field: str) -> dict[str, str]:
+    return {field: line.removesuffix("\n").removesuffix("\r")}
+
+
+def text_under(record: object, field: str) -> str:
+    """The text of a record.
+
+    Raises:
+        ValueError: naming the field; the caller knows the file and the line and adds them.
+    """
+    value = as_object(record).get(field)
+    if value is None:
+        raise ValueError(f'"{field}" is missing; it holds the text')
+    return text_of(value, field)
