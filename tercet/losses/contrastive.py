@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tercet.errors import RecipeError
+from tercet.losses.finished import finished
 from tercet.types import NEGATIVE, POSITIVE
 
 BLOCK_BYTES: Final = 32 << 20  # what the scores of one block may take
@@ -87,7 +87,7 @@ def info_nce(
             torch.zeros_like(wide_docs) if learns and docs.requires_grad else None,
         )
         loss = sweep.prefixes(weights, temperature) if weights else sweep.whole(temperature)
-    return _Finished.apply(queries, docs, loss, sweep.by_queries, sweep.by_docs)
+    return finished(loss, [queries, docs], [sweep.by_queries, sweep.by_docs])
 
 
 def block_of(docs: int, prefixes: int = 0) -> int:
@@ -250,27 +250,3 @@ class _Prefixes:
         for dim, along, inverse in zip(self.dims, self.along, self.inverse, strict=True):
             shrink = (along * inverse.square())[:, None]
             gradient[:, :dim].sub_(shrink * self.vectors[:, :dim])
-
-
-class _Finished(torch.autograd.Function):
-    """A loss whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, *given: Tensor | None) -> Tensor:
-        queries, docs, loss, by_queries, by_docs = given
-        assert queries is not None and docs is not None and loss is not None
-        ctx.save_for_backward(by_queries, by_docs)
-        ctx.dtypes = queries.dtype, docs.dtype
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, by_loss: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        # The product before the rounding: a float16 gradient may exist only once it is scaled up.
-        wanted = [
-            None if gradient is None else (by_loss * gradient).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*wanted, None, None, None)
