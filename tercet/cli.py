@@ -4,14 +4,12 @@ Results go to standard output; progress and errors go to standard error. Exit st
 2 the user can mend it, 1 with a traceback is a bug of ours.
 """
 
-import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import typer
@@ -23,7 +21,9 @@ from tercet.data.documents import read_documents
 from tercet.data.texts import read_texts
 from tercet.errors import IndexFolderError, ModelError, RecipeError, TercetError
 from tercet.files import replacing_file
+from tercet.flags import PAIRS, Reads, training_verb
 from tercet.recipes.finetune import finetune
+from tercet.recipes.llm2vec import llm2vec
 
 EXAMPLES: Final = Path("examples/data/packages.en.parquet")
 INTERRUPTED: Final = 130  # what typer ends with at Ctrl-C
@@ -263,60 +263,35 @@ def evaluate(
         out.print(gains)
 
 
-def _training(recipe: Callable[..., Any]) -> Callable[..., None]:
-    """A verb with the recipe's parameters as flags, and those of a run."""
-    from tercet.train.loop import Run
-
-    @wraps(recipe)
-    def command(
-        data: list[Path],
-        out: Path,
-        dev: Path | None,
-        **flags: Any,
-    ) -> None:
-        run = Run(**{name: flags.pop(name) for name in list(flags) if name in Run.__annotations__})
-        _train(recipe(**flags), data, out, dev, run)
-
-    own = [
-        _flag("data", list[Path], "Examples: .jsonl or .parquet; may be repeated. FILE:2 weighs."),
-        _flag("out", Path, "Run folder; the model goes into its folder model."),
-        _flag("dev", Path | None, "Examples to choose the best weights by.", None),
-    ]
-    numbers = [
-        _flag(parameter.name, kind, text, parameter.default)
-        for parameter in inspect.signature(recipe).parameters.values()
-        for kind, text in [get_args(parameter.annotation)]
-    ]
-    machine = [
-        _flag("precision", Literal["float32", "bfloat16"], "Of matrix products.", "float32"),
-        _flag("device", str | None, "Such as cpu or cuda; None: a GPU if there is one.", None),
-        _flag("memory_gb", float | None, "For activations; None: half of what is free.", None),
-        _flag("chunk_tokens", int | None, "Tokens encoded together.", None),
-        _flag("save_minutes", float, "Between checkpoints.", 5.0),
-        _flag("save_steps", int | None, "Between checkpoints, as well.", None),
-        _flag("eval_steps", int | None, "Between evaluations; None: ten times.", None),
-        _flag("tensorboard", bool, "Write TensorBoard files too.", False),
-    ]
-    command.__signature__ = inspect.Signature([*own, *numbers, *machine])  # pyright: ignore
-    command.__annotations__ = {p.name: p.annotation for p in [*own, *numbers, *machine]}
-    command.__doc__ = (
-        f"{inspect.getdoc(recipe)}\n\nA killed run goes on when the same command is given again."
-        f"\n\nExample: tercet train {recipe.__name__} --data pairs.jsonl --out runs/mine"
+recipes.command("finetune")(
+    training_verb(
+        finetune, PAIRS, example="tercet train finetune --data pairs.jsonl --out runs/mine"
     )
-    return command
-
-
-def _flag(name: str, kind: Any, text: str, default: Any = ...) -> Any:
-    option = typer.Option(help=text)
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind, option],
+)
+recipes.command("llm2vec")(
+    training_verb(
+        llm2vec,
+        Reads(
+            mixture="texts",
+            flag="data",
+            help="Texts: .txt (one a line), .jsonl or .parquet; may be repeated. FILE:2 weighs.",
+            texts=True,
+            needed=False,
+        ),
+        Reads(
+            mixture="sentences",
+            flag="sentences",
+            help="Texts for SimCSE; None: those of --data.",
+            texts=True,
+            needed=False,
+            otherwise="data",
+        ),
+        Reads(
+            mixture="pairs", flag="pairs", help="Examples for the stage supervised.", needed=False
+        ),
+        example="tercet train llm2vec --base smollm2 --data texts.txt --out runs/mine",
     )
-
-
-recipes.command("finetune")(_training(finetune))
+)
 
 
 @recipes.callback()
@@ -325,37 +300,6 @@ def _about_recipes() -> None:
 
     Example: tercet train finetune --data pairs.jsonl --out runs/mine
     """
-
-
-def _train(recipe: Any, data: list[Path], out: Path, dev: Path | None, run: Any) -> None:
-    from tercet import distributed
-    from tercet.data.sources import open_source
-    from tercet.evaluate.embedders import dev_score
-    from tercet.evaluate.retrieval import RetrievalSet
-    from tercet.train.loop import train
-
-    distributed.start()
-    try:
-        sources = [open_source(path, weight=weight) for path, weight in map(_weighted, data)]
-        score = None if dev is None else dev_score(RetrievalSet.from_examples(dev))
-        tell = say if distributed.is_main() else (lambda line: None)
-        train(recipe, sources, out, score=score, run=run, say=tell)
-        if distributed.is_main():
-            results().print(f"{out / 'model'}", soft_wrap=True)
-            say(f"next: tercet index {out / 'model'} docs.jsonl --out {out / 'index'}")
-    finally:
-        distributed.stop()
-
-
-def _weighted(path: Path) -> tuple[Path, float]:
-    """``pairs.jsonl:0.5`` is that file at half its weight."""
-    name, colon, weight = str(path).rpartition(":")
-    if not colon:
-        return path, 1.0
-    try:
-        return Path(name), float(weight)
-    except ValueError:
-        return path, 1.0
 
 
 def _load(model: str, precision: str) -> Any:

@@ -355,7 +355,7 @@ def test_dims_that_the_model_does_not_have_are_refused(refused, encoder_folder, 
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--dims", "65"], "dims are [65], but the vectors of "),
+        (["--dims", "65"], "dims are [65], but the model's vectors have 64"),
         (["--dims", "8", "--dims", "8"], "dims are (8, 8); give lengths of 1 or more, each once"),
         (["--batch-size", "1"], "batch_size is 1; give at least 2"),
         (["--learning-rate", "-1"], "learning_rate is -1.0; give a number above 0"),

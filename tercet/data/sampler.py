@@ -7,9 +7,9 @@ two integers, also on another number of machines.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from tercet.errors import RecipeError
 from tercet.types import Example
 
 Mixing: TypeAlias = Literal["single", "blended"]
+Found = TypeVar("Found")
 
 SMALLEST_BATCH: Final = 2  # with one example there is nothing to contrast
 WINDOW_BATCHES: Final = 16  # rows are shuffled inside so many batches at least
@@ -26,6 +27,43 @@ MAX_EDGES: Final = 100  # a length group is a byte a row
 
 # The first entry of every random seed: what the numbers are drawn for.
 _ROWS, _PORTIONS, _TURNS = 1, 2, 3
+
+
+@runtime_checkable
+class Drawable(Protocol):
+    """What rows are drawn of: a ``Source``, or what an objective makes of one."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def weight(self) -> float | int:
+        """How often each row is used an epoch."""
+        ...
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Of each row: int32, in any unit."""
+        ...
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """The first row of each block that is cheap to read whole."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Blocks that are cheap to read in turns."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a row does."""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +94,15 @@ class BatchRows:
 
     def examples(self, sources: Sequence[Source]) -> list[Example]:
         """The examples themselves, in the order of the batch; each source is read once."""
-        found: dict[int, Example] = {}
+        return self.read([source.examples for source in sources])
+
+    def read(self, readers: Sequence[Callable[[Sequence[int]], list[Found]]]) -> list[Found]:
+        """What the reader of each source finds, in the order of the batch."""
+        found: dict[int, Found] = {}
         for index in np.unique(self.source).tolist():
             places = np.flatnonzero(self.source == index)
-            texts = sources[index].examples(self.row[places].tolist())
-            found.update(zip(places.tolist(), texts, strict=True))
+            rows = readers[index](self.row[places].tolist())
+            found.update(zip(places.tolist(), rows, strict=True))
         return [found[place] for place in range(len(self))]
 
 
@@ -96,7 +138,7 @@ class Sampler:
         RecipeError: if the sources cannot form batches as planned.
     """
 
-    def __init__(self, sources: Sequence[Source], plan: BatchPlan) -> None:
+    def __init__(self, sources: Sequence[Drawable], plan: BatchPlan) -> None:
         _check_plan(plan)
         _check_sources(sources)
         self.sources, self.plan = tuple(sources), plan
@@ -250,7 +292,7 @@ class Sampler:
         return int.from_bytes(digest, "big")
 
 
-def _windowed_order(source: Source, random: np.random.Generator, *, at_least: int) -> np.ndarray:
+def _windowed_order(source: Drawable, random: np.random.Generator, *, at_least: int) -> np.ndarray:
     """All rows at random, so that any stretch of them comes from few blocks.
 
     The blocks are shuffled, then the rows inside windows of some blocks. A window holds
@@ -334,7 +376,7 @@ def _check_plan(plan: BatchPlan) -> None:
             raise RecipeError(problem)
 
 
-def _check_sources(sources: Sequence[Source]) -> None:
+def _check_sources(sources: Sequence[Drawable]) -> None:
     if not sources:
         raise RecipeError("there is no source to take examples from; name at least one data file")
     for source in sources:

@@ -66,7 +66,7 @@ def backward_in_chunks(
     first_kept = _first_kept(sizes, chunks.graph_tokens)
 
     def embedded(chunk: int, *, with_graph: bool) -> Tensor:
-        with torch.set_grad_enabled(with_graph), _own_random_state(texts, chunks.seed, chunk):
+        with torch.set_grad_enabled(with_graph), own_random_state(texts, chunks.seed, chunk):
             return embed(texts.take(members[chunk]))
 
     without = [embedded(chunk, with_graph=False) for chunk in range(first_kept)]
@@ -92,7 +92,7 @@ def _first_kept(sizes: list[int], graph_tokens: int | None) -> int:
 
 
 @contextmanager
-def _own_random_state(texts: Packed, seed: int, chunk: int) -> Iterator[None]:
+def own_random_state(texts: Packed, seed: int, chunk: int) -> Iterator[None]:
     """The same random numbers for this chunk each time, and the caller's left untouched."""
     device = texts.ids.device
     # Neighbouring seeds must not share the numbers of neighbouring chunks: hence the odd factor.

@@ -1,16 +1,22 @@
 """Pull a query towards the documents that answer it, away from those that do not."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tercet.data.collate import Batch
+from tercet.data.collate import Batch, Collator
+from tercet.data.sampler import BatchRows
+from tercet.data.sources import Source
 from tercet.distributed import gather_rows
 from tercet.errors import RecipeError
 from tercet.losses.contrastive import info_nce
+from tercet.nn.chunked import Chunks, Losses, backward_in_chunks
+from tercet.nn.embedder import Embedder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +36,7 @@ class Contrastive:
         if len(set(self.dims)) < len(self.dims) or min(self.dims, default=1) < 1:
             raise RecipeError(f"dims are {self.dims}; give lengths of 1 or more, each once")
 
-    def __call__(self, vectors: Float[Tensor, "texts dim"], batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, vectors: Float[Tensor, "texts dim"], batch: Batch) -> Losses:
         """The loss under ``"loss"``: this process's share of it, where there are several."""
         queries, documents = vectors[: batch.queries], vectors[batch.queries :]
         width = vectors.shape[1]
@@ -45,3 +51,61 @@ class Contrastive:
             dims=(*sorted(shorter), width) if shorter else None,
         )
         return {"loss": loss}
+
+    def start(
+        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
+    ) -> "PairsAtWork":
+        """Set to work on examples.
+
+        Raises:
+            RecipeError: when the model's vectors are shorter than one of ``dims``.
+        """
+        if max(self.dims, default=0) > embedder.dim:
+            raise RecipeError(
+                f"dims are {list(self.dims)}, but the model's vectors have {embedder.dim} "
+                "coordinates; give lengths up to that"
+            )
+        others = "the others' documents" if collate.in_batch else "its own negatives alone"
+        unit = f"examples, each query against {others}"
+        return PairsAtWork(self, embedder, sources, collate, unit)
+
+
+VectorLoss = Callable[[Tensor, Batch], Losses]
+"""The losses of a batch's vectors, queries first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairsAtWork:
+    """A loss over the vectors of queries and documents, on an embedder and its data."""
+
+    loss: VectorLoss
+    embedder: Embedder
+    drawn: Sequence[Source]
+    collate: Collator
+    unit: str
+    done: Callable[[], None] = lambda: None
+
+    def batch(self, rows: BatchRows, seed: Sequence[int]) -> Batch:
+        """The examples of these rows, with their documents chosen, tokenized and related."""
+        return self.collate(rows.examples(self.drawn), seed)
+
+    def backward(self, batch: Batch, chunks: Chunks) -> Losses:
+        """Embed in chunks, take the loss over all vectors, carry the gradient back."""
+        if not len(batch.texts):  # a small batch is shared by others; they wait for this one
+            return self._of_no_texts(batch)
+        texts = batch.texts.to(self.embedder.device)
+        return backward_in_chunks(
+            self.embedder, texts, lambda vectors: self.loss(vectors, batch), chunks=chunks
+        )
+
+    def finish(self) -> None:
+        """Undo what was changed for the training alone."""
+        self.done()
+
+    def _of_no_texts(self, batch: Batch) -> Losses:
+        """The loss of an empty share: zero, but its backward answers the other processes."""
+        nothing = next(self.embedder.parameters()).new_zeros(0, self.embedder.dim)
+        vectors = nothing.to(torch.promote_types(nothing.dtype, torch.float32)).requires_grad_()
+        losses = self.loss(vectors, batch)
+        losses["loss"].backward()
+        return {name: value.detach() for name, value in losses.items()}

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from tercet import distributed
-from tercet.data.sampler import BatchPlan, Sampler
+from tercet.data.sampler import BatchPlan, Drawable, Sampler
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
 from tercet.nn.embedder import Embedder
@@ -16,7 +16,7 @@ from tercet.train.recipe import Stage
 SAMPLE: Final = 64  # examples of a source whose tokens are counted
 
 
-def sampler_of(stage: Stage, sources: Sequence[Source], seed: int, embedder: Embedder) -> Sampler:
+def sampler_of(stage: Stage, drawn: Sequence[Drawable], seed: int, embedder: Embedder) -> Sampler:
     """The sampler that hands out a stage's batches.
 
     Raises:
@@ -34,7 +34,13 @@ def sampler_of(stage: Stage, sources: Sequence[Source], seed: int, embedder: Emb
         mixing=stage.mixing,
     )
     if stage.token_budget is None and not stage.length_edges:
-        return Sampler(sources, plan)
+        return Sampler(drawn, plan)
+    sources = [source for source in drawn if isinstance(source, Source)]
+    if len(sources) < len(drawn):
+        raise RecipeError(
+            f"the stage {stage.name} counts in blocks of tokens; it has no length groups and no "
+            "token budget: leave them out"
+        )
     size = bytes_per_token(sources, embedder)
     edges = {max(1, round(edge * size)) for edge in stage.length_edges}
     budget = None if stage.token_budget is None else max(1, round(stage.token_budget * size))

@@ -1,11 +1,13 @@
 """The one training loop. Recipes differ in numbers and parts, not in loops."""
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tercet import distributed
-from tercet.data.collate import Batch, Collator
-from tercet.data.sampler import BatchRows
+from tercet.data.collate import Collator
+from tercet.data.sampler import BatchRows, Sampler
 from tercet.data.sources import Source
 from tercet.errors import RecipeError, TrainingError
 from tercet.files import replacing_file, sole_writer
-from tercet.nn.chunked import Chunks, backward_in_chunks
+from tercet.nn.chunked import Chunks, Losses
 from tercet.nn.embedder import Embedder
+from tercet.objectives.objective import TextBatch
 from tercet.progress import Advance, bar
 from tercet.train import checkpoint, schedule
 from tercet.train.batches import sampler_of
@@ -36,9 +39,13 @@ Score = Callable[[Embedder], float]
 """How good an embedder is on the dev set; higher is better."""
 
 
+Data = Sequence[Source] | Mapping[str, Sequence[Source]]
+"""What a run reads: sources of examples, or for each ``Stage.data`` those that it asks for."""
+
+
 def train(
     recipe: Recipe,
-    sources: Sequence[Source],
+    data: Data,
     out: Path,
     *,
     score: Score | None = None,
@@ -47,6 +54,7 @@ def train(
 ) -> Embedder:
     """Run a recipe's stages and save the embedder under ``out/model``.
 
+    Where there are several stages, each one's model is kept too, under its own folder in ``out``.
     The same call after a kill goes on from the last checkpoint, and on a CPU ends with the same
     bits as a run that was never stopped. With ``score`` the model is measured before the first
     step and along the way, and the best weights are the ones that stay.
@@ -58,16 +66,16 @@ def train(
     """
     run, out = run or Run(), Path(out)
     with sole_writer(out) if distributed.is_main() else nullcontext():
-        return _train(_Job(recipe, sources, run, say), out, score)
+        return _train(_Job(recipe, _by_stage(recipe, data), run, say), out, score)
 
 
 def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
-    recipe, sources, run = job.recipe, job.sources, job.run
-    device = run.find_device()
+    recipe, several = job.recipe, len(job.recipe.stages) > 1
+    device = job.run.find_device()
     embedder = build(recipe.model).to(device)
-    _check_dims(recipe, embedder)
+    done: list[dict[str, Any]] = list(getattr(embedder, "about", {}).get("stages", []))
     for number, stage in enumerate(recipe.stages, start=1):
-        folder = out if len(recipe.stages) == 1 else out / f"{number}-{stage.name}"
+        folder = out / f"{number}-{stage.name}" if several else out
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
             lora = recipe.model.lora
             torch.manual_seed(recipe.seed + number)
@@ -76,18 +84,47 @@ def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
         trainer = _Trainer(embedder, stage, folder, job)
         trainer.resume()
         if number == 1 and distributed.is_main():
-            _describe(recipe, sources, run, out)
+            _describe(job, out)
         trainer.run(score)
+        done.append(trainer.record())
         embedder.backbone.merge_lora()
-    short = {dim for stage in recipe.stages for dim in stage.objective.dims if dim < embedder.dim}
-    if short:
-        embedder.settings = replace(embedder.settings, dims=tuple(sorted(short)))
-    if distributed.is_main():
+        dims = getattr(stage.objective, "dims", ())
+        if short := {dim for dim in dims if dim < embedder.dim}:
+            known = {*embedder.settings.dims, *short}
+            embedder.settings = replace(embedder.settings, dims=tuple(sorted(known)))
         about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
-        data = {source.name: source.fingerprint for source in sources}
-        embedder.save(out / "model", about={**about, "data": data, "run": asdict(run)})
-    distributed.barrier()
+        about |= {"stages": done, "run": asdict(job.run)}
+        if distributed.is_main():
+            if several and not (folder / "model").exists():
+                embedder.save(folder / "model", about=about)
+            if number == len(recipe.stages):
+                embedder.save(out / "model", about=about)
+        distributed.barrier()
     return embedder.eval()
+
+
+def _by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
+    """The sources of each stage.
+
+    Raises:
+        RecipeError: when a stage has none, or when some are read by no stage.
+    """
+    given = data if isinstance(data, Mapping) else {"pairs": data}
+    asked = {stage.data for stage in recipe.stages}
+    for stage in recipe.stages:
+        if not given.get(stage.data):
+            raise RecipeError(
+                f"the stage {stage.name} reads {stage.data}, and none are given; give some, or "
+                "leave this stage out"
+            )
+    for name in given:
+        if given[name] and name not in asked:
+            stages = ", ".join(stage.name for stage in recipe.stages)
+            raise RecipeError(
+                f"{name} are given, but no stage reads them (stages: {stages}); leave them out, or "
+                "add the stage that does"
+            )
+    return [given[stage.data] for stage in recipe.stages]
 
 
 def build(model: Model) -> Embedder:
@@ -111,7 +148,7 @@ class _Job:
     """What the stages of a run share."""
 
     recipe: Recipe
-    sources: Sequence[Source]
+    sources: Sequence[Sequence[Source]]  # of each stage
     run: Run
     say: Callable[[str], None]
 
@@ -120,18 +157,11 @@ class _Trainer:
     """One stage: its optimizer, its place in the data, and its checkpoints."""
 
     def __init__(self, embedder: Embedder, stage: Stage, folder: Path, job: _Job) -> None:
-        recipe, sources, run = job.recipe, job.sources, job.run
-        self.embedder, self.stage, self.sources, self.folder = embedder, stage, sources, folder
+        recipe, run = job.recipe, job.run
+        self.sources = job.sources[recipe.stages.index(stage)]
+        self.embedder, self.stage, self.folder = embedder, stage, folder
         self.seed, self.options, self.say = recipe.seed, run, job.say
-        self.sampler = sampler_of(stage, sources, recipe.seed, embedder)
-        self.steps = stage.steps or self.sampler.total_batches
-        self.collate = Collator(
-            tokenize=embedder.tokenize,
-            prompt_of=_prompts_of(embedder),
-            positives=stage.positives,
-            negatives=stage.negatives,
-            in_batch=stage.in_batch,
-        )
+        self.work = stage.objective.start(embedder, self.sources, _collator(embedder, stage))
         self.optimizer = _optimizer(embedder, stage)
         on_gpu = embedder.device.type == "cuda"
         self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
@@ -139,13 +169,24 @@ class _Trainer:
             embedder.backbone, run.memory_gb, half=run.precision == "bfloat16"
         )
         self.progress = checkpoint.Progress()
-        self.what = _identity(recipe, stage, sources, run)
+        self.what = _identity(recipe, stage, self.sources, run)
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """What hands out the batches; not needed for a stage that is finished."""
+        return sampler_of(self.stage, self.work.drawn, self.seed, self.embedder)
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps of the whole stage."""
+        return self.stage.steps or self.sampler.total_batches
 
     def run(self, score: Score | None) -> None:
         """Train to the end."""
         if self.progress.finished:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
             self._take_best()
+            self.work.finish()
             return
         if self.progress.step == 0:
             self._greet()
@@ -173,13 +214,14 @@ class _Trainer:
         if cut := self.progress.truncated:
             self.say(f"{cut:,} times a text was longer than the model takes, and its end was cut")
         self._take_best()
+        self.work.finish()
 
     def _step(self, log: Log | None, advance: Advance) -> None:
         began, step = time.monotonic(), self.progress.step
         rows = self.sampler.next_batch()
         assert rows is not None, "a stage has no more steps than its data have batches"
         mine = rows.share(distributed.rank(), distributed.world())
-        batch = self.collate(mine.examples(self.sources), [self.seed, step])
+        batch = self.work.batch(mine, [self.seed, step])
         rate = self.stage.learning_rate * schedule.factor(
             self.stage.schedule,
             step,
@@ -187,8 +229,8 @@ class _Trainer:
             warmup=round(self.stage.warmup * self.steps),
             decay=round(self.stage.decay * self.steps),
         )
-        losses = self._backward(batch)
-        loss = _everyones(losses["loss"])
+        losses = {name: _everyones(share) for name, share in self._backward(batch).items()}
+        loss = losses["loss"]
         if not math.isfinite(loss):
             raise TrainingError(self._complaint(f"the loss is {loss}", rows))
         weights = [p for p in self.embedder.parameters() if p.requires_grad]
@@ -216,7 +258,7 @@ class _Trainer:
         if log is not None:
             log.write(
                 self.progress.step,
-                loss=loss,
+                **losses,
                 learning_rate=rate,
                 gradient_norm=norm,
                 tokens=tokens,
@@ -225,20 +267,12 @@ class _Trainer:
                 truncated=truncated,
             )
 
-    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+    def _backward(self, batch: TextBatch) -> Losses:
         self.embedder.train()
-        device = self.embedder.device
-        if not len(batch.texts):  # a small batch is shared by others; they wait for this one
-            return _of_no_texts(self.embedder, lambda v: self.stage.objective(v, batch))
         seed = _seed_of(self.seed, self.progress.step, distributed.rank())
         half = self.options.precision == "bfloat16"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            return backward_in_chunks(
-                self.embedder,
-                batch.texts.to(device),
-                lambda vectors: self.stage.objective(vectors, batch),
-                chunks=Chunks(self.chunk_tokens, self.graph_tokens, seed),
-            )
+        with torch.autocast(self.embedder.device.type, dtype=torch.bfloat16, enabled=half):
+            return self.work.backward(batch, Chunks(self.chunk_tokens, self.graph_tokens, seed))
 
     # ---- measuring ---------------------------------------------------------------------------
 
@@ -254,7 +288,7 @@ class _Trainer:
             log.write(progress.step, dev_score=value)
         if progress.best_score is None or value > progress.best_score:
             progress.best_score, progress.best_step, progress.stale = value, progress.step, 0
-            if distributed.is_main():
+            if distributed.is_main() and self.stage.keep == "best":
                 weights = {n: p.detach() for n, p in checkpoint.trainable(self.embedder).items()}
                 with replacing_file(self.folder / BEST) as fresh:
                     torch.save(weights, fresh)
@@ -267,11 +301,13 @@ class _Trainer:
         progress = self.progress
         if progress.best_score is None:
             return
+        best = self.stage.keep == "best"
+        taken = "those weights" if best else f"the last ones, {progress.scores[-1][1]:.4f}"
         self.say(
             f"dev set: {progress.scores[0][1]:.4f} before training, {progress.best_score:.4f} at "
-            f"best, after step {progress.best_step} of {progress.step}; taking those weights"
+            f"best, after step {progress.best_step} of {progress.step}; taking {taken}"
         )
-        if progress.best_step != progress.step:
+        if best and progress.best_step != progress.step:
             checkpoint.restore(self.embedder, checkpoint.read(self.folder / BEST))
 
     def _gave_up(self) -> bool:
@@ -295,14 +331,15 @@ class _Trainer:
                 f"{self.folder}: processes find different checkpoints there; "
                 "give an --out that all of them share"
             )
-        if found is None:
-            return
-        self.progress, states = found
-        checkpoint.restore(self.embedder, states["weights"])
-        self.optimizer.load_state_dict(states["optimizer"])
-        self.sampler.restore(states["sampler"])
-        if not self.progress.finished:
+        if found is not None:
+            self.progress, states = found
+            checkpoint.restore(self.embedder, states["weights"])
+            if self.progress.finished:
+                return
+            self.optimizer.load_state_dict(states["optimizer"])
+            self.sampler.restore(states["sampler"])
             self.say(f"going on from step {self.progress.step} of {self.steps}")
+        _ = self.sampler  # made here, so that data of which no batch comes are told at once
 
     def _save(self) -> None:
         if not distributed.is_main():
@@ -319,12 +356,30 @@ class _Trainer:
 
     # ---- telling -----------------------------------------------------------------------------
 
+    def record(self) -> dict[str, Any]:
+        """What was done, for the manifest that a saved model carries."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, weight in checkpoint.trainable(self.embedder).items():
+            digest.update(name.encode())
+            digest.update(weight.detach().float().cpu().numpy().tobytes())
+        return {
+            "stage": self.stage.name,
+            "objective": repr(self.stage.objective),
+            "steps": self.progress.step,
+            "batch_size": self.stage.batch_size,
+            "learning_rate": self.stage.learning_rate,
+            "tokens": self.progress.tokens,
+            "seconds": round(self.progress.seconds, 1),
+            "data": {source.name: source.fingerprint for source in self.sources},
+            "lora": self.embedder.backbone.has_lora,
+            "weights": digest.hexdigest(),
+        }
+
     def _greet(self) -> None:
         count = sum(p.numel() for p in self.embedder.parameters() if p.requires_grad)
-        others = "the others' documents" if self.stage.in_batch else "its own negatives alone"
         self.say(
-            f"{self.stage.name}: {self.steps} steps of {self.stage.batch_size} examples, each "
-            f"query against {others}; {count:,} weights in training"
+            f"{self.stage.name}: {self.steps} steps of {self.stage.batch_size} "
+            f"{self.work.unit}; {count:,} weights in training"
         )
 
     def _complaint(self, problem: str, rows: BatchRows) -> str:
@@ -347,29 +402,19 @@ def _seed_of(*numbers: int) -> int:
     return mixed
 
 
-def _of_no_texts(
-    embedder: Embedder, loss_of: Callable[[Tensor], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """The loss of an empty share: zero, but its backward answers the other processes."""
-    nothing = next(embedder.parameters()).new_zeros(0, embedder.dim)
-    vectors = nothing.to(torch.promote_types(nothing.dtype, torch.float32)).requires_grad_()
-    losses = loss_of(vectors)
-    losses["loss"].backward()
-    return {name: value.detach() for name, value in losses.items()}
-
-
 def _everyones(share: Tensor) -> float:
     """The sum of a number over all processes."""
     return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())
 
 
-def _check_dims(recipe: Recipe, embedder: Embedder) -> None:
-    for stage in recipe.stages:
-        if max(stage.objective.dims, default=0) > embedder.dim:
-            raise RecipeError(
-                f"dims are {list(stage.objective.dims)}, but the vectors of {recipe.model.base} "
-                f"have {embedder.dim} coordinates; give lengths up to that"
-            )
+def _collator(embedder: Embedder, stage: Stage) -> Collator:
+    return Collator(
+        tokenize=embedder.tokenize,
+        prompt_of=_prompts_of(embedder),
+        positives=stage.positives,
+        negatives=stage.negatives,
+        in_batch=stage.in_batch,
+    )
 
 
 def _prompts_of(embedder: Embedder) -> Callable[[Role, str], str]:
@@ -401,12 +446,16 @@ def _identity(recipe: Recipe, stage: Stage, sources: Sequence[Source], run: Run)
     return {**flat, "seed": recipe.seed, "precision": run.precision}
 
 
-def _describe(recipe: Recipe, sources: Sequence[Source], run: Run, out: Path) -> None:
+def _describe(job: _Job, out: Path) -> None:
     """Write ``recipe.json`` for people and diffs; nothing reads it back."""
+    sources = {source.name: source for given in job.sources for source in given}
     record = {
-        "recipe": asdict(recipe),
-        "run": asdict(run),
-        "data": {s.name: {"examples": len(s), "fingerprint": s.fingerprint} for s in sources},
+        "recipe": asdict(job.recipe),
+        "run": asdict(job.run),
+        "data": {
+            name: {"examples": len(source), "fingerprint": source.fingerprint}
+            for name, source in sources.items()
+        },
     }
     with replacing_file(out / "recipe.json") as fresh:
         fresh.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")

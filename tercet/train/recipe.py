@@ -8,7 +8,7 @@ from typing import Literal
 from tercet.errors import RecipeError
 from tercet.nn.backbone import Attention, Window
 from tercet.nn.pooling import PoolingName
-from tercet.objectives.contrastive import Contrastive
+from tercet.objectives.objective import Objective
 from tercet.train.schedule import ScheduleName
 
 
@@ -49,7 +49,9 @@ class Stage:
     """One uninterrupted run of one objective over one mixture of data."""
 
     name: str
-    objective: Contrastive
+    objective: Objective
+    data: str = "pairs"  # which of the run's mixtures it reads, where there are several
+    keep: Literal["best", "last"] = "best"  # the weights that stay, where a dev set is measured
     epochs: float = 1.0
     steps: int | None = None  # overrides epochs
     batch_size: int = 64  # examples of one optimizer step, over all processes

@@ -16,11 +16,13 @@ from tercet.data.sources import open_source, write_examples
 from tercet.errors import RecipeError, StorageError, TrainingError
 from tercet.files import sole_writer
 from tercet.nn.embedder import Embedder
+from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune
 from tercet.train import loop
 from tercet.train.log import read
-from tercet.train.loop import Run, train
+from tercet.train.loop import train
+from tercet.train.run import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 
@@ -57,7 +59,7 @@ class Killed(BaseException):
 
 def stop_after(monkeypatch, steps: int) -> None:
     """Training dies in the middle of the step after this many."""
-    backward = loop.backward_in_chunks
+    backward = contrastive.backward_in_chunks
     done = []
 
     def dying(*args, **kwargs):
@@ -66,7 +68,7 @@ def stop_after(monkeypatch, steps: int) -> None:
         done.append(1)
         return backward(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "backward_in_chunks", dying)
+    monkeypatch.setattr(contrastive, "backward_in_chunks", dying)
 
 
 def test_training_lowers_the_loss_and_saves_a_model(data, recipe, tmp_path):

@@ -20,9 +20,11 @@ from tercet.errors import RecipeError, TrainingError
 from tercet.nn.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune
+from tercet.objectives import contrastive
 from tercet.train import checkpoint, loop
 from tercet.train.log import read
-from tercet.train.loop import Run, train
+from tercet.train.loop import train
+from tercet.train.run import Run
 from tercet.train.memory import graph_tokens_that_fit
 from tercet.train.recipe import Recipe
 from tercet.types import Example
@@ -122,7 +124,7 @@ def gradients_with_an_idle_process(folder: Path, out: str) -> list[list[Tensor]]
 
 def killed(folder: Path, out: str) -> None:
     """Three steps of six, the last two of which no checkpoint has."""
-    backward, done = loop.backward_in_chunks, []
+    backward, done = contrastive.backward_in_chunks, []
 
     def dying(*args: Any, **options: Any) -> Any:
         if len(done) == 3:
@@ -131,7 +133,7 @@ def killed(folder: Path, out: str) -> None:
         return backward(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "backward_in_chunks", dying)
+        patch.setattr(contrastive, "backward_in_chunks", dying)
         trained(folder, out, recipe(folder))
 
 

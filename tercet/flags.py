@@ -1,0 +1,174 @@
+"""From a recipe to a verb of the command line: its parameters become flags.
+
+Beside them stand the flags of the data that it reads, and of the machine it runs on.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args
+
+import typer
+
+from tercet.console import results, say
+from tercet.data.sources import Source, open_source
+from tercet.data.texts import open_texts
+from tercet.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """Data that a recipe reads: what its stages call it, and the flag that names its files."""
+
+    mixture: str
+    flag: str
+    help: str
+    texts: bool = False  # plain texts; false: examples
+    needed: bool = True
+    otherwise: str | None = None  # the flag whose files are taken where this one names none
+
+
+PAIRS: Final = Reads(
+    mixture="pairs",
+    flag="data",
+    help="Examples: .jsonl or .parquet; may be repeated. FILE:2 weighs.",
+)
+
+
+def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Callable[..., None]:
+    """A function that typer can turn into a verb: it trains by the recipe."""
+    from tercet.train.run import Run
+
+    @wraps(recipe)
+    def command(out: Path, dev: Path | None, **flags: Any) -> None:
+        run = Run(**{name: flags.pop(name) for name in list(flags) if name in Run.__annotations__})
+        field = flags.pop("text_field", "text")
+        files = {kind.flag: flags.pop(kind.flag) or [] for kind in reads}
+        _train(recipe(**flags), lambda built: _data(built, reads, files, field), out, dev, run)
+
+    shown = [_data_flag(kind) for kind in reads]
+    if any(kind.texts for kind in reads):
+        shown.append(_flag("text_field", str, "Where a text is in a record.", "text"))
+    shown += [
+        _flag("out", Path, "Run folder; the model goes into its folder model."),
+        _flag(
+            "dev", Path | None, "Examples to measure on, and to choose the best weights by.", None
+        ),
+    ]
+    numbers = [
+        _flag(parameter.name, kind, text, parameter.default)
+        for parameter in inspect.signature(recipe).parameters.values()
+        for kind, text in [get_args(parameter.annotation)]
+    ]
+    machine = [
+        _flag("precision", Literal["float32", "bfloat16"], "Of matrix products.", "float32"),
+        _flag("device", str | None, "Such as cpu or cuda; None: a GPU if there is one.", None),
+        _flag("memory_gb", float | None, "For activations; None: half of what is free.", None),
+        _flag("chunk_tokens", int | None, "Tokens encoded together.", None),
+        _flag("save_minutes", float, "Between checkpoints.", 5.0),
+        _flag("save_steps", int | None, "Between checkpoints, as well.", None),
+        _flag("eval_steps", int | None, "Between evaluations; None: ten times.", None),
+        _flag("tensorboard", bool, "Write TensorBoard files too.", False),
+    ]
+    everything = [*shown, *numbers, *machine]
+    command.__signature__ = inspect.Signature(everything)  # pyright: ignore
+    command.__annotations__ = {p.name: p.annotation for p in everything}
+    command.__doc__ = (
+        f"{inspect.getdoc(recipe)}\n\nA killed run goes on when the same command is given again."
+        f"\n\nExample: {example}"
+    )
+    return command
+
+
+def weighted(path: Path) -> tuple[Path, float]:
+    """``pairs.jsonl:0.5`` is that file at half its weight."""
+    name, colon, weight = str(path).rpartition(":")
+    if not colon:
+        return path, 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError:
+        return path, 1.0
+
+
+def _data_flag(kind: Reads) -> inspect.Parameter:
+    if kind.needed:
+        return _flag(kind.flag, list[Path], kind.help)
+    return _flag(kind.flag, list[Path] | None, kind.help, None)
+
+
+def _flag(name: str, kind: Any, text: str, default: Any = ...) -> inspect.Parameter:
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, typer.Option(help=text)],
+    )
+
+
+def _data(
+    recipe: Any, reads: tuple[Reads, ...], files: Mapping[str, list[Path]], field: str
+) -> dict[str, list[Source]]:
+    """The sources of each mixture, opened; a file that is read twice is opened once."""
+    asked = {stage.data: stage.name for stage in recipe.stages}
+    opened: dict[tuple[Path, bool], Source] = {}
+    found: dict[str, list[Source]] = {}
+    used: set[str] = set()
+    for kind in reads:
+        if kind.mixture not in asked:
+            continue
+        flag = kind.flag if files[kind.flag] or kind.otherwise is None else kind.otherwise
+        if not files[flag]:
+            raise RecipeError(
+                f"the stage {asked[kind.mixture]} needs --{kind.flag}, and there is none"
+            )
+        used.add(flag)
+        found[kind.mixture] = [_opened(path, kind.texts, field, opened) for path in files[flag]]
+    for flag, paths in files.items():
+        if paths and flag not in used:
+            stages = ", ".join(stage.name for stage in recipe.stages)
+            raise RecipeError(
+                f"--{flag} is given, but no stage reads it (stages: {stages}); leave it out, or "
+                "add the stage that does"
+            )
+    return found
+
+
+def _opened(
+    named: Path, texts: bool, field: str, opened: dict[tuple[Path, bool], Source]
+) -> Source:
+    if (named, texts) not in opened:
+        path, weight = weighted(named)
+        opened[named, texts] = (
+            open_texts(path, field=field, weight=weight)
+            if texts
+            else open_source(path, weight=weight)
+        )
+    return opened[named, texts]
+
+
+def _train(
+    recipe: Any,
+    data: Callable[[Any], dict[str, list[Source]]],
+    out: Path,
+    dev: Path | None,
+    run: Any,
+) -> None:
+    from tercet import distributed
+    from tercet.evaluate.embedders import dev_score
+    from tercet.evaluate.retrieval import RetrievalSet
+    from tercet.train.loop import train
+
+    distributed.start()
+    try:
+        sources = data(recipe)
+        score = None if dev is None else dev_score(RetrievalSet.from_examples(dev))
+        tell = say if distributed.is_main() else (lambda line: None)
+        train(recipe, sources, out, score=score, run=run, say=tell)
+        if distributed.is_main():
+            results().print(f"{out / 'model'}", soft_wrap=True)
+            say(f"next: tercet index {out / 'model'} docs.jsonl --out {out / 'index'}")
+    finally:
+        distributed.stop()

@@ -1,0 +1,210 @@
+"""Masked next-token prediction: guess a hidden token from the state before it (arXiv 2404.05961).
+
+A decoder's head was trained to say, at each token, what the next one is. So it is asked there, with
+the difference that the model now reads both ways and the token itself is a gap.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from tercet.data.blocks import Blocks, blocks_of
+from tercet.data.collate import Collator
+from tercet.data.masking import Masking, MaskToken, add_mask_token, mask_id
+from tercet.data.sampler import BatchRows
+from tercet.data.sources import Source
+from tercet.distributed import gather_ints
+from tercet.errors import RecipeError
+from tercet.losses.language import Head, next_token_loss
+from tercet.nn.chunked import Chunks, Losses, chunks_of, own_random_state
+from tercet.nn.embedder import Embedder
+from tercet.nn.language import load_head
+from tercet.segments import offsets_of
+from tercet.types import Packed
+
+NO_LABEL: Final = -1  # of a token that nobody has to guess
+_DRAW: Final = 0x3A5C  # keeps masks apart from other uses of the same seed
+_UNLIMITED: Final = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class MNTP:
+    """Cross entropy of chosen tokens, each predicted from the state one place before it.
+
+        loss = -(1 / |M|) * sum over i in M of log softmax(W h[i-1])[x[i]]
+
+    ``head`` names the model whose language-model head W predicts; it is frozen, since it is not
+    part of the embedder that comes out. ``train_head`` trains it nevertheless, and
+    ``concatenated`` lays texts end to end without regard to their borders: both as the reference
+    code does.
+    """
+
+    head: str
+    masking: Masking = field(default_factory=Masking)
+    mask_token: MaskToken = "blank"
+    block_tokens: int = 512
+    concatenated: bool = False
+    train_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 4:
+            raise RecipeError(f"block_tokens is {self.block_tokens}; give 4 or more")
+
+    def start(
+        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
+    ) -> "BlocksAtWork":
+        """Set to work on texts. ``collate`` is not needed: nothing is contrasted.
+
+        Raises:
+            RecipeError: for an encoder.
+            ModelError: for a tokenizer without the mask token.
+        """
+        if not embedder.backbone.is_decoder:
+            raise RecipeError(
+                "masked next-token prediction is for decoders, and this model is an encoder, which "
+                "reads both ways already; leave this stage out"
+            )
+        if self.mask_token == "new" and add_mask_token(embedder.tokenizer.stock):
+            embedder.tokenizer.refresh()
+            _room_for_one_more(embedder)
+        work = BlocksAtWork(self, embedder, sources)
+        if self.train_head:
+            embedder.add_module("language_head", nn.ParameterList(work.trained_head()))
+        return work
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskedBatch:
+    """Texts with gaps, and what was there."""
+
+    texts: Packed
+    labels: Int[Tensor, "tokens"]  # the token that was there, or NO_LABEL
+    truncated: int = 0
+
+
+class BlocksAtWork:
+    """The objective on an embedder and its data."""
+
+    def __init__(self, objective: MNTP, embedder: Embedder, sources: Sequence[Source]) -> None:
+        self.objective, self.embedder, self.sources = objective, embedder, sources
+        stock = embedder.tokenizer.stock
+        self._mask = mask_id(stock, objective.mask_token)
+        self._vocabulary = len(stock)  # random tokens are drawn of it
+        self._special = np.array(sorted(stock.all_special_ids), dtype=np.int32)
+
+    @property
+    def unit(self) -> str:
+        """What a batch is counted in."""
+        return f"blocks of {self.objective.block_tokens} tokens"
+
+    @property
+    def drawn(self) -> Sequence[Blocks]:
+        """Blocks of tokens of each source."""
+        return self._blocks
+
+    @cached_property
+    def _blocks(self) -> list[Blocks]:
+        """Tokenizes all texts, once, when the first batch is asked for."""
+        size = min(self.objective.block_tokens, self.embedder.backbone.max_tokens)
+        return [
+            blocks_of(source, self._ids_of, size, concatenated=self.objective.concatenated)
+            for source in self.sources
+        ]
+
+    @cached_property
+    def head(self) -> Head:
+        """The head that predicts, on the model's device."""
+        head = load_head(self.objective.head)
+        device = self.embedder.device
+        bias = None if head.bias is None else head.bias.to(device)
+        found = Head(head.weight.to(device), bias, head.scale, head.softcap)
+        if found.weight.shape[1] != self.embedder.dim:
+            raise RecipeError(
+                f"the head of {self.objective.head} takes states of {found.weight.shape[1]} "
+                f"numbers, but the model's have {self.embedder.dim}; name the model it came from"
+            )
+        return found
+
+    def trained_head(self) -> list[nn.Parameter]:
+        """The head's weights, to be trained as well."""
+        head = self.head
+        weights = [nn.Parameter(w) for w in (head.weight, head.bias) if w is not None]
+        self.head = Head(weights[0], weights[1] if weights[1:] else None, head.scale, head.softcap)
+        return weights
+
+    def batch(self, rows: BatchRows, seed: Sequence[int]) -> MaskedBatch:
+        """The texts of these blocks with gaps; where they are hangs on the block and the seed."""
+        blocks = rows.read([source.read for source in self.drawn])
+        names = zip(rows.source.tolist(), rows.row.tolist(), strict=True)
+        pieces, gaps, labels = [], [], []
+        for (source, row), block in zip(names, blocks, strict=True):
+            rng = np.random.default_rng([_DRAW, *seed, source, row])
+            for ids in block:
+                allowed = ~np.isin(ids, self._special)
+                allowed[0] = False  # nothing comes before it
+                masked, chosen = self.objective.masking(
+                    ids, allowed, rng, mask=self._mask, vocabulary=self._vocabulary
+                )
+                pieces.append(len(ids))
+                gaps.append(masked)
+                labels.append(np.where(chosen, ids, NO_LABEL))
+        return MaskedBatch(_packed(gaps, pieces), _tensor(labels))
+
+    def backward(self, batch: MaskedBatch, chunks: Chunks) -> Losses:
+        """Read the texts chunk by chunk; each chunk's loss is a part of the sum."""
+        device = self.embedder.device
+        counts = gather_ints((batch.labels != NO_LABEL).sum().reshape(1))
+        total = max(1, int(counts.sum()))
+        loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
+        texts, labels = batch.texts.to(device), batch.labels.to(device)
+        answers = Packed(labels, texts.offsets, texts.pooled)
+        lengths = texts.lengths
+        for number, members in enumerate(chunks_of(lengths, chunks.max_tokens) if lengths else []):
+            tokens = answers.take(members).ids
+            places = (tokens != NO_LABEL).nonzero().squeeze(1)
+            if not len(places):
+                continue
+            with own_random_state(texts, chunks.seed, number):
+                states = self.embedder.backbone(texts.take(members))
+            part, found = next_token_loss(
+                states[places - 1], tokens[places], self.head, total=total
+            )
+            part.backward()
+            loss += part.detach()
+            right += found
+        return {"loss": loss, "accuracy": right / total}
+
+    def finish(self) -> None:
+        """Drop the head: an embedder has none."""
+        if self.objective.train_head:
+            del self.embedder.language_head
+
+    def _ids_of(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.embedder.tokenizer(texts, _UNLIMITED).ids
+
+
+def _packed(pieces: list[np.ndarray], lengths: list[int]) -> Packed:
+    ids = _tensor(pieces)
+    offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
+    return Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
+
+
+def _tensor(pieces: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([*pieces, np.empty(0, np.int64)]).astype(np.int64))
+
+
+def _room_for_one_more(embedder: Embedder) -> None:
+    """A row of the token table for a new token, the mean of the others, if there is none left."""
+    model, needed = embedder.backbone.model, len(embedder.tokenizer.stock)
+    table = model.get_input_embeddings().weight
+    if needed > len(table):
+        mean = table.detach().mean(0)
+        model.resize_token_embeddings(needed, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[-1] = mean

@@ -1,0 +1,78 @@
+"""Two views of one text agree, and differ from those of other texts (arXiv 2104.08821)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from tercet.data.collate import Collator
+from tercet.data.sources import Source
+from tercet.data.tokens import Tokens
+from tercet.errors import RecipeError
+from tercet.nn.embedder import Embedder
+from tercet.objectives.contrastive import Contrastive, PairsAtWork
+from tercet.types import Role
+
+TRIED: Final = 4  # texts that are looked at twice before the training begins
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimCSE:
+    """InfoNCE between two dropouts of a text, against the other texts of the batch.
+
+    Decoders have no dropout but that of their attention weights, which most ship with at zero:
+    it is raised while this objective is at work. Both views go through the model in one row; a
+    mask is drawn for each token, so they differ. Prompts are left out (arXiv 2404.05961, 3.1).
+    """
+
+    temperature: float = 0.05
+    attention_dropout: float = 0.3
+    max_tokens: int = 128  # a longer text is cut
+
+    def __post_init__(self) -> None:
+        Contrastive(temperature=self.temperature)  # which looks at it
+        if not 0 <= self.attention_dropout < 1:
+            raise RecipeError(
+                f"attention_dropout is {self.attention_dropout}; give a share, from 0 to below 1"
+            )
+        if self.max_tokens < 4:
+            raise RecipeError(f"max_tokens is {self.max_tokens}; give 4 or more")
+
+    def start(
+        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
+    ) -> PairsAtWork:
+        """Set to work on texts, each of which is an example with itself as the answer.
+
+        Raises:
+            RecipeError: when two views of a text are equal: then there is nothing to learn.
+        """
+
+        def tokenize(texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Tokens:
+            return embedder.tokenizer(texts, min(self.max_tokens, embedder.backbone.max_tokens))
+
+        def finish() -> None:
+            embedder.backbone.attention_dropout = None
+
+        embedder.backbone.attention_dropout = self.attention_dropout
+        bare = replace(collate, tokenize=tokenize, prompt_of=lambda role, task: "", in_batch=True)
+        loss = Contrastive(temperature=self.temperature)
+        work = PairsAtWork(loss, embedder, sources, bare, "texts, in two views each", finish)
+        _require_two_views(embedder, work)
+        return work
+
+
+@torch.no_grad()
+def _require_two_views(embedder: Embedder, work: PairsAtWork) -> None:
+    examples = work.drawn[0].examples(range(min(TRIED, len(work.drawn[0]))))
+    texts = work.collate(examples, [0]).texts.to(embedder.device)
+    training = embedder.training
+    embedder.train()
+    with torch.random.fork_rng([embedder.device] if embedder.device.type == "cuda" else []):
+        first, second = embedder(texts).chunk(2)
+    embedder.train(training)
+    if torch.equal(first, second):
+        raise RecipeError(
+            "two views of a text are equal, so SimCSE has nothing to learn: this model drops "
+            "nothing out; raise attention_dropout above 0"
+        )
