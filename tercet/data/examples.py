@@ -41,7 +41,7 @@ def parse_example(record: object, task: str) -> Example:
         ValueError: naming the field; the caller knows the file and the line and adds them.
     """
     fields = as_object(record)
-    name, query = _given(fields, QUERY)
+    name, query = given(fields, QUERY)
     if query is None:
         raise ValueError('"query" is missing; an example needs a "query" and its "positives"')
     positives = _texts(fields, POSITIVES)
@@ -117,7 +117,7 @@ def shown(value: object) -> str:
     return whole if len(whole) <= SHOWN_CHARACTERS else whole[:SHOWN_CHARACTERS] + "..."
 
 
-def _given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+def given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """The name a field goes by in this record, and its value; None if it is absent."""
     used = [name for name in names if fields.get(name) is not None]
     if len(used) > 1:
@@ -127,13 +127,26 @@ def _given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     return (used[0], fields[used[0]]) if used else (names[0], None)
 
 
+def finite(value: object, field: str) -> float:
+    """The number itself, if it is one and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f'"{field}" must hold numbers, got {shown(value)}')
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f'"{field}" must hold finite numbers, got {shown(number)}')
+    return number
+
+
 def _optional_text(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    name, value = _given(fields, names)
+    name, value = given(fields, names)
     return None if value is None else text_of(value, name)
 
 
 def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
-    name, value = _given(fields, names)
+    name, value = given(fields, names)
     if value is None:
         return ()
     if isinstance(value, str):
@@ -146,7 +159,7 @@ def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
 def _scores(
     fields: Mapping[str, Any], names: Sequence[str], texts: int
 ) -> tuple[float, ...] | None:
-    name, value = _given(fields, names)
+    name, value = given(fields, names)
     if value is None:
         return None
     if not isinstance(value, list):
@@ -155,19 +168,7 @@ def _scores(
         raise ValueError(
             f'"{name}" has {len(value)} numbers for {texts} texts; give one number for each text'
         )
-    return tuple(_finite(score, name) for score in value)
-
-
-def _finite(value: object, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f'"{field}" must hold numbers, got {shown(value)}')
-    try:
-        number = float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f'"{field}" must hold finite numbers, got {shown(number)}')
-    return number
+    return tuple(finite(score, name) for score in value)
 
 
 def _listed(scores: tuple[float, ...] | None) -> list[float] | None:

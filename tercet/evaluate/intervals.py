@@ -5,6 +5,7 @@ Queries are drawn again, with replacement, as often as there are; the mean is ta
 given. It says nothing of another training run, or of queries of another kind.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -76,3 +77,37 @@ def paired_difference(
     distance of two intervals. Above zero means that ``after`` is the better one.
     """
     return interval(after - before, resamples=resamples, seed=seed, level=level)
+
+
+def pooled_interval(
+    counts: Float64[np.ndarray, "queries counts"],
+    statistic: Callable[[Float64[np.ndarray, "draws counts"]], Float64[np.ndarray, "draws"]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """A figure of the summed counts, such as an F1, and its bootstrap interval.
+
+    For items that come in groups and are not independent inside them, such as the words of a
+    sentence: a row holds the counts of one group, and groups are drawn whole. ``statistic`` makes
+    one figure of each row of summed counts. A draw whose figure is NaN is left out.
+    """
+    groups = len(counts)
+    if not groups:
+        return Interval(np.nan, np.nan, np.nan, 0, resamples, seed, level)
+    random = np.random.default_rng(seed)
+    figures = np.empty(resamples)
+    at_once = max(1, _DRAWS_AT_ONCE // groups)
+    for start in range(0, resamples, at_once):
+        part = figures[start : start + at_once]
+        drawn = random.integers(0, groups, (len(part), groups))
+        drawn += groups * np.arange(len(part))[:, None]
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        part[:] = statistic(times @ counts)
+    tail = (1 - level) / 2
+    low, high = np.full(2, np.nan)
+    if not np.isnan(figures).all():
+        low, high = np.nanquantile(figures, [tail, 1 - tail])
+    whole = float(statistic(counts.sum(axis=0, keepdims=True))[0])
+    return Interval(whole, float(low), float(high), groups, resamples, seed, level)

@@ -325,6 +325,8 @@ class _Trainer:
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         found = checkpoint.load(self.folder / CHECKPOINT, self.what)
+        if found is None or not found[0].finished:
+            _ = self.sampler  # made here, so that data of which no batch comes are told at once
         step = torch.tensor([0 if found is None else found[0].step])
         if len(distributed.gather_ints(step).unique()) > 1:
             raise RecipeError(
@@ -339,7 +341,6 @@ class _Trainer:
             self.optimizer.load_state_dict(states["optimizer"])
             self.sampler.restore(states["sampler"])
             self.say(f"going on from step {self.progress.step} of {self.steps}")
-        _ = self.sampler  # made here, so that data of which no batch comes are told at once
 
     def _save(self) -> None:
         if not distributed.is_main():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tercet.evaluate import intervals
-from tercet.evaluate.intervals import Interval, interval, paired_difference
+from tercet.evaluate.intervals import Interval, interval, paired_difference, pooled_interval
 
 
 @pytest.fixture
@@ -82,3 +82,38 @@ def test_no_queries_have_no_mean():
     assert found.queries == 0
     assert np.isnan([found.mean, found.low, found.high]).all()
     assert not found.excludes_zero()
+
+
+def share(sums):
+    with np.errstate(invalid="ignore"):
+        return sums[:, 0] / sums[:, 1]
+
+
+def test_a_pooled_figure_of_groups_of_one_is_a_mean(random):
+    values = random.random(70)
+    pooled = pooled_interval(np.stack([values, np.ones(70)], axis=1), share, seed=5)
+    plain = interval(values, seed=5)
+    assert (pooled.mean, pooled.low, pooled.high) == pytest.approx(
+        (plain.mean, plain.low, plain.high)
+    )
+
+
+def test_a_pooled_figure_is_of_the_sums_and_groups_are_drawn_whole():
+    # 9 of 10 and 0 of 2: not the mean of 0.9 and 0. Draws are one group twice, or both.
+    found = pooled_interval(np.array([[9.0, 10.0], [0.0, 2.0]]), share)
+    assert (found.mean, found.low, found.high) == pytest.approx((9 / 12, 0, 0.9))
+    assert found.queries == 2
+
+
+def test_blocks_of_draws_do_not_change_a_pooled_interval(random, monkeypatch):
+    counts = random.integers(1, 9, (50, 2)).astype(np.float64)
+    whole = pooled_interval(counts, share, resamples=999)
+    monkeypatch.setattr(intervals, "_DRAWS_AT_ONCE", 50 * 7)
+    assert pooled_interval(counts, share, resamples=999) == whole
+
+
+def test_draws_without_a_figure_are_left_out():
+    found = pooled_interval(np.array([[1.0, 1.0], [0.0, 0.0]]), share)
+    assert (found.mean, found.low, found.high) == (1, 1, 1)
+    assert np.isnan(pooled_interval(np.zeros((3, 2)), share).low)
+    assert np.isnan(pooled_interval(np.zeros((0, 2)), share).mean)
