@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from tercet.data.examples import finite, given, as_object, nonblank, shown, text_of
+from tercet.data.examples import as_object, finite, given, nonblank, shown, text_of
 from tercet.data.records import Record, iter_records, parsed
 from tercet.errors import DataError
 

@@ -1,35 +1,57 @@
 """From texts to one row of tokens."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import PostProcessor, TemplateProcessing
 from tokenizers.processors import Sequence as ProcessorSequence
-from torch import Tensor
+from transformers import AutoTokenizer
 
 from tercet.errors import ModelError
 from tercet.segments import offsets_of, row_of
-from tercet.types import Packed
+from tercet.types import Packed, Role
 
 _NONE: Final = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What is put around texts besides their prompts, and which of it is part of the vector."""
+
+    pool_prompt: bool = True
+    suffix: str = ""  # after every text, such as a chat's closing marker
+    pool_suffix: bool = False
+    pool_special: bool = True  # false: what the tokenizer itself puts around is not pooled
+    end: bool = False  # after all of it the end-of-text token, pooled
+    echo: Role | None = None  # the text twice, only the second pooled, in the words of this role
+
+
+PLAIN: Final = Form()
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Token ids of some texts, each ready to be packed in any order.
 
-    ``skipped`` counts the leading tokens of each text that are read but not pooled (its prompt);
+    Of each text, ``skipped`` counts the leading tokens that are read but not pooled (its prompt),
+    and ``left_out`` has the bounds of later ones (its suffix); empty stands for none at all.
     ``truncated`` counts the texts that were cut to the limit.
+
+    ``spans`` and ``read`` are filled on request: where each token begins and ends in its text, in
+    characters (-1 for a token outside of it), and how many characters of the text were kept.
     """
 
     ids: list[np.ndarray]  # int32, one array a text, none of them empty
     skipped: list[int]
     truncated: int
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[np.ndarray] = field(default_factory=list)  # [tokens, 2], one array a text
+    read: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,8 +67,14 @@ class Tokens:
         rows = [self.ids[i] for i in chosen]
         offsets = offsets_of(torch.tensor([len(row) for row in rows], dtype=torch.int64))
         ids = torch.from_numpy(np.concatenate(rows or [_NONE]).astype(np.int64))
-        skipped = torch.tensor([self.skipped[i] for i in chosen])
-        return Packed(ids, offsets, _places(offsets) >= skipped[row_of(offsets)])
+        owner = row_of(offsets)
+        place = torch.arange(len(ids)) - offsets[owner]  # inside its text
+        pooled = place >= torch.tensor([self.skipped[i] for i in chosen])[owner]
+        if self.left_out:
+            bounds = torch.tensor([self.left_out[i] for i in chosen], dtype=torch.int64)
+            begin, end = bounds.reshape(-1, 2)[owner].unbind(1)
+            pooled &= (place < begin) | (place >= end)
+        return Packed(ids, offsets, pooled)
 
     @staticmethod
     def join(parts: Sequence["Tokens"]) -> "Tokens":
@@ -55,12 +83,30 @@ class Tokens:
             [ids for part in parts for ids in part.ids],
             [count for part in parts for count in part.skipped],
             sum(part.truncated for part in parts),
+            [bounds for part in parts for bounds in part.left_out or [(0, 0)] * len(part)],
+            [spans for part in parts for spans in part.spans],
+            [count for part in parts for count in part.read],
         )
 
 
-def _places(offsets: Int[Tensor, "bounds"]) -> Int[Tensor, "tokens"]:
-    """Each token's place inside its text."""
-    return torch.arange(int(offsets[-1])) - offsets[row_of(offsets)]
+def load_tokenizer(place: str | Path) -> Any:
+    """The transformers tokenizer of a folder or a hub id.
+
+    Raises:
+        ModelError: when there is none, or it is damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(place))
+    except (OSError, ValueError, KeyError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0].strip(" :.")
+        raise ModelError(
+            f"{place}: the tokenizer cannot be loaded ({line}); is tokenizer.json there and whole?"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what is made up where none was saved
+        raise ModelError(
+            f"{place}: has no tokenizer (tokenizer.json); copy it there from the model's origin"
+        )
+    return tokenizer
 
 
 class Tokenizer:
@@ -80,19 +126,19 @@ class Tokenizer:
             )
         if append_end:
             _append_end(fast, tokenizer)
-        self._fast: FastTokenizer = FastTokenizer.from_str(fast.to_str())
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what was changed in the stock tokenizer, such as a token that was added."""
+        tokenizer = self.stock
+        self._fast: FastTokenizer = FastTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._fast.no_truncation()
         self._fast.no_padding()
         bare = self._fast.encode("a", add_special_tokens=False).ids
         full = self._fast.encode("a").ids
-        self._tail = next(
-            (
-                full[at + len(bare) :]
-                for at in range(len(full))
-                if full[at : at + len(bare)] == bare
-            ),
-            [],
-        )
+        at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+        self._head: list[int] = [] if at is None else full[:at]  # put before every text
+        self._tail: list[int] = [] if at is None else full[at + len(bare) :]  # and after it
         self._filler = _first_known(
             tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, 0
         )
@@ -102,57 +148,164 @@ class Tokenizer:
         texts: Sequence[str],
         max_tokens: int,
         prompts: str | Sequence[str] = "",
+        form: Form = PLAIN,
         *,
-        pool_prompt: bool = True,
+        spans: bool = False,
     ) -> Tokens:
-        """Tokenize each text after its prompt, once, and cut what is longer than ``max_tokens``.
+        """Tokenize each text with its prompt, once, and cut what is longer than ``max_tokens``.
 
-        The end of the text is cut; special tokens stay. A prompt is left out of the pooled tokens
-        by character offsets, so the border is exact for any tokenizer: a token that begins in the
-        prompt and ends in the text is pooled. A text without any token gets one filler token.
+        The end of the text is cut; prompt, suffix and special tokens stay. What is pooled is told
+        by character offsets, so the borders are exact for any tokenizer: a token that lies partly
+        in the text is pooled. A text without any token gets one filler token; where nothing is
+        left to pool (an empty text, or no room beside the prompt) all tokens are pooled.
+
+        With ``form.echo`` the text is tokenized by itself and its ids stand there twice, in
+        ``Instruct:{prompt},``, ``Query:{text}``, ``Query again:{text}``, a line each (or
+        ``Document``; the first line only where there is a prompt), and end-of-text. The second
+        copy and the end are pooled (arXiv 2402.15449).
+
+        Raises:
+            ModelError: where an end-of-text token is asked for and the tokenizer has none.
         """
         before = [prompts] * len(texts) if isinstance(prompts, str) else list(prompts)
-        joined = [prompt + text for prompt, text in zip(before, texts, strict=True)]
-        if pool_prompt or not any(before):
-            encoded = self._fast.encode_batch_fast(joined)
-            skipped = [0] * len(texts)
-        else:
-            encoded = self._fast.encode_batch(joined)
-            skipped = [
-                _skip(encoding.offsets, len(prompt))
-                for encoding, prompt in zip(encoded, before, strict=True)
-            ]
-        ids, truncated = [], 0
-        for number, encoding in enumerate(encoded):
-            row = encoding.ids or [self._filler]
-            if len(row) > max_tokens:
-                truncated += 1
-                row = row[: max_tokens - len(self._tail)] + self._tail
-                # A prompt that fills the window leaves nothing of the text: pool all of it.
-                if skipped[number] >= max_tokens - len(self._tail):
-                    skipped[number] = 0
-            ids.append(np.array(row, dtype=np.int32))
-        return Tokens(ids, skipped, truncated)
+        tail = self._ending() if form.end or form.echo else self._tail
+        room = max(0, max_tokens - len(self._head) - len(tail))
+        lay = self._lay_twice if form.echo else self._lay
+        found = Tokens([], [], 0)
+        truncated = 0
+        for number, laid in enumerate(lay(texts, before, room, form, spans=spans)):
+            body = [*laid.before, *laid.text, *laid.after]
+            row = [*self._head, *body, *tail] or [self._filler]
+            skipped, left_out = self._not_pooled(laid, form, len(tail))
+            found.ids.append(np.array(row, dtype=np.int32))
+            found.skipped.append(skipped)
+            if form.suffix or not form.pool_special:
+                found.left_out.append(left_out)
+            truncated += laid.cut
+            if spans:
+                start = len(self._head) + len(laid.before)
+                inside = np.full((len(row), 2), -1)
+                inside[start : start + len(laid.text)] = np.reshape(laid.spans, (-1, 2))
+                found.spans.append(inside)
+                ends = [end for _, end in laid.spans]
+                found.read.append(max(ends, default=0) if laid.cut else len(texts[number]))
+        return replace(found, truncated=truncated)
+
+    def _lay(
+        self, texts: Sequence[str], before: Sequence[str], room: int, form: Form, *, spans: bool
+    ) -> "Iterator[_Laid]":
+        """Each text between its prompt and the suffix, in at most ``room`` tokens."""
+        whole = [prompt + text + form.suffix for prompt, text in zip(before, texts, strict=True)]
+        located = spans or bool(form.suffix) or (not form.pool_prompt and any(before))
+        encode = self._fast.encode_batch if located else self._fast.encode_batch_fast
+        head, tail = len(self._head), len(self._tail)
+        for encoding, prompt, text in zip(encode(whole), before, texts, strict=True):
+            ids = encoding.ids
+            ids = ids[head : len(ids) - tail]
+            if not located:
+                yield _Laid([], ids[:room], [], cut=len(ids) > room)
+                continue
+            offsets = encoding.offsets[head : head + len(ids)]
+            first, stop = _borders(offsets, len(prompt), len(prompt) + len(text))
+            after = ids[stop:][:room]
+            kept = max(first, min(stop, room - len(after)))
+            yield _Laid(
+                ids[: min(first, room - len(after))],
+                ids[first:kept],
+                after,
+                cut=len(ids) > room,
+                spans=[(a - len(prompt), b - len(prompt)) for a, b in offsets[first:kept] if spans],
+            )
+
+    def _lay_twice(
+        self, texts: Sequence[str], before: Sequence[str], room: int, form: Form, *, spans: bool
+    ) -> "Iterator[_Laid]":
+        """Each text as echo embeddings have it; the template's pieces are tokenized apart."""
+        name = str(form.echo).capitalize()
+        starts = {p: self._piece(f"Instruct:{p},\n{name}:" if p else f"{name}:") for p in {*before}}
+        between = self._piece(f"\n{name} again:")[:room]
+        after = self._piece(form.suffix)[: room - len(between)]
+        encode = self._fast.encode_batch if spans else self._fast.encode_batch_fast
+        encoded = encode(list(texts), add_special_tokens=False)
+        for encoding, prompt in zip(encoded, before, strict=True):
+            spare = room - len(between) - len(after)
+            start = starts[prompt][:spare]
+            kept = (spare - len(start)) // 2
+            ids = encoding.ids[:kept]
+            yield _Laid(
+                [*start, *ids, *between],
+                ids,
+                after,
+                cut=len(encoding.ids) > kept or len(starts[prompt]) > spare,
+                spans=encoding.offsets[:kept] if spans else [],
+            )
+
+    def _piece(self, text: str) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def _not_pooled(self, laid: "_Laid", form: Form, tail: int) -> tuple[int, tuple[int, int]]:
+        """How many leading tokens are not pooled, and the bounds of those after the text."""
+        head, before, after = len(self._head), len(laid.before), len(laid.after)
+        prompted = form.pool_prompt and not form.echo
+        pooled = len(laid.text) + prompted * before + form.pool_suffix * after
+        if pooled == 0:
+            return 0, (0, 0)
+        skipped = 0 if form.pool_special else head
+        if before and not prompted:
+            skipped = head + before
+        start = head + before + len(laid.text)
+        end = start + after
+        if form.pool_suffix:
+            start = end
+        asked_for = form.end or form.echo is not None
+        return skipped, (start, end if form.pool_special or asked_for else end + tail)
+
+    def _ending(self) -> list[int]:
+        """What follows every text that has to end with the end-of-text token."""
+        end = self.stock.convert_tokens_to_ids(_end_of(self.stock))
+        return self._tail if self._tail[-1:] == [end] else [*self._tail, end]
 
 
-def _skip(offsets: Sequence[tuple[int, int]], text_start: int) -> int:
-    """Tokens before the first one that reaches into the text; 0 when none does, or no prompt."""
-    if text_start == 0:
-        return 0
-    return next((i for i, (_, end) in enumerate(offsets) if end > text_start), 0)
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """The token ids of one text and of what stands around it, cut to size."""
+
+    before: list[int]
+    text: list[int]
+    after: list[int]
+    cut: bool
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of the text's tokens, if asked
+
+
+def _borders(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """Bounds of the tokens that reach into the characters from ``start`` to ``end``.
+
+    Byte-level tokenizers trim spaces from offsets, so a token of spaces alone is empty: it belongs
+    to what is before it.
+    """
+    stop = len(offsets)
+    while stop and offsets[stop - 1][0] >= end and offsets[stop - 1][1] > end:
+        stop -= 1
+    first = next((i for i in range(stop) if offsets[i][1] > start), stop) if start else 0
+    return first, stop
 
 
 def _first_known(*ids: int | None) -> int:
     return next(i for i in ids if i is not None)
 
 
-def _append_end(fast: FastTokenizer, tokenizer: Any) -> None:
+def _end_of(tokenizer: Any) -> str:
     end = tokenizer.eos_token or tokenizer.sep_token
     if end is None:
         raise ModelError(
-            "pooling the last token needs an end-of-text token, and this tokenizer has none; "
-            'choose the pooling "mean", or set eos_token'
+            "pooling the last token, or echo, needs an end-of-text token, and this tokenizer has "
+            'none; choose the pooling "mean" without echo, or set eos_token'
         )
+    return end
+
+
+def _append_end(fast: FastTokenizer, tokenizer: Any) -> None:
+    end = _end_of(tokenizer)
     number = tokenizer.convert_tokens_to_ids(end)
     ids = fast.encode("a").ids
     if ids and ids[-1] == number:

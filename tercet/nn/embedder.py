@@ -4,64 +4,46 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from tercet import zoo
-from tercet.data.tokens import Tokenizer, Tokens
+from tercet.data.tokens import Tokenizer, Tokens, load_tokenizer
 from tercet.errors import ModelError, RecipeError
 from tercet.files import replacing_folder
-from tercet.interop.sentence_transformers import StFolder, read_modules, write_modules
+from tercet.interop.sentence_transformers import write_modules
+from tercet.nn.adapters import merge_adapter
 from tercet.nn.backbone import Attention, Backbone, Window, probe
 from tercet.nn.pooling import POOLINGS, PoolingName
 from tercet.nn.prepacked import Prepacked
+from tercet.nn.reading import batch_by_batch, token_states, word_states
+from tercet.nn.settings import (
+    FILE,
+    VERSION,
+    Settings,
+    as_st_folder,
+    changed,
+    known_settings,
+    read_settings,
+)
+from tercet.nn.words import Words
 from tercet.progress import bar
 from tercet.types import Packed, Role
 
-VERSION: Final = 1
-FILE: Final = "tercet.json"
-_WINDOW_OF_TEXTS: Final = 50_000  # texts tokenized and sorted by length at a time
+__all__ = ["Embedder", "Settings"]
+
+# Settings that came after the first indexes: at their usual value they leave fingerprints alone.
+_LATER: Final = ("suffixes", "pool_suffix", "pool_special", "echo", "on_empty")
 
 log = logging.getLogger("tercet")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How texts become vectors, apart from the weights. Saved with the model."""
-
-    pooling: PoolingName = "mean"
-    normalize: bool = True  # vectors of unit length, so that a dot product is a cosine
-    prompts: Mapping[str, str] = field(default_factory=dict)  # role -> what is put before a text
-    task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task -> the same
-    pool_prompt: bool = True  # false: a prompt is read, but not part of the vector
-    query_tokens: int = 512  # a longer text is cut
-    document_tokens: int = 512
-    dims: tuple[int, ...] = ()  # shorter widths that were trained to work alone (Matryoshka)
-
-    def prompt(self, role: Role, task: str | None = None) -> str:
-        """What is put before a text of this role.
-
-        Raises:
-            RecipeError: for a task that the model has no prompts for.
-        """
-        if task is None:
-            return self.prompts.get(role, "")
-        if task not in self.task_prompts:
-            known = ", ".join(sorted(self.task_prompts)) or "none"
-            raise RecipeError(f"the model has no prompt for the task {task!r}; it knows: {known}")
-        return self.task_prompts[task].get(role, "")
-
-    def max_tokens(self, role: Role) -> int:
-        """The length at which texts of this role are cut, special tokens and prompt included."""
-        return self.query_tokens if role == "query" else self.document_tokens
 
 
 class Embedder(nn.Module):
@@ -81,6 +63,7 @@ class Embedder(nn.Module):
             16_384 if backbone.device.type == "cuda" else 2_048
         )  # of one encode step
         self._prepacked = Prepacked(backbone)
+        self.about: Mapping[str, Any] = {}  # what made it, as saved with it: stages, data, seed
         self._told: set[Role] = set()  # for which roles it was said that texts were cut
         self.train(backbone.training)
 
@@ -104,10 +87,11 @@ class Embedder(nn.Module):
         self, texts: Sequence[str], role: Role, prompts: str | Sequence[str] | None = None
     ) -> Tokens:
         """Token ids of texts after their prompts; None takes the model's prompt for the role."""
-        before = self.settings.prompt(role) if prompts is None else prompts
-        limit = self.settings.max_tokens(role)
-        return self.tokenizer(texts, limit, before, pool_prompt=self.settings.pool_prompt)
+        settings = self.settings
+        before = settings.prompt(role) if prompts is None else prompts
+        return self.tokenizer(texts, settings.max_tokens(role), before, settings.form(role))
 
+    @overload
     def encode(
         self,
         texts: Sequence[str],
@@ -116,7 +100,40 @@ class Embedder(nn.Module):
         task: str | None = None,
         dims: int | None = None,
         progress: bool = False,
-    ) -> Float[np.ndarray, "texts dim"]:
+        attention: Attention | None = None,
+        pooling: PoolingName | None = None,
+        echo: bool | None = None,
+        output: Literal["texts"] = "texts",
+    ) -> Float[np.ndarray, "texts dim"]: ...
+
+    @overload
+    def encode(
+        self,
+        texts: Sequence[str],
+        role: Role = "document",
+        *,
+        task: str | None = None,
+        dims: int | None = None,
+        progress: bool = False,
+        attention: Attention | None = None,
+        pooling: PoolingName | None = None,
+        echo: bool | None = None,
+        output: Literal["tokens", "words"],
+    ) -> list[np.ndarray]: ...
+
+    def encode(  # noqa: PLR0913 (each is a choice of its own, with a default)
+        self,
+        texts: Sequence[str],
+        role: Role = "document",
+        *,
+        task: str | None = None,
+        dims: int | None = None,
+        progress: bool = False,
+        attention: Attention | None = None,
+        pooling: PoolingName | None = None,
+        echo: bool | None = None,
+        output: Literal["texts", "tokens", "words"] = "texts",
+    ) -> Float[np.ndarray, "texts dim"] | list[np.ndarray]:
         """Vectors of texts, float32, in the order given.
 
         The model's prompt for the role (or for the task and role) is put before each text. Texts
@@ -124,8 +141,16 @@ class Embedder(nn.Module):
         many leading coordinates, scaled to unit length again. That texts were too long and cut is
         logged, with their number, the first time.
 
+        For this call only, ``attention`` reads a decoder that way, and ``pooling`` and ``echo``
+        take the place of the model's settings. ``output`` "tokens" gives the states of each
+        text's pooled tokens, and "words" the mean state of each of its words (what stands between
+        white space; see :meth:`encode_words`): one array a text, not scaled to any length.
+
         Raises:
-            RecipeError: for an unknown task, or ``dims`` out of range.
+            RecipeError: for an unknown task or pooling, ``dims`` out of range, or an empty text
+                where the settings refuse them.
+            ModelError: for an encoder asked to be causal, or for an end-of-text token that the
+                tokenizer does not have.
             TypeError: when ``texts`` is one string.
         """
         if isinstance(texts, str):
@@ -135,31 +160,76 @@ class Embedder(nn.Module):
             raise RecipeError(
                 f"dims is {dims}, but the model's vectors have {self.dim} coordinates"
             )
-        prompt = self.settings.prompt(role, task)
-        vectors, cut = np.empty((len(texts), width), dtype=np.float32), 0
-        training = self.training
-        self.eval()
+        given = {"pooling": pooling, "echo": echo}
+        settings = changed(self.settings, {k: v for k, v in given.items() if v is not None})
+        prompt, form = settings.prompt(role, task), settings.form(role)
+        if settings.on_empty == "error":
+            _refuse_empty(texts)
+        limit, cut = settings.max_tokens(role), 0
+
+        def tokenize(part: Sequence[str]) -> Tokens:
+            nonlocal cut
+            tokens = self.tokenizer(part, limit, prompt, form, spans=output == "words")
+            cut += tokens.truncated
+            return tokens
+
         with (
-            torch.inference_mode(),
-            self._prepacked.in_use(),
+            self._inferring(attention),
             bar("encode", len(texts), shown=progress) as advance,
         ):
-            for start in range(0, len(texts), _WINDOW_OF_TEXTS):
-                part = texts[start : start + _WINDOW_OF_TEXTS]
-                tokens = self.tokenize(part, role, prompt)
-                cut += tokens.truncated
-                for rows in _batches(tokens.lengths, self.batch_tokens):
-                    pooled = self(tokens.pack(rows).to(self.device))[:, :width].float()
-                    if self.settings.normalize or dims is not None:
-                        pooled = F.normalize(pooled, dim=1)
-                    vectors[start + np.array(rows)] = pooled.cpu().numpy()
-                    advance(len(rows))
-        self.train(training)
+            steps = batch_by_batch(self.backbone, texts, tokenize, self.batch_tokens, advance)
+            if output == "texts":
+                unit = settings.normalize or dims is not None
+                found = np.empty((len(texts), width), dtype=np.float32)
+                for step in steps:
+                    pooled = POOLINGS[settings.pooling](step.states, step.texts)[:, :width].float()
+                    pooled = F.normalize(pooled, dim=1) if unit else pooled
+                    found[step.rows] = pooled.cpu().numpy()
+            elif output == "tokens":
+                found = token_states(steps, len(texts), width)
+            else:
+                found = word_states(steps, [Words.of(text) for text in texts], width)
         if cut and role not in self._told:
             self._told.add(role)
-            limit = self.settings.max_tokens(role)
             log.warning("%d of %d %s texts were cut to %d tokens", cut, len(texts), role, limit)
-        return vectors
+        return found
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], *, predictor: bool = False
+    ) -> list[np.ndarray]:
+        """One vector for each word of each sentence: arrays of words and hidden, in float32.
+
+        A sentence is read as its words with a space between, without a prompt, and character
+        offsets tell which tokens are part of a word. Its vector is the mean of their states; with
+        ``predictor``, of the states that they are predicted from, one token earlier (for a model
+        after masked next-token prediction; arXiv 2404.05961, appendix D.1.3). The first token
+        keeps its own state where the tokenizer puts none before it. A word that does not fit into
+        ``document_tokens``, wholly, has no row; how many there were is logged.
+        """
+        words = [Words.joined(sentence) for sentence in sentences]
+        texts = [" ".join(sentence) for sentence in sentences]
+        limit = self.settings.document_tokens
+
+        def tokenize(part: Sequence[str]) -> Tokens:
+            return self.tokenizer(part, limit, spans=True)
+
+        with self._inferring():
+            steps = batch_by_batch(self.backbone, texts, tokenize, self.batch_tokens)
+            return word_states(steps, words, self.dim, predictor=predictor)
+
+    @contextmanager
+    def _inferring(self, attention: Attention | None = None) -> Iterator[None]:
+        training = self.training
+        self.eval()
+        try:
+            with (
+                torch.inference_mode(),
+                self._prepacked.in_use(),
+                self.backbone.reading(attention),
+            ):
+                yield
+        finally:
+            self.train(training)
 
     # ---- folders -----------------------------------------------------------------------------
 
@@ -182,23 +252,27 @@ class Embedder(nn.Module):
         """
         place = zoo.resolve(str(source))
         folder = Path(place)
-        saved = _read_settings(folder) if folder.is_dir() else None
+        saved = read_settings(folder) if folder.is_dir() else None
         if saved is not None and "adapter_of" in saved:
             return _load_adapter(folder, saved, dtype, changes)
         if saved is not None:
             attention = attention or saved["attention"]
             window = window or saved["window"]
-        settings = _known_settings(source, folder, saved)
+        settings = known_settings(source, folder) if saved is None else saved["settings"]
+        settings = changed(settings, changes)
         backbone = Backbone.load(place, attention=attention, window=window, dtype=dtype)
-        embedder = Embedder(backbone, _load_tokenizer(place), _changed(settings, changes))
+        embedder = Embedder(backbone, load_tokenizer(place), settings)
+        embedder.about = saved.get("about", {}) if saved is not None else {}
         embedder.eval()
         return embedder
 
     def save(self, folder: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
         """Write a folder that tercet and sentence-transformers load; LoRA is merged first.
 
-        The folder appears whole or not at all. ``about`` is kept for people to read: base, data,
-        seed, versions.
+        The folder appears whole or not at all. ``about`` is kept for people to read (base, data,
+        seed, stages); None keeps what the model was loaded with. Where sentence-transformers has no
+        words for the settings (a suffix, echo), its files are left out, with a warning, and the
+        folder is tercet's alone.
 
         Raises:
             StorageError: when the disk refuses; what was there before is still there.
@@ -211,20 +285,40 @@ class Embedder(nn.Module):
                 f"{folder}: is not a model and would be overwritten; choose another folder"
             )
         self.backbone.merge_lora()
+        unheard_of = self.settings.only_ours()
         with replacing_folder(folder) as fresh:
             self.backbone.model.save_pretrained(fresh)
             self.tokenizer.stock.save_pretrained(fresh)
-            write_modules(fresh, settings=self._as_st_folder())
-            self._write_settings(fresh, {"about": dict(about or {})})
+            if unheard_of is None:
+                write_modules(fresh, settings=as_st_folder(self.settings, self.dim))
+            self._write_settings(fresh, {"about": dict(self.about if about is None else about)})
+        if unheard_of is not None:
+            log.warning(
+                "%s: load it with tercet; sentence-transformers cannot express %s, so no "
+                "modules.json was written",
+                folder,
+                unheard_of,
+            )
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
         """Write the low-rank updates alone, with the direction that they were trained in.
 
         Raises:
-            ModelError: when the embedder has no LoRA.
+            ModelError: when the embedder has no LoRA, or is a decoder that reads both ways on a
+                base that does not say so: other libraries would read it one way again.
         """
         if not self.backbone.has_lora:
             raise ModelError("there is no LoRA on this model; save() writes it whole")
+        turned = self.backbone.is_decoder and self.backbone.attention == "bidirectional"
+        if turned and not _says_bidirectional(base):
+            raise ModelError(
+                f'{base}: does not say that it reads both ways ("is_causal": false in its '
+                "config.json), so other libraries would read this adapter one way; write the model "
+                'whole with save(), or write Embedder.load(base, attention="bidirectional") with '
+                "save() first and name that folder as the base"
+            )
+        for adapter in self.backbone.model.peft_config.values():
+            adapter.base_model_name_or_path = base
         with replacing_folder(Path(folder)) as fresh:
             self.backbone.model.save_pretrained(fresh)
             self.tokenizer.stock.save_pretrained(fresh)
@@ -235,25 +329,16 @@ class Embedder(nn.Module):
 
         Reads the two ends of each weight only, so that it costs nothing for large models.
         """
-        digest = hashlib.blake2b(
-            repr(sorted(asdict(self.settings).items())).encode(), digest_size=8
-        )
+        usual, settings = Settings(), asdict(self.settings)
+        for name in _LATER:
+            if settings[name] == getattr(usual, name):
+                del settings[name]
+        digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
         for name, weight in self.backbone.model.state_dict().items():
             flat = weight.detach().flatten()
             ends = torch.cat([flat[:256], flat[-256:]]).float().cpu()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + ends.numpy().tobytes())
         return digest.hexdigest()
-
-    def _as_st_folder(self) -> StFolder:
-        settings = self.settings
-        return StFolder(
-            pooling=settings.pooling,
-            dim=self.dim,
-            max_tokens=max(settings.query_tokens, settings.document_tokens),
-            prompts={role: prompt for role, prompt in settings.prompts.items() if prompt},
-            include_prompt=settings.pool_prompt,
-            normalize=settings.normalize,
-        )
 
     def _write_settings(self, folder: Path, more: Mapping[str, Any]) -> None:
         record = {
@@ -267,106 +352,37 @@ class Embedder(nn.Module):
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Texts in batches of at most ``max_tokens`` tokens, the longest first."""
-    batch: list[int] = []
-    size = 0
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and size + lengths[i] > max_tokens:
-            yield batch
-            batch, size = [], 0
-        batch.append(i)
-        size += lengths[i]
-    if batch:
-        yield batch
-
-
-def _read_settings(folder: Path) -> dict[str, Any] | None:
-    path = folder / FILE
-    if not path.exists():
-        return None
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        version = saved["version"]
-        _ = saved["attention"], saved["window"], saved["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path}: not a tercet settings file ({error}); save the model again"
-        ) from error
-    if version > VERSION:
-        raise ModelError(f"{path}: written by a newer tercet (format {version}); upgrade tercet")
-    return saved
-
-
-def _known_settings(source: str | Path, folder: Path, saved: dict[str, Any] | None) -> Settings:
-    if saved is not None:
-        return _changed(Settings(), saved["settings"])
-    stock = read_modules(folder) if folder.is_dir() else None
-    from_zoo = next((model for model in zoo.MODELS if model.name == str(source)), None)
-    if stock is not None:
-        return Settings(
-            pooling=stock.pooling,
-            normalize=stock.normalize,
-            prompts=stock.prompts,
-            pool_prompt=stock.include_prompt,
-            query_tokens=stock.max_tokens,
-            document_tokens=stock.max_tokens,
+def _refuse_empty(texts: Sequence[str]) -> None:
+    row = next((i for i, text in enumerate(texts) if not text.strip()), None)
+    if row is not None:
+        raise RecipeError(
+            f"text {row + 1} of {len(texts)} is empty, and the model's settings refuse that; leave "
+            'it out, or set on_empty to "all"'
         )
-    if from_zoo is not None:
-        return Settings(
-            pooling=from_zoo.pooling,
-            prompts=dict(from_zoo.prompts),
-            query_tokens=from_zoo.max_tokens,
-            document_tokens=from_zoo.max_tokens,
-        )
-    return Settings()
 
 
-def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    known = {f.name for f in fields(Settings)}
-    unknown = set(changes) - known
-    if unknown:
-        raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
-    given = dict(changes)
-    if given.get("pooling", settings.pooling) not in POOLINGS:
-        known_poolings = ", ".join(POOLINGS)
-        raise RecipeError(f"no such pooling: {given['pooling']}; choose from {known_poolings}")
-    if "dims" in given:
-        given["dims"] = tuple(given["dims"])
-    return replace(settings, **given)
+# ---- loading ---------------------------------------------------------------------------------
 
 
-def _load_tokenizer(place: str | Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place))
-    except (OSError, ValueError, KeyError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0].strip(" :.")
-        raise ModelError(
-            f"{place}: the tokenizer cannot be loaded ({line}); is tokenizer.json there and whole?"
-        ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what is made up where none was saved
-        raise ModelError(
-            f"{place}: has no tokenizer (tokenizer.json); copy it there from the model's origin"
-        )
-    return tokenizer
+def _says_bidirectional(source: str) -> bool:
+    """Whether a base's own config says that it reads both ways, for any library to see."""
+    path = Path(zoo.resolve(source)) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    parts = [config, config.get("text_config") or {}]
+    return any(
+        part.get("is_causal") is False or part.get("use_bidirectional_attention") for part in parts
+    )
 
 
 def _load_adapter(
     folder: Path, saved: dict[str, Any], dtype: torch.dtype, changes: Mapping[str, Any]
 ) -> Embedder:
-    from peft import PeftModel
-
     base = Backbone.load(
         saved["adapter_of"], attention=saved["attention"], window=saved["window"], dtype=dtype
     )
-    try:
-        base.model = PeftModel.from_pretrained(base.model, str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{folder}: the adapter cannot be loaded: {line}") from error
-    settings = _changed(_changed(Settings(), saved["settings"]), changes)
-    embedder = Embedder(base, _load_tokenizer(folder), settings)
+    merge_adapter(base, folder)
+    embedder = Embedder(base, load_tokenizer(folder), changed(saved["settings"], changes))
+    embedder.about = saved.get("about", {})
     embedder.eval()
-    base.merge_lora()
     probe(base)
     return embedder

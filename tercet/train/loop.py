@@ -73,7 +73,7 @@ def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
     recipe, several = job.recipe, len(job.recipe.stages) > 1
     device = job.run.find_device()
     embedder = build(recipe.model).to(device)
-    done: list[dict[str, Any]] = list(getattr(embedder, "about", {}).get("stages", []))
+    done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     for number, stage in enumerate(recipe.stages, start=1):
         folder = out / f"{number}-{stage.name}" if several else out
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
@@ -94,11 +94,12 @@ def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
             embedder.settings = replace(embedder.settings, dims=tuple(sorted(known)))
         about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
         about |= {"stages": done, "run": asdict(job.run)}
+        embedder.about = about
         if distributed.is_main():
             if several and not (folder / "model").exists():
-                embedder.save(folder / "model", about=about)
+                embedder.save(folder / "model")
             if number == len(recipe.stages):
-                embedder.save(out / "model", about=about)
+                embedder.save(out / "model")
         distributed.barrier()
     return embedder.eval()
 

@@ -1,14 +1,59 @@
+import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from tercet.data.tokens import Tokenizer
+from tercet.data.tokens import Form, Tokenizer, Tokens
 from tercet.errors import ModelError
-from tests.toy import byte_bpe, wordpiece
+from tests.toy import SENTENCES, byte_bpe, wordpiece
 
+
+def _stock(fast: FastTokenizer, trainer) -> transformers.PreTrainedTokenizerFast:
+    fast.train_from_iterator(SENTENCES, trainer)
+    fast.post_processor = processors.TemplateProcessing(  # pyright: ignore
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def metaspace() -> transformers.PreTrainedTokenizerFast:
+    """As SentencePiece cuts: a token begins with the space before it; BOS before a text."""
+    fast = FastTokenizer(models.Unigram())
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+    return _stock(fast, trainer)
+
+
+def across_words() -> transformers.PreTrainedTokenizerFast:
+    """As Llama 2: spaces are letters, so a token may hold two words, or end in a space."""
+    fast = FastTokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))  # pyright: ignore
+    fast.normalizer = normalizers.Sequence(  # pyright: ignore
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    return _stock(fast, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+
+
+def trimmed_bpe() -> transformers.PreTrainedTokenizerFast:
+    """As Llama 3: byte-level, its offsets without the space before a word, and a BOS."""
+    stock = byte_bpe()
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    stock.backend_tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=True), template]  # pyright: ignore
+    )
+    return stock
+
+
+EVERY = [wordpiece, byte_bpe, trimmed_bpe, metaspace, across_words]
 TEXTS = ["a small web server", "x", "", "maps of rivers, mountains and the moon"]
 
 
-@pytest.mark.parametrize("build", [wordpiece, byte_bpe])
+@pytest.mark.parametrize("build", EVERY)
 def test_ids_are_those_of_the_stock_tokenizer(build):
     stock = build()
     ids = Tokenizer(stock)(TEXTS[:2] + TEXTS[3:], 100).ids
@@ -29,12 +74,12 @@ def test_an_empty_text_has_its_special_tokens_or_one_filler():
     assert Tokenizer(stock)([""], 8).ids[0].tolist() == [stock.eos_token_id]
 
 
-@pytest.mark.parametrize("build", [wordpiece, byte_bpe])
+@pytest.mark.parametrize("build", EVERY)
 @pytest.mark.parametrize("prompt", ["query: ", "Instruct: find it\nQuery: ", "7"])
 @pytest.mark.parametrize("text", ["a small server", "7 days", "\nline", "für äöü", "한국어 文字"])
 def test_the_prompt_is_never_pooled_and_the_text_always_is(build, prompt, text):
     stock = build()
-    tokens = Tokenizer(stock)([text], 200, prompt, pool_prompt=False)
+    tokens = Tokenizer(stock)([text], 200, prompt, Form(pool_prompt=False))
     packed = tokens.pack()
     offsets = stock(prompt + text, return_offsets_mapping=True)["offset_mapping"]
     for (start, end), pooled in zip(offsets, packed.pooled.tolist(), strict=True):
@@ -43,7 +88,7 @@ def test_the_prompt_is_never_pooled_and_the_text_always_is(build, prompt, text):
 
 
 def test_an_empty_text_after_an_instruction_pools_everything():
-    tokens = Tokenizer(wordpiece())(["", "a server"], 50, "query: ", pool_prompt=False)
+    tokens = Tokenizer(wordpiece())(["", "a server"], 50, "query: ", Form(pool_prompt=False))
     packed = tokens.pack()
     first = packed.pooled[: packed.lengths[0]]
     assert bool(first.all())
@@ -51,7 +96,7 @@ def test_an_empty_text_after_an_instruction_pools_everything():
 
 
 def test_an_instruction_that_fills_the_window_leaves_all_pooled():
-    tokens = Tokenizer(wordpiece())(["server"], 5, "a b c d e f g h ", pool_prompt=False)
+    tokens = Tokenizer(wordpiece())(["server"], 5, "a b c d e f g h ", Form(pool_prompt=False))
     assert tokens.lengths == [5]
     assert bool(tokens.pack().pooled.all())
 
@@ -94,9 +139,151 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_for_last_pooling():
 
 
 def test_token_ids_above_65535_survive():  # trap A9
-    import numpy as np
-
-    from tercet.data.tokens import Tokens
-
     tokens = Tokens([np.array([250_001, 65_536], dtype=np.int32)], [0], 0)
     assert tokens.pack().ids.tolist() == [250_001, 65_536]
+
+
+def pooled_of(tokens: Tokens, row: int) -> list[bool]:
+    return tokens.pack([row]).pooled.tolist()
+
+
+@pytest.mark.parametrize("build", EVERY)
+@pytest.mark.parametrize("suffix", [" [end]", "</s>", "7", "\nanswer:"])
+@pytest.mark.parametrize(
+    "text", ["a small server", "7 days", "\nline  ", "für äöü 1", "!@#$%^&*() the moon"]
+)
+def test_a_suffix_is_read_but_not_pooled_and_the_text_always_is(build, suffix, text):  # spec 10
+    stock, prompt = build(), "find: "
+    form = Form(pool_prompt=False, pool_special=False, suffix=suffix)
+    tokens = Tokenizer(stock)([text], 200, prompt, form)
+    whole = stock(prompt + text + suffix, return_offsets_mapping=True)
+    assert tokens.ids[0].tolist() == whole["input_ids"]
+    start, end = len(prompt), len(prompt + text)
+    for (a, b), pooled in zip(whole["offset_mapping"], pooled_of(tokens, 0), strict=True):
+        if b > a:  # neither a special token nor a trimmed space
+            assert pooled == (b > start and a < end), (a, b)
+        elif b == 0:
+            assert not pooled
+
+
+@pytest.mark.parametrize("build", EVERY)
+def test_a_long_text_is_cut_between_prompt_and_suffix(build):
+    stock, prompt, suffix = build(), "count words: ", " [end]"
+    form = Form(pool_prompt=False, pool_special=False, suffix=suffix)
+    tokenizer = Tokenizer(stock)
+    whole = tokenizer([TEXTS[3]], 200, prompt, form)
+    room = whole.lengths[0] - 5
+    cut = tokenizer([TEXTS[3]], room, prompt, form)
+    assert (whole.truncated, cut.truncated, cut.lengths) == (0, 1, [room])
+    kept = [i for i, pooled in enumerate(pooled_of(whole, 0)) if pooled]
+    expected = np.delete(whole.ids[0], kept[-5:])
+    assert cut.ids[0].tolist() == expected.tolist()
+    assert pooled_of(cut, 0) == np.delete(pooled_of(whole, 0), kept[-5:]).tolist()
+    assert sum(pooled_of(cut, 0)) == len(kept) - 5 > 0
+
+
+def test_prompt_and_suffix_that_fill_the_window_pool_everything():
+    form = Form(pool_prompt=False, suffix=" of files")
+    tokens = Tokenizer(wordpiece())(["server"], 7, "a b c d e f g h ", form)
+    stock = wordpiece()
+    assert stock.decode(tokens.ids[0]) == "[CLS] a b c of files [SEP]"
+    assert all(pooled_of(tokens, 0))
+
+
+def test_a_pooled_suffix_and_the_special_tokens_are_part_of_the_vector():
+    tokenizer = Tokenizer(wordpiece())
+    asked = {"suffix": " files", "pool_prompt": False}
+    some = tokenizer(["the moon"], 50, "count ", Form(**asked))
+    assert pooled_of(some, 0) == [False, False, True, True, False, True]  # [CLS] ... [SEP]
+    more = tokenizer(["the moon"], 50, "count ", Form(**asked, pool_suffix=True))
+    assert pooled_of(more, 0) == [False, False, True, True, True, True]
+    none = tokenizer(["the moon"], 50, "", Form(suffix=" files", pool_special=False))
+    assert pooled_of(none, 0) == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("build", EVERY)
+def test_an_empty_text_pools_all_tokens_whatever_is_around_it(build):
+    form = Form(pool_prompt=False, pool_special=False, suffix=" files")
+    tokens = Tokenizer(build())(["", "the moon"], 50, "count ", form)
+    assert all(pooled_of(tokens, 0)) and not all(pooled_of(tokens, 1))
+
+
+def test_the_end_of_text_token_can_be_asked_for_without_changing_the_tokenizer():
+    stock = metaspace()
+    tokenizer = Tokenizer(stock)
+    end = tokenizer(["a server", ""], 50, "", Form(end=True, pool_special=False))
+    assert [row[-1] for row in end.ids] == [stock.eos_token_id] * 2
+    assert pooled_of(end, 0)[0] is False and pooled_of(end, 0)[-1] is True
+    plain = tokenizer(["a server"], 50)
+    assert end.ids[0].tolist() == [*plain.ids[0], stock.eos_token_id]
+    cut = tokenizer(["a small web server"], 4, "", Form(end=True))
+    assert cut.lengths == [4] and cut.ids[0][-1] == stock.eos_token_id
+    bert = wordpiece()
+    assert Tokenizer(bert)(["a"], 9, "", Form(end=True)).ids[0].tolist() == bert("a")["input_ids"]
+
+
+def test_a_tokenizer_without_an_end_of_text_cannot_echo():
+    stock = byte_bpe()
+    stock.eos_token = None
+    with pytest.raises(ModelError, match="or echo, needs an end-of-text token"):
+        Tokenizer(stock)(["a"], 50, "", Form(echo="query"))
+
+
+@pytest.mark.parametrize("build", EVERY)
+@pytest.mark.parametrize("role", ["query", "document"])
+@pytest.mark.parametrize("prompt", ["", "find the program"])
+def test_echo_repeats_the_same_ids_and_pools_the_second_time(build, role, prompt):  # spec 13
+    stock = build()
+
+    def ids(piece: str) -> list[int]:
+        return stock(piece, add_special_tokens=False)["input_ids"]
+
+    texts = ["a small  server", "the moon and the rivers"]
+    tokens = Tokenizer(stock)(texts, 200, prompt, Form(echo=role))
+    name = role.capitalize()
+    lead = ids(f"Instruct:{prompt},\n{name}:" if prompt else f"{name}:")
+    begin = [1] if build in (metaspace, across_words, trimmed_bpe) else []
+    begin = [stock.cls_token_id] if build is wordpiece else begin
+    end = stock.sep_token_id if build is wordpiece else stock.eos_token_id
+    for row, text in enumerate(texts):
+        before = [*begin, *lead, *ids(text), *ids(f"\n{name} again:")]
+        assert tokens.ids[row].tolist() == [*before, *ids(text), end]
+        assert pooled_of(tokens, row) == [False] * len(before) + [True] * (len(ids(text)) + 1)
+
+
+def test_echo_cuts_both_copies_alike_and_keeps_the_end():
+    stock = metaspace()
+    tokenizer, form = Tokenizer(stock), Form(echo="query")
+    whole = tokenizer([TEXTS[3]], 200, "", form)
+    copy = sum(pooled_of(whole, 0)) - 1
+    cut = tokenizer([TEXTS[3]], whole.lengths[0] - 5, "", form)  # room for 2.5 tokens less, twice
+    assert cut.truncated == 1 and cut.lengths[0] == whole.lengths[0] - 6
+    assert sum(pooled_of(cut, 0)) == copy - 3 + 1
+    assert cut.ids[0][-(copy - 2) :].tolist() == [*whole.ids[0][-copy - 1 : -4], stock.eos_token_id]
+    tiny = tokenizer([TEXTS[3]], 6, "a long instruction", form)
+    assert tiny.truncated == 1 and tiny.lengths == [6] and tiny.ids[0][-1] == stock.eos_token_id
+
+
+def test_spans_are_the_characters_of_the_text_and_tell_how_much_was_read():
+    tokenizer, prompt = Tokenizer(trimmed_bpe()), "find: "
+    text = "draw maps"
+    form = Form(suffix=" now")
+    tokens = tokenizer([text, "", "x"], 200, prompt, form, spans=True)
+    of_text = [tuple(span) for span in tokens.spans[0].tolist() if span[1] > 0]
+    joined = "".join(text[max(a, 0) : b] for a, b in of_text)
+    assert joined == "drawmaps"  # offsets are trimmed
+    assert (tokens.spans[0][:3] == -1).all() and (tokens.spans[1] == -1).all()
+    assert tokens.read == [len(text), 0, 1]
+    whole = tokenizer([text], 200, "", spans=True)
+    cut = tokenizer([text], whole.lengths[0] - 1, "", spans=True)
+    assert cut.read == [whole.spans[0][-2, 1]]
+    assert cut.spans[0].tolist() == whole.spans[0][:-1].tolist()
+
+
+def test_joined_parts_pack_like_their_texts():
+    tokenizer = Tokenizer(wordpiece())
+    plain = tokenizer(TEXTS[:2], 50)
+    ended = tokenizer(TEXTS[2:], 50, "", Form(suffix=" files"))
+    joined = Tokens.join([plain, ended]).pack()
+    assert torch.equal(joined.pooled, torch.cat([plain.pack().pooled, ended.pack().pooled]))
+    assert not bool(joined.pooled.all())

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from tercet.errors import MissingExtraError, StorageError
+from tercet.evaluate.figures import drawing, histograms, running_mean
 from tercet.evaluate.intervals import Interval
 from tercet.evaluate.report import (
+    Drawing,
     ExampleSearch,
     RunReport,
     ScoreSample,
-    running_mean,
+    Section,
     write_report,
 )
 
@@ -113,11 +115,35 @@ def test_every_text_is_escaped(report, tmp_path):
         differences={NAUGHTY: {NAUGHTY: interval(0.5)}},
         scores={NAUGHTY: ScoreSample([1.0], [0.0])},
         searches=[ExampleSearch(NAUGHTY, [(NAUGHTY, 0.5)])],
+        sections=[Section(NAUGHTY, [NAUGHTY], {NAUGHTY: {NAUGHTY: interval(0.5)}})],
         settings={NAUGHTY: NAUGHTY},
     )
     page = written(tmp_path / "report.html", naughty)
     assert "<script" not in page
-    assert text_of(page).count(NAUGHTY) >= 14
+    assert text_of(page).count(NAUGHTY) >= 18
+
+
+def test_a_section_brings_text_a_table_and_figures(report, tmp_path):
+    shown = Drawing(lambda: histograms(report.scores, score="likeness"), "What it shows.")
+    section = Section("A look", ["What was done here."], report.results, [shown])
+    page = written(tmp_path / "report.html", replace(report, sections=[section]))
+    assert page.count("<figure>") == 4
+    text = text_of(page)
+    begin = text.index("A look What was done here. model ndcg@10")
+    assert begin < text.index("likeness") < text.index("What it shows.") < text.index("Settings")
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (3, 1), (4, 2), (5, 2), (7, 3)])
+def test_many_hills_stand_in_rows_of_at_most_three(report, count, rows):
+    scores = {f"model {i}": report.scores["after"] for i in range(count)}
+    with drawing():
+        figure = histograms(scores)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    grid = shown[0].get_gridspec()
+    assert grid is not None
+    assert (len(shown), grid.nrows) == (count, rows)
+    assert [axes.get_title(loc="left") for axes in shown] == list(scores)
+    assert all(axes.get_xlabel() == "score" for axes in shown[-grid.ncols :])
 
 
 def test_a_dollar_sign_is_no_formula(report, tmp_path):

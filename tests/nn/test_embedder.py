@@ -105,21 +105,78 @@ def test_sentence_transformers_applies_the_saved_prompts(encoder_folder, tmp_pat
     )
 
 
-def test_lora_is_merged_on_save_and_an_adapter_reloads_both_ways(decoder_folder, tmp_path):
-    embedder = Embedder.load(decoder_folder, attention="bidirectional")
+def with_lora(embedder: Embedder) -> Embedder:
     embedder.backbone.add_lora(rank=2, alpha=4, dropout=0.0)
     for name, weight in embedder.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
+    return embedder
+
+
+def test_lora_is_merged_on_save_and_an_adapter_reloads_both_ways(decoder_folder, tmp_path):
+    base = str(tmp_path / "base")
+    Embedder.load(decoder_folder, attention="bidirectional").save(base)
+    embedder = with_lora(Embedder.load(base))
     expected = embedder.encode(TEXTS)
-    embedder.save_adapter(tmp_path / "adapter", base=str(decoder_folder))
+    embedder.save_adapter(tmp_path / "adapter", base=base)
     adapted = Embedder.load(tmp_path / "adapter")
     assert adapted.backbone.attention == "bidirectional"
-    np.testing.assert_allclose(adapted.encode(TEXTS), expected, atol=1e-5)
     embedder.save(tmp_path / "merged")
-    np.testing.assert_allclose(
-        Embedder.load(tmp_path / "merged").encode(TEXTS), expected, atol=1e-5
-    )
+    np.testing.assert_allclose(embedder.encode(TEXTS), expected, atol=1e-5)
+    merged = Embedder.load(tmp_path / "merged")
+    for reloaded in (adapted, merged):  # spec 2: difference 0
+        np.testing.assert_array_equal(reloaded.encode(TEXTS), embedder.encode(TEXTS))
+
+
+def test_an_adapter_is_refused_on_a_base_that_would_be_read_one_way(decoder_folder, tmp_path):
+    turned = with_lora(Embedder.load(decoder_folder, attention="bidirectional"))
+    with pytest.raises(ModelError, match=r"does not say that it reads both ways .*with save\(\)"):
+        turned.save_adapter(tmp_path / "adapter", base=str(decoder_folder))
+    assert not (tmp_path / "adapter").exists()
+    causal = with_lora(Embedder.load(decoder_folder))
+    causal.save_adapter(tmp_path / "adapter", base=str(decoder_folder))
+    causal.save(tmp_path / "merged")
+    reloaded = Embedder.load(tmp_path / "adapter")
+    np.testing.assert_array_equal(reloaded.encode(TEXTS), causal.encode(TEXTS))
+
+
+def test_an_adapter_names_its_base_to_peft(decoder_folder, tmp_path):
+    Embedder.load(decoder_folder, attention="bidirectional").save(tmp_path / "base")
+    turned = with_lora(Embedder.load(decoder_folder, attention="bidirectional"))
+    turned.save_adapter(tmp_path / "adapter", base=str(tmp_path / "base"))
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"suffixes": {"query": " [end]"}}, "a suffix after texts"),
+        ({"pool_special": False}, "special tokens that are not pooled"),
+        ({"echo": True}, "echo"),
+    ],
+)
+def test_what_sentence_transformers_cannot_do_is_not_written_for_it(
+    tmp_path, settings, what, caplog, encoder_folder
+):
+    Embedder.load(encoder_folder).save(tmp_path / "saved")  # its modules.json must go
+    embedder = Embedder.load(encoder_folder, **settings)
+    with caplog.at_level(logging.WARNING, logger="tercet"):
+        embedder.save(tmp_path / "saved")
+    (message,) = caplog.messages
+    assert f"sentence-transformers cannot express {what}, so no modules.json" in message
+    assert not (tmp_path / "saved" / "modules.json").exists()
+    reloaded = Embedder.load(tmp_path / "saved")
+    assert reloaded.settings == embedder.settings
+    np.testing.assert_array_equal(reloaded.encode(TEXTS), embedder.encode(TEXTS))
+    assert embedder.fingerprint() != Embedder.load(encoder_folder).fingerprint()
+
+
+def test_an_empty_text_is_refused_where_the_settings_say_so(encoder_folder):
+    embedder = Embedder.load(encoder_folder, on_empty="error")
+    with pytest.raises(RecipeError, match=r"text 3 of 3 is empty, and .*set on_empty"):
+        embedder.encode(["a", "b", " \n"])
+    assert embedder.encode(["a"]).shape == (1, 64)
 
 
 def test_bfloat16_gives_nearly_the_same_float32_vectors(encoder_folder):

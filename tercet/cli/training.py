@@ -1,4 +1,4 @@
-"""From a recipe to a verb of the command line: its parameters become flags.
+"""The verb ``train``: a recipe's parameters become flags.
 
 Beside them stand the flags of the data that it reads, and of the machine it runs on.
 """
@@ -16,6 +16,8 @@ from tercet.console import results, say
 from tercet.data.sources import Source, open_source
 from tercet.data.texts import open_texts
 from tercet.errors import RecipeError
+from tercet.recipes.finetune import finetune
+from tercet.recipes.llm2vec import llm2vec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,36 @@ PAIRS: Final = Reads(
     flag="data",
     help="Examples: .jsonl or .parquet; may be repeated. FILE:2 weighs.",
 )
+
+
+TEXTS: Final = Reads(
+    mixture="texts",
+    flag="data",
+    help="Texts: .txt (one a line), .jsonl or .parquet; may be repeated. FILE:2 weighs.",
+    texts=True,
+    needed=False,
+)
+SENTENCES: Final = Reads(
+    mixture="sentences",
+    flag="sentences",
+    help="Texts for SimCSE; None: those of --data.",
+    texts=True,
+    needed=False,
+    otherwise="data",
+)
+MORE_PAIRS: Final = Reads(
+    mixture="pairs", flag="pairs", help="Examples for the stage supervised.", needed=False
+)
+
+recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@recipes.callback()
+def _about_recipes() -> None:
+    """Train an embedder by a recipe.
+
+    Example: tercet train finetune --data pairs.jsonl --out runs/mine
+    """
 
 
 def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Callable[..., None]:
@@ -172,3 +204,19 @@ def _train(
             say(f"next: tercet index {out / 'model'} docs.jsonl --out {out / 'index'}")
     finally:
         distributed.stop()
+
+
+recipes.command("finetune")(
+    training_verb(
+        finetune, PAIRS, example="tercet train finetune --data pairs.jsonl --out runs/mine"
+    )
+)
+recipes.command("llm2vec")(
+    training_verb(
+        llm2vec,
+        TEXTS,
+        SENTENCES,
+        MORE_PAIRS,
+        example="tercet train llm2vec --base smollm2 --data texts.txt --out runs/mine",
+    )
+)

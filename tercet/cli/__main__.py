@@ -1,0 +1,5 @@
+"""What ``python -m tercet.cli`` runs."""
+
+from tercet.cli import main
+
+main()

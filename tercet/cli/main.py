@@ -1,0 +1,53 @@
+"""All verbs under one name, and what happens to their errors."""
+
+import logging
+import sys
+import warnings
+from typing import Final
+
+import typer
+
+from tercet.cli.data import check, demo
+from tercet.cli.measure import diagnose, evaluate, probe
+from tercet.cli.models import inspect, merge, models
+from tercet.cli.search import encode, index, search
+from tercet.cli.training import recipes
+from tercet.console import Notes, say
+from tercet.errors import TercetError
+
+INTERRUPTED: Final = 130  # what typer ends with at Ctrl-C
+
+app = typer.Typer(
+    help="Make a text embedder of your own: train, measure, search.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(recipes, name="train")
+for verb in (demo, check, models, inspect, merge, encode, index, search, diagnose, probe):
+    app.command()(verb)
+app.command("eval")(evaluate)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a verb, and exit: 0 when done, 2 when the user can fix what went wrong."""
+    logging.getLogger("tercet").handlers = [Notes()]
+    _quiet_libraries()
+    try:
+        app(argv, prog_name="tercet")
+    except TercetError as error:
+        say(f"tercet: {error}")
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            say("tercet: stopped; a training goes on when the same command is given again")
+        raise
+
+
+def _quiet_libraries() -> None:
+    """Our own progress is enough, and their warnings of what will change are not for users."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

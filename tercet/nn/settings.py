@@ -1,0 +1,196 @@
+"""How texts become vectors, apart from the weights: what is saved beside them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from tercet import zoo
+from tercet.data.tokens import Form
+from tercet.errors import ModelError, RecipeError
+from tercet.interop.sentence_transformers import StFolder, read_modules
+from tercet.nn.backbone import Attention, Window
+from tercet.nn.pooling import POOLINGS, PoolingName
+from tercet.types import Role
+
+VERSION: Final = 1
+FILE: Final = "tercet.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How texts become vectors, apart from the weights. Saved with the model."""
+
+    pooling: PoolingName = "mean"
+    normalize: bool = True  # vectors of unit length, so that a dot product is a cosine
+    prompts: Mapping[str, str] = field(default_factory=dict)  # role -> what is put before a text
+    task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task -> the same
+    suffixes: Mapping[str, str] = field(default_factory=dict)  # role -> what is put after a text
+    pool_prompt: bool = True  # false: a prompt is read, but not part of the vector
+    pool_suffix: bool = False  # true: a suffix is part of the vector
+    pool_special: bool = True  # false: nor is what the tokenizer puts around a text by itself
+    echo: bool = False  # each text twice, and only the second time part of the vector
+    on_empty: Literal["all", "error"] = "all"  # encode a text of nothing by all tokens, or refuse
+    query_tokens: int = 512  # a longer text is cut
+    document_tokens: int = 512
+    dims: tuple[int, ...] = ()  # shorter widths that were trained to work alone (Matryoshka)
+
+    def prompt(self, role: Role, task: str | None = None) -> str:
+        """What is put before a text of this role.
+
+        Raises:
+            RecipeError: for a task that the model has no prompts for.
+        """
+        if task is None:
+            return self.prompts.get(role, "")
+        if task not in self.task_prompts:
+            known = ", ".join(sorted(self.task_prompts)) or "none"
+            raise RecipeError(f"the model has no prompt for the task {task!r}; it knows: {known}")
+        return self.task_prompts[task].get(role, "")
+
+    def form(self, role: Role) -> Form:
+        """What else is put around a text of this role, and which of it is pooled."""
+        return Form(
+            pool_prompt=self.pool_prompt,
+            suffix=self.suffixes.get(role, ""),
+            pool_suffix=self.pool_suffix,
+            pool_special=self.pool_special,
+            end=self.pooling == "last",
+            echo=role if self.echo else None,
+        )
+
+    def max_tokens(self, role: Role) -> int:
+        """The length at which texts of this role are cut, special tokens and prompt included."""
+        return self.query_tokens if role == "query" else self.document_tokens
+
+    def only_ours(self) -> str | None:
+        """What sentence-transformers' files have no words for, where these settings use it."""
+        used = {
+            "a suffix after texts": any(self.suffixes.values()),
+            "special tokens that are not pooled": not self.pool_special,
+            "echo": self.echo,
+        }
+        return next((what for what, is_used in used.items() if is_used), None)
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings with some replaced.
+
+    Raises:
+        RecipeError: for a setting that does not exist, or a value of the wrong kind.
+    """
+    known = {f.name for f in fields(Settings)}
+    unknown = set(changes) - known
+    if unknown:
+        raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
+    given = dict(changes)
+    if isinstance(given.get("dims"), list):
+        given["dims"] = tuple(given["dims"])
+    for name, value in given.items():
+        _check(name, value)
+    return replace(settings, **given)
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse a value that does not fit, such as one from a file edited by hand."""
+    choices = {"pooling": tuple(POOLINGS), "on_empty": ("all", "error")}
+    if name in choices:
+        if value not in choices[name]:
+            raise RecipeError(f"no such {name}: {value}; choose from {', '.join(choices[name])}")
+        return
+    if name in ("prompts", "suffixes"):
+        fits, wanted = _is_texts(value), "texts by role"
+    elif name == "task_prompts":
+        fits = isinstance(value, Mapping) and all(_is_texts(item) for item in value.values())
+        wanted = "texts by task and role"
+    elif name == "dims":
+        fits, wanted = isinstance(value, tuple) and all(map(_is_count, value)), "a list of widths"
+    elif name in ("query_tokens", "document_tokens"):
+        fits, wanted = _is_count(value), "a whole number above 0"
+    else:
+        fits, wanted = isinstance(value, bool), "true or false"
+    if not fits:
+        raise RecipeError(f"the setting {name} is {value!r}; it should be {wanted}")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(text, str) for pair in value.items() for text in pair
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The record that a saved model carries, its ``settings`` checked; None where there is none.
+
+    Raises:
+        ModelError: where it is damaged, or of a newer tercet; or where the folder holds an adapter
+            that nobody says how to read.
+    """
+    path = folder / FILE
+    if not path.exists():
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(
+                f"{folder}: holds an adapter without {FILE}, so nothing says which way its model "
+                "reads; save it with save_adapter, or merge it into its base first"
+            )
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        version = int(saved["version"])
+        attention, window, settings = saved["attention"], saved["window"], saved["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path}: not a tercet settings file ({error}); save the model again"
+        ) from error
+    if version > VERSION:
+        raise ModelError(f"{path}: written by a newer tercet (format {version}); upgrade tercet")
+    for name, value, choices in (("attention", attention, Attention), ("window", window, Window)):
+        if value not in get_args(choices):
+            known = ", ".join(get_args(choices))
+            raise ModelError(f"{path}: no such {name}: {value!r}; choose from {known}")
+    if not isinstance(saved.get("adapter_of", ""), str) or not isinstance(settings, dict):
+        raise ModelError(f"{path}: adapter_of should be a text, and settings an object")
+    try:
+        return {**saved, "settings": changed(Settings(), settings)}
+    except RecipeError as error:
+        raise ModelError(f"{path}: {error}; mend it, or save the model again") from error
+
+
+def known_settings(source: str | Path, folder: Path) -> Settings:
+    """Settings of a model without ``tercet.json``: sentence-transformers', the zoo's or usual."""
+    stock = read_modules(folder) if folder.is_dir() else None
+    from_zoo = zoo.find(str(source))
+    if stock is not None:
+        return Settings(
+            pooling=stock.pooling,
+            normalize=stock.normalize,
+            prompts=stock.prompts,
+            pool_prompt=stock.include_prompt,
+            query_tokens=stock.max_tokens,
+            document_tokens=stock.max_tokens,
+        )
+    if from_zoo is not None:
+        return Settings(
+            pooling=from_zoo.pooling,
+            prompts=dict(from_zoo.prompts),
+            query_tokens=from_zoo.max_tokens,
+            document_tokens=from_zoo.max_tokens,
+        )
+    return Settings()
+
+
+def as_st_folder(settings: Settings, dim: int) -> StFolder:
+    """What sentence-transformers' files say of these settings."""
+    return StFolder(
+        pooling=settings.pooling,
+        dim=dim,
+        max_tokens=max(settings.query_tokens, settings.document_tokens),
+        prompts={role: prompt for role, prompt in settings.prompts.items() if prompt},
+        include_prompt=settings.pool_prompt,
+        normalize=settings.normalize,
+    )
