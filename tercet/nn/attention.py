@@ -8,7 +8,9 @@ On CPU, and on CUDA in float32, texts of one length are attended together, witho
 in 16 bits the kernel for rows of varying length does the whole row at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -27,7 +29,11 @@ NAME: Final = "tercet"
 
 
 class Layout:
-    """Where the texts of a row begin. Texts of one length must be neighbours to run together."""
+    """Where the texts of a row begin. Texts of one length must be neighbours to run together.
+
+    It reaches :func:`attend` as a keyword of the model's forward. Some models do not hand keywords
+    down to their attention (StableLM, Nemotron); for these it is also ``in_force`` for a while.
+    """
 
     def __init__(
         self,
@@ -44,6 +50,15 @@ class Layout:
         self._device = device
         self._bounds: Tensor | None = None
 
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Attention that is given no layout takes this one."""
+        before = _IN_FORCE.set(self)
+        try:
+            yield
+        finally:
+            _IN_FORCE.reset(before)
+
     @property
     def bounds(self) -> Tensor:
         """The first token of each text, and the end of the last: int32, on the row's device."""
@@ -51,6 +66,9 @@ class Layout:
             lengths = torch.tensor(self._lengths, device=self._device, dtype=torch.int32)
             self._bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         return self._bounds
+
+
+_IN_FORCE: Final[ContextVar[Layout | None]] = ContextVar("layout", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +95,15 @@ def attend(
 ) -> tuple[Float[Tensor, "1 tokens heads v_width"], None]:
     """What every layer of a packed model calls; tokens come first in the result.
 
-    ``layout`` is given to the model's forward and handed down to here as a keyword. ``options``
+    ``layout`` None takes the one in force. ``options``
     are those that transformers passes to any attention function: ``scaling``, ``dropout``,
     ``sliding_window``, ``is_causal``, ``softcap``, ``s_aux``.
     """
+    layout = layout or _IN_FORCE.get()
     if layout is None:
         raise ModelError(
-            f"{type(module).__name__} does not hand keyword arguments down to its attention, "
-            "so its texts cannot be packed; use a model with a standard transformers attention"
+            f"{type(module).__name__} was called without a layout of texts; "
+            "call the model through tercet.nn.backbone.Backbone"
         )
     rule = _rule_of(module, options, layout.dropout)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _plain(rule):
@@ -149,7 +168,7 @@ def _attend_equal(
     if rule.softcap is not None or rule.sinks is not None:
         return _attend_explicit(q, k, v, mask, rule)
     unmasked = mask is None and not rule.causal and rule.dropout == 0
-    if unmasked and _products_are_faster(q, k):
+    if unmasked and _products_are_faster(q):
         return _attend_by_products(q, k, v, rule.scale)
     return F.scaled_dot_product_attention(
         q,
@@ -163,23 +182,24 @@ def _attend_equal(
     )
 
 
-def _products_are_faster(q: Tensor, k: Tensor) -> bool:
-    """In bfloat16 on a CPU three plain calls beat the fused kernel, by 1.3 for most lengths.
+def _products_are_faster(q: Tensor) -> bool:
+    """In bfloat16 on a CPU three plain calls beat the fused kernel, by 1.2 to 2 for most lengths.
 
     Only for inference: training has to take one way with a graph and without, and the fused
     kernel keeps less for the backward pass. Only while the scores of a head stay in the cache.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
         return False
-    return torch.is_inference_mode_enabled() and q.shape[1] == k.shape[1]
+    return torch.is_inference_mode_enabled()
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """The formula as batched products, over [texts * heads]."""
+    """The formula as batched products; heads that share a key are rows of one product."""
     texts, heads, length, width = q.shape
-    q, k, v = (x.reshape(texts * heads, length, x.shape[-1]) for x in (q, k, v))
+    k, v = (x.reshape(-1, length, x.shape[-1]) for x in (k, v))  # [texts * kv_heads, length, _]
+    q = q.reshape(len(k), -1, width)  # [texts * kv_heads, group * length, width]
     scores = torch.baddbmm(
-        q.new_empty(()).expand(texts * heads, length, length),
+        q.new_empty(()).expand(*q.shape[:2], length),
         q,
         k.transpose(1, 2),
         beta=0,

@@ -44,12 +44,12 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.model: Any = model
+        _switch_to_packed(model)
         self.is_decoder = _is_decoder(model)
         self.attention: Attention = _direction(model, attention)
         self.attention_dropout: float | None = None  # in training; None: the model's own
         self.window: Window = window or _usual_window(model, self.attention)
         self.position_offset = _position_offset(model)
-        _switch_to_packed(model)
         _set_direction(model, self.attention)
         if self.window == "full":
             _open_windows(model)
@@ -119,12 +119,14 @@ class Backbone(nn.Module):
         positions = torch.cat([torch.arange(length) for length in lengths]) + self.position_offset
         if hasattr(self.config, "use_cache"):
             options["use_cache"] = False
-        output = self.model(
-            input_ids=ids[None],
-            position_ids=positions.to(device)[None],
-            layout=Layout(lengths, device, dropout=self.attention_dropout),
-            **options,
-        )
+        layout = Layout(lengths, device, dropout=self.attention_dropout)
+        with layout.in_force():
+            output = self.model(
+                input_ids=ids[None],
+                position_ids=positions.to(device)[None],
+                layout=layout,
+                **options,
+            )
         states = states_of(output)
         if place is None:
             return states
@@ -328,10 +330,16 @@ def _set_direction(model: nn.Module, attention: Attention) -> None:
 def _switch_to_packed(model: PreTrainedModel) -> None:
     try:
         model.set_attn_implementation(NAME)
-    except (ValueError, KeyError) as error:
+        taken = model.config._attn_implementation == NAME
+    except (ValueError, KeyError):
+        taken = False
+    standard = any(isinstance(getattr(m, "is_causal", None), bool) for m in model.modules())
+    if not (taken and standard):
+        why = "does not let its attention be replaced" if standard else "has no standard attention"
         raise ModelError(
-            f"{type(model).__name__} does not let its attention be replaced, so it cannot be packed"
-        ) from error
+            f"{type(model).__name__} {why}, so it cannot be packed, nor be turned both ways; use a "
+            "model with a standard transformers attention in every layer"
+        )
 
 
 def _usual_window(model: Any, attention: Attention) -> Window:
