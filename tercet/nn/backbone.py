@@ -45,6 +45,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model: Any = model
         _switch_to_packed(model)
+        self._proved: set[Attention] = set()  # directions that the probe has seen
         self.is_decoder = _is_decoder(model)
         self.attention: Attention = _direction(model, attention)
         self.attention_dropout: float | None = None  # in training; None: the model's own
@@ -69,8 +70,18 @@ class Backbone(nn.Module):
             ModelError: when files are missing or the model cannot be packed, with the reason.
         """
         backbone = Backbone(_load_model(str(source), dtype), attention=attention, window=window)
-        probe(backbone)
+        backbone.prove()
         return backbone
+
+    def prove(self) -> None:
+        """Probe the direction in force, once.
+
+        Raises:
+            ModelError: see :func:`probe`.
+        """
+        if self.attention not in self._proved:
+            probe(self)
+            self._proved.add(self.attention)
 
     @property
     def config(self) -> Any:
@@ -139,7 +150,7 @@ class Backbone(nn.Module):
         """Read in this direction for a while; None leaves it as it is. Weights stay the same.
 
         Raises:
-            ModelError: for an encoder asked to be causal.
+            ModelError: for an encoder asked to be causal, or a decoder that fails the probe.
         """
         before = self.attention
         if attention is None or attention == before:
@@ -152,6 +163,7 @@ class Backbone(nn.Module):
             )
         try:
             self._turn(attention)
+            self.prove()
             yield
         finally:
             self._turn(before)
@@ -333,6 +345,12 @@ def _switch_to_packed(model: PreTrainedModel) -> None:
         taken = model.config._attn_implementation == NAME
     except (ValueError, KeyError):
         taken = False
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if "chunked_attention" in kinds:
+        raise ModelError(
+            f"{type(model).__name__} attends in chunks of a text in some layers, which has no form "
+            "that reads both ways and cannot be packed; use another model"
+        )
     standard = any(isinstance(getattr(m, "is_causal", None), bool) for m in model.modules())
     if not (taken and standard):
         why = "does not let its attention be replaced" if standard else "has no standard attention"

@@ -136,7 +136,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         if (folder / "adapter_config.json").exists():
             raise ModelError(
                 f"{folder}: holds an adapter without {FILE}, so nothing says which way its model "
-                "reads; save it with save_adapter, or merge it into its base first"
+                "reads; save it with save_adapter, or merge it into its base first (tercet merge)"
             )
         return None
     try:

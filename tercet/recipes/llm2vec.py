@@ -10,7 +10,7 @@ from typing import Annotated, Final, Literal
 
 from tercet.data.masking import Masking, MaskToken
 from tercet.errors import RecipeError
-from tercet.nn.backbone import Attention
+from tercet.nn.backbone import Attention, Window
 from tercet.nn.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
@@ -63,7 +63,10 @@ def llm2vec(
     attention: Annotated[
         Attention, "causal trains the ablation that the paper calls Uni."
     ] = "bidirectional",
-    lora_rank: Annotated[int | None, "Of the low-rank updates; 0 trains every weight."] = 16,
+    window: Annotated[
+        Window | None, "Sliding windows; None: full where all layers have one (Mistral), else keep."
+    ] = None,
+    lora_rank: Annotated[int, "Of the low-rank updates; 0 trains every weight."] = 16,
     seed: Annotated[int, "Of batches, masks, dropout and LoRA."] = 0,
 ) -> Recipe:
     """Turn a decoder into a text encoder: MNTP and SimCSE on texts, then pairs on request."""
@@ -122,6 +125,7 @@ def llm2vec(
         model=Model(
             base=base,
             attention=attention,
+            window=window,
             pooling=pooling,
             lora=Lora(rank=lora_rank, alpha=2 * lora_rank) if lora_rank else None,
             prompts=given or None,

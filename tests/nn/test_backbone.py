@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 
 from tercet.errors import ModelError
 from tercet.nn.attention import NAME
@@ -239,3 +240,30 @@ def test_attention_dropout_is_raised_in_training_alone():
         backbone.attention_dropout = 0.3
         assert not torch.equal(backbone(texts), backbone(texts))
         torch.testing.assert_close(backbone.eval()(texts), plain)
+
+
+def test_a_decoder_that_does_not_turn_is_refused_when_it_is_read_both_ways(monkeypatch):
+    backbone = Backbone(random_model(DECODERS["llama"]))
+    turn = backbone._turn
+    monkeypatch.setattr(backbone, "_turn", lambda way: setattr(backbone, "attention", way))
+    with pytest.raises(ModelError, match="asked to read both ways"):
+        with backbone.reading("bidirectional"):
+            pass
+    monkeypatch.setattr(backbone, "_turn", turn)
+    with backbone.reading("bidirectional"):
+        assert backbone.attention == "bidirectional"
+
+
+def test_attention_in_chunks_is_refused():
+    config = t.AutoConfig.for_model(
+        "llama4_text",
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        vocab_size=300,
+        attention_chunk_size=8,
+    )
+    with pytest.raises(ModelError, match="attends in chunks"):
+        Backbone(t.AutoModel.from_config(config))
