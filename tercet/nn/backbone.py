@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tercet import zoo
 from tercet.errors import ModelError
+from tercet.nn.allocator import keep_freed_memory
 from tercet.nn.attention import NAME, Layout
 from tercet.segments import offsets_of
 from tercet.types import Packed
@@ -54,6 +55,8 @@ class Backbone(nn.Module):
         _set_direction(model, self.attention)
         if self.window == "full":
             _open_windows(model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.train(model.training)
 
     @staticmethod
