@@ -1,4 +1,4 @@
-"""What does each stage of LLM2Vec bring, on real texts?
+"""What each stage of LLM2Vec brings, on real texts.
 
     python -m benchmarks.llm2vec_quality --run runs/llm2vec
 
@@ -61,7 +61,9 @@ VARIANTS = (
 
 def main() -> None:
     """Train what is not trained yet, measure what is not measured yet, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="What each stage of LLM2Vec brings, on real texts."
+    )
     parser.add_argument("--run", type=Path, default=Path("runs/llm2vec"))
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--mntp", type=int, default=100, help="steps of 8 blocks of 256 tokens")
@@ -83,7 +85,7 @@ def _train(chosen: argparse.Namespace, packages: list[dict[str, Any]]) -> None:
     known = [p for p in packages if p["split"] == "train"]
     if not (folder / "pairs.jsonl").exists():
         _write_lines(folder / "texts.jsonl", (p["long"] for p in known))
-        _write_lines(folder / "sentences.jsonl", _sentences(known))
+        _write_lines(folder / "sentences.jsonl", sentences_of(known))
         write_examples(
             folder / "pairs.jsonl",
             (Example(p["short"], (p["long"],), task="debian") for p in known),
@@ -115,7 +117,7 @@ def _train(chosen: argparse.Namespace, packages: list[dict[str, Any]]) -> None:
     train(recipe, data, chosen.run, run=run, say=lambda line: print(line, flush=True))
 
 
-def _sentences(packages: list[dict[str, Any]]) -> Iterator[str]:
+def sentences_of(packages: list[dict[str, Any]]) -> Iterator[str]:
     """One-line descriptions, and sentences of 5 to 40 words of the full ones."""
     for package in packages:
         yield package["short"]

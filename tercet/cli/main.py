@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 def _quiet_libraries() -> None:
     """Our own progress is enough, and their warnings of what will change are not for users."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -127,16 +127,24 @@ def diagnose(
     found = diagnose(
         ((name, load(name, precision)) for name in names), out, material=material, seed=seed
     )
-    table = prefix_table(found, seed=seed)
-    columns_shown = next(iter(table.values()))
-    shown = columns("model", *columns_shown, "layers alike")
-    for name, row in table.items():
-        maps = found.get(name.split(",")[0])
-        means = maps.layer_means()[1:] if maps is not None and maps.maps else None
-        alike = "-" if means is None else f"{means.mean():.3f}, at least {means.min():.3f}"
-        shown.add_row(name, *(str(value) for value in row.values()), alike)
-    results().print(shown)
+    prefixes = prefix_table(found, seed=seed)
+    readings = columns("model and reading", *next(iter(prefixes.values())))
+    for name, row in prefixes.items():
+        readings.add_row(name, *map(str, row.values()))
+    results().print(readings)
+    _show_layers({name: each.layer_means()[1:] for name, each in found.items() if each.maps})
     results().print(f"{out / 'report.html'}", soft_wrap=True)
+
+
+def _show_layers(means: dict[str, Any]) -> None:
+    """How alike the states of both directions are; an encoder has one, and no row."""
+    table = columns("both ways and causal", "mean cosine", "lowest", "in layer", "last layer")
+    for name, layers in means.items():
+        numbers = (layers.mean(), layers.min(), layers[-1])
+        mean, lowest, last = (f"{number:.3f}" for number in numbers)
+        table.add_row(name, mean, lowest, f"{layers.argmin() + 1} of {len(layers)}", last)
+    if means:
+        results().print(table)
 
 
 def probe(

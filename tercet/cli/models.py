@@ -8,6 +8,7 @@ import typer
 from tercet import zoo
 from tercet.cli.loading import ReadingOption
 from tercet.console import columns, results, say
+from tercet.errors import RecipeError
 
 
 def models() -> None:
@@ -61,6 +62,8 @@ def merge(
     """
     from tercet.nn.merge import lineage, load_adapters
 
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise RecipeError(f"{out}: exists already, and merging would replace it; choose another")
     embedder = load_adapters(adapters, base=base, compat=compat, attention=attention)
     embedder.save(out, about=lineage(base or "", adapters))
     results().print(f"{out}", soft_wrap=True)

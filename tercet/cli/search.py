@@ -48,6 +48,9 @@ def encode(
 
     Example: tercet encode minilm texts.txt --out vectors.npy
     """
+    kind = ".npy" if output == "texts" else ".npz"
+    if out.suffix in (".npy", ".npz") and out.suffix != kind:
+        raise RecipeError(f"{out}: vectors of {output} are a {kind} file; name it so")
     texts = list(read_texts(file, text_field))
     embedder = load(model, precision, attention=attention, pooling=pooling, echo=echo)
     if output != "texts":

