@@ -60,11 +60,11 @@ def merge(
 
     Example: tercet merge mntp-adapter simcse-adapter --base smollm2 --out merged
     """
-    from tercet.nn.merge import lineage, load_adapters
+    from tercet.nn.merge import load_adapters
 
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise RecipeError(f"{out}: exists already, and merging would replace it; choose another")
     embedder = load_adapters(adapters, base=base, compat=compat, attention=attention)
-    embedder.save(out, about=lineage(base or "", adapters))
+    embedder.save(out)
     results().print(f"{out}", soft_wrap=True)
     say(f"next: tercet inspect {out}")

@@ -95,5 +95,7 @@ def text_under(record: object, field: str) -> str:
     """
     value = as_object(record).get(field)
     if value is None:
-        raise ValueError(f'"{field}" is missing; it holds the text')
+        raise ValueError(
+            f'"{field}" is missing; it holds the text; if another field does, name that'
+        )
     return text_of(value, field)

@@ -77,7 +77,7 @@ class WordComparison:
     def rows(self) -> tuple[tuple[str, ...], ...]:
         """A table: the header, then a row a model. The last column counts words that were cut."""
         metrics = tuple(self.results[0].scores)
-        header = ("model", *(part for name in metrics for part in (name, "difference")), "cut")
+        header = ("model", *(part for name in metrics for part in (name, "minus first")), "cut")
         return (header, *(self._row(result, metrics) for result in self.results))
 
     def _row(self, result: WordResult, metrics: Sequence[str]) -> tuple[str, ...]:

@@ -32,9 +32,11 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
     prefix = f"base_model.model.{backbone.model.base_model_prefix}."
     try:
         model = get_peft_model(backbone.model, config)
-    except ValueError as error:  # none of its modules is in the model
-        line = str(error).splitlines()[0]
-        raise ModelError(f"{folder}: the adapter does not fit its base: {line}") from error
+    except ValueError as error:
+        raise ModelError(
+            f"{folder}: the adapter does not fit its base: none of the modules that it changes is "
+            "there; give the base that it was trained on"
+        ) from error
     places = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = {_without_head(key, prefix, places): value for key, value in weights.items()}
     _check_fit(folder, weights, places, backbone.hidden)

@@ -227,7 +227,8 @@ def probe(backbone: Backbone) -> None:
     between = _states(backbone, others[0], text, others[1])[len(others[0]) :][: len(text)]
     if _gap(between, alone) > close:
         raise ModelError(
-            f"{name}: a text's states depend on its neighbours, so it cannot be packed"
+            f"{name}: a text's states depend on its neighbours, so it cannot be packed; choose a "
+            "model whose layers all have a standard attention"
         )
     moved = (_states(backbone, changed) - alone).abs().amax(1) / size  # [tokens]
     if backbone.attention == "causal" and moved[:-1].max() > 1e-5:

@@ -17,6 +17,8 @@ def manifest(source: str) -> dict[str, str]:
         ModelError: when the folder is no model, or its files are damaged.
     """
     place = Path(zoo.resolve(source))
+    if place.is_file():
+        raise ModelError(f"{source}: is a file; inspect reads folders and installed models")
     if not place.is_dir():
         raise ModelError(f"{source}: is not here; inspect reads folders and installed models")
     config = _read(place / "config.json") or _read(place / "adapter_config.json")

@@ -59,7 +59,9 @@ def load_adapters(
         merge_adapter(backbone, folder)
     backbone.to(dtype).eval()
     probe(backbone)
-    return Embedder(backbone, load_tokenizer(tokenizer or zoo.resolve(place)), settings)
+    embedder = Embedder(backbone, load_tokenizer(tokenizer or zoo.resolve(place)), settings)
+    embedder.about = lineage(place, adapters)
+    return embedder
 
 
 def lineage(base: str, adapters: Sequence[str | Path]) -> dict[str, Any]:

@@ -67,8 +67,8 @@ class MNTP:
         """
         if not embedder.backbone.is_decoder:
             raise RecipeError(
-                "masked next-token prediction is for decoders, and this model is an encoder, which "
-                "reads both ways already; leave this stage out"
+                f"masked next-token prediction is for decoders, and {self.head} is an encoder, "
+                "which reads both ways already; leave this stage out"
             )
         if self.mask_token == "new" and add_mask_token(embedder.tokenizer.stock):
             embedder.tokenizer.refresh()
@@ -101,7 +101,11 @@ class BlocksAtWork:
     @property
     def unit(self) -> str:
         """What a batch is counted in."""
-        return f"blocks of {self.objective.block_tokens} tokens"
+        return f"blocks of {self._block_tokens} tokens"
+
+    @property
+    def _block_tokens(self) -> int:
+        return min(self.objective.block_tokens, self.embedder.backbone.max_tokens)
 
     @property
     def drawn(self) -> Sequence[Blocks]:
@@ -111,9 +115,10 @@ class BlocksAtWork:
     @cached_property
     def _blocks(self) -> list[Blocks]:
         """Tokenizes all texts, once, when the first batch is asked for."""
-        size = min(self.objective.block_tokens, self.embedder.backbone.max_tokens)
         return [
-            blocks_of(source, self._ids_of, size, concatenated=self.objective.concatenated)
+            blocks_of(
+                source, self._ids_of, self._block_tokens, concatenated=self.objective.concatenated
+            )
             for source in self.sources
         ]
 

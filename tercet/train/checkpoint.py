@@ -58,10 +58,11 @@ def load(path: Path, what: dict[str, Any]) -> tuple[Progress, dict[str, Any]] | 
     if not path.exists():
         return None
     record = read(path)
-    changed = [key for key in what if record["what"].get(key) != what[key]]
+    keys = dict.fromkeys((*what, *record["what"]))
+    changed = [key for key in keys if record["what"].get(key) != what.get(key)]
     if record["version"] != VERSION or changed:
         details = "; ".join(
-            f"{key} was {record['what'].get(key)!r}, now {what[key]!r}" for key in changed
+            f"{key} was {record['what'].get(key)!r}, now {what.get(key)!r}" for key in changed
         )
         raise RecipeError(
             f"{path.parent} holds a run with other settings ({details or 'another version'}); "

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -70,12 +70,14 @@ def train(
 
 
 def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
-    recipe, several = job.recipe, len(job.recipe.stages) > 1
+    recipe = job.recipe
+    several = len(recipe.stages) > 1
+    folders = [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
+    _refuse_other_stages(out, folders)
     device = job.run.find_device()
     embedder = build(recipe.model).to(device)
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
-    for number, stage in enumerate(recipe.stages, start=1):
-        folder = out / f"{number}-{stage.name}" if several else out
+    for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
             lora = recipe.model.lora
             torch.manual_seed(recipe.seed + number)
@@ -102,6 +104,22 @@ def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
                 embedder.save(out / "model")
         distributed.barrier()
     return embedder.eval()
+
+
+def _refuse_other_stages(out: Path, folders: Sequence[Path]) -> None:
+    """A run of other stages would lose its final model to this one.
+
+    Raises:
+        RecipeError: when ``out`` holds a checkpoint that is not of one of these folders.
+    """
+    found = [path.parent for path in (*out.glob(CHECKPOINT), *out.glob(f"[0-9]*-*/{CHECKPOINT}"))]
+    others = sorted(set(found) - set(folders))
+    if others:
+        names = ", ".join("one stage" if path == out else path.name for path in others)
+        raise RecipeError(
+            f"{out} holds a run of other stages ({names}); give another --out, or delete "
+            "that folder"
+        )
 
 
 def _by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
@@ -379,9 +397,10 @@ class _Trainer:
 
     def _greet(self) -> None:
         count = sum(p.numel() for p in self.embedder.parameters() if p.requires_grad)
+        size = min(self.stage.batch_size, sum(map(len, self.work.drawn)))
         self.say(
-            f"{self.stage.name}: {self.steps} steps of {self.stage.batch_size} "
-            f"{self.work.unit}; {count:,} weights in training"
+            f"{self.stage.name}: {self.steps} steps of {size} {self.work.unit}; "
+            f"{count:,} weights in training"
         )
 
     def _complaint(self, problem: str, rows: BatchRows) -> str:
@@ -442,10 +461,18 @@ def _optimizer(embedder: Embedder, stage: Stage) -> torch.optim.Optimizer:
 
 def _identity(recipe: Recipe, stage: Stage, sources: Sequence[Source], run: Run) -> dict[str, Any]:
     """What has to be the same for a run to go on: plain values, compared key by key."""
-    flat = {f"model.{k}": repr(v) for k, v in asdict(recipe.model).items()}
-    flat |= {k: repr(v) for k, v in asdict(stage).items()}
+    flat = dict(_leaves("model", asdict(recipe.model))) | dict(_leaves("", asdict(stage)))
     flat |= {f"data {source.name}": source.fingerprint for source in sources}
     return {**flat, "seed": recipe.seed, "precision": run.precision}
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The parts of nested settings one by one, so that a message names what differs."""
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _leaves(f"{name}.{key}" if name else key, part)
+    else:
+        yield name, repr(value)
 
 
 def _describe(job: _Job, out: Path) -> None:

@@ -174,7 +174,7 @@ def test_probe_compares_models_with_what_words_alone_tell(
     ended = tercet(*words, "--against", encoder_folder)
     assert (ended.status, ended.err) == (0, "")
     rows = [cells(line) for line in ended.out.splitlines()]
-    assert rows[0] == ["model", "accuracy", "difference", "macro F1", "difference", "cut"]
+    assert rows[0] == ["model", "accuracy", "minus first", "macro F1", "minus first", "cut"]
     models = [str(decoder_folder), str(encoder_folder)]
     assert [row[0] for row in rows[1:]] == ["most frequent label", "label of the word", *models]
     assert all(re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", row[1]) for row in rows[1:])

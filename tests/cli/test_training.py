@@ -92,7 +92,7 @@ def test_a_run_folder_of_other_settings_is_refused_and_the_same_command_goes_on(
     out = tmp_path / "run"
     assert tercet(*train(out)).status == 0
     said = refused(*train(out, "--temperature", "0.1"))
-    assert said.startswith(f"{out} holds a run with other settings (objective was ")
+    assert said.startswith(f"{out} holds a run with other settings (objective.temperature was ")
     assert said.endswith("another --out, or delete that folder")
     ended = tercet(*train(out))
     assert ended.status == 0 and "this stage is finished already" in ended.err
@@ -228,6 +228,6 @@ def test_a_base_that_llm2vec_cannot_turn_is_refused(
     refused, llm2vec, files, decoder_folder, encoder_folder, tmp_path
 ):
     data = ["--data", files / "texts.txt"]
-    assert "this model is an encoder" in refused(*llm2vec(tmp_path, *data, base=encoder_folder))
+    assert "is an encoder, which" in refused(*llm2vec(tmp_path, *data, base=encoder_folder))
     said = refused(*llm2vec(tmp_path / "run", *data, base=decoder_folder))
     assert said.startswith(f"{decoder_folder}: the weights of its language-model head are missing")

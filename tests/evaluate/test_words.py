@@ -218,7 +218,7 @@ def test_the_table_has_a_row_a_model_and_differences_to_the_first(decoder_folder
     found = compare_words(stages, train, test)
     assert found.results[2].predicted != found.results[3].predicted
     header, *rows = found.rows()
-    assert header == ("model", "accuracy", "difference", "macro F1", "difference", "cut")
+    assert header == ("model", "accuracy", "minus first", "macro F1", "minus first", "cut")
     assert [row[0] for row in rows] == [
         "most frequent label",
         "label of the word",

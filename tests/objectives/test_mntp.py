@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def plain_loss(embedder, folder, batch):
             module.is_causal = False
     bounds = batch.texts.offsets.tolist()
     total = 0
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         ids, labels = batch.texts.ids[None, start:stop], batch.labels[start:stop]
         labels = labels.masked_fill(labels == NO_LABEL, -100)
         logits = model(input_ids=ids).logits[0]
@@ -127,7 +128,7 @@ def test_accuracy_counts_right_guesses(folder, source):
     _, model = plain_loss(embedder, folder, batch)
     bounds = batch.texts.offsets.tolist()
     right = 0
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         guessed = model(input_ids=batch.texts.ids[None, start:stop]).logits[0, :-1].argmax(1)
         right += int((guessed == batch.labels[start + 1 : stop]).sum())
     total = int((batch.labels != NO_LABEL).sum())

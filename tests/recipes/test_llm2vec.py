@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_every_stage_trains_and_leaves_a_model_that_reads_both_ways(base, data, 
         config = json.loads((tmp_path / "run" / folder / "model/config.json").read_text())
         assert config["is_causal"] is False
         vectors.append(model.encode(SENTENCES))
-    assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(vectors[:3], vectors[1:3], strict=False))
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in pairwise(vectors[:3]))
     np.testing.assert_array_equal(vectors[2], vectors[3])
     np.testing.assert_array_equal(vectors[3], trained.encode(SENTENCES))
     log = read(tmp_path / "run/1-mntp/log.jsonl")
@@ -234,3 +235,18 @@ def test_smollm2_learns_from_real_texts(tmp_path):
     assert trained.backbone.attention == "bidirectional"
     losses = [record["loss"] for record in read(tmp_path / "run/log.jsonl")]
     assert all(2 < loss < 12 for loss in losses)
+
+
+def test_a_run_of_other_stages_is_not_written_over(base, data, tmp_path):
+    texts = data_of(data, "texts", "sentences")
+    train(small(base, stages="mntp"), data_of(data, "texts"), tmp_path / "one", run=QUIET)
+    before = (tmp_path / "one/model/model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match=r"holds a run of other stages \(one stage\)"):
+        train(small(base, stages="mntp,simcse"), texts, tmp_path / "one", run=QUIET)
+    assert (tmp_path / "one/model/model.safetensors").read_bytes() == before
+    train(small(base, stages="mntp,simcse"), texts, tmp_path / "two", run=QUIET)
+    with pytest.raises(RecipeError, match=r"other stages \(1-mntp, 2-simcse\)"):
+        train(small(base, stages="simcse,mntp"), texts, tmp_path / "two", run=QUIET)
+    with pytest.raises(RecipeError, match=r"masking\.probability was '0\.2', now '0\.4'"):
+        changed = small(base, stages="mntp,simcse", mask_probability=0.4)
+        train(changed, texts, tmp_path / "two", run=QUIET)

@@ -18,15 +18,15 @@ from tercet.data.sampler import BatchRows
 from tercet.data.sources import open_source, write_examples
 from tercet.errors import RecipeError, TrainingError
 from tercet.nn.embedder import Embedder
+from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune
-from tercet.objectives import contrastive
 from tercet.train import checkpoint, loop
 from tercet.train.log import read
 from tercet.train.loop import train
-from tercet.train.run import Run
 from tercet.train.memory import graph_tokens_that_fit
 from tercet.train.recipe import Recipe
+from tercet.train.run import Run
 from tercet.types import Example
 from tests import toy
 from tests.processes import ROOT, run_together
