@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from transformers import AttentionInterface
 
 from tercet.errors import ModelError
 from tercet.nn.attention import NAME
@@ -267,3 +268,22 @@ def test_attention_in_chunks_is_refused():
     )
     with pytest.raises(ModelError, match="attends in chunks"):
         Backbone(t.AutoModel.from_config(config))
+
+
+def test_rounding_alone_does_not_fail_the_probe_in_bfloat16(monkeypatch):
+    """A deep model whose states two stock implementations give 5 % and more apart."""
+    config = t.LlamaConfig(**{**DECODERS["llama"].to_dict(), "num_hidden_layers": 24})
+    model = random_model(config)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.8)
+    backbone = Backbone(model.to(torch.bfloat16), attention="bidirectional")
+    probe(backbone)
+    attend = AttentionInterface._global_mapping[NAME]
+
+    def wrong(*args, scaling, **options):
+        return attend(*args, scaling=0.1 * scaling, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, wrong)
+    with pytest.raises(ModelError, match="packed states differ from the model's own"):
+        probe(backbone)
