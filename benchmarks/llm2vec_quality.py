@@ -11,7 +11,6 @@ baselines on packages of the test split and on similarity sets. Small budgets by
 import argparse
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +20,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.common import write_results
+from benchmarks.common import Row, write_results
+from tercet.data.similarity import debtags_similarity, lee_similarity
 from tercet.data.sources import open_source, write_examples
 from tercet.data.texts import open_texts
 from tercet.evaluate.intervals import paired_difference
 from tercet.evaluate.retrieval import RetrievalSet, evaluate_retrieval
+from tercet.evaluate.similarity import evaluate_similarity
 from tercet.files import replacing_file
 from tercet.nn.embedder import Embedder
 from tercet.recipes.llm2vec import llm2vec
 from tercet.train.loop import train
 from tercet.train.run import Run
-from tercet.types import Example
+from tercet.types import Example, Role
 
 DATA = Path(__file__).parent.parent / "examples/data/packages.en.parquet"
 PROMPT = "Given one line about a software package, find its full description; "
@@ -136,58 +137,87 @@ def _measure(chosen: argparse.Namespace, packages: list[dict[str, Any]]) -> None
     data = RetrievalSet.from_examples(
         [Example(p["short"], (p["long"],)) for p in packages], name="debian test"
     )
-    found: dict[str, np.ndarray] = {}
-    rows = []
+    sets = {"debtags": debtags_similarity(DATA), "lee": lee_similarity()}
+    parts: dict[str, tuple[tuple[str, ...], Role]] = {
+        "queries": (data.queries, "query"),
+        "documents": (data.documents, "document"),
+        **{name: (pairs.texts, "document") for name, pairs in sets.items()},  # no instruction
+    }
+    rows: list[Row] = []
+    first: dict[str, Any] = {}
     for variant in VARIANTS:
         if chosen.only == "baselines" and variant.model != "base":
             continue
-        scores, seconds = _scores(chosen, variant, data)
-        if scores is None:
+        if variant.model != "base" and not (chosen.run / variant.model / "model").is_dir():
             print(f"{variant.name}: not trained yet")
             continue
-        found[variant.name] = scores.scores["ndcg@10"]
-        first = next(iter(found.values()))
-        gain = paired_difference(found[variant.name], first)
-        rows.append(
-            {
-                "name": variant.name,
-                "ndcg@10": str(scores.interval("ndcg@10")),
-                "minus the first": f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
-                "recall@100": scores.mean("recall@100"),
-                "encode cpu s": round(seconds, 1),
-            }
+        held = _vectors(chosen, variant, parts)
+        found = evaluate_retrieval(
+            data, held["queries"], held["documents"], names=("ndcg@10", "recall@100")
         )
-    if chosen.only is None or chosen.only == "measure":
+        first = first or {"ndcg@10": found.scores["ndcg@10"]}
+        gain = paired_difference(found.scores["ndcg@10"], first["ndcg@10"])
+        row: Row = {
+            "name": variant.name,
+            "ndcg@10": str(found.interval("ndcg@10")),
+            "minus the first": f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
+            "recall@100": round(found.mean("recall@100"), 3),
+        }
+        for name, pairs in sets.items():
+            result = evaluate_similarity(pairs, held[name])
+            first.setdefault(name, result)
+            row[f"spearman {name}"] = str(result.interval())
+            gain = result.minus(first[name])
+            row[f"{name} minus the first"] = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+        rows.append({**row, **_budget(chosen, variant)})
+    if chosen.only == "baselines":
+        for row in rows:
+            print(row)
+    else:
         write_results("llm2vec_quality", rows)
-    for row in rows:
-        print(row)
 
 
-def _scores(chosen: argparse.Namespace, variant: Variant, data: RetrievalSet) -> Any:
-    """The variant's result and the CPU seconds of encoding; vectors are kept in the run folder."""
-    place = chosen.run / variant.model / "model"
-    kept = chosen.run / "vectors" / f"{re.sub(r'[^a-z0-9]+', '-', variant.name.lower())}.npz"
-    if not kept.exists():
-        if variant.model != "base" and not place.is_dir():
-            return None, 0.0
-        changes: dict[str, Any] = {"query_tokens": 128, "document_tokens": 128}
-        if not variant.prompts:
-            changes["prompts"] = {}
-        embedder = Embedder.load(
-            chosen.base if variant.model == "base" else place,
-            dtype=getattr(torch, chosen.precision),
-            **changes,
-        )
-        began = time.process_time()
-        queries = embedder.encode(data.queries, "query", **variant.options)
-        documents = embedder.encode(data.documents, "document", **variant.options)
-        seconds = time.process_time() - began
-        with replacing_file(kept) as fresh, fresh.open("wb") as file:
-            np.savez(file, queries=queries, documents=documents, seconds=seconds)
-    held = np.load(kept)
-    names = ("ndcg@10", "recall@100")
-    result = evaluate_retrieval(data, held["queries"], held["documents"], names=names)
-    return result, float(held["seconds"])
+def _budget(chosen: argparse.Namespace, variant: Variant) -> Row:
+    """Steps, tokens and minutes of the stage that a variant adds."""
+    if variant.model == "base":
+        return {}
+    saved = json.loads((chosen.run / variant.model / "model/tercet.json").read_text())["about"]
+    stage = saved["stages"][-1]
+    return {
+        "steps": stage["steps"],
+        "tokens": stage["tokens"],
+        "minutes": round(stage["seconds"] / 60, 1),
+        "seed": saved["seed"],
+    }
+
+
+def _vectors(
+    chosen: argparse.Namespace, variant: Variant, parts: dict[str, tuple[tuple[str, ...], Role]]
+) -> dict[str, np.ndarray]:
+    """The variant's vectors of each part; those of an earlier call are kept in the run folder."""
+    stem = re.sub(r"[^a-z0-9]+", "-", variant.name.lower()).strip("-")
+    embedder: Embedder | None = None
+    found: dict[str, np.ndarray] = {}
+    for name, (texts, role) in parts.items():
+        kept = chosen.run / "vectors" / f"{stem}.{name}.npy"
+        if not kept.exists():
+            embedder = embedder or _load(chosen, variant)
+            vectors = embedder.encode(texts, role, **variant.options)
+            with replacing_file(kept) as fresh, fresh.open("wb") as file:
+                np.save(file, vectors)
+        found[name] = np.load(kept)
+    return found
+
+
+def _load(chosen: argparse.Namespace, variant: Variant) -> Embedder:
+    changes: dict[str, Any] = {"query_tokens": 128, "document_tokens": 128}
+    if not variant.prompts:
+        changes["prompts"] = {}
+    return Embedder.load(
+        chosen.base if variant.model == "base" else chosen.run / variant.model / "model",
+        dtype=getattr(torch, chosen.precision),
+        **changes,
+    )
 
 
 if __name__ == "__main__":
