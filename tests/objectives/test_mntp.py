@@ -1,5 +1,6 @@
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def plain_loss(embedder, folder, batch):
     model.config.is_causal = False
     for module in model.modules():
         if isinstance(getattr(module, "is_causal", None), bool):
-            module.is_causal = False
+            module.is_causal = False  # pyright: ignore
     bounds = batch.texts.offsets.tolist()
     total = 0
     for start, stop in pairwise(bounds):
@@ -102,12 +103,11 @@ def test_the_first_token_of_a_text_is_never_predicted_and_gaps_stay_inside(folde
 
 
 def test_special_tokens_are_never_predicted(folder, tmp_path):
-    tokenizer = byte_bpe()
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(f"</s>{text}</s>" for text in SENTENCES) + "\n")
     _, work = at_work(folder, open_texts(path), masking=Masking(probability=0.9, kind="all"))
     batch = work.batch(rows(work, *range(len(work.drawn[0]))), [0])
-    ends = batch.texts.ids == tokenizer.eos_token_id
+    ends = batch.texts.ids.eq(byte_bpe().get_vocab()["</s>"])
     assert ends.sum() == 2 * len(SENTENCES)
     assert (batch.labels[ends] == NO_LABEL).all()
 
@@ -197,9 +197,12 @@ def test_heads_of_many_architectures_give_their_models_logits(kind, tmp_path):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    more = {"gemma2": {"head_dim": 8, "num_key_value_heads": 2}, "gemma3": {"head_dim": 8}}
-    more["granite"] = {"logits_scaling": 4.0}
-    more["opt"] = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    more: dict[str, dict[str, Any]] = {
+        "gemma2": {"head_dim": 8, "num_key_value_heads": 2},
+        "gemma3": {"head_dim": 8},
+        "granite": {"logits_scaling": 4.0},
+        "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    }
     config = t.AutoConfig.for_model(
         "gemma3_text" if kind == "gemma3" else kind, **sizes, **more.get(kind, {})
     )
@@ -216,7 +219,7 @@ def test_a_model_that_bends_its_logits_in_an_unknown_way_is_refused(folder, monk
     forward = t.LlamaForCausalLM.forward
 
     def bent(self, *args, **kwargs):
-        output = forward(self, *args, **kwargs)
+        output: Any = forward(self, *args, **kwargs)
         output.logits = output.logits.sin()
         return output
 

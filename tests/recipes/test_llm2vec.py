@@ -87,12 +87,16 @@ def test_the_numbers_are_those_of_the_paper():
     assert recipe.model.attention == "bidirectional" and not recipe.model.pool_prompt
 
 
+def masking(**flags: Any) -> Masking:
+    objective = llm2vec("x", **flags).stages[0].objective
+    assert isinstance(objective, MNTP)
+    return objective.masking
+
+
 def test_presets_and_flags_choose_the_masking():
-    assert llm2vec("x", preset="mistral").stages[0].objective.masking == Masking(
-        probability=0.8, kind="all"
-    )
-    mixed = llm2vec("x", preset="mistral", mask_probability=0.4).stages[0].objective
-    assert mixed.masking == Masking(probability=0.4, kind="all")
+    assert masking(preset="mistral") == Masking(probability=0.8, kind="all")
+    mixed = masking(preset="mistral", mask_probability=0.4)
+    assert mixed == Masking(probability=0.4, kind="all")
 
 
 @pytest.mark.parametrize("stages", ["", "mntp,mntp", "mntp,rest"])

@@ -55,6 +55,6 @@ def test_a_text_cannot_be_cut_to_its_special_tokens():
 
 def test_the_usual_numbers_are_possible():
     recipe = finetune(dims=[64, 128], length_edges=[32, 64], token_budget=4096)
-    assert recipe.stages[0].objective.dims == (64, 128)
+    assert recipe.stages[0].objective == Contrastive(temperature=0.05, dims=(64, 128))
     assert recipe.stages[0].length_edges == (32, 64)
     assert recipe.stages[0].token_budget == 4096
