@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tercet import zoo
-from tercet.data.tokens import Tokenizer, Tokens, load_tokenizer
+from tercet.data.tokens import Form, Tokenizer, Tokens, load_tokenizer
 from tercet.errors import ModelError, RecipeError
 from tercet.files import replacing_folder
 from tercet.interop.sentence_transformers import write_modules
@@ -299,6 +299,31 @@ class Embedder(nn.Module):
                 folder,
                 unheard_of,
             )
+            return
+        for role in self._miscounted_prompts():
+            log.warning(
+                "%s: sentence-transformers leaves prompts out of a vector by counting their tokens "
+                "alone, and miscounts the %s prompt %r, whose end joins the text in one token; end "
+                "it with a line break to have its vectors equal",
+                folder,
+                role,
+                self.settings.prompts[role],
+            )
+
+    def _miscounted_prompts(self) -> list[str]:
+        """Roles whose prompt has other tokens alone than before a text."""
+        settings = self.settings
+        if settings.pool_prompt:
+            return []
+        off = []
+        for role, prompt in settings.prompts.items():
+            alone = self.tokenizer([prompt], 1 << 30, form=Form(pool_special=False))
+            tail_start, tail_end = alone.left_out[0]  # a special token at the end is not counted
+            counted = alone.lengths[0] - (tail_end - tail_start)
+            (skipped,) = self.tokenizer(["a"], 1 << 30, prompt, Form(pool_prompt=False)).skipped
+            if prompt and counted != skipped:
+                off.append(role)
+        return off
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
         """Write the low-rank updates alone, with the direction that they were trained in.

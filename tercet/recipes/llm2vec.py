@@ -56,7 +56,9 @@ def llm2vec(
     temperature: Annotated[float, "Of training on pairs."] = 0.02,
     negatives: Annotated[int, "Mined negatives of a query, at most."] = 1,
     max_tokens: Annotated[int, "Longer texts are cut."] = 512,
-    query_prompt: Annotated[str | None, 'Instruction before queries, such as "Find it: ".'] = None,
+    query_prompt: Annotated[
+        str | None, "Instruction before queries; best ended by a line break."
+    ] = None,
     document_prompt: Annotated[str | None, "Instruction before documents."] = None,
     pool_prompt: Annotated[bool, "Pool the tokens of instructions too."] = False,
     pooling: Annotated[PoolingName, "From states to a vector."] = "mean",

@@ -221,3 +221,28 @@ def test_a_folder_of_other_things_is_not_overwritten(encoder_folder, tmp_path):
     with pytest.raises(ModelError, match="is not a model and would be overwritten"):
         Embedder.load(encoder_folder).save(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(("prompt", "counted"), [("find it: ", False), ("find it:\n", True)])
+def test_a_prompt_that_sentence_transformers_miscounts_is_told(
+    decoder_folder, tmp_path, caplog, prompt, counted
+):
+    """Tokens of a prompt alone are not those before a text where a space joins the next word."""
+    embedder = Embedder.load(decoder_folder, prompts={"query": prompt}, pool_prompt=False)
+    embedder.save(tmp_path / "model")
+    told = [record.getMessage() for record in caplog.records if "miscounts" in record.message]
+    assert len(told) == (0 if counted else 1)
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    gap = np.abs(
+        theirs.encode(SENTENCES, prompt_name="query") - embedder.encode(SENTENCES, "query")
+    )
+    assert (gap.max() < 1e-5) == counted
+
+
+def test_prompts_that_are_pooled_or_special_tokens_are_not_miscounted(
+    encoder_folder, tmp_path, caplog
+):
+    for pooled in (True, False):
+        embedder = Embedder.load(encoder_folder, prompts={"query": "find it: "}, pool_prompt=pooled)
+        embedder.save(tmp_path / str(pooled))
+    assert not caplog.records
