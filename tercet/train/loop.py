@@ -1,12 +1,11 @@
 """The one training loop. Recipes differ in numbers and parts, not in loops."""
 
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from tercet import distributed
 from tercet.data.collate import Collator
 from tercet.data.sampler import BatchRows, Sampler
-from tercet.data.sources import Source
 from tercet.errors import RecipeError, TrainingError
 from tercet.files import replacing_file, sole_writer
 from tercet.nn.chunked import Chunks, Losses
@@ -26,21 +24,25 @@ from tercet.objectives.objective import TextBatch
 from tercet.progress import Advance, bar
 from tercet.train import checkpoint, schedule
 from tercet.train.batches import sampler_of
+from tercet.train.job import (
+    CHECKPOINT,
+    Data,
+    Job,
+    by_stage,
+    describe,
+    identity,
+    refuse_other_stages,
+)
 from tercet.train.log import Log
 from tercet.train.memory import graph_tokens_that_fit
 from tercet.train.recipe import Model, Recipe, Stage
 from tercet.train.run import Run
 from tercet.types import Role
 
-CHECKPOINT: Final = "checkpoint.pt"
 BEST: Final = "best.pt"
 
 Score = Callable[[Embedder], float]
 """How good an embedder is on the dev set; higher is better."""
-
-
-Data = Sequence[Source] | Mapping[str, Sequence[Source]]
-"""What a run reads: sources of examples, or for each ``Stage.data`` those that it asks for."""
 
 
 def train(
@@ -66,14 +68,14 @@ def train(
     """
     run, out = run or Run(), Path(out)
     with sole_writer(out) if distributed.is_main() else nullcontext():
-        return _train(_Job(recipe, _by_stage(recipe, data), run, say), out, score)
+        return _train(Job(recipe, by_stage(recipe, data), run, say), out, score)
 
 
-def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
+def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
     recipe = job.recipe
     several = len(recipe.stages) > 1
     folders = [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
-    _refuse_other_stages(out, folders)
+    refuse_other_stages(out, folders)
     device = job.run.find_device()
     embedder = build(recipe.model).to(device)
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
@@ -86,7 +88,7 @@ def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
         trainer = _Trainer(embedder, stage, folder, job)
         trainer.resume()
         if number == 1 and distributed.is_main():
-            _describe(job, out)
+            describe(job, out)
         trainer.run(score)
         done.append(trainer.record())
         embedder.backbone.merge_lora()
@@ -106,46 +108,6 @@ def _train(job: "_Job", out: Path, score: Score | None) -> Embedder:
     return embedder.eval()
 
 
-def _refuse_other_stages(out: Path, folders: Sequence[Path]) -> None:
-    """A run of other stages would lose its final model to this one.
-
-    Raises:
-        RecipeError: when ``out`` holds a checkpoint that is not of one of these folders.
-    """
-    found = [path.parent for path in (*out.glob(CHECKPOINT), *out.glob(f"[0-9]*-*/{CHECKPOINT}"))]
-    others = sorted(set(found) - set(folders))
-    if others:
-        names = ", ".join("one stage" if path == out else path.name for path in others)
-        raise RecipeError(
-            f"{out} holds a run of other stages ({names}); give another --out, or delete "
-            "that folder"
-        )
-
-
-def _by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
-    """The sources of each stage.
-
-    Raises:
-        RecipeError: when a stage has none, or when some are read by no stage.
-    """
-    given = data if isinstance(data, Mapping) else {"pairs": data}
-    asked = {stage.data for stage in recipe.stages}
-    for stage in recipe.stages:
-        if not given.get(stage.data):
-            raise RecipeError(
-                f"the stage {stage.name} reads {stage.data}, and none are given; give some, or "
-                "leave this stage out"
-            )
-    for name in given:
-        if given[name] and name not in asked:
-            stages = ", ".join(stage.name for stage in recipe.stages)
-            raise RecipeError(
-                f"{name} are given, but no stage reads them (stages: {stages}); leave them out, or "
-                "add the stage that does"
-            )
-    return [given[stage.data] for stage in recipe.stages]
-
-
 def build(model: Model) -> Embedder:
     """The embedder that a recipe starts from."""
     wanted = {
@@ -162,20 +124,10 @@ def build(model: Model) -> Embedder:
     return embedder
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What the stages of a run share."""
-
-    recipe: Recipe
-    sources: Sequence[Sequence[Source]]  # of each stage
-    run: Run
-    say: Callable[[str], None]
-
-
 class _Trainer:
     """One stage: its optimizer, its place in the data, and its checkpoints."""
 
-    def __init__(self, embedder: Embedder, stage: Stage, folder: Path, job: _Job) -> None:
+    def __init__(self, embedder: Embedder, stage: Stage, folder: Path, job: Job) -> None:
         recipe, run = job.recipe, job.run
         self.sources = job.sources[recipe.stages.index(stage)]
         self.embedder, self.stage, self.folder = embedder, stage, folder
@@ -188,7 +140,7 @@ class _Trainer:
             embedder.backbone, run.memory_gb, half=run.precision == "bfloat16"
         )
         self.progress = checkpoint.Progress()
-        self.what = _identity(recipe, stage, self.sources, run)
+        self.what = identity(recipe, stage, self.sources, run)
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -457,34 +409,3 @@ def _optimizer(embedder: Embedder, stage: Stage) -> torch.optim.Optimizer:
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.learning_rate, fused=True)
-
-
-def _identity(recipe: Recipe, stage: Stage, sources: Sequence[Source], run: Run) -> dict[str, Any]:
-    """What has to be the same for a run to go on: plain values, compared key by key."""
-    flat = dict(_leaves("model", asdict(recipe.model))) | dict(_leaves("", asdict(stage)))
-    flat |= {f"data {source.name}": source.fingerprint for source in sources}
-    return {**flat, "seed": recipe.seed, "precision": run.precision}
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The parts of nested settings one by one, so that a message names what differs."""
-    if isinstance(value, dict) and value:
-        for key, part in value.items():
-            yield from _leaves(f"{name}.{key}" if name else key, part)
-    else:
-        yield name, repr(value)
-
-
-def _describe(job: _Job, out: Path) -> None:
-    """Write ``recipe.json`` for people and diffs; nothing reads it back."""
-    sources = {source.name: source for given in job.sources for source in given}
-    record = {
-        "recipe": asdict(job.recipe),
-        "run": asdict(job.run),
-        "data": {
-            name: {"examples": len(source), "fingerprint": source.fingerprint}
-            for name, source in sources.items()
-        },
-    }
-    with replacing_file(out / "recipe.json") as fresh:
-        fresh.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")

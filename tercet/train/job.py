@@ -1,0 +1,99 @@
+"""What a run is made of: recipe, data of each stage, and what says that it is the same run."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tercet.data.sources import Source
+from tercet.errors import RecipeError
+from tercet.files import replacing_file
+from tercet.train.recipe import Recipe, Stage
+from tercet.train.run import Run
+
+CHECKPOINT: Final = "checkpoint.pt"
+
+Data = Sequence[Source] | Mapping[str, Sequence[Source]]
+"""What a run reads: sources of examples, or for each ``Stage.data`` those that it asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the stages of a run share."""
+
+    recipe: Recipe
+    sources: Sequence[Sequence[Source]]  # of each stage
+    run: Run
+    say: Callable[[str], None]
+
+
+def by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
+    """The sources of each stage.
+
+    Raises:
+        RecipeError: when a stage has none, or when some are read by no stage.
+    """
+    given = data if isinstance(data, Mapping) else {"pairs": data}
+    asked = {stage.data for stage in recipe.stages}
+    for stage in recipe.stages:
+        if not given.get(stage.data):
+            raise RecipeError(
+                f"the stage {stage.name} reads {stage.data}, and none are given; give some, or "
+                "leave this stage out"
+            )
+    for name in given:
+        if given[name] and name not in asked:
+            stages = ", ".join(stage.name for stage in recipe.stages)
+            raise RecipeError(
+                f"{name} are given, but no stage reads them (stages: {stages}); leave them out, or "
+                "add the stage that does"
+            )
+    return [given[stage.data] for stage in recipe.stages]
+
+
+def refuse_other_stages(out: Path, folders: Sequence[Path]) -> None:
+    """A run of other stages would lose its final model to this one.
+
+    Raises:
+        RecipeError: when ``out`` holds a checkpoint that is not of one of these folders.
+    """
+    found = [path.parent for path in (*out.glob(CHECKPOINT), *out.glob(f"[0-9]*-*/{CHECKPOINT}"))]
+    others = sorted(set(found) - set(folders))
+    if others:
+        names = ", ".join("one stage" if path == out else path.name for path in others)
+        raise RecipeError(
+            f"{out} holds a run of other stages ({names}); give another --out, or delete "
+            "that folder"
+        )
+
+
+def identity(recipe: Recipe, stage: Stage, sources: Sequence[Source], run: Run) -> dict[str, Any]:
+    """What has to be the same for a run to go on: plain values, compared key by key."""
+    flat = dict(_leaves("model", asdict(recipe.model))) | dict(_leaves("", asdict(stage)))
+    flat |= {f"data {source.name}": source.fingerprint for source in sources}
+    return {**flat, "seed": recipe.seed, "precision": run.precision}
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The parts of nested settings one by one, so that a message names what differs."""
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _leaves(f"{name}.{key}" if name else key, part)
+    else:
+        yield name, repr(value)
+
+
+def describe(job: Job, out: Path) -> None:
+    """Write ``recipe.json`` for people and diffs; nothing reads it back."""
+    sources = {source.name: source for given in job.sources for source in given}
+    record = {
+        "recipe": asdict(job.recipe),
+        "run": asdict(job.run),
+        "data": {
+            name: {"examples": len(source), "fingerprint": source.fingerprint}
+            for name, source in sources.items()
+        },
+    }
+    with replacing_file(out / "recipe.json") as fresh:
+        fresh.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
