@@ -29,6 +29,9 @@ IGNORED: Final = 0
 
 Role: TypeAlias = Literal["query", "document"]
 
+InBatch: TypeAlias = Literal["all", "positives", "none"]
+"""Which documents of other examples are negatives of a query: all, no mined ones, none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -46,6 +49,7 @@ class Example:
     query_prompt: str | None = None
     document_prompt: str | None = None
     task: str = ""
+    in_batch: InBatch | None = None  # what its task allows; None: all
 
 
 @dataclass(frozen=True, slots=True)

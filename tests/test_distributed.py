@@ -15,7 +15,7 @@ from tercet.data.relation import Relation, relation_of
 from tercet.losses.contrastive import info_nce
 from tercet.nn.chunked import Chunks, backward_in_chunks
 from tercet.segments import offsets_of, total
-from tercet.types import Packed
+from tercet.types import InBatch, Packed
 from tests.processes import run_together
 
 SHARES = [slice(0, 5), slice(5, 8)]  # eight examples on two processes
@@ -33,10 +33,10 @@ POSITIVES = [
     ["p7"],
 ]
 NEGATIVES = [["n0"], [], ["n2", "p3"], [], ["n4"], ["n5", "m5"], ["early"], []]
-POLICIES = {
-    "in-batch": [True] * 8,
-    "own": [False] * 8,
-    "blended": [True, False, True, True, False, True, False, True],
+POLICIES: dict[str, list[InBatch]] = {
+    "in-batch": ["all"] * 8,
+    "own": ["none"] * 8,
+    "blended": ["all", "none", "positives", "all", "none", "all", "positives", "all"],
 }
 DIMS = {"whole": None, "prefixes": [2, 4, 6]}
 CASES = list(product(POLICIES, DIMS))

@@ -7,8 +7,11 @@ from typing import Final
 
 import typer
 
+from tercet.cli.ablate import ablations
+from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
 from tercet.cli.measure import diagnose, evaluate, probe
+from tercet.cli.mine import mine
 from tercet.cli.models import inspect, merge, models
 from tercet.cli.search import encode, index, search
 from tercet.cli.training import recipes
@@ -24,7 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipes, name="train")
-for verb in (demo, check, models, inspect, merge, encode, index, search, diagnose, probe):
+app.add_typer(ablations, name="ablate")
+app.add_typer(convert, name="convert")
+for verb in (demo, check, decontaminate, mine, models, inspect, merge):
+    app.command()(verb)
+for verb in (encode, index, search, diagnose, probe):
     app.command()(verb)
 app.command("eval")(evaluate)
 

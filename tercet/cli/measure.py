@@ -1,15 +1,20 @@
 """Verbs that say how good a model is, and why."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tercet import zoo
 from tercet.cli.loading import Echo, ModelName, PoolingOption, Precision, ReadingOption, load
 from tercet.console import columns, results, say
+from tercet.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tercet.evaluate.latents import LatentUse
 
 Against = Annotated[
     list[str] | None, typer.Option(help="Another model to compare with; may be repeated.")
@@ -22,12 +27,20 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Examples, or pairs of texts with a score (.jsonl, .parquet), or a folder in "
-            "BEIR's layout."
+            help="Examples, pairs of texts with a score, or labelled texts (.jsonl, .parquet), or "
+            "a folder in BEIR's layout."
         ),
     ],
     against: Against = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Use the model's prompts for it; None: what the data is called."),
+    ] = None,
+    prompts: Annotated[bool, typer.Option(help="Put the model's prompts before texts.")] = True,
     bm25: Annotated[bool, typer.Option(help="Compare with words in common as well.")] = True,
+    per_label: Annotated[
+        int | None, typer.Option(min=1, help="Learn from so many texts of each label only.")
+    ] = None,
     dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
     attention: ReadingOption = None,
     pooling: PoolingOption = None,
@@ -37,66 +50,150 @@ def evaluate(
 ) -> None:
     """Measure how well a model finds the right documents, with 95 % intervals.
 
-    On a file of pairs with text1, text2 and score: how well its cosines agree with the scores.
+    On a file of pairs with text1, text2 and score: how well its cosines agree with the scores. On
+    a file with text and label: how well its vectors tell the labels, learned from the records
+    whose split is train and asked of those whose split is test; without split, found by
+    clustering.
 
     Example: tercet eval runs/mine/model test.jsonl --against minilm
     """
+    from tercet.data.labelled import is_labelled_file
     from tercet.data.similarity import is_similarity_file
 
+    if task is not None and not prompts:
+        raise RecipeError("--task and --no-prompts exclude each other; give one of them")
     names = _names(model, against)
     read = partial(load, precision=precision, attention=attention, pooling=pooling, echo=echo)
+    examples = False
     if not data.is_dir() and is_similarity_file(data):
-        _similarity(names, data, read, dims=dims, words=bm25, seed=seed)
+        compared = _similarity(data)
+    elif not data.is_dir() and is_labelled_file(data):
+        compared = _labels(data, per_label, seed)
     else:
-        _retrieval(names, data, read, dims=dims, words=bm25, seed=seed)
+        compared, examples = _retrieval(data), not data.is_dir()
+    asked = _Asked(data, task, prompts, examples)
+    measured = {}
+    for name in names:
+        embedder = read(name)
+        known = asked.of(name, embedder, first=name == names[0])
+        measured[name] = compared.measure(embedder, task=known, dims=dims, progress=True)
+    if bm25:
+        measured[compared.baseline] = compared.by_words()
+    results().print(compared.what)
+    first, *others = measured
+    _show(
+        compared.metrics,
+        {n: [r.interval(m, seed=seed) for m in compared.metrics] for n, r in measured.items()},
+        {
+            n: [compared.minus(measured[first], measured[n], m, seed) for m in compared.metrics]
+            for n in others
+        },
+    )
 
 
-def _retrieval(
-    names: list[str], data: Path, read: Any, *, dims: int | None, words: bool, seed: int
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """A set, and how models are measured on it."""
+
+    what: str  # it holds
+    metrics: Sequence[str]
+    measure: Callable[..., Any]
+    baseline: str
+    by_words: Callable[[], Any]
+    minus: Callable[[Any, Any, str, int], Any] = lambda it, other, metric, seed: it.minus(
+        other, metric, seed=seed
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Which prompts a user wants."""
+
+    data: Path
+    task: str | None
+    prompts: bool
+    examples: bool  # whether the data are records that may name their task
+
+    def of(self, name: str, embedder: Any, *, first: bool) -> str | None:
+        """The task whose prompts this model uses, and word of it; None for its default ones.
+
+        The task that a user names has to be known by the first model, not by those it is
+        compared with.
+        """
+        from tercet.evaluate.prompts import drop_prompts, known_task, task_names
+
+        settings = embedder.settings
+        if not self.prompts:
+            drop_prompts(embedder)
+            return None
+        if self.task is not None:
+            if first:
+                settings.prompt("query", self.task)  # refuses an unknown one
+            known = known_task(settings, (self.task,))
+            if known is None:
+                say(f"{name}: knows no task {self.task!r}; its default prompts are used")
+            return known
+        if not settings.task_prompts:
+            return None
+        known = known_task(settings, task_names(self.data, examples=self.examples))
+        if known is not None:
+            say(f"{name}: with its prompts for the task {known!r}")
+        return known
+
+
+def _retrieval(data: Path) -> _Compared:
     from tercet.evaluate.embedders import measure, measure_bm25
     from tercet.evaluate.intervals import paired_difference
     from tercet.evaluate.retrieval import METRICS, RetrievalSet
 
     examined = RetrievalSet.from_beir(data) if data.is_dir() else RetrievalSet.from_examples(data)
-    measured = {
-        name: measure(read(name), examined, dims=dims, progress=True).result for name in names
-    }
-    if words:
-        measured["BM25"] = measure_bm25(examined)
-    results().print(f"{len(examined.queries):,} queries, {len(examined.documents):,} documents")
-    first = measured[names[0]]
-    _show(
+    return _Compared(
+        f"{len(examined.queries):,} queries, {len(examined.documents):,} documents",
         METRICS,
-        {n: [result.interval(m, seed) for m in METRICS] for n, result in measured.items()},
-        {
-            n: [paired_difference(first.scores[m], other.scores[m], seed=seed) for m in METRICS]
-            for n, other in list(measured.items())[1:]
-        },
+        lambda embedder, **how: measure(embedder, examined, **how).result,
+        "BM25",
+        partial(measure_bm25, examined),
+        minus=lambda it, other, metric, seed: paired_difference(
+            it.scores[metric], other.scores[metric], seed=seed
+        ),
     )
 
 
-def _similarity(
-    names: list[str], data: Path, read: Any, *, dims: int | None, words: bool, seed: int
-) -> None:
+def _similarity(data: Path) -> _Compared:
     from tercet.data.similarity import SimilaritySet
     from tercet.evaluate.similarity import METRICS, measure_overlap, measure_similarity
 
     examined = SimilaritySet.from_file(data)
-    measured = {
-        name: measure_similarity(read(name), examined, dims=dims, progress=True) for name in names
-    }
-    if words:
-        measured["word overlap"] = measure_overlap(examined)
-    results().print(f"{len(examined.pairs):,} pairs of {len(examined.texts):,} texts")
-    first = measured[names[0]]
-    _show(
+    return _Compared(
+        f"{len(examined.pairs):,} pairs of {len(examined.texts):,} texts",
         METRICS,
-        {n: [result.interval(m, seed=seed) for m in METRICS] for n, result in measured.items()},
-        {
-            n: [first.minus(other, m, seed=seed) for m in METRICS]
-            for n, other in list(measured.items())[1:]
-        },
+        lambda embedder, **how: measure_similarity(embedder, examined, **how),
+        "word overlap",
+        partial(measure_overlap, examined),
+    )
+
+
+def _labels(data: Path, per_label: int | None, seed: int) -> _Compared:
+    from tercet.evaluate import labels
+    from tercet.evaluate.label_sets import ClusteringSet, read_label_set
+
+    examined = read_label_set(data)
+    if isinstance(examined, ClusteringSet):
+        return _Compared(
+            f"{len(examined.rows.texts):,} texts, {len(examined.labels):,} labels",
+            labels.CLUSTERING_METRICS,
+            lambda embedder, **how: labels.measure_clustering(embedder, examined, **how),
+            "TF-IDF",
+            partial(labels.measure_clustering_by_words, examined),
+        )
+    few = examined.sampled(per_label, seed=seed)
+    return _Compared(
+        f"{len(few.test.texts):,} texts, {len(few.labels):,} labels, learned from "
+        f"{len(few.train.texts):,}",
+        labels.METRICS,
+        lambda embedder, **how: labels.measure_classification(embedder, few, **how),
+        "TF-IDF",
+        partial(labels.measure_classification_by_words, few),
     )
 
 
@@ -116,24 +213,48 @@ def diagnose(
     """Show what reading both ways does to a decoder, and whether it needs training for it.
 
     Writes how far a beginning depends on what follows it, and how the states of both directions
-    differ layer by layer. Later stages are compared with --against.
+    differ layer by layer. Later stages are compared with --against. Of a model with latent
+    attention it also shows how much of its dictionary each head uses.
 
     Example: tercet diagnose smollm2 --against runs/mine/1-mntp/model --out runs/diagnosis
     """
     from tercet.evaluate.diagnose import Material, diagnose, prefix_table
+    from tercet.evaluate.figures import drawing, heat_maps, write_png
+    from tercet.evaluate.latents import LABELS, latent_use
 
     names = _names(model, against)
     material = Material.read(triples, text)
-    found = diagnose(
-        ((name, load(name, precision)) for name in names), out, material=material, seed=seed
-    )
+    uses: dict[str, LatentUse] = {}
+
+    def loaded() -> Iterator[tuple[str, Any]]:
+        for name in names:
+            embedder = load(name, precision)
+            if embedder.settings.layer is not None and embedder.settings.layer.kind == "latent":
+                uses[name] = latent_use(embedder, material.texts)
+            yield name, embedder
+
+    found = diagnose(loaded(), out, material=material, seed=seed)
     prefixes = prefix_table(found, seed=seed)
     readings = columns("model and reading", *next(iter(prefixes.values())))
     for name, row in prefixes.items():
         readings.add_row(name, *map(str, row.values()))
     results().print(readings)
     _show_layers({name: each.layer_means()[1:] for name, each in found.items() if each.maps})
+    if uses:
+        _show_latents(uses)
+        with drawing():
+            maps = {name: use.heat_map() for name, use in uses.items()}
+            write_png(out / "latents.png", heat_maps(maps, LABELS))
     results().print(f"{out / 'report.html'}", soft_wrap=True)
+
+
+def _show_latents(uses: "dict[str, LatentUse]") -> None:
+    """Which share of its dictionary a latent attention layer uses, head by head."""
+    for name, use in uses.items():
+        table = columns(f"latents of {name}", *next(iter(use.rows().values())))
+        for head, row in use.rows().items():
+            table.add_row(head, *(f"{number:.3f}" for number in row.values()))
+        results().print(table)
 
 
 def _show_layers(means: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from tercet.data.texts import open_texts
 from tercet.errors import RecipeError
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
+from tercet.recipes.nv_embed import nv_embed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Reads:
     texts: bool = False  # plain texts; false: examples
     needed: bool = True
     otherwise: str | None = None  # the flag whose files are taken where this one names none
+    beside: str | None = None  # the flag whose files are read as well
 
 
 PAIRS: Final = Reads(
@@ -53,6 +55,18 @@ SENTENCES: Final = Reads(
     texts=True,
     needed=False,
     otherwise="data",
+)
+RETRIEVAL: Final = Reads(
+    mixture="retrieval",
+    flag="data",
+    help="Examples of retrieval tasks, for both stages; may be repeated. FILE:2 weighs.",
+)
+TASKS: Final = Reads(
+    mixture="blended",
+    flag="tasks",
+    help="Examples of other tasks (see tercet convert), for the stage blended; may be repeated.",
+    needed=False,
+    beside="data",
 )
 MORE_PAIRS: Final = Reads(
     mixture="pairs", flag="pairs", help="Examples for the stage supervised.", needed=False
@@ -156,8 +170,10 @@ def _data(
             raise RecipeError(
                 f"the stage {asked[kind.mixture]} needs --{kind.flag}, and there is none"
             )
-        used.add(flag)
-        found[kind.mixture] = [_opened(path, kind.texts, field, opened) for path in files[flag]]
+        flags = [flag] if kind.beside is None else [kind.beside, flag]
+        used.update(flags)
+        paths = [path for name in flags for path in files[name]]
+        found[kind.mixture] = [_opened(path, kind.texts, field, opened) for path in paths]
     for flag, paths in files.items():
         if paths and flag not in used:
             stages = ", ".join(stage.name for stage in recipe.stages)
@@ -190,13 +206,17 @@ def _train(
 ) -> None:
     from tercet import distributed
     from tercet.evaluate.embedders import dev_score
+    from tercet.evaluate.prompts import task_names
     from tercet.evaluate.retrieval import RetrievalSet
     from tercet.train.loop import train
 
     distributed.start()
     try:
         sources = data(recipe)
-        score = None if dev is None else dev_score(RetrievalSet.from_examples(dev))
+        score = None
+        if dev is not None:
+            task = task_names(dev, examples=True)[0]
+            score = dev_score(RetrievalSet.from_examples(dev), task)
         tell = say if distributed.is_main() else (lambda line: None)
         train(recipe, sources, out, score=score, run=run, say=tell)
         if distributed.is_main():
@@ -218,5 +238,14 @@ recipes.command("llm2vec")(
         SENTENCES,
         MORE_PAIRS,
         example="tercet train llm2vec --base smollm2 --data texts.txt --out runs/mine",
+    )
+)
+recipes.command("nv-embed")(
+    training_verb(
+        nv_embed,
+        RETRIEVAL,
+        TASKS,
+        example="tercet train nv-embed --base smollm2 --data pairs.jsonl --tasks labels.jsonl "
+        "--out runs/mine",
     )
 )

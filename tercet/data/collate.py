@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
 from tercet.data.relation import Relation, hash_of, relation_of
 from tercet.data.tokens import Tokens
-from tercet.types import Example, Packed, Role
+from tercet.types import Example, InBatch, Packed, Role
 
 Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
 """Texts, their role and their prompts to tokens: an embedder's."""
 
 PromptOf = Callable[[Role, str], str]
 """The prompt that the model uses for a role and a task."""
+
+Policy: TypeAlias = Literal["all", "positives", "none", "per_row"]
+"""Who is a negative in a batch: one rule for all, or for each row what its task allows."""
 
 _DRAW: Final = 0xD0C  # keeps the choice of texts apart from other uses of the same seed
 
@@ -37,7 +40,8 @@ class Collator:
     prompt_of: PromptOf
     positives: int = 1  # at most, of one query; more are drawn from
     negatives: int = 8  # mined ones at most, of one query
-    in_batch: bool = True  # whether other examples' documents are negatives
+    in_batch: Policy = "per_row"  # which documents of other examples are negatives
+    mask_duplicates: bool = True  # never take a text that answers the query too for a negative
 
     def __call__(self, examples: Sequence[Example], seed: Sequence[int]) -> Batch:
         """Choose each example's documents and lay all texts in a row.
@@ -71,8 +75,17 @@ class Collator:
                 self.tokenize(documents, "document", document_prompts),
             ]
         )
-        relation = relation_of(queries, positives, negatives, in_batch=self.in_batch)
+        relation = relation_of(
+            queries,
+            positives,
+            negatives,
+            in_batch=[self._policy(example) for example in examples],
+            mask_duplicates=self.mask_duplicates,
+        )
         return Batch(tokens.pack(), len(queries), relation, tokens.truncated)
+
+    def _policy(self, example: Example) -> InBatch:
+        return (example.in_batch or "all") if self.in_batch == "per_row" else self.in_batch
 
     def _prompt(self, own: str | None, role: Role, example: Example) -> str:
         return self.prompt_of(role, example.task) if own is None else own

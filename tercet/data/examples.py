@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from tercet.types import Example
+from tercet.types import Example, InBatch
 
 # The first name of each field is ours and the one we write; the others are read as well. The
 # short ones are those of FlagEmbedding's files.
@@ -16,6 +16,7 @@ NEGATIVE_SCORES: Final = ("negative_scores", "neg_scores")
 QUERY_PROMPT: Final = ("query_prompt", "prompt")
 DOCUMENT_PROMPT: Final = ("document_prompt",)
 TASK: Final = ("task",)
+IN_BATCH: Final = ("in_batch",)
 EXAMPLE_FIELDS: Final = (
     *QUERY,
     *POSITIVES,
@@ -25,6 +26,7 @@ EXAMPLE_FIELDS: Final = (
     *QUERY_PROMPT,
     *DOCUMENT_PROMPT,
     *TASK,
+    *IN_BATCH,
 )
 
 SHOWN_CHARACTERS: Final = 60  # of a wrong value, in a message
@@ -61,6 +63,7 @@ def parse_example(record: object, task: str) -> Example:
         query_prompt=_optional_text(fields, QUERY_PROMPT),
         document_prompt=_optional_text(fields, DOCUMENT_PROMPT),
         task=_optional_text(fields, TASK) or task,
+        in_batch=_policy(fields),
     )
 
 
@@ -75,6 +78,7 @@ def example_record(example: Example) -> dict[str, Any]:
         "query_prompt": example.query_prompt,
         "document_prompt": example.document_prompt,
         "task": example.task or None,
+        "in_batch": example.in_batch,
     }
     return {field: value for field, value in record.items() if value is not None}
 
@@ -143,6 +147,15 @@ def finite(value: object, field: str) -> float:
 def _optional_text(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
     name, value = given(fields, names)
     return None if value is None else text_of(value, name)
+
+
+def _policy(fields: Mapping[str, Any]) -> InBatch | None:
+    name, value = given(fields, IN_BATCH)
+    if value is not None and value not in get_args(InBatch):
+        raise ValueError(
+            f'"{name}" must be one of {", ".join(get_args(InBatch))}, got {shown(value)}'
+        )
+    return value
 
 
 def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ rows of a block are written when a loss asks for them, and forgotten after it.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from jaxtyping import Bool, Int, Int8
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from tercet.distributed import gather_ints, rank, world
 from tercet.segments import offsets_of
-from tercet.types import IGNORED, NEGATIVE, POSITIVE
+from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
+
+# What a query takes from other examples, in numbers.
+_POLICIES: Final[Mapping[InBatch, int]] = {"none": 0, "positives": 1, "all": 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,16 +53,17 @@ class Relation:
 
     A positive is a document that came with the query as one. Never a negative are: a document
     with the text of one of the query's positives, under whatever id; a document of another
-    example that asks the same query; and, for a query that takes its own negatives only,
-    whatever came with another example. Use ``relation_of`` to make one.
+    example that asks the same query; and, by the query's policy, whatever came with another
+    example ("none"), or what was mined for it ("positives"). Use ``relation_of`` to make one.
     """
 
     owners: Int[Tensor, "docs"]  # the query each document came with; ascending
     own: Int8[Tensor, "docs"]  # what it is to that query
     texts: Int[Tensor, "docs"]  # hash of its text
     questions: Int[Tensor, "docs"]  # hash of the text of that query
-    in_batch: Bool[Tensor, "queries"]  # whether other examples' documents are negatives
+    policies: Int8[Tensor, "queries"]  # 0: none of the others' documents, 1: positives, 2: all
     first_query: int  # row 0 is this query; the earlier ones belong to other processes
+    mask_duplicates: bool  # false: equal texts and equal queries are negatives like any other
     repeats: Repeats
 
     @property
@@ -70,8 +75,12 @@ class Relation:
         self, start: int, stop: int, device: torch.device | None = None
     ) -> Int8[Tensor, "rows docs"]:
         """The relation of queries ``start`` to ``stop`` of this process to all documents."""
-        others = torch.where(self.in_batch[start:stop], NEGATIVE, IGNORED).to(torch.int8)
+        policies = self.policies[start:stop]
+        others = torch.where(policies > 0, NEGATIVE, IGNORED).to(torch.int8)
         block = others.to(device)[:, None].repeat(1, len(self.owners))
+        if bool((choosy := policies == _POLICIES["positives"]).any()):
+            mined = self.own != POSITIVE
+            block.masked_fill_(choosy.to(device)[:, None] & mined.to(device), IGNORED)
         rows, columns = self.repeats.pairs(start, stop)
         if len(rows):
             block[rows.to(device), columns.to(device)] = IGNORED
@@ -89,10 +98,11 @@ class Relation:
         """
         if world() == 1:
             return self
-        queries = gather_ints(torch.tensor([len(self.in_batch)]))
+        queries = gather_ints(torch.tensor([len(self.policies)]))
         first = int(queries[: rank()].sum())
         facts = torch.stack([self.owners + first, self.own, self.texts, self.questions], dim=1)
-        return _assembled(gather_ints(facts).T.contiguous(), self.in_batch, first)
+        everybody = gather_ints(facts).T.contiguous()
+        return _assembled(everybody, self.policies, first, self.mask_duplicates)
 
 
 def relation_of(
@@ -100,13 +110,15 @@ def relation_of(
     positives: Sequence[Sequence[str]],
     negatives: Sequence[Sequence[str]],
     *,
-    in_batch: bool | Sequence[bool] = True,
+    in_batch: InBatch | Sequence[InBatch] = "all",
+    mask_duplicates: bool = True,
 ) -> Relation:
     """The relation of a batch whose columns are each example's positives, then its negatives.
 
     ``in_batch`` may differ by query, so that tasks with and without in-batch negatives can share
     a batch. Texts are compared as they are; a mined negative that equals a positive of its own
-    query is ignored.
+    query is ignored. Without ``mask_duplicates`` no text is compared with another, as in most
+    published training code.
     """
     owners: list[int] = []
     own: list[int] = []
@@ -114,14 +126,16 @@ def relation_of(
     for i, (right, wrong) in enumerate(zip(positives, negatives, strict=True)):
         owners += [i] * (len(right) + len(wrong))
         own += [POSITIVE] * len(right)
-        own += [IGNORED if text in right else NEGATIVE for text in wrong]
+        equal = set(right) if mask_duplicates else set()
+        own += [IGNORED if text in equal else NEGATIVE for text in wrong]
         texts += [hash_of(text) for text in (*right, *wrong)]
-    policies = [in_batch] * len(queries) if isinstance(in_batch, bool) else list(in_batch)
+    if isinstance(in_batch, str):
+        in_batch = (in_batch,) * len(queries)
     asked = torch.tensor([hash_of(query) for query in queries], dtype=torch.int64)
     whose = torch.tensor(owners, dtype=torch.int64)
     facts = [whose, torch.tensor(own), torch.tensor(texts), asked[whose]]
-    agreed = torch.tensor(policies, dtype=torch.bool)  # float if there were no query
-    return _assembled(torch.stack([x.to(torch.int64) for x in facts]), agreed, 0)
+    agreed = torch.tensor([_POLICIES[policy] for policy in in_batch], dtype=torch.int8)
+    return _assembled(torch.stack([x.to(torch.int64) for x in facts]), agreed, 0, mask_duplicates)
 
 
 def hash_of(text: str) -> int:
@@ -134,13 +148,16 @@ def hash_of(text: str) -> int:
 
 
 def _assembled(
-    facts: Int[Tensor, "4 docs"], in_batch: Bool[Tensor, "queries"], first_query: int
+    facts: Int[Tensor, "4 docs"],
+    policies: Int8[Tensor, "queries"],
+    first_query: int,
+    mask_duplicates: bool,
 ) -> Relation:
     """Facts are owners, own, texts and questions of the documents of all processes."""
     owners, own, texts, questions = facts
     rows = owners - first_query
-    here = (rows >= 0) & (rows < len(in_batch))
-    here[here.clone()] = in_batch[rows[here]]  # other rows ignore everybody else's anyway
+    here = (rows >= 0) & (rows < len(policies)) & mask_duplicates
+    here[here.clone()] = policies[rows[here]] > 0  # other rows ignore everybody else's anyway
     begins_example = owners.diff(prepend=owners.new_tensor([-1])) != 0
     by_text = _runs(owners, texts, here & (own == POSITIVE))
     by_question = _runs(owners, questions, here & begins_example)
@@ -150,8 +167,9 @@ def _assembled(
         own=own.to(torch.int8),
         texts=texts,
         questions=questions,
-        in_batch=in_batch,
+        policies=policies,
         first_query=first_query,
+        mask_duplicates=mask_duplicates,
         repeats=Repeats(
             rows=torch.cat([by_text.rows, by_question.rows])[order] - first_query,
             begins=torch.cat([by_text.begins, by_question.begins + len(owners)])[order],

@@ -8,8 +8,8 @@ import hashlib
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
@@ -43,6 +43,7 @@ ROWS_PER_GROUP: Final = 4096  # of a parquet file we write
 CACHED_BYTES: Final = 1 << 28  # 256 MiB of row groups in memory; at least two groups
 WINDOW_BLOCKS: Final = 8  # so many are shuffled together, if two such windows fit in the cache
 ROWS_PER_REPORT: Final = 1000  # how often progress is told
+MAX_TASKS: Final = 1000  # of one file, whose prompts are remembered
 
 Stamp: TypeAlias = tuple[int, int]
 Parse: TypeAlias = Callable[[object, str], Example]
@@ -74,6 +75,8 @@ class Source:
     fingerprint: str  # of what the records say
     reader: Reader
     parse: Parse
+    prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task, role: the first
+    without_negatives: int = 0  # examples that bring none
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -141,11 +144,15 @@ def open_source(
     with readable(path):
         stamp = _stamp(path)
     offsets, sizes = array("q"), array("i")
+    prompts: dict[str, dict[str, str]] = {}
+    bare = 0
     digest = hashlib.blake2b(digest_size=16)
     for record in kind.records(path):
         example = parsed(path, record, lambda it: kind.parse(it.value, name))
         offsets.append(record.offset)
         sizes.append(longest_text_bytes(example))
+        _note_prompts(prompts, example)
+        bare += not example.negatives
         digest.update(record.content)
         if progress is not None and len(sizes) % ROWS_PER_REPORT == 0:
             progress(record.done)
@@ -168,7 +175,19 @@ def open_source(
         fingerprint=digest.hexdigest(),
         reader=reader,
         parse=kind.parse,
+        prompts=prompts,
+        without_negatives=bare,
     )
+
+
+def _note_prompts(prompts: dict[str, dict[str, str]], example: Example) -> None:
+    """Remember the first prompt that a task's examples bring for each role."""
+    given = {"query": example.query_prompt, "document": example.document_prompt}
+    found = {role: prompt for role, prompt in given.items() if prompt is not None}
+    if found and (example.task in prompts or len(prompts) < MAX_TASKS):
+        of_task = prompts.setdefault(example.task, {})
+        for role, prompt in found.items():
+            of_task.setdefault(role, prompt)
 
 
 def longest_text_bytes(example: Example) -> int:
@@ -294,6 +313,7 @@ def _write_parquet(path: Path, records: Iterator[dict[str, Any]]) -> None:
             "query_prompt": text,
             "document_prompt": text,
             "task": text,
+            "in_batch": text,
         }
     )
     with pq.ParquetWriter(path, schema) as writer:

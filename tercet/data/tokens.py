@@ -1,5 +1,6 @@
 """From texts to one row of tokens."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,8 +9,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.processors import PostProcessor, TemplateProcessing
-from tokenizers.processors import Sequence as ProcessorSequence
 from transformers import AutoTokenizer
 
 from tercet.errors import ModelError
@@ -157,7 +156,8 @@ class Tokenizer:
         The end of the text is cut; prompt, suffix and special tokens stay. What is pooled is told
         by character offsets, so the borders are exact for any tokenizer: a token that lies partly
         in the text is pooled. A text without any token gets one filler token; where nothing is
-        left to pool (an empty text, or no room beside the prompt) all tokens are pooled.
+        left to pool (an empty text, or no room beside the prompt, and no end-of-text token) all
+        tokens are pooled.
 
         With ``form.echo`` the text is tokenized by itself and its ids stand there twice, in
         ``Instruct:{prompt},``, ``Query:{text}``, ``Query again:{text}``, a line each (or
@@ -203,7 +203,7 @@ class Tokenizer:
             ids = encoding.ids
             ids = ids[head : len(ids) - tail]
             if not located:
-                yield _Laid([], ids[:room], [], cut=len(ids) > room)
+                yield _Laid([], ids[:room], [], cut=len(ids) > room, prompted=False)
                 continue
             offsets = encoding.offsets[head : head + len(ids)]
             first, stop = _borders(offsets, len(prompt), len(prompt) + len(text))
@@ -214,6 +214,7 @@ class Tokenizer:
                 ids[first:kept],
                 after,
                 cut=len(ids) > room,
+                prompted=bool(prompt),
                 spans=[(a - len(prompt), b - len(prompt)) for a, b in offsets[first:kept] if spans],
             )
 
@@ -237,6 +238,7 @@ class Tokenizer:
                 ids,
                 after,
                 cut=len(encoding.ids) > kept or len(starts[prompt]) > spare,
+                prompted=bool(start),
                 spans=encoding.offsets[:kept] if spans else [],
             )
 
@@ -247,11 +249,11 @@ class Tokenizer:
         """How many leading tokens are not pooled, and the bounds of those after the text."""
         head, before, after = len(self._head), len(laid.before), len(laid.after)
         prompted = form.pool_prompt and not form.echo
-        pooled = len(laid.text) + prompted * before + form.pool_suffix * after
+        pooled = len(laid.text) + prompted * before + form.pool_suffix * after + form.end * tail
         if pooled == 0:
             return 0, (0, 0)
         skipped = 0 if form.pool_special else head
-        if before and not prompted:
+        if laid.prompted and not prompted:
             skipped = head + before
         start = head + before + len(laid.text)
         end = start + after
@@ -274,6 +276,7 @@ class _Laid:
     text: list[int]
     after: list[int]
     cut: bool
+    prompted: bool  # even where no token is the prompt's alone
     spans: list[tuple[int, int]] = field(default_factory=list)  # of the text's tokens, if asked
 
 
@@ -310,6 +313,22 @@ def _append_end(fast: FastTokenizer, tokenizer: Any) -> None:
     ids = fast.encode("a").ids
     if ids and ids[-1] == number:
         return
-    ending = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
-    before: PostProcessor | None = fast.post_processor
-    fast.post_processor = ending if before is None else ProcessorSequence([before, ending])  # pyright: ignore
+    content = json.loads(fast.to_str())
+    content["post_processor"] = _with_end(content["post_processor"], end, number)
+    fast.post_processor = FastTokenizer.from_str(json.dumps(content)).post_processor
+
+
+def _with_end(processor: dict[str, Any] | None, end: str, number: int) -> dict[str, Any]:
+    """A post-processor that adds one more token; of two templates in a row only the first acts."""
+    known = {end: {"id": end, "ids": [number], "tokens": [end]}}
+    last = {"SpecialToken": {"id": end, "type_id": 0}}
+    parts = [] if processor is None else processor.get("processors", [processor])
+    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
+    if template is None:
+        one, two = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        template = {"type": "TemplateProcessing", "single": [one], "pair": [one, two]}
+        parts = [*parts, template]
+    template["single"] = [*template["single"], last]
+    template["pair"] = [*template["pair"], {"SpecialToken": {"id": end, "type_id": 1}}]
+    template["special_tokens"] = {**template.get("special_tokens", {}), **known}
+    return parts[0] if len(parts) == 1 else {"type": "Sequence", "processors": parts}

@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 
 from tercet.evaluate.bm25 import bm25_top_k
+from tercet.evaluate.prompts import known_task, warn_unprompted
 from tercet.evaluate.retrieval import (
     METRICS,
     RetrievalResult,
@@ -31,11 +32,23 @@ class Measured:
 
 
 def measure(
-    embedder: Embedder, data: RetrievalSet, *, dims: int | None = None, progress: bool = False
+    embedder: Embedder,
+    data: RetrievalSet,
+    *,
+    task: str | None = None,
+    dims: int | None = None,
+    progress: bool = False,
 ) -> Measured:
-    """Encode both sides with the model's own prompts, search exactly, and score the rankings."""
-    queries = embedder.encode(data.queries, "query", dims=dims, progress=progress)
-    documents = embedder.encode(data.documents, "document", dims=dims, progress=progress)
+    """Encode both sides with the model's own prompts, search exactly, and score the rankings.
+
+    The prompts are those of the ``task``, or the default ones.
+
+    Raises:
+        RecipeError: for a task that the model has no prompts for.
+    """
+    warn_unprompted(embedder.settings, "query", task)
+    queries = embedder.encode(data.queries, "query", task=task, dims=dims, progress=progress)
+    documents = embedder.encode(data.documents, "document", task=task, dims=dims, progress=progress)
     result = evaluate_retrieval(data, queries, documents)
     positives, negatives = pair_scores(data, queries, documents)
     return Measured(result, documents, positives, negatives)
@@ -47,12 +60,16 @@ def measure_bm25(data: RetrievalSet) -> RetrievalResult:
     return evaluate_hits(data, hits, names=METRICS)
 
 
-def dev_score(data: RetrievalSet) -> Callable[[Embedder], float]:
-    """nDCG@10 on a dev set, for the training loop to choose the best weights by."""
+def dev_score(data: RetrievalSet, task: str | None = None) -> Callable[[Embedder], float]:
+    """nDCG@10 on a dev set, for the training loop to choose the best weights by.
+
+    The prompts are those of the ``task``, or of the set's name, or the default ones.
+    """
 
     def score(embedder: Embedder) -> float:
-        queries = embedder.encode(data.queries, "query")
-        documents = embedder.encode(data.documents, "document")
+        known = known_task(embedder.settings, (task or "", data.name))
+        queries = embedder.encode(data.queries, "query", task=known)
+        documents = embedder.encode(data.documents, "document", task=known)
         return evaluate_retrieval(data, queries, documents, names=("ndcg@10",)).mean("ndcg@10")
 
     return score

@@ -223,12 +223,23 @@ def _edges(scores: Mapping[str, ScoreSample], bins: int) -> Float64[np.ndarray, 
     return np.linspace(low, high, bins + 1)
 
 
-def heat_maps(maps: Mapping[str, HeatMap]) -> "Figure":
+@dataclass(frozen=True, slots=True)
+class MapLabels:
+    """What rows, columns, numbers and the curve of a heat map are called."""
+
+    row: str = "layer"
+    column: str = "token"
+    number: str = "cosine of the causal and the bidirectional state"
+    curve: str = "mean"
+
+
+def heat_maps(maps: Mapping[str, HeatMap], labels: MapLabels | None = None) -> "Figure":
     """A row a model: layers upwards, tokens to the right, and each layer's mean beside them.
 
-    The numbers are cosines of states, all on one scale from 0 to 1. Tokens stand below the last
-    map, and below one whose tokens differ from those of the next.
+    The numbers are cosines of states, or what ``labels`` say, all on one scale from 0 to 1. Tokens
+    stand below the last map, and below one whose tokens differ from those of the next.
     """
+    labels = labels or MapLabels()
     figure = _new_figure(height=0.8 + 2.5 * len(maps))
     shares = {"width_ratios": [5, 1]}
     grid = figure.subplots(len(maps), 2, squeeze=False, sharey="row", gridspec_kw=shares)
@@ -245,26 +256,26 @@ def heat_maps(maps: Mapping[str, HeatMap]) -> "Figure":
             vmax=1,
         )
         left.set_title(fill(label, _TITLE_CHARACTERS), loc="left")
-        left.set_ylabel("layer")
+        left.set_ylabel(labels.row)
         left.locator_params(axis="y", integer=True)
         if shown is every[-1] or shown.tokens != every[number + 1].tokens:
-            _name_tokens(left, shown.tokens)
+            _name_tokens(left, shown.tokens, labels.column)
         else:
             left.set_xticks([])
         right.plot(shown.layer_means, range(len(shown.layer_means)), color=_CURVE, linewidth=1.8)
         right.set_xlim(0, 1.03)
-        right.set_title("mean", loc="left")
+        right.set_title(labels.curve, loc="left")
         right.grid(color=_LINES, linewidth=0.7)
     if image is not None:
         bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.5, aspect=40, pad=0.02)
-        bar.set_label("cosine of the causal and the bidirectional state", fontsize=9)
+        bar.set_label(labels.number, fontsize=9)
         bar.ax.tick_params(labelsize=8)
     return figure
 
 
-def _name_tokens(axes: "Axes", tokens: Sequence[str]) -> None:
+def _name_tokens(axes: "Axes", tokens: Sequence[str], name: str) -> None:
     if len(tokens) > _LABELLED_TOKENS:
-        axes.set_xlabel("token")
+        axes.set_xlabel(name)
         return
     size = min(8.0, 330 / max(len(tokens), 1))  # points: as high as a column is wide
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=size)

@@ -10,6 +10,7 @@ from tercet.data.similarity import SimilaritySet, Unit
 from tercet.errors import ModelError
 from tercet.evaluate.bm25 import words
 from tercet.evaluate.intervals import RESAMPLES, Interval
+from tercet.evaluate.prompts import encode_alike
 from tercet.nn.embedder import Embedder
 from tercet.types import Role
 
@@ -84,15 +85,24 @@ def evaluate_similarity(
         ModelError: when a vector is not finite.
     """
     assert len(vectors) == len(data.texts), "one vector for each text"
+    check_finite(vectors)
+    wide = vectors.astype(np.float64)
+    wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return SimilarityResult(data, np.einsum("pd,pd->p", *wide[data.pairs].swapaxes(0, 1)))
+
+
+def check_finite(vectors: Float[np.ndarray, "texts dim"]) -> None:
+    """Refuse vectors that no text can have.
+
+    Raises:
+        ModelError: when a vector is not finite, naming the first.
+    """
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise ModelError(
             f"the vector of text {int(finite.argmin())} holds NaN or infinity; "
             "the model is damaged, or its training diverged"
         )
-    wide = vectors.astype(np.float64)
-    wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    return SimilarityResult(data, np.einsum("pd,pd->p", *wide[data.pairs].swapaxes(0, 1)))
 
 
 def measure_similarity(
@@ -100,14 +110,19 @@ def measure_similarity(
     data: SimilaritySet,
     *,
     role: Role = "query",
+    task: str | None = None,
     dims: int | None = None,
     progress: bool = False,
 ) -> SimilarityResult:
     """Encode each text once and compare: neither side is searched, so both get one role's prompt.
 
-    For another way of reading, hand the vectors of ``embedder.encode`` to ``evaluate_similarity``.
+    It is that of the ``task``, or the default one. For another way of reading, hand the vectors
+    of ``embedder.encode`` to ``evaluate_similarity``.
+
+    Raises:
+        RecipeError: for a task that the model has no prompts for.
     """
-    vectors = embedder.encode(data.texts, role, dims=dims, progress=progress)
+    vectors = encode_alike(embedder, data.texts, role, task=task, dims=dims, progress=progress)
     return evaluate_similarity(data, vectors)
 
 

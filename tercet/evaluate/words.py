@@ -9,33 +9,26 @@ The paper trains a linear layer with dropout by gradient steps; here it is a reg
 regression on standardised vectors, which has one solution and no learning rate.
 """
 
-import logging
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
 from tercet.data.conll import UNLABELLED, LabelledSentence
-from tercet.errors import MissingExtraError, RecipeError
+from tercet.errors import RecipeError
 from tercet.evaluate.intervals import Interval, pooled_interval
+from tercet.evaluate.probe import mean_f1, regression, vector_probe
 from tercet.nn.embedder import Embedder
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
 
 ACCURACY: Final = "accuracy"  # over labelled words; "micro precision" in the paper
 MACRO_F1: Final = "macro F1"  # each label counts the same
 ENTITY_F1: Final = "entity F1"  # of whole spans, where the labels are B-, I- and O
 
-# Weights are drawn to zero so that the scores of a standardised vector vary by about this much
-# at any width. Chosen once, on training sentences of the example data that were kept apart.
-SCORE_VARIANCE: Final = 6.0
-MAX_STEPS: Final = 300  # of its solver
+_NEEDS: Final = "the word probe"
 
 _BIO = re.compile(r"O|[BI]-.+")
 
@@ -43,8 +36,6 @@ Predicted: TypeAlias = tuple[tuple[str, ...], ...]
 Span: TypeAlias = tuple[str, int, int]  # kind, first word, and the word after the last
 # Of each sentence and label: words (or spans) told right, there in truth, told at all.
 Tallies: TypeAlias = Float64[np.ndarray, "sentences labels 3"]
-
-log = logging.getLogger("tercet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +100,7 @@ def word_probe(
         RecipeError: when no labelled word is left, or the training words have one label only.
         MissingExtraError: when scikit-learn is not installed.
     """
-    _regression()  # a missing package is told before the encoder works for minutes
+    regression(_NEEDS)  # a missing package is told before the encoder works for minutes
     train_vectors = embedder.encode_words([it.words for it in train], predictor=predictor)
     classify = linear_probe(train, train_vectors)
     test_vectors = embedder.encode_words([it.words for it in test], predictor=predictor)
@@ -182,9 +173,7 @@ def linear_probe(
     Raises:
         RecipeError: when no labelled word is left, or there is one label only.
     """
-    regression = _regression(vectors[0].shape[1] if vectors else 1)
-    from sklearn.exceptions import ConvergenceWarning
-
+    model = regression(_NEEDS, vectors[0].shape[1] if vectors else 1)
     labels = np.array(
         [
             label
@@ -198,23 +187,8 @@ def linear_probe(
         held = f"have one label only, {str(known[0])!r}" if len(known) else "hold no labelled word"
         raise RecipeError(f"the training sentences {held}; a probe needs two labels to tell apart")
     features = np.concatenate(vectors)[counted].astype(np.float32, copy=False)
-    mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-    features -= mean
-    deviation = np.sqrt(np.einsum("wh,wh->h", features, features) / len(features))
-    deviation[deviation == 0] = 1
-    features /= deviation
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in our words
-        regression.fit(features, labels[counted])
-    if max(regression.n_iter_) >= MAX_STEPS:
-        log.warning("the probe was stopped after %d steps, before it settled", MAX_STEPS)
-
-    def classify(words: Float32[np.ndarray, "words hidden"]) -> list[str]:
-        if not len(words):
-            return []
-        return [str(it) for it in regression.predict((words - mean) / deviation)]
-
-    return classify
+    tell = vector_probe(model, features, labels[counted])
+    return lambda words: [str(it) for it in tell(words)]
 
 
 def score_words(
@@ -309,22 +283,10 @@ def _interval(tallies: Sequence[Tallies], seed: int) -> Interval:
     counts = np.stack(tallies, axis=1)  # [sentences, systems, labels, 3]
 
     def statistic(sums: Float64[np.ndarray, "draws counts"]) -> Float64[np.ndarray, "draws"]:
-        figures = _mean_f1(sums.reshape(-1, *counts.shape[1:]))
+        figures = mean_f1(sums.reshape(-1, *counts.shape[1:]))
         return figures[:, 0] - figures[:, 1:].sum(axis=1)
 
     return pooled_interval(counts.reshape(len(counts), -1), statistic, seed=seed)
-
-
-def _mean_f1(
-    tallies: Float64[np.ndarray, "*rest labels 3"],
-) -> Float64[np.ndarray, "*rest"]:
-    """2 right / (there + told), averaged over labels; NaN where nothing is there or told."""
-    right, there, told = np.moveaxis(tallies, -1, 0)
-    defined = there + told > 0
-    f1 = np.divide(2 * right, there + told, out=np.zeros_like(right), where=defined)
-    labels = defined.sum(axis=-1)
-    nothing = np.full(labels.shape, np.nan)
-    return np.divide(f1.sum(axis=-1), labels, out=nothing, where=labels > 0)
 
 
 def _labelled(sentences: Sequence[LabelledSentence]) -> Iterator[tuple[str, str]]:
@@ -337,11 +299,3 @@ def _labelled(sentences: Sequence[LabelledSentence]) -> Iterator[tuple[str, str]
 def _cut(sentence: LabelledSentence, read: int) -> int:
     """How many labelled words lie past the ones that the model has read."""
     return sum(label != UNLABELLED for label in sentence.labels[read:])
-
-
-def _regression(hidden: int = 1) -> "LogisticRegression":
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise MissingExtraError("the word probe", "probe") from error
-    return LogisticRegression(C=SCORE_VARIANCE / hidden, max_iter=MAX_STEPS, tol=1e-3)

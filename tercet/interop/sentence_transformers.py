@@ -4,6 +4,8 @@ Nothing here imports sentence-transformers: the format is a few small JSON files
 
 - ``modules.json``: which modules a text passes through, in order
 - ``1_Pooling/config.json``: which tokens become the vector, and how
+- ``1_Layer`` and ``tercet_layer.py``: a trained layer before the pooling, and the code that runs
+  it; such a folder is opened with ``trust_remote_code=True``
 - ``sentence_bert_config.json``: the longest text, in tokens
 - ``config_sentence_transformers.json``: prompts by name, similarity, versions
 
@@ -12,11 +14,14 @@ old ones without a warning; other programs that serve embedders know the old one
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
+
+from tokenizers import Tokenizer
 
 from tercet.errors import ModelError
 
@@ -31,7 +36,9 @@ POOLINGS: Final[Mapping[str, tuple[PoolingName | None, str]]] = {
     "weightedmean": ("weighted_mean", "pooling_mode_weightedmean_tokens"),
     "lasttoken": ("last", "pooling_mode_lasttoken"),
 }
-MODULES: Final = ("Transformer", "Pooling", "Normalize")
+MODULES: Final = ("Transformer", "Layer", "Pooling", "Normalize")
+LAYER: Final = "tercet_layer.Layer"  # the class of the layer, in the file that is written beside
+LAYER_CODE: Final = Path(__file__).with_name("tercet_layer.py")
 WRITTEN_AS: Final = "5.0.0"  # the release whose layout is written; readers compare it with theirs
 REMEDY: Final = "load the model with sentence-transformers itself, or use another one"
 
@@ -46,32 +53,42 @@ class StFolder:
     prompts: dict[str, str]  # by name; "query" and "document" are used for these roles
     include_prompt: bool  # whether tokens of the prompt are pooled
     normalize: bool  # whether vectors have length one
+    layer: bool = False  # whether there is a trained layer before the pooling
 
 
 def write_modules(folder: Path, *, settings: StFolder) -> None:
     """Make a folder with weights and tokenizer one that ``SentenceTransformer(folder)`` loads.
 
-    Attention both ways of a decoder is not said here but by ``is_causal`` in ``config.json``.
+    Attention both ways of a decoder is not said here but by ``is_causal`` in ``config.json``. The
+    sizes and weights of a trained layer are not written here, but its code and its prompts. A
+    tokenizer that has no padding gets its end token for it, as is usual: texts are padded there.
     """
-    modules = MODULES if settings.normalize else MODULES[:2]
+    _name_padding(folder / "tokenizer_config.json")
+    used = {"Transformer": True, "Pooling": True}
+    used |= {"Layer": settings.layer, "Normalize": settings.normalize}
+    modules = [name for name in MODULES if used[name]]
+    paths = {name: f"{i}_{name}" if i else "" for i, name in enumerate(modules)}
     _write(
         folder / "modules.json",
         [
             {
                 "idx": i,
                 "name": str(i),
-                "path": "" if name == "Transformer" else f"{i}_{name}",
-                "type": f"sentence_transformers.models.{name}",
+                "path": paths[name],
+                "type": LAYER if name == "Layer" else f"sentence_transformers.models.{name}",
             }
             for i, name in enumerate(modules)
         ],
     )
-    for i, name in enumerate(modules[1:], start=1):
-        (folder / f"{i}_{name}").mkdir(exist_ok=True)
+    for path in paths.values():
+        (folder / path).mkdir(exist_ok=True)
+    if settings.layer:
+        shutil.copyfile(LAYER_CODE, folder / LAYER_CODE.name)
+        _write(folder / paths["Layer"] / "prompts.json", prompt_ids(folder, settings))
     modes = {flag: ours == settings.pooling for ours, flag in POOLINGS.values()}
     dim = {"word_embedding_dimension": settings.dim}
     include = {"include_prompt": settings.include_prompt}
-    _write(folder / "1_Pooling" / "config.json", dim | modes | include)
+    _write(folder / paths["Pooling"] / "config.json", dim | modes | include)
     _write(
         folder / "sentence_bert_config.json",
         {"max_seq_length": settings.max_tokens, "do_lower_case": False},
@@ -92,6 +109,29 @@ def write_modules(folder: Path, *, settings: StFolder) -> None:
     )
 
 
+def _name_padding(path: Path) -> None:
+    config = _read_object(path) if path.is_file() else {}
+    if config.get("eos_token") and not config.get("pad_token"):
+        _write(path, {**config, "pad_token": config["eos_token"]})
+
+
+def prompt_ids(folder: Path, settings: StFolder) -> list[list[int]]:
+    """What a layer has to know of the prompts, where they are left out of the vectors.
+
+    The token ids of each alone, with the special tokens before it and without the one after; the
+    folder holds the tokenizer.
+    """
+    if settings.include_prompt or not settings.prompts:
+        return []
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    prompts = dict.fromkeys(prompt for prompt in settings.prompts.values() if prompt)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    found = [one.ids[: len(one.ids) - one.special_tokens_mask[-1]] for one in encoded if one.ids]
+    return [ids for ids in found if ids]
+
+
 def read_modules(folder: Path) -> StFolder | None:
     """What the folder says; None if it is not one of sentence-transformers.
 
@@ -109,6 +149,7 @@ def read_modules(folder: Path) -> StFolder | None:
         prompts=_read_prompts(folder / "config_sentence_transformers.json"),
         include_prompt=include_prompt,
         normalize="Normalize" in modules,
+        layer="Layer" in modules,
     )
 
 
@@ -118,22 +159,28 @@ def _read_module_list(path: Path) -> dict[str, str]:
         found = [(module["type"], module["path"]) for module in _read(path)]
     except (KeyError, TypeError) as error:
         raise ModelError(f"{path}: is not a list of modules with type and path") from error
-    for kind, _ in found:
-        name = kind.rpartition(".")[2]
-        if not kind.startswith("sentence_transformers.") or name not in MODULES:
+    names = [kind.rpartition(".")[2] for kind, _ in found]
+    for (kind, _), name in zip(found, names, strict=True):
+        stock = kind.startswith("sentence_transformers.") and name != "Layer"
+        if name not in MODULES or not (stock or kind == LAYER):
             raise ModelError(f'{path}: has the module "{kind}", which tercet does not; {REMEDY}')
-    names = tuple(kind.rpartition(".")[2] for kind, _ in found)
-    if names not in (MODULES, MODULES[:2]):
+    needed = {"Transformer", "Pooling"} <= {*names}
+    if not needed or names != [name for name in MODULES if name in names]:
         raise ModelError(
-            f"{path}: has the modules {', '.join(names) or '(none)'}; "
-            f"tercet reads {', '.join(MODULES)} in this order, the last one optional; {REMEDY}"
+            f"{path}: has the modules {', '.join(names) or '(none)'}; tercet reads Transformer, "
+            f"Pooling, Normalize in this order, the last one optional; {REMEDY}"
         )
     if found[0][1]:
         raise ModelError(
             f"{path}: keeps the transformer in the subfolder {found[0][1]}, as very old releases "
             "did; load and save it with a current sentence-transformers first"
         )
-    return {name: subfolder for name, (_, subfolder) in zip(names, found, strict=True)}
+    subfolders = {name: subfolder for name, (_, subfolder) in zip(names, found, strict=True)}
+    if subfolders.get("Layer", "1_Layer") != "1_Layer":
+        raise ModelError(
+            f'{path}: keeps the layer in "{subfolders["Layer"]}"; tercet reads "1_Layer": rename it'
+        )
+    return subfolders
 
 
 def _read_pooling(path: Path) -> tuple[PoolingName, int, bool]:

@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from tercet.errors import ModelError
 
 NAME: Final = "tercet"
+_WIDEST: Final = 256  # columns of a head that the kernel for rows of varying length takes
 
 
 class Layout:
@@ -106,7 +107,8 @@ def attend(
             "call the model through tercet.nn.backbone.Backbone"
         )
     rule = _rule_of(module, options, layout.dropout)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _plain(rule):
+    narrow = query.shape[-1] <= _WIDEST and query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and narrow and _plain(rule):
         return _attend_row(query, key, value, layout, rule)[None], None
     pieces = []
     rows = zip(*(x[0].split(layout.sizes, dim=1) for x in (query, key, value)), strict=True)

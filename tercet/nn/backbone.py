@@ -66,13 +66,18 @@ class Backbone(nn.Module):
         attention: Attention | None = None,
         window: Window | None = None,
         dtype: torch.dtype = torch.float32,
+        keep_layers: int | None = None,
     ) -> "Backbone":
         """Load a zoo name, a local folder, a GGUF file or a hub id, and probe it.
+
+        With ``keep_layers`` only so many of its layers are there, the first ones: a smaller and
+        worse model, for experiments on small machines.
 
         Raises:
             ModelError: when files are missing or the model cannot be packed, with the reason.
         """
-        backbone = Backbone(_load_model(str(source), dtype), attention=attention, window=window)
+        model = _load_model(str(source), dtype, keep_layers)
+        backbone = Backbone(model, attention=attention, window=window)
         backbone.prove()
         return backbone
 
@@ -277,10 +282,12 @@ def _stock_states(backbone: Backbone, text: Tensor, attention: str) -> Tensor | 
         model.set_attn_implementation(NAME)
 
 
-def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None) -> PreTrainedModel:
     place = str(zoo.resolve(source))
     try:
         config = AutoConfig.from_pretrained(place)
+        if keep_layers is not None:
+            _cut_layers(config.get_text_config(), keep_layers, source)
         model, report = AutoModel.from_pretrained(
             place, config=config, dtype=dtype, output_loading_info=True
         )
@@ -297,6 +304,17 @@ def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     if any("pooler" in key for key in report["missing_keys"]):
         model.pooler = None
     return model
+
+
+def _cut_layers(config: Any, kept: int, source: str) -> None:
+    if kept > config.num_hidden_layers:
+        raise ModelError(
+            f"{source}: has {config.num_hidden_layers} layers, and {kept} should be kept; give a "
+            "number up to that"
+        )
+    config.num_hidden_layers = kept
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:kept]
 
 
 def _first_line(error: Exception) -> str:

@@ -19,9 +19,11 @@ from tercet import zoo
 from tercet.data.tokens import Form, Tokenizer, Tokens, load_tokenizer
 from tercet.errors import ModelError, RecipeError
 from tercet.files import replacing_folder
+from tercet.interop.nv_embed import is_nv_embed
 from tercet.interop.sentence_transformers import write_modules
 from tercet.nn.adapters import merge_adapter
 from tercet.nn.backbone import Attention, Backbone, Window, probe
+from tercet.nn.layer import AttentionLayer, build_layer, load_layer, save_layer
 from tercet.nn.pooling import POOLINGS, PoolingName
 from tercet.nn.prepacked import Prepacked
 from tercet.nn.reading import batch_by_batch, token_states, word_states
@@ -32,6 +34,7 @@ from tercet.nn.settings import (
     as_st_folder,
     changed,
     known_settings,
+    named_prompts,
     read_settings,
 )
 from tercet.nn.words import Words
@@ -41,18 +44,39 @@ from tercet.types import Packed, Role
 __all__ = ["Embedder", "Settings"]
 
 # Settings that came after the first indexes: at their usual value they leave fingerprints alone.
-_LATER: Final = ("suffixes", "pool_suffix", "pool_special", "echo", "on_empty")
+_LATER: Final = (
+    "suffixes",
+    "pool_suffix",
+    "pool_special",
+    "echo",
+    "on_empty",
+    "layer",
+    "append_end",
+)
 
 log = logging.getLogger("tercet")
 
 
 class Embedder(nn.Module):
-    """A backbone, a pooling, and the settings to use them the way they were trained."""
+    """A backbone, a pooling, and the settings to use them the way they were trained.
 
-    def __init__(self, backbone: Backbone, tokenizer: Any, settings: Settings) -> None:
+    ``layer`` are the weights of ``settings.layer``; None draws new ones, to be trained.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Any,
+        settings: Settings,
+        layer: AttentionLayer | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.tokenizer = Tokenizer(tokenizer, append_end=settings.pooling == "last")
+        if layer is None and settings.layer is not None:
+            layer = build_layer(settings.layer, backbone.hidden)
+        weight = next(backbone.parameters())
+        self.layer = None if layer is None else layer.to(weight.device, weight.dtype)
+        self.tokenizer = Tokenizer(tokenizer, append_end=settings.ends)
         limit = backbone.max_tokens
         self.settings = replace(
             settings,
@@ -62,7 +86,8 @@ class Embedder(nn.Module):
         self.batch_tokens = (
             16_384 if backbone.device.type == "cuda" else 2_048
         )  # of one encode step
-        self._prepacked = Prepacked(backbone)
+        parts = [backbone] if self.layer is None else [backbone, self.layer]
+        self._prepacked = Prepacked(nn.ModuleList(parts))
         self.about: Mapping[str, Any] = {}  # what made it, as saved with it: stages, data, seed
         self._told: set[Role] = set()  # for which roles it was said that texts were cut
         self.train(backbone.training)
@@ -71,7 +96,12 @@ class Embedder(nn.Module):
 
     def forward(self, texts: Packed) -> Float[Tensor, "texts dim"]:
         """Pooled vectors as they are, not scaled: a loss scales each width by itself."""
-        return POOLINGS[self.settings.pooling](self.backbone(texts), texts)
+        return POOLINGS[self.settings.pooling](self.states(texts), texts)
+
+    def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
+        """One state a token, as it goes into the pooling."""
+        states = self.backbone(texts)
+        return states if self.layer is None else self.layer(states, texts)
 
     @property
     def dim(self) -> int:
@@ -177,7 +207,9 @@ class Embedder(nn.Module):
             self._inferring(attention),
             bar("encode", len(texts), shown=progress) as advance,
         ):
-            steps = batch_by_batch(self.backbone, texts, tokenize, self.batch_tokens, advance)
+            steps = batch_by_batch(
+                self.states, self.device, texts, tokenize, self.batch_tokens, advance
+            )
             if output == "texts":
                 unit = settings.normalize or dims is not None
                 found = np.empty((len(texts), width), dtype=np.float32)
@@ -214,7 +246,7 @@ class Embedder(nn.Module):
             return self.tokenizer(part, limit, spans=True)
 
         with self._inferring():
-            steps = batch_by_batch(self.backbone, texts, tokenize, self.batch_tokens)
+            steps = batch_by_batch(self.states, self.device, texts, tokenize, self.batch_tokens)
             return word_states(steps, words, self.dim, predictor=predictor)
 
     @contextmanager
@@ -240,18 +272,26 @@ class Embedder(nn.Module):
         dtype: torch.dtype = torch.float32,
         attention: Attention | None = None,
         window: Window | None = None,
+        keep_layers: int | None = None,
         **changes: Any,
     ) -> "Embedder":
         """Load a zoo name, a saved folder, a sentence-transformers folder or a bare backbone.
 
         Settings come from the folder's ``tercet.json``, or from its sentence-transformers files,
-        or from the zoo; ``changes`` replace single ones (see :class:`Settings`).
+        or from the zoo; ``changes`` replace single ones (see :class:`Settings`). ``keep_layers``
+        drops all but the first layers of the network.
 
         Raises:
             ModelError: when the folder is incomplete or the model cannot be packed.
         """
         place = zoo.resolve(str(source))
         folder = Path(place)
+        if is_nv_embed(folder):
+            from tercet.nn.nv_embed import load_nv_embed  # which makes an embedder
+
+            embedder = load_nv_embed(folder, dtype)
+            embedder.settings = changed(embedder.settings, changes)
+            return embedder
         saved = read_settings(folder) if folder.is_dir() else None
         if saved is not None and "adapter_of" in saved:
             return _load_adapter(folder, saved, dtype, changes)
@@ -260,8 +300,14 @@ class Embedder(nn.Module):
             window = window or saved["window"]
         settings = known_settings(source, folder) if saved is None else saved["settings"]
         settings = changed(settings, changes)
-        backbone = Backbone.load(place, attention=attention, window=window, dtype=dtype)
-        embedder = Embedder(backbone, load_tokenizer(place), settings)
+        backbone = Backbone.load(
+            place, attention=attention, window=window, dtype=dtype, keep_layers=keep_layers
+        )
+        trained = load_layer(folder, backbone.hidden, dtype) if folder.is_dir() else None
+        if trained is not None:
+            settings = _with_layer(folder, settings, trained, changes)
+        kept = trained is not None and settings.layer == trained.layer
+        embedder = Embedder(backbone, load_tokenizer(place), settings, trained if kept else None)
         embedder.about = saved.get("about", {}) if saved is not None else {}
         embedder.eval()
         return embedder
@@ -289,6 +335,8 @@ class Embedder(nn.Module):
         with replacing_folder(folder) as fresh:
             self.backbone.model.save_pretrained(fresh)
             self.tokenizer.stock.save_pretrained(fresh)
+            if self.layer is not None:
+                save_layer(fresh, self.layer)
             if unheard_of is None:
                 write_modules(fresh, settings=as_st_folder(self.settings, self.dim))
             self._write_settings(fresh, {"about": dict(self.about if about is None else about)})
@@ -300,29 +348,35 @@ class Embedder(nn.Module):
                 unheard_of,
             )
             return
-        for role in self._miscounted_prompts():
+        miscounted = self._miscounted_prompts()
+        for name, prompt in miscounted[:1]:
+            more = f" and {len(miscounted) - 1} more" if len(miscounted) > 1 else ""
             log.warning(
                 "%s: sentence-transformers leaves prompts out of a vector by counting their tokens "
-                "alone, and miscounts the %s prompt %r, whose end joins the text in one token; end "
-                "it with a line break to have its vectors equal",
+                "alone, and miscounts the %s prompt %r%s, whose end joins the text in one token; "
+                "end it with a line break to have its vectors equal",
                 folder,
-                role,
-                self.settings.prompts[role],
+                name,
+                prompt,
+                more,
             )
 
-    def _miscounted_prompts(self) -> list[str]:
-        """Roles whose prompt has other tokens alone than before a text."""
+    def _miscounted_prompts(self) -> list[tuple[str, str]]:
+        """Prompts, with their names, that have other tokens alone than before a text.
+
+        The code of a layer, which is saved with it, looks at the ids and does not miscount.
+        """
         settings = self.settings
-        if settings.pool_prompt:
+        if settings.pool_prompt or settings.layer is not None:
             return []
         off = []
-        for role, prompt in settings.prompts.items():
+        for name, prompt in named_prompts(settings):
             alone = self.tokenizer([prompt], 1 << 30, form=Form(pool_special=False))
             tail_start, tail_end = alone.left_out[0]  # a special token at the end is not counted
             counted = alone.lengths[0] - (tail_end - tail_start)
             (skipped,) = self.tokenizer(["a"], 1 << 30, prompt, Form(pool_prompt=False)).skipped
             if prompt and counted != skipped:
-                off.append(role)
+                off.append((name, prompt))
         return off
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
@@ -347,7 +401,18 @@ class Embedder(nn.Module):
         with replacing_folder(Path(folder)) as fresh:
             self.backbone.model.save_pretrained(fresh)
             self.tokenizer.stock.save_pretrained(fresh)
+            if self.layer is not None:
+                save_layer(fresh, self.layer)
             self._write_settings(fresh, {"adapter_of": base})
+
+    def as_sentence_transformer(self) -> Any:
+        """The same embedder as a ``SentenceTransformer``, with the same weights in memory.
+
+        It needs no ``trust_remote_code``; see :func:`tercet.nn.stock.as_sentence_transformer`.
+        """
+        from tercet.nn.stock import as_sentence_transformer  # which takes an embedder
+
+        return as_sentence_transformer(self)
 
     def fingerprint(self) -> str:
         """Changes when weights or settings do: what an index remembers of its model.
@@ -359,7 +424,10 @@ class Embedder(nn.Module):
             if settings[name] == getattr(usual, name):
                 del settings[name]
         digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
-        for name, weight in self.backbone.model.state_dict().items():
+        weights = self.backbone.model.state_dict()
+        if self.layer is not None:
+            weights |= {f"layer.{name}": weight for name, weight in self.layer.state_dict().items()}
+        for name, weight in weights.items():
             flat = weight.detach().flatten()
             ends = torch.cat([flat[:256], flat[-256:]]).float().cpu()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + ends.numpy().tobytes())
@@ -399,6 +467,17 @@ def _says_bidirectional(source: str) -> bool:
     )
 
 
+def _with_layer(
+    folder: Path, settings: Settings, trained: AttentionLayer, changes: Mapping[str, Any]
+) -> Settings:
+    """The layer that the weights of a folder are of, unless another one is asked for."""
+    if "layer" not in changes:
+        return replace(settings, layer=trained.layer)
+    if settings.layer not in (None, trained.layer):
+        log.warning("%s: its trained layer is replaced by a new one, %s", folder, settings.layer)
+    return settings
+
+
 def _load_adapter(
     folder: Path, saved: dict[str, Any], dtype: torch.dtype, changes: Mapping[str, Any]
 ) -> Embedder:
@@ -406,7 +485,9 @@ def _load_adapter(
         saved["adapter_of"], attention=saved["attention"], window=saved["window"], dtype=dtype
     )
     merge_adapter(base, folder)
-    embedder = Embedder(base, load_tokenizer(folder), changed(saved["settings"], changes))
+    settings = changed(saved["settings"], changes)
+    layer = load_layer(folder, base.hidden, dtype) if settings.layer else None
+    embedder = Embedder(base, load_tokenizer(folder), settings, layer)
     embedder.about = saved.get("about", {})
     embedder.eval()
     probe(base)

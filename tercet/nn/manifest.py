@@ -42,9 +42,18 @@ def _lines(
     settings = saved["settings"]
     yield "attention", f"{saved['attention']}, windows: {saved['window']}"
     yield "pooling", settings.pooling + (", prompts pooled" if settings.pool_prompt else "")
+    if settings.layer is not None:
+        layer = settings.layer
+        size = f"{layer.latents} latents, " if layer.kind == "latent" else ""
+        yield "layer before pooling", f"{layer.kind}: {size}{layer.heads} heads"
+    if settings.ends:
+        yield "end-of-text token", "after every text"
     yield "longest text", f"{settings.query_tokens} (query), {settings.document_tokens} (document)"
     for role, prompt in settings.prompts.items():
         yield f"prompt of a {role}", repr(prompt)
+    for task, prompts in settings.task_prompts.items():
+        for role, prompt in prompts.items():
+            yield f"prompt of a {role}, {task}", repr(prompt)
     yield from _history(saved.get("about", {}))
 
 

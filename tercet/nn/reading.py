@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tercet.data.tokens import Tokens
-from tercet.nn.backbone import Backbone
 from tercet.nn.words import Words, word_means
 from tercet.types import Packed
 
@@ -31,7 +31,8 @@ class Step:
 
 
 def batch_by_batch(
-    backbone: Backbone,
+    states_of: Callable[[Packed], Tensor],
+    device: torch.device,
     texts: Sequence[str],
     tokenize: Callable[[Sequence[str]], Tokens],
     batch_tokens: int,
@@ -41,11 +42,11 @@ def batch_by_batch(
     for start in range(0, len(texts), _WINDOW_OF_TEXTS):
         tokens = tokenize(texts[start : start + _WINDOW_OF_TEXTS])
         for batch in _batches(tokens.lengths, batch_tokens):
-            packed = tokens.pack(batch).to(backbone.device)
+            packed = tokens.pack(batch).to(device)
             yield Step(
                 [start + i for i in batch],
                 packed,
-                backbone(packed),
+                states_of(packed),
                 [tokens.spans[i] for i in batch] if tokens.spans else [],
                 [tokens.read[i] for i in batch] if tokens.read else [],
             )

@@ -1,7 +1,7 @@
 """How texts become vectors, apart from the weights: what is saved beside them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -11,6 +11,7 @@ from tercet.data.tokens import Form
 from tercet.errors import ModelError, RecipeError
 from tercet.interop.sentence_transformers import StFolder, read_modules
 from tercet.nn.backbone import Attention, Window
+from tercet.nn.layer import Layer
 from tercet.nn.pooling import POOLINGS, PoolingName
 from tercet.types import Role
 
@@ -26,6 +27,8 @@ class Settings:
     normalize: bool = True  # vectors of unit length, so that a dot product is a cosine
     prompts: Mapping[str, str] = field(default_factory=dict)  # role -> what is put before a text
     task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task -> the same
+    layer: Layer | None = None  # trained, between the states of the tokens and their pooling
+    append_end: bool = False  # the end-of-text token after every text, part of the vector
     suffixes: Mapping[str, str] = field(default_factory=dict)  # role -> what is put after a text
     pool_prompt: bool = True  # false: a prompt is read, but not part of the vector
     pool_suffix: bool = False  # true: a suffix is part of the vector
@@ -56,9 +59,14 @@ class Settings:
             suffix=self.suffixes.get(role, ""),
             pool_suffix=self.pool_suffix,
             pool_special=self.pool_special,
-            end=self.pooling == "last",
+            end=self.ends,
             echo=role if self.echo else None,
         )
+
+    @property
+    def ends(self) -> bool:
+        """Whether the end-of-text token stands after every text."""
+        return self.append_end or self.pooling == "last"
 
     def max_tokens(self, role: Role) -> int:
         """The length at which texts of this role are cut, special tokens and prompt included."""
@@ -87,6 +95,8 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     given = dict(changes)
     if isinstance(given.get("dims"), list):
         given["dims"] = tuple(given["dims"])
+    if isinstance(given.get("layer"), Mapping):
+        given["layer"] = _layer_of(given["layer"])
     for name, value in given.items():
         _check(name, value)
     return replace(settings, **given)
@@ -104,6 +114,8 @@ def _check(name: str, value: Any) -> None:
     elif name == "task_prompts":
         fits = isinstance(value, Mapping) and all(_is_texts(item) for item in value.values())
         wanted = "texts by task and role"
+    elif name == "layer":
+        fits, wanted = value is None or isinstance(value, Layer), "a layer or nothing"
     elif name == "dims":
         fits, wanted = isinstance(value, tuple) and all(map(_is_count, value)), "a list of widths"
     elif name in ("query_tokens", "document_tokens"):
@@ -112,6 +124,13 @@ def _check(name: str, value: Any) -> None:
         fits, wanted = isinstance(value, bool), "true or false"
     if not fits:
         raise RecipeError(f"the setting {name} is {value!r}; it should be {wanted}")
+
+
+def _layer_of(record: Mapping[str, Any]) -> Layer:
+    try:
+        return Layer(**record)
+    except TypeError as error:
+        raise RecipeError(f"the setting layer is {dict(record)}; {error}") from error
 
 
 def _is_texts(value: Any) -> bool:
@@ -190,7 +209,19 @@ def as_st_folder(settings: Settings, dim: int) -> StFolder:
         pooling=settings.pooling,
         dim=dim,
         max_tokens=max(settings.query_tokens, settings.document_tokens),
-        prompts={role: prompt for role, prompt in settings.prompts.items() if prompt},
+        prompts=dict(named_prompts(settings)),
+        **({"layer": True} if settings.layer else {}),
         include_prompt=settings.pool_prompt,
         normalize=settings.normalize,
     )
+
+
+def named_prompts(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Prompts by role, and those of tasks by names such as ``sections-query``, as mteb has them."""
+    for role, prompt in settings.prompts.items():
+        if prompt:
+            yield role, prompt
+    for task, prompts in settings.task_prompts.items():
+        for role, prompt in prompts.items():
+            if prompt:
+                yield f"{task}-{role}", prompt

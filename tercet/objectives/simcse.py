@@ -55,7 +55,7 @@ class SimCSE:
             embedder.backbone.attention_dropout = None
 
         embedder.backbone.attention_dropout = self.attention_dropout
-        bare = replace(collate, tokenize=tokenize, prompt_of=lambda role, task: "", in_batch=True)
+        bare = replace(collate, tokenize=tokenize, prompt_of=lambda role, task: "", in_batch="all")
         loss = Contrastive(temperature=self.temperature)
         work = PairsAtWork(loss, embedder, sources, bare, "texts, in two views each", finish)
         _require_two_views(embedder, work)

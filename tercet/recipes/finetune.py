@@ -7,6 +7,7 @@ small models; each is a flag.
 
 from typing import Annotated, Literal
 
+from tercet.data.collate import Policy
 from tercet.nn.backbone import Attention
 from tercet.nn.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
@@ -26,7 +27,9 @@ def finetune(
     temperature: Annotated[float, "Of the softmax over documents."] = 0.05,
     dims: Annotated[list[int] | None, "A shorter width to train as well; may be repeated."] = None,
     negatives: Annotated[int, "Mined negatives of a query, at most."] = 8,
-    in_batch: Annotated[bool, "Take other examples' documents as negatives."] = True,
+    in_batch: Annotated[
+        Policy, "Others' documents that are negatives; per_row: all, but what a row's task forbids."
+    ] = "per_row",
     mixing: Annotated[
         Literal["single", "blended"], "One source a batch, or all in each."
     ] = "single",

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
 from tercet.data.masking import Masking, MaskToken
-from tercet.errors import RecipeError
 from tercet.nn.backbone import Attention, Window
 from tercet.nn.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
 from tercet.objectives.simcse import SimCSE
-from tercet.train.recipe import Lora, Model, Recipe, Stage
+from tercet.train.recipe import Lora, Model, Recipe, Stage, chosen
 
 Preset = Literal["default", "llama", "mistral", "mistral-words"]
 
@@ -135,7 +134,7 @@ def llm2vec(
             query_tokens=max_tokens,
             document_tokens=max_tokens,
         ),
-        stages=_chosen(built, stages),
+        stages=chosen(built, stages),
         seed=seed,
         paper="arXiv 2404.05961",
         notes={
@@ -146,10 +145,3 @@ def llm2vec(
             "borders": "texts of a block do not see each other; concatenated=True is the paper's",
         },
     )
-
-
-def _chosen(built: Mapping[str, Stage], names: str) -> tuple[Stage, ...]:
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted or set(wanted) - set(built) or len(set(wanted)) < len(wanted):
-        raise RecipeError(f"stages are {names!r}; choose from {', '.join(built)}, each once")
-    return tuple(built[name] for name in wanted)

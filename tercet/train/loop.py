@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from tercet import distributed
 from tercet.data.collate import Collator
 from tercet.data.sampler import BatchRows, Sampler
+from tercet.data.sources import Source
 from tercet.errors import RecipeError, TrainingError
 from tercet.files import replacing_file, sole_writer
 from tercet.nn.chunked import Chunks, Losses
-from tercet.nn.embedder import Embedder
+from tercet.nn.embedder import Embedder, Settings
 from tercet.objectives.objective import TextBatch
 from tercet.progress import Advance, bar
 from tercet.train import checkpoint, schedule
@@ -77,7 +78,10 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
     folders = [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
     refuse_other_stages(out, folders)
     device = job.run.find_device()
+    torch.manual_seed(recipe.seed)  # of the weights of a new layer
     embedder = build(recipe.model).to(device)
+    every = [source for sources in job.sources for source in sources]
+    embedder.settings = with_prompts_of(every, embedder.settings)
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
@@ -114,14 +118,35 @@ def build(model: Model) -> Embedder:
         "pooling": model.pooling,
         "prompts": model.prompts,
         "pool_prompt": model.pool_prompt,
+        "append_end": model.append_end,
+        "layer": model.layer,
         "query_tokens": model.query_tokens,
         "document_tokens": model.document_tokens,
     }
     changes = {name: value for name, value in wanted.items() if value is not None}
-    embedder = Embedder.load(model.base, attention=model.attention, window=model.window, **changes)
+    embedder = Embedder.load(
+        model.base,
+        attention=model.attention,
+        window=model.window,
+        keep_layers=model.keep_layers,
+        **changes,
+    )
     if model.freeze_embeddings:
         embedder.backbone.freeze_embeddings()
     return embedder
+
+
+def with_prompts_of(sources: Sequence[Source], settings: Settings) -> Settings:
+    """The settings with the prompts that examples bring, by task.
+
+    Where the model has no prompt of its own, those of the first task become its usual ones: a
+    model is used with the prompts that it was trained with, unless somebody says otherwise.
+    """
+    brought = {task: prompts for source in sources for task, prompts in source.prompts.items()}
+    if not brought:
+        return settings
+    usual = settings.prompts if any(settings.prompts.values()) else next(iter(brought.values()))
+    return replace(settings, prompts=usual, task_prompts={**settings.task_prompts, **brought})
 
 
 class _Trainer:
@@ -137,7 +162,10 @@ class _Trainer:
         on_gpu = embedder.device.type == "cuda"
         self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
         self.graph_tokens = graph_tokens_that_fit(
-            embedder.backbone, run.memory_gb, half=run.precision == "bfloat16"
+            embedder.backbone,
+            run.memory_gb,
+            layer=embedder.settings.layer,
+            half=run.precision == "bfloat16",
         )
         self.progress = checkpoint.Progress()
         self.what = identity(recipe, stage, self.sources, run)
@@ -151,6 +179,11 @@ class _Trainer:
     def steps(self) -> int:
         """Steps of the whole stage."""
         return self.stage.steps or self.sampler.total_batches
+
+    @cached_property
+    def _warmup(self) -> int:
+        given = self.stage.warmup_steps
+        return round(self.stage.warmup * self.steps) if given is None else given
 
     def run(self, score: Score | None) -> None:
         """Train to the end."""
@@ -197,7 +230,7 @@ class _Trainer:
             self.stage.schedule,
             step,
             self.steps,
-            warmup=round(self.stage.warmup * self.steps),
+            warmup=self._warmup,
             decay=round(self.stage.decay * self.steps),
         )
         losses = {name: _everyones(share) for name, share in self._backward(batch).items()}
@@ -387,6 +420,7 @@ def _collator(embedder: Embedder, stage: Stage) -> Collator:
         positives=stage.positives,
         negatives=stage.negatives,
         in_batch=stage.in_batch,
+        mask_duplicates=stage.mask_duplicates,
     )
 
 

@@ -7,12 +7,17 @@ import torch
 
 from tercet import distributed
 from tercet.nn.backbone import Backbone
+from tercet.nn.layer import Layer
 
 SHARE: Final = 0.5  # of free memory
 
 
 def graph_tokens_that_fit(
-    backbone: Backbone, memory_gb: float | None = None, *, half: bool = False
+    backbone: Backbone,
+    memory_gb: float | None = None,
+    *,
+    layer: Layer | None = None,
+    half: bool = False,
 ) -> int:
     """Tokens whose graphs fit into ``memory_gb``, or into half of the memory that is free now.
 
@@ -24,6 +29,9 @@ def graph_tokens_that_fit(
     config = backbone.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * backbone.hidden
     numbers = config.num_hidden_layers * (12 * backbone.hidden + 3 * inner)
+    if layer is not None:
+        head = layer.head_size or backbone.hidden // layer.heads
+        numbers += 24 * backbone.hidden + layer.heads * (3 * head + 2 * layer.latents)
     return int(free / (numbers * (2 if half else 4)))
 
 

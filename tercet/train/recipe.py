@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
 
+from tercet.data.collate import Policy
 from tercet.errors import RecipeError
 from tercet.nn.backbone import Attention, Window
+from tercet.nn.layer import Layer
 from tercet.nn.pooling import PoolingName
 from tercet.objectives.objective import Objective
 from tercet.train.schedule import ScheduleName
@@ -33,15 +35,19 @@ class Model:
     pooling: PoolingName | None = None
     attention: Attention | None = None
     window: Window | None = None
+    layer: Layer | None = None  # a trained layer between states and pooling
+    keep_layers: int | None = None  # of the network, the first ones; None: all
     lora: Lora | None = None  # None: every weight is trained
     freeze_embeddings: bool = False  # leave the token table as it is
     prompts: Mapping[str, str] | None = None  # role -> what is put before its texts
     pool_prompt: bool | None = None
+    append_end: bool | None = None  # the end-of-text token after every text
     query_tokens: int | None = None  # a longer text is cut
     document_tokens: int | None = None
 
     def __post_init__(self) -> None:
         at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
+        at_least(1, self, "keep_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +63,15 @@ class Stage:
     batch_size: int = 64  # examples of one optimizer step, over all processes
     positives: int = 1  # of one query in a batch, at most
     negatives: int = 8  # mined ones of one query, at most
-    in_batch: bool = True  # whether other examples' documents are negatives
+    in_batch: Policy = "per_row"  # which documents of other examples are negatives
+    mask_duplicates: bool = True  # never take a text that answers the query too for a negative
     mixing: Literal["single", "blended"] = "single"  # one source a batch, or all in each
     length_edges: tuple[int, ...] = ()  # borders of length groups, in tokens; a batch has one group
     token_budget: int | None = None  # examples times tokens of their group's longest text, at most
     learning_rate: float = 2e-5  # at the peak
     schedule: ScheduleName = "linear"
     warmup: float = 0.1  # share of the steps
+    warmup_steps: int | None = None  # overrides warmup
     decay: float = 0.1  # share of the steps; of the warmup-stable-decay schedule only
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
@@ -72,7 +80,7 @@ class Stage:
     def __post_init__(self) -> None:
         above(0, self, "epochs", "learning_rate", "clip")
         at_least(1, self, "steps", "positives", "token_budget", "patience")
-        at_least(0, self, "negatives", "weight_decay")
+        at_least(0, self, "negatives", "weight_decay", "warmup_steps")
         shares(self, "warmup", "decay")
         edges = self.length_edges
         if list(edges) != sorted(set(edges)) or min(edges, default=1) < 1:
@@ -91,6 +99,18 @@ class Recipe:
     seed: int = 0
     paper: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)  # where we depart from it, and why
+
+
+def chosen(stages: Mapping[str, Stage], names: str) -> tuple[Stage, ...]:
+    """The stages of these names, with commas between, in the order given.
+
+    Raises:
+        RecipeError: when a name is unknown or given twice, or there is none.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted or set(wanted) - set(stages) or len(set(wanted)) < len(wanted):
+        raise RecipeError(f"stages are {names!r}; choose from {', '.join(stages)}, each once")
+    return tuple(stages[name] for name in wanted)
 
 
 def above(limit: int, record: object, *fields: str) -> None:

@@ -6,6 +6,12 @@ import numpy as np
 import pytest
 
 from tercet.data.similarity import SimilaritySet
+from tercet.evaluate.label_sets import ClassificationSet, ClusteringSet, read_label_set
+from tercet.evaluate.labels import (
+    measure_classification,
+    measure_clustering,
+    measure_clustering_by_words,
+)
 from tercet.evaluate.similarity import measure_similarity
 from tercet.nn.embedder import Embedder
 from tests.cli.lines import cells, write
@@ -18,6 +24,33 @@ def scored(tmp_path_factory):
     file = tmp_path_factory.mktemp("scored") / "pairs.jsonl"
     pairs = enumerate(pairwise(SENTENCES))
     return write(file, *({"text1": a, "text2": b, "score": i % 4} for i, (a, b) in pairs))
+
+
+@pytest.fixture(scope="session")
+def grouped(tmp_path_factory):
+    """Sentences with labels, to be found by clustering."""
+    file = tmp_path_factory.mktemp("grouped") / "groups.jsonl"
+    return write(file, *({"text": t, "label": i % 3} for i, t in enumerate(SENTENCES)))
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+    """Sentences with labels, some to learn from and some to tell."""
+    file = tmp_path_factory.mktemp("learned") / "sections.jsonl"
+    lines = enumerate(SENTENCES)
+    return write(
+        file,
+        *({"text": t, "label": i % 3, "split": ("train", "test")[i > 7]} for i, t in lines),
+    )
+
+
+@pytest.fixture(scope="session")
+def prompted(encoder_folder, tmp_path_factory):
+    """A model with prompts for two tasks, named like files here, and none by default."""
+    folder = tmp_path_factory.mktemp("prompted") / "model"
+    tasks = {"sections": {"query": "tell: "}, "pairs": {"query": "find a: ", "document": "b: "}}
+    Embedder.load(encoder_folder, task_prompts=tasks).save(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +139,96 @@ def test_a_bad_pair_is_named_with_its_line(refused, encoder_folder, tmp_path, li
 def test_an_encoder_cannot_be_measured_causal(refused, encoder_folder, scored):
     said = refused("eval", encoder_folder, scored, "--attention", "causal")
     assert "BertModel is an encoder" in said
+
+
+def test_labels_of_a_file_with_splits_are_learned_and_told(
+    tercet, encoder_folder, decoder_folder, learned
+):
+    ended = tercet("eval", encoder_folder, learned, "--against", decoder_folder)
+    lines = ended.out.splitlines()
+    assert (ended.status, lines[0]) == (0, "4 texts, 3 labels, learned from 8")
+    assert cells(lines[1]) == ["model", "accuracy", "macro F1"]
+    data = read_label_set(learned)
+    assert isinstance(data, ClassificationSet)
+    found = measure_classification(Embedder.load(encoder_folder), data)
+    told = [str(found.interval(metric)) for metric in ("accuracy", "macro F1")]
+    assert cells(lines[2]) == [str(encoder_folder), *told]
+    assert [cells(line)[0] for line in lines[3:5]] == [str(decoder_folder), "TF-IDF"]
+    assert cells(lines[5])[0] == f"{encoder_folder} minus"
+    few = tercet("eval", encoder_folder, learned, "--per-label", "2", "--no-bm25").out.splitlines()
+    assert few[0] == "4 texts, 3 labels, learned from 6" and len(few) == 3
+
+
+def test_labels_of_a_file_without_splits_are_found_by_clustering(tercet, encoder_folder, grouped):
+    lines = tercet("eval", encoder_folder, grouped, "--seed", "3").out.splitlines()
+    assert lines[0] == "12 texts, 3 labels"
+    data = read_label_set(grouped)
+    assert isinstance(data, ClusteringSet)
+    found = measure_clustering(Embedder.load(encoder_folder), data)
+    words = measure_clustering_by_words(data)
+    assert [cells(line) for line in lines[1:4]] == [
+        ["model", "v-measure"],
+        [str(encoder_folder), str(found.interval(seed=3))],
+        ["TF-IDF", str(words.interval(seed=3))],
+    ]
+    gain = found.minus(words, seed=3)
+    assert cells(lines[5]) == ["TF-IDF", f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"]
+
+
+def test_a_task_that_a_file_is_called_by_is_used_and_said(tercet, prompted, files, learned):
+    ended = tercet("eval", prompted, learned, "--no-bm25")
+    assert f"{prompted}: with its prompts for the task 'sections'" in ended.err
+    assert "gets no prompt" not in ended.err
+    named = tercet("eval", prompted, learned, "--no-bm25", "--task", "sections")
+    assert (named.out, "with its prompts" in named.err) == (ended.out, False)
+    ended = tercet("eval", prompted, files / "pairs.jsonl", "--no-bm25")
+    assert "with its prompts for the task 'pairs'" in ended.err
+    bare = tercet("eval", prompted, files / "pairs.jsonl", "--no-bm25", "--no-prompts")
+    assert bare.out != ended.out
+
+
+def test_the_task_that_the_records_name_goes_before_the_name_of_the_file(
+    tercet, prompted, tmp_path
+):
+    record = {"query": "a", "positives": [SENTENCES[0]], "negatives": [SENTENCES[1]]}
+    file = write(tmp_path / "pairs.jsonl", {**record, "task": "sections"})
+    ended = tercet("eval", prompted, file, "--no-bm25")
+    assert "with its prompts for the task 'sections'" in ended.err
+
+
+def test_a_model_without_the_prompts_it_was_trained_with_is_warned_of(
+    tercet, prompted, encoder_folder, grouped, learned
+):
+    ended = tercet("eval", prompted, grouped, "--no-bm25")  # "groups" is no task of its
+    assert ended.err.count("a query gets no prompt") == 1
+    assert "sections-query 'tell:'" in ended.err
+    forced = tercet("eval", prompted, learned, "--no-prompts", "--no-bm25")
+    assert forced.err.count("measured without prompts, as asked") == 1
+    assert "gets no prompt" not in forced.err
+    plain = tercet("eval", encoder_folder, learned, "--no-bm25")
+    assert cells(forced.out.splitlines()[2])[1:] == cells(plain.out.splitlines()[2])[1:]
+    assert plain.err == ""
+
+
+def test_a_task_has_to_be_known_by_the_first_model_only(
+    tercet, refused, prompted, encoder_folder, learned
+):
+    said = refused("eval", prompted, learned, "--task", "lost")
+    assert said == "the model has no prompt for the task 'lost'; it knows: pairs, sections"
+    both = ["--against", encoder_folder, "--task", "sections"]
+    ended = tercet("eval", prompted, learned, "--no-bm25", *both)
+    assert f"{encoder_folder}: knows no task 'sections'; its default prompts" in ended.err
+    said = refused("eval", prompted, learned, "--task", "sections", "--no-prompts")
+    assert said.startswith("--task and --no-prompts exclude each other")
+
+
+def test_what_is_wrong_with_a_file_of_labels_is_named(refused, encoder_folder, tmp_path):
+    good = {"text": "a", "label": "b"}
+    file = write(tmp_path / "labels.jsonl", good, {"text": "b"})
+    said = refused("eval", encoder_folder, file)
+    assert said.startswith(f"{file}:2: ") and '"label" is missing' in said
+    file = write(tmp_path / "labels.jsonl", good, {**good, "split": "test"})
+    assert "some have none; give it to all" in refused("eval", encoder_folder, file)
 
 
 # --- diagnose ---------------------------------------------------------------------------------

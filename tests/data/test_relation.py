@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tercet.data.relation import Relation, hash_of, relation_of
-from tercet.types import IGNORED, NEGATIVE, POSITIVE
+from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
 
 Texts = list[list[str]]
+POLICIES: tuple[InBatch, ...] = ("all", "positives", "none")
 
 
-def slow_relation(queries: list[str], positives: Texts, negatives: Texts, policies: list[bool]):
+def slow_relation(queries: list[str], positives: Texts, negatives: Texts, policies: list[InBatch]):
     columns = [
         (owner, text, place < len(positives[owner]))
         for owner in range(len(queries))
@@ -25,7 +26,9 @@ def slow_relation(queries: list[str], positives: Texts, negatives: Texts, polici
             return IGNORED
         if owner == query:
             return NEGATIVE
-        return NEGATIVE if policies[query] and queries[owner] != queries[query] else IGNORED
+        if policies[query] == "none" or queries[owner] == queries[query]:
+            return IGNORED
+        return NEGATIVE if policies[query] == "all" or is_positive else IGNORED
 
     return torch.tensor(
         [[entry(query, *column) for column in columns] for query in range(len(queries))],
@@ -46,7 +49,7 @@ def random_batch(seed: int, size: int, vocabulary: int) -> tuple[list[str], Text
 
 
 def whole(relation: Relation) -> torch.Tensor:
-    return relation.rows(0, len(relation.in_batch))
+    return relation.rows(0, len(relation.policies))
 
 
 def test_each_pair_is_positive_negative_or_neither_worked_by_hand():
@@ -65,7 +68,9 @@ def test_each_pair_is_positive_negative_or_neither_worked_by_hand():
 
 
 def test_a_query_with_its_own_negatives_only_ignores_other_examples():
-    relation = relation_of(["a", "b"], [["x"], ["y"]], [["n"], ["x", "m"]], in_batch=[False, True])
+    relation = relation_of(
+        ["a", "b"], [["x"], ["y"]], [["n"], ["x", "m"]], in_batch=["none", "all"]
+    )
     assert whole(relation).tolist() == [[1, -1, 0, 0, 0], [-1, -1, 1, -1, -1]]
 
 
@@ -73,7 +78,7 @@ def test_a_query_with_its_own_negatives_only_ignores_other_examples():
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_equal_the_slow_definition(seed: int, vocabulary: int):
     queries, positives, negatives = random_batch(seed, 9, vocabulary)
-    policies = [random.Random(seed + i).random() < 0.6 for i in range(9)]
+    policies: list[InBatch] = [random.Random(seed + i).choice(POLICIES) for i in range(9)]
     relation = relation_of(queries, positives, negatives, in_batch=policies)
     expected = slow_relation(queries, positives, negatives, policies)
     torch.testing.assert_close(whole(relation), expected)
@@ -95,6 +100,18 @@ def test_a16_equal_text_under_two_ids_is_never_a_negative():
     assert whole(relation).tolist() == [[1, 0, -1, 0], [0, 1, -1, 0], [-1, -1, 1, -1]]
 
 
+def test_a_query_that_takes_the_others_positives_ignores_what_was_mined_for_them():
+    relation = relation_of(["a", "b"], [["x"], ["y"]], [["n"], ["m"]], in_batch="positives")
+    assert whole(relation).tolist() == [[1, -1, -1, 0], [-1, 0, 1, -1]]
+
+
+def test_without_the_mask_equal_texts_and_queries_are_negatives_like_any_other():
+    relation = relation_of(
+        ["a", "a", "b"], [["same"], ["same"], ["x"]], [["same"], [], []], mask_duplicates=False
+    )
+    assert whole(relation).tolist() == [[1, -1, -1, -1], [-1, -1, 1, -1], [-1, -1, -1, 1]]
+
+
 def test_a_batch_without_equal_texts_has_no_repeats_to_look_up():
     relation = relation_of(["a", "b"], [["x", "y"], ["z"]], [["n"], []])
     assert len(relation.repeats.rows) == 0
@@ -109,7 +126,7 @@ def test_a_positive_listed_twice_is_two_positives_and_no_repeat():
 def test_a_query_that_ignores_other_examples_has_no_repeats_to_look_up():
     labels = [["yes"] if i % 2 else ["no"] for i in range(10)]
     relation = relation_of(
-        [str(i) for i in range(10)], labels, labels[1:] + labels[:1], in_batch=False
+        [str(i) for i in range(10)], labels, labels[1:] + labels[:1], in_batch="none"
     )
     assert len(relation.repeats.rows) == 0
     assert int((whole(relation) == POSITIVE).sum()) == 10

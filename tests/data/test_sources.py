@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import tracemalloc
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tercet.data import records, sources
 from tercet.data.sources import ParquetReader, iter_examples, open_source, write_examples
 from tercet.errors import DataError, StorageError
-from tercet.types import Example
+from tercet.types import Example, InBatch
 
 GOOD = '{"query": "q", "positives": ["p"]}\n'
 FORMATS = ("jsonl", "parquet")
@@ -43,6 +44,7 @@ def fields_of_valid_examples(draw):
         query_prompt=draw(st.none() | st.just("") | texts),
         document_prompt=draw(st.none() | texts),
         task=draw(texts),
+        in_batch=draw(st.sampled_from([None, *get_args(InBatch)])),
     )
 
 

@@ -214,3 +214,18 @@ def test_a_model_reads_each_text_once_and_as_one_role(encoder_folder, monkeypatc
     np.testing.assert_allclose(found.cosines, expected, atol=1e-6)
     as_documents = measure_similarity(embedder, data, role="document", dims=8)
     assert not np.allclose(as_documents.cosines, found.cosines)
+
+
+def test_a_model_reads_with_the_prompt_of_the_task_and_says_where_it_has_none(
+    encoder_folder, caplog
+):
+    data = SimilaritySet.of("s", [(*toy.SENTENCES[:2], 1), (*toy.SENTENCES[2:4], 2)])
+    tasks = {"alike": {"query": "find the same: "}}
+    embedder = Embedder.load(encoder_folder, task_prompts=tasks)
+    found = measure_similarity(embedder, data, task="alike")
+    vectors = embedder.encode(data.texts, "query", task="alike")
+    np.testing.assert_array_equal(found.cosines, evaluate_similarity(data, vectors).cosines)
+    assert not caplog.messages
+    plain = measure_similarity(embedder, data)
+    assert "alike-query 'find the same:'" in caplog.text
+    assert not np.allclose(plain.cosines, found.cosines)

@@ -19,7 +19,13 @@ from transformers import (
 
 from tercet import zoo
 from tercet.errors import ModelError
-from tercet.interop.sentence_transformers import POOLINGS, StFolder, read_modules, write_modules
+from tercet.interop.sentence_transformers import (
+    LAYER,
+    POOLINGS,
+    StFolder,
+    read_modules,
+    write_modules,
+)
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "query", ":", "passage"]
 WORDS = [*SPECIALS, "red", "green", "blue", "sk", "##y", "old", "tree", "##s"]
@@ -170,13 +176,16 @@ def test_a_decoder_attends_as_its_config_says_and_padding_has_no_side(
     assert torch.equal(states[0, 0], states[1, 0]) == is_causal
 
 
+@pytest.mark.parametrize("layer", [True, False])
 @pytest.mark.parametrize("include_prompt", [True, False])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("pooling", POOLING_NAMES)
-def test_what_is_written_is_read(tmp_path, pooling, normalize, include_prompt):
-    st = settings(pooling=pooling, normalize=normalize, include_prompt=include_prompt)
+def test_what_is_written_is_read(tmp_path, pooling, normalize, include_prompt, layer):
+    save_tokenizer(tmp_path)
+    st = settings(pooling=pooling, normalize=normalize, include_prompt=include_prompt, layer=layer)
     write_modules(tmp_path, settings=st)
     assert read_modules(tmp_path) == st
+    assert (tmp_path / "tercet_layer.py").exists() == layer
 
 
 def test_writing_again_over_a_folder_leaves_what_was_written_last(tmp_path):
@@ -214,6 +223,25 @@ def test_minilm_says_mean_of_at_most_256_tokens_without_prompts():
 
 def test_a_folder_of_transformers_alone_says_nothing(bert):
     assert read_modules(bert) is None
+
+
+def test_a_layer_is_told_the_prompts_that_it_leaves_out(bert, tmp_path):
+    folder = copy(bert, tmp_path)
+    write_modules(folder, settings=settings(layer=True))
+    known = folder / "1_Layer" / "prompts.json"
+    assert json.loads(known.read_text()) == []
+    same = {"query": "query: ", "again": "query: ", "empty": "", "document": "passage: "}
+    write_modules(folder, settings=settings(layer=True, include_prompt=False, prompts=same))
+    cls, query, colon, passage = (WORDS.index(w) for w in ("[CLS]", "query", ":", "passage"))
+    assert json.loads(known.read_text()) == [[cls, query, colon], [cls, passage, colon]]
+
+
+@pytest.mark.parametrize("named", ["", ', "pad_token": "<pad>"'])
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path, named):
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(f'{{"eos_token": "</s>"{named}}}')
+    write_modules(tmp_path, settings=settings())
+    assert json.loads(config.read_text())["pad_token"] == ("<pad>" if named else "</s>")
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -284,6 +312,15 @@ SQRT = '{"word_embedding_dimension": 8, "pooling_mode_mean_sqrt_len_tokens": tru
         (STOCK.replace(f"{ST}T", "own_code.T"), 'has the module "own_code.Transformer"'),
         (modules_of(f"{ST}Transformer"), "has the modules Transformer; tercet reads"),
         (modules_of(f"{ST}Pooling", f"{ST}Transformer"), "Normalize in this order"),
+        (
+            modules_of(f"{ST}Transformer", f"{ST}Layer", f"{ST}Pooling"),
+            f'has the module "{ST}Layer"',
+        ),
+        (modules_of(f"{ST}Transformer", f"{ST}Pooling", LAYER), "Normalize in this order"),
+        (
+            modules_of(f"{ST}Transformer", LAYER, f"{ST}Pooling").replace('"1"', '"1_Own"'),
+            'keeps the layer in "1_Own"; tercet reads "1_Layer": rename it',
+        ),
         (STOCK.replace('""', '"0_BERT"'), "the subfolder 0_BERT"),
         ("[]", r"has the modules \(none\)"),
         ("[1]", "is not a list of modules"),

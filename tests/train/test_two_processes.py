@@ -35,7 +35,7 @@ QUIET = Run(device="cpu", show_progress=False, save_steps=2)
 CHUNKED = replace(QUIET, chunk_tokens=40, memory_gb=0.0)  # every chunk is embedded twice
 CASES: dict[str, dict[str, Any]] = {
     "in-batch": {},
-    "own negatives": {"in_batch": False},
+    "own negatives": {"in_batch": "none"},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
 }
 # How far gradients may be apart, as a share of their length. In float32 one process that takes

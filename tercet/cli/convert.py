@@ -1,0 +1,263 @@
+"""Verbs that make training rows of other data, and keep the texts of a test out of them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import typer
+
+from tercet.console import columns, one_line, results, say
+from tercet.errors import DataError, RecipeError
+
+SHOWN_LABELS: Final = 20
+
+convert = typer.Typer(
+    help="Make training rows of labelled texts and of scored pairs.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path, typer.Option(help="The rows: a .jsonl or .parquet file.")]
+TaskName = Annotated[str, typer.Option(help="Name of the set, kept in each row.")]
+Instruction = Annotated[
+    str, typer.Option(help="What to do with a text, in words; becomes the prompt.")
+]
+Against = Annotated[
+    list[Path] | None,
+    typer.Option(help="A test file or folder whose texts are left out; may be repeated."),
+]
+Threshold = Annotated[
+    float, typer.Option(help="Overlap from which two texts count as near duplicates.")
+]
+Negatives = Annotated[int, typer.Option(min=1, help="Of each row, at most.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
+Labelled = Annotated[Path, typer.Argument(help="A .jsonl or .parquet file of labelled texts.")]
+TextFields = Annotated[
+    list[str] | None,
+    typer.Option("--text-field", help='Where the text is ("text"); repeated, they are joined.'),
+]
+LabelField = Annotated[str, typer.Option(help="Where the label is, or the list of labels.")]
+LabelPrefix = Annotated[str, typer.Option(help="Only labels that begin so, without it.")]
+LabelTexts = Annotated[
+    Path | None, typer.Option(help='The words of labels: {"0": "sadness", ...}; None: the labels.')
+]
+ModeOption = Annotated[
+    Literal["label", "example"] | None,
+    typer.Option(help="What answers a text; None: example for more than two labels, else label."),
+]
+Rows = Annotated[
+    int | None, typer.Option(min=1, help="At most, and balanced by label; None: a row a text.")
+]
+Split = Annotated[str | None, typer.Option(help='Only records with this "split".')]
+Lonely = Annotated[
+    Literal["label", "skip"],
+    typer.Option(help="A text whose label has no other gets the words of its label, or no row."),
+]
+
+
+def labelled(
+    file: Labelled,
+    task: TaskName,
+    instruction: Instruction,
+    out: Out,
+    mode: ModeOption = None,
+    rows: Rows = None,
+    negatives: Negatives = 7,
+    text_field: TextFields = None,
+    label_field: LabelField = "label",
+    label_prefix: LabelPrefix = "",
+    label_texts: LabelTexts = None,
+    lonely: Lonely = "label",
+    split: Split = None,
+    against: Against = None,
+    threshold: Threshold = 0.8,
+    seed: Seed = 0,
+) -> None:
+    """Write a row for each text of a file, and say what became of it."""
+    from tercet.curate.conversion import Wanted
+    from tercet.curate.labelled import convert_labelled
+    from tercet.data.labelled import read_label_texts, read_labelled_texts
+
+    _check_place(out, file, *(against or []))
+    words = read_label_texts(label_texts) if label_texts else None
+    every = read_labelled_texts(
+        file,
+        text_field=text_field or "text",
+        label_field=label_field,
+        label_prefix=label_prefix,
+    )
+    texts = (text for text in every if split is None or text.split == split)
+    if against:
+        texts = _withheld(texts, lambda text: [text.text], against, threshold)
+    wanted = Wanted(task=task, instruction=instruction, negatives=negatives, seed=seed)
+    converted = convert_labelled(
+        texts, wanted, mode=mode, rows=rows, lonely=lonely, label_texts=words
+    )
+    _write(out, converted)
+
+
+convert.command(
+    "classification",
+    help="""Make rows of texts with a class each.
+
+    The positive of a text is another text of its class, or the words of its label; the negatives
+    are of other classes.
+
+    Example: tercet convert classification mails.jsonl --task mails
+    --instruction "Classify the mail by department." --out rows.jsonl
+    """,
+)(labelled)
+convert.command(
+    "clustering",
+    help="""Make rows of texts with topics, one or several each.
+
+    One of a text's topics is drawn for its row; no text or topic that shares any of them becomes
+    a negative. Which fields are read decides between titles and whole documents.
+
+    Example: tercet convert clustering papers.jsonl --task papers --text-field title
+    --label-field topics --instruction "Name the topic of the paper." --out rows.jsonl
+    """,
+)(labelled)
+
+
+@convert.command()
+def similarity(
+    file: Annotated[
+        Path, typer.Argument(help="A .jsonl or .parquet file with text1, text2 and score.")
+    ],
+    task: TaskName,
+    instruction: Instruction,
+    out: Out,
+    scale: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Lowest and highest score, mapped to 0 and 5; None: as they are."),
+    ] = None,
+    alike: Annotated[float, typer.Option(help="Least score of a pair that becomes rows.")] = 4.0,
+    unlike: Annotated[float, typer.Option(help="Highest known score of a negative.")] = 2.5,
+    negatives: Negatives = 7,
+    against: Against = None,
+    threshold: Threshold = 0.8,
+) -> None:
+    """Make rows of pairs of texts with a score, in both directions.
+
+    Negatives are texts of the file that share words with the query and are not known to be like
+    it.
+
+    Example: tercet convert similarity pairs.jsonl --task sts
+    --instruction "Retrieve semantically similar text." --out rows.jsonl
+    """
+    from tercet.curate.conversion import Wanted
+    from tercet.curate.scored import convert_similarity
+    from tercet.data.similarity import SimilaritySet
+
+    _check_place(out, file, *(against or []))
+    data = SimilaritySet.from_file(file)
+    if against:
+        texts = data.texts
+        pairs = zip(data.pairs.tolist(), data.scores.tolist(), strict=True)
+        scored = [(texts[first], texts[second], score) for (first, second), score in pairs]
+        kept = list(_withheld(scored, lambda pair: pair[:2], against, threshold))
+        data = SimilaritySet.of(data.name, kept)
+    wanted = Wanted(task=task, instruction=instruction, negatives=negatives)
+    _write(out, convert_similarity(data, wanted, alike=alike, unlike=unlike, rescale=scale))
+
+
+def decontaminate(
+    file: Annotated[Path, typer.Argument(help="Training rows: .jsonl or .parquet.")],
+    against: Annotated[
+        list[Path],
+        typer.Option(
+            help="Examples, scored pairs, labelled or plain texts, or a folder in BEIR's layout; "
+            "may be repeated."
+        ),
+    ],
+    out: Out,
+    threshold: Threshold = 0.8,
+) -> None:
+    """Take the texts of a test, and what is nearly the same, out of training rows.
+
+    A row goes with its query or its last positive; a negative goes alone.
+
+    Example: tercet decontaminate rows.jsonl --against test.jsonl --out clean.jsonl
+    """
+    from tercet.curate.decontaminate import EvaluationTexts, Removal
+    from tercet.curate.decontaminate import decontaminate as cleaned
+    from tercet.data.sources import iter_examples, write_examples
+    from tercet.progress import bar
+
+    _check_place(out, file, *against)
+    index, removal = EvaluationTexts.read(against, threshold), Removal()
+
+    def rows(advance: Any) -> Iterator[Any]:
+        for row in cleaned(iter_examples(file), index, removal):
+            advance()
+            yield row
+        if not removal.kept:
+            raise DataError(file, None, "has no row without a text of the test; nothing is left")
+
+    with bar("rows", None) as advance:
+        write_examples(out, rows(advance))
+    _show_removal(removal)
+
+
+def _check_place(out: Path, *inputs: Path) -> None:
+    """Stop before anything is read where the result would take the place of an input."""
+    from tercet.data.records import known_suffix
+
+    known_suffix(out)
+    if out.resolve() in [each.resolve() for each in inputs]:
+        raise RecipeError(f"{out}: is read and cannot be written to as well; give another --out")
+
+
+def _withheld(
+    items: Any, texts_of: Any, against: Sequence[Path], threshold: float
+) -> Iterator[Any]:
+    """The items without a text of the tests; when all have passed, what was found is shown."""
+    from tercet.curate.decontaminate import EvaluationTexts, Removal, withhold
+
+    removal = Removal()
+    index = EvaluationTexts.read(against, threshold)
+    yield from withhold(items, texts_of, against=index, removal=removal)
+    _show_removal(removal)
+
+
+def _write(out: Path, converted: Any) -> None:
+    from tercet.data.sources import write_examples
+
+    report = converted.report
+    if not report.rows:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items())
+        raise RecipeError(f"no row came of {report.records:,} records: {reasons or 'none'}")
+    write_examples(out, converted.rows)
+    table = columns("what", "count")
+    table.add_row("records", f"{report.records:,}")
+    for reason, count in report.skipped.items():
+        table.add_row(f"no row: {reason}", f"{count:,}")
+    table.add_row("rows", f"{report.rows:,}")
+    table.add_row("negatives per row", f"{report.negatives_per_row:.2f}")
+    if report.label_instead:
+        table.add_row("rows with the label for want of another text", f"{report.label_instead:,}")
+    results().print(table)
+    if report.labels:
+        labels = columns("label", "rows")
+        for label, count in list(report.labels.items())[:SHOWN_LABELS]:
+            labels.add_row(one_line(label), f"{count:,}")
+        results().print(labels)
+    if len(report.labels) > SHOWN_LABELS:
+        say(f"tercet: note: {len(report.labels) - SHOWN_LABELS} smaller labels are not shown")
+    if report.mode:
+        say(f"tercet: note: rows of mode {report.mode}")
+
+
+def _show_removal(removal: Any) -> None:
+    table = columns("found in", "field", "how", "texts")
+    for (file, field, how), count in sorted(removal.texts.items()):
+        table.add_row(file, field, how, f"{count:,}")
+    if removal.texts:
+        results().print(table)
+    gone = removal.rows - removal.kept
+    say(f"tercet: note: {gone:,} of {removal.rows:,} left out for texts of the test")
+    if removal.without_negatives:
+        say(f"tercet: note: {removal.without_negatives:,} of them had no negative left")
+    if gone > removal.rows / 2:
+        say("tercet: note: more than half went; is the test made of the same texts?")

@@ -1,0 +1,154 @@
+"""The verb that finds hard negatives."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import typer
+
+from tercet.cli.loading import Precision, load
+from tercet.console import columns, results, say
+from tercet.data.documents import read_documents
+from tercet.data.sources import open_source
+from tercet.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tercet.curate.mine import MiningReport
+
+_MANY: Final = 0.5  # of the candidates dropped as too close: worth a note
+
+
+def mine(
+    files: Annotated[list[Path], typer.Argument(help="Examples: .jsonl or .parquet.")],
+    teacher: Annotated[str, typer.Option(help="What scores: zoo name, folder or hub id.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A file for all, or a folder with a file for each.")
+    ] = None,
+    rule: Annotated[
+        Literal["naive", "percent", "margin", "absolute", "quantile"],
+        typer.Option(help="How near a negative may come to the positive's score."),
+    ] = "percent",
+    value: Annotated[
+        float | None, typer.Option(help="Of the rule; None: 0.95, margin 0.05, absolute 0.7.")
+    ] = None,
+    negatives: Annotated[int, typer.Option(help="Of each row.")] = 7,
+    depth: Annotated[int, typer.Option(help="Candidates looked at for each query.")] = 100,
+    shift: Annotated[int, typer.Option(help="Leave out so many of the nearest.")] = 0,
+    sample_from: Annotated[
+        int | None, typer.Option(help="Draw from so many of the best; None: take the best.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of that draw.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
+    keep: Annotated[bool, typer.Option("--keep", help="Rows keep their negatives.")] = False,
+    at_least: Annotated[int, typer.Option(help="Leave out rows with fewer negatives.")] = 0,
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="More documents; may be repeated.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Where their text is in a record.")] = "text",
+    prompts: Annotated[
+        Literal["row", "teacher"], typer.Option(help="Whose prompts; row: where a row has some.")
+    ] = "row",
+    sweep: Annotated[
+        str | None, typer.Option(help="Try these values of the rule, and write nothing.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Where vectors stay for the next time.")] = Path(
+        "runs/mining"
+    ),
+    precision: Precision = "float32",
+) -> None:
+    """Find hard negatives: documents near to a query that do not answer it.
+
+    Documents are those of all files and of --corpus. What the rule leaves of a query's nearest
+    ones, without those known to answer it, becomes its negatives, with the teacher's scores. A
+    killed run goes on where it was when the same command is given again.
+
+    Example: tercet mine pairs.jsonl --teacher minilm --out mined.jsonl
+    """
+    from tercet.curate.mine import Mining
+    from tercet.curate.mine import mine as run_mining
+    from tercet.curate.mine import sweep as try_values
+    from tercet.curate.rules import MiningRule
+
+    values = _numbers(sweep)
+    if (out is None) == (sweep is None):
+        raise RecipeError("give --out, where the mined rows go, or --sweep, to only count")
+    mining = Mining(
+        rule=MiningRule(
+            kind=rule,
+            value=values[0] if values else value,
+            shift=shift,
+            sample_from=sample_from,
+            temperature=temperature,
+            seed=seed,
+        ),
+        negatives=negatives,
+        depth=depth,
+        keep=keep,
+        at_least=at_least,
+        prompts=prompts,
+    )
+    sources = [open_source(file) for file in files]
+    more = {"corpus": _texts(corpus or [], text_field), "work": work}
+    embedder = load(teacher, precision)
+    if out is None:
+        _show(try_values(embedder, sources, values, mining=mining, **more))
+        return
+    reports = run_mining(embedder, sources, out, mining=mining, **more)
+    _show(reports)
+    _advise(reports, mining.negatives, keep=keep)
+    say(f"vectors stay in {work} for the next mining; it may be deleted")
+
+
+def _numbers(text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise RecipeError(f"--sweep is {text!r}; give numbers, as in 0.9,0.95,0.98") from None
+
+
+def _texts(files: Sequence[Path], text_field: str) -> Iterator[str]:
+    for file in files:
+        for document in read_documents(file, text_field=text_field):
+            yield document.text
+
+
+def _show(reports: Sequence["MiningReport"]) -> None:
+    """Three tables with a line for each report; one with all columns is wider than a screen."""
+    names = list(reports[0].dropped)
+    dropped = columns("source", "rule", "value", "seen", *names)
+    made = columns("source", "value", "rows", "written", "a row", "short", "empty")
+    scores = columns("source", "value", "positives", "unfound", "positive", "negative")
+    for report in reports:
+        value = "-" if report.rule.kind == "naive" else f"{report.rule.used_value:.4g}"
+        label = (report.source, value)
+        counts = [report.candidates, *(report.dropped[name] for name in names)]
+        dropped.add_row(report.source, report.rule.kind, value, *(f"{n:,}" for n in counts))
+        each = f"{report.negatives / max(report.written, 1):.2f}"
+        rows, rest = (report.rows, report.written), (report.short, report.empty)
+        made.add_row(*label, *(f"{n:,}" for n in rows), each, *(f"{n:,}" for n in rest))
+        means = (f"{report.positive_score:.3f}", f"{report.negative_score:.3f}")
+        scores.add_row(*label, f"{report.positives:,}", f"{report.unfound:,}", *means)
+    out = results()
+    for title, table in (
+        ("candidates seen, and why they were dropped", dropped),
+        ("rows, and negatives a row", made),
+        ("positives not among the candidates, and mean scores", scores),
+    ):
+        out.print(title, style="bold")
+        out.print(table)
+
+
+def _advise(reports: Sequence["MiningReport"], negatives: int, *, keep: bool) -> None:
+    for report in reports:
+        near = report.dropped["too close"] / max(report.candidates, 1)
+        if report.had_negatives:
+            done = "kept" if keep else "replaced; --keep keeps them"
+            say(f"{report.source}: {report.had_negatives:,} rows had negatives: {done}")
+        if report.refused:
+            say(f"{report.source}: {report.refused:,} of them are positives, repeats or blank")
+        if report.short and near > _MANY:
+            say(
+                f"{report.source}: {near:.0%} of the candidates score too close to the positive, "
+                f"and {report.short:,} rows have fewer than {negatives} negatives; raise --depth, "
+                "or try other values with --sweep"
+            )

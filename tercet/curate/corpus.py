@@ -1,0 +1,208 @@
+"""The documents that are mined: distinct texts on disk, and a teacher's vectors of them.
+
+Nothing here holds all texts or all vectors. A document costs about 120 bytes of memory.
+"""
+
+import hashlib
+import os
+import tempfile
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int, UInt64
+
+from tercet.data.examples import shown
+from tercet.data.records import readable
+from tercet.errors import ModelError
+from tercet.files import replacing_file
+from tercet.nn.embedder import Embedder
+from tercet.progress import Advance
+from tercet.search.exact import Hits, largest, top_k
+from tercet.types import Role
+
+SHARD: Final = 4096  # texts that are encoded between two points where a killed run goes on
+_VERSION: Final = 1  # of what the name of a shard says
+
+
+def text_key(text: str) -> int:
+    """64 bits that are equal for texts that differ in case, spaces or Unicode form only."""
+    same = " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    return int.from_bytes(hashlib.blake2b(same.encode(), digest_size=8).digest(), "little")
+
+
+class Texts:
+    """Texts in a file without a name, gone when the process is; 8 bytes a text in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._ends = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, text: str) -> None:
+        """Put a text behind the others."""
+        content = text.encode()
+        self._file.write(content)
+        self._ends.append(self._ends[-1] + len(content))
+
+    def read(self, rows: Iterable[int]) -> list[str]:
+        """The texts of these rows."""
+        self._file.flush()
+        number, ends = self._file.fileno(), self._ends
+        return [os.pread(number, ends[row + 1] - ends[row], ends[row]).decode() for row in rows]
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        self._file.close()
+
+
+@dataclass(eq=False)
+class Pool:
+    """Distinct documents that are encoded after one prompt. Of equal ones the first one counts."""
+
+    prompt: str
+    texts: Texts
+    rows: dict[int, int] = field(default_factory=dict)  # the key of a text, to its row
+    shards: list[Path] = field(default_factory=list)  # vectors of SHARD rows each
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, text: str) -> None:
+        """Take a document in; blank ones are none."""
+        if not text or text.isspace():
+            return
+        row = len(self.rows)
+        if self.rows.setdefault(text_key(text), row) == row:
+            self.texts.add(text)
+
+    @cached_property
+    def keys(self) -> UInt64[np.ndarray, "docs"]:
+        """The keys of all documents, by row; not before the last one is there."""
+        return np.fromiter(self.rows, np.uint64, len(self.rows))
+
+    def search(self, queries: Float32[np.ndarray, "queries dim"], k: int) -> Hits:
+        """The ``k`` documents of largest score for each query, a shard at a time."""
+        best = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
+        for number, path in enumerate(self.shards):
+            found = top_k(queries, _opened(path), k)
+            # Earlier shards stand to the left: at equal scores a lower column is a lower row.
+            scores = torch.cat([best[0], torch.from_numpy(found.scores)], dim=1)
+            rows = torch.cat([best[1], torch.from_numpy(found.rows + number * SHARD)], dim=1)
+            top, columns = largest(scores, k)
+            best = top, rows.gather(1, columns)
+        return Hits(best[0].numpy(), best[1].numpy())
+
+    def vectors(self, rows: Int[np.ndarray, "wanted"]) -> Float32[np.ndarray, "wanted dim"]:
+        """The vectors of these rows; each shard that holds one is opened once."""
+        shards = rows // SHARD
+        found = np.empty((len(rows), _opened(self.shards[0]).shape[1]), np.float32)
+        for number in np.unique(shards).tolist():
+            here = shards == number
+            found[here] = _opened(self.shards[number])[rows[here] - number * SHARD]
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vectors:
+    """A teacher's vectors, kept in a folder: the same texts are encoded once.
+
+    The name of a shard is a hash of all that its vectors hang on: teacher, role, prompts and
+    texts. So a run that was killed goes on with the shards that are there, another threshold costs
+    no encoding, and what a changed teacher or file had left is never read. Float32: halves would
+    save half of the disk, and would be converted again for each block of queries.
+    """
+
+    teacher: Embedder
+    folder: Path
+
+    def shard(self, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Path:
+        """The file with the vectors of these texts, each after its prompt.
+
+        Raises:
+            ModelError: when a vector is not finite.
+            StorageError: when the disk refuses.
+        """
+        path = self.folder / f"{self._name(texts, role, prompts)}.npy"
+        if not _is_whole(path, (len(texts), self.teacher.dim)):
+            with replacing_file(path) as fresh:
+                vectors = self._encode(texts, role, prompts)
+                with fresh.open("wb") as opened:
+                    np.save(opened, vectors)
+        return path
+
+    def queries(
+        self, texts: Sequence[str], prompts: Sequence[str]
+    ) -> Float32[np.ndarray, "queries dim"]:
+        """The vectors of queries."""
+        return np.array(_opened(self.shard(texts, "query", prompts)))
+
+    def fill(self, pool: Pool, advance: Advance) -> None:
+        """Encode the documents of a pool."""
+        for start in range(0, len(pool), SHARD):
+            rows = range(start, min(start + SHARD, len(pool)))
+            prompts = [pool.prompt] * len(rows)
+            pool.shards.append(self.shard(pool.texts.read(rows), "document", prompts))
+            advance(len(rows))
+
+    def _name(self, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> str:
+        backbone = self.teacher.backbone
+        kind = next(backbone.parameters()).dtype
+        about = (_VERSION, self.teacher.fingerprint(), backbone.attention, backbone.window, kind)
+        digest = hashlib.blake2b(repr((*about, role, len(texts))).encode(), digest_size=16)
+        for text in (*prompts, *texts):
+            content = text.encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.hexdigest()
+
+    def _encode(
+        self, texts: Sequence[str], role: Role, prompts: Sequence[str]
+    ) -> Float[np.ndarray, "texts dim"]:
+        found = np.empty((len(texts), self.teacher.dim), np.float32)
+        rows_of: dict[str, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(prompt, []).append(row)
+        for prompt, rows in rows_of.items():
+            with _prompted(self.teacher, role, prompt):
+                found[rows] = self.teacher.encode([texts[row] for row in rows], role)
+        finite = np.isfinite(found).all(axis=1)
+        if not finite.all():
+            raise ModelError(
+                f"the teacher's vector of {shown(texts[int(finite.argmin())])} holds NaN or "
+                "infinity; the model is broken, or it was run in a precision too low for it"
+            )
+        return found
+
+
+@contextmanager
+def _prompted(teacher: Embedder, role: Role, prompt: str) -> Iterator[None]:
+    """For a while the teacher's prompt for this role is another one."""
+    settings = teacher.settings
+    teacher.settings = replace(settings, prompts={**settings.prompts, role: prompt})
+    try:
+        yield
+    finally:
+        teacher.settings = settings
+
+
+def _opened(path: Path) -> np.ndarray:
+    # Opened for each use: a thousand files that stay open are more than a process may have.
+    with readable(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
+    try:
+        found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # absent, or cut short by a copy
+        return False
+    return found.shape == shape and found.dtype == np.float32

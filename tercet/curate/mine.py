@@ -1,0 +1,289 @@
+"""Hard negatives for files of examples: the nearest documents that are no answers.
+
+A teacher embeds queries and documents, exact search finds the nearest documents of each query, and
+a rule (``tercet.curate.rules``) says which of them may be negatives. Memory does not grow with
+queries times documents: a block of queries at a time meets a shard of documents at a time.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from jaxtyping import Bool
+
+from tercet.curate.catalog import Catalog, blocks, read_catalog
+from tercet.curate.corpus import Vectors
+from tercet.curate.ranking import Judged, Ranker, prompt_for
+from tercet.curate.rules import REASONS, MiningRule
+from tercet.data.records import known_suffix
+from tercet.data.sources import Source, write_examples
+from tercet.errors import RecipeError
+from tercet.nn.embedder import Embedder
+from tercet.progress import bar
+from tercet.types import Example
+
+WORK: Final = Path("runs/mining")
+
+log = logging.getLogger("tercet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mining:
+    """What is looked for, and what becomes of a row.
+
+    Raises:
+        RecipeError: for numbers that cannot go together.
+    """
+
+    rule: MiningRule = field(default_factory=MiningRule)
+    negatives: int = 7  # of a row
+    depth: int = 100  # candidates looked at for each query, its positives among them
+    keep: bool = False  # a row's own negatives stay, before mined ones, unless they are positives
+    at_least: int = 0  # a row that ends with fewer negatives is left out
+    prompts: Literal["row", "teacher"] = "row"  # a row's own go before the teacher's, or are unread
+
+    def __post_init__(self) -> None:
+        if self.negatives < 1:
+            raise RecipeError(f"negatives is {self.negatives}; ask for 1 or more")
+        if self.depth < self.negatives + self.rule.shift:
+            raise RecipeError(
+                f"a depth of {self.depth} cannot give {self.negatives} negatives after a shift of "
+                f"{self.rule.shift}; raise depth"
+            )
+        if self.rule.sample_from is not None and self.rule.sample_from < self.negatives:
+            raise RecipeError(
+                f"{self.negatives} negatives cannot be drawn from {self.rule.sample_from} "
+                "candidates; raise sample_from"
+            )
+        if not 0 <= self.at_least <= self.negatives:
+            raise RecipeError(
+                f"at_least is {self.at_least}; it should be between 0 and the {self.negatives} "
+                "negatives asked for"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class MiningReport:
+    """What mining did with one source."""
+
+    source: str
+    rule: MiningRule  # as used: a quantile has become a score
+    rows: int = 0
+    had_negatives: int = 0  # rows that brought some
+    refused: int = 0  # of these, with keep: positives, repeats and blanks
+    candidates: int = 0  # looked at, over all rows
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    negatives: int = 0  # in the rows that were written
+    short: int = 0  # rows with fewer than asked for
+    empty: int = 0  # and those of them without any
+    left_out: int = 0  # rows with fewer than at_least
+    positives: int = 0
+    unfound: int = 0  # positives that are not among the candidates of their query
+    positive_total: float = 0.0  # sum of scores
+    negative_total: float = 0.0
+
+    @property
+    def written(self) -> int:
+        """Rows in the output."""
+        return self.rows - self.left_out
+
+    @property
+    def positive_score(self) -> float:
+        """Mean score of the positives."""
+        return self.positive_total / max(self.positives, 1)
+
+    @property
+    def negative_score(self) -> float:
+        """Mean score of the negatives that were written."""
+        return self.negative_total / max(self.negatives, 1)
+
+    def count(self, found: Judged, mining: Mining) -> Bool[np.ndarray, "queries"]:
+        """Count some rows; which of them are to be written."""
+        ranked = found.ranked
+        self.rows += len(ranked.examples)
+        self.had_negatives += sum(bool(example.negatives) for example in ranked.examples)
+        self.refused += ranked.refused
+        self.candidates += found.verdicts.size
+        counts = np.bincount(found.verdicts.ravel(), minlength=len(REASONS) + 1)
+        for reason, count in zip(REASONS, counts[1:].tolist(), strict=True):
+            self.dropped[reason] += count
+        self.positives += sum(map(len, ranked.positives))
+        self.unfound += ranked.unfound
+        self.positive_total += sum(map(sum, ranked.positives))
+        sizes = found.chosen.sum(axis=1) + np.array([len(own) for own in ranked.own])
+        self.short += int((sizes < mining.negatives).sum())
+        self.empty += int((sizes == 0).sum())
+        written = sizes >= mining.at_least
+        self.left_out += int((~written).sum())
+        self.negatives += int(sizes[written].sum())
+        self.negative_total += float(ranked.scores[found.chosen & written[:, None]].sum())
+        self.negative_total += sum(
+            score for row in np.flatnonzero(written).tolist() for _, score in ranked.own[row]
+        )
+        return written
+
+
+def mine(
+    teacher: Embedder,
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    mining: Mining,
+    corpus: Iterable[str] = (),
+    work: Path = WORK,
+) -> list[MiningReport]:
+    """Write the examples of the sources with mined negatives and the teacher's scores.
+
+    Mined are the documents of all sources, and those of ``corpus``. Never a negative of a query is
+    a document that answers it in any row, or the query itself; texts that differ in case or spaces
+    only are one document. ``out`` is a file for all sources, or, without an ending, a folder with
+    a file for each. Vectors stay in ``work``, where the next mining finds them; the folder may be
+    deleted.
+
+    Raises:
+        RecipeError: when ``out`` would take the place of a source.
+        DataError: when a source has changed since it was opened.
+        ModelError: when the teacher gives vectors that are no numbers.
+        StorageError: when the disk refuses; a file that was there before is still there.
+    """
+    outputs = _outputs(out, sources)
+    reports: list[MiningReport] = []
+    with closing(_Job(teacher, sources, mining, corpus, work)) as job:
+        for path, group in outputs:
+            write_examples(path, job.examples(group, reports))
+    return reports
+
+
+def sweep(
+    teacher: Embedder,
+    sources: Sequence[Source],
+    values: Sequence[float],
+    *,
+    mining: Mining,
+    corpus: Iterable[str] = (),
+    work: Path = WORK,
+) -> list[MiningReport]:
+    """What mining would do with each value of its rule: a report for each source and value.
+
+    Nothing is written but vectors, and the search runs once.
+    """
+    rules = [replace(mining.rule, value=value) for value in values]
+    with closing(_Job(teacher, sources, mining, corpus, work)) as job:
+        return [report for source in sources for report in job.tried(source, rules)]
+
+
+class _Job:
+    """A job of mining. Documents are read and encoded when they are first asked for."""
+
+    def __init__(
+        self,
+        teacher: Embedder,
+        sources: Sequence[Source],
+        mining: Mining,
+        corpus: Iterable[str],
+        work: Path,
+    ) -> None:
+        self.vectors = Vectors(teacher, work)
+        self.sources, self.mining, self.corpus = sources, mining, corpus
+        self._catalog: Catalog | None = None
+        self._foreign = False  # whether the rows bring prompts to a teacher that has none
+
+    def close(self) -> None:
+        if self._catalog is not None:
+            self._catalog.close()
+
+    def examples(self, sources: Sequence[Source], reports: list[MiningReport]) -> Iterator[Example]:
+        """The examples of these sources with their negatives; a report for each is appended."""
+        ranker = self.ranker
+        for source in sources:
+            report = MiningReport(source=source.name, rule=self._settled(self.mining.rule, source))
+            reports.append(report)
+            with bar(f"mine {source.name}", len(source)) as advance:
+                for block in blocks(source):
+                    found: dict[int, Example] = {}
+                    for ranked in ranker.ranked(block):
+                        judged = ranked.judged(report.rule, self.mining.negatives)
+                        for row in np.flatnonzero(report.count(judged, self.mining)).tolist():
+                            found[ranked.places[row]] = _with_negatives(judged, row)
+                    yield from (found[place] for place in sorted(found))
+                    advance(len(block))
+
+    def tried(self, source: Source, rules: Sequence[MiningRule]) -> list[MiningReport]:
+        """What each rule would do with a source."""
+        ranker = self.ranker  # a bar of its own, and there may be one at a time
+        settled = [self._settled(rule, source) for rule in rules]
+        reports = [MiningReport(source=source.name, rule=rule) for rule in settled]
+        with bar(f"mine {source.name}", len(source)) as advance:
+            for block in blocks(source):
+                for ranked in ranker.ranked(block):
+                    for report in reports:
+                        judged = ranked.judged(report.rule, self.mining.negatives)
+                        report.count(judged, self.mining)
+                advance(len(block))
+        return reports
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        """The documents, read and encoded."""
+        catalog = read_catalog(self.sources, self.corpus, self._prompt, self.vectors.folder)
+        self._catalog = catalog
+        if self._foreign:
+            log.warning(
+                "rows bring prompts, and the teacher has none of its own, so it may not know what "
+                "they mean; with prompts from the teacher they are not read"
+            )
+        with bar("documents", sum(map(len, catalog.pools.values()))) as advance:
+            for pool in catalog.pools.values():
+                self.vectors.fill(pool, advance)
+        mining = self.mining
+        return Ranker(self.vectors, catalog, mining.depth, mining.keep, mining.prompts)
+
+    def _prompt(self, example: Example) -> str:
+        settings, first = self.vectors.teacher.settings, self.mining.prompts
+        if not settings.prompts and not settings.task_prompts and first == "row":
+            self._foreign |= bool(example.query_prompt or example.document_prompt)
+        return prompt_for(settings, example, "document", first)
+
+    def _settled(self, rule: MiningRule, source: Source) -> MiningRule:
+        """The rule itself; a quantile as the score that it is in this source."""
+        if rule.kind != "quantile":
+            return rule
+        lowest = [
+            score for block in blocks(source) for score in self.ranker.lowest_positives(block)
+        ]
+        value = float(np.quantile(lowest, rule.used_value))
+        return replace(rule, kind="absolute", value=value)
+
+
+def _with_negatives(judged: Judged, row: int) -> Example:
+    negatives = judged.negatives(row)
+    return replace(
+        judged.ranked.examples[row],
+        negatives=tuple(text for text, _ in negatives),
+        positive_scores=tuple(judged.ranked.positives[row]),
+        negative_scores=tuple(score for _, score in negatives) or None,
+    )
+
+
+def _outputs(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
+    """Each file to write, and the sources that go into it."""
+    if out.suffix:
+        known_suffix(out)
+        outputs = [(out, list(sources))]
+    else:
+        outputs = [(out / source.path.name, [source]) for source in sources]
+    paths = [path.resolve() for path, _ in outputs]
+    if len(set(paths)) < len(paths):
+        raise RecipeError(
+            f"{out}: two of the files have the same name; rename one, or give an output file "
+            "with an ending for all of them"
+        )
+    for source in sources:
+        if source.path.resolve() in paths:
+            raise RecipeError(f"{source.path}: would be replaced by the output; choose another")
+    return outputs

@@ -1,0 +1,198 @@
+"""The nearest documents of queries, with all that a rule has to know about them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int8, Int64, UInt64
+
+from tercet.curate.catalog import Catalog
+from tercet.curate.corpus import Pool, Vectors, text_key
+from tercet.curate.rules import ALREADY, LEFT, POSITIVE, QUERY, MiningRule, choose, judge
+from tercet.nn.settings import Settings
+from tercet.types import Example, Role
+
+_DECIMALS: Final = 6  # of scores; those after differ between kernels and batches
+_PAIRS: Final = 8192  # pairs of a query and a document that are scored together
+
+
+def prompt_for(
+    settings: Settings, example: Example, role: Role, first: Literal["row", "teacher"]
+) -> str:
+    """The prompt that a teacher reads a text of this example after.
+
+    The row's own, unless the teacher's go ``first``; then the teacher's for the row's task, if it
+    knows that, or its usual one.
+    """
+    own = example.query_prompt if role == "query" else example.document_prompt
+    if first == "row" and own is not None:
+        return own
+    task = example.task if example.task in settings.task_prompts else None
+    return settings.prompt(role, task)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranked:
+    """Some examples and the nearest documents of their queries, best first, before any rule."""
+
+    places: list[int]  # of these examples in their block
+    examples: list[Example]
+    pool: Pool
+    keys: UInt64[np.ndarray, "queries"]
+    rows: Int64[np.ndarray, "queries ranks"]  # of the pool
+    scores: Float64[np.ndarray, "queries ranks"]
+    barred: Int8[np.ndarray, "queries ranks"]  # verdicts that do not hang on scores
+    positives: list[list[float]]  # their scores
+    unfound: int  # positives that are not among the candidates of their query
+    own: list[list[tuple[str, float]]]  # negatives that stay, and their scores
+    refused: int  # own negatives that would stay, but are positives, repeats or blank
+
+    def judged(self, rule: MiningRule, negatives: int) -> "Judged":
+        """What a rule makes of them, where each row is to have so many negatives."""
+        lowest = np.array([min(scores) for scores in self.positives])
+        verdicts = judge(rule, self.scores, lowest, self.barred)
+        counts = np.array([max(0, negatives - len(own)) for own in self.own])
+        return Judged(
+            self, verdicts, choose(rule, self.scores, verdicts == LEFT, counts, self.keys)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """Ranked documents, what became of each candidate, and which are taken."""
+
+    ranked: Ranked
+    verdicts: Int8[np.ndarray, "queries ranks"]
+    chosen: Bool[np.ndarray, "queries ranks"]
+
+    def negatives(self, row: int) -> list[tuple[str, float]]:
+        """The negatives of a row and their scores: its own, then mined ones, best first."""
+        ranked, columns = self.ranked, np.flatnonzero(self.chosen[row])
+        texts = ranked.pool.texts.read(ranked.rows[row, columns].tolist())
+        return [*ranked.own[row], *zip(texts, ranked.scores[row, columns].tolist(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranker:
+    """Finds the nearest documents of examples in a catalog whose pools are encoded."""
+
+    vectors: Vectors
+    catalog: Catalog
+    depth: int
+    keep: bool  # an example's own negatives
+    prompts: Literal["row", "teacher"]
+
+    def ranked(self, block: Sequence[Example]) -> Iterator[Ranked]:
+        """The examples of a block, those that share a pool together."""
+        for places, pool in self._by_pool(block):
+            examples = [block[place] for place in places]
+            queries = self._queries(examples)
+            found = pool.search(queries, self.depth)
+            candidates = pool.keys[found.rows]
+            own = self._own(examples, pool, queries)
+            keys = [text_key(example.query) for example in examples]
+            positives = self._positives(examples, pool, queries)
+            yield Ranked(
+                places=places,
+                examples=examples,
+                pool=pool,
+                keys=np.array(keys, np.uint64),
+                rows=found.rows,
+                scores=_rounded(found.scores),
+                barred=self._barred(candidates, keys, own),
+                positives=positives,
+                unfound=_unfound(examples, candidates),
+                own=own,
+                refused=_refused(examples, own) if self.keep else 0,
+            )
+
+    def lowest_positives(self, block: Sequence[Example]) -> list[float]:
+        """For each example the score of its lowest positive; nothing is searched for."""
+        found: list[float] = []
+        for places, pool in self._by_pool(block):
+            examples = [block[place] for place in places]
+            scores = self._positives(examples, pool, self._queries(examples))
+            found += [min(some) for some in scores]
+        return found
+
+    def _by_pool(self, block: Sequence[Example]) -> Iterator[tuple[list[int], Pool]]:
+        places: dict[str, list[int]] = {}
+        for place, example in enumerate(block):
+            places.setdefault(self.prompt(example, "document"), []).append(place)
+        for prompt, some in places.items():
+            yield some, self.catalog.pools[prompt]
+
+    def prompt(self, example: Example, role: Role) -> str:
+        """The prompt of this example's texts."""
+        return prompt_for(self.vectors.teacher.settings, example, role, self.prompts)
+
+    def _queries(self, examples: Sequence[Example]) -> Float32[np.ndarray, "queries dim"]:
+        prompts = [self.prompt(example, "query") for example in examples]
+        return self.vectors.queries([example.query for example in examples], prompts)
+
+    def _positives(
+        self, examples: Sequence[Example], pool: Pool, queries: Float32[np.ndarray, "queries dim"]
+    ) -> list[list[float]]:
+        return _scores(queries, pool, [example.positives for example in examples])
+
+    def _own(
+        self, examples: Sequence[Example], pool: Pool, queries: Float32[np.ndarray, "queries dim"]
+    ) -> list[list[tuple[str, float]]]:
+        """The negatives that each example keeps: not those that are known to answer its query."""
+        texts: list[list[str]] = [[] for _ in examples]
+        for example, kept in zip(examples, texts, strict=True):
+            query = text_key(example.query)
+            seen = {query, *self.catalog.known.of(query).tolist()}
+            for text in example.negatives if self.keep else ():
+                key = text_key(text)
+                if key in pool.rows and key not in seen:  # a blank one is in no pool
+                    seen.add(key)
+                    kept.append(text)
+        scores = _scores(queries, pool, texts)
+        return [list(zip(*pair, strict=True)) for pair in zip(texts, scores, strict=True)]
+
+    def _barred(
+        self,
+        candidates: UInt64[np.ndarray, "queries ranks"],
+        keys: Sequence[int],
+        own: Sequence[Sequence[tuple[str, float]]],
+    ) -> Int8[np.ndarray, "queries ranks"]:
+        barred = np.full(candidates.shape, LEFT, np.int8)
+        for row, key in enumerate(keys):
+            kept = np.array([text_key(text) for text, _ in own[row]], np.uint64)
+            barred[row][np.isin(candidates[row], kept)] = ALREADY
+            barred[row][candidates[row] == np.uint64(key)] = QUERY
+            barred[row][np.isin(candidates[row], self.catalog.known.of(key))] = POSITIVE
+        return barred
+
+
+def _refused(examples: Sequence[Example], own: Sequence[Sequence[tuple[str, float]]]) -> int:
+    return sum(len(e.negatives) - len(kept) for e, kept in zip(examples, own, strict=True))
+
+
+def _scores(
+    queries: Float32[np.ndarray, "queries dim"], pool: Pool, texts: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """The score of each query with each of its texts, which are in the pool."""
+    owners = np.repeat(np.arange(len(texts)), [len(some) for some in texts])
+    rows = np.array([pool.rows[text_key(text)] for some in texts for text in some], np.int64)
+    flat = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), _PAIRS):
+        part = slice(start, start + _PAIRS)
+        flat[part] = (queries[owners[part]] * pool.vectors(rows[part])).sum(axis=1)
+    ends = np.cumsum([len(some) for some in texts])
+    return [part.tolist() for part in np.split(_rounded(flat), ends[:-1])]
+
+
+def _rounded(scores: np.ndarray) -> np.ndarray:
+    return np.round(scores.astype(np.float64), _DECIMALS)
+
+
+def _unfound(examples: Sequence[Example], candidates: UInt64[np.ndarray, "queries ranks"]) -> int:
+    """Positives that are not among the candidates of their own query."""
+    count = 0
+    for example, row in zip(examples, candidates, strict=True):
+        keys = np.array([text_key(text) for text in example.positives], np.uint64)
+        count += int((~np.isin(keys, row)).sum())
+    return count

@@ -1,0 +1,153 @@
+import pytest
+
+from tercet.data.sources import iter_examples
+from tests.cli.lines import cells, write
+
+HOW = ("--task", "t", "--instruction", "Sort.")
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    records = [
+        {"text": f"{label} {n}", "label": label, "split": "test" if n == 4 else "train"}
+        for label in ("joy", "fear", "awe")
+        for n in range(5)
+    ]
+    return write(tmp_path / "moods.jsonl", *records)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    scored = [("red cat sits", "red cat naps", 5), ("red cat runs", "blue cat sits", 1)]
+    records = [{"text1": a, "text2": b, "score": score} for a, b, score in scored]
+    return write(tmp_path / "pairs.jsonl", *records)
+
+
+@pytest.mark.parametrize("verb", ["classification", "clustering"])
+def test_labelled_texts_become_rows_and_a_table(tercet, labelled, tmp_path, verb):
+    out = tmp_path / "rows.jsonl"
+    ended = tercet("convert", verb, labelled, *HOW, "--negatives", 2, "--rows", 9, "--out", out)
+    assert ended.status == 0
+    rows = [cells(line) for line in ended.out.splitlines()]
+    for row in (["records", "15"], ["rows", "9"], ["negatives per row", "2.00"], ["joy", "3"]):
+        assert row in rows
+    assert "rows of mode example" in ended.err
+    examples = list(iter_examples(out))
+    assert len(examples) == 9
+    assert {(e.task, e.in_batch, e.query_prompt) for e in examples} == {
+        ("t", "none", "Instruct: Sort.\nQuery: ")
+    }
+
+
+def test_all_flags_of_labelled_texts_reach_the_rows(tercet, tmp_path):
+    records = [
+        {"title": f"{topic} {n}", "body": "long", "topics": [f"mood::{topic}", "form::text"]}
+        for topic in ("joy", "fear", "awe")
+        for n in range(3)
+    ]
+    file = write(tmp_path / "a.jsonl", *({**r, "split": "train"} for r in records[:-1]))
+    file.write_text(file.read_text() + '{"title": "x", "topics": ["mood::x"], "split": "test"}\n')
+    words = tmp_path / "words.json"
+    words.write_text('{"joy": "It is joy."}')
+    fields = ("--text-field", "title", "--text-field", "body", "--label-field", "topics")
+    labels = ("--label-prefix", "mood::", "--label-texts", words, "--mode", "label")
+    out = tmp_path / "rows.parquet"
+    command = ("convert", "clustering", file, *HOW, *fields, *labels, "--split", "train")
+    assert tercet(*command, "--out", out).status == 0
+    rows = list(iter_examples(out))
+    assert [(row.query, row.positives) for row in rows[:4]] == [
+        ("joy 0 long", ("It is joy.",)),
+        ("joy 1 long", ("It is joy.",)),
+        ("joy 2 long", ("It is joy.",)),
+        ("fear 0 long", ("fear",)),
+    ]
+    assert len(rows) == 8
+    assert {row.in_batch for row in rows} == {"none"}
+
+
+def test_the_same_command_writes_the_same_file_and_another_seed_another(tercet, labelled, tmp_path):
+    written = []
+    for seed in (3, 3, 4):
+        out = tmp_path / "rows.jsonl"
+        tercet("convert", "classification", labelled, *HOW, "--out", out, "--seed", seed)
+        written.append(out.read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+def test_texts_of_a_test_are_left_out_before_rows_are_made(tercet, labelled, tmp_path):
+    test = write(tmp_path / "test.jsonl", {"text": "JOY 0"}, {"text": "fear  1"})
+    out = tmp_path / "rows.jsonl"
+    command = ("convert", "classification", labelled, *HOW, "--against", test, "--out", out)
+    ended = tercet(*command)
+    assert "2 of 15 left out" in ended.err
+    assert ["test.jsonl", "text", "exact", "2"] in [cells(line) for line in ended.out.splitlines()]
+    texts = {t for e in iter_examples(out) for t in (e.query, *e.positives, *e.negatives)}
+    assert len(texts) == 13 and not texts & {"joy 0", "fear 1"}
+
+
+def test_scored_pairs_become_rows(tercet, pairs, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    ended = tercet("convert", "similarity", pairs, *HOW, "--out", out)
+    rows = [cells(line) for line in ended.out.splitlines()]
+    assert ["no row: score too low", "1"] in rows and ["rows", "2"] in rows
+    assert [row.query for row in iter_examples(out)] == ["red cat sits", "red cat naps"]
+    assert (
+        "no row came of 2 records"
+        in tercet("convert", "similarity", pairs, *HOW, "--out", out, "--scale", 0, 10).err
+    )
+    test = write(tmp_path / "test.jsonl", {"text": "blue CAT sits"})
+    ended = tercet("convert", "similarity", pairs, *HOW, "--out", out, "--against", test)
+    assert "1 of 2 left out" in ended.err or ended.status == 2
+
+
+def test_test_texts_are_taken_out_of_rows(tercet, tmp_path):
+    rows = [{"query": f"q{n}", "positives": [f"p{n}"], "negatives": ["x", "y"]} for n in range(4)]
+    file = write(tmp_path / "rows.jsonl", *rows)
+    test = write(tmp_path / "test.jsonl", {"text": "Q1"}, {"text": "p2"})
+    more = tmp_path / "more.txt"
+    more.write_text("X\n")
+    out = tmp_path / "clean.jsonl"
+    ended = tercet("decontaminate", file, "--against", test, "--against", more, "--out", out)
+    assert ended.status == 0
+    assert [(row.query, row.negatives) for row in iter_examples(out)] == [
+        ("q0", ("y",)),
+        ("q3", ("y",)),
+    ]
+    assert [cells(line) for line in ended.out.splitlines()[1:]] == [
+        ["more.txt", "negatives", "exact", "2"],
+        ["test.jsonl", "positives", "exact", "1"],
+        ["test.jsonl", "query", "exact", "1"],
+    ]
+    assert "2 of 4 left out" in ended.err
+
+
+def test_when_nothing_is_left_nothing_is_written(tercet, tmp_path):
+    file = write(tmp_path / "rows.jsonl", {"query": "q", "positives": ["p"]})
+    out = tmp_path / "clean.jsonl"
+    ended = tercet("decontaminate", file, "--against", file, "--out", out)
+    assert ended.status == 2
+    assert "is read and cannot" not in ended.err and "nothing is left" in ended.err
+    assert not out.exists()
+
+
+def test_an_input_is_never_overwritten(refused, labelled, pairs, tmp_path):
+    other = write(tmp_path / "other.jsonl", {"text": "z"})
+    for file, words in (
+        (labelled, ("convert", "classification", labelled, *HOW, "--out", labelled)),
+        (pairs, ("convert", "similarity", pairs, *HOW, "--out", tmp_path / "x/../pairs.jsonl")),
+        (other, ("decontaminate", labelled, "--against", other, "--out", other)),
+    ):
+        before = file.read_bytes()
+        assert "is read and cannot be written to as well" in refused(*words)
+        assert file.read_bytes() == before
+
+
+def test_another_kind_of_result_is_refused_before_anything_is_read(refused, tmp_path):
+    out = tmp_path / "rows.csv"
+    line = refused("convert", "classification", tmp_path / "none.jsonl", *HOW, "--out", out)
+    assert line == f'{out}: unknown kind of file ".csv"; use .jsonl or .parquet'
+
+
+@pytest.mark.parametrize("verb", ["classification", "clustering", "similarity"])
+def test_every_verb_shows_an_example(tercet, verb):
+    assert f"Example: tercet convert {verb}" in tercet("convert", verb, "--help").out

@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from tercet.data.sources import iter_examples
+from tests.cli.lines import cells, write
+from tests.toy import SENTENCES
+
+
+@pytest.fixture
+def start(encoder_folder, files, tmp_path):
+    """The words of a mining."""
+    words = ["mine", files / "pairs.jsonl", "--teacher", encoder_folder]
+    return [*words, "--work", tmp_path / "work"]
+
+
+def tables(out: str) -> list[dict[str, str]]:
+    """The rows of the three tables, joined; mean scores are under their title's words."""
+    parts: list[list[list[str]]] = []
+    for line in out.splitlines():
+        row = cells(line)
+        if row[0] == "source":
+            parts.append([row])
+        elif len(row) > 1:
+            parts[-1].append(row)
+    parts[2][0][-2:] = ["positive score", "negative score"]
+    dicts = [[dict(zip(part[0], row, strict=True)) for row in part[1:]] for part in parts]
+    return [a | b | c for a, b, c in zip(*dicts, strict=True)]
+
+
+def test_mined_rows_are_written_and_what_was_dropped_is_counted(tercet, start, tmp_path):
+    ended = tercet(*start, "--out", tmp_path / "mined.jsonl", "--rule", "naive", "--negatives", "3")
+    assert ended.status == 0
+    (row,) = tables(ended.out)
+    assert (row["source"], row["rule"], row["value"]) == ("pairs", "naive", "-")
+    found = list(iter_examples(tmp_path / "mined.jsonl"))
+    assert {len(example.negatives) for example in found} == {3}
+    assert (row["written"], row["a row"], row["short"]) == ("24", "3.00", "0")
+    # Two sentences end in "files", so four queries have two known positives each.
+    assert (row["rows"], row["seen"], row["positive"]) == ("24", "576", "28")
+    scores = [score for example in found for score in example.negative_scores or ()]
+    assert row["negative score"] == f"{sum(scores) / len(scores):.3f}"
+    assert f"vectors stay in {tmp_path / 'work'}" in ended.err
+
+
+def test_every_flag_of_the_rule_is_taken(tercet, start, tmp_path):
+    out = ["--out", tmp_path / "mined.parquet", "--negatives", "2", "--at-least", "2"]
+    rule = ["--rule", "absolute", "--value", "2", "--shift", "4", "--depth", "11"]
+    draw = ["--sample-from", "5", "--temperature", "0.5"]
+    found = []
+    for seed in ("1", "2", "1"):
+        ended = tercet(*start, *out, *rule, *draw, "--seed", seed)
+        (row,) = tables(ended.out)
+        assert (row["value"], row["shifted"], row["seen"]) == ("2", "96", "264")
+        found.append([example.negatives for example in iter_examples(tmp_path / "mined.parquet")])
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_sweep_prints_a_line_for_each_value_and_writes_no_rows(tercet, start, tmp_path):
+    ended = tercet(*start, "--sweep", "0.5, 0.9,1", "--rule", "percent")
+    rows = tables(ended.out)
+    assert (ended.status, [row["value"] for row in rows]) == (0, ["0.5", "0.9", "1"])
+    dropped = [int(row["too close"].replace(",", "")) for row in rows]
+    assert dropped == sorted(dropped, reverse=True) and dropped[0] > dropped[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+
+
+def test_documents_of_a_corpus_are_mined(tercet, encoder_folder, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", {"query": "a web server", "positives": [SENTENCES[0]]})
+    corpus = write(tmp_path / "docs.jsonl", *({"body": text} for text in SENTENCES[:3]))
+    words = ["--teacher", encoder_folder, "--rule", "naive", "--work", tmp_path / "work"]
+    more = ["--corpus", corpus, "--text-field", "body", "--out", tmp_path / "mined.jsonl"]
+    ended = tercet("mine", pairs, *words, *more)
+    (example,) = iter_examples(tmp_path / "mined.jsonl")
+    assert ended.status == 0 and set(example.negatives) == set(SENTENCES[1:3])
+
+
+def test_negatives_that_rows_had_are_replaced_or_kept_and_that_is_said(
+    tercet, encoder_folder, tmp_path
+):
+    record = {"query": "a web server", "positives": [SENTENCES[0]], "negatives": [" ", "a map"]}
+    pairs = write(tmp_path / "pairs.jsonl", record)
+    words = ["mine", pairs, "--teacher", encoder_folder, "--out", tmp_path / "mined.jsonl"]
+    words += ["--work", tmp_path / "work"]
+    replaced, kept = tercet(*words, "--rule", "naive"), tercet(*words, "--keep")
+    assert "pairs: 1 rows had negatives: replaced; --keep keeps them\n" in replaced.err
+    assert "pairs: 1 rows had negatives: kept\npairs: 1 of them" in kept.err
+    assert json.loads((tmp_path / "mined.jsonl").read_text())["negatives"] == ["a map"]
+
+
+def test_a_rule_that_drops_most_candidates_is_remarked(tercet, start, tmp_path):
+    ended = tercet(*start, "--out", tmp_path / "mined.jsonl", "--rule", "absolute", "--value", "-1")
+    assert "pairs: 95% of the candidates score too close to the positive, and 24 rows" in ended.err
+
+
+def test_wrong_words_are_refused_before_the_teacher_is_loaded(refused, files, tmp_path):
+    words = ["mine", files / "pairs.jsonl", "--teacher", tmp_path / "lost"]
+    out = ["--out", tmp_path / "mined.jsonl"]
+    either = "give --out, where the mined rows go, or --sweep, to only count"
+    assert refused(*words) == either
+    assert refused(*words, *out, "--sweep", "0.9") == either
+    assert (
+        refused(*words, "--sweep", "0.9;1")
+        == "--sweep is '0.9;1'; give numbers, as in 0.9,0.95,0.98"
+    )
+    assert refused(*words, *out, "--value", "95").startswith(
+        "the value of the rule percent is 95.0"
+    )
+    assert refused("mine", files / "pairs.csv", *words[2:], *out).startswith(f"{files}/pairs.csv: ")
+    assert "lost: no such folder" in refused(*words, *out)
