@@ -8,7 +8,6 @@ Everything under train is of the train split and everything that is measured is 
 
 import argparse
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tercet.data.instructions import as_prompt
 from tercet.data.records import iter_records
 from tercet.data.similarity import SimilaritySet, debtags_similarity
 from tercet.data.sources import write_examples
+from tercet.data.texts import normal_form
 from tercet.files import replacing_file
 from tercet.types import Example
 
@@ -208,10 +208,12 @@ def uses_of(row: Row) -> list[str]:
 
 def refuse_leaks(out: Path) -> None:
     """Stop where a text that is measured stands in the training data too."""
-    learned = {normal(text) for path in (out / "train").glob("*.jsonl") for text in texts_of(path)}
+    learned = {
+        normal_form(text) for path in (out / "train").glob("*.jsonl") for text in texts_of(path)
+    }
     for path in sorted((out / "test").rglob("*.jsonl")):
         for text in texts_of(path):
-            if normal(text) in learned:
+            if normal_form(text) in learned:
                 raise SystemExit(f"{path}: {text!r} is in the training data too")
 
 
@@ -222,11 +224,6 @@ def texts_of(path: Path) -> Iterator[str]:
         if record.get("split") != "train":
             one = (record[name] for name in ("text", "text1", "text2", "query") if name in record)
             yield from (*one, *record.get("positives", ()))
-
-
-def normal(text: str) -> str:
-    """The text without what does not tell texts apart: case, width, white space."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
 def commands(out: Path) -> Iterator[str]:

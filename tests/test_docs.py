@@ -21,7 +21,7 @@ from tercet.errors import DataError
 ROOT = Path(__file__).parent.parent
 PAGES = [
     *ROOT.glob("*.md"),
-    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("docs/**/*.md"),
     *ROOT.glob("benchmarks/*.md"),
     *ROOT.glob("examples/**/*.md"),
 ]

@@ -17,7 +17,7 @@ import torch
 from tercet.ablation.cells import Cell
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
-from tercet.evaluate.suite import Exam
+from tercet.evaluate.suite import EvaluationSet
 from tercet.files import replacing_file
 from tercet.nn.embedder import Embedder
 from tercet.train.loop import train
@@ -27,7 +27,7 @@ ANSWERS: Final = "answers.npz"
 FACTS: Final = "cell.json"
 
 Answers = Mapping[str, np.ndarray]
-"""Of each exam, by its name."""
+"""Of each evaluation set, by its name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ class Bench:
     """What all cells of an ablation share."""
 
     data: Mapping[str, Sequence[Source]]  # by ``Stage.data``
-    exams: Sequence[Exam]
+    sets: Sequence[EvaluationSet]
     out: Path
     run: Run
     keep_models: bool = False
@@ -63,9 +63,9 @@ def run_cells(
     return found
 
 
-def baselines(exams: Sequence[Exam]) -> Answers:
+def baselines(sets: Sequence[EvaluationSet]) -> Answers:
     """What words alone answer."""
-    return {exam.name: exam.words() for exam in exams}
+    return {examined.name: examined.words() for examined in sets}
 
 
 def _run(
@@ -75,15 +75,13 @@ def _run(
     data = {stage.data: bench.data[stage.data] for stage in stages}
     train(cell.recipe, data, folder, run=bench.run, say=say)
     folders = [folder / f"{number}-{stage.name}" for number, stage in enumerate(stages, start=1)]
-    dtype = getattr(torch, bench.run.precision)
-    models = [
-        Embedder.load(each / "model", dtype=dtype)
-        for each in (folders if len(stages) > 1 else [folder])
-    ]
-    answers: list[Answers] = [
-        {exam.name: exam.measure(model) for exam in bench.exams} for model in models
-    ]
-    seconds = sum(stage["seconds"] for stage in models[-1].about["stages"])
+    answers: list[Answers] = []
+    seconds = 0.0
+    for each in folders if len(stages) > 1 else [folder]:
+        model = Embedder.load(each / "model", dtype=getattr(torch, bench.run.precision))
+        model.to(bench.run.find_device())
+        answers.append({examined.name: examined.measure(model) for examined in bench.sets})
+        seconds = sum(stage["seconds"] for stage in model.about["stages"])
     arrays: dict[str, Any] = {
         f"{number}/{name}": array
         for number, of_stage in enumerate(answers)
@@ -104,12 +102,15 @@ def _run(
 def _facts(cell: Cell, bench: Bench) -> dict[str, Any]:
     """What has to be the same for a cell's answers to be used again."""
     recipe = json.loads(json.dumps(asdict(cell.recipe), default=repr))
-    read = {stage.data for stage in cell.recipe.stages}
+    read = sorted({stage.data for stage in cell.recipe.stages})
     return {
         "cell": cell.name,
         "recipe": recipe,
-        "data": {s.name: s.fingerprint for name in sorted(read) for s in bench.data[name]},
-        "exams": {exam.name: exam.fingerprint for exam in bench.exams},
+        "data": {
+            name: [[source.name, source.fingerprint, source.weight] for source in bench.data[name]]
+            for name in read
+        },
+        "sets": {examined.name: examined.fingerprint for examined in bench.sets},
         "precision": bench.run.precision,
     }
 
@@ -127,6 +128,5 @@ def _done(folder: Path, facts: dict[str, Any]) -> list[Answers] | None:
     with np.load(folder / ANSWERS) as arrays:
         stages = len(facts["recipe"]["stages"])
         return [
-            {name: arrays[f"{number}/{name}"] for name in facts["exams"]}
-            for number in range(stages)
+            {name: arrays[f"{number}/{name}"] for name in facts["sets"]} for number in range(stages)
         ]

@@ -11,7 +11,7 @@ from tercet.ablation.cells import ATTENTIONS, POOLINGS, SCHEDULES, cell_name, sc
 from tercet.ablation.run import Answers
 from tercet.evaluate.figures import bars, drawing, write_png
 from tercet.evaluate.intervals import Interval
-from tercet.evaluate.suite import FIGURES, Exam, average
+from tercet.evaluate.suite import FIGURES, EvaluationSet, average
 from tercet.files import replacing_file
 
 AVERAGE: Final = "Average"
@@ -28,7 +28,7 @@ class Found:
     Of several seeds, figures are those of the mean over seeds.
     """
 
-    exams: Sequence[Exam]
+    sets: Sequence[EvaluationSet]
     cells: Sequence[Mapping[str, Sequence[Answers]]]  # of each seed
     words: Answers
     seed: int = 0  # of the bootstrap
@@ -36,8 +36,8 @@ class Found:
     def figures(self, cell: str, stage: int = -1) -> dict[str, Interval]:
         """Of each category, and their average: a category is the mean of its sets."""
         return self._by_category(
-            lambda exam: [
-                exam.figure(found[cell][stage][exam.name], self.seed) for found in self.cells
+            lambda each: [
+                each.figure(found[cell][stage][each.name], self.seed) for found in self.cells
             ]
         )
 
@@ -45,22 +45,22 @@ class Found:
         """How much better ``one`` is than ``other``, each after its stage, on the same texts."""
         first, second = stages
         return self._by_category(
-            lambda exam: [
-                exam.minus(found[one][first][exam.name], found[other][second][exam.name], self.seed)
+            lambda each: [
+                each.minus(found[one][first][each.name], found[other][second][each.name], self.seed)
                 for found in self.cells
             ]
         )
 
     def of_words(self) -> dict[str, Interval]:
         """What the baselines without a model get."""
-        return self._by_category(lambda exam: [exam.figure(self.words[exam.name], self.seed)])
+        return self._by_category(lambda each: [each.figure(self.words[each.name], self.seed)])
 
     def spread(self, cell: str, stage: int = -1) -> float | None:
         """The standard deviation of a cell's average over seeds; None of a single one."""
         if len(self.cells) < 2:
             return None
         means = [
-            Found(self.exams, [found], self.words, self.seed).figures(cell, stage)[AVERAGE].mean
+            Found(self.sets, [found], self.words, self.seed).figures(cell, stage)[AVERAGE].mean
             for found in self.cells
         ]
         centre = sum(means) / len(means)
@@ -72,8 +72,8 @@ class Found:
 
     def _by_category(self, of: Any) -> dict[str, Interval]:
         found: dict[str, list[Interval]] = {}
-        for exam in self.exams:
-            found.setdefault(exam.category, []).append(_same_texts(of(exam)))
+        for each in self.sets:
+            found.setdefault(each.category, []).append(_same_texts(of(each)))
         ordered = {name: average(found[name]) for name in FIGURES if name in found}
         return {**ordered, AVERAGE: average(list(ordered.values()))}
 
@@ -97,6 +97,12 @@ def grid_table(found: Found, stage: int) -> Table:
         for both in columns.values()
     ]
     rows.append(["95 % of the average", *half, ""])
+    if len(found.cells) > 1:
+        spread = [
+            " / ".join(f"{found.spread(cell_name(a, pooling), stage):.3f}" for a in ATTENTIONS)
+            for pooling in POOLINGS
+        ]
+        rows.append(["spread over seeds", *spread, ""])
     return rows
 
 
@@ -142,15 +148,20 @@ def tables(found: Found) -> Iterator[tuple[str, Table]]:
 
 def write_findings(out: Path, found: Found, facts: Mapping[str, Any]) -> None:
     """Write ``table.md``, ``results.json`` and figures into the folder."""
-    text = "".join(f"## {title}\n\n{as_markdown(table)}\n" for title, table in tables(found))
+    text = f"{_told(facts)}\n\n"
+    text += "".join(f"## {title}\n\n{as_markdown(table)}\n" for title, table in tables(found))
     with replacing_file(out / "table.md") as fresh:
         fresh.write_text(text, encoding="utf-8")
     record = {
         **facts,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "sets": {
-            exam.name: {"category": exam.category, "size": exam.size, "data": exam.fingerprint}
-            for exam in found.exams
+            each.name: {
+                "category": each.category,
+                "size": each.size,
+                "data": each.fingerprint,
+            }
+            for each in found.sets
         },
         "rows": list(_rows(found)),
     }
@@ -174,6 +185,13 @@ def as_markdown(table: Table) -> str:
     """The table as text that renders as one."""
     lines = ["| " + " | ".join(row) + " |\n" for row in table]
     return "".join([lines[0], "|---" * len(table[0]) + "|\n", *lines[1:]])
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    """What was run, in a line: sizes, steps, rates, and how much of the base was kept."""
+    numbers = facts.get("numbers", {})
+    told = [f"{name} {value}" for name, value in numbers.items() if value is not None]
+    return ", ".join([*told, f"seeds {facts.get('seeds', 1)}"])
 
 
 def _rows(found: Found) -> Iterator[dict[str, Any]]:

@@ -70,10 +70,10 @@ def nv_embed(
     from tercet.ablation.tables import Found, tables, write_findings
     from tercet.cli.training import weighted
     from tercet.data.sources import open_source
-    from tercet.evaluate.suite import open_exams
+    from tercet.evaluate.suite import open_sets
     from tercet.train.run import Run
 
-    exams = open_exams(test)
+    sets = open_sets(test)
     given = [[weighted(path) for path in paths] for paths in (data, tasks)]
     retrieval, others = [[open_source(p, weight=w) for p, w in paths] for paths in given]
     run = Run(precision=precision)
@@ -94,9 +94,9 @@ def nv_embed(
     for seed in range(seeds):
         folder = out if seeds == 1 else out / f"seed-{seed}"
         mixtures = {"retrieval": retrieval, "blended": [*retrieval, *others]}
-        bench = Bench(mixtures, exams, folder, run, keep_models)
+        bench = Bench(mixtures, sets, folder, run, keep_models)
         found.append(run_cells(list(nv_embed_cells(part, seed, **numbers)), bench, say))
-    every = Found(exams, found, baselines(exams))
+    every = Found(sets, found, baselines(sets))
     facts = {"ablation": "nv-embed", "numbers": numbers, "seeds": seeds, "run": asdict(run)}
     write_findings(out, every, facts)
     for title, (header, *rows) in tables(every):

@@ -50,7 +50,7 @@ class Wanted:
             positives=(positive,),
             negatives=tuple(negatives),
             query_prompt=prompt,
-            document_prompt=prompt if symmetric else None,
+            document_prompt=prompt if symmetric else "",
             task=self.task,
             in_batch="none",
         )

@@ -6,7 +6,6 @@ Nothing here holds all texts or all vectors. A document costs about 120 bytes of
 import hashlib
 import os
 import tempfile
-import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from jaxtyping import Float, Float32, Int, UInt64
 
 from tercet.data.examples import shown
 from tercet.data.records import readable
+from tercet.data.texts import normal_form
 from tercet.errors import ModelError
 from tercet.files import replacing_file
 from tercet.nn.embedder import Embedder
@@ -34,8 +34,8 @@ _VERSION: Final = 1  # of what the name of a shard says
 
 def text_key(text: str) -> int:
     """64 bits that are equal for texts that differ in case, spaces or Unicode form only."""
-    same = " ".join(unicodedata.normalize("NFKC", text).lower().split())
-    return int.from_bytes(hashlib.blake2b(same.encode(), digest_size=8).digest(), "little")
+    same = normal_form(text).encode()
+    return int.from_bytes(hashlib.blake2b(same, digest_size=8).digest(), "little")
 
 
 class Texts:

@@ -15,7 +15,7 @@ from tercet.data.examples import QUERY
 from tercet.data.records import iter_records
 from tercet.data.similarity import SimilaritySet, is_similarity_file
 from tercet.data.sources import iter_examples
-from tercet.data.texts import read_texts
+from tercet.data.texts import normal_form, read_texts
 from tercet.errors import MissingExtraError, RecipeError
 from tercet.evaluate.retrieval import RetrievalSet
 from tercet.types import Example
@@ -28,11 +28,6 @@ REMEMBERED: Final = 1 << 16  # texts whose answer is kept: a negative often serv
 
 Likeness: TypeAlias = Literal["exact", "near"]
 Item = TypeVar("Item")
-
-
-def normal_form(text: str) -> str:
-    """The text in NFKC and lower case, with single spaces: two that agree in it are one text."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
 @dataclass(frozen=True, slots=True)

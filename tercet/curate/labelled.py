@@ -14,8 +14,8 @@ from tercet.curate.conversion import (
     Wanted,
     stratified,
 )
-from tercet.curate.decontaminate import normal_form
 from tercet.data.labelled import LabelledText
+from tercet.data.texts import normal_form
 from tercet.errors import RecipeError
 from tercet.types import Example
 
@@ -99,7 +99,7 @@ def _convert(
             continue
         made.append(row)
         labels[label] += 1
-        instead += maker.mode == "example" and row.document_prompt is None
+        instead += maker.mode == "example" and not row.document_prompt
     report = ConversionReport(
         records=records,
         rows=len(made),

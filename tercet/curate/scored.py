@@ -7,8 +7,8 @@ from typing import Final
 import numpy as np
 
 from tercet.curate.conversion import ConversionReport, Converted, Wanted
-from tercet.curate.decontaminate import normal_form
 from tercet.data.similarity import SimilaritySet
+from tercet.data.texts import normal_form
 from tercet.errors import RecipeError
 from tercet.evaluate.bm25 import bm25_top_k
 from tercet.types import Example

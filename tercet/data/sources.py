@@ -181,13 +181,12 @@ def open_source(
 
 
 def _note_prompts(prompts: dict[str, dict[str, str]], example: Example) -> None:
-    """Remember the first prompt that a task's examples bring for each role."""
+    """Remember the first prompt that a task's examples bring for each role, an empty one last."""
     given = {"query": example.query_prompt, "document": example.document_prompt}
     found = {role: prompt for role, prompt in given.items() if prompt is not None}
     if found and (example.task in prompts or len(prompts) < MAX_TASKS):
         of_task = prompts.setdefault(example.task, {})
-        for role, prompt in found.items():
-            of_task.setdefault(role, prompt)
+        of_task.update({role: prompt for role, prompt in found.items() if not of_task.get(role)})
 
 
 def longest_text_bytes(example: Example) -> int:

@@ -1,6 +1,7 @@
 """Files of plain texts: .txt with one text a line, .jsonl and .parquet with a field of text."""
 
 import json
+import unicodedata
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -99,3 +100,8 @@ def text_under(record: object, field: str) -> str:
             f'"{field}" is missing; it holds the text; if another field does, name that'
         )
     return text_of(value, field)
+
+
+def normal_form(text: str) -> str:
+    """The text in NFKC and lower case, with single spaces: two that agree in it are one text."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())

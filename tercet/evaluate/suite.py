@@ -45,7 +45,7 @@ _MAIN: Final = "ndcg@10"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Exam:
+class EvaluationSet:
     """A set, how a model or a baseline answers it, and what the answers are worth."""
 
     name: str
@@ -63,41 +63,41 @@ class Exam:
         return self.answers(embedder, known_task(embedder.settings, self.tasks))
 
 
-def open_exam(path: Path | str) -> Exam:
+def open_set(path: Path | str) -> EvaluationSet:
     """The set of a file: examples, scored pairs of texts, or texts with labels; or BEIR's folder.
 
     Raises:
         DataError: when it is none of these.
     """
     path = Path(path)
-    exam = _exam(path)
+    examined = _set_of(path)
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(file.read_bytes())
-    return replace(exam, fingerprint=digest.hexdigest())
+    return replace(examined, fingerprint=digest.hexdigest())
 
 
-def open_exams(paths: Sequence[Path]) -> list[Exam]:
+def open_sets(paths: Sequence[Path]) -> list[EvaluationSet]:
     """The sets of these files, whose names have to differ.
 
     Raises:
         DataError: when one is no set.
         RecipeError: when two have the same name, or there is none.
     """
-    exams = [open_exam(path) for path in paths]
-    names = [exam.name for exam in exams]
+    sets = [open_set(path) for path in paths]
+    names = [examined.name for examined in sets]
     twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not exams:
+    if twice or not sets:
         raise RecipeError(
             f"two evaluation sets are named {twice[0]!r}; rename one of the files"
             if twice
             else "there is no evaluation set; give one or more"
         )
-    return exams
+    return sets
 
 
-def _exam(path: Path) -> Exam:
+def _set_of(path: Path) -> EvaluationSet:
     if path.is_dir():
         return _retrieval(RetrievalSet.from_beir(path), task_names(path))
     if is_similarity_file(path):
@@ -124,7 +124,7 @@ def average(figures: Sequence[Interval]) -> Interval:
     )
 
 
-def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> Exam:
+def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> EvaluationSet:
     def answers(embedder: Embedder, task: str | None) -> np.ndarray:
         warn_unprompted(embedder.settings, "query", task)
         queries = embedder.encode(data.queries, "query", task=task)
@@ -135,7 +135,7 @@ def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> Exam:
         hits = bm25_top_k(data.queries, data.documents, DEPTH)
         return np.asarray(evaluate_hits(data, hits, names=[_MAIN]).scores[_MAIN])
 
-    return Exam(
+    return EvaluationSet(
         data.name,
         "Retrieval",
         f"{len(data.queries):,} queries, {len(data.documents):,} documents",
@@ -147,9 +147,9 @@ def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> Exam:
     )
 
 
-def _classification(data: ClassificationSet, tasks: Sequence[str]) -> Exam:
+def _classification(data: ClassificationSet, tasks: Sequence[str]) -> EvaluationSet:
     result = partial(ClassificationResult, data)
-    return Exam(
+    return EvaluationSet(
         data.name,
         "Classification",
         f"{len(data.test.texts):,} texts, {len(data.labels)} labels, "
@@ -162,9 +162,9 @@ def _classification(data: ClassificationSet, tasks: Sequence[str]) -> Exam:
     )
 
 
-def _clustering(data: Any, tasks: Sequence[str]) -> Exam:
+def _clustering(data: Any, tasks: Sequence[str]) -> EvaluationSet:
     result = partial(ClusteringResult, data)
-    return Exam(
+    return EvaluationSet(
         data.name,
         "Clustering",
         f"{len(data.rows.texts):,} texts, {len(data.labels)} labels",
@@ -176,9 +176,9 @@ def _clustering(data: Any, tasks: Sequence[str]) -> Exam:
     )
 
 
-def _similarity(data: SimilaritySet, tasks: Sequence[str]) -> Exam:
+def _similarity(data: SimilaritySet, tasks: Sequence[str]) -> EvaluationSet:
     result = partial(SimilarityResult, data)
-    return Exam(
+    return EvaluationSet(
         data.name,
         "STS",
         f"{len(data.pairs):,} pairs of {len(data.texts):,} texts",

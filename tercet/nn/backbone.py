@@ -307,10 +307,10 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
 
 
 def _cut_layers(config: Any, kept: int, source: str) -> None:
-    if kept > config.num_hidden_layers:
+    if not 1 <= kept <= config.num_hidden_layers:
         raise ModelError(
             f"{source}: has {config.num_hidden_layers} layers, and {kept} should be kept; give a "
-            "number up to that"
+            "number from 1 up to that"
         )
     config.num_hidden_layers = kept
     if getattr(config, "layer_types", None):

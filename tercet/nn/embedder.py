@@ -86,7 +86,10 @@ class Embedder(nn.Module):
         self.batch_tokens = (
             16_384 if backbone.device.type == "cuda" else 2_048
         )  # of one encode step
-        parts = [backbone] if self.layer is None else [backbone, self.layer]
+        parts: list[nn.Module] = [backbone]
+        if self.layer is not None:  # of a folded layer only the feed-forward runs
+            folds = self.layer.folds
+            parts += [self.layer.ff_in, self.layer.ff_out] if folds else [self.layer]
         self._prepacked = Prepacked(nn.ModuleList(parts))
         self.about: Mapping[str, Any] = {}  # what made it, as saved with it: stages, data, seed
         self._told: set[Role] = set()  # for which roles it was said that texts were cut
@@ -289,12 +292,18 @@ class Embedder(nn.Module):
         if is_nv_embed(folder):
             from tercet.nn.nv_embed import load_nv_embed  # which makes an embedder
 
-            embedder = load_nv_embed(folder, dtype)
-            embedder.settings = changed(embedder.settings, changes)
-            return embedder
+            if keep_layers is not None:
+                raise ModelError(
+                    f"{source}: a published NV-Embed folder is loaded whole; save it with tercet "
+                    "first to keep some of its layers only"
+                )
+            return load_nv_embed(folder, dtype, attention=attention, window=window, changes=changes)
         saved = read_settings(folder) if folder.is_dir() else None
         if saved is not None and "adapter_of" in saved:
-            return _load_adapter(folder, saved, dtype, changes)
+            how = {"dtype": dtype, "keep_layers": keep_layers}
+            how |= {"attention": attention or saved["attention"]}
+            how |= {"window": window or saved["window"]}
+            return _load_adapter(folder, saved, how, changes)
         if saved is not None:
             attention = attention or saved["attention"]
             window = window or saved["window"]
@@ -303,11 +312,8 @@ class Embedder(nn.Module):
         backbone = Backbone.load(
             place, attention=attention, window=window, dtype=dtype, keep_layers=keep_layers
         )
-        trained = load_layer(folder, backbone.hidden, dtype) if folder.is_dir() else None
-        if trained is not None:
-            settings = _with_layer(folder, settings, trained, changes)
-        kept = trained is not None and settings.layer == trained.layer
-        embedder = Embedder(backbone, load_tokenizer(place), settings, trained if kept else None)
+        settings, layer = with_layer(folder, settings, changes, backbone)
+        embedder = Embedder(backbone, load_tokenizer(place), settings, layer)
         embedder.about = saved.get("about", {}) if saved is not None else {}
         embedder.eval()
         return embedder
@@ -467,26 +473,49 @@ def _says_bidirectional(source: str) -> bool:
     )
 
 
-def _with_layer(
-    folder: Path, settings: Settings, trained: AttentionLayer, changes: Mapping[str, Any]
-) -> Settings:
-    """The layer that the weights of a folder are of, unless another one is asked for."""
+def with_layer(
+    folder: Path, settings: Settings, changes: Mapping[str, Any], backbone: Backbone
+) -> tuple[Settings, AttentionLayer | None]:
+    """The trained layer of a model's folder, unless ``changes`` ask for another one or for none.
+
+    The settings come back with the layer that is used. A layer of the same sizes is the trained
+    one, however it would be drawn anew.
+
+    Raises:
+        ModelError: when the settings tell of a layer that is not in the folder.
+    """
+    dtype = next(backbone.parameters()).dtype
+    trained = load_layer(folder, backbone.hidden, dtype) if folder.is_dir() else None
     if "layer" not in changes:
-        return replace(settings, layer=trained.layer)
-    if settings.layer not in (None, trained.layer):
-        log.warning("%s: its trained layer is replaced by a new one, %s", folder, settings.layer)
-    return settings
+        if trained is None and settings.layer is not None:
+            raise ModelError(
+                f"{folder}: the model has a trained layer, and its folder (1_Layer) is not here; "
+                "copy or download the model again, whole"
+            )
+        return replace(settings, layer=None if trained is None else trained.layer), trained
+    return replaced_layer(folder, settings, trained, backbone.hidden)
+
+
+def replaced_layer(
+    folder: Path, settings: Settings, trained: AttentionLayer | None, hidden: int
+) -> tuple[Settings, AttentionLayer | None]:
+    """The layer that the settings ask for: the trained one where sizes agree, or a new one."""
+    wanted = settings.layer
+    if trained is not None and wanted is not None and wanted.same_sizes(trained.layer, hidden):
+        return replace(settings, layer=trained.layer), trained
+    if trained is not None:
+        other = "left out" if wanted is None else f"replaced by a new one, {wanted}"
+        log.warning("%s: its trained layer, %s, is %s", folder, trained.layer, other)
+    return settings, None if wanted is None else build_layer(wanted, hidden)
 
 
 def _load_adapter(
-    folder: Path, saved: dict[str, Any], dtype: torch.dtype, changes: Mapping[str, Any]
+    folder: Path, saved: dict[str, Any], how: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Embedder:
-    base = Backbone.load(
-        saved["adapter_of"], attention=saved["attention"], window=saved["window"], dtype=dtype
-    )
+    base = Backbone.load(saved["adapter_of"], **how)
     merge_adapter(base, folder)
     settings = changed(saved["settings"], changes)
-    layer = load_layer(folder, base.hidden, dtype) if settings.layer else None
+    settings, layer = with_layer(folder, settings, changes, base)
     embedder = Embedder(base, load_tokenizer(folder), settings, layer)
     embedder.about = saved.get("about", {})
     embedder.eval()

@@ -87,11 +87,16 @@ class _Stamp:
     @staticmethod
     def of(weights: Sequence[Tensor]) -> "_Stamp":
         """Fused optimizers change a weight without counting up its version, so look inside too."""
-        facts = tuple((w.data_ptr(), w._version, w.dtype, w.device) for w in weights)
+        facts = tuple((w.data_ptr(), _version(w), w.dtype, w.device) for w in weights)
         return _Stamp(facts, torch.cat([_sample(weight) for weight in weights]))
 
     def same_as(self, other: "_Stamp") -> bool:
         return self.facts == other.facts and torch.equal(self.sample, other.sample)
+
+
+def _version(weight: Tensor) -> int | None:
+    """How often it was changed in place; unknown of one that was made in inference mode."""
+    return None if weight.is_inference() else weight._version
 
 
 def _sample(weight: Tensor) -> Tensor:

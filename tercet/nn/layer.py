@@ -14,7 +14,7 @@ With d the hidden width, e the width of a head, X the states and Z the latents (
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -48,7 +48,7 @@ class Layer:
     kind: LayerKind = "latent"
     latents: int = 512  # entries of the dictionary; of no meaning for self-attention
     heads: int = 8
-    head_size: int | None = None  # None: hidden / heads, as in a backbone's own layers
+    head_size: int | Literal["hidden"] | None = None  # None: hidden / heads, as in a backbone's own
     init: LayerInit = "normal"  # "identity": leaves the states as they are, until trained
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class Layer:
                 raise RecipeError(f"no such layer {name}: {getattr(self, name)!r}; choose {known}")
         sizes = {"latents": self.latents, "heads": self.heads, "head_size": self.head_size}
         for name, size in sizes.items():
-            if name == "head_size" and size is None:
+            if name == "head_size" and size in (None, "hidden"):
                 continue
             if type(size) is not int or size < 1:
                 raise RecipeError(f"a layer's {name} is {size!r}; give a whole number, at least 1")
@@ -69,6 +69,8 @@ class Layer:
         Raises:
             RecipeError: where it is left open and the heads do not share the width evenly.
         """
+        if self.head_size == "hidden":
+            return hidden
         if self.head_size is not None:
             return self.head_size
         if hidden % self.heads:
@@ -77,6 +79,12 @@ class Layer:
                 "head_size, or a number of heads that divides them"
             )
         return hidden // self.heads
+
+    def same_sizes(self, other: "Layer", hidden: int) -> bool:
+        """Whether weights of one fit the other, behind a backbone of this width."""
+        latents = self.kind != "latent" or self.latents == other.latents
+        sizes = self.size_of_head(hidden) == other.size_of_head(hidden)
+        return latents and sizes and (self.kind, self.heads) == (other.kind, other.heads)
 
 
 class AttentionLayer(nn.Module):
@@ -89,7 +97,7 @@ class AttentionLayer(nn.Module):
     def __init__(self, layer: Layer, hidden: int) -> None:
         super().__init__()
         size = layer.size_of_head(hidden)
-        self.layer = layer
+        self.layer = replace(layer, head_size=size) if layer.head_size == "hidden" else layer
         self.hidden = hidden
         if layer.kind == "latent":
             self.latents = nn.Parameter(torch.randn(layer.latents, hidden))

@@ -13,7 +13,7 @@ from tercet.errors import ModelError
 from tercet.interop.llm2vec import Llm2Vec, adapter_folder, read_llm2vec
 from tercet.nn.adapters import merge_adapter
 from tercet.nn.backbone import Attention, Backbone, probe
-from tercet.nn.embedder import Embedder
+from tercet.nn.embedder import Embedder, with_layer
 from tercet.nn.settings import FILE, Settings, read_settings
 
 Compat: TypeAlias = Literal["llm2vec"]
@@ -59,7 +59,8 @@ def load_adapters(
         merge_adapter(backbone, folder)
     backbone.to(dtype).eval()
     probe(backbone)
-    embedder = Embedder(backbone, load_tokenizer(tokenizer or zoo.resolve(place)), settings)
+    settings, layer = with_layer(folders[-1], settings, {}, backbone)
+    embedder = Embedder(backbone, load_tokenizer(tokenizer or zoo.resolve(place)), settings, layer)
     embedder.about = lineage(place, adapters)
     return embedder
 

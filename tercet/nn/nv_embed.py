@@ -8,6 +8,7 @@ for numbers that are to be compared with published ones.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -30,11 +31,11 @@ from tercet.interop.nv_embed import (
     read_nv_embed,
     weight_files,
 )
-from tercet.nn.backbone import Backbone
-from tercet.nn.embedder import Embedder
+from tercet.nn.backbone import Attention, Backbone, Window
+from tercet.nn.embedder import Embedder, replaced_layer
 from tercet.nn.layer import AttentionLayer, Layer, build_layer
 from tercet.nn.pooling import mean
-from tercet.nn.settings import Settings
+from tercet.nn.settings import Settings, changed
 from tercet.nn.stock import quiet
 from tercet.types import Packed
 
@@ -43,17 +44,25 @@ _UNCUT: Final = 1 << 30
 _BATCH_TOKENS: Final = 2_048
 
 
-def load_nv_embed(folder: Path, dtype: torch.dtype = torch.float32) -> Embedder:
+def load_nv_embed(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    attention: Attention | None = None,
+    window: Window | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> Embedder:
     """An embedder from a folder as ``nvidia/NV-Embed-v1`` and ``-v2`` are; none of its code runs.
 
     The files are read one after another, so that no weight is there twice. Texts carry no prompt
-    unless a task of the folder's ``instructions.json`` is asked for.
+    unless a task of the folder's ``instructions.json`` is asked for. It is read both ways, and all
+    windows are open, unless asked otherwise; ``changes`` replace settings.
 
     Raises:
         ModelError: when weights are missing, unknown or of another size.
     """
     published = read_nv_embed(folder)
-    backbone, layer = _load_weights(folder, published, dtype)
+    backbone, layer = _load_weights(folder, published, dtype, attention, window)
     settings = Settings(
         pooling="mean",
         normalize=published.normalize,
@@ -69,13 +78,21 @@ def load_nv_embed(folder: Path, dtype: torch.dtype = torch.float32) -> Embedder:
     )
     with quiet():  # transformers does not know this kind of configuration, and need not
         tokenizer = load_tokenizer(folder)
-    embedder = Embedder(backbone, tokenizer, settings, layer)
+    if "layer" in changes:
+        settings, used = replaced_layer(folder, changed(settings, changes), layer, backbone.hidden)
+    else:
+        settings, used = changed(settings, changes), layer
+    embedder = Embedder(backbone, tokenizer, settings, used)
     embedder.eval()
     return embedder
 
 
 def _load_weights(
-    folder: Path, published: NvEmbed, dtype: torch.dtype
+    folder: Path,
+    published: NvEmbed,
+    dtype: torch.dtype,
+    attention: Attention | None,
+    window: Window | None,
 ) -> tuple[Backbone, AttentionLayer]:
     config = MistralConfig.from_dict(dict(published.text_config))
     sizes = Layer(latents=published.latents, heads=published.heads, head_size=published.head_size)
@@ -84,7 +101,9 @@ def _load_weights(
         layer = build_layer(sizes, config.hidden_size)
     model.rotary_emb = type(model.rotary_emb)(config=config)  # computed, so in no file
     _fill({"backbone": model, "layer": layer}, folder, dtype)
-    backbone = Backbone(model.eval(), attention="bidirectional", window="full")
+    backbone = Backbone(
+        model.eval(), attention=attention or "bidirectional", window=window or "full"
+    )
     backbone.prove()
     return backbone, layer.eval()
 

@@ -188,7 +188,8 @@ def known_settings(source: str | Path, folder: Path) -> Settings:
         return Settings(
             pooling=stock.pooling,
             normalize=stock.normalize,
-            prompts=stock.prompts,
+            layer=Layer() if stock.layer else None,  # its sizes are beside its weights
+            **_read_prompts(stock.prompts),
             pool_prompt=stock.include_prompt,
             query_tokens=stock.max_tokens,
             document_tokens=stock.max_tokens,
@@ -210,10 +211,22 @@ def as_st_folder(settings: Settings, dim: int) -> StFolder:
         dim=dim,
         max_tokens=max(settings.query_tokens, settings.document_tokens),
         prompts=dict(named_prompts(settings)),
-        **({"layer": True} if settings.layer else {}),
+        layer=settings.layer is not None,
         include_prompt=settings.pool_prompt,
         normalize=settings.normalize,
     )
+
+
+def _read_prompts(named: Mapping[str, str]) -> dict[str, Any]:
+    """The other way round than ``named_prompts``; a prompt of another name is no role's."""
+    found: dict[str, Any] = {"prompts": {}, "task_prompts": {}}
+    for name, prompt in named.items():
+        task, dash, role = name.rpartition("-")
+        if dash and role in get_args(Role):
+            found["task_prompts"].setdefault(task, {})[role] = prompt
+        else:
+            found["prompts"][name] = prompt
+    return found
 
 
 def named_prompts(settings: Settings) -> Iterator[tuple[str, str]]:

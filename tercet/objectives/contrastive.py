@@ -1,6 +1,5 @@
 """Pull a query towards the documents that answer it, away from those that do not."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -19,8 +18,6 @@ from tercet.errors import RecipeError
 from tercet.losses.contrastive import info_nce
 from tercet.nn.chunked import Chunks, Losses, backward_in_chunks
 from tercet.nn.embedder import Embedder
-
-log = logging.getLogger("tercet")
 
 _AGAINST: Final[Mapping[Policy, str]] = {
     "all": "the others' documents",
@@ -69,38 +66,15 @@ class Contrastive:
         """Set to work on examples.
 
         Raises:
-            RecipeError: when the model's vectors are shorter than one of ``dims``, or when no
-                document of a source could ever be a negative.
+            RecipeError: when the model's vectors are shorter than one of ``dims``.
         """
         if max(self.dims, default=0) > embedder.dim:
             raise RecipeError(
                 f"dims are {list(self.dims)}, but the model's vectors have {embedder.dim} "
                 "coordinates; give lengths up to that"
             )
-        if collate.in_batch == "none":
-            _require_negatives(sources)
         unit = f"examples, each query against {_AGAINST[collate.in_batch]}"
         return PairsAtWork(self, embedder, sources, collate, unit)
-
-
-def _require_negatives(sources: Sequence[Source]) -> None:
-    """Without the others' documents, an example that brings no negatives teaches nothing."""
-    for source in sources:
-        bare, every = source.without_negatives, len(source)
-        if bare == every:
-            raise RecipeError(
-                f"{source.path}: no example has negatives, and this stage takes none from other "
-                "examples, so nothing would be learned from it; mine some (tercet mine), or let "
-                "others' documents be negatives"
-            )
-        if bare:
-            log.warning(
-                "%s: %d of %d examples have no negatives and teach nothing in this stage, which "
-                "takes none from other examples",
-                source.path,
-                bare,
-                every,
-            )
 
 
 VectorLoss = Callable[[Tensor, Batch], Losses]

@@ -27,7 +27,6 @@ POOLERS: Final[Mapping[Pooler, PoolingName]] = {
     "mean": "mean",
     "eos": "last",
 }
-PUBLISHED_HEAD: Final = 4_096  # the reference's width of a head: that of its whole model
 WARMUP: Final = 500  # steps, in the paper; a tenth of a shorter stage
 
 
@@ -66,7 +65,7 @@ def nv_embed(
         Literal["normal", "identity"], "identity starts as plain mean pooling, for small data."
     ] = "identity",
     preset: Annotated[
-        Preset, "nv-embed: the published layer (normal, heads of 4,096), whatever the flags say."
+        Preset, "nv-embed: the published layer (512 latents, 8 heads as wide as the model, normal)."
     ] = "default",
     attention: Annotated[Attention, "causal is the paper's ablation."] = "bidirectional",
     instruction: Annotated[
@@ -83,14 +82,14 @@ def nv_embed(
     seed: Annotated[int, "Of batches, dropout and new weights."] = 0,
 ) -> Recipe:
     """Train on retrieval, then on all tasks with instructions, with latent attention pooling."""
-    layer = None
+    layer: Layer | Literal["none"] = "none"
     if pooling in ("latent", "self_attention"):
         published = preset == "nv-embed"
         layer = Layer(
             kind=pooling,
             latents=512 if published else latents,
             heads=8 if published else heads,
-            head_size=PUBLISHED_HEAD if published else head_size,
+            head_size="hidden" if published else head_size,
             init="normal" if published else init,
         )
     objective = Contrastive(temperature=temperature)
@@ -146,7 +145,7 @@ def nv_embed(
         notes={
             "temperature": "named in no text of the paper; 0.02 as in LLM2Vec",
             "init": "identity by default: few steps do not train a layer from noise",
-            "head_size": "the model's width over heads; the published models have 4,096 each",
+            "head_size": "the model's width over heads; published: as wide as the model, each",
             "optimizer": "Adam: AdamW without decay",
         },
     )

@@ -1,16 +1,20 @@
 """What a run is made of: recipe, data of each stage, and what says that it is the same run."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tercet.data.collate import PromptOf
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
 from tercet.files import replacing_file
 from tercet.train.recipe import Recipe, Stage
 from tercet.train.run import Run
+
+log = logging.getLogger("tercet")
 
 CHECKPOINT: Final = "checkpoint.pt"
 
@@ -26,6 +30,7 @@ class Job:
     sources: Sequence[Sequence[Source]]  # of each stage
     run: Run
     say: Callable[[str], None]
+    prompt_of: PromptOf = lambda role, task: ""  # of a row that brings none
 
 
 def by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
@@ -50,6 +55,34 @@ def by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
                 "add the stage that does"
             )
     return [given[stage.data] for stage in recipe.stages]
+
+
+def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
+    """Where others' documents are no negatives, an example that brings none teaches nothing.
+
+    Looked at before the first stage is trained.
+
+    Raises:
+        RecipeError: when no example of a source brings one.
+    """
+    for stage, of_stage in zip(recipe.stages, sources, strict=True):
+        for source in of_stage if stage.in_batch == "none" else ():
+            bare, every = source.without_negatives, len(source)
+            if bare == every:
+                raise RecipeError(
+                    f"{source.path}: no example has negatives, and the stage {stage.name} takes "
+                    "none from other examples, so nothing would be learned from it; mine some "
+                    "(tercet mine), or let others' documents be negatives"
+                )
+            if bare:
+                log.warning(
+                    "%s: %d of %d examples have no negatives and teach nothing in the stage %s, "
+                    "which takes none from other examples",
+                    source.path,
+                    bare,
+                    every,
+                    stage.name,
+                )
 
 
 def refuse_other_stages(out: Path, folders: Sequence[Path]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet import distributed
-from tercet.data.collate import Collator
+from tercet.data.collate import Collator, PromptOf
 from tercet.data.sampler import BatchRows, Sampler
 from tercet.data.sources import Source
 from tercet.errors import RecipeError, TrainingError
@@ -33,6 +33,7 @@ from tercet.train.job import (
     describe,
     identity,
     refuse_other_stages,
+    require_negatives,
 )
 from tercet.train.log import Log
 from tercet.train.memory import graph_tokens_that_fit
@@ -77,11 +78,12 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
     several = len(recipe.stages) > 1
     folders = [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
     refuse_other_stages(out, folders)
+    require_negatives(recipe, job.sources)
     device = job.run.find_device()
     torch.manual_seed(recipe.seed)  # of the weights of a new layer
     embedder = build(recipe.model).to(device)
-    every = [source for sources in job.sources for source in sources]
-    embedder.settings = with_prompts_of(every, embedder.settings)
+    job = replace(job, prompt_of=_prompts_of(embedder.settings))  # before those of the data
+    embedder.settings = with_prompts_of(job.sources, embedder.settings)
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
@@ -124,6 +126,8 @@ def build(model: Model) -> Embedder:
         "document_tokens": model.document_tokens,
     }
     changes = {name: value for name, value in wanted.items() if value is not None}
+    if model.layer == "none":
+        changes["layer"] = None
     embedder = Embedder.load(
         model.base,
         attention=model.attention,
@@ -136,16 +140,22 @@ def build(model: Model) -> Embedder:
     return embedder
 
 
-def with_prompts_of(sources: Sequence[Source], settings: Settings) -> Settings:
-    """The settings with the prompts that examples bring, by task.
+def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> Settings:
+    """The settings with the prompts that the examples of all stages bring, by task.
 
-    Where the model has no prompt of its own, those of the first task become its usual ones: a
-    model is used with the prompts that it was trained with, unless somebody says otherwise.
+    Where the model has no prompt of its own, those of the very first source become its usual ones,
+    if that brings any: a model is used with the prompts that it was trained with, unless somebody
+    says otherwise. The first prompt of a task and role counts, and any before an empty one.
     """
-    brought = {task: prompts for source in sources for task, prompts in source.prompts.items()}
-    if not brought:
-        return settings
-    usual = settings.prompts if any(settings.prompts.values()) else next(iter(brought.values()))
+    brought: dict[str, dict[str, str]] = {}
+    for source in (source for of_stage in sources for source in of_stage):
+        for task, prompts in source.prompts.items():
+            known = brought.setdefault(task, {})
+            known.update({role: text for role, text in prompts.items() if not known.get(role)})
+    first = next((source for of_stage in sources for source in of_stage), None)
+    usual = settings.prompts
+    if first is not None and first.prompts and not any(usual.values()):
+        usual = brought[next(iter(first.prompts))]
     return replace(settings, prompts=usual, task_prompts={**settings.task_prompts, **brought})
 
 
@@ -157,7 +167,8 @@ class _Trainer:
         self.sources = job.sources[recipe.stages.index(stage)]
         self.embedder, self.stage, self.folder = embedder, stage, folder
         self.seed, self.options, self.say = recipe.seed, run, job.say
-        self.work = stage.objective.start(embedder, self.sources, _collator(embedder, stage))
+        collate = _collator(embedder, stage, job.prompt_of)
+        self.work = stage.objective.start(embedder, self.sources, collate)
         self.optimizer = _optimizer(embedder, stage)
         on_gpu = embedder.device.type == "cuda"
         self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
@@ -413,10 +424,10 @@ def _everyones(share: Tensor) -> float:
     return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())
 
 
-def _collator(embedder: Embedder, stage: Stage) -> Collator:
+def _collator(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collator:
     return Collator(
         tokenize=embedder.tokenize,
-        prompt_of=_prompts_of(embedder),
+        prompt_of=prompt_of,
         positives=stage.positives,
         negatives=stage.negatives,
         in_batch=stage.in_batch,
@@ -424,9 +435,7 @@ def _collator(embedder: Embedder, stage: Stage) -> Collator:
     )
 
 
-def _prompts_of(embedder: Embedder) -> Callable[[Role, str], str]:
-    settings = embedder.settings
-
+def _prompts_of(settings: Settings) -> PromptOf:
     def prompt_of(role: Role, task: str) -> str:
         return settings.prompt(role, task if task in settings.task_prompts else None)
 

@@ -30,7 +30,7 @@ def graph_tokens_that_fit(
     inner = getattr(config, "intermediate_size", None) or 4 * backbone.hidden
     numbers = config.num_hidden_layers * (12 * backbone.hidden + 3 * inner)
     if layer is not None:
-        head = layer.head_size or backbone.hidden // layer.heads
+        head = layer.size_of_head(backbone.hidden)
         numbers += 24 * backbone.hidden + layer.heads * (3 * head + 2 * layer.latents)
     return int(free / (numbers * (2 if half else 4)))
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Literal
+from typing import Literal, get_args
 
 from tercet.data.collate import Policy
+from tercet.data.sampler import Mixing
 from tercet.errors import RecipeError
 from tercet.nn.backbone import Attention, Window
 from tercet.nn.layer import Layer
@@ -35,7 +36,7 @@ class Model:
     pooling: PoolingName | None = None
     attention: Attention | None = None
     window: Window | None = None
-    layer: Layer | None = None  # a trained layer between states and pooling
+    layer: Layer | Literal["none"] | None = None  # trained, between states and pooling
     keep_layers: int | None = None  # of the network, the first ones; None: all
     lora: Lora | None = None  # None: every weight is trained
     freeze_embeddings: bool = False  # leave the token table as it is
@@ -65,7 +66,7 @@ class Stage:
     negatives: int = 8  # mined ones of one query, at most
     in_batch: Policy = "per_row"  # which documents of other examples are negatives
     mask_duplicates: bool = True  # never take a text that answers the query too for a negative
-    mixing: Literal["single", "blended"] = "single"  # one source a batch, or all in each
+    mixing: Mixing = "single"  # one source a batch, or all in each
     length_edges: tuple[int, ...] = ()  # borders of length groups, in tokens; a batch has one group
     token_budget: int | None = None  # examples times tokens of their group's longest text, at most
     learning_rate: float = 2e-5  # at the peak
@@ -78,6 +79,10 @@ class Stage:
     patience: int | None = None  # evaluations without a better result until it stops
 
     def __post_init__(self) -> None:
+        for name, choices in (("in_batch", Policy), ("mixing", Mixing)):
+            if getattr(self, name) not in get_args(choices):
+                known = ", ".join(get_args(choices))
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {known}")
         above(0, self, "epochs", "learning_rate", "clip")
         at_least(1, self, "steps", "positives", "token_budget", "patience")
         at_least(0, self, "negatives", "weight_decay", "warmup_steps")

@@ -1,6 +1,7 @@
 """The whole ablation of NV-Embed on a toy: every cell, killed and gone on with, and its tables."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tercet.ablation.tables import AVERAGE, Found, grid_table, tables, write_fin
 from tercet.data.sources import open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.intervals import paired_difference
-from tercet.evaluate.suite import average, open_exams
+from tercet.evaluate.suite import average, open_sets
 from tercet.train.run import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
@@ -45,9 +46,9 @@ def prepare(folder: Path) -> None:
 
 def bench_of(folder: Path, out: Path, **changes: Any) -> Bench:
     pairs, labels = (open_source(folder / f"{name}.jsonl") for name in ("pairs", "labels"))
-    exams = open_exams([folder / f"{name}.jsonl" for name in ("test", "groups", "alike")])
+    sets = open_sets([folder / f"{name}.jsonl" for name in ("test", "groups", "alike")])
     data = {"retrieval": [pairs], "blended": [pairs, labels]}
-    return Bench(data, exams, out, QUIET, **changes)
+    return Bench(data, sets, out, QUIET, **changes)
 
 
 def cells_of(base: Path, part: Any = "all", **changes: Any):
@@ -66,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
 def found(folder, decoder_folder) -> Found:
     bench = bench_of(folder, folder / "out")
     answers = run_cells(cells_of(decoder_folder), bench, lambda line: None)
-    return Found(bench.exams, [answers], baselines(bench.exams))
+    return Found(bench.sets, [answers], baselines(bench.sets))
 
 
 def test_the_grid_has_eight_runs_and_the_schedules_three_more(decoder_folder):
@@ -133,8 +134,9 @@ def test_the_tables_have_the_papers_layout_and_are_written(found, tmp_path):
     causal = found.figures(cell_name("causal", "eos"), 0)["Retrieval"].mean
     assert table[1][1] == f"{both:.3f} / {causal:.3f}"
     assert len(list(tables(found))) == 4
-    write_findings(tmp_path, found, {"ablation": "nv-embed"})
+    write_findings(tmp_path, found, {"numbers": {"keep_layers": 4, "x": None}})
     lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "keep_layers 4, seeds 1"
     assert sum(line.startswith("|---") for line in lines) == 4
     assert "| " + " | ".join(table[1]) + " |" in lines
     record = json.loads((tmp_path / "results.json").read_text())
@@ -154,9 +156,20 @@ def test_what_is_done_is_not_run_again_and_another_ablation_is_refused(
     assert all(line.endswith("is done already") for line in said)
     for name, stages in again.items():
         for one, other in zip(stages, found.cells[0][name], strict=True):
-            assert all(np.array_equal(one[exam], other[exam]) for exam in other)
+            assert all(np.array_equal(one[examined], other[examined]) for examined in other)
     with pytest.raises(RecipeError, match="was run with another recipe; give another --out"):
         run_cells(cells_of(decoder_folder, latents=5), bench_of(folder, folder / "out"), print)
+
+
+def test_other_weights_or_other_places_of_the_files_are_another_ablation(
+    found, folder, decoder_folder
+):
+    bench = bench_of(folder, folder / "out")
+    pairs, labels = bench.data["blended"]
+    for blended in ([pairs, replace(labels, weight=5.0)], [labels, pairs]):
+        other = replace(bench, data={"retrieval": [pairs], "blended": blended})
+        with pytest.raises(RecipeError, match="was run with another data"):
+            run_cells(cells_of(decoder_folder), other, lambda line: None)
 
 
 def test_a_cell_that_was_stopped_goes_on_and_the_others_stay(
@@ -185,4 +198,4 @@ def test_a_cell_that_was_stopped_goes_on_and_the_others_stay(
 def test_two_sets_of_one_name_are_refused(folder, tmp_path):
     write_examples(tmp_path / "test.jsonl", [Example("a", ("b",)), Example("c", ("d",))])
     with pytest.raises(RecipeError, match="two evaluation sets are named 'test'"):
-        open_exams([folder / "test.jsonl", tmp_path / "test.jsonl"])
+        open_sets([folder / "test.jsonl", tmp_path / "test.jsonl"])

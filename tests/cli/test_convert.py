@@ -46,7 +46,9 @@ def test_all_flags_of_labelled_texts_reach_the_rows(tercet, tmp_path):
         for n in range(3)
     ]
     file = write(tmp_path / "a.jsonl", *({**r, "split": "train"} for r in records[:-1]))
-    file.write_text(file.read_text() + '{"title": "x", "topics": ["mood::x"], "split": "test"}\n')
+    file.write_text(
+        file.read_text() + '{"title": "quiet", "topics": ["mood::x"], "split": "test"}\n'
+    )
     words = tmp_path / "words.json"
     words.write_text('{"joy": "It is joy."}')
     fields = ("--text-field", "title", "--text-field", "body", "--label-field", "topics")
@@ -72,6 +74,15 @@ def test_the_same_command_writes_the_same_file_and_another_seed_another(tercet, 
         tercet("convert", "classification", labelled, *HOW, "--out", out, "--seed", seed)
         written.append(out.read_bytes())
     assert written[0] == written[1] != written[2]
+
+
+def test_a_text_without_another_of_its_label_is_left_out_on_request(tercet, labelled, tmp_path):
+    labelled.write_text(labelled.read_text() + '{"text": "calm 0", "label": "calm"}\n')
+    command = ("convert", "clustering", labelled, *HOW, "--out", tmp_path / "rows.jsonl")
+    rows = [cells(line) for line in tercet(*command).out.splitlines()]
+    assert ["rows with the label for want of another text", "1"] in rows and ["rows", "16"] in rows
+    rows = [cells(line) for line in tercet(*command, "--lonely", "skip").out.splitlines()]
+    assert ["no row: no other text of its label", "1"] in rows and ["rows", "15"] in rows
 
 
 def test_texts_of_a_test_are_left_out_before_rows_are_made(tercet, labelled, tmp_path):

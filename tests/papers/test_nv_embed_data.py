@@ -41,7 +41,7 @@ def test_12_a_label_row_answers_a_text_with_the_words_of_its_label():
         positive = words.get(LABEL_OF[row.query], LABEL_OF[row.query])
         assert row.positives == (positive,)
         assert sorted((positive, *row.negatives)) == sorted(known)
-        assert (row.query_prompt, row.document_prompt) == (PROMPT, None)
+        assert (row.query_prompt, row.document_prompt) == (PROMPT, "")
         assert (row.task, row.in_batch) == ("moods", "none")
 
 
@@ -75,7 +75,7 @@ def test_12_a_class_with_one_example_gets_its_label_or_no_row_and_is_counted():
     (lone,) = [row for row in instead.rows if row.query == "awe 0"]
     assert lone.positives == ("awe",)
     assert sorted(lone.negatives) == ["anger", "fear", "joy"]
-    assert lone.document_prompt is None
+    assert lone.document_prompt == ""
     assert (instead.report.rows, instead.report.label_instead) == (14, 1)
     skipped = convert_labelled(CLASSES, WANTED, lonely="skip")
     assert all(row.query != "awe 0" for row in skipped.rows)

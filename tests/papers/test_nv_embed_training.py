@@ -82,6 +82,11 @@ def test_08_in_the_second_stage_another_rows_documents_do_not_change_a_rows_loss
         assert abs(row_loss(row, other, "all") - row_loss(row, docs, "all")) > 1e-3
 
 
+def test_08_the_recipes_second_stage_takes_own_negatives_and_the_first_all():
+    first, second = nv_embed().stages
+    assert (first.in_batch, second.in_batch) == ("all", "none")
+
+
 @pytest.mark.parametrize(
     ("in_batch", "candidates"),
     [
@@ -170,7 +175,6 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
         "heads": 2,
         "init": "normal",
         "lora_dropout": 0.0,
-        "blended_in_batch": "per_row",
     }
     return nv_embed(base=str(folder / "base"), **(numbers | changes))
 
@@ -197,7 +201,9 @@ def steps_of(folder: Path, out: str, pooling: str) -> list[dict[str, Any]]:
         patch.setattr(distributed, "sum_gradients", recorded)
         patch.setattr(loop, "_everyones", everyones)
         patch.setattr(loop, "build", lambda model: build(model).to(torch.float64))
-        train(recipe(folder, pooling=pooling), sources(folder), folder / out, run=QUIET)
+        policy = "none" if pooling == "latent" else "per_row"
+        given = recipe(folder, pooling=pooling, blended_in_batch=policy)
+        train(given, sources(folder), folder / out, run=QUIET)
     return found
 
 

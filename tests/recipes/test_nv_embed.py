@@ -1,4 +1,5 @@
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tercet.nn.backbone import Backbone
 from tercet.nn.embedder import Embedder, Settings
 from tercet.nn.layer import Layer
 from tercet.nn.manifest import manifest
+from tercet.nn.merge import load_adapters
 from tercet.recipes.finetune import finetune
 from tercet.recipes.nv_embed import nv_embed
 from tercet.train.log import read
@@ -77,7 +79,7 @@ def test_the_recipe_has_the_papers_numbers():
     assert first.weight_decay == 0
     assert nv_embed(steps=20_000).stages[0].warmup_steps == 500
     published = nv_embed(preset="nv-embed").model.layer
-    assert published == Layer(latents=512, heads=8, head_size=4_096, init="normal")
+    assert published == Layer(latents=512, heads=8, head_size="hidden", init="normal")
 
 
 @pytest.mark.parametrize("pooling", ["latent", "self_attention", "mean", "eos"])
@@ -133,8 +135,45 @@ def test_the_prompts_of_the_data_are_stored_and_used_by_default(decoder_folder, 
 
 def test_an_instruction_of_the_recipe_stays_the_default(data):
     chosen = Settings(prompts={"query": "mine: "})
-    assert with_prompts_of(data["blended"], chosen).prompts == {"query": "mine: "}
-    assert with_prompts_of([], chosen) == chosen
+    assert with_prompts_of([data["blended"]], chosen).prompts == {"query": "mine: "}
+    assert with_prompts_of([[]], chosen) == chosen
+
+
+def test_the_first_prompts_of_a_task_count_and_any_before_an_empty_one(tmp_path):
+    rows = {
+        "a": [Example("q", ("p",), query_prompt="first: ", document_prompt="", task="t")],
+        "b": [Example("r", ("s",), query_prompt="second: ", document_prompt="doc: ", task="t")],
+    }
+    for name, examples in rows.items():
+        write_examples(tmp_path / f"{name}.jsonl", examples)
+    sources = [open_source(tmp_path / f"{name}.jsonl") for name in rows]
+    settings = with_prompts_of([sources], Settings())
+    assert settings.task_prompts == {"t": {"query": "first: ", "document": "doc: "}}
+
+
+def test_rows_without_a_prompt_are_not_trained_with_that_of_another_task(
+    decoder_folder, data, tmp_path, monkeypatch
+):
+    """Retrieval that brings none, beside a task that brings one for both sides."""
+    bare = [
+        Example(t.split()[-1], (t,), (SENTENCES[(i + 1) % 12],)) for i, t in enumerate(SENTENCES)
+    ]
+    write_examples(tmp_path / "bare.jsonl", bare)
+    source = open_source(tmp_path / "bare.jsonl")
+    given: set[tuple[str, str]] = set()
+    tokenize = Embedder.tokenize
+
+    def seen(self: Embedder, texts: Any, role: Any, prompts: Any = None) -> Any:
+        given.update((role, prompt) for prompt in prompts)
+        return tokenize(self, texts, role, prompts)
+
+    monkeypatch.setattr(Embedder, "tokenize", seen)
+    both = {"retrieval": [source], "blended": [source, data["blended"][1]]}
+    recipe = small(decoder_folder, steps=2, blended_steps=2)
+    model = train(recipe, both, tmp_path / "run", run=QUIET)
+    assert given == {("query", ""), ("document", ""), ("query", KIND), ("document", KIND)}
+    assert not any(model.settings.prompts.values())
+    assert model.settings.task_prompts == {"kind": {"query": KIND, "document": KIND}}
 
 
 def test_the_end_token_is_pooled_and_the_instruction_is_not(decoder_folder):
@@ -154,15 +193,16 @@ def test_rows_without_negatives_are_told_where_they_would_teach_nothing(
     write_examples(tmp_path / "bare.jsonl", bare)
     source = open_source(tmp_path / "bare.jsonl")
     given = {"retrieval": [source], "blended": [source, data["blended"][1]]}
-    with pytest.raises(RecipeError, match=r"bare.jsonl: no example has negatives, and this stage"):
+    with pytest.raises(RecipeError, match=r"bare.jsonl: no example has negatives, and the stage"):
         train(small(decoder_folder), given, tmp_path / "run", run=QUIET)
+    assert not (tmp_path / "run/1-retrieval").exists()  # told before anything is trained
     some = [*bare[:5], Example("other", ("a text",), ("another",))]
     write_examples(tmp_path / "some.jsonl", some)
     source = open_source(tmp_path / "some.jsonl")
     with caplog.at_level(logging.WARNING, "tercet"):
         recipe = small(decoder_folder, stages="blended", blended_steps=1)
         train(recipe, {"blended": [source]}, tmp_path / "more", run=QUIET)
-    assert "5 of 6 examples have no negatives and teach nothing in this stage" in caplog.text
+    assert "5 of 6 examples have no negatives and teach nothing in the stage" in caplog.text
 
 
 def test_a_source_remembers_the_first_prompts_of_each_task(data):
@@ -179,8 +219,9 @@ def test_only_the_first_layers_are_kept_on_request(decoder_folder, tmp_path):
         whole.model.layers[:2].parameters(), cut.model.layers.parameters(), strict=True
     ):
         assert np.array_equal(one.detach().numpy(), other.detach().numpy())
-    with pytest.raises(ModelError, match="has 3 layers, and 4 should be kept"):
-        Backbone.load(decoder_folder, keep_layers=4)
+    for wrong in (0, 4):
+        with pytest.raises(ModelError, match=f"has 3 layers, and {wrong} should be kept"):
+            Backbone.load(decoder_folder, keep_layers=wrong)
     embedder = Embedder.load(decoder_folder, keep_layers=2)
     embedder.save(tmp_path / "cut")
     assert np.array_equal(Embedder.load(tmp_path / "cut").encode(["a"]), embedder.encode(["a"]))
@@ -191,14 +232,39 @@ def test_another_layer_takes_the_place_of_a_trained_one_with_a_warning(
 ):
     train(small(decoder_folder, steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET)
     model = str(tmp_path / "run/model")
-    same = nv_embed(base=model, latents=8, heads=4).model.layer
+    same = Layer(latents=8, heads=4, init="normal")  # of the same sizes, however it begins
     kept, trained = Embedder.load(model, layer=same), Embedder.load(model)
     assert np.array_equal(kept.encode(["a"]), trained.encode(["a"]))
     with caplog.at_level(logging.WARNING, "tercet"):
-        other = Embedder.load(model, layer=replace(same or Layer(), latents=4))
-    assert "its trained layer is replaced by a new one" in caplog.text
+        other = Embedder.load(model, layer=replace(same, latents=4))
+    assert "is replaced by a new one" in caplog.text
     assert other.layer is not None and len(other.layer.latents) == 4
     assert Embedder.load(model, layer=None).layer is None
+    for pooling in ("mean", "eos"):
+        assert build(small(Path(model), pooling=pooling).model).layer is None
+
+
+def test_a_model_whose_layer_was_not_copied_is_refused(decoder_folder, data, tmp_path):
+    train(small(decoder_folder, steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET)
+    shutil.rmtree(tmp_path / "run/model/1_Layer")
+    with pytest.raises(ModelError, match=r"a trained layer, and its folder \(1_Layer\) is not"):
+        Embedder.load(tmp_path / "run/model")
+    (tmp_path / "run/model/tercet.json").unlink()  # as sentence-transformers would leave it
+    with pytest.raises(ModelError, match="has a trained layer"):
+        Embedder.load(tmp_path / "run/model")
+
+
+def test_an_adapter_keeps_its_layer_alone_and_merged(decoder_folder, tmp_path):
+    flagged = tmp_path / "flagged"
+    Embedder.load(decoder_folder, attention="bidirectional").save(flagged)
+    embedder = Embedder.load(flagged, layer=Layer(latents=5, heads=2))
+    embedder.backbone.add_lora(rank=3, alpha=6, dropout=0.0)
+    embedder.eval()
+    embedder.save_adapter(tmp_path / "adapter", str(flagged))
+    expected = embedder.encode(list(SENTENCES))
+    loaded, merged = Embedder.load(tmp_path / "adapter"), load_adapters([tmp_path / "adapter"])
+    for other in (loaded, merged):
+        assert np.allclose(other.encode(list(SENTENCES)), expected, atol=1e-6)
 
 
 def test_finetune_goes_on_with_a_trained_layer(decoder_folder, data, tmp_path):
