@@ -11,11 +11,17 @@ from tercet.errors import DataError, RecipeError
 
 SHOWN_LABELS: Final = 20
 
-convert = typer.Typer(
-    help="Make training rows of labelled texts and of scored pairs.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+convert = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@convert.callback()
+def _about_conversions() -> None:
+    """Make training rows of labelled texts and of scored pairs.
+
+    Example: tercet convert classification mails.jsonl --task mails --instruction "Tell the kind of
+    a mail" --out rows.jsonl
+    """
+
 
 Out = Annotated[Path, typer.Option(help="The rows: a .jsonl or .parquet file.")]
 TaskName = Annotated[str, typer.Option(help="Name of the set, kept in each row.")]

@@ -62,4 +62,4 @@ def test_a_row_carries_its_task_its_prompts_and_its_policy():
     assert (row.task, row.in_batch) == ("mails", "none")
     assert (row.query_prompt, row.document_prompt) == (prompt, prompt)
     plain = WANTED.row("q", "p", ["n"], symmetric=False)
-    assert (plain.query_prompt, plain.document_prompt) == (prompt, None)
+    assert (plain.query_prompt, plain.document_prompt) == (prompt, "")
