@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from tercet.data.examples import QUERY
-from tercet.data.records import iter_records
+from tercet.data.records import begins_with
 from tercet.data.similarity import SimilaritySet, is_similarity_file
 from tercet.data.sources import iter_examples
 from tercet.data.texts import normal_form, read_texts
@@ -160,7 +160,7 @@ def evaluation_texts(path: Path | str) -> Iterator[str]:
         yield from (data.documents[row] for row in relevant.tolist())
     elif path.suffix != ".txt" and is_similarity_file(path):
         yield from SimilaritySet.from_file(path).texts
-    elif path.suffix != ".txt" and _holds_queries(path):
+    elif path.suffix != ".txt" and begins_with(path, QUERY):
         for example in iter_examples(path):
             yield from (example.query, *example.positives)
     else:
@@ -242,11 +242,6 @@ def _counted(text: str, name: str, against: EvaluationTexts, removal: Removal) -
     if found is not None:
         removal.count(found, name)
     return found is not None
-
-
-def _holds_queries(path: Path) -> bool:
-    first = next(iter_records(path, QUERY, needs=())).value
-    return isinstance(first, dict) and any(name in first for name in QUERY)
 
 
 def _bands(threshold: float | int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from tercet.data.examples import as_object, given, nonblank, shown, text_of
-from tercet.data.records import iter_records, parsed, readable
+from tercet.data.records import begins_with, iter_records, parsed, readable
 from tercet.errors import DataError
 
 TEXT: Final = "text"
@@ -68,16 +68,10 @@ def read_label_texts(path: Path | str) -> dict[str, str]:
 def is_labelled_file(path: Path | str) -> bool:
     """Whether the first record of a file has a text and a label.
 
-    Says nothing of a file whose first line is damaged: that one is left to its reader.
-
     Raises:
         DataError: when the file cannot be read at all, or is empty.
     """
-    path = Path(path)
-    if path.is_dir():
-        return False
-    first = next(iter_records(path, (TEXT, *LABELS), needs=())).value
-    return isinstance(first, dict) and TEXT in first and any(name in first for name in LABELS)
+    return begins_with(path, (TEXT,), LABELS)
 
 
 def _labelled(

@@ -63,6 +63,23 @@ def iter_records(path: Path, fields: Sequence[str], *, needs: Needs) -> Iterator
         raise DataError(path, None, "holds no records; write one JSON object a line")
 
 
+def begins_with(path: Path | str, *fields: Sequence[str]) -> bool:
+    """Whether the first record of a file has a field of each group, which tells what it holds.
+
+    No folder does. Says nothing of a file whose first line is damaged: that one is left to its
+    reader.
+
+    Raises:
+        DataError: when the file cannot be read at all, or is empty.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return False
+    names = [name for group in fields for name in group]
+    first = next(iter_records(path, names, needs=())).value
+    return isinstance(first, dict) and all(any(n in first for n in group) for group in fields)
+
+
 def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """The number, the first byte and the content of each line, line end and BOM taken off."""
     with readable(path), path.open("rb") as file:

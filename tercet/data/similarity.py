@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from tercet.data.examples import as_object, finite, given, nonblank, shown, text_of
-from tercet.data.records import Record, iter_records, parsed
+from tercet.data.records import Record, begins_with, iter_records, parsed
 from tercet.errors import DataError
 
 # The first name of each field is ours; the others are read as well.
@@ -95,16 +95,10 @@ class SimilaritySet:
 def is_similarity_file(path: Path | str) -> bool:
     """Whether the first record of a file has a first text of a pair.
 
-    Says nothing of a file whose first line is damaged: that one is left to its reader.
-
     Raises:
         DataError: when the file cannot be read at all, or is empty.
     """
-    path = Path(path)
-    if path.is_dir():
-        return False
-    first = next(iter_records(path, TEXT1, needs=()))
-    return isinstance(first.value, dict) and any(name in first.value for name in TEXT1)
+    return begins_with(path, TEXT1)
 
 
 def lee_similarity() -> SimilaritySet:
