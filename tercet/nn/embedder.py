@@ -23,7 +23,7 @@ from tercet.interop.nv_embed import is_nv_embed
 from tercet.interop.sentence_transformers import write_modules
 from tercet.nn.adapters import merge_adapter
 from tercet.nn.backbone import Attention, Backbone, Window, probe
-from tercet.nn.layer import AttentionLayer, build_layer, load_layer, save_layer
+from tercet.nn.layer import AttentionLayer, build_layer, save_layer
 from tercet.nn.pooling import POOLINGS, PoolingName
 from tercet.nn.prepacked import Prepacked
 from tercet.nn.reading import batch_by_batch, token_states, word_states
@@ -36,6 +36,7 @@ from tercet.nn.settings import (
     known_settings,
     named_prompts,
     read_settings,
+    with_layer,
 )
 from tercet.nn.words import Words
 from tercet.progress import bar
@@ -312,7 +313,7 @@ class Embedder(nn.Module):
         backbone = Backbone.load(
             place, attention=attention, window=window, dtype=dtype, keep_layers=keep_layers
         )
-        settings, layer = with_layer(folder, settings, changes, backbone)
+        settings, layer = with_layer(folder, settings, changes, backbone.hidden, dtype)
         embedder = Embedder(backbone, load_tokenizer(place), settings, layer)
         embedder.about = saved.get("about", {}) if saved is not None else {}
         embedder.eval()
@@ -473,49 +474,13 @@ def _says_bidirectional(source: str) -> bool:
     )
 
 
-def with_layer(
-    folder: Path, settings: Settings, changes: Mapping[str, Any], backbone: Backbone
-) -> tuple[Settings, AttentionLayer | None]:
-    """The trained layer of a model's folder, unless ``changes`` ask for another one or for none.
-
-    The settings come back with the layer that is used. A layer of the same sizes is the trained
-    one, however it would be drawn anew.
-
-    Raises:
-        ModelError: when the settings tell of a layer that is not in the folder.
-    """
-    dtype = next(backbone.parameters()).dtype
-    trained = load_layer(folder, backbone.hidden, dtype) if folder.is_dir() else None
-    if "layer" not in changes:
-        if trained is None and settings.layer is not None:
-            raise ModelError(
-                f"{folder}: the model has a trained layer, and its folder (1_Layer) is not here; "
-                "copy or download the model again, whole"
-            )
-        return replace(settings, layer=None if trained is None else trained.layer), trained
-    return replaced_layer(folder, settings, trained, backbone.hidden)
-
-
-def replaced_layer(
-    folder: Path, settings: Settings, trained: AttentionLayer | None, hidden: int
-) -> tuple[Settings, AttentionLayer | None]:
-    """The layer that the settings ask for: the trained one where sizes agree, or a new one."""
-    wanted = settings.layer
-    if trained is not None and wanted is not None and wanted.same_sizes(trained.layer, hidden):
-        return replace(settings, layer=trained.layer), trained
-    if trained is not None:
-        other = "left out" if wanted is None else f"replaced by a new one, {wanted}"
-        log.warning("%s: its trained layer, %s, is %s", folder, trained.layer, other)
-    return settings, None if wanted is None else build_layer(wanted, hidden)
-
-
 def _load_adapter(
     folder: Path, saved: dict[str, Any], how: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> Embedder:
     base = Backbone.load(saved["adapter_of"], **how)
     merge_adapter(base, folder)
     settings = changed(saved["settings"], changes)
-    settings, layer = with_layer(folder, settings, changes, base)
+    settings, layer = with_layer(folder, settings, changes, base.hidden, how["dtype"])
     embedder = Embedder(base, load_tokenizer(folder), settings, layer)
     embedder.about = saved.get("about", {})
     embedder.eval()

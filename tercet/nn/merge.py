@@ -13,8 +13,8 @@ from tercet.errors import ModelError
 from tercet.interop.llm2vec import Llm2Vec, adapter_folder, read_llm2vec
 from tercet.nn.adapters import merge_adapter
 from tercet.nn.backbone import Attention, Backbone, probe
-from tercet.nn.embedder import Embedder, with_layer
-from tercet.nn.settings import FILE, Settings, read_settings
+from tercet.nn.embedder import Embedder
+from tercet.nn.settings import FILE, Settings, read_settings, with_layer
 
 Compat: TypeAlias = Literal["llm2vec"]
 
@@ -59,7 +59,7 @@ def load_adapters(
         merge_adapter(backbone, folder)
     backbone.to(dtype).eval()
     probe(backbone)
-    settings, layer = with_layer(folders[-1], settings, {}, backbone)
+    settings, layer = with_layer(folders[-1], settings, {}, backbone.hidden, dtype)
     embedder = Embedder(backbone, load_tokenizer(tokenizer or zoo.resolve(place)), settings, layer)
     embedder.about = lineage(place, adapters)
     return embedder

@@ -32,10 +32,10 @@ from tercet.interop.nv_embed import (
     weight_files,
 )
 from tercet.nn.backbone import Attention, Backbone, Window
-from tercet.nn.embedder import Embedder, replaced_layer
+from tercet.nn.embedder import Embedder
 from tercet.nn.layer import AttentionLayer, Layer, build_layer
 from tercet.nn.pooling import mean
-from tercet.nn.settings import Settings, changed
+from tercet.nn.settings import Settings, changed, replaced_layer
 from tercet.nn.stock import quiet
 from tercet.types import Packed
 

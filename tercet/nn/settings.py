@@ -1,19 +1,24 @@
 """How texts become vectors, apart from the weights: what is saved beside them."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
+
+import torch
 
 from tercet import zoo
 from tercet.data.tokens import Form
 from tercet.errors import ModelError, RecipeError
 from tercet.interop.sentence_transformers import StFolder, read_modules
 from tercet.nn.backbone import Attention, Window
-from tercet.nn.layer import Layer
+from tercet.nn.layer import AttentionLayer, Layer, build_layer, load_layer
 from tercet.nn.pooling import POOLINGS, PoolingName
 from tercet.types import Role
+
+log = logging.getLogger("tercet")
 
 VERSION: Final = 1
 FILE: Final = "tercet.json"
@@ -202,6 +207,41 @@ def known_settings(source: str | Path, folder: Path) -> Settings:
             document_tokens=from_zoo.max_tokens,
         )
     return Settings()
+
+
+def with_layer(
+    folder: Path, settings: Settings, changes: Mapping[str, Any], hidden: int, dtype: torch.dtype
+) -> tuple[Settings, AttentionLayer | None]:
+    """The trained layer of a model's folder, unless ``changes`` ask for another one or for none.
+
+    The settings come back with the layer that is used. A layer of the same sizes is the trained
+    one, however it would be drawn anew.
+
+    Raises:
+        ModelError: when the settings tell of a layer that is not in the folder.
+    """
+    trained = load_layer(folder, hidden, dtype) if folder.is_dir() else None
+    if "layer" not in changes:
+        if trained is None and settings.layer is not None:
+            raise ModelError(
+                f"{folder}: the model has a trained layer, and its folder (1_Layer) is not here; "
+                "copy or download the model again, whole"
+            )
+        return replace(settings, layer=None if trained is None else trained.layer), trained
+    return replaced_layer(folder, settings, trained, hidden)
+
+
+def replaced_layer(
+    folder: Path, settings: Settings, trained: AttentionLayer | None, hidden: int
+) -> tuple[Settings, AttentionLayer | None]:
+    """The layer that the settings ask for: the trained one where sizes agree, or a new one."""
+    wanted = settings.layer
+    if trained is not None and wanted is not None and wanted.same_sizes(trained.layer, hidden):
+        return replace(settings, layer=trained.layer), trained
+    if trained is not None:
+        other = "left out" if wanted is None else f"replaced by a new one, {wanted}"
+        log.warning("%s: its trained layer, %s, is %s", folder, trained.layer, other)
+    return settings, None if wanted is None else build_layer(wanted, hidden)
 
 
 def as_st_folder(settings: Settings, dim: int) -> StFolder:
