@@ -23,7 +23,7 @@ _AGAINST: Final[Mapping[Policy, str]] = {
     "all": "the others' documents",
     "positives": "the others' positives and its own negatives",
     "none": "its own negatives alone",
-    "per_row": "what its task allows",
+    "per_row": "the others' documents, unless its task forbids",
 }
 
 
