@@ -106,13 +106,13 @@ def grid_table(found: Found, stage: int) -> Table:
     return rows
 
 
-def differences_table(found: Found) -> Table:
+def differences_table(found: Found, stage: int) -> Table:
     """Which of the paper's claims about attention and pooling the averages bear out."""
-    rows = [["after the last stage", "Average", *(c for c in found.of_words() if c != AVERAGE)]]
+    rows = [[f"after stage {stage + 1}", "Average", *(c for c in found.of_words() if c != AVERAGE)]]
     for name, one, other in _claims():
         if found.has(one, other):
-            rows.append([name, *_signed(found.differences(one, other, (-1, -1)))])
-    for pooling in POOLINGS:
+            rows.append([name, *_signed(found.differences(one, other, (stage, stage)))])
+    for pooling in POOLINGS if stage else ():
         cell = cell_name("bidirectional", pooling)
         if found.has(cell):
             stages = found.differences(cell, cell, (1, 0))
@@ -141,7 +141,9 @@ def tables(found: Found) -> Iterator[tuple[str, Table]]:
     if found.has(*(cell_name(a, p) for a in ATTENTIONS for p in POOLINGS)):
         yield "Attention and pooling, after stage 1 (retrieval)", grid_table(found, 0)
         yield "Attention and pooling, after stage 2 (blended)", grid_table(found, 1)
-        yield "Differences on the same texts, with 95 % intervals", differences_table(found)
+        for stage in (0, 1):
+            title = f"Differences on the same texts after stage {stage + 1}, with 95 % intervals"
+            yield title, differences_table(found, stage)
     if found.has(*map(schedule_cell, SCHEDULES)):
         yield "Schedules", schedules_table(found)
 
@@ -164,6 +166,7 @@ def write_findings(out: Path, found: Found, facts: Mapping[str, Any]) -> None:
             for each in found.sets
         },
         "rows": list(_rows(found)),
+        "tables": dict(tables(found)),
     }
     with replacing_file(out / "results.json") as fresh:
         fresh.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

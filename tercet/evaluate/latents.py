@@ -20,7 +20,9 @@ from tercet.nn.embedder import Embedder
 from tercet.nn.reading import batch_by_batch
 from tercet.types import Role
 
-LABELS: Final = MapLabels("head", "latent", "attention to a latent, over that of the first", "used")
+LABELS: Final = MapLabels(
+    "head", "latent", "attention to a latent, over the largest of its head", "used"
+)
 _TOKENS_AT_ONCE: Final = 2_048
 
 

@@ -133,14 +133,20 @@ def test_the_tables_have_the_papers_layout_and_are_written(found, tmp_path):
     both = found.figures(cell_name("bidirectional", "eos"), 0)["Retrieval"].mean
     causal = found.figures(cell_name("causal", "eos"), 0)["Retrieval"].mean
     assert table[1][1] == f"{both:.3f} / {causal:.3f}"
-    assert len(list(tables(found))) == 4
+    assert len(list(tables(found))) == 5
     write_findings(tmp_path, found, {"numbers": {"keep_layers": 4, "x": None}})
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0] == "keep_layers 4, seeds 1"
-    assert sum(line.startswith("|---") for line in lines) == 4
+    assert sum(line.startswith("|---") for line in lines) == 5
     assert "| " + " | ".join(table[1]) + " |" in lines
     record = json.loads((tmp_path / "results.json").read_text())
     assert len(record["rows"]) == 20 * 4 + 4
+    assert list(record["tables"].values()) == [table for _, table in tables(found)]
+    latent, mean = (cell_name("bidirectional", pooling) for pooling in ("latent", "mean"))
+    lead = found.differences(latent, mean, (0, 0))[AVERAGE]
+    first = next(table for title, table in tables(found) if "same texts after stage 1" in title)
+    shown = next(row for row in first if row[0] == "latent - mean")[1]
+    assert shown == f"{lead.mean:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]"
     assert {path.name for path in tmp_path.glob("*.png")} == {"poolings.png", "schedules.png"}
 
 

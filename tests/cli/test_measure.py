@@ -14,6 +14,7 @@ from tercet.evaluate.labels import (
 )
 from tercet.evaluate.similarity import measure_similarity
 from tercet.nn.embedder import Embedder
+from tercet.nn.layer import Layer
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -334,3 +335,18 @@ def test_a_column_that_holds_no_labels_is_named(refused, decoder_folder, labelle
     assert refused(*words, "2") == (
         "the training sentences have one label only, 'x'; a probe needs two labels to tell apart"
     )
+
+
+def test_diagnose_shows_how_much_of_its_dictionary_each_head_uses(tercet, decoder_folder, tmp_path):
+    layer = Layer(latents=6, heads=2, init="normal")
+    Embedder.load(decoder_folder, attention="bidirectional", layer=layer).save(tmp_path / "model")
+    triples = tmp_path / "triples.jsonl"
+    words = {"prefix": "the editor", "query": " for mail", "positive": " of mail"}
+    triples.write_text(json.dumps(words | {"negative": " for music"}) + "\n")
+    out = tmp_path / "out"
+    ended = tercet("diagnose", tmp_path / "model", "--triples", triples, "--out", out)
+    assert ended.status == 0, ended.err
+    shown = [line.split() for line in ended.out.splitlines() if line.startswith(("head ", "all "))]
+    assert [row[:2] for row in shown] == [["head", "1"], ["head", "2"], ["all", "heads"]]
+    assert all(0 < float(row[4]) <= 1 for row in shown)
+    assert (out / "latents.png").stat().st_size > 1_000

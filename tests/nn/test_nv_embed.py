@@ -154,3 +154,15 @@ def test_the_window_of_the_configuration_is_of_no_meaning(tmp_path, embedder):
     wide = load_nv_embed(publish(tmp_path, text_config=text))
     np.testing.assert_allclose(wide.encode(TEXTS), embedder.encode(TEXTS), atol=1e-6)
     assert json.loads((tmp_path / "config.json").read_text())["text_config"] == text
+
+
+def test_what_is_asked_of_a_published_folder_is_done_or_refused(folder, embedder):
+    causal = Embedder.load(folder, attention="causal", normalize=False)
+    assert (causal.backbone.attention, causal.settings.normalize) == ("causal", False)
+    bare = Embedder.load(folder, layer=None)
+    assert (bare.layer, bare.settings.layer) == (None, None)
+    texts = ["a small server"]
+    assert not np.allclose(bare.encode(texts), embedder.encode(texts), atol=1e-3)
+    assert not np.allclose(causal.encode(texts), embedder.encode(texts), atol=1e-3)
+    with pytest.raises(ModelError, match="is loaded whole; save it with tercet first"):
+        Embedder.load(folder, keep_layers=1)

@@ -284,3 +284,13 @@ def test_finetune_goes_on_with_a_trained_layer(decoder_folder, data, tmp_path):
     before = Embedder.load(base).layer
     assert tuned.layer is not None and before is not None
     assert not np.array_equal(before.latents.detach().numpy(), tuned.layer.latents.detach().numpy())
+
+
+def test_prompts_of_tasks_come_back_from_the_files_of_sentence_transformers(
+    decoder_folder, data, tmp_path
+):
+    train(small(decoder_folder, steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET)
+    before = Embedder.load(tmp_path / "run/model").settings
+    (tmp_path / "run/model/tercet.json").unlink()  # as it is where that library saved it again
+    after = Embedder.load(tmp_path / "run/model", attention="bidirectional").settings
+    assert (after.prompts, after.task_prompts) == (before.prompts, before.task_prompts)
