@@ -10,6 +10,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
@@ -204,10 +205,24 @@ def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
         DataError: if an example could not be read back.
         StorageError: when the disk refuses; what was there before is still there.
     """
+    write_records(path, map(example_record, examples), {})
+
+
+def write_records(
+    path: Path | str,
+    records: Iterable[dict[str, Any]],
+    more: Mapping[str, pa.DataType],
+) -> None:
+    """Write records of examples, as :func:`write_examples` does, with ``more`` columns in each.
+
+    Raises:
+        DataError: if an example could not be read back.
+        StorageError: when the disk refuses; what was there before is still there.
+    """
     path = Path(path)
-    write = _write_parquet if known_suffix(path) == ".parquet" else _write_jsonl
+    write = partial(_write_parquet, more=more) if known_suffix(path) == ".parquet" else _write_jsonl
     with replacing_file(path) as unfinished:
-        write(unfinished, _checked_records(path, examples))
+        write(unfinished, _checked_records(path, records))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -284,11 +299,10 @@ def _row_groups(path: Path) -> tuple[np.ndarray, int]:
     return first_rows.astype(np.int64), window
 
 
-def _checked_records(path: Path, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
-    for row, example in enumerate(examples, start=1):
-        record = example_record(example)
+def _checked_records(path: Path, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row, record in enumerate(records, start=1):
         try:
-            parse_example(record, example.task)
+            parse_example(record, "")
         except ValueError as error:
             raise DataError(path, row, f"cannot be written: {error}") from error
         yield record
@@ -300,7 +314,9 @@ def _write_jsonl(path: Path, records: Iterator[dict[str, Any]]) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _write_parquet(path: Path, records: Iterator[dict[str, Any]]) -> None:
+def _write_parquet(
+    path: Path, records: Iterator[dict[str, Any]], more: Mapping[str, pa.DataType]
+) -> None:
     text, number = pa.string(), pa.float64()
     schema = pa.schema(
         {
@@ -313,6 +329,7 @@ def _write_parquet(path: Path, records: Iterator[dict[str, Any]]) -> None:
             "document_prompt": text,
             "task": text,
             "in_batch": text,
+            **more,
         }
     )
     with pq.ParquetWriter(path, schema) as writer:

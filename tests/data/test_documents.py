@@ -140,3 +140,19 @@ def test_a_file_of_any_bytes_is_read_or_is_a_data_error(tmp_path, suffix, conten
             list(read(path))
         except DataError:
             pass
+
+
+def test_other_fields_are_kept_on_request_where_a_filter_can_ask_for_them(tmp_path):
+    line = (
+        '{"id": "x", "text": "t", "section": "web", "year": 1999, "free": false, "tags": ["a", 2], '
+        '"none": null, "nested": {"a": 1}, "deep": [[1]]}\n'
+    )
+    fields = {"section": "web", "year": 1999, "free": False, "tags": ["a", 2]}
+    (found,) = read_documents(written(tmp_path, line), keep_fields=True)
+    assert found == Document("x", "t", fields=fields)
+    path = tmp_path / "docs.parquet"
+    pq.write_table(pa.table({"text": ["t"], "year": [1999], "bytes": [b"\x00"]}), path)
+    (found,) = read_documents(path, keep_fields=True)
+    assert found == Document("1", "t", fields={"year": 1999})
+    (plain,) = read_documents(path)
+    assert plain == Document("1", "t")

@@ -1,0 +1,158 @@
+"""The verb that has questions written about documents."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tercet.cli.loading import Precision, load
+from tercet.console import columns, one_line, results, say, shortened
+from tercet.data.documents import read_documents
+from tercet.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tercet.curate.synthesize import SynthesisReport
+
+_SHOWN_FAILURES = 5
+
+
+def synthesize(
+    file: Annotated[Path, typer.Argument(help="Documents: .jsonl, .parquet or .txt.")],
+    model: Annotated[str, typer.Option(help="What writes: a causal model, or with --url a name.")],
+    out: Annotated[Path, typer.Option(help="The examples: a .jsonl or .parquet file.")],
+    url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible endpoint, as http://host:8000/v1.")
+    ] = None,
+    key_variable: Annotated[
+        str | None, typer.Option(help="Environment variable with the endpoint's key.")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="At most, drawn at random.")] = 1000,
+    samples: Annotated[int, typer.Option(min=1, help="Passages of each document.")] = 1,
+    least: Annotated[int, typer.Option("--min", help="Characters of a passage, at least.")] = 300,
+    most: Annotated[int, typer.Option("--max", help="And at most.")] = 1500,
+    task: Annotated[str | None, typer.Option(help="Of the examples; None: the file's name.")] = (
+        None
+    ),
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A prompt of your own, with {passage} in it.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of the documents, named in the prompt; None: not named.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the answers.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Share of the tokens that are drawn from.")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 64,
+    check: Annotated[
+        str | None, typer.Option(help="An embedder by which a question has to find its document.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Among so many of the best.")] = 1,
+    among: Annotated[int, typer.Option(help="Of so many documents.")] = 1000,
+    against: Annotated[
+        Literal["passages", "documents"], typer.Option(help="What stands for a document there.")
+    ] = "passages",
+    text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
+    title_field: Annotated[str, typer.Option(help="Where the title is.")] = "title",
+    id_field: Annotated[str, typer.Option(help="Where the id is.")] = "id",
+    split: Annotated[str | None, typer.Option(help='Only records with this "split".')] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts a local model reads at once.")] = 8,
+    workers: Annotated[int, typer.Option(help="Calls of an endpoint at a time.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Of a call, in seconds.")] = 60.0,
+    retries: Annotated[int, typer.Option(help="Of a call that failed.")] = 4,
+    work: Annotated[Path, typer.Option(help="Where the check's vectors stay.")] = Path(
+        "runs/mining"
+    ),
+    precision: Precision = "float32",
+) -> None:
+    """Have a model write questions about passages of documents, as training examples.
+
+    An example is a question and the whole document. Raw answers stay beside --out, in a file
+    that ends in .log.jsonl: a killed run goes on where it was when the same command is given
+    again, calls that failed are made again, and another --check costs no answer twice.
+
+    Example: tercet synthesize docs.jsonl --model smollm2 --check minilm --out questions.jsonl
+    """
+    from tercet.curate.asking import Asking
+    from tercet.curate.consistency import Consistency
+    from tercet.curate.generators import Drawing
+    from tercet.curate.passages import Sampling
+    from tercet.curate.synthesize import Synthesis, log_path
+    from tercet.curate.synthesize import synthesize as run_synthesis
+    from tercet.data.records import known_suffix
+
+    known_suffix(out)
+    if file.resolve() in (out.resolve(), log_path(out).resolve()):
+        raise RecipeError(f"{out}: is read and cannot be written to as well; give another --out")
+    sampling = Sampling(documents=documents, samples=samples, least=least, most=most, seed=seed)
+    asking = Asking.of_file(prompt_file, language) if prompt_file else Asking(language=language)
+    drawing = Drawing(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    where = {"url": url, "key_variable": key_variable, "workers": workers}
+    where |= {"timeout_seconds": timeout, "retries": retries}
+    generator = _generator(model, drawing, where, batch=batch, precision=precision)
+    found = None
+    if check is not None:
+        embedder = load(check, precision)
+        found = Consistency(embedder=embedder, top=top, among=among, against=against, work=work)
+    fields = {"text_field": text_field, "title_field": title_field, "id_field": id_field}
+    report = run_synthesis(
+        partial(read_documents, file, **fields, split=split),
+        out,
+        generator,
+        Synthesis(task=task or out.stem, sampling=sampling, asking=asking, check=found),
+    )
+    _show(report, checked=check is not None)
+    say(f"raw answers stay in {log_path(out)}: another --check needs no new ones")
+    if not report.kept:
+        raise RecipeError(f"{out}: was not written: no question is left; the table says why")
+
+
+def _generator(
+    model: str, drawing: Any, where: dict[str, Any], *, batch: int, precision: str
+) -> Any:
+    """The endpoint where there is a URL, and else the model on this machine."""
+    url, key_variable = where.pop("url"), where.pop("key_variable")
+    if url is not None:
+        from tercet.curate.endpoint import Calls, EndpointGenerator
+
+        calls = Calls(**where)
+        return EndpointGenerator(url, model, drawing, key_variable=key_variable, calls=calls)
+    if key_variable is not None:
+        raise RecipeError("--key-variable is for an endpoint; give its --url as well")
+    import torch
+
+    from tercet.curate.generators import LocalGenerator
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, precision)
+    return LocalGenerator(model, drawing, batch=batch, dtype=dtype, device=device)
+
+
+def _show(report: "SynthesisReport", *, checked: bool) -> None:
+    table = columns("what", "count")
+    table.add_row("documents drawn", f"{report.documents:,}")
+    if report.unusable:
+        table.add_row("without a passage", f"{report.unusable:,}")
+    counts = {
+        "passages": report.passages,
+        "answered before": report.answered_before,
+        "answered now": report.answered,
+        "failed calls": report.failed,
+        **{f"refused: {reason}": count for reason, count in report.refused.items()},
+        "duplicates": report.duplicates,
+    }
+    if checked:
+        counts[f"inconsistent, among {report.checked_among:,}"] = report.inconsistent
+    for name, count in {**counts, "kept": report.kept}.items():
+        table.add_row(name, f"{count:,}")
+    thirds = columns("third of the document", "asked", "kept")
+    for name, asked, kept in zip(
+        ("first", "second", "last"), report.asked_thirds, report.kept_thirds, strict=True
+    ):
+        thirds.add_row(name, f"{asked:,}", f"{kept:,}")
+    results().print(table)
+    results().print(thirds)
+    if report.answered:
+        say(f"{report.answered:,} answers in {report.seconds:.0f} s")
+    for failure, count in report.failures.most_common(_SHOWN_FAILURES):
+        say(f"tercet: note: {count:,} calls failed: {shortened(one_line(failure))}")
