@@ -12,13 +12,11 @@ natural lengths; a control row has texts of one length. The peer needs an enviro
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils import logging
 
-from benchmarks.common import Row, write_results
+from benchmarks.common import Answer, Row, Side, spent, write_results
 from benchmarks.llm2vec_quality import DATA, sentences_of
 from tercet.data.collate import Collator
 from tercet.data.sampler import BatchPlan, Sampler
@@ -43,8 +41,6 @@ REPEATS = 5
 VOCABULARIES = (8_000, 32_000, 128_000)
 BLOCKS, BLOCK_TOKENS, SENTENCES = 4, 512, 128
 LIMIT = 400  # tokens; the peer cuts longer texts by words, so the error is taken on shorter ones
-
-Answer = dict[str, Any]
 
 
 # ---- our side: the same commands as the peer's ---------------------------------------------------
@@ -69,7 +65,7 @@ def start_encode(folder: str, texts: str, precision: str = "float32") -> Callabl
             vectors.append(embedder.encode(lines))
             return {"tokens": tokens}
 
-        answer = _spent(once)
+        answer = spent(once)
         if save:
             np.save(save, vectors[0])
         return answer
@@ -105,7 +101,7 @@ def start_training(
         adam.zero_grad(set_to_none=True)
         return {"loss": float(losses["loss"]), "tokens": len(made.texts.ids)}
 
-    return lambda: _spent(once)
+    return lambda: spent(once)
 
 
 def worker() -> None:
@@ -140,50 +136,7 @@ def worker() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _spent(call: Callable[[], Answer]) -> Answer:
-    """What the call answers, with its CPU seconds and its memory."""
-    import time
-
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest memory so far
-    begin = time.process_time()
-    answer = call()
-    seconds = time.process_time() - begin
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    return {"seconds": seconds, "peak": peak, **answer}
-
-
 # ---- both sides in turn --------------------------------------------------------------------------
-
-
-class Side:
-    """A process that answers commands."""
-
-    def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-
-    def __call__(self, do: str, **numbers: Any) -> Answer:
-        """Send a command, wait for the answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do, **numbers}) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a side ended at {do}; run it by hand to see why")
-        return json.loads(line)
-
-    def end(self) -> None:
-        """Close its input and wait."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 def compared(

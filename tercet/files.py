@@ -118,7 +118,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         StorageError: when the folder cannot be written to.
     """
     path = Path(folder) / ".lock"
-    lock = FileLock(path)
+    lock = FileLock(path, thread_local=False)  # any thread may let go of it
     _make_folder(path.parent)
     with clear_about(path.parent):
         holder = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -1,8 +1,8 @@
 """A progress bar on standard error, and nothing at all where nobody looks at one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,10 @@ class Advance(Protocol):
     def __call__(self, count: int = 1, note: str = "") -> None:
         """Move the bar."""
         ...
+
+
+Bars: TypeAlias = Callable[..., AbstractContextManager[Advance]]
+"""What shows how far a job is, by its label and its total: ``bar``, or ``notes`` on another bar."""
 
 
 @contextmanager
@@ -45,3 +49,20 @@ def bar(label: str, total: int | None, done: int = 0, *, shown: bool = True) -> 
             progress.update(task, advance=count, note=note)
 
         yield advance
+
+
+def notes(advance: Advance) -> Bars:
+    """Jobs inside of a longer one show how far they are beside its bar."""
+
+    @contextmanager
+    def beside(label: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+        so_far = done
+
+        def tell(count: int = 1, note: str = "") -> None:
+            nonlocal so_far
+            so_far += count
+            advance(0, f"{label} {so_far:,}" + (f" of {total:,}" if total else ""))
+
+        yield tell
+
+    return beside

@@ -1,5 +1,6 @@
 """Verbs that make training rows of other data, and keep the texts of a test out of them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -166,6 +167,83 @@ def similarity(
         data = SimilaritySet.of(data.name, kept)
     wanted = Wanted(task=task, instruction=instruction, negatives=negatives)
     _write(out, convert_similarity(data, wanted, alike=alike, unlike=unlike, rescale=scale))
+
+
+@convert.command()
+def flagembedding(
+    places: Annotated[
+        list[Path], typer.Argument(help="Files of rows, or folders of them; several are one set.")
+    ],
+    out: Out,
+    prompt: Annotated[
+        str, typer.Option(help="Before queries of rows that have none of their own.")
+    ] = "",
+    form: Annotated[
+        str, typer.Option("--format", help="Of prompt and query; \\n is a line break.")
+    ] = "{}{}",
+    rows: Annotated[int | None, typer.Option(min=1, help="Of each file, at most.")] = None,
+    small: Annotated[
+        int, typer.Option(min=0, help="A folder's files with fewer rows become one task.")
+    ] = 0,
+    drop: Annotated[
+        int, typer.Option(min=0, help="That task is left out where it has fewer rows.")
+    ] = 0,
+    seed: Seed = 0,
+) -> None:
+    """Make rows of FlagEmbedding's, with what its names of files and its flags say in each row.
+
+    Other rows' documents are kept out where the name of a file or folder ends in no_in_batch_neg.
+
+    Example: tercet convert flagembedding data/sts data/nq_no_in_batch_neg --out rows.jsonl
+    """
+    from tercet.curate.flagembedding import Limits, convert_flag_rows, flag_set
+    from tercet.data.sources import write_examples
+    from tercet.interop.flagembedding import FlagRows
+    from tercet.progress import bar
+
+    _check_place(out, *places)
+    how = FlagRows(prompt=prompt, form=form.replace("\\n", "\n"), seed=seed)
+    limits = Limits(rows=rows, small=small, drop=drop)
+    chosen = flag_set(places, limits)
+    tasks: Counter[str] = Counter()
+
+    def examples(advance: Any) -> Iterator[Any]:
+        for example in convert_flag_rows(chosen, how, limits, advance):
+            tasks[example.task] += 1
+            yield example
+
+    with bar("rows", sum(chosen.counts[file.path] for file in chosen.files)) as advance:
+        write_examples(out, examples(advance))
+    table = columns("task", "rows")
+    for task, count in tasks.items():
+        table.add_row(one_line(task), f"{count:,}")
+    results().print(table)
+    for reason, count in (chosen.left_out + how.notes).items():
+        say(f"tercet: note: left out: {count:,} {reason}")
+
+
+@convert.command("flagembedding-command")
+def flagembedding_command(
+    script: Annotated[
+        Path, typer.Argument(help="A file with the command, such as a shell script of the project.")
+    ],
+) -> None:
+    """Say how tercet does the fine-tuning that a command of FlagEmbedding asks for.
+
+    Nothing is run. What has no counterpart is told.
+
+    Example: tercet convert flagembedding-command m3.sh
+    """
+    from tercet.interop.flag_command import translated
+
+    try:
+        text = script.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{script}: cannot be read ({error}); give a text file") from error
+    found = translated(text)
+    results().print(found.command, soft_wrap=True, markup=False, highlight=False)
+    for note in found.notes:
+        say(f"tercet: note: {note}")
 
 
 def decontaminate(

@@ -16,6 +16,7 @@ from tercet.console import results, say
 from tercet.data.sources import Source, open_source
 from tercet.data.texts import open_texts
 from tercet.errors import RecipeError
+from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
 from tercet.recipes.nv_embed import nv_embed
@@ -67,6 +68,27 @@ TASKS: Final = Reads(
     help="Examples of other tasks (see tercet convert), for the stage blended; may be repeated.",
     needed=False,
     beside="data",
+)
+TEXTS_OR_DATA: Final = Reads(
+    mixture="texts",
+    flag="texts",
+    help="Texts for the stage retromae, .txt, .jsonl or .parquet; None: all texts of --data.",
+    texts=True,
+    needed=False,
+    otherwise="data",
+)
+PAIRS_OR_DATA: Final = Reads(
+    mixture="pairs",
+    flag="pairs",
+    help="Examples for the stage contrastive; None: --data.",
+    needed=False,
+    otherwise="data",
+)
+EXAMPLES: Final = Reads(
+    mixture="examples",
+    flag="data",
+    help="Examples, .jsonl or .parquet, for every stage that has no data of its own; may be "
+    "repeated. FILE:2 weighs.",
 )
 MORE_PAIRS: Final = Reads(
     mixture="pairs", flag="pairs", help="Examples for the stage supervised.", needed=False
@@ -162,6 +184,7 @@ def _data(
     opened: dict[tuple[Path, bool], Source] = {}
     found: dict[str, list[Source]] = {}
     used: set[str] = set()
+    are_texts = {kind.flag: kind.texts for kind in reads}
     for kind in reads:
         if kind.mixture not in asked:
             continue
@@ -172,8 +195,9 @@ def _data(
             )
         flags = [flag] if kind.beside is None else [kind.beside, flag]
         used.update(flags)
-        paths = [path for name in flags for path in files[name]]
-        found[kind.mixture] = [_opened(path, kind.texts, field, opened) for path in paths]
+        found[kind.mixture] = [
+            _opened(path, are_texts[name], field, opened) for name in flags for path in files[name]
+        ]
     for flag, paths in files.items():
         if paths and flag not in used:
             stages = ", ".join(stage.name for stage in recipe.stages)
@@ -247,5 +271,14 @@ recipes.command("nv-embed")(
         TASKS,
         example="tercet train nv-embed --base smollm2 --data pairs.jsonl --tasks labels.jsonl "
         "--out runs/mine",
+    )
+)
+recipes.command("bge-m3")(
+    training_verb(
+        bge_m3,
+        EXAMPLES,
+        TEXTS_OR_DATA,
+        PAIRS_OR_DATA,
+        example="tercet train bge-m3 --base me5-small --data mined.jsonl --out runs/mine",
     )
 )

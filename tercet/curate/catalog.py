@@ -12,7 +12,7 @@ from jaxtyping import UInt64
 from tercet.curate.corpus import SHARD, Pool, Texts, text_key
 from tercet.data.sources import Source
 from tercet.files import clear_about
-from tercet.progress import bar
+from tercet.progress import Bars, bar
 from tercet.types import Example
 
 
@@ -60,6 +60,8 @@ def read_catalog(
     corpus: Iterable[str],
     prompt_of: Callable[[Example], str],
     folder: Path,
+    *,
+    bars: Bars = bar,
 ) -> Catalog:
     """The documents of all examples and of the corpus.
 
@@ -74,7 +76,7 @@ def read_catalog(
     with clear_about(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        with clear_about(folder), bar("read", sum(map(len, sources))) as advance:
+        with clear_about(folder), bars("read", sum(map(len, sources))) as advance:
             for source in sources:
                 for examples in blocks(source):
                     for example in examples:

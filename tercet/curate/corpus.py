@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, UInt64
 
+from tercet import distributed
 from tercet.data.examples import shown
 from tercet.data.records import readable
 from tercet.data.texts import normal_form
@@ -147,12 +148,19 @@ class Vectors:
         return np.array(_opened(self.shard(texts, "query", prompts)))
 
     def fill(self, pool: Pool, advance: Advance) -> None:
-        """Encode the documents of a pool."""
-        for start in range(0, len(pool), SHARD):
-            rows = range(start, min(start + SHARD, len(pool)))
-            prompts = [pool.prompt] * len(rows)
-            pool.shards.append(self.shard(pool.texts.read(rows), "document", prompts))
-            advance(len(rows))
+        """Encode the documents of a pool; of several processes, which all call this, each some."""
+        starts = range(0, len(pool), SHARD)
+        found: dict[int, Path] = {}
+        own = starts[distributed.rank() :: distributed.world()]
+        for part in (own, starts):
+            for start in part:
+                if start not in found:
+                    rows = range(start, min(start + SHARD, len(pool)))
+                    prompts = [pool.prompt] * len(rows)
+                    found[start] = self.shard(pool.texts.read(rows), "document", prompts)
+                    advance(len(rows))
+            distributed.barrier()  # what others have encoded is found
+        pool.shards += [found[start] for start in starts]
 
     def _name(self, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> str:
         backbone = self.teacher.backbone

@@ -24,7 +24,7 @@ from tercet.data.records import known_suffix
 from tercet.data.sources import Source, write_examples
 from tercet.errors import RecipeError
 from tercet.nn.embedder import Embedder
-from tercet.progress import bar
+from tercet.progress import Bars, bar
 from tercet.types import Example
 
 WORK: Final = Path("runs/mining")
@@ -153,9 +153,9 @@ def mine(
     """
     outputs = _outputs(out, sources)
     reports: list[MiningReport] = []
-    with closing(_Job(teacher, sources, mining, corpus, work)) as job:
+    with closing(Miner(teacher, sources, mining, corpus, work)) as miner:
         for path, group in outputs:
-            write_examples(path, job.examples(group, reports))
+            write_examples(path, miner.examples(group, reports))
     return reports
 
 
@@ -173,12 +173,15 @@ def sweep(
     Nothing is written but vectors, and the search runs once.
     """
     rules = [replace(mining.rule, value=value) for value in values]
-    with closing(_Job(teacher, sources, mining, corpus, work)) as job:
-        return [report for source in sources for report in job.tried(source, rules)]
+    with closing(Miner(teacher, sources, mining, corpus, work)) as miner:
+        return [report for source in sources for report in miner.tried(source, rules)]
 
 
-class _Job:
-    """A job of mining. Documents are read and encoded when they are first asked for."""
+class Miner:
+    """Mines some sources. Documents are read and encoded when they are first asked for.
+
+    In several processes all have to ask for them, and each encodes its share.
+    """
 
     def __init__(
         self,
@@ -187,38 +190,49 @@ class _Job:
         mining: Mining,
         corpus: Iterable[str],
         work: Path,
+        *,
+        bars: Bars = bar,
     ) -> None:
         self.vectors = Vectors(teacher, work)
-        self.sources, self.mining, self.corpus = sources, mining, corpus
+        self.sources, self.mining, self.corpus, self._bars = sources, mining, corpus, bars
         self._catalog: Catalog | None = None
         self._foreign = False  # whether the rows bring prompts to a teacher that has none
 
     def close(self) -> None:
+        """Give the disk space of the texts back."""
         if self._catalog is not None:
             self._catalog.close()
 
     def examples(self, sources: Sequence[Source], reports: list[MiningReport]) -> Iterator[Example]:
         """The examples of these sources with their negatives; a report for each is appended."""
-        ranker = self.ranker
+        _ = self.ranker  # a bar of its own, and there may be one at a time
         for source in sources:
-            report = MiningReport(source=source.name, rule=self._settled(self.mining.rule, source))
+            report = self.report(source)
             reports.append(report)
-            with bar(f"mine {source.name}", len(source)) as advance:
+            with self._bars(f"mine {source.name}", len(source)) as advance:
                 for block in blocks(source):
-                    found: dict[int, Example] = {}
-                    for ranked in ranker.ranked(block):
-                        judged = ranked.judged(report.rule, self.mining.negatives)
-                        for row in np.flatnonzero(report.count(judged, self.mining)).tolist():
-                            found[ranked.places[row]] = _with_negatives(judged, row)
-                    yield from (found[place] for place in sorted(found))
+                    yield from self.mined(block, report)
                     advance(len(block))
+
+    def report(self, source: Source) -> MiningReport:
+        """An empty report on a source, with the rule that holds there."""
+        return MiningReport(source=source.name, rule=self._settled(self.mining.rule, source))
+
+    def mined(self, block: Sequence[Example], report: MiningReport) -> list[Example]:
+        """Some examples with their negatives, in order, counted in the report."""
+        found: dict[int, Example] = {}
+        for ranked in self.ranker.ranked(block):
+            judged = ranked.judged(report.rule, self.mining.negatives)
+            for row in np.flatnonzero(report.count(judged, self.mining)).tolist():
+                found[ranked.places[row]] = _with_negatives(judged, row)
+        return [found[place] for place in sorted(found)]
 
     def tried(self, source: Source, rules: Sequence[MiningRule]) -> list[MiningReport]:
         """What each rule would do with a source."""
         ranker = self.ranker  # a bar of its own, and there may be one at a time
         settled = [self._settled(rule, source) for rule in rules]
         reports = [MiningReport(source=source.name, rule=rule) for rule in settled]
-        with bar(f"mine {source.name}", len(source)) as advance:
+        with self._bars(f"mine {source.name}", len(source)) as advance:
             for block in blocks(source):
                 for ranked in ranker.ranked(block):
                     for report in reports:
@@ -230,14 +244,16 @@ class _Job:
     @cached_property
     def ranker(self) -> Ranker:
         """The documents, read and encoded."""
-        catalog = read_catalog(self.sources, self.corpus, self._prompt, self.vectors.folder)
+        catalog = read_catalog(
+            self.sources, self.corpus, self._prompt, self.vectors.folder, bars=self._bars
+        )
         self._catalog = catalog
         if self._foreign:
             log.warning(
                 "rows bring prompts, and the teacher has none of its own, so it may not know what "
                 "they mean; with prompts from the teacher they are not read"
             )
-        with bar("documents", sum(map(len, catalog.pools.values()))) as advance:
+        with self._bars("documents", sum(map(len, catalog.pools.values()))) as advance:
             for pool in catalog.pools.values():
                 self.vectors.fill(pool, advance)
         mining = self.mining

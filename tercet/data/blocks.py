@@ -7,8 +7,12 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from tercet.data.relation import hash_of
 from tercet.data.sources import Source
+from tercet.distributed import is_main
 from tercet.errors import DataError
+from tercet.progress import bar
+from tercet.types import Example
 
 Ids: TypeAlias = Callable[[Sequence[str]], list[np.ndarray]]
 """Texts to their token ids, special tokens included."""
@@ -64,9 +68,17 @@ class Blocks:
 
 
 def blocks_of(
-    source: Source, ids_of: Ids, max_tokens: int, *, concatenated: bool = False
+    source: Source,
+    ids_of: Ids,
+    max_tokens: int,
+    *,
+    concatenated: bool = False,
+    every_text: bool = False,
 ) -> Blocks:
     """The texts of a source in blocks of at most ``max_tokens``.
+
+    The texts are the queries of its examples, as files of plain texts have them. ``every_text``
+    takes the documents too, and each text once.
 
     ``concatenated`` is how LLM2Vec's scripts do it: a thousand lines at a time are laid end to
     end and cut into blocks without regard to where a text ends, and what is left over is dropped.
@@ -75,7 +87,7 @@ def blocks_of(
         DataError: when no text has two tokens, or not one block gets full.
     """
     texts, skipped = [], 0
-    for ids in _tokens(source, ids_of):
+    for ids in _tokens(source, ids_of, every_text=every_text):
         if len(ids) >= SHORTEST or concatenated:
             texts.append(ids)
         else:
@@ -95,6 +107,7 @@ def blocks_of(
         raise DataError(source.path, None, why)
     lengths = [len(piece) for piece in pieces]
     made = f"{source.fingerprint} {max_tokens} {concatenated} {sum(lengths)}"
+    made += " every text" if every_text else ""
     return Blocks(
         name=source.name,
         weight=source.weight,
@@ -106,10 +119,27 @@ def blocks_of(
     )
 
 
-def _tokens(source: Source, ids_of: Ids) -> Iterator[np.ndarray]:
-    for start in range(0, len(source), TEXTS_AT_ONCE):
-        rows = range(start, min(start + TEXTS_AT_ONCE, len(source)))
-        yield from ids_of([example.query for example in source.examples(rows)])
+def _tokens(source: Source, ids_of: Ids, *, every_text: bool) -> Iterator[np.ndarray]:
+    read: set[int] = set()  # hashes of texts
+    with bar(f"tokenize {source.name}", len(source), shown=is_main()) as advance:
+        for start in range(0, len(source), TEXTS_AT_ONCE):
+            rows = range(start, min(start + TEXTS_AT_ONCE, len(source)))
+            examples = source.examples(rows)
+            texts = [example.query for example in examples]
+            if every_text:
+                texts = list(_unread(examples, read))
+            yield from ids_of(texts)
+            advance(len(rows))
+
+
+def _unread(examples: Sequence[Example], read: set[int]) -> Iterator[str]:
+    """All texts of the examples but those that were read before."""
+    for example in examples:
+        for text in (example.query, *example.positives, *example.negatives):
+            key = hash_of(text)
+            if key not in read:
+                read.add(key)
+                yield text
 
 
 def _cut(ids: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:

@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from math import nan
+from typing import Literal, TypeAlias
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tercet.data.relation import Relation, hash_of, relation_of
+from tercet.data.shuffling import CutName, shuffled
 from tercet.data.tokens import Tokens
 from tercet.types import Example, InBatch, Packed, Role
 
@@ -19,7 +24,8 @@ PromptOf = Callable[[Role, str], str]
 Policy: TypeAlias = Literal["all", "positives", "none", "per_row"]
 """Who is a negative in a batch: one rule for all, or for each row what its task allows."""
 
-_DRAW: Final = 0xD0C  # keeps the choice of texts apart from other uses of the same seed
+# Keep the choice of texts and their shuffling apart from other uses of the same seed.
+_DRAW, _SHUFFLE = 0xD0C, 0x5EC
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +36,7 @@ class Batch:
     queries: int
     relation: Relation
     truncated: int  # texts that were cut
+    teacher: Float[Tensor, "docs"] | None = None  # scores that came with them; NaN: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,8 @@ class Collator:
     negatives: int = 8  # mined ones at most, of one query
     in_batch: Policy = "per_row"  # which documents of other examples are negatives
     mask_duplicates: bool = True  # never take a text that answers the query too for a negative
+    shuffle_segments: float = 0.0  # share of the long positives whose thirds change places
+    shuffle_at: CutName = "characters"  # where they are cut
 
     def __call__(self, examples: Sequence[Example], seed: Sequence[int]) -> Batch:
         """Choose each example's documents and lay all texts in a row.
@@ -51,16 +60,19 @@ class Collator:
         """
         positives: list[tuple[str, ...]] = []
         negatives: list[tuple[str, ...]] = []
+        teacher: list[float] = []
         for example in examples:
             rng = np.random.default_rng([_DRAW, *seed, hash_of(example.query) % 2**63])
-            positives.append(_drawn(example.positives, self.positives, rng))
-            negatives.append(_drawn(example.negatives, self.negatives, rng))
+            right = _drawn(len(example.positives), self.positives, rng)
+            wrong = _drawn(len(example.negatives), self.negatives, rng)
+            positives.append(tuple(example.positives[i] for i in right))
+            negatives.append(tuple(example.negatives[i] for i in wrong))
+            teacher += _scores(example.positive_scores, right)
+            teacher += _scores(example.negative_scores, wrong)
         queries = [example.query for example in examples]
+        shown = [self._shuffled(*pair, seed) for pair in zip(queries, positives, strict=True)]
         documents = [
-            text
-            for pair in zip(positives, negatives, strict=True)
-            for side in pair
-            for text in side
+            text for pair in zip(shown, negatives, strict=True) for side in pair for text in side
         ]
         owners = [
             example
@@ -82,7 +94,20 @@ class Collator:
             in_batch=[self._policy(example) for example in examples],
             mask_duplicates=self.mask_duplicates,
         )
-        return Batch(tokens.pack(), len(queries), relation, tokens.truncated)
+        scores = torch.tensor(teacher, dtype=torch.float32)
+        known = None if bool(scores.isnan().all()) else scores
+        return Batch(tokens.pack(), len(queries), relation, tokens.truncated, known)
+
+    def _shuffled(self, query: str, texts: Sequence[str], seed: Sequence[int]) -> Sequence[str]:
+        """The positives as the model reads them; who is a duplicate hangs on the texts as given."""
+        if not self.shuffle_segments:
+            return texts
+        rng = np.random.default_rng([_SHUFFLE, *seed, hash_of(query) % 2**63])
+        hit = rng.random(len(texts)) < self.shuffle_segments
+        return [
+            shuffled(text, rng, self.shuffle_at) if is_hit else text
+            for text, is_hit in zip(texts, hit.tolist(), strict=True)
+        ]
 
     def _policy(self, example: Example) -> InBatch:
         return (example.in_batch or "all") if self.in_batch == "per_row" else self.in_batch
@@ -91,8 +116,11 @@ class Collator:
         return self.prompt_of(role, example.task) if own is None else own
 
 
-def _drawn(texts: Sequence[str], at_most: int, rng: np.random.Generator) -> tuple[str, ...]:
-    if len(texts) <= at_most:
-        return tuple(texts)
-    chosen: list[int] = sorted(rng.choice(len(texts), at_most, replace=False).tolist())
-    return tuple(texts[i] for i in chosen)
+def _drawn(count: int, at_most: int, rng: np.random.Generator) -> list[int]:
+    if count <= at_most:
+        return list(range(count))
+    return sorted(rng.choice(count, at_most, replace=False).tolist())
+
+
+def _scores(given: Sequence[float] | None, chosen: Sequence[int]) -> list[float]:
+    return [nan if given is None else given[i] for i in chosen]

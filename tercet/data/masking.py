@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Integer
+from jaxtyping import Bool, Int, Integer
 
 from tercet.errors import ModelError, RecipeError
 
@@ -37,9 +37,18 @@ class Masking:
         *,
         mask: int,
         vocabulary: int,
+        words: Int[np.ndarray, "tokens"] | None = None,
     ) -> tuple[Integer[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:
-        """The tokens with gaps, and which of them were chosen; only among ``allowed`` ones."""
-        chosen = allowed & (rng.random(len(ids)) < self.probability)
+        """The tokens with gaps, and which of them were chosen; only among ``allowed`` ones.
+
+        With ``words``, the number of the word that each token is part of, in order from zero, the
+        tokens of a word are chosen together, and what becomes of each is drawn for itself.
+        """
+        if words is None:
+            draws = rng.random(len(ids))
+        else:
+            draws = rng.random(int(words[-1]) + 1)[words]
+        chosen = allowed & (draws < self.probability)
         fate = rng.random(len(ids))
         drawn = rng.integers(vocabulary, size=len(ids))
         if self.kind == "all":

@@ -84,12 +84,16 @@ class Relation:
         rows, columns = self.repeats.pairs(start, stop)
         if len(rows):
             block[rows.to(device), columns.to(device)] = IGNORED
+        rows, columns = self.group(start, stop)
+        block[rows.to(device), columns.to(device)] = self.own[columns].to(device)
+        return block
+
+    def group(self, start: int, stop: int) -> tuple[Int[Tensor, "own"], Int[Tensor, "own"]]:
+        """Rows, counted from ``start``, and columns of the documents that came with them."""
         first = self.first_query + start
         edges = torch.tensor([first, self.first_query + stop])
         low, high = torch.searchsorted(self.owners, edges).tolist()
-        rows, columns = self.owners[low:high] - first, torch.arange(low, high)
-        block[rows.to(device), columns.to(device)] = self.own[low:high].to(device)
-        return block
+        return self.owners[low:high] - first, torch.arange(low, high)
 
     def gathered(self) -> "Relation":
         """The queries of this process against the documents of all of them.

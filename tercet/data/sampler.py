@@ -68,7 +68,7 @@ class Drawable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How batches are put together. Sizes are in the unit of ``Source.sizes``: bytes of UTF-8."""
+    """How batches are put together. Sizes are in the unit of ``Drawable.sizes``."""
 
     batch_size: int  # examples a batch, over all processes
     seed: int
@@ -76,6 +76,7 @@ class BatchPlan:
     mixing: Mixing = "single"  # one source a batch, or every source in every batch
     size_budget: int | None = None  # examples times the largest size of their length group
     length_edges: tuple[int, ...] = ()  # the largest size of each length group but the last
+    batch_sizes: tuple[int, ...] = ()  # of each length group, in place of batch_size and budget
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +146,9 @@ class Sampler:
         edges = np.asarray(plan.length_edges, np.int64)
         self._groups = [np.searchsorted(edges, source.sizes).astype(np.int8) for source in sources]
         largest = max(int(source.sizes.max()) for source in sources)
-        self._limits = [_examples_within(plan, size) for size in (*plan.length_edges, largest)]
+        self._limits = list(plan.batch_sizes) or [
+            _examples_within(plan, size) for size in (*plan.length_edges, largest)
+        ]
         self._weights_are_whole = all(float(source.weight).is_integer() for source in sources)
         self._counts: dict[int, int] = {}
         self._prepared: tuple[int, _Batches] | None = None
@@ -274,7 +277,8 @@ class Sampler:
 
     def _order(self, index: int, random: np.random.Generator) -> np.ndarray:
         source = self.sources[index]
-        at_least = WINDOW_BATCHES * self.plan.batch_size if source.window > 1 else 1
+        size = max(self.plan.batch_sizes, default=self.plan.batch_size)
+        at_least = WINDOW_BATCHES * size if source.window > 1 else 1
         return _windowed_order(source, random, at_least=at_least)
 
     def _random(
@@ -284,10 +288,12 @@ class Sampler:
 
     def _fingerprint(self) -> int:
         plan = self.plan
-        told = [
+        told: list[object] = [
             (plan.batch_size, plan.seed, plan.mixing, plan.size_budget, tuple(plan.length_edges)),
             [(source.fingerprint, float(source.weight)) for source in self.sources],
         ]
+        if plan.batch_sizes:  # runs that were started before there were any still go on
+            told.append(tuple(plan.batch_sizes))
         digest = hashlib.blake2b(repr(told).encode(), digest_size=7).digest()
         return int.from_bytes(digest, "big")
 
@@ -355,6 +361,7 @@ def _examples_within(plan: BatchPlan, size: int) -> int:
 def _check_plan(plan: BatchPlan) -> None:
     edges = plan.length_edges
     budget = plan.size_budget
+    sizes = plan.batch_sizes
     wrong = [
         (
             plan.batch_size < SMALLEST_BATCH,
@@ -369,6 +376,20 @@ def _check_plan(plan: BatchPlan) -> None:
             or min(edges, default=1) < 1
             or len(edges) > MAX_EDGES,
             f"length_edges are {edges}; give up to {MAX_EDGES} sizes above 0, the smallest first",
+        ),
+        (
+            bool(sizes) and len(sizes) != len(edges) + 1,
+            f"batch_sizes are {sizes} for {len(edges) + 1} length groups; give one for each: there "
+            "is a group below each of length_edges, and one above the last",
+        ),
+        (
+            min(sizes, default=SMALLEST_BATCH) < SMALLEST_BATCH,
+            f"batch_sizes are {sizes}; give at least {SMALLEST_BATCH} each, "
+            "there is nothing to contrast in less",
+        ),
+        (
+            bool(sizes) and budget is not None,
+            "batch_sizes and a budget both say how large a batch is; give one of them",
         ),
     ]
     for is_wrong, problem in wrong:

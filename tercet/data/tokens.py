@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
-from tercet.errors import ModelError
+from tercet.errors import ModelError, RecipeError
 from tercet.segments import offsets_of, row_of
 from tercet.types import Packed, Role
 
@@ -28,6 +29,14 @@ class Form:
     pool_special: bool = True  # false: what the tokenizer itself puts around is not pooled
     end: bool = False  # after all of it the end-of-text token, pooled
     echo: Role | None = None  # the text twice, only the second pooled, in the words of this role
+    cls_every: int | None = None  # MCLS: what stands before a text, again after so many tokens
+
+    def __post_init__(self) -> None:
+        if self.cls_every is not None and (self.cls_every < 1 or self.echo is not None):
+            raise RecipeError(
+                f"cls_every is {self.cls_every}; give 1 or more, and leave echo out: each is a "
+                "form of its own"
+            )
 
 
 PLAIN: Final = Form()
@@ -142,6 +151,15 @@ class Tokenizer:
             tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, 0
         )
 
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """What is put before and after every text."""
+        return self._head, self._tail
+
+    def bare(self, texts: Sequence[str]) -> list[Encoding]:
+        """Texts with nothing around them, whole, with the place of each token."""
+        return self._fast.encode_batch(list(texts), add_special_tokens=False)
+
     def __call__(
         self,
         texts: Sequence[str],
@@ -164,12 +182,19 @@ class Tokenizer:
         ``Document``; the first line only where there is a prompt), and end-of-text. The second
         copy and the end are pooled (arXiv 2402.15449).
 
+        With ``form.cls_every`` n the token before a text (CLS) stands before every n tokens of it,
+        of its prompt and of its suffix (MCLS, arXiv 2402.03216): at the places 0, n + 1, 2n + 2 and
+        so on. They count towards the limit.
+
         Raises:
-            ModelError: where an end-of-text token is asked for and the tokenizer has none.
+            ModelError: where an end-of-text token, or one before the text, is asked for and the
+                tokenizer has none.
         """
         before = [prompts] * len(texts) if isinstance(prompts, str) else list(prompts)
         tail = self._ending() if form.end or form.echo else self._tail
         room = max(0, max_tokens - len(self._head) - len(tail))
+        if form.cls_every is not None:
+            room -= -(-(room + 1) // (form.cls_every + 1)) - 1  # of room + 1 places with the first
         lay = self._lay_twice if form.echo else self._lay
         found = Tokens([], [], 0)
         truncated = 0
@@ -189,7 +214,29 @@ class Tokenizer:
                 found.spans.append(inside)
                 ends = [end for _, end in laid.spans]
                 found.read.append(max(ends, default=0) if laid.cut else len(texts[number]))
-        return replace(found, truncated=truncated)
+        found = replace(found, truncated=truncated)
+        return found if form.cls_every is None else self._with_cls(found, form.cls_every, len(tail))
+
+    def _with_cls(self, tokens: Tokens, every: int, tail: int) -> Tokens:
+        """The tokens with one more CLS before each ``every`` of those between head and tail."""
+        if len(self._head) != 1:
+            raise ModelError(
+                f"cls_every repeats the token before a text, and this tokenizer puts "
+                f"{len(self._head)} there; it is for models with a CLS token, so leave it out"
+            )
+        rows, skipped, left_out, spans = [], [], [], []
+        for number, ids in enumerate(tokens.ids):
+            places = np.arange(1 + every, len(ids) - tail, every)  # of the tokens after each
+            rows.append(np.insert(ids, places, self._head[0]))
+            count = tokens.skipped[number]
+            skipped.append(count + int((places < count).sum()))
+            if tokens.left_out:
+                start, end = tokens.left_out[number]
+                before = int((places <= start).sum()), int((places < end).sum())
+                left_out.append((start + before[0], max(start + before[0], end + before[1])))
+            if tokens.spans:
+                spans.append(np.insert(tokens.spans[number], places, -1, axis=0))
+        return replace(tokens, ids=rows, skipped=skipped, left_out=left_out, spans=spans)
 
     def _lay(
         self, texts: Sequence[str], before: Sequence[str], room: int, form: Form, *, spans: bool

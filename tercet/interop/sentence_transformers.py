@@ -63,7 +63,7 @@ def write_modules(folder: Path, *, settings: StFolder) -> None:
     sizes and weights of a trained layer are not written here, but its code and its prompts. A
     tokenizer that has no padding gets its end token for it, as is usual: texts are padded there.
     """
-    _name_padding(folder / "tokenizer_config.json")
+    _mend_tokenizer(folder / "tokenizer_config.json")
     used = {"Transformer": True, "Pooling": True}
     used |= {"Layer": settings.layer, "Normalize": settings.normalize}
     modules = [name for name in MODULES if used[name]]
@@ -109,10 +109,16 @@ def write_modules(folder: Path, *, settings: StFolder) -> None:
     )
 
 
-def _name_padding(path: Path) -> None:
+def _mend_tokenizer(path: Path) -> None:
+    """Name a padding token, and the tokenizer's class as transformers before release 5 knows it."""
     config = _read_object(path) if path.is_file() else {}
+    mended = dict(config)
     if config.get("eos_token") and not config.get("pad_token"):
-        _write(path, {**config, "pad_token": config["eos_token"]})
+        mended["pad_token"] = config["eos_token"]
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        mended["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if mended != config:
+        _write(path, mended)
 
 
 def prompt_ids(folder: Path, settings: StFolder) -> list[list[int]]:

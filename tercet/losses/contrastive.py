@@ -113,7 +113,7 @@ def _weights_of(dims: Sequence[int] | Mapping[int, float] | None, width: int) ->
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Pairs:
+class Pairs:
     """A block of the relation in the form that the loss needs."""
 
     row: Int[Tensor, "positives"]
@@ -121,12 +121,13 @@ class _Pairs:
     hidden: Bool[Tensor, "rows docs"]  # whatever is not a negative
 
     @classmethod
-    def of(cls, relation: Int8[Tensor, "rows docs"]) -> "_Pairs":
+    def of(cls, relation: Int8[Tensor, "rows docs"]) -> "Pairs":
+        """Those of a block of the relation."""
         row, column = (relation == POSITIVE).nonzero(as_tuple=True)
         return cls(row, column, relation != NEGATIVE)
 
 
-def _loss_and_gradient(logits: Tensor, pairs: _Pairs) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Sum of the terms of a block, and its gradient, written over ``logits``.
 
     With n the log-sum-exp of a row's negatives, the term of a positive p is
@@ -167,7 +168,7 @@ class _Sweep:
         loss = self.queries.new_zeros(())
         for rows, pairs in self.blocks():
             logits = (self.queries[rows] / temperature) @ self.docs.T
-            term, gradient = _loss_and_gradient(logits, pairs)
+            term, gradient = loss_and_gradient(logits, pairs)
             loss += term
             self.add(gradient, rows, slice(None))
         return self.averaged(loss, by_logits=1 / temperature)
@@ -189,7 +190,7 @@ class _Sweep:
                 dots.addmm_(self.queries[rows, slices[i]], self.docs[:, slices[i]].T)
                 inverse = of_queries.inverse[i, rows, None] / temperature
                 logits = (dots * inverse).mul_(of_docs.inverse[i])
-                term, gradient = _loss_and_gradient(logits.clone(), pairs)
+                term, gradient = loss_and_gradient(logits.clone(), pairs)
                 loss += term * weight
                 gradient.mul_(weight)
                 along = logits.mul_(gradient)
@@ -201,12 +202,12 @@ class _Sweep:
         of_docs.remove_along(self.by_docs)
         return self.averaged(loss)
 
-    def blocks(self) -> Iterator[tuple[slice, _Pairs]]:
+    def blocks(self) -> Iterator[tuple[slice, Pairs]]:
         """The queries of each block, and what they are to the documents."""
         for start in range(0, len(self.queries) if len(self.docs) else 0, self.block):
             stop = min(start + self.block, len(self.queries))
             relation = self.relation.rows(start, stop, self.docs.device)
-            yield slice(start, stop), _Pairs.of(relation)
+            yield slice(start, stop), Pairs.of(relation)
 
     def add(self, gradient: Tensor, rows: slice, part: slice) -> None:
         """Pass the gradient by dot products of these rows on to this part of the vectors."""

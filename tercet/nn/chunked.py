@@ -1,23 +1,23 @@
 """Batches larger than memory: embed chunk by chunk, and keep the graphs of as many as fit.
 
-A contrastive loss wants all embeddings of a batch at once, but the backbone does not. So the
-texts are embedded in chunks, the loss gives the gradient by each embedding, and each chunk carries
-its own on into the backbone (GradCache, arXiv 2101.06983). A chunk whose graph was kept does so at
-once; the others are embedded a second time.
+A contrastive loss wants all vectors of a batch at once, but the backbone does not. So the texts
+are embedded in chunks, the loss gives the gradient by each vector, of every kind, and each chunk
+carries its own on into the backbone (GradCache, arXiv 2101.06983). A chunk whose graph was kept
+does so at once; the others are embedded a second time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tercet.types import Packed
+from tercet.vectors import Vectors
 
-Embed: TypeAlias = Callable[[Packed], Tensor]  # one vector a text
+Made = TypeVar("Made", Tensor, Vectors)  # one vector a text, or vectors of several kinds
 Losses: TypeAlias = dict[str, Tensor]  # "loss" is minimised, the others are there to be logged
 
 
@@ -44,9 +44,9 @@ def chunks_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def backward_in_chunks(
-    embed: Embed,
+    embed: Callable[[Packed], Made],
     texts: Packed,
-    loss_of: Callable[[Float[Tensor, "texts dim"]], Losses],
+    loss_of: Callable[[Made], Losses],
     *,
     chunks: Chunks,
 ) -> Losses:
@@ -65,18 +65,30 @@ def backward_in_chunks(
     sizes = [sum(lengths[text] for text in chunk) for chunk in members]
     first_kept = _first_kept(sizes, chunks.graph_tokens)
 
-    def embedded(chunk: int, *, with_graph: bool) -> Tensor:
+    plain = False
+
+    def embedded(chunk: int, *, with_graph: bool) -> Vectors:
+        nonlocal plain
         with torch.set_grad_enabled(with_graph), own_random_state(texts, chunks.seed, chunk):
-            return embed(texts.take(members[chunk]))
+            made = embed(texts.take(members[chunk]))
+        plain = isinstance(made, Tensor)
+        return Vectors(dense=made) if isinstance(made, Tensor) else made
+
+    def losses_of(vectors: Vectors) -> Losses:
+        given: Any = vectors.dense if plain else vectors
+        return loss_of(given)
 
     without = [embedded(chunk, with_graph=False) for chunk in range(first_kept)]
     kept = [embedded(chunk, with_graph=True) for chunk in range(first_kept, len(members))]
-    losses, gradient = _loss_and_gradient(loss_of, [*without, *(x.detach() for x in kept)], members)
-    if gradient is None:
+    losses, gradients = _loss_and_gradients(losses_of, [*without, *map(_detached, kept)], members)
+    if gradients is None:
         return losses
     for chunk in reversed(range(len(members))):
         part = kept.pop() if kept else embedded(chunk, with_graph=True)
-        part.backward(gradient[members[chunk]])
+        pairs = zip(part.tensors(), gradients[chunk], strict=True)
+        learned = [(tensor, by) for tensor, by in pairs if by is not None and tensor.requires_grad]
+        if learned:
+            torch.autograd.backward([tensor for tensor, _ in learned], [by for _, by in learned])
     return losses
 
 
@@ -105,15 +117,30 @@ def own_random_state(texts: Packed, seed: int, chunk: int) -> Iterator[None]:
         yield
 
 
-def _loss_and_gradient(
-    loss_of: Callable[[Tensor], Losses], parts: list[Tensor], members: list[list[int]]
-) -> tuple[Losses, Tensor | None]:
-    """The losses, and the gradient by each embedding unless there is nothing to learn from it."""
+def _detached(part: Vectors) -> Vectors:
+    return part.with_tensors([tensor.detach() for tensor in part.tensors()])
+
+
+def _loss_and_gradients(
+    loss_of: Callable[[Vectors], Losses], parts: list[Vectors], members: list[list[int]]
+) -> tuple[Losses, list[list[Tensor | None]] | None]:
+    """The losses, and for each chunk the gradient by each of its tensors, None where there is none.
+
+    No gradients at all where the loss is not finite.
+    """
+    together = Vectors.join(parts)
+    leaves = [tensor.requires_grad_() for tensor in together.tensors()]
     order = torch.tensor([text for chunk in members for text in chunk])
-    embeddings = torch.cat(parts)[order.argsort().to(parts[0].device)].requires_grad_()
-    losses = loss_of(embeddings)
+    losses = loss_of(together.with_tensors(leaves).take(order.argsort()))
     loss = losses["loss"]
     if loss.requires_grad:
         loss.backward()
     detached = {name: value.detach() for name, value in losses.items()}
-    return detached, embeddings.grad if loss.isfinite() else None
+    if not loss.isfinite():
+        return detached, None
+    lengths = [[len(tensor) for tensor in part.tensors()] for part in parts]
+    split = [
+        [None] * len(parts) if leaf.grad is None else leaf.grad.split(list(sizes))
+        for leaf, sizes in zip(leaves, zip(*lengths, strict=True), strict=True)
+    ]
+    return detached, [list(of_chunk) for of_chunk in zip(*split, strict=True)]

@@ -1,7 +1,6 @@
 """The embedder: texts in, vectors out; all it needs for that is saved beside its weights."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,32 +14,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tercet import zoo
-from tercet.data.tokens import Form, Tokenizer, Tokens, load_tokenizer
-from tercet.errors import ModelError, RecipeError
-from tercet.files import replacing_folder
-from tercet.interop.nv_embed import is_nv_embed
-from tercet.interop.sentence_transformers import write_modules
-from tercet.nn.adapters import merge_adapter
-from tercet.nn.backbone import Attention, Backbone, Window, probe
-from tercet.nn.layer import AttentionLayer, build_layer, save_layer
-from tercet.nn.pooling import POOLINGS, PoolingName
+from tercet.data.tokens import Form, Tokenizer, Tokens
+from tercet.errors import RecipeError
+from tercet.nn.backbone import Attention, Backbone, Window
+from tercet.nn.heads import Heads, SpecialIds
+from tercet.nn.layer import AttentionLayer, build_layer
+from tercet.nn.pooling import POOLINGS, PoolingName, cls_mean
 from tercet.nn.prepacked import Prepacked
-from tercet.nn.reading import batch_by_batch, token_states, word_states
-from tercet.nn.settings import (
-    FILE,
-    VERSION,
-    Settings,
-    as_st_folder,
-    changed,
-    known_settings,
-    named_prompts,
-    read_settings,
-    with_layer,
-)
+from tercet.nn.reading import Step, batch_by_batch, text_vectors, token_states, word_states
+from tercet.nn.settings import Settings, changed
 from tercet.nn.words import Words
 from tercet.progress import bar
 from tercet.types import Packed, Role
+from tercet.vectors import Kind, Vectors
 
 __all__ = ["Embedder", "Settings"]
 
@@ -53,7 +39,11 @@ _LATER: Final = (
     "on_empty",
     "layer",
     "append_end",
+    "kinds",
+    "multi_dim",
+    "cls_every",
 )
+_NOT_IN_VECTORS: Final = ("weights",)  # settings that change no vector
 
 log = logging.getLogger("tercet")
 
@@ -61,7 +51,8 @@ log = logging.getLogger("tercet")
 class Embedder(nn.Module):
     """A backbone, a pooling, and the settings to use them the way they were trained.
 
-    ``layer`` are the weights of ``settings.layer``; None draws new ones, to be trained.
+    ``layer`` are the weights of ``settings.layer``, and ``heads`` those of ``settings.kinds``;
+    None draws new ones, to be trained.
     """
 
     def __init__(
@@ -70,6 +61,7 @@ class Embedder(nn.Module):
         tokenizer: Any,
         settings: Settings,
         layer: AttentionLayer | None = None,
+        heads: Heads | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -77,6 +69,9 @@ class Embedder(nn.Module):
             layer = build_layer(settings.layer, backbone.hidden)
         weight = next(backbone.parameters())
         self.layer = None if layer is None else layer.to(weight.device, weight.dtype)
+        if heads is None:
+            heads = Heads(backbone.hidden, settings.kinds, settings.multi_dim)
+        self.heads = heads.to(weight.device, weight.dtype)
         self.tokenizer = Tokenizer(tokenizer, append_end=settings.ends)
         limit = backbone.max_tokens
         self.settings = replace(
@@ -100,7 +95,39 @@ class Embedder(nn.Module):
 
     def forward(self, texts: Packed) -> Float[Tensor, "texts dim"]:
         """Pooled vectors as they are, not scaled: a loss scales each width by itself."""
-        return POOLINGS[self.settings.pooling](self.states(texts), texts)
+        return pooled(self.states(texts), texts, self.settings)
+
+    def vectors(self, texts: Packed, kinds: Sequence[Kind] | None = None) -> Vectors:
+        """The vectors of these kinds, or of all that the model makes, for a loss.
+
+        Dense ones are as they are, not scaled. Of a sparse one each pooled token that is not
+        special has its own weight, so that a token may occur several times. Those of tokens have
+        unit length.
+        """
+        return self._vectors(self.states(texts), texts, self.kinds if kinds is None else kinds)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of vectors that the model makes."""
+        return self.settings.kinds
+
+    def _vectors(self, states: Tensor, texts: Packed, kinds: Sequence[Kind]) -> Vectors:
+        if unknown := set(kinds) - {*self.kinds, "dense"}:
+            raise RecipeError(
+                f"the model makes no {' and no '.join(sorted(unknown))} vectors; it makes "
+                f"{', '.join(self.kinds)}"
+            )
+        special = self._special
+        return Vectors(
+            pooled(states, texts, self.settings) if "dense" in kinds else None,
+            self.heads.terms(states, texts, special) if "sparse" in kinds else None,
+            self.heads.rows(states, texts, special) if "multi" in kinds else None,
+        )
+
+    @property
+    def _special(self) -> SpecialIds:
+        inserted = self.settings.cls_every is not None
+        return SpecialIds.of(self.tokenizer.stock, inserted=inserted)
 
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
         """One state a token, as it goes into the pooling."""
@@ -189,24 +216,13 @@ class Embedder(nn.Module):
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts; put a single text into a list")
-        width = self.dim if dims is None else dims
-        if not 0 < width <= self.dim:
-            raise RecipeError(
-                f"dims is {dims}, but the model's vectors have {self.dim} coordinates"
-            )
+        width = self._width(dims)
         given = {"pooling": pooling, "echo": echo}
         settings = changed(self.settings, {k: v for k, v in given.items() if v is not None})
         prompt, form = settings.prompt(role, task), settings.form(role)
         if settings.on_empty == "error":
             _refuse_empty(texts)
-        limit, cut = settings.max_tokens(role), 0
-
-        def tokenize(part: Sequence[str]) -> Tokens:
-            nonlocal cut
-            tokens = self.tokenizer(part, limit, prompt, form, spans=output == "words")
-            cut += tokens.truncated
-            return tokens
-
+        tokenize = _Cutting(self, role, prompt, form, spans=output == "words")
         with (
             self._inferring(attention),
             bar("encode", len(texts), shown=progress) as advance,
@@ -218,16 +234,60 @@ class Embedder(nn.Module):
                 unit = settings.normalize or dims is not None
                 found = np.empty((len(texts), width), dtype=np.float32)
                 for step in steps:
-                    pooled = POOLINGS[settings.pooling](step.states, step.texts)[:, :width].float()
-                    pooled = F.normalize(pooled, dim=1) if unit else pooled
-                    found[step.rows] = pooled.cpu().numpy()
+                    vectors = pooled(step.states, step.texts, settings)[:, :width].float()
+                    vectors = F.normalize(vectors, dim=1) if unit else vectors
+                    found[step.rows] = vectors.cpu().numpy()
             elif output == "tokens":
                 found = token_states(steps, len(texts), width)
             else:
                 found = word_states(steps, [Words.of(text) for text in texts], width)
-        if cut and role not in self._told:
-            self._told.add(role)
-            log.warning("%d of %d %s texts were cut to %d tokens", cut, len(texts), role, limit)
+        tokenize.tell()
+        return found
+
+    def encode_vectors(
+        self,
+        texts: Sequence[str],
+        role: Role = "document",
+        *,
+        kinds: Sequence[Kind] | None = None,
+        task: str | None = None,
+        dims: int | None = None,
+        progress: bool = False,
+    ) -> Vectors:
+        """The vectors of all these kinds from one reading of each text, on the CPU in float32.
+
+        None takes all that the model makes. Dense vectors have unit length (where the settings
+        say so), and those of tokens too; a sparse one has each of its tokens once, by ascending
+        id. ``dims`` keeps that many leading coordinates of the dense ones.
+
+        Raises:
+            RecipeError: for a kind that the model does not make, an unknown task, or ``dims`` out
+                of range.
+        """
+        wanted = tuple(self.kinds if kinds is None else kinds)
+        width = self._width(dims)
+        unit = self.settings.normalize or dims is not None
+
+        def finished(step: Step) -> Vectors:
+            made = self._vectors(step.states, step.texts, wanted)
+            dense, sparse = made.dense, made.sparse
+            if dense is not None:
+                dense = dense[:, :width].float()
+                dense = F.normalize(dense, dim=1) if unit else dense
+            return Vectors(dense, None if sparse is None else sparse.merged(), made.multi)
+
+        prompt, form = self.settings.prompt(role, task), self.settings.form(role)
+        tokenize = _Cutting(self, role, prompt, form)
+        if self.settings.on_empty == "error":
+            _refuse_empty(texts)
+        with self._inferring(), bar("encode", len(texts), shown=progress) as advance:
+            steps = batch_by_batch(
+                self.states, self.device, texts, tokenize, self.batch_tokens, advance
+            )
+            found = text_vectors(
+                steps, finished, Vectors.of_nothing(wanted, width, self.heads.width)
+            )
+        tokenize.tell()
         return found
 
     def encode_words(
@@ -252,6 +312,21 @@ class Embedder(nn.Module):
         with self._inferring():
             steps = batch_by_batch(self.states, self.device, texts, tokenize, self.batch_tokens)
             return word_states(steps, words, self.dim, predictor=predictor)
+
+    def _width(self, dims: int | None) -> int:
+        width = self.dim if dims is None else dims
+        if not 0 < width <= self.dim:
+            raise RecipeError(
+                f"dims is {dims}, but the model's vectors have {self.dim} coordinates"
+            )
+        return width
+
+    def say_once(self, role: Role, cut: int, texts: int) -> None:
+        """Log how many texts of a role were cut, the first time that any was."""
+        if cut and role not in self._told:
+            self._told.add(role)
+            limit = self.settings.max_tokens(role)
+            log.warning("%d of %d %s texts were cut to %d tokens", cut, texts, role, limit)
 
     @contextmanager
     def _inferring(self, attention: Attention | None = None) -> Iterator[None]:
@@ -288,36 +363,10 @@ class Embedder(nn.Module):
         Raises:
             ModelError: when the folder is incomplete or the model cannot be packed.
         """
-        place = zoo.resolve(str(source))
-        folder = Path(place)
-        if is_nv_embed(folder):
-            from tercet.nn.nv_embed import load_nv_embed  # which makes an embedder
+        from tercet.nn.folders import load  # which makes an embedder
 
-            if keep_layers is not None:
-                raise ModelError(
-                    f"{source}: a published NV-Embed folder is loaded whole; save it with tercet "
-                    "first to keep some of its layers only"
-                )
-            return load_nv_embed(folder, dtype, attention=attention, window=window, changes=changes)
-        saved = read_settings(folder) if folder.is_dir() else None
-        if saved is not None and "adapter_of" in saved:
-            how = {"dtype": dtype, "keep_layers": keep_layers}
-            how |= {"attention": attention or saved["attention"]}
-            how |= {"window": window or saved["window"]}
-            return _load_adapter(folder, saved, how, changes)
-        if saved is not None:
-            attention = attention or saved["attention"]
-            window = window or saved["window"]
-        settings = known_settings(source, folder) if saved is None else saved["settings"]
-        settings = changed(settings, changes)
-        backbone = Backbone.load(
-            place, attention=attention, window=window, dtype=dtype, keep_layers=keep_layers
-        )
-        settings, layer = with_layer(folder, settings, changes, backbone.hidden, dtype)
-        embedder = Embedder(backbone, load_tokenizer(place), settings, layer)
-        embedder.about = saved.get("about", {}) if saved is not None else {}
-        embedder.eval()
-        return embedder
+        how = {"dtype": dtype, "attention": attention, "window": window}
+        return load(source, {**how, "keep_layers": keep_layers}, changes)
 
     def save(self, folder: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
         """Write a folder that tercet and sentence-transformers load; LoRA is merged first.
@@ -331,60 +380,9 @@ class Embedder(nn.Module):
             StorageError: when the disk refuses; what was there before is still there.
             ModelError: when the folder holds something that is not a model.
         """
-        folder = Path(folder)
-        holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if holds and not holds & {FILE, "config.json", "adapter_config.json"}:
-            raise ModelError(
-                f"{folder}: is not a model and would be overwritten; choose another folder"
-            )
-        self.backbone.merge_lora()
-        unheard_of = self.settings.only_ours()
-        with replacing_folder(folder) as fresh:
-            self.backbone.model.save_pretrained(fresh)
-            self.tokenizer.stock.save_pretrained(fresh)
-            if self.layer is not None:
-                save_layer(fresh, self.layer)
-            if unheard_of is None:
-                write_modules(fresh, settings=as_st_folder(self.settings, self.dim))
-            self._write_settings(fresh, {"about": dict(self.about if about is None else about)})
-        if unheard_of is not None:
-            log.warning(
-                "%s: load it with tercet; sentence-transformers cannot express %s, so no "
-                "modules.json was written",
-                folder,
-                unheard_of,
-            )
-            return
-        miscounted = self._miscounted_prompts()
-        for name, prompt in miscounted[:1]:
-            more = f" and {len(miscounted) - 1} more" if len(miscounted) > 1 else ""
-            log.warning(
-                "%s: sentence-transformers leaves prompts out of a vector by counting their tokens "
-                "alone, and miscounts the %s prompt %r%s, whose end joins the text in one token; "
-                "end it with a line break to have its vectors equal",
-                folder,
-                name,
-                prompt,
-                more,
-            )
+        from tercet.nn.folders import save  # which takes an embedder
 
-    def _miscounted_prompts(self) -> list[tuple[str, str]]:
-        """Prompts, with their names, that have other tokens alone than before a text.
-
-        The code of a layer, which is saved with it, looks at the ids and does not miscount.
-        """
-        settings = self.settings
-        if settings.pool_prompt or settings.layer is not None:
-            return []
-        off = []
-        for name, prompt in named_prompts(settings):
-            alone = self.tokenizer([prompt], 1 << 30, form=Form(pool_special=False))
-            tail_start, tail_end = alone.left_out[0]  # a special token at the end is not counted
-            counted = alone.lengths[0] - (tail_end - tail_start)
-            (skipped,) = self.tokenizer(["a"], 1 << 30, prompt, Form(pool_prompt=False)).skipped
-            if prompt and counted != skipped:
-                off.append((name, prompt))
-        return off
+        save(self, Path(folder), self.about if about is None else about)
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
         """Write the low-rank updates alone, with the direction that they were trained in.
@@ -393,24 +391,9 @@ class Embedder(nn.Module):
             ModelError: when the embedder has no LoRA, or is a decoder that reads both ways on a
                 base that does not say so: other libraries would read it one way again.
         """
-        if not self.backbone.has_lora:
-            raise ModelError("there is no LoRA on this model; save() writes it whole")
-        turned = self.backbone.is_decoder and self.backbone.attention == "bidirectional"
-        if turned and not _says_bidirectional(base):
-            raise ModelError(
-                f'{base}: does not say that it reads both ways ("is_causal": false in its '
-                "config.json), so other libraries would read this adapter one way; write the model "
-                'whole with save(), or write Embedder.load(base, attention="bidirectional") with '
-                "save() first and name that folder as the base"
-            )
-        for adapter in self.backbone.model.peft_config.values():
-            adapter.base_model_name_or_path = base
-        with replacing_folder(Path(folder)) as fresh:
-            self.backbone.model.save_pretrained(fresh)
-            self.tokenizer.stock.save_pretrained(fresh)
-            if self.layer is not None:
-                save_layer(fresh, self.layer)
-            self._write_settings(fresh, {"adapter_of": base})
+        from tercet.nn.folders import save_adapter  # which takes an embedder
+
+        save_adapter(self, Path(folder), base)
 
     def as_sentence_transformer(self) -> Any:
         """The same embedder as a ``SentenceTransformer``, with the same weights in memory.
@@ -427,29 +410,51 @@ class Embedder(nn.Module):
         Reads the two ends of each weight only, so that it costs nothing for large models.
         """
         usual, settings = Settings(), asdict(self.settings)
-        for name in _LATER:
-            if settings[name] == getattr(usual, name):
+        for name in (*_LATER, *_NOT_IN_VECTORS):
+            if name in _NOT_IN_VECTORS or settings[name] == getattr(usual, name):
                 del settings[name]
         digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
         weights = self.backbone.model.state_dict()
         if self.layer is not None:
             weights |= {f"layer.{name}": weight for name, weight in self.layer.state_dict().items()}
+        weights |= {f"heads.{name}": weight for name, weight in self.heads.state_dict().items()}
         for name, weight in weights.items():
             flat = weight.detach().flatten()
             ends = torch.cat([flat[:256], flat[-256:]]).float().cpu()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + ends.numpy().tobytes())
         return digest.hexdigest()
 
-    def _write_settings(self, folder: Path, more: Mapping[str, Any]) -> None:
-        record = {
-            "version": VERSION,
-            "attention": self.backbone.attention,
-            "window": self.backbone.window,
-            "settings": asdict(self.settings),
-            **more,
-        }
-        text = json.dumps(record, indent=2, ensure_ascii=False)
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+class _Cutting:
+    """Tokenizes parts of a corpus, and remembers how many texts were cut."""
+
+    def __init__(
+        self, embedder: Embedder, role: Role, prompt: str, form: Form, *, spans: bool = False
+    ) -> None:
+        self.embedder, self.prompt, self.form = embedder, prompt, form
+        self.role: Role = role
+        self.spans, self.cut, self.texts = spans, 0, 0
+
+    def __call__(self, part: Sequence[str]) -> Tokens:
+        embedder = self.embedder
+        limit = embedder.settings.max_tokens(self.role)
+        tokens = embedder.tokenizer(part, limit, self.prompt, self.form, spans=self.spans)
+        self.cut += tokens.truncated
+        self.texts += len(part)
+        return tokens
+
+    def tell(self) -> None:
+        """Log the number, the first time for this role."""
+        self.embedder.say_once(self.role, self.cut, self.texts)
+
+
+def pooled(
+    states: Float[Tensor, "tokens hidden"], texts: Packed, settings: Settings
+) -> Float[Tensor, "texts hidden"]:
+    """One vector a text, in at least float32 and not scaled."""
+    if settings.cls_every is not None:
+        return cls_mean(states, texts, settings.cls_every)
+    return POOLINGS[settings.pooling](states, texts)
 
 
 def _refuse_empty(texts: Sequence[str]) -> None:
@@ -459,30 +464,3 @@ def _refuse_empty(texts: Sequence[str]) -> None:
             f"text {row + 1} of {len(texts)} is empty, and the model's settings refuse that; leave "
             'it out, or set on_empty to "all"'
         )
-
-
-# ---- loading ---------------------------------------------------------------------------------
-
-
-def _says_bidirectional(source: str) -> bool:
-    """Whether a base's own config says that it reads both ways, for any library to see."""
-    path = Path(zoo.resolve(source)) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    parts = [config, config.get("text_config") or {}]
-    return any(
-        part.get("is_causal") is False or part.get("use_bidirectional_attention") for part in parts
-    )
-
-
-def _load_adapter(
-    folder: Path, saved: dict[str, Any], how: Mapping[str, Any], changes: Mapping[str, Any]
-) -> Embedder:
-    base = Backbone.load(saved["adapter_of"], **how)
-    merge_adapter(base, folder)
-    settings = changed(saved["settings"], changes)
-    settings, layer = with_layer(folder, settings, changes, base.hidden, how["dtype"])
-    embedder = Embedder(base, load_tokenizer(folder), settings, layer)
-    embedder.about = saved.get("about", {})
-    embedder.eval()
-    probe(base)
-    return embedder

@@ -61,6 +61,24 @@ def last(hidden: Float[Tensor, "tokens hidden"], texts: Packed) -> Float[Tensor,
     return _picked(hidden, torch.where(_counted(texts) > 0, tokens, -1), texts, "amax")
 
 
+def cls_mean(
+    hidden: Float[Tensor, "tokens hidden"], texts: Packed, every: int
+) -> Float[Tensor, "texts hidden"]:
+    """Average over the CLS tokens that ``Form.cls_every`` put before each ``every`` tokens (MCLS).
+
+    With one of them it is what :func:`first` gives. They are known by place and id: a text may hold
+    the same token elsewhere. All of them count, whatever else is pooled (arXiv 2402.03216).
+    """
+    owner = segments.row_of(texts.offsets)
+    begin = texts.offsets[:-1][owner]
+    place = torch.arange(len(owner), device=owner.device) - begin
+    chosen = (place % (every + 1) == 0) & (texts.ids == texts.ids[begin])  # an end may be there
+    count = segments.total(chosen.unsqueeze(1).float(), texts.offsets)
+    wide = hidden[chosen].to(torch.promote_types(hidden.dtype, torch.float32))
+    zeros = wide.new_zeros(len(texts), hidden.shape[1])
+    return zeros.index_add(0, owner[chosen], wide) / count
+
+
 POOLINGS: Final[dict[PoolingName, Pooling]] = {
     "mean": mean,
     "weighted_mean": weighted_mean,

@@ -13,6 +13,7 @@ from torch import Tensor
 from tercet.data.tokens import Tokens
 from tercet.nn.words import Words, word_means
 from tercet.types import Packed
+from tercet.vectors import Vectors
 
 _WINDOW_OF_TEXTS: Final = 50_000  # texts tokenized and sorted by length at a time
 
@@ -52,6 +53,20 @@ def batch_by_batch(
             )
             if advance is not None:
                 advance(len(batch))
+
+
+def text_vectors(
+    steps: Iterable[Step], finished: Callable[[Step], Vectors], nothing: Vectors
+) -> Vectors:
+    """The vectors of all texts in the order that they were given in, on the CPU.
+
+    ``nothing`` comes back where there is no text.
+    """
+    parts, rows = [], []
+    for step in steps:
+        parts.append(finished(step).to("cpu"))
+        rows += step.rows
+    return Vectors.join(parts).take(torch.tensor(rows).argsort()) if parts else nothing
 
 
 def token_states(steps: Iterable[Step], texts: int, width: int) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -14,14 +14,17 @@ from tercet.data.tokens import Form
 from tercet.errors import ModelError, RecipeError
 from tercet.interop.sentence_transformers import StFolder, read_modules
 from tercet.nn.backbone import Attention, Window
+from tercet.nn.heads import Heads, heads_in, load_heads
 from tercet.nn.layer import AttentionLayer, Layer, build_layer, load_layer
 from tercet.nn.pooling import POOLINGS, PoolingName
 from tercet.types import Role
+from tercet.vectors import KINDS, Kind, Weights
 
 log = logging.getLogger("tercet")
 
 VERSION: Final = 1
 FILE: Final = "tercet.json"
+_M3_TOKENS: Final = 8_192  # of BGE-M3; a model with fewer positions takes as many as it has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,10 @@ class Settings:
     query_tokens: int = 512  # a longer text is cut
     document_tokens: int = 512
     dims: tuple[int, ...] = ()  # shorter widths that were trained to work alone (Matryoshka)
+    kinds: tuple[Kind, ...] = ("dense",)  # of vectors that the model was trained for
+    multi_dim: int | None = None  # width of a token's vector; None: of the model's states
+    cls_every: int | None = None  # the start token before every so many tokens; their mean (MCLS)
+    weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of the kinds; "": usual
 
     def prompt(self, role: Role, task: str | None = None) -> str:
         """What is put before a text of this role.
@@ -66,6 +73,7 @@ class Settings:
             pool_special=self.pool_special,
             end=self.ends,
             echo=role if self.echo else None,
+            cls_every=self.cls_every,
         )
 
     @property
@@ -83,6 +91,7 @@ class Settings:
             "a suffix after texts": any(self.suffixes.values()),
             "special tokens that are not pooled": not self.pool_special,
             "echo": self.echo,
+            "start tokens inside of texts": self.cls_every is not None,
         }
         return next((what for what, is_used in used.items() if is_used), None)
 
@@ -98,36 +107,30 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     if unknown:
         raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
     given = dict(changes)
-    if isinstance(given.get("dims"), list):
-        given["dims"] = tuple(given["dims"])
+    for name in ("dims", "kinds"):
+        if isinstance(given.get(name), list):
+            given[name] = tuple(given[name])
     if isinstance(given.get("layer"), Mapping):
         given["layer"] = _layer_of(given["layer"])
+    if isinstance(given.get("weights"), Mapping):
+        given["weights"] = {task: _weights_of(each) for task, each in given["weights"].items()}
     for name, value in given.items():
         _check(name, value)
-    return replace(settings, **given)
+    found = replace(settings, **given)
+    if found.cls_every is not None and found.pooling != "first":
+        raise RecipeError(
+            f"cls_every makes the vector of start tokens, and the pooling is {found.pooling}; set "
+            'pooling to "first" as well, or leave cls_every out'
+        )
+    return found
 
 
 def _check(name: str, value: Any) -> None:
     """Refuse a value that does not fit, such as one from a file edited by hand."""
-    choices = {"pooling": tuple(POOLINGS), "on_empty": ("all", "error")}
-    if name in choices:
-        if value not in choices[name]:
-            raise RecipeError(f"no such {name}: {value}; choose from {', '.join(choices[name])}")
-        return
-    if name in ("prompts", "suffixes"):
-        fits, wanted = _is_texts(value), "texts by role"
-    elif name == "task_prompts":
-        fits = isinstance(value, Mapping) and all(_is_texts(item) for item in value.values())
-        wanted = "texts by task and role"
-    elif name == "layer":
-        fits, wanted = value is None or isinstance(value, Layer), "a layer or nothing"
-    elif name == "dims":
-        fits, wanted = isinstance(value, tuple) and all(map(_is_count, value)), "a list of widths"
-    elif name in ("query_tokens", "document_tokens"):
-        fits, wanted = _is_count(value), "a whole number above 0"
-    else:
-        fits, wanted = isinstance(value, bool), "true or false"
-    if not fits:
+    fits, wanted = _WANTED.get(name, (lambda it: isinstance(it, bool), "true or false"))
+    if not fits(value):
+        if name in ("pooling", "on_empty"):
+            raise RecipeError(f"no such {name}: {value}; choose from {wanted}")
         raise RecipeError(f"the setting {name} is {value!r}; it should be {wanted}")
 
 
@@ -138,6 +141,16 @@ def _layer_of(record: Mapping[str, Any]) -> Layer:
         raise RecipeError(f"the setting layer is {dict(record)}; {error}") from error
 
 
+def _weights_of(record: Any) -> Any:
+    if not isinstance(record, Mapping):
+        return record
+    try:
+        found = Weights(**{kind: float(weight) for kind, weight in record.items()})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"the setting weights has {dict(record)}; {error}") from error
+    return found
+
+
 def _is_texts(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(text, str) for pair in value.items() for text in pair
@@ -146,6 +159,37 @@ def _is_texts(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_count_or_nothing(value: Any) -> bool:
+    return value is None or _is_count(value)
+
+
+def _are_kinds(value: Any) -> bool:
+    if not isinstance(value, tuple):
+        return False
+    return set(value) <= set(KINDS) and 0 < len(value) == len(set(value))
+
+
+def _by_name(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(fits, value.values()))
+
+
+_WANTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "pooling": (lambda it: it in tuple(POOLINGS), ", ".join(POOLINGS)),
+    "on_empty": (lambda it: it in ("all", "error"), "all, error"),
+    "prompts": (_is_texts, "texts by role"),
+    "suffixes": (_is_texts, "texts by role"),
+    "task_prompts": (_by_name(_is_texts), "texts by task and role"),
+    "layer": (lambda it: it is None or isinstance(it, Layer), "a layer or nothing"),
+    "dims": (lambda it: isinstance(it, tuple) and all(map(_is_count, it)), "a list of widths"),
+    "kinds": (_are_kinds, f"a list of kinds of vectors, of {', '.join(KINDS)}"),
+    "weights": (_by_name(lambda it: isinstance(it, Weights)), "weights of the kinds by task"),
+    "query_tokens": (_is_count, "a whole number above 0"),
+    "document_tokens": (_is_count, "a whole number above 0"),
+    "multi_dim": (_is_count_or_nothing, "a whole number above 0, or nothing"),
+    "cls_every": (_is_count_or_nothing, "a whole number above 0, or nothing"),
+}
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -186,9 +230,16 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def known_settings(source: str | Path, folder: Path) -> Settings:
-    """Settings of a model without ``tercet.json``: sentence-transformers', the zoo's or usual."""
+    """Settings of a model without ``tercet.json``: sentence-transformers', the zoo's or usual.
+
+    A folder with a layer for sparse or multi vectors is a BGE-M3 of FlagEmbedding, which makes all
+    kinds and pools the first token.
+    """
     stock = read_modules(folder) if folder.is_dir() else None
     from_zoo = zoo.find(str(source))
+    if folder.is_dir() and heads_in(folder):
+        longest = _M3_TOKENS if stock is None else stock.max_tokens
+        return Settings(pooling="first", kinds=KINDS, query_tokens=longest, document_tokens=longest)
     if stock is not None:
         return Settings(
             pooling=stock.pooling,
@@ -242,6 +293,32 @@ def replaced_layer(
         other = "left out" if wanted is None else f"replaced by a new one, {wanted}"
         log.warning("%s: its trained layer, %s, is %s", folder, trained.layer, other)
     return settings, None if wanted is None else build_layer(wanted, hidden)
+
+
+def with_heads(
+    folder: Path, known: Settings, settings: Settings, hidden: int
+) -> tuple[Settings, Heads | None]:
+    """The trained heads of a model's folder, and new ones for kinds that it did not know.
+
+    ``known`` are the settings that the folder has, ``settings`` those that are asked for; these
+    come back with the width of the heads that are used.
+
+    Raises:
+        ModelError: when the folder's own settings tell of a head that is not there.
+    """
+    wanted = settings.kinds
+    if not {"sparse", "multi"} & set(wanted):
+        return replace(settings, multi_dim=None), None
+    trained = load_heads(folder, [kind for kind in known.kinds if kind in wanted], hidden)
+    heads = Heads(hidden, wanted, settings.multi_dim or trained.width)
+    for kind in heads.drawn:
+        old = getattr(trained, kind)
+        if old is not None and old.weight.shape == getattr(heads, kind).weight.shape:
+            setattr(heads, kind, old)
+            heads.drawn = tuple(other for other in heads.drawn if other != kind)
+    if heads.drawn:
+        log.info("%s: new heads, to be trained: %s", folder, ", ".join(heads.drawn))
+    return replace(settings, multi_dim=heads.width), heads
 
 
 def as_st_folder(settings: Settings, dim: int) -> StFolder:

@@ -18,6 +18,7 @@ from tercet.errors import RecipeError
 from tercet.losses.contrastive import info_nce
 from tercet.nn.chunked import Chunks, Losses, backward_in_chunks
 from tercet.nn.embedder import Embedder
+from tercet.vectors import Kind, Vectors
 
 _AGAINST: Final[Mapping[Policy, str]] = {
     "all": "the others' documents",
@@ -73,12 +74,21 @@ class Contrastive:
                 f"dims are {list(self.dims)}, but the model's vectors have {embedder.dim} "
                 "coordinates; give lengths up to that"
             )
-        unit = f"examples, each query against {_AGAINST[collate.in_batch]}"
-        return PairsAtWork(self, embedder, sources, collate, unit)
+        return PairsAtWork(self.of_vectors, embedder, sources, collate, pairs_of(collate))
+
+    def of_vectors(self, vectors: Vectors, batch: Batch, step: int = 0) -> Losses:
+        """The loss of the dense ones."""
+        assert vectors.dense is not None, "embedded as dense vectors"
+        return self(vectors.dense, batch)
 
 
-VectorLoss = Callable[[Tensor, Batch], Losses]
-"""The losses of a batch's vectors, queries first."""
+def pairs_of(collate: Collator) -> str:
+    """What a batch is counted in, for people."""
+    return f"examples, each query against {_AGAINST[collate.in_batch]}"
+
+
+VectorLoss = Callable[[Vectors, Batch, int], Losses]
+"""The losses of a batch's vectors, queries first, after so many steps."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,28 +101,33 @@ class PairsAtWork:
     collate: Collator
     unit: str
     done: Callable[[], None] = lambda: None
+    kinds: tuple[Kind, ...] = ("dense",)
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> Batch:
         """The examples of these rows, with their documents chosen, tokenized and related."""
         return self.collate(rows.examples(self.drawn), seed)
 
-    def backward(self, batch: Batch, chunks: Chunks) -> Losses:
+    def backward(self, batch: Batch, chunks: Chunks, step: int = 0) -> Losses:
         """Embed in chunks, take the loss over all vectors, carry the gradient back."""
         if not len(batch.texts):  # a small batch is shared by others; they wait for this one
-            return self._of_no_texts(batch)
-        texts = batch.texts.to(self.embedder.device)
+            return self._of_no_texts(batch, step)
         return backward_in_chunks(
-            self.embedder, texts, lambda vectors: self.loss(vectors, batch), chunks=chunks
+            lambda texts: self.embedder.vectors(texts, self.kinds),
+            batch.texts.to(self.embedder.device),
+            lambda vectors: self.loss(vectors, batch, step),
+            chunks=chunks,
         )
 
     def finish(self) -> None:
         """Undo what was changed for the training alone."""
         self.done()
 
-    def _of_no_texts(self, batch: Batch) -> Losses:
+    def _of_no_texts(self, batch: Batch, step: int) -> Losses:
         """The loss of an empty share: zero, but its backward answers the other processes."""
-        nothing = next(self.embedder.parameters()).new_zeros(0, self.embedder.dim)
-        vectors = nothing.to(torch.promote_types(nothing.dtype, torch.float32)).requires_grad_()
-        losses = self.loss(vectors, batch)
+        embedder = self.embedder
+        nothing = Vectors.of_nothing(self.kinds, embedder.dim, embedder.heads.width)
+        dtype = torch.promote_types(next(embedder.parameters()).dtype, torch.float32)
+        leaves = [t.to(embedder.device, dtype).requires_grad_() for t in nothing.tensors()]
+        losses = self.loss(nothing.to(embedder.device).with_tensors(leaves), batch, step)
         losses["loss"].backward()
         return {name: value.detach() for name, value in losses.items()}

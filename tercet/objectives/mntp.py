@@ -161,7 +161,7 @@ class BlocksAtWork:
                 labels.append(np.where(chosen, ids, NO_LABEL))
         return MaskedBatch(_packed(gaps, pieces), _tensor(labels))
 
-    def backward(self, batch: MaskedBatch, chunks: Chunks) -> Losses:
+    def backward(self, batch: MaskedBatch, chunks: Chunks, step: int = 0) -> Losses:
         """Read the texts chunk by chunk; each chunk's loss is a part of the sum."""
         device = self.embedder.device
         counts = gather_ints((batch.labels != NO_LABEL).sum().reshape(1))

@@ -44,10 +44,11 @@ class Work(Protocol):
         """The share of a step that this process takes; the same for the same seed."""
         ...
 
-    def backward(self, batch: Any, chunks: Chunks) -> Losses:
+    def backward(self, batch: Any, chunks: Chunks, step: int = 0) -> Losses:
         """Add this process's share of the gradient to the weights; return that of the losses.
 
-        The sum over the processes is the loss of the whole batch.
+        The sum over the processes is the loss of the whole batch. ``step`` counts the optimizer
+        steps before this one, those before an interruption included.
         """
         ...
 

@@ -56,7 +56,7 @@ class SimCSE:
 
         embedder.backbone.attention_dropout = self.attention_dropout
         bare = replace(collate, tokenize=tokenize, prompt_of=lambda role, task: "", in_batch="all")
-        loss = Contrastive(temperature=self.temperature)
+        loss = Contrastive(temperature=self.temperature).of_vectors
         work = PairsAtWork(loss, embedder, sources, bare, "texts, in two views each", finish)
         _require_two_views(embedder, work)
         return work

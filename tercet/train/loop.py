@@ -3,9 +3,9 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +22,9 @@ from tercet.files import replacing_file, sole_writer
 from tercet.nn.chunked import Chunks, Losses
 from tercet.nn.embedder import Embedder, Settings
 from tercet.objectives.objective import TextBatch
-from tercet.progress import Advance, bar
+from tercet.progress import Advance, bar, notes
 from tercet.train import checkpoint, schedule
-from tercet.train.batches import sampler_of
+from tercet.train.batches import groups_of, sampler_of
 from tercet.train.job import (
     CHECKPOINT,
     Data,
@@ -35,16 +35,21 @@ from tercet.train.job import (
     refuse_other_stages,
     require_negatives,
 )
+from tercet.train.lengths import Groups
 from tercet.train.log import Log
-from tercet.train.memory import graph_tokens_that_fit
+from tercet.train.memory import Room, graph_bytes, memory_for
 from tercet.train.recipe import Model, Recipe, Stage
+from tercet.train.refresh import Refresher
 from tercet.train.run import Run
 from tercet.types import Role
 
 BEST: Final = "best.pt"
 
-Score = Callable[[Embedder], float]
-"""How good an embedder is on the dev set; higher is better."""
+Score = Callable[[Embedder], float | Mapping[str, float]]
+"""How good an embedder is on the dev set; higher is better.
+
+Of several figures, by name, the one under ``dev_score`` counts, and all are logged.
+"""
 
 
 def train(
@@ -85,12 +90,16 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
     job = replace(job, prompt_of=_prompts_of(embedder.settings))  # before those of the data
     embedder.settings = with_prompts_of(job.sources, embedder.settings)
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
+    kinds, untrained = embedder.kinds, {*embedder.heads.drawn}
     for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
             lora = recipe.model.lora
             torch.manual_seed(recipe.seed + number)
             embedder.backbone.add_lora(lora.rank, lora.alpha, lora.dropout)
             embedder.to(device)
+        untrained -= {*getattr(stage.objective, "kinds", ())}
+        made = tuple(kind for kind in kinds if kind not in untrained)
+        embedder.settings = replace(embedder.settings, kinds=made)
         trainer = _Trainer(embedder, stage, folder, job)
         trainer.resume()
         if number == 1 and distributed.is_main():
@@ -124,6 +133,9 @@ def build(model: Model) -> Embedder:
         "layer": model.layer,
         "query_tokens": model.query_tokens,
         "document_tokens": model.document_tokens,
+        "kinds": model.kinds,
+        "multi_dim": model.multi_dim,
+        "cls_every": model.cls_every,
     }
     changes = {name: value for name, value in wanted.items() if value is not None}
     if model.layer == "none":
@@ -137,6 +149,8 @@ def build(model: Model) -> Embedder:
     )
     if model.freeze_embeddings:
         embedder.backbone.freeze_embeddings()
+    if model.freeze_backbone:
+        embedder.backbone.requires_grad_(False)
     return embedder
 
 
@@ -167,16 +181,22 @@ class _Trainer:
         self.sources = job.sources[recipe.stages.index(stage)]
         self.embedder, self.stage, self.folder = embedder, stage, folder
         self.seed, self.options, self.say = recipe.seed, run, job.say
+        self.refresher = None
+        if stage.refresh is not None:
+            self.refresher = Refresher(stage.refresh, self.sources, folder, recipe.seed)
+            self.sources = self.refresher.sources
         collate = _collator(embedder, stage, job.prompt_of)
         self.work = stage.objective.start(embedder, self.sources, collate)
         self.optimizer = _optimizer(embedder, stage)
         on_gpu = embedder.device.type == "cuda"
         self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
-        self.graph_tokens = graph_tokens_that_fit(
-            embedder.backbone,
-            run.memory_gb,
-            layer=embedder.settings.layer,
-            half=run.precision == "bfloat16",
+        half = run.precision == "bfloat16"
+        self.room = Room(
+            total=memory_for(embedder.device, run.memory_gb),
+            token_graph=graph_bytes(embedder.backbone, layer=embedder.settings.layer, half=half),
+            kinds=getattr(self.work, "kinds", ()),
+            dim=embedder.dim,
+            width=embedder.heads.width,
         )
         self.progress = checkpoint.Progress()
         self.what = identity(recipe, stage, self.sources, run)
@@ -184,7 +204,12 @@ class _Trainer:
     @cached_property
     def sampler(self) -> Sampler:
         """What hands out the batches; not needed for a stage that is finished."""
-        return sampler_of(self.stage, self.work.drawn, self.seed, self.embedder)
+        return sampler_of(self.stage, self.work.drawn, self.seed, self.embedder, self.groups)
+
+    @cached_property
+    def groups(self) -> Groups | None:
+        """Batch sizes by length; a run that goes on keeps those that it began with."""
+        return groups_of(self.stage, self.work.drawn, self.embedder, self.room, self.chunk_tokens)
 
     @cached_property
     def steps(self) -> int:
@@ -216,6 +241,7 @@ class _Trainer:
             advance = stack.enter_context(bar(self.stage.name, self.steps, step, shown=shown))
             before = self.progress.seconds
             while self.progress.step < self.steps and not self._gave_up():
+                self._refresh(log, advance)
                 self._step(log, advance)
                 self.progress.seconds = before + time.monotonic() - started
                 if self._due(self._eval_every()):
@@ -284,10 +310,28 @@ class _Trainer:
 
     def _backward(self, batch: TextBatch) -> Losses:
         self.embedder.train()
-        seed = _seed_of(self.seed, self.progress.step, distributed.rank())
+        step = self.progress.step
+        seed = _seed_of(self.seed, step, distributed.rank())
         half = self.options.precision == "bfloat16"
         with torch.autocast(self.embedder.device.type, dtype=torch.bfloat16, enabled=half):
-            return self.work.backward(batch, Chunks(self.chunk_tokens, self.graph_tokens, seed))
+            chunks = Chunks(self.chunk_tokens, self.room.graph_tokens(batch.texts), seed)
+            return self.work.backward(batch, chunks, step)
+
+    def _refresh(self, log: Log | None, advance: Advance) -> None:
+        """Mine negatives anew where it is time to, after a checkpoint: a kill costs little."""
+        step = self.progress.step
+        if self.refresher is None or not self.refresher.due(step):
+            return
+        self._save()
+        found = self.refresher.mine(self.embedder, step, bars=notes(advance))
+        self.say(f"after step {step}: {found.told}")
+        if log is not None:  # it is the next step that reads them
+            log.write(
+                step + 1,
+                negatives=found.negatives,
+                new_negatives=round(found.new_share, 4),
+                without_negatives=found.empty,
+            )
 
     # ---- measuring ---------------------------------------------------------------------------
 
@@ -295,12 +339,13 @@ class _Trainer:
         """Measure on the dev set, and keep the weights if they are the best so far."""
         if score is None:
             return
-        value = score(self.embedder.eval()) if distributed.is_main() else 0.0
-        value = distributed.broadcast_object(value)
+        found = score(self.embedder.eval()) if distributed.is_main() else 0.0
+        figures = dict(found) if isinstance(found, Mapping) else {"dev_score": found}
+        value = distributed.broadcast_object(figures["dev_score"])
         progress = self.progress
         progress.scores.append((progress.step, value))
         if log is not None:
-            log.write(progress.step, dev_score=value)
+            log.write(progress.step, **figures)
         if progress.best_score is None or value > progress.best_score:
             progress.best_score, progress.best_step, progress.stale = value, progress.step, 0
             if distributed.is_main() and self.stage.keep == "best":
@@ -340,6 +385,8 @@ class _Trainer:
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
         found = checkpoint.load(self.folder / CHECKPOINT, self.what)
+        if found is not None and found[1].get("groups") is not None:
+            self.groups = Groups(*map(tuple, found[1]["groups"]))
         if found is None or not found[0].finished:
             _ = self.sampler  # made here, so that data of which no batch comes are told at once
         step = torch.tensor([0 if found is None else found[0].step])
@@ -353,6 +400,8 @@ class _Trainer:
             checkpoint.restore(self.embedder, states["weights"])
             if self.progress.finished:
                 return
+            if self.refresher is not None:
+                self.refresher.restore(states.get("refresh"), self.progress.step)
             self.optimizer.load_state_dict(states["optimizer"])
             self.sampler.restore(states["sampler"])
             self.say(f"going on from step {self.progress.step} of {self.steps}")
@@ -368,6 +417,8 @@ class _Trainer:
             weights=weights,
             optimizer=self.optimizer.state_dict(),
             sampler=self.sampler.state(),
+            groups=None if self.groups is None else [list(x) for x in astuple(self.groups)],
+            refresh=None if self.refresher is None else self.refresher.state(),
         )
 
     # ---- telling -----------------------------------------------------------------------------
@@ -393,7 +444,8 @@ class _Trainer:
 
     def _greet(self) -> None:
         count = sum(p.numel() for p in self.embedder.parameters() if p.requires_grad)
-        size = min(self.stage.batch_size, sum(map(len, self.work.drawn)))
+        rows = sum(map(len, self.work.drawn))
+        size = min(self.stage.batch_size, rows) if self.groups is None else self.groups.told
         self.say(
             f"{self.stage.name}: {self.steps} steps of {size} {self.work.unit}; "
             f"{count:,} weights in training"
@@ -432,6 +484,8 @@ def _collator(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collator
         negatives=stage.negatives,
         in_batch=stage.in_batch,
         mask_duplicates=stage.mask_duplicates,
+        shuffle_segments=stage.shuffle_segments,
+        shuffle_at=stage.shuffle_at,
     )
 
 

@@ -3,16 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
+from tercet.curate.mine import Mining
+from tercet.curate.rules import MiningRule
 from tercet.data.collate import Policy
 from tercet.data.sampler import Mixing
+from tercet.data.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.nn.backbone import Attention, Window
 from tercet.nn.layer import Layer
 from tercet.nn.pooling import PoolingName
 from tercet.objectives.objective import Objective
+from tercet.train.lengths import LEAST, Batching
 from tercet.train.schedule import ScheduleName
+from tercet.vectors import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,41 @@ class Model:
     append_end: bool | None = None  # the end-of-text token after every text
     query_tokens: int | None = None  # a longer text is cut
     document_tokens: int | None = None
+    kinds: tuple[Kind, ...] | None = None  # of vectors that it makes; new heads are drawn
+    multi_dim: int | None = None  # width of a token's vector
+    cls_every: int | None = None  # the start token again before every so many tokens
+    freeze_backbone: bool = False  # train the heads (and the layer) alone
 
     def __post_init__(self) -> None:
         at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
-        at_least(1, self, "keep_layers")
+        at_least(1, self, "keep_layers", "multi_dim", "cls_every")
+
+
+RANKS_10_TO_210: Final = Mining(
+    rule=MiningRule(kind="naive", shift=10, sample_from=200), negatives=15, depth=220
+)
+"""As FlagEmbedding mines: some of ranks 10 to 210, whatever they score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refresh:
+    """Hard negatives mined again by the model in training (ANCE, arXiv 2007.00808).
+
+    They take the place of those that the examples bring, and ``Stage.negatives`` of them are drawn
+    for a batch. Mined are the documents of all the stage's examples. What is drawn of the ranks
+    differs from one refresh to the next.
+    """
+
+    every: int  # optimizer steps
+    mining: Mining = RANKS_10_TO_210
+    corpus: tuple[str, ...] = ()  # files of further documents that are mined
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "every")
+        if self.mining.at_least:
+            raise RecipeError(
+                f"a refresh has at_least {self.mining.at_least}, but leaves out no row; give 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +105,11 @@ class Stage:
     mixing: Mixing = "single"  # one source a batch, or all in each
     length_edges: tuple[int, ...] = ()  # borders of length groups, in tokens; a batch has one group
     token_budget: int | None = None  # examples times tokens of their group's longest text, at most
+    batch_sizes: tuple[int, ...] = ()  # one for each length group, in place of batch_size
+    batching: Batching | None = None  # "fit": as many as memory takes, up to batch_size; or a table
+    shuffle_segments: float = 0.0  # share of the long positives whose thirds change places
+    shuffle_at: CutName = "characters"  # where they are cut
+    refresh: Refresh | None = None  # mine negatives again with the model as it is by then
     learning_rate: float = 2e-5  # at the peak
     schedule: ScheduleName = "linear"
     warmup: float = 0.1  # share of the steps
@@ -79,18 +120,41 @@ class Stage:
     patience: int | None = None  # evaluations without a better result until it stops
 
     def __post_init__(self) -> None:
-        for name, choices in (("in_batch", Policy), ("mixing", Mixing)):
+        choices_of = {"in_batch": Policy, "mixing": Mixing, "shuffle_at": CutName}
+        choices_of |= {} if self.batching is None else {"batching": Batching}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 known = ", ".join(get_args(choices))
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {known}")
+        self._check_batch_sizes()
         above(0, self, "epochs", "learning_rate", "clip")
         at_least(1, self, "steps", "positives", "token_budget", "patience")
         at_least(0, self, "negatives", "weight_decay", "warmup_steps")
-        shares(self, "warmup", "decay")
+        shares(self, "warmup", "decay", "shuffle_segments")
         edges = self.length_edges
         if list(edges) != sorted(set(edges)) or min(edges, default=1) < 1:
             raise RecipeError(
                 f"length_edges are {edges}; give lengths above 0, each once, the smallest first"
+            )
+
+    def _check_batch_sizes(self) -> None:
+        ways = {
+            "batch_sizes": bool(self.batch_sizes),
+            "batching": self.batching is not None,
+            "token_budget": self.token_budget is not None,
+        }
+        given = [name for name, is_given in ways.items() if is_given]
+        if len(given) > 1:
+            raise RecipeError(f"{' and '.join(given)} all say how large a batch is; give one")
+        groups, sizes = len(self.length_edges) + 1, self.batch_sizes
+        if sizes and (len(sizes) != groups or min(sizes) < LEAST):
+            raise RecipeError(
+                f"batch_sizes are {sizes}; give {groups}, of {LEAST} or more: one for the length "
+                "group below each of length_edges, and one above the last"
+            )
+        if self.batching not in (None, "fit") and self.length_edges:
+            raise RecipeError(
+                f"the table {self.batching} brings its own length groups; leave out length_edges"
             )
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from tercet.data.sources import iter_examples
-from tests.cli.lines import cells, write
+from tests.cli.lines import cells, table, write
 
 HOW = ("--task", "t", "--instruction", "Sort.")
 
@@ -162,3 +162,55 @@ def test_another_kind_of_result_is_refused_before_anything_is_read(refused, tmp_
 @pytest.mark.parametrize("verb", ["classification", "clustering", "similarity"])
 def test_every_verb_shows_an_example(tercet, verb):
     assert f"Example: tercet convert {verb}" in tercet("convert", verb, "--help").out
+
+
+def test_rows_of_flagembedding_become_ours_and_what_is_left_out_is_told(tercet, tmp_path):
+    folder = tmp_path / "sts_no_in_batch_neg"
+    folder.mkdir()
+    more = {"type": "symmetric_sts", "batch_size": 8}
+    records = [{"query": f"q{i}", "pos": [f"p{i}"], "neg": ["n"], **more} for i in range(3)]
+    write(folder / "a.jsonl", *records)
+    out = tmp_path / "rows.jsonl"
+    form = r"Instruct: {}\nQuery: {}"
+    ended = tercet(
+        *("convert", "flagembedding", folder, "--prompt", "Find it", "--format", form),
+        *("--rows", 2, "--out", out),
+    )
+    assert ended.status == 0
+    assert table(ended.out)["a"] == "2"
+    assert 'left out: 2 values of "batch_size"' in ended.err
+    prompt = "Instruct: Find it\nQuery: "
+    assert {(e.query_prompt, e.document_prompt, e.in_batch) for e in iter_examples(out)} == {
+        (prompt, prompt, "none")
+    }
+
+
+def test_a_place_without_rows_of_flagembedding_ends_with_2(tercet, tmp_path):
+    ended = tercet("convert", "flagembedding", tmp_path, "--out", tmp_path / "rows.jsonl")
+    assert ended.status == 2
+    assert "holds no .jsonl file" in ended.err
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_command_of_flagembedding_becomes_one_whose_flags_all_exist(tercet, tmp_path):
+    script = tmp_path / "m3.sh"
+    script.write_text(
+        "torchrun -m FlagEmbedding.finetune.embedder.encoder_only.m3 --train_data a.jsonl "
+        "--model_name_or_path x --output_dir o --unified_finetuning True --use_self_distill True "
+        "--colbert_dim 8 --fix_encoder True --max_steps 3 --shuffle_ratio 0.1 --save_steps 9 "
+        "--bf16 --passage_instruction_for_retrieval p --query_instruction_for_retrieval q"
+    )
+    ended = tercet("convert", "flagembedding-command", script)
+    assert ended.status == 0
+    words = ended.out.split()
+    assert words[:3] == ["tercet", "train", "bge-m3"]
+    known = tercet("train", "bge-m3", "--help").out
+    flags = [word for word in words if word.startswith("--")]
+    assert len(flags) > 15
+    assert [flag for flag in flags if flag not in known] == []
+
+
+def test_a_script_that_is_not_there_ends_with_2(tercet, tmp_path):
+    ended = tercet("convert", "flagembedding-command", tmp_path / "none.sh")
+    assert ended.status == 2
+    assert "cannot be read" in ended.err

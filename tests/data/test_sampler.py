@@ -387,3 +387,67 @@ def test_a_source_that_cannot_form_a_batch_is_named(sources, problem):
     with pytest.raises(RecipeError) as caught:
         Sampler(sources, BatchPlan(batch_size=4, seed=0))
     assert str(caught.value).startswith(problem)
+
+
+EDGES, SIZES = (20, 40), (12, 6, 3)
+MIXED = [
+    source_of("a", [*range(1, 61), *range(1, 61), 55, 56], blocks=(0, 50), window=1),
+    source_of("b", [5] * 29 + [60] * 4),
+]
+
+
+def test_each_length_group_has_its_own_batch_size():
+    batches = epoch_of(MIXED, batch_size=64, length_edges=EDGES, batch_sizes=SIZES)
+    rows = sorted(pair for batch in batches for pair in batch)
+    assert rows == sorted(
+        (s, row) for s, source in enumerate(MIXED) for row in range(len(source.sizes))
+    )
+    seen = set()
+    for batch in batches:
+        longest = max(int(MIXED[source].sizes[row]) for source, row in batch)
+        group = int(np.searchsorted(EDGES, longest))
+        seen.add((group, len(batch) == SIZES[group]))
+        assert len(batch) <= SIZES[group]  # what is left over of a group joins a longer one
+    assert {(0, True), (1, True), (2, True)} <= seen
+    assert [len(batch) for batch in batches if len(batch) not in SIZES] == [2]  # the tail of a
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_b5_all_processes_draw_the_same_group_and_no_row_is_lost(world):
+    """Dealt by the sampler itself: others' loaders drop batches of varying size."""
+    plan = BatchPlan(batch_size=64, seed=3, epochs=2, length_edges=EDGES, batch_sizes=SIZES)
+    samplers = [Sampler(MIXED, plan) for _ in range(world)]
+    whole = Sampler(MIXED, plan)
+    count = 0
+    while (batch := whole.next_batch()) is not None:
+        drawn = [own for sampler in samplers if (own := sampler.next_batch()) is not None]
+        shares = [own.share(rank, world) for rank, own in enumerate(drawn)]
+        rows = sorted(pair for s in shares for pair in np.stack([s.source, s.row], 1).tolist())
+        assert rows == sorted(np.stack([batch.source, batch.row], 1).tolist())
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        count += len(batch)
+    assert all(sampler.next_batch() is None for sampler in samplers)
+    assert count == 2 * sum(map(len, MIXED))
+
+
+def test_a_run_with_other_batch_sizes_is_another_run():
+    plan = {"batch_size": 64, "seed": 0, "length_edges": EDGES}
+    state = Sampler(MIXED, BatchPlan(**plan, batch_sizes=SIZES)).state()
+    Sampler(MIXED, BatchPlan(**plan, batch_sizes=SIZES)).restore(state)
+    for sizes in ((12, 6, 4), ()):
+        with pytest.raises(RecipeError, match="batch settings are not those"):
+            Sampler(MIXED, BatchPlan(**plan, batch_sizes=sizes)).restore(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sizes": (4, 4)}, "batch_sizes are (4, 4) for 3 length groups; give one for each"),
+        ({"batch_sizes": (4, 4, 1)}, "batch_sizes are (4, 4, 1); give at least 2 each"),
+        ({"batch_sizes": SIZES, "size_budget": 9}, "both say how large a batch is"),
+    ],
+)
+def test_batch_sizes_that_cannot_be_used_are_refused(changes, message):
+    with pytest.raises(RecipeError) as caught:
+        epoch_of([A], batch_size=4, length_edges=EDGES, **changes)
+    assert message in str(caught.value)

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from tercet.data.tokens import Form, Tokenizer, Tokens
-from tercet.errors import ModelError
+from tercet.errors import ModelError, RecipeError
 from tests.toy import SENTENCES, byte_bpe, wordpiece
 
 
@@ -287,3 +287,85 @@ def test_joined_parts_pack_like_their_texts():
     joined = Tokens.join([plain, ended]).pack()
     assert torch.equal(joined.pooled, torch.cat([plain.pack().pooled, ended.pack().pooled]))
     assert not bool(joined.pooled.all())
+
+
+# ---- MCLS ------------------------------------------------------------------------------------
+
+LONG = " ".join(SENTENCES[:4])
+
+
+@pytest.mark.parametrize("build", [wordpiece, metaspace])
+@pytest.mark.parametrize("every", [1, 4, 7])
+def test_b11_a_cls_stands_before_every_n_tokens(build, every):
+    """B11: places and number of CLS."""
+    stock = build()
+    tokenizer = Tokenizer(stock)
+    cls, tail = tokenizer.around
+    for text in [LONG, "x", *SENTENCES]:
+        plain = tokenizer([text], 500).ids[0].tolist()
+        body = plain[1 : len(plain) - len(tail)]
+        parts = [body[i : i + every] for i in range(0, len(body), every)]
+        expected = [i for part in parts for i in [*cls, *part]] + tail
+        (found,) = tokenizer([text], 500, form=Form(cls_every=every)).ids
+        assert found.tolist() == expected
+        places = [i for i in range(len(expected) - len(tail)) if i % (every + 1) == 0]
+        assert all(expected[i] == cls[0] for i in places) and len(places) == len(parts)
+
+
+def test_b11_a_text_that_is_short_enough_is_as_without():
+    """B11: shorter than n tokens, or an empty one."""
+    tokenizer = Tokenizer(wordpiece())
+    texts = ["", "x", SENTENCES[0]]
+    plain, found = tokenizer(texts, 500), tokenizer(texts, 500, form=Form(cls_every=256))
+    assert [a.tolist() for a in plain.ids] == [a.tolist() for a in found.ids]
+    assert plain.skipped == found.skipped
+
+
+def test_b11_inserted_tokens_count_towards_the_limit_and_the_end_stays():
+    """B11: as many tokens of the text as fit."""
+    tokenizer, form = Tokenizer(wordpiece()), Form(cls_every=4)
+    (whole,) = tokenizer([LONG], 500, form=form).ids
+    assert len(whole) > 30
+    for limit in range(2, len(whole) + 3):
+        found = tokenizer([LONG], limit, form=form)
+        (ids,) = found.ids
+        kept = min(limit, len(whole))
+        if 2 < kept < len(whole) and (kept - 1) % 5 == 1:
+            kept -= 1  # a CLS with nothing after it would be the last
+        assert ids.tolist() == [*whole[: kept - 1], 2]
+        assert found.truncated == (kept < len(whole))
+
+
+def test_b11_places_in_the_text_and_pooled_tokens_are_kept():
+    """B11: character spans, a prompt and a suffix."""
+    tokenizer = Tokenizer(wordpiece())
+    plain = Form(pool_prompt=False, suffix=" the moon", cls_every=None)
+    spread = Form(pool_prompt=False, suffix=" the moon", cls_every=3)
+    without = tokenizer([LONG], 500, "find mail: ", plain, spans=True)
+    found = tokenizer([LONG], 500, "find mail: ", spread, spans=True)
+    inserted = np.zeros(len(found.ids[0]), dtype=bool)
+    inserted[4:-1:4] = True
+    assert inserted.sum() > 5 and (found.ids[0][inserted] == 1).all()
+    assert (found.spans[0][inserted] == -1).all()
+    assert (found.spans[0][~inserted] == without.spans[0]).all()
+    assert found.read == without.read
+    kept = ~torch.from_numpy(inserted)
+    assert torch.equal(found.pack().pooled[kept], without.pack().pooled)
+    assert not without.pack().pooled.all() and found.skipped[0] > without.skipped[0]
+
+
+def test_b11_a_text_has_the_same_tokens_in_any_batch():
+    """B11."""
+    tokenizer, form = Tokenizer(wordpiece()), Form(cls_every=3)
+    together = tokenizer([*SENTENCES, LONG], 30, form=form)
+    for number, text in enumerate([*SENTENCES, LONG]):
+        assert together.ids[number].tolist() == tokenizer([text], 30, form=form).ids[0].tolist()
+
+
+def test_cls_every_without_a_cls_token_is_refused():
+    with pytest.raises(ModelError, match="this tokenizer puts 0 there"):
+        Tokenizer(byte_bpe())(["x"], 30, form=Form(cls_every=3))
+    with pytest.raises(RecipeError, match="cls_every is 0; give 1 or more"):
+        Form(cls_every=0)
+    with pytest.raises(RecipeError, match="leave echo out"):
+        Form(cls_every=3, echo="query")

@@ -75,3 +75,69 @@ def test_a_mean_of_bfloat16_is_summed_in_float32():
 def test_pooling_has_the_right_gradient(name):
     hidden = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: pooling.POOLINGS[name](h, PROMPTED), (hidden,))
+
+
+# ---- MCLS ------------------------------------------------------------------------------------
+
+CLS, END = 1, 2
+
+
+def spread(*bodies: int, every: int = 3) -> Packed:
+    """Texts of so many tokens, with a CLS before every three, and an end."""
+    rows = []
+    for body in bodies:
+        ids = torch.randint(5, 90, (body,))
+        parts = [torch.cat([torch.tensor([CLS]), part]) for part in ids.split(every)]
+        rows.append(torch.cat([*parts, torch.tensor([END])]))
+    offsets = offsets_of(torch.tensor([len(row) for row in rows]))
+    ids = torch.cat(rows)
+    return Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
+
+
+def test_b11_the_vector_is_the_mean_of_the_states_of_all_cls_tokens():
+    """B11; the text of six tokens has its end where another CLS would be."""
+    packed = spread(7, 2, 6)
+    hidden = torch.randn(len(packed.ids), 5)
+    expected = []
+    for start, end in pairwise(packed.offsets.tolist()):
+        rows = [i for i in range(start, end) if packed.ids[i] == CLS]
+        expected.append(hidden[rows].mean(0))
+    assert (packed.ids == CLS).sum() == 3 + 1 + 2
+    torch.testing.assert_close(pooling.cls_mean(hidden, packed, 3), torch.stack(expected))
+
+
+def test_b11_the_same_token_elsewhere_in_a_text_is_no_cls():
+    """B11."""
+    packed = spread(7)
+    hidden = torch.randn(len(packed.ids), 5)
+    before = pooling.cls_mean(hidden, packed, 3)
+    packed.ids[2] = CLS
+    assert torch.equal(pooling.cls_mean(hidden, packed, 3), before)
+
+
+def test_b11_a_short_text_is_pooled_as_its_first_token():
+    """B11: the same bits."""
+    packed = spread(4, 1, 5, every=9)
+    hidden = torch.randn(len(packed.ids), 5)
+    found = pooling.cls_mean(hidden, packed, 9)
+    assert torch.equal(found, pooling.first(hidden, packed))
+
+
+def test_b11_a_text_has_the_same_vector_alone_and_in_a_batch():
+    """B11."""
+    packed = spread(7, 4, 12)
+    hidden = torch.randn(len(packed.ids), 5)
+    together = pooling.cls_mean(hidden, packed, 3)
+    for number, (start, end) in enumerate(pairwise(packed.offsets.tolist())):
+        alone = pooling.cls_mean(hidden[start:end], packed.take([number]), 3)
+        assert torch.equal(alone[0], together[number])
+
+
+def test_b11_all_cls_tokens_get_their_share_of_the_gradient():
+    """B11, in training."""
+    packed = spread(5, 3)
+    hidden = torch.randn(len(packed.ids), 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h: pooling.cls_mean(h, packed, 3), (hidden,))
+    pooling.cls_mean(hidden, packed, 3).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad[:, 0].tolist() == [0.5, 0, 0, 0, 0.5, 0, 0, 0, 1, 0, 0, 0, 0]

@@ -3,14 +3,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tercet.data.sources import open_source, write_examples
+from tercet import distributed
+from tercet.data.sources import Source, open_source, write_examples
+from tercet.errors import RecipeError
 from tercet.nn.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
-from tercet.train.batches import bytes_per_token, sampler_of
-from tercet.train.recipe import Stage
+from tercet.train.batches import bytes_per_token, groups_of, in_tokens, sampler_of, shape_of
+from tercet.train.lengths import Groups
+from tercet.train.memory import Room
+from tercet.train.recipe import Refresh, Stage
 from tercet.types import Example
 
 STAGE = Stage(name="toy", objective=Contrastive(), batch_size=32)
+ROOM = Room(total=1e9, token_graph=100, kinds=("dense",), dim=64, width=None)
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +71,116 @@ def test_a_text_that_will_be_cut_is_counted_as_long_as_it_is_then(tmp_path, embe
     source = open_source(tmp_path / "pairs.jsonl")
     sampler = sampler_of(replace(STAGE, token_budget=64 * 16), [source], 0, embedder)
     assert max(sizes_of_batches(sampler)) >= 15
+
+
+def source_of(folder, name, text, counts) -> Source:
+    """Examples whose positive says a text so many times."""
+    examples = [Example(f"query {i}", (text * count,)) for i, count in enumerate(counts)]
+    write_examples(folder / f"{name}.jsonl", examples)
+    return open_source(folder / f"{name}.jsonl")
+
+
+def tokens_of(embedder, source, row: int) -> int:
+    return embedder.tokenizer(list(source.examples([row])[0].positives), 1000).lengths[0]
+
+
+@pytest.fixture
+def two_languages(tmp_path, embedder):
+    """A word of six letters is one token, and so is one of an alphabet that it does not know."""
+    english = source_of(tmp_path, "english", "editor ", [8 + i % 20 for i in range(60)])
+    korean = source_of(
+        tmp_path, "korean", "\ud55c\uad6d\uc5b4\uc758\ub9d0 ", [8 + i % 20 for i in range(60)]
+    )
+    assert tokens_of(embedder, english, 0) == tokens_of(embedder, korean, 0) == 10
+    return english, korean
+
+
+def test_texts_are_measured_alike_where_a_token_has_more_bytes(two_languages, embedder):
+    english, korean = (in_tokens(source, embedder, 64) for source in two_languages)
+    np.testing.assert_allclose(english.sizes, korean.sizes, atol=1)
+    exact = [tokens_of(embedder, two_languages[0], row) for row in range(60)]
+    np.testing.assert_allclose(english.sizes, exact, rtol=0.11)  # special tokens weigh less
+    assert abs(int(two_languages[0].sizes[0]) - int(two_languages[1].sizes[0])) > 60  # bytes
+
+
+def test_no_text_is_longer_than_where_it_is_cut(two_languages, embedder):
+    assert in_tokens(two_languages[0], embedder, 12).sizes.max() == 12
+
+
+def test_each_length_group_of_a_stage_has_its_batch_size(two_languages, embedder):
+    stage = replace(STAGE, length_edges=(16, 22), batch_sizes=(20, 10, 5))
+    groups = groups_of(stage, two_languages, embedder, ROOM, 100)
+    sampler = sampler_of(stage, two_languages, 0, embedder, groups)
+    sizes = []
+    while (rows := sampler.next_batch()) is not None:
+        longest = max(
+            tokens_of(embedder, two_languages[s], row)
+            for s, row in zip(rows.source.tolist(), rows.row.tolist(), strict=True)
+        )
+        sizes.append((longest, len(rows)))
+    assert {size for _, size in sizes} == {20, 10, 5}
+    assert all(size == 20 for longest, size in sizes if longest < 15)
+    assert all(size == 5 for longest, size in sizes if longest > 24)
+    assert sum(size for _, size in sizes) == 120
+
+
+def test_a_table_is_of_one_device_and_times_the_number_of_processes(
+    two_languages, embedder, monkeypatch
+):
+    stage = replace(STAGE, batching="bge-m3-finetune-80gb")
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    groups = groups_of(stage, two_languages, embedder, ROOM, 100)
+    assert groups is not None and groups.sizes[:2] == (144, 96)
+
+
+def test_a_fit_grows_with_memory_up_to_the_batch_size(two_languages, embedder):
+    stage = replace(STAGE, batching="fit", length_edges=(16,), batch_size=400)
+    sizes = []
+    for total in (1e6, 4e6, 1e9):
+        room = replace(ROOM, total=total, kinds=("dense", "multi"))
+        groups = groups_of(stage, two_languages, embedder, room, 100)
+        assert groups is not None and groups.edges == (16,)
+        sizes.append(groups.sizes)
+    assert sizes[0] < sizes[1] < sizes[2] == (400, 400)
+    assert sizes[0][0] > sizes[0][1]
+
+
+def test_the_shape_of_examples_is_that_of_what_a_stage_takes(tmp_path, embedder):
+    word = "editor "  # one token; two more are around each text
+    rows = [
+        Example(word * 2, (word * 6, word * 6), (word * 18, word * 8, word * 8)),
+        Example(word * 2, (word * 18,)),
+    ]
+    write_examples(tmp_path / "pairs.jsonl", rows)
+    source = open_source(tmp_path / "pairs.jsonl")
+    shape = shape_of([source], replace(STAGE, positives=1, negatives=2), embedder)
+    # first row: 4 + 8 + 2 * (20 + 10 + 10) / 3 tokens, longest 20; second row: 4 + 20, longest 20
+    assert shape.documents == 2.0
+    assert shape.tokens == pytest.approx((12 + 80 / 3 + 24) / 40)
+    assert shape.query_tokens == pytest.approx(8 / 40)
+    refreshed = replace(STAGE, negatives=2, refresh=Refresh(every=5))
+    assert shape_of([source], refreshed, embedder).documents == 3.0  # each will have two
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sizes": (4, 4)}, "batch_sizes are (4, 4); give 1, of 2 or more"),
+        ({"batch_sizes": (1,)}, "batch_sizes are (1,); give 1, of 2 or more"),
+        ({"batching": "fit", "token_budget": 9}, "batching and token_budget all say how large"),
+        ({"batching": "bge-m3-pairs-80gb", "length_edges": (9,)}, "leave out length_edges"),
+        ({"shuffle_segments": 2.0}, "shuffle_segments is 2.0; give a share, from 0 to 1"),
+    ],
+)
+def test_a_stage_refuses_what_cannot_be(changes, message):
+    with pytest.raises(RecipeError) as caught:
+        replace(STAGE, **changes)
+    assert message in str(caught.value)
+
+
+def test_batches_smaller_than_the_number_of_processes_are_refused(
+    two_languages, embedder, monkeypatch
+):
+    monkeypatch.setattr(distributed, "world", lambda: 8)
+    with pytest.raises(RecipeError, match="a batch of 5 has no example for each of 8 processes"):
+        sampler_of(STAGE, two_languages, 0, embedder, Groups((9,), (16, 5)))

@@ -20,6 +20,7 @@ from tercet.errors import RecipeError, TrainingError
 from tercet.nn.embedder import Embedder
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
+from tercet.objectives.unified import Unified
 from tercet.recipes.finetune import finetune
 from tercet.train import checkpoint, loop
 from tercet.train.log import read
@@ -28,6 +29,7 @@ from tercet.train.memory import graph_tokens_that_fit
 from tercet.train.recipe import Recipe
 from tercet.train.run import Run
 from tercet.types import Example
+from tercet.vectors import KINDS
 from tests import toy
 from tests.processes import ROOT, run_together
 
@@ -37,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "in-batch": {},
     "own negatives": {"in_batch": "none"},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
+    "B6 all kinds": {"objective": Unified(temperature=0.1, dims=(8,))},
+    "B6 own negatives": {"objective": Unified(temperature=0.1), "in_batch": "none"},
 }
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
@@ -79,7 +83,8 @@ def recipe(folder: Path, rate: float = 1e-4, steps: int = 6, **changes: Any) -> 
         base=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
     )
     stage = replace(plain.stages[0], positives=2, **changes)
-    return replace(plain, stages=(stage,))
+    kinds = KINDS if isinstance(stage.objective, Unified) else None
+    return replace(plain, stages=(stage,), model=replace(plain.model, kinds=kinds, multi_dim=16))
 
 
 def trained(folder: Path, out: str, recipe: Recipe, run: Run = QUIET, **more: Any) -> Embedder:

@@ -1,0 +1,65 @@
+"""Learning from the scores that an outside teacher, such as a reranker, gave to documents.
+
+``scores`` are NaN where the teacher said nothing. Both functions give the sum over the queries of
+their losses, and its gradient by the logits.
+"""
+
+from math import inf
+from typing import Final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+_NOTHING: Final = -1e30  # in place of minus infinity, whose differences are no numbers
+
+
+def group_distillation(
+    logits: Float[Tensor, "rows docs"],
+    scores: Float[Tensor, "rows docs"],
+    candidates: Bool[Tensor, "rows docs"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "rows docs"]]:
+    """Cross entropy between the softmaxes of both over the documents that the teacher scored.
+
+    The teacher's softmax has no temperature, as in FlagEmbedding's ``kl_div``.
+    """
+    judged = ~scores.isnan() & candidates
+    some = judged.any(1, keepdim=True)
+    hidden = ~judged & some  # a row without any has no softmax, and counts for nothing
+    target = scores.nan_to_num().masked_fill(hidden, -inf).softmax(1) * some
+    known = logits.masked_fill(hidden, -inf).log_softmax(1)
+    return -(target * known.masked_fill(hidden, 0)).sum(), known.exp() * some - target
+
+
+def listwise(
+    logits: Float[Tensor, "rows docs"],
+    scores: Float[Tensor, "rows docs"],
+    candidates: Bool[Tensor, "rows docs"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "rows docs"]]:
+    """Each scored document is to beat those that the teacher put below it, and all unscored ones.
+
+    With T the softmax of the teacher's scores, from the best document of a query to its worst:
+
+        sum over i of T_i * -log( e^x_i / (sum over j >= i of e^x_j + sum over unscored of e^x) )
+
+    FlagEmbedding's ``m3_kd_loss``, which expects the documents in the teacher's order; here they
+    are sorted, so that the order in a file does not matter.
+    """
+    judged = ~scores.isnan() & candidates
+    most = int(judged.sum(1).max()) if len(judged) else 0
+    if most == 0:
+        return logits.new_zeros(()), torch.zeros_like(logits)
+    order = scores.masked_fill(~judged, -inf).argsort(dim=1, descending=True, stable=True)[:, :most]
+    ranked = judged.gather(1, order)
+    some = ranked.any(1, keepdim=True)
+    target = scores.gather(1, order).masked_fill(~ranked & some, -inf).nan_to_num(neginf=-inf)
+    target = target.softmax(1) * some
+    with torch.enable_grad():
+        learned = logits.detach().requires_grad_()
+        others = learned.masked_fill(judged | ~candidates, _NOTHING).logsumexp(1, keepdim=True)
+        own = learned.gather(1, order).masked_fill(~ranked, _NOTHING)
+        from_here_on = own.flip(1).logcumsumexp(1).flip(1)
+        gaps = (torch.logaddexp(others, from_here_on) - own).masked_fill(~ranked, 0)
+        loss = (target * gaps).sum()
+        (slope,) = torch.autograd.grad(loss, learned)
+    return loss.detach(), slope

@@ -1,0 +1,287 @@
+"""One loss over all kinds of vectors, in which their sum teaches each of them.
+
+As in :mod:`tercet.losses.contrastive`, a block of queries holds its whole rows of scores, of every
+kind. So its losses, its teacher and all its gradients are finished at once, and it is dropped.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tercet.losses.contrastive import Pairs, Rows, loss_and_gradient
+from tercet.losses.finished import finished
+from tercet.losses.ranked import group_distillation, listwise
+from tercet.scoring import scores_of
+from tercet.types import IGNORED
+from tercet.vectors import Kind, Vectors, Weights
+
+BLOCK_BYTES: Final = 64 << 20  # what the scores of one block may take
+Losses: TypeAlias = dict[str, Tensor]
+Lesson: TypeAlias = Literal["kl", "listwise"]
+
+
+@runtime_checkable
+class GroupedRows(Rows, Protocol):
+    """A relation that knows as well which documents came with a query."""
+
+    def group(self, start: int, stop: int) -> tuple[Int[Tensor, "own"], Int[Tensor, "own"]]:
+        """Rows, counted from ``start``, and columns of the documents that came with them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """What the loss is made of. The usual numbers are those of arXiv 2402.03216, section 3.3."""
+
+    temperature: float = 0.02
+    in_sum: Weights = field(default_factory=Weights)  # of the scores in their sum
+    in_loss: Weights = field(default_factory=lambda: Weights(1.0, 0.1, 1.0))
+    of_sum: float = 1.0  # of the loss of the sum itself; 0: only a teacher
+    distilled: float = 1.0  # of self-distillation, beside the other losses; 0: none
+    lesson: Lesson = "kl"  # how scores of an outside teacher are learned, where there are any
+
+
+def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
+    queries: Vectors,
+    docs: Vectors,
+    relation: GroupedRows,
+    mixture: Mixture,
+    *,
+    queries_of_all: int,
+    dims: Sequence[int] = (),
+    teacher: Float[Tensor, "docs"] | None = None,
+    block: int | None = None,
+) -> Losses:
+    """InfoNCE of every kind of score and of their weighted sum, and self-distillation.
+
+    With s_x the scores of kind x, t the temperature, n kinds, and weights from ``mixture``:
+
+        s_sum = sum of w_x s_x
+        L  = (sum of lambda_x InfoNCE(s_x / t) + lambda_sum InfoNCE(s_sum / t)) / (n + 1)
+        T  = softmax(s_sum / t), without gradient
+        L' = (sum of lambda_x CE(T, softmax(s_x / t))) / n
+        loss = (L + d L') / (1 + d)
+
+    (arXiv 2402.03216, equations 1 to 6, with d = 1). InfoNCE is that of
+    :func:`tercet.losses.contrastive.info_nce`; the softmaxes are over all documents that are not
+    IGNORED. A single kind has no sum, and nothing to be taught.
+
+    Dense vectors come as they are and are scaled here; with ``dims`` their losses are means over
+    prefixes of these lengths and the full one (Matryoshka). Terms and vectors of tokens come ready.
+    ``teacher`` has an outside teacher's score of each document for the query that it came with, NaN
+    where there is none; "kl" adds its lesson to each InfoNCE, "listwise" takes their place.
+
+    ``"loss"`` is minimised, the others are parts of it, unweighted. All of them are this process's
+    share: means are over ``relation.positives`` and ``queries_of_all``, which count everybody's.
+    Computed in float32 at least. ``block`` is how many queries are held at a time.
+    """
+    kinds: tuple[Kind, ...] = tuple(kind for kind in queries.kinds if kind in docs.kinds)
+    wide = torch.promote_types(queries.tensors()[0].dtype, torch.float32)
+    with torch.autocast(queries.tensors()[0].device.type, enabled=False):
+        left, right = (_Side.of(side.only(kinds), dims, wide) for side in (queries, docs))
+        sweep = _Sweep(
+            left.detached(), right.detached(), relation, mixture, kinds, queries_of_all, teacher
+        )
+        size = block or _block_of(left, len(docs), len(kinds))
+        learns = torch.is_grad_enabled()
+        for start in range(0, len(queries) if len(docs) else 0, size):
+            sweep.add(start, min(start + size, len(queries)), learns=learns)
+    inputs = left.tensors() + right.tensors()
+    gradients = [leaf.grad for leaf in sweep.left.tensors() + sweep.right.tensors()]
+    return {**sweep.parts, "loss": finished(sweep.loss, inputs, gradients)}
+
+
+def _block_of(queries: "_Side", docs: int, kinds: int) -> int:
+    """How many queries to hold: scores and gradients of each kind, and each token's best rows."""
+    tokens = 0
+    if queries.vectors.multi is not None:
+        tokens = len(queries.vectors.multi.vectors) // max(len(queries), 1)
+    each = 4 * max(docs, 1) * (4 * (kinds + 2) + 3 * tokens)
+    return min(max(BLOCK_BYTES // each, 1), 1024)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Side:
+    """The vectors of all queries, or of all documents; dense ones of unit length."""
+
+    vectors: Vectors
+    prefixes: tuple[Float[Tensor, "texts _"], ...]  # of dense vectors, of unit length each
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @classmethod
+    def of(cls, vectors: Vectors, dims: Sequence[int], wide: torch.dtype) -> "_Side":
+        vectors = vectors.with_tensors([tensor.to(wide) for tensor in vectors.tensors()])
+        dense = vectors.dense
+        if dense is None:
+            return cls(vectors, ())
+        shorter = sorted({dim for dim in dims if dim < dense.shape[1]})
+        unit = Vectors(F.normalize(dense, dim=1), vectors.sparse, vectors.multi)
+        return cls(unit, tuple(F.normalize(dense[:, :dim], dim=1) for dim in shorter))
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.vectors.tensors(), *self.prefixes]
+
+    def detached(self) -> "_Side":
+        """Leaves of their own, that gather gradients."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+
+        return _Side(
+            self.vectors.with_tensors([leaf(tensor) for tensor in self.vectors.tensors()]),
+            tuple(leaf(prefix) for prefix in self.prefixes),
+        )
+
+    def scores(
+        self, rows: slice, docs: "_Side", kinds: Sequence[Kind]
+    ) -> dict[Kind, list[Float[Tensor, "rows docs"]]]:
+        """Of these queries with all documents, the full width first, then dense prefixes."""
+        some = self.vectors.take(rows)
+        found: dict[Kind, list[Tensor]] = {
+            kind: [scores_of(kind, some, docs.vectors)] for kind in kinds
+        }
+        for ours, theirs in zip(self.prefixes, docs.prefixes, strict=True):
+            found["dense"].append(ours[rows] @ theirs.T)
+        return found
+
+
+@dataclass(eq=False)
+class _Sweep:
+    """The running sums of a loss over blocks of queries; gradients gather in the sides' leaves."""
+
+    left: _Side
+    right: _Side
+    relation: GroupedRows
+    mixture: Mixture
+    kinds: tuple[Kind, ...]
+    queries: int  # of all processes
+    teacher: Float[Tensor, "docs"] | None
+    loss: Tensor = field(init=False)
+    parts: Losses = field(init=False)
+
+    def __post_init__(self) -> None:
+        several = len(self.kinds) > 1
+        soft = self.mixture.distilled if several else 0.0
+        self.queries, self.pairs = max(self.queries, 1), max(self.relation.positives, 1)
+        self.of_hard = 1 / ((len(self.kinds) + several) * (1 + soft))
+        self.of_soft = soft / (len(self.kinds) * (1 + soft))
+        names = [*self.kinds, *(["sum"] if several else [])]
+        names += [f"{kind}_distilled" for kind in self.kinds if soft]
+        self.loss = self.left.tensors()[0].new_zeros(())
+        self.parts = {name: self.loss.clone() for name in names}
+
+    def add(self, start: int, stop: int, *, learns: bool) -> None:
+        """A block's share of the losses and of the gradients."""
+        with torch.set_grad_enabled(learns):
+            scores = self.left.scores(slice(start, stop), self.right, self.kinds)
+        with torch.no_grad():
+            slopes = self._slopes(scores, start, stop)
+        if not learns:
+            return
+        flat = [
+            (score, slope)
+            for kind in self.kinds
+            for score, slope in zip(scores[kind], slopes[kind], strict=True)
+            if score.requires_grad
+        ]
+        if flat:
+            torch.autograd.backward([score for score, _ in flat], [slope for _, slope in flat])
+
+    def _slopes(
+        self, scores: Mapping[Kind, list[Tensor]], start: int, stop: int
+    ) -> dict[Kind, list[Tensor]]:
+        """Adds to the losses; the gradients by the scores."""
+        mixture = self.mixture
+        block = self._block(start, stop)
+        logits: dict[Kind, list[Tensor]] = {
+            kind: [x / mixture.temperature for x in each] for kind, each in scores.items()
+        }
+        slopes: dict[Kind, list[Tensor]] = {
+            kind: [self._hard(kind, x, block, 1 / len(each)) for x in each]
+            for kind, each in logits.items()
+        }
+        if len(self.kinds) > 1:
+            together = torch.stack(
+                [mixture.in_sum.of(kind) * logits[kind][0] for kind in self.kinds]
+            ).sum(0)
+            by_sum = self._hard("sum", together, block, 1.0)
+            for kind in self.kinds:
+                slopes[kind][0] += mixture.in_sum.of(kind) * by_sum
+            if self.of_soft:
+                self._distil(logits, _softmax_of(together, block), block, slopes)
+        for each in slopes.values():
+            for slope in each:
+                slope /= mixture.temperature
+        return slopes
+
+    def _hard(
+        self, name: Kind | Literal["sum"], logits: Tensor, block: "_Block", part: float
+    ) -> Tensor:
+        """Learn from labels, or from an outside teacher's scores; the gradient by the logits."""
+        slope, term = torch.zeros_like(logits), logits.new_zeros(())
+        lesson = self.mixture.lesson if block.teacher is not None else None
+        if lesson != "listwise":
+            total, by_logits = loss_and_gradient(logits.clone(), block.pairs)
+            term, slope = total / self.pairs, by_logits / self.pairs
+        if block.teacher is not None:
+            learn = group_distillation if lesson == "kl" else listwise
+            total, by_logits = learn(logits, block.teacher, block.candidates)
+            term, slope = term + total / self.queries, slope + by_logits / self.queries
+        weight = self.mixture.of_sum if name == "sum" else self.mixture.in_loss.of(name)
+        self.parts[name] += term * part
+        self.loss += term * (part * weight * self.of_hard)
+        return slope * (part * weight * self.of_hard)
+
+    def _distil(
+        self,
+        logits: Mapping[Kind, list[Tensor]],
+        target: Float[Tensor, "rows docs"],
+        block: "_Block",
+        slopes: Mapping[Kind, list[Tensor]],
+    ) -> None:
+        """Each kind learns the softmax of the sum, which is a constant here."""
+        for kind in self.kinds:
+            part = 1 / len(logits[kind])
+            weight = self.mixture.in_loss.of(kind) * part * self.of_soft
+            for x, slope in zip(logits[kind], slopes[kind], strict=True):
+                known = x.masked_fill(block.hidden, -inf).log_softmax(1)
+                term = -(target * known.masked_fill(block.hidden, 0)).sum() / self.queries
+                self.parts[f"{kind}_distilled"] += term * part
+                self.loss += term * weight
+                slope += (known.exp() * block.asked - target) * (weight / self.queries)
+
+    def _block(self, start: int, stop: int) -> "_Block":
+        device = self.loss.device
+        relation = self.relation.rows(start, stop, device)
+        candidates = relation != IGNORED
+        asked = candidates.any(1, keepdim=True)
+        taught = None
+        if self.teacher is not None:
+            row, column = self.relation.group(start, stop)
+            taught = torch.full_like(relation, torch.nan, dtype=self.loss.dtype)
+            taught[row.to(device), column.to(device)] = self.teacher[column].to(taught)
+        return _Block(Pairs.of(relation), candidates, ~candidates & asked, asked, taught)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """What the documents are to the queries of a block."""
+
+    pairs: Pairs
+    candidates: Bool[Tensor, "rows docs"]  # positives and negatives
+    hidden: Bool[Tensor, "rows docs"]  # the others; none in a row without candidates
+    asked: Bool[Tensor, "rows 1"]  # which rows have candidates
+    teacher: Float[Tensor, "rows docs"] | None  # NaN where it said nothing
+
+
+def _softmax_of(logits: Float[Tensor, "rows docs"], block: _Block) -> Float[Tensor, "rows docs"]:
+    """Over the candidates; zeros where there are none."""
+    return logits.masked_fill(block.hidden, -inf).softmax(1) * block.asked

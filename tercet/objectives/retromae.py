@@ -1,0 +1,280 @@
+"""RetroMAE: a vector is good when a text can be rebuilt from it (arXiv 2205.12035).
+
+The encoder reads the text with few words hidden, and names them. From its vector alone, and from
+glimpses of the text, a decoder of one layer names every token. The decoder is too weak to do that
+by itself, so what the text says has to be in the vector. Decoder and output layer are dropped
+afterwards.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from tercet.data.blocks import Blocks, blocks_of
+from tercet.data.collate import Collator
+from tercet.data.masking import Masking, mask_id
+from tercet.data.sampler import BatchRows
+from tercet.data.sources import Source
+from tercet.data.whole_words import marked_pieces, unmarked
+from tercet.distributed import gather_ints
+from tercet.errors import RecipeError
+from tercet.losses.language import next_token_loss
+from tercet.nn.chunked import Chunks, Losses, chunks_of, own_random_state
+from tercet.nn.decoding import Decoder
+from tercet.nn.embedder import Embedder
+from tercet.nn.masked_head import MaskedHead, find_masked_head
+from tercet.nn.pooling import POOLINGS
+from tercet.segments import offsets_of
+from tercet.types import Packed
+
+Vocabulary: TypeAlias = Literal["all", "seen"]
+
+NO_LABEL: Final = -1  # of a token that the encoder does not have to name
+_DRAW: Final = 0x4E74  # keeps masks apart from other uses of the same seed
+_PARTS: Final = "retromae"  # the name of what is added to the embedder for a while
+
+log = logging.getLogger("tercet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetroMAE:
+    """The loss of the encoder's masked words plus that of the decoder's tokens.
+
+        L_enc = -mean over hidden i   of log softmax(W t(H[i]))[x[i]]
+        L_dec = -mean over 0 < i < n-1 of log softmax(W t(D[i]))[x[i]]
+
+    H are the encoder's states of the text with a share ``encoder_mask`` of its words hidden, D the
+    decoder's, a row for each token, which sees the vector and all but a share ``decoder_mask`` of
+    the other tokens (sec. 3.2 and 3.3; the shares are the reference code's). The vector is the
+    embedder's own, whatever it pools: the paper's is that of the first token.
+
+    W is the token table and t a transform, both the same in the two losses. ``head`` names a model
+    to take t from; None, or a model without one, makes a new one. ``vocabulary`` "seen" leaves
+    tokens that are nowhere in the data out of the softmax: what is lost of the denominator is only
+    their share, and a vocabulary for a hundred languages costs as one of those that are there.
+    """
+
+    encoder_mask: float = 0.3
+    decoder_mask: float = 0.5
+    max_tokens: int = 512  # of a text, which is cut in several beyond, and of a block of texts
+    vocabulary: Vocabulary = "seen"
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        Masking(probability=self.encoder_mask)  # which looks at it
+        if not 0 <= self.decoder_mask < 1:
+            raise RecipeError(
+                f"decoder_mask is {self.decoder_mask}; give a share, from 0 to below 1"
+            )
+        if self.max_tokens < 8:
+            raise RecipeError(f"max_tokens is {self.max_tokens}; give 8 or more")
+        if self.vocabulary not in get_args(Vocabulary):
+            known = ", ".join(get_args(Vocabulary))
+            raise RecipeError(f"vocabulary is {self.vocabulary!r}; choose from {known}")
+
+    def start(
+        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
+    ) -> "RetroMAEAtWork":
+        """Set to work on all texts of the data. ``collate`` is not needed: nothing is contrasted.
+
+        Tokenizes the data, and adds the decoder and the transform to the embedder, to be trained.
+
+        Raises:
+            RecipeError: when the token table is not as wide as the states.
+            ModelError: for a tokenizer without a mask token, or a ``head`` that cannot be used.
+        """
+        return RetroMAEAtWork(self, embedder, sources)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HiddenBatch:
+    """Texts with hidden words, what the texts were, and where the decoder's masks come from."""
+
+    texts: Packed
+    labels: Int[Tensor, "tokens"]  # the token that was there, or NO_LABEL
+    originals: Int[Tensor, "tokens"]
+    seeds: Int[Tensor, "texts"]
+    truncated: int = 0
+
+    def to(self, device: torch.device) -> "HiddenBatch":
+        """The same batch on another device; seeds stay on the host."""
+        labels, originals = self.labels.to(device), self.originals.to(device)
+        return HiddenBatch(self.texts.to(device), labels, originals, self.seeds, self.truncated)
+
+
+class RetroMAEAtWork:
+    """The objective on an embedder and its data."""
+
+    def __init__(self, objective: RetroMAE, embedder: Embedder, sources: Sequence[Source]) -> None:
+        self.objective, self.embedder, self.sources = objective, embedder, sources
+        stock = embedder.tokenizer.stock
+        self._masking = Masking(probability=objective.encoder_mask)
+        self._mask = mask_id(stock, "blank")
+        self._special = np.array(sorted(stock.all_special_ids), dtype=np.int32)
+        table = self._table
+        if table.shape[1] != embedder.backbone.hidden:
+            raise RecipeError(
+                f"the model's token table is {table.shape[1]} wide and its states "
+                f"{embedder.backbone.hidden}; RetroMAE names tokens by that table, so use a model "
+                "where both are the same"
+            )
+        self._drawn_tokens = min(len(stock), len(table))  # random tokens are drawn of these
+        self._known = self._known_tokens()
+        self.head = self._make_head()
+        self.decoder = Decoder(embedder.backbone, objective.decoder_mask)
+        parts = nn.ModuleDict({"head": self.head, "decoder": self.decoder})
+        embedder.add_module(_PARTS, parts.to(table.device, table.dtype))
+
+    @property
+    def unit(self) -> str:
+        """What a batch is counted in."""
+        return f"blocks of {self._max_tokens} tokens"
+
+    @property
+    def drawn(self) -> Sequence[Blocks]:
+        """Blocks of tokens of each source."""
+        return self._blocks
+
+    @property
+    def _max_tokens(self) -> int:
+        return min(self.objective.max_tokens, self.embedder.backbone.max_tokens)
+
+    @property
+    def _table(self) -> nn.Parameter:
+        return self.embedder.backbone.model.get_input_embeddings().weight
+
+    @cached_property
+    def _blocks(self) -> list[Blocks]:
+        """All texts of the data, tokenized once; each token with the mark of its word's start."""
+        return [
+            blocks_of(source, self._marked, self._max_tokens, every_text=True)
+            for source in self.sources
+        ]
+
+    def batch(self, rows: BatchRows, seed: Sequence[int]) -> HiddenBatch:
+        """The texts of these blocks with words hidden; which ones hangs on block and seed."""
+        blocks = rows.read([source.read for source in self.drawn])
+        names = zip(rows.source.tolist(), rows.row.tolist(), strict=True)
+        gaps, labels, originals, seeds = [], [], [], []
+        for (source, row), block in zip(names, blocks, strict=True):
+            rng = np.random.default_rng([_DRAW, *seed, source, row])
+            for marked in block:
+                ids, words = unmarked(marked)
+                masked, chosen = self._masking(
+                    ids,
+                    ~np.isin(ids, self._special),
+                    rng,
+                    mask=self._mask,
+                    vocabulary=self._drawn_tokens,
+                    words=words,
+                )
+                gaps.append(masked)
+                labels.append(np.where(chosen, ids, NO_LABEL))
+                originals.append(ids)
+                seeds.append(int(rng.integers(1 << 62)))
+        offsets = offsets_of(torch.tensor([len(ids) for ids in gaps], dtype=torch.int64))
+        ids = _tensor(gaps)
+        texts = Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
+        known = torch.tensor(seeds, dtype=torch.int64)
+        return HiddenBatch(texts, _tensor(labels), _tensor(originals), known)
+
+    def backward(self, batch: HiddenBatch, chunks: Chunks, step: int = 0) -> Losses:
+        """Read the texts chunk by chunk; each chunk's losses are parts of the sums."""
+        lengths = batch.texts.lengths
+        named = torch.tensor([sum(max(length - 2, 0) for length in lengths)])
+        hidden = (batch.labels != NO_LABEL).sum().reshape(1)
+        counts = gather_ints(torch.stack([hidden, named], 1).to(self.embedder.device))
+        totals = [max(1, total) for total in counts.sum(0).tolist()]
+        batch = batch.to(self.embedder.device)
+        sums = torch.zeros(4, device=self.embedder.device)  # the two losses, and right guesses
+        # One gather of the table's rows a step: its gradient is as large as the table.
+        rows = self._table if self._known is None else self._table[self._known]
+        leaf = rows.detach().requires_grad_(rows.requires_grad)
+        for number, members in enumerate(chunks_of(lengths, chunks.max_tokens) if lengths else []):
+            with own_random_state(batch.texts, chunks.seed, number):
+                parts = self._losses(batch, members, leaf, totals)
+            if parts[0].requires_grad:
+                parts[0].backward()
+            sums += torch.stack([part.detach().to(sums.dtype) for part in parts[1:]])
+        if leaf.grad is not None:
+            rows.backward(leaf.grad)
+        return {
+            "loss": sums[0] + sums[1],
+            "encoder_loss": sums[0],
+            "decoder_loss": sums[1],
+            "encoder_accuracy": sums[2] / totals[0],
+            "decoder_accuracy": sums[3] / totals[1],
+        }
+
+    def finish(self) -> None:
+        """Drop decoder and output layer: an embedder has none."""
+        delattr(self.embedder, _PARTS)
+
+    def _losses(
+        self, batch: HiddenBatch, members: list[int], rows: Tensor, totals: list[int]
+    ) -> list[Tensor]:
+        """Of some texts: the sum of both losses, each of them, and each one's right guesses."""
+        texts = batch.texts.take(members)
+        labels, originals = (
+            Packed(ids, batch.texts.offsets, batch.texts.pooled).take(members).ids
+            for ids in (batch.labels, batch.originals)
+        )
+        states = self.embedder.states(texts)
+        vectors = POOLINGS[self.embedder.settings.pooling](states, texts)
+        output = self.head.output(rows)
+        hidden = labels != NO_LABEL
+        encoder, right = next_token_loss(
+            self.head(states[hidden]), self._place(labels[hidden]), output, total=totals[0]
+        )
+        known = self._place(originals)
+        seeds = batch.seeds[members].tolist()
+        rebuilt = self.decoder(
+            vectors, F.embedding(known, rows), texts, seeds, self.embedder.backbone
+        )
+        ends = torch.cat([texts.offsets[:-1], texts.offsets[1:] - 1])
+        named = torch.ones_like(known, dtype=torch.bool).index_fill(0, ends, value=False)
+        decoder, guessed = next_token_loss(
+            self.head(rebuilt), known[named], output, total=totals[1]
+        )
+        return [encoder + decoder, encoder, decoder, right, guessed]
+
+    def _known_tokens(self) -> Tensor | None:
+        """The ids that the softmax runs over, in order; None for all."""
+        if self.objective.vocabulary == "all":
+            return None
+        ids = [np.unique(blocks.ids >> 1) for blocks in self._blocks]
+        known = np.unique(np.concatenate([*ids, self._special])).astype(np.int64)
+        return torch.from_numpy(known[known < len(self._table)]).to(self.embedder.device)
+
+    def _make_head(self) -> MaskedHead:
+        source = self.objective.head
+        found = None if source is None else find_masked_head(source)
+        if found is not None:
+            return found if self._known is None else found.narrowed(self._known.cpu())
+        if source is not None:
+            log.info("%s: has no masked-language head; a new one is made", source)
+        table = self._table.detach()
+        counts = np.zeros(len(table), np.int64)
+        for blocks in self._blocks:
+            counts += np.bincount(blocks.ids >> 1, minlength=len(table))
+        counts = torch.from_numpy(counts)
+        return MaskedHead.new(table, counts if self._known is None else counts[self._known.cpu()])
+
+    def _place(self, ids: Int[Tensor, "some"]) -> Int[Tensor, "some"]:
+        """Of each token, its place among those that the softmax runs over."""
+        return ids if self._known is None else torch.searchsorted(self._known, ids)
+
+    def _marked(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return marked_pieces(self.embedder.tokenizer, list(texts), self._max_tokens)
+
+
+def _tensor(pieces: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([*pieces, np.empty(0, np.int64)]).astype(np.int64))

@@ -1,0 +1,189 @@
+"""BGE-M3: dense, sparse and multi-vector retrieval from one model (arXiv 2402.03216).
+
+RetroMAE on texts makes an encoder that packs a text into a vector. Contrastive training on pairs,
+of the dense vector alone, follows. Then all three kinds are trained together on examples with hard
+negatives, and the weighted sum of their scores teaches each of them.
+"""
+
+from typing import Annotated, Final, Literal, TypeAlias
+
+from tercet.data.shuffling import CutName
+from tercet.errors import RecipeError
+from tercet.nn.backbone import Attention
+from tercet.nn.pooling import PoolingName
+from tercet.objectives.contrastive import Contrastive
+from tercet.objectives.retromae import RetroMAE, Vocabulary
+from tercet.objectives.unified import Unified
+from tercet.train.lengths import Batching
+from tercet.train.recipe import Lora, Model, Recipe, Refresh, Stage, chosen
+from tercet.vectors import KINDS, Kind, Weights
+
+WARMUP: Final = 0.1  # share of a stage's steps
+
+Train: TypeAlias = Literal["all", "heads"]
+
+
+def bge_m3(
+    base: Annotated[str, "Zoo name, local folder or hub id."] = "me5-small",
+    stages: Annotated[str, "Of retromae, contrastive and unified, in order, with commas."] = (
+        "retromae,contrastive,unified"
+    ),
+    kinds: Annotated[str, "Of vectors to train together: dense, sparse, multi, with commas."] = (
+        "dense,sparse,multi"
+    ),
+    multi_dim: Annotated[int | None, "Width of a token's vector; None: the model's."] = None,
+    retromae_steps: Annotated[int, "Of the stage retromae."] = 1_000,
+    contrastive_steps: Annotated[int, "Of the stage contrastive."] = 1_000,
+    steps: Annotated[int, "Of the stage unified."] = 1_000,
+    retromae_batch_size: Annotated[int, "Blocks of texts a step."] = 32,
+    contrastive_batch_size: Annotated[int, "Pairs a step, over all processes."] = 256,
+    batch_size: Annotated[int, "Queries a step of the stage unified, over all processes."] = 64,
+    retromae_learning_rate: Annotated[float, "Of the stage retromae, at its peak."] = 7e-5,
+    contrastive_learning_rate: Annotated[float, "Of the stage contrastive, at its peak."] = 5e-5,
+    learning_rate: Annotated[float, "Of the stage unified, at its peak."] = 1e-5,
+    encoder_mask: Annotated[float, "Share of words hidden from the encoder."] = 0.3,
+    decoder_mask: Annotated[float, "Share of tokens hidden from each row of the decoder."] = 0.5,
+    vocabulary: Annotated[
+        Vocabulary, "Tokens that RetroMAE names: those that the data have, or all."
+    ] = "seen",
+    temperature: Annotated[float, "Of the softmax over documents."] = 0.02,
+    negatives: Annotated[int, "Mined negatives of a query, at most."] = 7,
+    self_distillation: Annotated[bool, "Let the sum of the scores teach each kind."] = True,
+    distil_after: Annotated[int, "Optimizer steps of the stage unified before that."] = 0,
+    dense_loss: Annotated[float, "Weight of the dense loss; 0 leaves it out."] = 1.0,
+    sparse_loss: Annotated[float, "Weight of the sparse loss."] = 0.1,
+    multi_loss: Annotated[float, "Weight of the multi-vector loss."] = 1.0,
+    sum_loss: Annotated[float, "Weight of the loss of the sum."] = 1.0,
+    teacher: Annotated[
+        Literal["kl", "listwise"], "How scores of a reranker are learned, where examples have any."
+    ] = "kl",
+    dims: Annotated[
+        list[int] | None, "A shorter dense width to train too; may be repeated."
+    ] = None,
+    batching: Annotated[
+        Batching | None, "Batch sizes by length: what memory takes, or the paper's table."
+    ] = None,
+    length_edges: Annotated[
+        list[int] | None, "Border between length groups, in tokens; may be repeated."
+    ] = None,
+    refresh_steps: Annotated[
+        int | None, "Mine negatives anew with the model in training, every so many steps."
+    ] = None,
+    shuffle_segments: Annotated[
+        float, "Share of the positives whose thirds change places; the paper: 0.002."
+    ] = 0.0,
+    shuffle_at: Annotated[CutName, "Where positives are cut for that."] = "characters",
+    pooling: Annotated[PoolingName | None, "first as in the paper; None: the model's own."] = None,
+    cls_every: Annotated[
+        int | None, "The start token again before every so many tokens (MCLS; with first)."
+    ] = None,
+    attention: Annotated[Attention | None, "Turn a decoder both ways; None: as it is."] = None,
+    train: Annotated[Train, "In the stage unified: every weight, or the new heads alone."] = "all",
+    freeze_embeddings: Annotated[bool, "Leave the token table as it is."] = False,
+    lora_rank: Annotated[int | None, "Train low-rank updates of this rank instead of all."] = None,
+    query_prompt: Annotated[str | None, "Put before every query; None: the model's own."] = None,
+    document_prompt: Annotated[str | None, "Put before every document."] = None,
+    query_tokens: Annotated[int | None, "Longer queries are cut."] = None,
+    document_tokens: Annotated[int | None, "Longer documents are cut."] = None,
+    retromae_tokens: Annotated[int, "Of a text in RetroMAE, and of a block of texts."] = 512,
+    seed: Annotated[int, "Of batches, masks, dropout and new weights."] = 0,
+) -> Recipe:
+    """Train one model for dense, sparse and multi-vector retrieval, each taught by their sum."""
+    trained = _kinds_of(kinds)
+    lengths = {"batching": batching, "length_edges": tuple(length_edges or ())}
+    shuffles = {"shuffle_segments": shuffle_segments, "shuffle_at": shuffle_at}
+    built = {
+        "retromae": Stage(
+            name="retromae",
+            objective=RetroMAE(
+                encoder_mask=encoder_mask,
+                decoder_mask=decoder_mask,
+                max_tokens=retromae_tokens,
+                vocabulary=vocabulary,
+                head=base,
+            ),
+            data="texts",
+            keep="last",
+            steps=retromae_steps,
+            batch_size=retromae_batch_size,
+            learning_rate=retromae_learning_rate,
+            warmup=WARMUP,
+        ),
+        "contrastive": Stage(
+            name="contrastive",
+            objective=Contrastive(temperature=temperature, dims=tuple(dims or ())),
+            data="pairs",
+            steps=contrastive_steps,
+            batch_size=contrastive_batch_size,
+            negatives=0,
+            learning_rate=contrastive_learning_rate,
+            warmup=WARMUP,
+            **lengths,
+            **shuffles,
+        ),
+        "unified": Stage(
+            name="unified",
+            objective=Unified(
+                kinds=trained,
+                temperature=temperature,
+                in_loss=Weights(dense_loss, sparse_loss, multi_loss),
+                of_sum=sum_loss,
+                distilled=1.0 if self_distillation else 0.0,
+                distil_after=distil_after,
+                lesson=teacher,
+                dims=tuple(dims or ()),
+            ),
+            data="examples",
+            steps=steps,
+            batch_size=batch_size,
+            negatives=negatives,
+            learning_rate=learning_rate,
+            warmup=WARMUP,
+            refresh=None if refresh_steps is None else Refresh(every=refresh_steps),
+            **lengths,
+            **shuffles,
+        ),
+    }
+    wanted = chosen(built, stages)
+    if train == "heads" and [stage.name for stage in wanted] != ["unified"]:
+        raise RecipeError(
+            "training the heads alone leaves the other stages nothing to do; "
+            "give --stages unified as well"
+        )
+    prompts = {"query": query_prompt, "document": document_prompt}
+    given = {role: prompt for role, prompt in prompts.items() if prompt is not None}
+    return Recipe(
+        name="bge-m3",
+        model=Model(
+            base=base,
+            attention=attention,
+            pooling=pooling,
+            kinds=tuple(kind for kind in KINDS if kind in {"dense", *trained}),
+            multi_dim=multi_dim,
+            cls_every=cls_every,
+            freeze_backbone=train == "heads",
+            freeze_embeddings=freeze_embeddings,
+            lora=None if lora_rank is None else Lora(rank=lora_rank, alpha=2 * lora_rank),
+            prompts=given or None,
+            query_tokens=query_tokens,
+            document_tokens=document_tokens,
+        ),
+        stages=wanted,
+        seed=seed,
+        paper="arXiv 2402.03216",
+        notes={
+            "temperature": "named in no text of the paper; 0.02 as in its code",
+            "masks": "RetroMAE's shares are not stated for M3; 0.3 and 0.5 as in its code",
+            "pooling": "the base model's own by default; the paper's is the first token",
+            "distil_after": "the paper warms up about 6,000 steps without; 0 as in its script",
+            "heads": "sparse starts as the overlap of words, multi as a rotation of the states",
+        },
+    )
+
+
+def _kinds_of(named: str) -> tuple[Kind, ...]:
+    asked = [name.strip() for name in named.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in KINDS]
+    if unknown or not asked or len(set(asked)) < len(asked):
+        raise RecipeError(f"kinds are {named!r}; choose from {', '.join(KINDS)}, each once")
+    return tuple(kind for kind in KINDS if kind in asked)

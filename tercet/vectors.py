@@ -1,0 +1,200 @@
+"""What a model makes of texts: up to three kinds of vectors of each, without padding.
+
+- *dense*: one vector a text;
+- *sparse*: a weight for each of its tokens that says how much a word matters (lexical weights);
+- *multi*: one vector a token, compared token by token (late interaction).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tercet.segments import offsets_of, row_of
+
+Kind: TypeAlias = Literal["dense", "sparse", "multi"]
+KINDS: Final[tuple[Kind, ...]] = ("dense", "sparse", "multi")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How much each kind counts in a sum of scores (arXiv 2402.03216, section 3.3)."""
+
+    dense: float = 1.0
+    sparse: float = 0.3
+    multi: float = 1.0
+
+    def of(self, kind: Kind) -> float:
+        """The weight of one kind."""
+        return {"dense": self.dense, "sparse": self.sparse, "multi": self.multi}[kind]
+
+    def only(self, kinds: Sequence[Kind]) -> "Weights":
+        """Zero for the kinds that are not named."""
+        return Weights(*(self.of(kind) if kind in kinds else 0.0 for kind in KINDS))
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Weighted tokens of texts, end to end.
+
+    Weights are zero or more. A token may occur several times in a text: its largest weight
+    counts. ``merged`` has each once.
+    """
+
+    ids: Int[Tensor, "terms"]
+    weights: Float[Tensor, "terms"]
+    offsets: Int[Tensor, "bounds"]  # text i is offsets[i]:offsets[i + 1]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def take(self, texts: Int[Tensor, "chosen"]) -> "Terms":
+        """These texts, in this order."""
+        places, offsets = _places(self.offsets, texts)
+        return Terms(self.ids[places], self.weights[places], offsets)
+
+    def merged(self) -> "Terms":
+        """Each token of a text once, by ascending id, with its largest weight; none of zero."""
+        row, weights = row_of(self.offsets), self.weights
+        size = int(self.ids.max()) + 1 if len(self.ids) else 1
+        cells, place = (row * size + self.ids).unique(return_inverse=True)
+        largest = weights.new_zeros(len(cells)).scatter_reduce(0, place, weights, "amax")
+        (kept,) = (largest > 0).nonzero(as_tuple=True)
+        cells = cells[kept]
+        counts = torch.bincount(cells // size, minlength=len(self))
+        return Terms(cells % size, largest[kept], offsets_of(counts))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """One vector a token, the texts' rows end to end."""
+
+    vectors: Float[Tensor, "rows width"]
+    offsets: Int[Tensor, "bounds"]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def take(self, texts: Int[Tensor, "chosen"]) -> "TokenRows":
+        """These texts, in this order."""
+        places, offsets = _places(self.offsets, texts)
+        return TokenRows(self.vectors[places], offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """The vectors of some texts, of one kind or more."""
+
+    dense: Float[Tensor, "texts dim"] | None = None
+    sparse: Terms | None = None
+    multi: TokenRows | None = None
+
+    def __len__(self) -> int:
+        present = [part for part in (self.dense, self.sparse, self.multi) if part is not None]
+        return len(present[0]) if present else 0
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Those that are there."""
+        return tuple(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    def only(self, kinds: Sequence[Kind]) -> "Vectors":
+        """Without the kinds that are not named."""
+        return Vectors(**{kind: getattr(self, kind) for kind in self.kinds if kind in kinds})
+
+    def take(self, texts: Sequence[int] | slice | Tensor) -> "Vectors":
+        """These texts, in this order."""
+        chosen = texts
+        if isinstance(chosen, slice):
+            chosen = torch.arange(*chosen.indices(len(self)))
+        rows = torch.as_tensor(chosen, dtype=torch.int64)
+        present = next((t for t in self.tensors()), rows)
+        rows = rows.to(present.device)
+        return Vectors(
+            dense=None if self.dense is None else self.dense[rows],
+            sparse=None if self.sparse is None else self.sparse.take(rows),
+            multi=None if self.multi is None else self.multi.take(rows),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """What a gradient flows through: dense vectors, weights of terms, vectors of tokens."""
+        found: list[Tensor] = []
+        if self.dense is not None:
+            found.append(self.dense)
+        if self.sparse is not None:
+            found.append(self.sparse.weights)
+        if self.multi is not None:
+            found.append(self.multi.vectors)
+        return found
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Vectors":
+        """The same texts with other numbers, in the order of ``tensors()``."""
+        rest = iter(tensors)
+        dense = None if self.dense is None else next(rest)
+        sparse = None if self.sparse is None else replace(self.sparse, weights=next(rest))
+        multi = None if self.multi is None else replace(self.multi, vectors=next(rest))
+        return Vectors(dense, sparse, multi)
+
+    def to(self, device: torch.device | str) -> "Vectors":
+        """The same on another device."""
+        sparse, multi = self.sparse, self.multi
+        return Vectors(
+            None if self.dense is None else self.dense.to(device),
+            None
+            if sparse is None
+            else Terms(sparse.ids.to(device), sparse.weights.to(device), sparse.offsets.to(device)),
+            None
+            if multi is None
+            else TokenRows(multi.vectors.to(device), multi.offsets.to(device)),
+        )
+
+    @staticmethod
+    def of_nothing(kinds: Sequence[Kind], dim: int, width: int | None) -> "Vectors":
+        """No texts, with dense vectors of ``dim`` and tokens' vectors of ``width`` numbers."""
+        start = torch.zeros(1, dtype=torch.int64)
+        return Vectors(
+            torch.empty(0, dim) if "dense" in kinds else None,
+            Terms(start[:0], torch.empty(0), start) if "sparse" in kinds else None,
+            TokenRows(torch.empty(0, width or 0), start) if "multi" in kinds else None,
+        )
+
+    @staticmethod
+    def join(parts: Sequence["Vectors"]) -> "Vectors":
+        """The texts of all parts, which have the same kinds, in order."""
+        if not parts:
+            return Vectors()
+        dense = [part.dense for part in parts if part.dense is not None]
+        sparse = [part.sparse for part in parts if part.sparse is not None]
+        multi = [part.multi for part in parts if part.multi is not None]
+        return Vectors(
+            torch.cat(dense) if dense else None,
+            Terms(
+                torch.cat([part.ids for part in sparse]),
+                torch.cat([part.weights for part in sparse]),
+                _joined([part.offsets for part in sparse]),
+            )
+            if sparse
+            else None,
+            TokenRows(
+                torch.cat([part.vectors for part in multi]),
+                _joined([part.offsets for part in multi]),
+            )
+            if multi
+            else None,
+        )
+
+
+def _places(offsets: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the values of these texts are, and their offsets once they lie end to end."""
+    begins = offsets[texts]
+    lengths = offsets[texts + 1] - begins
+    bounds = offsets_of(lengths)
+    inside = torch.arange(int(bounds[-1]), device=offsets.device)
+    return inside + (begins - bounds[:-1]).repeat_interleave(lengths), bounds
+
+
+def _joined(offsets: Sequence[Tensor]) -> Tensor:
+    return offsets_of(torch.cat([part.diff() for part in offsets]))

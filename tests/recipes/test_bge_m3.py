@@ -1,0 +1,146 @@
+"""The recipe as a whole, on a tiny model: its stages, its numbers, its data."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tercet.cli.training import EXAMPLES, PAIRS_OR_DATA, TEXTS_OR_DATA, _data
+from tercet.data.sources import open_source, write_examples
+from tercet.errors import RecipeError
+from tercet.nn.embedder import Embedder
+from tercet.objectives.retromae import RetroMAE
+from tercet.objectives.unified import Unified
+from tercet.recipes.bge_m3 import bge_m3
+from tercet.train.log import read
+from tercet.train.loop import train
+from tercet.train.recipe import Recipe
+from tercet.train.run import Run
+from tercet.types import Example
+from tercet.vectors import KINDS
+from tests import toy
+
+QUIET = Run(device="cpu", show_progress=False, save_steps=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("m3")
+    toy.save_model(folder / "base", "xlm-roberta")
+    text = toy.SENTENCES
+    rows = [
+        Example(" ".join(text[i].split()[-2:]), (text[i],), (text[(i + 1) % 12],))
+        for i in range(12)
+    ]
+    write_examples(folder / "pairs.jsonl", rows)
+    return folder
+
+
+def small(folder: Path, **changes: Any) -> Recipe:
+    steps = {"retromae_steps": 2, "contrastive_steps": 2, "steps": 3}
+    sizes = {"retromae_batch_size": 4, "contrastive_batch_size": 6, "batch_size": 6}
+    return bge_m3(base=str(folder / "base"), multi_dim=16, **{**steps, **sizes, **changes})
+
+
+def data(folder: Path) -> dict[str, Any]:
+    source = open_source(folder / "pairs.jsonl")
+    return {"texts": [source], "pairs": [source], "examples": [source]}
+
+
+def test_its_usual_numbers_are_those_of_the_paper_and_its_code():
+    recipe = bge_m3()
+    retromae, contrastive, unified = recipe.stages
+    assert isinstance(retromae.objective, RetroMAE) and isinstance(unified.objective, Unified)
+    assert (retromae.objective.encoder_mask, retromae.objective.decoder_mask) == (0.3, 0.5)
+    assert retromae.learning_rate == 7e-5 and contrastive.learning_rate == 5e-5
+    weights = unified.objective.in_sum, unified.objective.in_loss
+    assert [(w.dense, w.sparse, w.multi) for w in weights] == [(1, 0.3, 1), (1, 0.1, 1)]
+    assert unified.objective.temperature == 0.02 and unified.objective.distilled == 1
+    assert unified.negatives == 7 and contrastive.negatives == 0
+    assert recipe.model.kinds == KINDS
+
+
+def test_three_stages_killed_between_steps_end_as_if_they_had_not_been(
+    folder: Path, tmp_path: Path, monkeypatch
+):
+    from tercet.train import loop
+
+    whole = train(small(folder), data(folder), tmp_path / "whole", run=QUIET)
+    step, seen = loop._Trainer._step, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self: Any, *given: Any) -> None:
+        seen.append(1)
+        if len(seen) in (2, 5, 8):  # in the middle of each stage
+            raise Killed
+        step(self, *given)
+
+    monkeypatch.setattr(loop._Trainer, "_step", dying)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            train(small(folder), data(folder), tmp_path / "killed", run=QUIET)
+    again = train(small(folder), data(folder), tmp_path / "killed", run=QUIET)
+    for (name, ours), theirs in zip(again.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    stages = [each["stage"] for each in again.about["stages"]]
+    assert stages == ["retromae", "contrastive", "unified"]
+    embedder = Embedder.load(tmp_path / "killed/model")
+    assert embedder.encode_vectors(toy.SENTENCES).kinds == KINDS
+
+
+def test_stages_without_data_of_their_own_read_the_examples(folder: Path):
+    reads = (EXAMPLES, TEXTS_OR_DATA, PAIRS_OR_DATA)
+    (folder / "texts.txt").write_text("\n".join(toy.SENTENCES) + "\n", encoding="utf-8")
+    pairs, texts = folder / "pairs.jsonl", folder / "texts.txt"
+    found = _data(small(folder), reads, {"data": [pairs], "texts": [], "pairs": []}, "text")
+    assert {name: [s.path for s in sources] for name, sources in found.items()} == {
+        "examples": [pairs],
+        "texts": [pairs],
+        "pairs": [pairs],
+    }
+    found = _data(small(folder), reads, {"data": [pairs], "texts": [texts], "pairs": []}, "text")
+    assert [s.path for s in found["texts"]] == [texts]
+
+
+def test_options_of_the_stages_reach_them(folder: Path):
+    recipe = small(
+        folder,
+        stages="unified",
+        kinds="dense,multi",
+        dims=[16, 32],
+        distil_after=7,
+        self_distillation=False,
+        refresh_steps=100,
+        shuffle_segments=0.002,
+        batching="bge-m3-finetune-80gb",
+        sum_loss=0.5,
+    )
+    (stage,) = recipe.stages
+    assert isinstance(stage.objective, Unified)
+    assert stage.objective.kinds == ("dense", "multi") == recipe.model.kinds
+    assert stage.objective.dims == (16, 32) and stage.objective.of_sum == 0.5
+    assert stage.objective.distilled == 0 and stage.objective.distil_after == 7
+    assert stage.refresh is not None and stage.refresh.every == 100
+    assert stage.shuffle_segments == 0.002 and stage.batching == "bge-m3-finetune-80gb"
+
+
+def test_mcls_is_trained_and_kept(folder: Path, tmp_path: Path):
+    built = small(folder, stages="unified", pooling="first", cls_every=4)
+    examples = {"examples": data(folder)["examples"]}
+    train(built, examples, tmp_path / "run", run=QUIET)
+    assert Embedder.load(tmp_path / "run/model").settings.cls_every == 4
+    with pytest.raises(RecipeError, match="first"):
+        wrong = replace(built, model=replace(built.model, pooling="mean"))
+        train(wrong, examples, tmp_path / "wrong", run=QUIET)
+
+
+def test_the_log_shows_every_loss(folder: Path, tmp_path: Path):
+    examples = {"examples": data(folder)["examples"]}
+    train(small(folder, stages="unified"), examples, tmp_path / "run", run=QUIET)
+    row = next(row for row in read(tmp_path / "run/log.jsonl") if "loss" in row)
+    names = {"dense", "sparse", "multi", "sum", "empty_sparse"}
+    assert names | {f"{kind}_distilled" for kind in KINDS} <= set(row)
