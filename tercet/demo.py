@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -22,12 +24,15 @@ from tercet.evaluate.report import ExampleSearch, RunReport, ScoreSample, write_
 from tercet.evaluate.retrieval import METRICS, RetrievalResult, RetrievalSet
 from tercet.nn.embedder import Embedder
 from tercet.recipes.finetune import finetune
-from tercet.search.exact import ExactIndex, Hit
+from tercet.search.engine import Hit, Record
+from tercet.search.indexing import settings_of
+from tercet.search.opening import About, make_engine, write_about
 from tercet.train import log
 from tercet.train.loop import train
 from tercet.train.recipe import Recipe
 from tercet.train.run import Run
 from tercet.types import Example
+from tercet.vectors import Vectors
 
 BASE: Final = "minilm"
 DEV_EXAMPLES: Final = 400  # enough to choose by, and quick to measure
@@ -79,7 +84,8 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
         differences=comparison.differences,
         scores={"before": _sample(before), "after": _sample(after)},
         searches=[
-            ExampleSearch(query, [(hit.title, hit.score) for hit in hits]) for query, hits in found
+            ExampleSearch(query, [(hit.record.title, hit.score) for hit in hits])
+            for query, hits in found
         ],
         settings=_settings(recipe, run, sources, seconds),
         losses=losses,
@@ -156,18 +162,19 @@ def _search(
 ) -> list[tuple[str, list[Hit]]]:
     """Index the test split by the vectors that it was measured with, and ask three questions."""
     chosen = [package for package in packages if package["split"] == "test"]
-    index = ExactIndex.build(
-        out / "index",
-        vectors=vectors,
-        documents=((p["id"], f"{p['id']}: {p['short']}", p["long"]) for p in chosen),
-        settings={
-            "model": str((out / "model").resolve()),
-            "fingerprint": embedder.fingerprint(),
-            "dims": None,
-            "precision": "float32",
-        },
-    )
-    return list(zip(QUERIES, index.search(embedder.encode(QUERIES, "query"), 3), strict=True))
+    records = [
+        Record(p["id"], p["long"], f"{p['id']}: {p['short']}", {"section": p["section"]})
+        for p in chosen
+    ]
+    settings = settings_of(embedder, model=str((out / "model").resolve()), kinds=("dense",))
+    about = About(settings=settings)
+    with closing(make_engine(out / "index", about, fresh=True)) as engine:
+        engine.upsert(records, Vectors(dense=torch.from_numpy(vectors)))
+        engine.flush()
+        queries = embedder.encode_vectors(QUERIES, "query", kinds=("dense",))
+        found = engine.search(queries, 3)
+    write_about(out / "index", about)
+    return list(zip(QUERIES, found, strict=True))
 
 
 def _sample(measured: Measured) -> ScoreSample:
@@ -226,7 +233,7 @@ def _last_screen(
     for query, hits in found:
         console.print(f"\n{query}", style="bold", markup=False)
         for hit in hits:
-            console.print(f"  {hit.score:.3f}  {hit.title}", markup=False)
+            console.print(f"  {hit.score:.3f}  {hit.record.title}", markup=False)
     console.print()
     shown = ("ndcg@10", "recall@100", "mrr@10")
     table = Table("test split", *shown, box=None, pad_edge=False, header_style="bold")

@@ -1,7 +1,11 @@
+import re
+
 import numpy as np
 import pytest
 
 from tercet.nn.embedder import Embedder
+from tercet.scoring import scores_of, weighted_scores
+from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -119,14 +123,6 @@ def test_an_index_whose_model_has_changed_or_is_gone_is_not_searched(
     assert said.startswith(f"{index}: its model cannot be loaded: {model}: no such folder")
 
 
-def test_an_index_made_elsewhere_that_does_not_name_its_model_is_refused(refused, tmp_path):
-    from tercet.search.exact import ExactIndex
-
-    vectors, documents = np.ones((1, 4), np.float32), [("a", "", "text")]
-    ExactIndex.build(tmp_path / "index", vectors=vectors, documents=documents, settings={})
-    assert "does not say with which model it was made" in refused("search", tmp_path / "index", "q")
-
-
 @pytest.mark.parametrize("query", ["", " \n"])
 def test_a_blank_query_is_refused(refused, files, query):
     assert refused("search", files / "index", "music", query) == (
@@ -164,3 +160,155 @@ def test_a_table_has_a_line_for_each_row_however_wide(tercet, encoder_folder, tm
     ended = tercet("search", tmp_path / "index", "music")
     assert [len(cells(line)) for line in ended.out.splitlines()] == [1, 3, 3, 3, 3]
     assert {cells(line)[1] for line in ended.out.splitlines()[2:]} == {r["id"] for r in records}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory, encoder_folder):
+    """A model of three kinds of vectors, with weights tuned for it, and documents."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    tuned = {"": Weights(0.5, 0.25, 2.0)}
+    Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8, weights=tuned).save(folder / "model")
+    records = [
+        {"id": f"d{i}", "text": text, "section": ("web", "sound")[i % 2], "year": 2000 + i}
+        for i, text in enumerate(SENTENCES)
+    ]
+    write(folder / "docs.jsonl", *records)
+    return folder
+
+
+@pytest.fixture
+def indexed(tercet, hybrid, tmp_path):
+    out = tmp_path / "index"
+    ended = tercet("index", hybrid / "model", hybrid / "docs.jsonl", "--out", out)
+    assert (ended.status, ended.out) == (0, f"{out}: 12 documents\n")
+    assert re.match(
+        r"12 documents; their vectors will take about .* [KM]?B: "
+        r"dense 3.07 KB, sparse \S+ (bytes|KB), multi \S+ KB\n",
+        ended.err,
+    )
+    return out
+
+
+def rows(ended):
+    assert ended.status == 0, ended.err
+    return [cells(line) for line in ended.out.splitlines()[2:]]
+
+
+def test_a_hybrid_index_shows_the_score_and_its_parts(tercet, hybrid, indexed):
+    ended = tercet("search", indexed, SENTENCES[4], "--weights", "1,0.3,1", "-k", "3")
+    assert cells(ended.out.splitlines()[1]) == [
+        *("score", "dense", "sparse", "multi"),
+        *("id", "title"),
+    ]
+    embedder = Embedder.load(hybrid / "model")
+    docs = embedder.encode_vectors(SENTENCES)
+    query = embedder.encode_vectors([SENTENCES[4]], "query")
+    sums = weighted_scores(query, docs, Weights(1.0, 0.3, 1.0))[0]
+    best = sums.argsort(descending=True)[:3].tolist()
+    found = rows(ended)
+    assert [row[4] for row in found] == [f"d{i}" for i in best]
+    for row, doc in zip(found, best, strict=True):
+        assert float(row[0]) == pytest.approx(float(sums[doc]), abs=2e-3)
+        for shown, kind in zip(row[1:4], KINDS, strict=True):
+            true = float(scores_of(kind, query, docs)[0, doc])
+            assert float(shown) == pytest.approx(true, abs=2e-3)
+
+
+def test_without_weights_the_model_s_tuned_ones_rank(tercet, indexed):
+    tuned = rows(tercet("search", indexed, "music", "--weights", "0.5,0.25,2"))
+    assert rows(tercet("search", indexed, "music")) == tuned
+    assert rows(tercet("search", indexed, "music", "--weights", "1,0.3,1")) != tuned
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--fusion", "rrf"],
+        ["--fusion", "rrf", "--weights", "1,1,1"],
+        ["--fusion", "rerank", "--candidates", "5"],
+        ["--candidates", "0"],
+        ["--candidates", "3", "--weights", "0,0,1"],
+    ],
+)
+def test_every_fusion_finds_a_text_by_itself(tercet, indexed, flags):
+    found = rows(tercet("search", indexed, SENTENCES[7], *flags))
+    assert "d7" in [row[-2] for row in found]
+    shown = {"rrf": 2 if "--weights" not in flags else 3}.get(flags[1], 3)
+    assert sum(part != "-" for part in found[0][1:4]) == (1 if "0,0,1" in flags else shown)
+
+
+def test_a_filter_keeps_what_has_the_values(tercet, indexed):
+    def found(*conditions):
+        words = [word for condition in conditions for word in ("--where", condition)]
+        return {row[-2] for row in rows(tercet("search", indexed, "music", "-k", "20", *words))}
+
+    assert found("section=web") == {f"d{i}" for i in range(0, 12, 2)}
+    assert found("year=2003", "year=2004") == {"d3", "d4"}
+    assert found("section=web", "year=2003") == set()
+    assert len(found("section=web", "section=sound")) == 12
+
+
+def test_an_index_of_some_kinds_is_searched_by_these(tercet, hybrid, tmp_path):
+    words = ["index", hybrid / "model", hybrid / "docs.jsonl", "--out", tmp_path / "index"]
+    assert tercet(*words, "--kinds", "sparse, dense").status == 0
+    ended = tercet("search", tmp_path / "index", "music")
+    assert cells(ended.out.splitlines()[1])[:3] == ["score", "dense", "sparse"]
+
+
+def test_a_second_call_encodes_what_is_new_and_removes_what_is_gone(
+    tercet, hybrid, indexed, tmp_path, monkeypatch
+):
+    lines = (hybrid / "docs.jsonl").read_text().splitlines(keepends=True)
+    shorter = tmp_path / "docs.jsonl"
+    shorter.write_text("".join(lines[:10]) + '{"id": "new", "text": "a new text"}\n')
+    words = ["index", hybrid / "model", shorter, "--out", indexed]
+    ended = tercet(*words, "--keep")
+    assert ended.out == f"{indexed}: 13 documents\n"
+    assert f"1 encoded, 10 as they were, 0 removed because {shorter} lacks them" in ended.err
+    ended = tercet(*words)
+    assert ended.out == f"{indexed}: 11 documents\n"
+    assert f"0 encoded, 11 as they were, 2 removed because {shorter} lacks them" in ended.err
+
+
+def test_an_index_of_another_model_is_replaced_on_request_only(
+    tercet, refused, encoder_folder, hybrid, indexed
+):
+    words = ["index", encoder_folder, hybrid / "docs.jsonl", "--out", indexed]
+    assert f"{indexed}: was built with model" in (said := tercet(*words).err)
+    assert "--fresh" in said
+    assert tercet(*words, "--fresh").out == f"{indexed}: 12 documents\n"
+    assert cells(tercet("search", indexed, "music").out.splitlines()[1])[:2] == ["score", "id"]
+
+
+def test_an_index_that_is_not_complete_says_so(tercet, indexed):
+    about = indexed / "index.json"
+    about.write_text(about.read_text().replace('"complete": true', '"complete": false'))
+    ended = tercet("search", indexed, "music")
+    assert ended.status == 0
+    assert ended.err == (
+        f"tercet: note: {indexed}: not all documents are there yet; call tercet index again\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--weights", "1,0.3"], "--weights 1,0.3: give three numbers"),
+        (["--weights", "1,-1,1"], "--weights 1,-1,1: give three numbers"),
+        (["--weights", "nan,1,1"], "--weights nan,1,1: give three numbers"),
+        (["--weights", "0,0,0"], "nothing to rank by"),
+        (["--where", "web"], "--where web: write a field and its value"),
+        (["--where", "=web"], "--where =web: write a field and its value"),
+        (["--fusion", "rrf", "--candidates", "0"], "--candidates 0: rrf needs some"),
+    ],
+)
+def test_what_cannot_be_searched_for_is_said(refused, indexed, flags, said):
+    assert refused("search", indexed, "music", *flags).startswith(said)
+
+
+def test_what_cannot_be_indexed_is_said(refused, encoder_folder, files, tmp_path):
+    words = ["index", encoder_folder, files / "docs.jsonl", "--out", tmp_path / "index"]
+    said = refused(*words, "--kinds", "dense,sparse")
+    assert said == "--kinds dense,sparse: the model makes dense vectors; name some of these"
+    assert refused(*words, "--url", "http://localhost:1").startswith("--url is of a Qdrant server")
+    assert list(tmp_path.iterdir()) == []

@@ -1,13 +1,12 @@
-import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tercet.errors import DataError, IndexFolderError, ModelError
+from tercet.errors import ModelError
 from tercet.search import exact
-from tercet.search.exact import ExactIndex, top_k
+from tercet.search.exact import top_k
 
 BOTH_WAYS = pytest.mark.parametrize("use_faiss", [False, True])
 
@@ -128,143 +127,3 @@ for _ in range(3):
     assert (top_k(docs, docs, 2, use_faiss=False).rows[:256, 0] == numpy.arange(256)).all()
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-
-
-def documents(count):
-    return [(f"id{i}", f"title {i}", f"text {i} \N{HANGUL SYLLABLE GA}") for i in range(count)]
-
-
-def build(folder, docs, **settings):
-    return ExactIndex.build(folder, vectors=docs, documents=documents(len(docs)), settings=settings)
-
-
-def test_an_index_finds_ids_titles_and_texts_across_row_groups(random, tmp_path):
-    docs, queries = vectors(random, 1300), vectors(random, 3)
-    index = build(tmp_path / "index", docs, model="m")
-    scores, rows = by_sorting(queries, docs, 40)
-    found = ExactIndex.open(tmp_path / "index").search(queries, 40)
-    for hits, best, row in zip(found, scores, rows, strict=True):
-        assert [(h.id, h.title, h.text) for h in hits] == [documents(1300)[i] for i in row]
-        np.testing.assert_allclose([h.score for h in hits], best, atol=1e-5)
-    assert len(index) == 1300
-    assert index.settings == {"model": "m"}
-
-
-def test_an_index_from_blocks_equals_one_from_an_array(random, tmp_path):
-    docs = vectors(random, 20)
-    build(tmp_path / "whole", docs)
-    blocks = (docs[start:stop] for start, stop in [(0, 0), (0, 7), (7, 19), (19, 20)])
-    named = iter(documents(20))
-    ExactIndex.build(tmp_path / "blocks", vectors=blocks, documents=named, settings={})
-    for name in ("vectors.npy", "index.json", "documents.parquet"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "blocks" / name).read_bytes()
-    np.testing.assert_array_equal(np.load(tmp_path / "blocks" / "vectors.npy"), docs)
-
-
-def test_a_new_index_replaces_the_old_and_its_readers_keep_the_old(random, tmp_path):
-    folder, query = tmp_path / "index", np.ones((1, 8), np.float32)
-    old = build(folder, vectors(random, 5))
-    before = old.search(query, 5)
-    build(folder, vectors(random, 9))
-    assert len(ExactIndex.open(folder)) == 9
-    assert old.search(query, 5) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-def test_a_build_that_fails_leaves_the_old_index_as_it_was(random, tmp_path):
-    def failing():
-        yield vectors(random, 5)
-        raise KeyboardInterrupt
-
-    folder = tmp_path / "index"
-    build(folder, vectors(random, 5))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(KeyboardInterrupt):
-        ExactIndex.build(folder, vectors=failing(), documents=documents(9), settings={})
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-def test_a_build_killed_between_its_two_renames_is_undone_by_opening(random, tmp_path):
-    folder = tmp_path / "index"
-    build(folder, vectors(random, 5))
-    folder.rename(tmp_path / ".index.old-host-1-0")
-    assert len(ExactIndex.open(folder)) == 5
-
-
-def test_a_folder_of_other_things_is_not_overwritten(random, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(IndexFolderError, match="is not an index and would be overwritten"):
-        build(tmp_path, vectors(random, 2))
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-@pytest.mark.parametrize(
-    ("docs", "names", "error", "message"),
-    [
-        (np.ones((2, 3)), ["a", "a"], DataError, "documents:2: id 'a' occurs twice"),
-        (np.ones((2, 3)), ["a"], DataError, "documents: 1 documents but 2 vectors"),
-        (np.full((1, 3), np.inf), ["a"], ModelError, "the vector of document 0 holds NaN"),
-        (np.ones((0, 3)), [], DataError, "documents: there are none; give at least one"),
-        ([np.ones((1, 3)), np.ones((1, 4))], ["a", "b"], ModelError, "vectors of 3 and of 4"),
-    ],
-)
-def test_what_cannot_be_indexed_is_named_and_nothing_is_left(tmp_path, docs, names, error, message):
-    texts = [(name, "", "") for name in names]
-    with pytest.raises(error, match=message):
-        ExactIndex.build(tmp_path / "index", vectors=docs, documents=texts, settings={})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_repeated_id_is_named_by_its_number_among_all_documents(tmp_path):
-    texts = [*documents(700), documents(1)[0]]
-    with pytest.raises(DataError, match="documents:701: id 'id0' occurs twice"):
-        ExactIndex.build(tmp_path / "index", vectors=[], documents=texts, settings={})
-
-
-def test_a_missing_folder_and_a_folder_without_index_are_told_apart(tmp_path):
-    with pytest.raises(IndexFolderError, match="gone: no such folder; build one with: tercet"):
-        ExactIndex.open(tmp_path / "gone")
-    with pytest.raises(IndexFolderError, match="is not an index; build one with: tercet index"):
-        ExactIndex.open(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["vectors.npy", "documents.parquet", "index.json"])
-@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
-def test_a_damaged_file_is_told_at_opening(random, tmp_path, name, damage):
-    folder = tmp_path / "index"
-    build(folder, vectors(random, 5))
-    path = folder / name
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "removed":
-        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-    with pytest.raises(IndexFolderError, match=r"build (it again|one) with: tercet index"):
-        ExactIndex.open(folder)
-
-
-@pytest.mark.parametrize(
-    "change", [{"version": 2}, {"count": 4}, {"dim": 7}, {"settings": None}, {"dim": "8"}]
-)
-def test_files_that_disagree_are_told_at_opening(random, tmp_path, change):
-    folder = tmp_path / "index"
-    build(folder, vectors(random, 5))
-    about = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(about | change))
-    with pytest.raises(IndexFolderError, match=r"the index is damaged \(.*\); build it again"):
-        ExactIndex.open(folder)
-
-
-def test_documents_of_another_index_are_told_at_opening(random, tmp_path):
-    build(tmp_path / "five", vectors(random, 5))
-    build(tmp_path / "six", vectors(random, 6))
-    (tmp_path / "six" / "documents.parquet").replace(tmp_path / "five" / "documents.parquet")
-    with pytest.raises(IndexFolderError, match=r"documents.parquet has 6 rows"):
-        ExactIndex.open(tmp_path / "five")
-
-
-def test_an_index_of_another_model_is_refused(random, tmp_path):
-    index = build(tmp_path / "index", vectors(random, 2), fingerprint="abc")
-    index.require({"fingerprint": "abc"})
-    with pytest.raises(IndexFolderError, match="was built with fingerprint 'abc', not 'xyz'"):
-        index.require({"fingerprint": "xyz"})

@@ -1,0 +1,162 @@
+"""What a search engine is: the same calls for every one of them.
+
+A record is upserted by its id together with the vectors of its text. Queries are vectors too, so
+an engine knows nothing of models. ``tests/search/test_conformance.py`` says what all must do.
+
+A kind finds a record, or does not: dense vectors find every record; terms one that shares a token
+with the query; token vectors one that has any. A hit is found by one of the kinds that count, and
+a kind that did not find it scores zero. Of candidates there are at least as many as hits wanted.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+from tercet.errors import RecipeError
+from tercet.vectors import Kind, Vectors, Weights
+
+Value: TypeAlias = str | int | float | bool
+Where: TypeAlias = Mapping[str, Value | Sequence[Value]]
+"""Fields and the value that they must have, or several of which they must have one."""
+
+CANDIDATES: Final = 100  # of each kind, where a fusion asks for some
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document and what is known of it."""
+
+    id: str
+    text: str
+    title: str = ""
+    fields: Mapping[str, Value | Sequence[Value]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A record that was found, with the sum that ranked it and the score by each kind."""
+
+    record: Record
+    score: float
+    scores: Mapping[Kind, float] = field(default_factory=dict)  # unweighted; of kinds that counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighted:
+    """Rank by the weighted sum of the scores (arXiv 2402.03216, section 3.3).
+
+    With ``candidates`` only the best so many by each single-vector kind are looked at, dense and
+    sparse, and each of them gets its true score by every kind: a document that is missing in one
+    list is not taken to score zero there. None looks at all documents, where the engine can; so
+    does any number where there are token vectors alone.
+    """
+
+    weights: Weights = field(default_factory=Weights)
+    candidates: int | None = CANDIDATES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReciprocalRank:
+    """Rank by the sum of 1 / (k + rank) over the lists of each kind (Cormack et al. 2009)."""
+
+    kinds: tuple[Kind, ...] = ("dense", "sparse")
+    k: int = 60
+    candidates: int = CANDIDATES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rerank:
+    """Find candidates by dense vectors alone, then rank these by the weighted sum."""
+
+    weights: Weights = field(default_factory=Weights)
+    candidates: int = 2 * CANDIDATES
+
+
+Fusion: TypeAlias = Weighted | ReciprocalRank | Rerank
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What an engine holds."""
+
+    records: int
+    kinds: tuple[Kind, ...]
+    disk_bytes: int  # 0 where the engine is elsewhere
+    pending: int = 0  # records that optimize() would make faster to find
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A store of records and their vectors, open for one process at a time.
+
+    What ``flush`` has returned from survives a kill; what was upserted after it may be lost, whole
+    records only. Every search sees what was upserted before it.
+    """
+
+    def upsert(self, records: Sequence[Record], vectors: Vectors) -> None:
+        """Add records, or replace those of the same ids, with one row of vectors each.
+
+        Raises:
+            ModelError: when the vectors have other kinds or widths than the engine's, or NaN.
+            DataError: when two of the records share an id, or counts differ.
+        """
+        ...
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove records; how many there were of these."""
+        ...
+
+    def search(
+        self, queries: Vectors, k: int, *, fusion: Fusion | None = None, where: Where | None = None
+    ) -> list[list[Hit]]:
+        """The best records of each query, best first, at most ``k``.
+
+        None fuses by the weights of :class:`Weighted`. Kinds that the engine or the queries lack
+        do not count; a query without any terms is found by the other kinds.
+        """
+        ...
+
+    def fetch(self, ids: Sequence[str]) -> list[Record | None]:
+        """The records of these ids; None for one that is not there."""
+        ...
+
+    def scan(self, where: Where | None = None) -> Iterator[Record]:
+        """All records, in no particular order."""
+        ...
+
+    def optimize(self) -> None:
+        """Make what was upserted fast to find, and drop what was deleted from the disk."""
+        ...
+
+    def flush(self) -> None:
+        """Put everything on the disk; after it a kill loses nothing."""
+        ...
+
+    def stats(self) -> Stats:
+        """What is in it."""
+        ...
+
+    def close(self) -> None:
+        """Flush, and let another process open it."""
+        ...
+
+
+def counted(fusion: Fusion, present: Sequence[Kind]) -> tuple[Kind, ...]:
+    """The kinds that a fusion looks at, of those that are present.
+
+    Raises:
+        RecipeError: when there is none.
+    """
+    if isinstance(fusion, ReciprocalRank):
+        kinds: tuple[Kind, ...] = tuple(kind for kind in present if kind in fusion.kinds)
+    else:
+        kinds = tuple(kind for kind in present if fusion.weights.of(kind))
+    if not kinds:
+        raise RecipeError(
+            f"nothing to rank by: there are {', '.join(present) or 'no'} vectors, and none of "
+            "these counts; give one of them a weight"
+        )
+    return kinds
+
+
+FusionName: TypeAlias = Literal["weighted", "rrf", "rerank"]

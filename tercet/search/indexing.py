@@ -1,0 +1,132 @@
+"""Documents into an engine: batch by batch, each on the disk before the next is encoded.
+
+What is there already with the same text and fields is left alone, so that a job that was killed
+goes on where it was, and a file that has grown costs what is new in it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+from tercet.data.documents import Document
+from tercet.nn.embedder import Embedder
+from tercet.progress import bar
+from tercet.search.engine import Engine, Record
+from tercet.vectors import KINDS, Kind, Vectors
+
+DOCUMENTS_AT_ONCE: Final = 1024
+CHARACTERS_AT_ONCE: Final = 1_000_000  # long documents have many token vectors
+SAMPLE: Final = 32  # documents that an estimate is made of
+
+Encode = Callable[[Sequence[str]], Vectors]
+
+
+def settings_of(
+    embedder: Embedder,
+    *,
+    model: str,
+    kinds: Sequence[Kind],
+    task: str | None = None,
+    dims: int | None = None,
+    precision: str = "float32",
+) -> dict[str, Any]:
+    """What an index has to remember, so that a query is encoded as its documents were."""
+    return {
+        "model": model,
+        "fingerprint": embedder.fingerprint(),
+        "kinds": list(kinds),
+        "task": task,
+        "dims": dims,
+        "precision": precision,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What became of the documents."""
+
+    encoded: int
+    unchanged: int
+    removed: int
+
+
+def index_documents(
+    engine: Engine,
+    documents: Iterable[Document],
+    encode: Encode,
+    *,
+    total: int | None = None,
+    keep: bool = False,
+) -> Indexed:
+    """Bring an engine to hold these documents; without ``keep``, no others.
+
+    Raises:
+        ModelError: when the vectors are not those of the engine, or are broken.
+        StorageError: when the disk refuses; all batches before are there.
+    """
+    seen: set[str] = set()
+    encoded = removed = 0
+    with bar("index", total) as advance:
+        for batch in _batches(documents):
+            seen.update(record.id for record in batch)
+            there = engine.fetch([record.id for record in batch])
+            new = [record for record, old in zip(batch, there, strict=True) if record != old]
+            if new:
+                engine.upsert(new, encode([record.text for record in new]))
+                engine.flush()
+            encoded += len(new)
+            advance(len(batch))
+    if not keep:
+        gone = [record.id for record in engine.scan() if record.id not in seen]
+        removed = engine.delete(gone)
+    engine.optimize()
+    engine.flush()
+    return Indexed(encoded, len(seen) - encoded, removed)
+
+
+def expected_bytes(documents: Iterable[Document], encode: Encode) -> tuple[int, Mapping[Kind, int]]:
+    """How many documents there are, and about how large their vectors will be, by kind.
+
+    The first ones are encoded; terms and token vectors grow with the number of characters.
+    """
+    rest = iter(documents)
+    sample = [document.text for document in islice(rest, SAMPLE)]
+    count, characters = len(sample), sum(map(len, sample))
+    if not sample:
+        return 0, {}
+    sizes = bytes_of(encode(sample))
+    by_characters = 1 / max(characters, 1)
+    for document in rest:
+        count, characters = count + 1, characters + len(document.text)
+    factors = {"dense": count / len(sample)}
+    return count, {
+        kind: round(size * factors.get(kind, characters * by_characters))
+        for kind, size in sizes.items()
+    }
+
+
+def bytes_of(vectors: Vectors) -> dict[Kind, int]:
+    """What vectors take on the disk: 4 bytes a number, 8 a term, 2 a number of a token vector."""
+    found: dict[Kind, int] = {}
+    for kind in KINDS:
+        if kind == "dense" and vectors.dense is not None:
+            found[kind] = 4 * vectors.dense.numel()
+        if kind == "sparse" and vectors.sparse is not None:
+            found[kind] = 8 * len(vectors.sparse.merged().ids)
+        if kind == "multi" and vectors.multi is not None:
+            found[kind] = 2 * vectors.multi.vectors.numel()
+    return found
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    characters = 0
+    for document in documents:
+        batch.append(Record(document.id, document.text, document.title, document.fields))
+        characters += len(document.text)
+        if len(batch) == DOCUMENTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

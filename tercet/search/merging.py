@@ -1,0 +1,255 @@
+"""Segments made of records, and one segment made of several, in memory or in a folder.
+
+A folder holds ``records.parquet`` and an ``.npy`` file an array. What has been deleted is left out,
+and the order of the records is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Int64, Shaped
+
+from tercet.errors import IndexFolderError, ModelError
+from tercet.files import replacing_folder
+from tercet.search.engine import Record
+from tercet.search.segment import ROWS_PER_GROUP, SCHEMA, Documents, Postings, Rows, Segment
+from tercet.segments import row_of
+from tercet.vectors import Kind, Terms, TokenRows, Vectors
+
+_RECORDS: Final = "records.parquet"
+_BLOCK: Final = 65_536  # rows of vectors that are copied at a time
+_ARRAYS: Final[dict[Kind, tuple[str, ...]]] = {
+    "dense": ("dense",),
+    "sparse": ("tokens", "token_offsets", "token_rows", "token_weights"),
+    "multi": ("multi", "multi_offsets"),
+}
+_FILES: Final = {name: f"{name}.npy" for names in _ARRAYS.values() for name in names}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A segment, and which of its rows have not been deleted; the mask is changed in place."""
+
+    segment: Segment
+    alive: Bool[np.ndarray, "docs"]
+    folder: Path | None = None  # None: in memory
+
+    def __len__(self) -> int:
+        """The records that are alive."""
+        return int(self.alive.sum())
+
+
+def part_of(segment: Segment, folder: Path | None = None) -> Part:
+    """The segment with all of its rows alive."""
+    return Part(segment, np.ones(len(segment), dtype=np.bool_), folder)
+
+
+def segment_of(records: Sequence[Record], vectors: Vectors, precision: str) -> Segment:
+    """These records in memory; ``precision`` is that of the token vectors.
+
+    Raises:
+        ModelError: when a value is too large for the precision.
+    """
+    dense, sparse, multi = vectors.dense, vectors.sparse, vectors.multi
+    return Segment(
+        Documents.of(records),
+        None if dense is None else dense.detach().float().numpy(),
+        None if sparse is None else _postings(sparse.merged()),
+        None if multi is None else _rows(multi, precision),
+    )
+
+
+def _rows(multi: TokenRows, precision: str) -> Rows:
+    with np.errstate(over="ignore"):
+        vectors = multi.vectors.detach().float().numpy().astype(precision)
+    if not np.isfinite(vectors).all():
+        raise ModelError(
+            f"token vectors hold values too large for {precision}; make them of unit length, "
+            "or make the index in float32"
+        )
+    return Rows(vectors, multi.offsets.long().numpy())
+
+
+def _postings(terms: Terms) -> Postings:
+    rows = row_of(terms.offsets).numpy().astype(np.int32)
+    return _sorted(terms.ids.long().numpy(), rows, terms.weights.detach().float().numpy())
+
+
+def _sorted(tokens: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Postings:
+    """Inverted lists of (token, row, weight) whose rows ascend for each token."""
+    order = np.argsort(tokens, kind="stable")
+    words, counts = np.unique(tokens, return_counts=True)
+    offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+    return Postings(words.astype(np.int64), offsets, rows[order], weights[order])
+
+
+def merged_in_memory(parts: Sequence[Part]) -> Segment:
+    """One segment of what is alive in these."""
+    tables = list(_tables(parts))
+    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    first = parts[0].segment
+    return Segment(
+        Documents(table.combine_chunks()),
+        None if first.dense is None else np.concatenate(list(_dense(parts))),
+        None if first.sparse is None else _merged_postings(parts),
+        None
+        if first.multi is None
+        else Rows(np.concatenate(list(_multi(parts))), _multi_offsets(parts)),
+    )
+
+
+def write_merged(folder: Path, parts: Sequence[Part]) -> Segment:
+    """Write one segment of what is alive in these, and open it.
+
+    Vectors are copied block by block and need not fit in memory; lists of terms have to.
+
+    Raises:
+        StorageError: when the disk refuses; the folder is not there then.
+    """
+    first = parts[0].segment
+    with replacing_folder(folder) as fresh:
+        with pq.ParquetWriter(fresh / _RECORDS, SCHEMA, compression="zstd") as writer:
+            for table in _regrouped(_tables(parts)):
+                writer.write_table(table)
+        if first.dense is not None:
+            shape = (sum(map(len, parts)), first.dense.shape[1])
+            _write(fresh, "dense", _dense(parts), shape, first.dense.dtype)
+        if first.sparse is not None:
+            lists = _merged_postings(parts)
+            arrays = (lists.tokens, lists.offsets, lists.rows, lists.weights)
+            for name, array in zip(_ARRAYS["sparse"], arrays, strict=True):
+                _write(fresh, name, [array], array.shape, array.dtype)
+        if first.multi is not None:
+            offsets = _multi_offsets(parts)
+            shape = (int(offsets[-1]), first.multi.vectors.shape[1])
+            _write(fresh, "multi", _multi(parts), shape, first.multi.vectors.dtype)
+            _write(fresh, "multi_offsets", [offsets], offsets.shape, offsets.dtype)
+    return open_segment(folder, tuple(kind for kind in _ARRAYS if _has(first, kind)))
+
+
+def open_segment(folder: Path, kinds: Sequence[Kind]) -> Segment:
+    """The segment of a folder, its vectors mapped into memory.
+
+    Raises:
+        IndexFolderError: when a file is missing, damaged, or disagrees with another.
+    """
+    try:
+        documents = Documents(pq.ParquetFile(folder / _RECORDS))
+        found = {
+            name: np.load(folder / _FILES[name], mmap_mode="r", allow_pickle=False)
+            for kind in kinds
+            for name in _ARRAYS[kind]
+        }
+    except (OSError, ValueError, EOFError, pa.ArrowException) as error:
+        raise damaged(folder, str(error)) from error
+    count = len(documents)
+    if "dense" in kinds and len(found["dense"]) != count:
+        raise damaged(folder, f"{len(found['dense'])} dense vectors of {count} records")
+    if "multi" in kinds and len(found["multi_offsets"]) != count + 1:
+        raise damaged(folder, f"token vectors of other than {count} records")
+    if "multi" in kinds and int(found["multi_offsets"][-1]) != len(found["multi"]):
+        raise damaged(folder, "token vectors are missing")
+    if "sparse" in kinds and int(found["token_offsets"][-1]) != len(found["token_rows"]):
+        raise damaged(folder, "terms are missing")
+    lists = [found[name] for name in _ARRAYS["sparse"] if name in found]
+    return Segment(
+        documents,
+        found.get("dense"),
+        Postings(*lists) if lists else None,
+        Rows(found["multi"], found["multi_offsets"]) if "multi" in kinds else None,
+    )
+
+
+def damaged(folder: Path, problem: str) -> IndexFolderError:
+    """What to say of a folder that nobody but a disk or an editor can have made so."""
+    return IndexFolderError(
+        f"{folder}: the index is damaged ({problem}); build it again with: tercet index --fresh"
+    )
+
+
+def _has(segment: Segment, kind: Kind) -> bool:
+    return getattr(segment, kind) is not None
+
+
+def _write(folder: Path, name: str, blocks: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """A .npy file of blocks of rows, whose number is known before."""
+    with (folder / _FILES[name]).open("wb") as file:
+        _write_header(file, shape, dtype)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype=dtype.newbyteorder("<")).data)
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    kind = np.lib.format.dtype_to_descr(dtype.newbyteorder("<"))
+    header = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _dense(parts: Sequence[Part]) -> Iterator[Shaped[np.ndarray, "docs dim"]]:
+    for part in parts:
+        vectors = part.segment.dense
+        assert vectors is not None
+        for start in range(0, len(vectors), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            yield vectors[block][part.alive[block]]
+
+
+def _multi(parts: Sequence[Part]) -> Iterator[Shaped[np.ndarray, "rows width"]]:
+    for part in parts:
+        rows = part.segment.multi
+        assert rows is not None
+        alive = np.repeat(part.alive, np.diff(rows.offsets))
+        yield rows.vectors[:0]  # of a segment without any, too
+        for start in range(0, len(alive), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            yield rows.vectors[block][alive[block]]
+
+
+def _multi_offsets(parts: Sequence[Part]) -> Int64[np.ndarray, "bounds"]:
+    lengths = [
+        np.diff(part.segment.multi.offsets)[part.alive]
+        for part in parts
+        if part.segment.multi is not None
+    ]
+    return np.concatenate([[0], np.concatenate(lengths).cumsum()]).astype(np.int64)
+
+
+def _merged_postings(parts: Sequence[Part]) -> Postings:
+    tokens, rows, weights, before = [], [], [], 0
+    for part in parts:
+        lists = part.segment.sparse
+        assert lists is not None
+        renumbered = before + part.alive.cumsum() - 1
+        kept = part.alive[lists.rows]
+        tokens.append(np.repeat(lists.tokens, np.diff(lists.offsets))[kept])
+        rows.append(renumbered[lists.rows[kept]].astype(np.int32))
+        weights.append(lists.weights[kept])
+        before += len(part)
+    return _sorted(np.concatenate(tokens), np.concatenate(rows), np.concatenate(weights))
+
+
+def _tables(parts: Sequence[Part]) -> Iterator[pa.Table]:
+    """The records that are alive, as they were read."""
+    for part in parts:
+        start = 0
+        for table in part.segment.documents.blocks():
+            yield table.filter(pa.array(part.alive[start : start + len(table)]))
+            start += len(table)
+
+
+def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of one size, so that a hit is as cheap to read after every merge."""
+    rest = SCHEMA.empty_table()
+    for table in tables:
+        rest = pa.concat_tables([rest, table])
+        full = len(rest) - len(rest) % ROWS_PER_GROUP
+        for start in range(0, full, ROWS_PER_GROUP):
+            yield rest.slice(start, ROWS_PER_GROUP)
+        rest = rest.slice(full).combine_chunks()
+    if len(rest):
+        yield rest
