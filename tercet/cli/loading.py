@@ -1,11 +1,14 @@
 """What several verbs share: which model, and how it is read."""
 
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from tercet import zoo
+from tercet.errors import RecipeError
+from tercet.vectors import KINDS, Kind, Weights
 
 ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
 Precision = Annotated[
@@ -21,6 +24,17 @@ PoolingOption = Annotated[
 ]
 Echo = Annotated[
     bool, typer.Option("--echo", help="Read each text twice and pool the second time.")
+]
+KindsOption = Annotated[
+    str | None,
+    typer.Option("--kinds", help="Of vectors, such as dense,sparse; None: all the model makes."),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Of dense, sparse and multi scores, such as 1,0.3,1; None: those of the model.",
+    ),
 ]
 
 
@@ -39,3 +53,40 @@ def where(model: str) -> str:
     """The full path of a folder or file, so that an index finds its model from anywhere."""
     is_name = zoo.find(model) is not None or not Path(model).exists()
     return model if is_name else str(Path(model).resolve())
+
+
+def kinds_of(named: str | None) -> tuple[Kind, ...] | None:
+    """The kinds of vectors that a flag names, in their usual order; None where it is not given.
+
+    Raises:
+        RecipeError: for a kind that does not exist.
+    """
+    if named is None:
+        return None
+    names = {name.strip() for name in named.split(",")}
+    if unknown := names - set(KINDS):
+        raise RecipeError(
+            f"--kinds {named}: there is no kind {min(unknown)!r}; name some of {', '.join(KINDS)}"
+        )
+    return tuple(kind for kind in KINDS if kind in names)
+
+
+def weights_of(named: str | None) -> Weights | None:
+    """The weights that a flag gives, of dense, sparse and multi; None where it is not given.
+
+    Raises:
+        RecipeError: where these are not three numbers from 0 up, one of them above.
+    """
+    if named is None:
+        return None
+    try:
+        numbers = [float(number) for number in named.split(",")]
+    except ValueError:
+        numbers = []
+    fits = len(numbers) == len(KINDS) and all(0 <= number < inf for number in numbers)
+    if not fits or not any(numbers):
+        raise RecipeError(
+            f"--weights {named}: give three numbers, of dense, sparse and multi, none below 0 and "
+            "one above it, such as 1,0.3,1"
+        )
+    return Weights(*numbers)

@@ -14,7 +14,9 @@ from tercet.cli.measure import diagnose, evaluate, probe
 from tercet.cli.mine import mine
 from tercet.cli.models import inspect, merge, models
 from tercet.cli.search import encode, index, search
+from tercet.cli.synthesize import synthesize
 from tercet.cli.training import recipes
+from tercet.cli.tune import tune_weights
 from tercet.console import Notes, say
 from tercet.errors import TercetError
 
@@ -29,11 +31,12 @@ app = typer.Typer(
 app.add_typer(recipes, name="train")
 app.add_typer(ablations, name="ablate")
 app.add_typer(convert, name="convert")
-for verb in (demo, check, decontaminate, mine, models, inspect, merge):
+for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge):
     app.command()(verb)
 for verb in (encode, index, search, diagnose, probe):
     app.command()(verb)
 app.command("eval")(evaluate)
+app.command("tune-weights")(tune_weights)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,17 +1,31 @@
 """Verbs that say how good a model is, and why."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tercet import zoo
-from tercet.cli.loading import Echo, ModelName, PoolingOption, Precision, ReadingOption, load
+from tercet.cli.compared import ByKinds, open_set
+from tercet.cli.loading import (
+    Echo,
+    KindsOption,
+    ModelName,
+    PoolingOption,
+    Precision,
+    ReadingOption,
+    WeightsOption,
+    kinds_of,
+    load,
+    weights_of,
+)
 from tercet.console import columns, results, say
 from tercet.errors import RecipeError
+from tercet.files import replacing_file
 
 if TYPE_CHECKING:
     from tercet.evaluate.latents import LatentUse
@@ -42,13 +56,31 @@ def evaluate(
         int | None, typer.Option(min=1, help="Learn from so many texts of each label only.")
     ] = None,
     dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
+    kinds: KindsOption = None,
+    weights: WeightsOption = None,
+    protocol: Annotated[
+        Literal["exact", "paper", "reference"] | None,
+        typer.Option(
+            help="How sums of kinds are searched: exact scores every document; paper and "
+            "reference repeat BGE-M3's; None: exact, unless that takes very long."
+        ),
+    ] = None,
     attention: ReadingOption = None,
     pooling: PoolingOption = None,
     echo: Echo = False,
+    cls_every: Annotated[
+        int | None, typer.Option(min=1, help="A start token before every so many tokens (MCLS).")
+    ] = None,
     precision: Precision = "float32",
     seed: Seed = 0,
+    figures: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures to this file too.")
+    ] = None,
 ) -> None:
     """Measure how well a model finds the right documents, with 95 % intervals.
+
+    A model with several kinds of vectors is measured by each, and by every sum of their weighted
+    scores, beside BM25 with words and with its own tokens as words.
 
     On a file of pairs with text1, text2 and score: how well its cosines agree with the scores. On
     a file with text and label: how well its vectors tell the labels, learned from the records
@@ -57,52 +89,52 @@ def evaluate(
 
     Example: tercet eval runs/mine/model test.jsonl --against minilm
     """
-    from tercet.data.labelled import is_labelled_file
-    from tercet.data.similarity import is_similarity_file
-
     if task is not None and not prompts:
         raise RecipeError("--task and --no-prompts exclude each other; give one of them")
     names = _names(model, against)
-    read = partial(load, precision=precision, attention=attention, pooling=pooling, echo=echo)
-    examples = False
-    if not data.is_dir() and is_similarity_file(data):
-        compared = _similarity(data)
-    elif not data.is_dir() and is_labelled_file(data):
-        compared = _labels(data, per_label, seed)
-    else:
-        compared, examples = _retrieval(data), not data.is_dir()
-    asked = _Asked(data, task, prompts, examples)
-    measured = {}
+    read = partial(
+        load,
+        precision=precision,
+        attention=attention,
+        pooling=pooling,
+        echo=echo,
+        cls_every=cls_every,
+    )
+    by_kinds = ByKinds(kinds_of(kinds), weights_of(weights), protocol)
+    compared = open_set(data, task=task, per_label=per_label, seed=seed, by_kinds=by_kinds)
+    asked = _Asked(data, task, prompts, compared.retrieval and not data.is_dir())
+    measured: dict[str, Any] = {}
+    over = False
     for name in names:
         embedder = read(name)
         known = asked.of(name, embedder, first=name == names[0])
-        measured[name] = compared.measure(embedder, task=known, dims=dims, progress=True)
+        measured |= compared.measure(name, embedder, task=known, dims=dims)
+        if name == names[0]:
+            over = len(measured) > 1  # its first kind is what its sums are to be better than
     if bm25:
-        measured[compared.baseline] = compared.by_words()
+        measured |= compared.by_words()
     results().print(compared.what)
     first, *others = measured
-    _show(
-        compared.metrics,
-        {n: [r.interval(m, seed=seed) for m in compared.metrics] for n, r in measured.items()},
-        {
-            n: [compared.minus(measured[first], measured[n], m, seed) for m in compared.metrics]
-            for n in others
-        },
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    """A set, and how models are measured on it."""
-
-    what: str  # it holds
-    metrics: Sequence[str]
-    measure: Callable[..., Any]
-    baseline: str
-    by_words: Callable[[], Any]
-    minus: Callable[[Any, Any, str, int], Any] = lambda it, other, metric, seed: it.minus(
-        other, metric, seed=seed
-    )
+    table = {
+        n: {m: r.interval(m, seed=seed) for m in compared.metrics} for n, r in measured.items()
+    }
+    differences = {
+        n: {
+            m: compared.minus(measured[n], measured[first], m, seed)
+            if over
+            else compared.minus(measured[first], measured[n], m, seed)
+            for m in compared.metrics
+        }
+        for n in others
+    }
+    title = f"minus {first}" if over else f"{first} minus"
+    _show(compared.metrics, table, differences, title)
+    if figures is not None:
+        record = {"data": str(data), "what": compared.what, "results": table}
+        record |= {"differences": {title: differences}, "search": compared.notes}
+        with replacing_file(figures) as fresh:
+            text = json.dumps(record, indent=2, ensure_ascii=False, default=asdict)
+            fresh.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +159,11 @@ class _Asked:
             drop_prompts(embedder)
             return None
         if self.task is not None:
-            if first:
+            weighed = self.task in settings.weights
+            if first and not weighed:
                 settings.prompt("query", self.task)  # refuses an unknown one
             known = known_task(settings, (self.task,))
-            if known is None:
+            if known is None and not weighed:
                 say(f"{name}: knows no task {self.task!r}; its default prompts are used")
             return known
         if not settings.task_prompts:
@@ -139,62 +172,6 @@ class _Asked:
         if known is not None:
             say(f"{name}: with its prompts for the task {known!r}")
         return known
-
-
-def _retrieval(data: Path) -> _Compared:
-    from tercet.evaluate.embedders import measure, measure_bm25
-    from tercet.evaluate.intervals import paired_difference
-    from tercet.evaluate.retrieval import METRICS, RetrievalSet
-
-    examined = RetrievalSet.from_beir(data) if data.is_dir() else RetrievalSet.from_examples(data)
-    return _Compared(
-        f"{len(examined.queries):,} queries, {len(examined.documents):,} documents",
-        METRICS,
-        lambda embedder, **how: measure(embedder, examined, **how).result,
-        "BM25",
-        partial(measure_bm25, examined),
-        minus=lambda it, other, metric, seed: paired_difference(
-            it.scores[metric], other.scores[metric], seed=seed
-        ),
-    )
-
-
-def _similarity(data: Path) -> _Compared:
-    from tercet.data.similarity import SimilaritySet
-    from tercet.evaluate.similarity import METRICS, measure_overlap, measure_similarity
-
-    examined = SimilaritySet.from_file(data)
-    return _Compared(
-        f"{len(examined.pairs):,} pairs of {len(examined.texts):,} texts",
-        METRICS,
-        lambda embedder, **how: measure_similarity(embedder, examined, **how),
-        "word overlap",
-        partial(measure_overlap, examined),
-    )
-
-
-def _labels(data: Path, per_label: int | None, seed: int) -> _Compared:
-    from tercet.evaluate import labels
-    from tercet.evaluate.label_sets import ClusteringSet, read_label_set
-
-    examined = read_label_set(data)
-    if isinstance(examined, ClusteringSet):
-        return _Compared(
-            f"{len(examined.rows.texts):,} texts, {len(examined.labels):,} labels",
-            labels.CLUSTERING_METRICS,
-            lambda embedder, **how: labels.measure_clustering(embedder, examined, **how),
-            "TF-IDF",
-            partial(labels.measure_clustering_by_words, examined),
-        )
-    few = examined.sampled(per_label, seed=seed)
-    return _Compared(
-        f"{len(few.test.texts):,} texts, {len(few.labels):,} labels, learned from "
-        f"{len(few.train.texts):,}",
-        labels.METRICS,
-        lambda embedder, **how: labels.measure_classification(embedder, few, **how),
-        "TF-IDF",
-        partial(labels.measure_classification_by_words, few),
-    )
 
 
 def diagnose(
@@ -312,15 +289,19 @@ def _names(model: str, against: list[str] | None) -> list[str]:
 
 
 def _show(
-    metrics: Sequence[str], scores: dict[str, list[Any]], differences: dict[str, list[Any]]
+    metrics: Sequence[str],
+    scores: Mapping[str, Mapping[str, Any]],
+    differences: Mapping[str, Mapping[str, Any]],
+    title: str,
 ) -> None:
-    """Figures of each model, and by how much the first one leads the others."""
+    """Figures of each model, and how they differ from the first one's."""
     table = columns("model", *metrics)
     for name, row in scores.items():
-        table.add_row(name, *map(str, row))
+        table.add_row(name, *map(str, row.values()))
     results().print(table)
     if differences:
-        gains = columns(f"{next(iter(scores))} minus", *metrics)
+        gains = columns(title, *metrics)
         for name, row in differences.items():
-            gains.add_row(name, *(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in row))
+            shown = (f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in row.values())
+            gains.add_row(name, *shown)
         results().print(gains)

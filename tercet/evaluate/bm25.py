@@ -1,20 +1,27 @@
 """BM25, the baseline without a model: it ranks by the words that query and document share.
 
 A gain over it is what a trained embedder is worth. Words are lower-cased runs of word
-characters, with no stemming and no stop words, so that it serves any language alike.
+characters, with no stemming and no stop words, so that it serves any language alike; or the tokens
+of a model, to see what its sparse vectors have learned beyond counting these.
 """
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 
 from tercet.errors import MissingExtraError
+from tercet.nn.embedder import Embedder
+from tercet.nn.heads import SpecialIds
 from tercet.search.exact import Hits, largest
+from tercet.types import Role
+
+Split: TypeAlias = Callable[[Sequence[str], Role], list[list[str]]]
+"""The words of each of some texts, which have this role."""
 
 K1: Final = 0.9  # how soon a repeated word stops to add; Anserini's and BEIR's baseline
 B: Final = 0.4  # how far a long document is marked down
@@ -36,8 +43,28 @@ def words(text: str) -> list[str]:
     return [word for run in _WORD.findall(text.lower()) for word in _cut(run)]
 
 
+def by_words(texts: Sequence[str], role: Role) -> list[list[str]]:
+    """The words of each text, which do not depend on its role."""
+    return [words(text) for text in texts]
+
+
+def by_tokens_of(embedder: Embedder) -> Split:
+    """What an embedder reads of a text as its words: token ids, cut where it cuts the text.
+
+    Prompts are left out, and so are the ids that are never terms of sparse vectors.
+    """
+    tokenizer, settings = embedder.tokenizer, embedder.settings
+    special = SpecialIds.of(tokenizer.stock).never_terms
+
+    def split(texts: Sequence[str], role: Role) -> list[list[str]]:
+        rows = tokenizer(texts, settings.max_tokens(role)).ids
+        return [[str(number) for number in row[~np.isin(row, special)].tolist()] for row in rows]
+
+    return split
+
+
 def bm25_scores(
-    queries: Sequence[str], docs: Sequence[str]
+    queries: Sequence[str], docs: Sequence[str], split: Split = by_words
 ) -> Iterator[Float32[np.ndarray, "docs"]]:
     """For each query in turn, the score of every document: Lucene's BM25, k1 0.9, b 0.4.
 
@@ -51,18 +78,20 @@ def bm25_scores(
     except ImportError as error:
         raise MissingExtraError("BM25", "bm25") from error
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it speaks at the debug level
-    texts = [words(doc) for doc in docs]
+    texts = split(docs, "document")
     if not any(texts):  # bm25s divides by the mean length
         yield from (np.zeros(len(docs), np.float32) for _ in queries)
         return
     index = bm25s.BM25(k1=K1, b=B, method="lucene")
     index.index(texts, show_progress=False)
-    for query in queries:
-        known = [word for word in words(query) if word in index.vocab_dict]
+    for query in split(queries, "query"):
+        known = [word for word in query if word in index.vocab_dict]
         yield index.get_scores(known) if known else np.zeros(len(docs), np.float32)
 
 
-def bm25_top_k(queries: Sequence[str], docs: Sequence[str], k: int) -> Hits:
+def bm25_top_k(
+    queries: Sequence[str], docs: Sequence[str], k: int, split: Split = by_words
+) -> Hits:
     """The ``k`` best documents of each query; equal scores are ranked by lower row.
 
     Only documents that share a word with the query are listed: after them the row is -1, as in
@@ -74,7 +103,7 @@ def bm25_top_k(queries: Sequence[str], docs: Sequence[str], k: int) -> Hits:
     k = min(k, len(docs))
     scores = np.zeros((len(queries), k), np.float32)
     rows = np.zeros((len(queries), k), np.int64)
-    for query, row_scores in enumerate(bm25_scores(queries, docs)):
+    for query, row_scores in enumerate(bm25_scores(queries, docs, split)):
         best, places = largest(torch.from_numpy(row_scores)[None], k)
         scores[query], rows[query] = best.numpy(), places.numpy()
     return Hits(scores, np.where(scores > 0, rows, -1))

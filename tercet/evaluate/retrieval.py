@@ -148,9 +148,18 @@ def evaluate_retrieval(
     """
     assert len(query_vectors) == len(data.queries), "one vector for each query"
     assert len(doc_vectors) == len(data.documents), "one vector for each document"
-    depth = max(k for _, k in map(_parse_metric, names))
+    depth = max(map(depth_of, names))
     hits = top_k(query_vectors, doc_vectors, depth + exclude_same_id)
     return evaluate_hits(data, hits, names=names, exclude_same_id=exclude_same_id)
+
+
+def depth_of(metric: str) -> int:
+    """How many places of a ranking a metric looks at: 10 of ``ndcg@10``.
+
+    Raises:
+        RecipeError: for a metric that does not exist.
+    """
+    return _parse_metric(metric)[1]
 
 
 def evaluate_hits(

@@ -1,11 +1,27 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from tercet.errors import RecipeError
-from tercet.evaluate.embedders import dev_score, measure, measure_bm25
+from tercet.evaluate import embedders as module
+from tercet.evaluate import kinds as kinds_module
+from tercet.evaluate.bm25 import by_tokens_of
+from tercet.evaluate.embedders import (
+    dev_candidates,
+    dev_score,
+    measure,
+    measure_bm25,
+    measure_kinds,
+    tuned_weights,
+)
+from tercet.evaluate.kinds import evaluate_kinds
+from tercet.evaluate.ranked import kind_scores
 from tercet.evaluate.retrieval import RetrievalSet, evaluate_retrieval
 from tercet.nn.embedder import Embedder
 from tercet.types import Example
+from tercet.vectors import KINDS, Weights
 from tests.toy import SENTENCES
 
 PROMPTS = {"query": "a question about the moon: "}
@@ -76,3 +92,118 @@ def test_a_dev_score_takes_the_prompts_of_its_task_where_the_model_has_them(
 
 def test_bm25_needs_no_model(data):
     assert measure_bm25(data).mean("ndcg@10") > 0.9
+
+
+# --- several kinds of vectors -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_all_kinds(encoder_folder):
+    """A model with untrained heads that differ from token to token."""
+    embedder = Embedder.load(encoder_folder, kinds=KINDS, multi_dim=16)
+    assert embedder.heads.sparse is not None
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(embedder.heads.sparse.weight.shape, generator=generator)
+    embedder.heads.sparse.weight.data = weight / 30
+    embedder.heads.sparse.bias.data.fill_(0.3)
+    return embedder
+
+
+@pytest.mark.parametrize("letters", [1, 90, 10_000])
+@pytest.mark.parametrize("protocol", ["exact", "paper"])
+def test_a_corpus_encoded_in_blocks_is_measured_like_one_in_memory(
+    of_all_kinds, data, letters, protocol, monkeypatch
+):
+    monkeypatch.setattr(module, "_BLOCK_LETTERS", letters)
+    monkeypatch.setattr(kinds_module, "RERANKED", 5)
+    queries = of_all_kinds.encode_vectors(data.queries, "query")
+    documents = of_all_kinds.encode_vectors(data.documents, "document")
+    weights = Weights(0.5, 0.2, 1.0)
+    whole = evaluate_kinds(data, queries, documents, weights=weights, protocol=protocol)
+    found = measure_kinds(of_all_kinds, data, weights=weights, protocol=protocol)
+    assert (found.protocol, found.terms, found.weights) == (protocol, whole.terms, weights)
+    for name, result in whole.results.items():
+        np.testing.assert_array_equal(found.results[name].hits.rows, result.hits.rows)
+        np.testing.assert_allclose(found.results[name].hits.scores, result.hits.scores, atol=1e-5)
+
+
+def test_dense_alone_is_measured_as_ever(of_all_kinds, encoder_folder, data):
+    found = measure_kinds(of_all_kinds, data)
+    usual = measure(of_all_kinds, data).result
+    for metric, scores in usual.scores.items():
+        np.testing.assert_array_equal(found.results["dense"].scores[metric], scores)
+    assert list(measure_kinds(of_all_kinds, data, kinds=["dense", "multi"]).results) == [
+        *("dense", "multi", "dense+multi")
+    ]
+    with pytest.raises(RecipeError, match="makes no sparse vectors"):
+        measure_kinds(Embedder.load(encoder_folder), data, kinds=["sparse"])
+
+
+def test_weights_are_those_that_the_model_was_tuned_to(of_all_kinds, data, monkeypatch):
+    tuned = {"files": Weights(1.0, 0.0, 0.5), "": Weights(0.5, 0.5, 0.0)}
+    settings = replace(of_all_kinds.settings, weights=tuned)
+    assert tuned_weights(settings, ("lost", "files")) == tuned["files"]
+    assert tuned_weights(settings, ("lost",)) == tuned[""]
+    assert tuned_weights(of_all_kinds.settings, ("files",)) == Weights()
+    monkeypatch.setattr(of_all_kinds, "settings", settings)
+    assert measure_kinds(of_all_kinds, data).weights == tuned["files"]
+
+
+def test_candidates_of_a_dev_set_have_the_scores_of_every_kind(of_all_kinds, data):
+    found = dev_candidates(of_all_kinds, data, tasks=("files",), kinds=KINDS, depth=3)
+    queries = of_all_kinds.encode_vectors(data.queries, "query")
+    documents = of_all_kinds.encode_vectors(data.documents, "document")
+    true = kind_scores(queries, documents)
+    here = found.rows >= 0
+    wide = found.rows.clamp_min(0).expand(3, -1, -1)
+    torch.testing.assert_close(
+        found.parts[:, here], true.gather(2, wide)[:, here], atol=1e-5, rtol=0
+    )
+
+
+def test_the_dev_score_of_several_kinds_is_that_of_their_sum_and_names_each(of_all_kinds, data):
+    figures = dev_score(data)(of_all_kinds)
+    found = measure_kinds(of_all_kinds, data)
+    assert isinstance(figures, dict)
+    assert figures["dev_score"] == found.results["dense+sparse+multi"].mean("ndcg@10")
+    for kind in KINDS:
+        assert figures[f"dev_{kind}"] == found.results[kind].mean("ndcg@10")
+    assert figures["dev_document_terms"] == found.terms["document"].mean
+    assert figures["dev_query_empty"] == found.terms["query"].empty
+    assert found.terms["document"].mean > 3
+
+
+def test_a_sparse_head_that_dies_in_training_is_warned_of(encoder_folder, data, caplog):
+    """B18: the share of empty vectors rises from one evaluation to the next."""
+    embedder = Embedder.load(encoder_folder, kinds=("dense", "sparse"))
+    score = dev_score(data)
+    first = score(embedder)
+    assert isinstance(first, dict)
+    assert first["dev_document_empty"] == 0 and not caplog.messages
+    assert embedder.heads.sparse is not None
+    torch.nn.init.constant_(embedder.heads.sparse.bias, -1.0)
+    then = score(embedder)
+    assert isinstance(then, dict) and then["dev_document_empty"] == 1
+    risen = [line for line in caplog.messages if "has risen from 0.0 % to 100.0 %" in line]
+    assert len(risen) == 2, "of queries and of documents"
+
+
+def test_tokens_of_the_model_are_words_without_what_is_put_around_them(encoder_folder):
+    embedder = Embedder.load(encoder_folder, prompts={"query": "find: "}, query_tokens=5)
+    split = by_tokens_of(embedder)
+    tokenizer = embedder.tokenizer.stock
+    text = "play music from the command line"
+    ids = [str(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert split([text, ""], "document") == [ids, []]
+    assert split([text], "query") == [ids[:3]], "cut where the model cuts, with both special tokens"
+    unknown = tokenizer(f"{text} \u2603", add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id in unknown
+    assert split([f"{text} \u2603"], "document") == [ids]
+
+
+def test_bm25_by_tokens_finds_parts_of_words(encoder_folder):
+    embedder = Embedder.load(encoder_folder)
+    examples = [Example(t.split()[1].strip(",") + "s", (t,)) for t in SENTENCES]
+    tails = RetrievalSet.from_examples(examples)
+    by_tokens = measure_bm25(tails, by_tokens_of(embedder)).mean("ndcg@10")
+    assert measure_bm25(tails).mean("ndcg@10") == 0 < by_tokens

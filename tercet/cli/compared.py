@@ -1,0 +1,156 @@
+"""What the verb ``eval`` measures models on: a set of any sort, and what is asked of each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tercet.console import say
+from tercet.errors import RecipeError
+from tercet.vectors import Kind, Weights
+
+if TYPE_CHECKING:
+    from tercet.evaluate.kinds import KindsResult
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A set, and how models are measured on it."""
+
+    what: str  # it holds
+    metrics: Sequence[str]
+    measure: Callable[..., Mapping[str, Any]]  # by name: the model's, or those of its kinds
+    by_words: Callable[[], Mapping[str, Any]]
+    minus: Callable[[Any, Any, str, int], Any] = lambda it, other, metric, seed: it.minus(
+        other, metric, seed=seed
+    )
+    retrieval: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)  # by model: how its kinds were searched
+
+
+@dataclass(frozen=True, slots=True)
+class ByKinds:
+    """What a user wants of a model with several kinds of vectors; None: the usual."""
+
+    kinds: tuple[Kind, ...] | None = None
+    weights: Weights | None = None
+    protocol: Literal["exact", "paper", "reference"] | None = None
+
+
+def open_set(
+    data: Path, *, task: str | None, per_label: int | None, seed: int, by_kinds: ByKinds
+) -> Compared:
+    """The set of a file or folder, of whichever sort it is.
+
+    Raises:
+        DataError: when it is none.
+        RecipeError: when it is no retrieval set, and something is wanted of kinds of vectors.
+    """
+    from tercet.data.labelled import is_labelled_file
+    from tercet.data.similarity import is_similarity_file
+
+    similar = not data.is_dir() and is_similarity_file(data)
+    labelled = not similar and not data.is_dir() and is_labelled_file(data)
+    if (similar or labelled) and by_kinds != ByKinds():
+        raise RecipeError(
+            f"{data}: is no retrieval set, so --kinds, --weights and --protocol say nothing of it; "
+            "leave them out"
+        )
+    if similar:
+        return _similarity(data)
+    return _labels(data, per_label, seed) if labelled else _retrieval(data, task, by_kinds)
+
+
+def _retrieval(data: Path, task: str | None, wanted: ByKinds) -> Compared:
+    from tercet.evaluate.bm25 import Split, by_tokens_of
+    from tercet.evaluate.embedders import measure, measure_bm25, measure_kinds, tuned_weights
+    from tercet.evaluate.intervals import paired_difference
+    from tercet.evaluate.prompts import task_names
+    from tercet.evaluate.retrieval import METRICS, RetrievalSet
+
+    examined = RetrievalSet.from_beir(data) if data.is_dir() else RetrievalSet.from_examples(data)
+    splits: dict[str, Split] = {}
+    notes: dict[str, Any] = {}
+
+    def measured(name: str, embedder: Any, **how: Any) -> dict[str, Any]:
+        if embedder.kinds == ("dense",) and (wanted.kinds is None or notes):
+            return {name: measure(embedder, examined, progress=True, **how).result}
+        tasks = (task,) if task else task_names(data, examples=not data.is_dir())
+        found = measure_kinds(
+            embedder,
+            examined,
+            kinds=wanted.kinds,
+            weights=wanted.weights or tuned_weights(embedder.settings, tasks),
+            protocol=wanted.protocol,
+            progress=True,
+            **how,
+        )
+        notes[name] = _noted(name, found)
+        splits[f"BM25, tokens of {name}"] = by_tokens_of(embedder)
+        return {f"{name} {kind}": result for kind, result in found.results.items()}
+
+    def by_words() -> dict[str, Any]:
+        own = {name: measure_bm25(examined, split) for name, split in splits.items()}
+        return {"BM25": measure_bm25(examined), **own}
+
+    return Compared(
+        f"{len(examined.queries):,} queries, {len(examined.documents):,} documents",
+        METRICS,
+        measured,
+        by_words,
+        minus=lambda it, other, metric, seed: paired_difference(
+            it.scores[metric], other.scores[metric], seed=seed
+        ),
+        retrieval=True,
+        notes=notes,
+    )
+
+
+def _noted(name: str, found: "KindsResult") -> dict[str, Any]:
+    """How a model's kinds were searched and how many terms there are: said, and for the record."""
+    weights = ", ".join(f"{kind} {weight:g}" for kind, weight in asdict(found.weights).items())
+    say(f"{name}: {found.how()}; weights: {weights}")
+    for role, counts in found.terms.items():
+        say(f"{name}: {role} terms: {counts}")
+    return {"protocol": found.protocol, "weights": found.weights, "terms": dict(found.terms)}
+
+
+def _similarity(data: Path) -> Compared:
+    from tercet.data.similarity import SimilaritySet
+    from tercet.evaluate.similarity import METRICS, measure_overlap, measure_similarity
+
+    examined = SimilaritySet.from_file(data)
+    return Compared(
+        f"{len(examined.pairs):,} pairs of {len(examined.texts):,} texts",
+        METRICS,
+        lambda name, embedder, **how: {
+            name: measure_similarity(embedder, examined, progress=True, **how)
+        },
+        lambda: {"word overlap": measure_overlap(examined)},
+    )
+
+
+def _labels(data: Path, per_label: int | None, seed: int) -> Compared:
+    from tercet.evaluate import labels
+    from tercet.evaluate.label_sets import ClusteringSet, read_label_set
+
+    examined = read_label_set(data)
+    if isinstance(examined, ClusteringSet):
+        return Compared(
+            f"{len(examined.rows.texts):,} texts, {len(examined.labels):,} labels",
+            labels.CLUSTERING_METRICS,
+            lambda name, embedder, **how: {
+                name: labels.measure_clustering(embedder, examined, progress=True, **how)
+            },
+            lambda: {"TF-IDF": labels.measure_clustering_by_words(examined)},
+        )
+    few = examined.sampled(per_label, seed=seed)
+    return Compared(
+        f"{len(few.test.texts):,} texts, {len(few.labels):,} labels, learned from "
+        f"{len(few.train.texts):,}",
+        labels.METRICS,
+        lambda name, embedder, **how: {
+            name: labels.measure_classification(embedder, few, progress=True, **how)
+        },
+        lambda: {"TF-IDF": labels.measure_classification_by_words(few)},
+    )

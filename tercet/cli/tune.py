@@ -1,0 +1,96 @@
+"""The verb ``tune-weights``: how much each kind of vectors should count, found on a dev set."""
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from tercet import zoo
+from tercet.cli.loading import KindsOption, Precision, kinds_of, load
+from tercet.console import columns, results, say
+from tercet.errors import RecipeError
+from tercet.vectors import Weights
+
+_BY: Final = {
+    "usual": "nobody: no others rank better than the usual weights",
+    "grid": "the grid",
+    "logistic": "logistic regression",
+}
+
+
+def tune_weights(
+    model: Annotated[str, typer.Argument(help="Folder of a model with several kinds of vectors.")],
+    dev: Annotated[
+        Path, typer.Argument(help="Examples (.jsonl, .parquet), or a folder in BEIR's layout.")
+    ],
+    task: Annotated[
+        str | None,
+        typer.Option(help="Weights for this task, with its prompts; None: the usual weights."),
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep them in the model's folder.")] = False,
+    metric: Annotated[str, typer.Option(help="What to make large.")] = "ndcg@10",
+    kinds: KindsOption = None,
+    folds: Annotated[
+        int, typer.Option(min=2, help="Parts of the queries, each measured by the others' weights.")
+    ] = 5,
+    depth: Annotated[
+        int, typer.Option(min=1, help="Candidates of each query by each kind.")
+    ] = 1_000,
+    split: Annotated[str, typer.Option(help="Of a folder in BEIR's layout.")] = "dev",
+    precision: Precision = "float32",
+    seed: Annotated[int, typer.Option(help="Of the folds and the bootstrap.")] = 0,
+) -> None:
+    """Find the weights by which the sum of scores ranks best, and what they gain.
+
+    Each query is measured with weights that the other folds chose, so the gain holds for queries
+    that nobody has tuned on. With --save, search and eval take the weights from then on. Vectors
+    do not change.
+
+    Example: tercet tune-weights runs/mine/model dev.jsonl --save
+    """
+    from tercet.evaluate.embedders import dev_candidates
+    from tercet.evaluate.prompts import task_names
+    from tercet.evaluate.retrieval import RetrievalSet, depth_of
+    from tercet.evaluate.weights import require_settings, save_weights, tune
+
+    depth_of(metric)  # refuses an unknown one before the work
+    folder = zoo.resolve(model, say)
+    if save:
+        require_settings(folder)
+    beir = dev.is_dir()
+    data = RetrievalSet.from_beir(dev, split) if beir else RetrievalSet.from_examples(dev)
+    embedder = load(model, precision)
+    wanted = kinds_of(kinds) or embedder.kinds
+    if len(wanted) < 2:
+        raise RecipeError(
+            f"{model}: there are {', '.join(wanted)} vectors only, so there is nothing to weigh; "
+            "take a model with several kinds (tercet train bge-m3)"
+        )
+    names = (task,) if task else task_names(dev, examples=not beir)
+    found = dev_candidates(embedder, data, tasks=names, kinds=wanted, depth=depth, progress=True)
+    tuned = tune(data, found, metric=metric, folds=folds, seed=seed)
+    out = results()
+    out.print(f"{len(data.queries):,} queries, {len(data.documents):,} documents")
+    table = columns("weights", *wanted, f"{metric}, held out", "tuned minus these")
+    rows = {"tuned": tuned.weights, "usual": Weights().only(wanted)}
+    rows |= {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in wanted}
+    for name, weights in rows.items():
+        gain = tuned.gain(name, seed)
+        shown = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+        numbers = [f"{weights.of(kind):g}" for kind in wanted]
+        table.add_row(
+            name, *numbers, str(tuned.interval(name, seed)), "" if name == "tuned" else shown
+        )
+    out.print(table)
+    of_folds = "; ".join(",".join(f"{each.of(kind):g}" for kind in wanted) for each in tuned.folds)
+    say(f"weights that the folds were measured with: {of_folds}")
+    say(
+        f"chosen by {_BY[tuned.method]}; on the very queries that chose them: {tuned.fitted:.3f}, "
+        "which flatters them"
+    )
+    if save:
+        save_weights(folder, tuned.weights, task or "")
+        what = f"for the task {task!r}" if task else "as its usual ones"
+        out.print(f"{folder}: keeps these weights {what}", soft_wrap=True)
+    else:
+        say("nothing was saved; give --save to keep them with the model")
