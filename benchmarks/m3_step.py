@@ -70,7 +70,8 @@ class Case:
 FEW: Any = {"queries": 4, "group": 4, "tokens": 256}
 CASES = (
     Case(name="control: texts of one length", model="8,000", equal=True),
-    Case(name="vocabulary 8,000", model="8,000", target=8, queries=16),
+    Case(name="vocabulary 8,000, 8 queries", model="8,000", target=8),
+    Case(name="vocabulary 8,000, 16 queries", model="8,000", target=8, queries=16),
     Case(name="vocabulary 250,002", model="250,002", target=20, **FEW),
     Case(name="me5-small", model="me5-small", **FEW),
 )

@@ -183,7 +183,8 @@ def _rotated(
 ) -> Float[Tensor, "heads tokens width"]:
     """Turned by its place (RoFormer, arXiv 2104.09864), halves as pairs."""
     half = x.shape[-1] // 2
-    speeds = _ROTARY_BASE ** (-torch.arange(half, device=x.device) / half)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    speeds = _ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=wide) / half)
     angles = places[:, None] * speeds
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]

@@ -122,6 +122,11 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
             f"cls_every makes the vector of start tokens, and the pooling is {found.pooling}; set "
             'pooling to "first" as well, or leave cls_every out'
         )
+    if found.cls_every is not None and not found.pool_prompt:
+        raise RecipeError(
+            "cls_every makes the vector of start tokens, of prompts as of texts; set pool_prompt "
+            "to true, or leave cls_every out"
+        )
     return found
 
 

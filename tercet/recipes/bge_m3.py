@@ -85,6 +85,9 @@ def bge_m3(
     document_prompt: Annotated[str | None, "Put before every document."] = None,
     query_tokens: Annotated[int | None, "Longer queries are cut."] = None,
     document_tokens: Annotated[int | None, "Longer documents are cut."] = None,
+    positions: Annotated[
+        int | None, "Give an encoder room for texts of so many tokens; train it on such texts."
+    ] = None,
     retromae_tokens: Annotated[int, "Of a text in RetroMAE, and of a block of texts."] = 512,
     seed: Annotated[int, "Of batches, masks, dropout and new weights."] = 0,
 ) -> Recipe:
@@ -163,6 +166,7 @@ def bge_m3(
             cls_every=cls_every,
             freeze_backbone=train == "heads",
             freeze_embeddings=freeze_embeddings,
+            positions=positions,
             lora=None if lora_rank is None else Lora(rank=lora_rank, alpha=2 * lora_rank),
             prompts=given or None,
             query_tokens=query_tokens,

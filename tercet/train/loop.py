@@ -21,6 +21,7 @@ from tercet.errors import RecipeError, TrainingError
 from tercet.files import replacing_file, sole_writer
 from tercet.nn.chunked import Chunks, Losses
 from tercet.nn.embedder import Embedder, Settings
+from tercet.nn.positions import extend_positions
 from tercet.objectives.objective import TextBatch
 from tercet.progress import Advance, bar, notes
 from tercet.train import checkpoint, schedule
@@ -147,6 +148,10 @@ def build(model: Model) -> Embedder:
         keep_layers=model.keep_layers,
         **changes,
     )
+    if model.positions is not None:
+        extend_positions(embedder.backbone, model.positions)
+        longest = model.document_tokens or model.positions
+        embedder.settings = replace(embedder.settings, document_tokens=longest)
     if model.freeze_embeddings:
         embedder.backbone.freeze_embeddings()
     if model.freeze_backbone:

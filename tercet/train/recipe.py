@@ -54,10 +54,11 @@ class Model:
     multi_dim: int | None = None  # width of a token's vector
     cls_every: int | None = None  # the start token again before every so many tokens
     freeze_backbone: bool = False  # train the heads (and the layer) alone
+    positions: int | None = None  # of a longer table for longer texts, to be trained on such
 
     def __post_init__(self) -> None:
         at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
-        at_least(1, self, "keep_layers", "multi_dim", "cls_every")
+        at_least(1, self, "keep_layers", "multi_dim", "cls_every", "positions")
 
 
 RANKS_10_TO_210: Final = Mining(

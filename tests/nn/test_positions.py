@@ -110,6 +110,13 @@ def test_a_longer_table_is_trained():
     assert gradient[:250].any(1).all() and not gradient[250:].any()
 
 
+def test_a_frozen_table_stays_frozen():
+    backbone = backbone_of("bert")
+    backbone.model.requires_grad_(False)
+    extend_positions(backbone, 300)
+    assert not any(weight.requires_grad for weight in backbone.parameters())
+
+
 def test_a_table_without_positions_to_spare_or_none_at_all_is_refused():
     with pytest.raises(RecipeError, match="has room for 128 tokens already"):
         extend_positions(backbone_of("bert"), 128)

@@ -82,8 +82,8 @@ def inputs_of(embedder, work, x, places):
 def turned(x, place: int):
     """The pairs (i, i + half) of a head's coordinates as complex numbers, turned."""
     half = len(x) // 2
-    speeds = 10_000.0 ** (-torch.arange(half) / half)
-    z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half), place * speeds)
+    speeds = 10_000.0 ** (-torch.arange(half).double() / half)
+    z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half).double(), place * speeds)
     return torch.cat([z.real, z.imag])
 
 
@@ -156,7 +156,7 @@ def test_losses_and_gradients_are_those_of_the_formula(
     expected = gradients(embedder)
     assert set(found) == set(expected)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

@@ -144,3 +144,13 @@ def test_the_log_shows_every_loss(folder: Path, tmp_path: Path):
     row = next(row for row in read(tmp_path / "run/log.jsonl") if "loss" in row)
     names = {"dense", "sparse", "multi", "sum", "empty_sparse"}
     assert names | {f"{kind}_distilled" for kind in KINDS} <= set(row)
+
+
+def test_a_longer_table_of_positions_is_trained_and_kept(folder: Path, tmp_path: Path):
+    built = small(folder, stages="unified", positions=300)
+    examples = {"examples": data(folder)["examples"]}
+    before = Embedder.load(folder / "base").backbone.max_tokens
+    train(built, examples, tmp_path / "run", run=QUIET)
+    loaded = Embedder.load(tmp_path / "run/model")
+    assert before < 300 == loaded.backbone.max_tokens == loaded.settings.document_tokens
+    assert loaded.encode([" ".join(toy.SENTENCES * 5)]).shape == (1, loaded.dim)
