@@ -218,7 +218,7 @@ def dev_score(
 def _by_name(found: KindsResult) -> dict[str, float]:
     """The figures of a dev set, as a log has them."""
     figures = {"dev_score": found.results[found.total].mean("ndcg@10")}
-    figures |= {f"dev_{k}": r.mean("ndcg@10") for k, r in found.results.items() if "+" not in k}
+    figures |= {f"dev_{k}": r.mean("ndcg@10") for k, r in found.results.items()}
     for role, counts in found.terms.items():
         figures |= {f"dev_{role}_terms": counts.mean, f"dev_{role}_empty": counts.empty}
     return figures

@@ -64,7 +64,6 @@ NEEDLESS: Final[Mapping[str, str]] = {
     "cache_path": "data are not copied here",
     "cache_dir": "models have a place of their own",
     "logging_steps": "every step is logged here",
-    "knowledge_distillation": "scores in the rows are learned from wherever there are any",
     "same_dataset_within_batch": "say it of the data: tercet convert flagembedding",
     "small_threshold": "a flag of tercet convert flagembedding (--small)",
     "drop_threshold": "a flag of tercet convert flagembedding (--drop)",
@@ -183,7 +182,8 @@ def _of_losses(given: Given) -> list[str]:
     lesson = _value(given, "kd_loss_type")
     if lesson not in _LESSONS:
         raise RecipeError(f"no such kd_loss_type: {lesson}; it is one of {', '.join(_LESSONS)}")
-    found += ["--teacher", _LESSONS[lesson]]
+    if _is_on(given, "knowledge_distillation"):
+        found += ["--teacher", _LESSONS[lesson]]
     if not _is_on(given, "use_self_distill"):
         return [*found, "--no-self-distillation"]
     # Theirs begins after the step of this number, and counts from 0.

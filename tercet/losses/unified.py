@@ -23,7 +23,8 @@ from tercet.vectors import Kind, Vectors, Weights
 
 BLOCK_BYTES: Final = 64 << 20  # what the scores of one block may take
 Losses: TypeAlias = dict[str, Tensor]
-Lesson: TypeAlias = Literal["kl", "listwise"]
+Lesson: TypeAlias = Literal["none", "kl", "listwise"]
+"""How an outside teacher's scores are learned. Those of mining are none: cosines teach little."""
 
 
 @runtime_checkable
@@ -44,7 +45,8 @@ class Mixture:
     in_loss: Weights = field(default_factory=lambda: Weights(1.0, 0.1, 1.0))
     of_sum: float = 1.0  # of the loss of the sum itself; 0: only a teacher
     distilled: float = 1.0  # of self-distillation, beside the other losses; 0: none
-    lesson: Lesson = "kl"  # how scores of an outside teacher are learned, where there are any
+    in_lesson: Weights | None = None  # of self-distillation by kind; None: those of in_loss
+    lesson: Lesson = "none"  # how scores of an outside teacher are learned, where there are any
 
 
 def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
@@ -75,7 +77,8 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     Dense vectors come as they are and are scaled here; with ``dims`` their losses are means over
     prefixes of these lengths and the full one (Matryoshka). Terms and vectors of tokens come ready.
     ``teacher`` has an outside teacher's score of each document for the query that it came with, NaN
-    where there is none; "kl" adds its lesson to each InfoNCE, "listwise" takes their place.
+    where there is none; lesson "kl" adds to each InfoNCE, "listwise" takes their place, and "none"
+    leaves the scores alone.
 
     ``"loss"`` is minimised, the others are parts of it, unweighted. All of them are this process's
     share: means are over ``relation.positives`` and ``queries_of_all``, which count everybody's.
@@ -174,6 +177,10 @@ class _Sweep:
         self.of_hard = 1 / ((len(self.kinds) + several) * (1 + soft))
         self.of_soft = soft / (len(self.kinds) * (1 + soft))
         names = [*self.kinds, *(["sum"] if several else [])]
+        if self.mixture.lesson == "none":
+            self.teacher = None
+        taught = [] if self.teacher is None else [f"{name}_taught" for name in names]
+        names = [*([] if taught and self.mixture.lesson == "listwise" else names), *taught]
         names += [f"{kind}_distilled" for kind in self.kinds if soft]
         self.loss = self.left.tensors()[0].new_zeros(())
         self.parts = {name: self.loss.clone() for name in names}
@@ -227,16 +234,17 @@ class _Sweep:
     ) -> Tensor:
         """Learn from labels, or from an outside teacher's scores; the gradient by the logits."""
         slope, term = torch.zeros_like(logits), logits.new_zeros(())
-        lesson = self.mixture.lesson if block.teacher is not None else None
+        lesson = self.mixture.lesson if block.teacher is not None else "none"
         if lesson != "listwise":
             total, by_logits = loss_and_gradient(logits.clone(), block.pairs)
             term, slope = total / self.pairs, by_logits / self.pairs
-        if block.teacher is not None:
+            self.parts[name] += term * part
+        if block.teacher is not None and lesson != "none":
             learn = group_distillation if lesson == "kl" else listwise
             total, by_logits = learn(logits, block.teacher, block.candidates)
             term, slope = term + total / self.queries, slope + by_logits / self.queries
+            self.parts[f"{name}_taught"] += total / self.queries * part
         weight = self.mixture.of_sum if name == "sum" else self.mixture.in_loss.of(name)
-        self.parts[name] += term * part
         self.loss += term * (part * weight * self.of_hard)
         return slope * (part * weight * self.of_hard)
 
@@ -250,7 +258,7 @@ class _Sweep:
         """Each kind learns the softmax of the sum, which is a constant here."""
         for kind in self.kinds:
             part = 1 / len(logits[kind])
-            weight = self.mixture.in_loss.of(kind) * part * self.of_soft
+            weight = (self.mixture.in_lesson or self.mixture.in_loss).of(kind) * part * self.of_soft
             for x, slope in zip(logits[kind], slopes[kind], strict=True):
                 known = x.masked_fill(block.hidden, -inf).log_softmax(1)
                 term = -(target * known.masked_fill(block.hidden, 0)).sum() / self.queries

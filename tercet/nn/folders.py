@@ -21,6 +21,7 @@ from tercet.nn.layer import save_layer
 from tercet.nn.settings import (
     FILE,
     VERSION,
+    Settings,
     as_st_folder,
     changed,
     known_settings,
@@ -29,6 +30,7 @@ from tercet.nn.settings import (
     with_heads,
     with_layer,
 )
+from tercet.vectors import Kind
 
 log = logging.getLogger("tercet")
 
@@ -48,6 +50,15 @@ def load(source: str | Path, how: Mapping[str, Any], changes: Mapping[str, Any])
     if adapted:
         merge_adapter(backbone, folder)
     settings = changed(known, changes)
+    for name in ("query_tokens", "document_tokens"):
+        if changes.get(name, 0) > backbone.max_tokens:
+            log.warning(
+                "%s: %s is %d, and the model has room for %d tokens; texts are cut to that",
+                source,
+                name,
+                changes[name],
+                backbone.max_tokens,
+            )
     settings, layer = with_layer(folder, settings, changes, backbone.hidden, how["dtype"])
     settings, heads = with_heads(folder, known, settings, backbone.hidden)
     tokenizer = load_tokenizer(folder if adapted else place)
@@ -57,6 +68,15 @@ def load(source: str | Path, how: Mapping[str, Any], changes: Mapping[str, Any])
     if adapted:
         probe(backbone)
     return embedder
+
+
+def known_kinds(source: str | Path) -> tuple[Kind, ...]:
+    """The kinds of vectors that a model makes, told by its folder's settings alone."""
+    folder = Path(zoo.resolve(str(source)))
+    if is_nv_embed(folder):
+        return Settings.kinds
+    saved = read_settings(folder) if folder.is_dir() else None
+    return (known_settings(source, folder) if saved is None else saved["settings"]).kinds
 
 
 def _load_nv_embed(

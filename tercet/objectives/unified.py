@@ -36,7 +36,8 @@ class Unified:
     of_sum: float = 1.0
     distilled: float = 1.0
     distil_after: int = 0
-    lesson: Lesson = "kl"  # how a teacher's scores are learned, where examples bring them
+    in_lesson: Weights | None = None
+    lesson: Lesson = "none"  # how a reranker's scores are learned, where examples bring them
     dims: tuple[int, ...] = ()  # shorter dense vectors that are trained as well (Matryoshka)
 
     def __post_init__(self) -> None:
@@ -44,7 +45,8 @@ class Unified:
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise RecipeError(f"kinds are {list(self.kinds)}; give one or more, each once")
         shares = [self.of_sum, self.distilled, self.distil_after]
-        shares += [each.of(kind) for each in (self.in_sum, self.in_loss) for kind in KINDS]
+        weights = (self.in_sum, self.in_loss, self.in_lesson or self.in_loss)
+        shares += [each.of(kind) for each in weights for kind in KINDS]
         if min(shares) < 0:
             raise RecipeError(f"a weight of {self} is below 0; give 0 or more")
         if not any(self.in_loss.of(kind) for kind in self.kinds) and not self.of_sum:
@@ -81,6 +83,7 @@ class Unified:
             in_loss=self.in_loss,
             of_sum=self.of_sum,
             distilled=self.distilled if step >= self.distil_after else 0.0,
+            in_lesson=self.in_lesson,
             lesson=self.lesson,
         )
         losses = unified_loss(
@@ -90,7 +93,7 @@ class Unified:
             mixture,
             queries_of_all=int(gather_ints(torch.tensor([batch.queries])).sum()),
             dims=self.dims,
-            teacher=_of_all(batch.teacher, len(docs)),
+            teacher=None if self.lesson == "none" else _of_all(batch.teacher, len(docs)),
         )
         return {**losses, **_empty(docs, batch)}
 

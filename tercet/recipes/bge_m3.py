@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.shuffling import CutName
 from tercet.errors import RecipeError
+from tercet.losses.unified import Lesson
 from tercet.nn.backbone import Attention
 from tercet.nn.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
@@ -48,15 +49,20 @@ def bge_m3(
     ] = "seen",
     temperature: Annotated[float, "Of the softmax over documents."] = 0.02,
     negatives: Annotated[int, "Mined negatives of a query, at most."] = 7,
+    sum_weights: Annotated[str, "Of dense, sparse and multi scores in their sum."] = "1,0.3,1",
     self_distillation: Annotated[bool, "Let the sum of the scores teach each kind."] = True,
+    lesson_weights: Annotated[
+        str | None, "Of what it teaches dense, sparse and multi; None: those of the losses."
+    ] = None,
     distil_after: Annotated[int, "Optimizer steps of the stage unified before that."] = 0,
     dense_loss: Annotated[float, "Weight of the dense loss; 0 leaves it out."] = 1.0,
     sparse_loss: Annotated[float, "Weight of the sparse loss."] = 0.1,
     multi_loss: Annotated[float, "Weight of the multi-vector loss."] = 1.0,
     sum_loss: Annotated[float, "Weight of the loss of the sum."] = 1.0,
     teacher: Annotated[
-        Literal["kl", "listwise"], "How scores of a reranker are learned, where examples have any."
-    ] = "kl",
+        Lesson,
+        "Learn the scores that examples bring, if they are a reranker's; not mining's cosines.",
+    ] = "none",
     dims: Annotated[
         list[int] | None, "A shorter dense width to train too; may be repeated."
     ] = None,
@@ -78,6 +84,7 @@ def bge_m3(
         int | None, "The start token again before every so many tokens (MCLS; with first)."
     ] = None,
     attention: Annotated[Attention | None, "Turn a decoder both ways; None: as it is."] = None,
+    patience: Annotated[int | None, "Stop after so many evaluations without a better one."] = None,
     train: Annotated[Train, "In the stage unified: every weight, or the new heads alone."] = "all",
     freeze_embeddings: Annotated[bool, "Leave the token table as it is."] = False,
     lora_rank: Annotated[int | None, "Train low-rank updates of this rank instead of all."] = None,
@@ -129,7 +136,9 @@ def bge_m3(
             objective=Unified(
                 kinds=trained,
                 temperature=temperature,
+                in_sum=_weights_of(sum_weights),
                 in_loss=Weights(dense_loss, sparse_loss, multi_loss),
+                in_lesson=None if lesson_weights is None else _weights_of(lesson_weights),
                 of_sum=sum_loss,
                 distilled=1.0 if self_distillation else 0.0,
                 distil_after=distil_after,
@@ -143,6 +152,7 @@ def bge_m3(
             learning_rate=learning_rate,
             warmup=WARMUP,
             refresh=None if refresh_steps is None else Refresh(every=refresh_steps),
+            patience=patience,
             **lengths,
             **shuffles,
         ),
@@ -191,3 +201,13 @@ def _kinds_of(named: str) -> tuple[Kind, ...]:
     if unknown or not asked or len(set(asked)) < len(asked):
         raise RecipeError(f"kinds are {named!r}; choose from {', '.join(KINDS)}, each once")
     return tuple(kind for kind in KINDS if kind in asked)
+
+
+def _weights_of(named: str) -> Weights:
+    try:
+        dense, sparse, multi = (float(part) for part in named.split(","))
+    except ValueError as error:
+        raise RecipeError(
+            f"weights are {named!r}; give three numbers, for dense, sparse and multi: 1,0.3,1"
+        ) from error
+    return Weights(dense, sparse, multi)

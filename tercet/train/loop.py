@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, astuple, replace
 from functools import cached_property
@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from tercet import distributed
 from tercet.data.collate import Collator, PromptOf
 from tercet.data.sampler import BatchRows, Sampler
-from tercet.data.sources import Source
 from tercet.errors import RecipeError, TrainingError
 from tercet.files import replacing_file, sole_writer
 from tercet.nn.chunked import Chunks, Losses
 from tercet.nn.embedder import Embedder, Settings
-from tercet.nn.positions import extend_positions
 from tercet.objectives.objective import TextBatch
 from tercet.progress import Advance, bar, notes
 from tercet.train import checkpoint, schedule
 from tercet.train.batches import groups_of, sampler_of
+from tercet.train.building import build, with_prompts_of
 from tercet.train.job import (
     CHECKPOINT,
     Data,
@@ -39,7 +38,7 @@ from tercet.train.job import (
 from tercet.train.lengths import Groups
 from tercet.train.log import Log
 from tercet.train.memory import Room, graph_bytes, memory_for
-from tercet.train.recipe import Model, Recipe, Stage
+from tercet.train.recipe import Recipe, Stage
 from tercet.train.refresh import Refresher
 from tercet.train.run import Run
 from tercet.types import Role
@@ -122,60 +121,6 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
                 embedder.save(out / "model")
         distributed.barrier()
     return embedder.eval()
-
-
-def build(model: Model) -> Embedder:
-    """The embedder that a recipe starts from."""
-    wanted = {
-        "pooling": model.pooling,
-        "prompts": model.prompts,
-        "pool_prompt": model.pool_prompt,
-        "append_end": model.append_end,
-        "layer": model.layer,
-        "query_tokens": model.query_tokens,
-        "document_tokens": model.document_tokens,
-        "kinds": model.kinds,
-        "multi_dim": model.multi_dim,
-        "cls_every": model.cls_every,
-    }
-    changes = {name: value for name, value in wanted.items() if value is not None}
-    if model.layer == "none":
-        changes["layer"] = None
-    embedder = Embedder.load(
-        model.base,
-        attention=model.attention,
-        window=model.window,
-        keep_layers=model.keep_layers,
-        **changes,
-    )
-    if model.positions is not None:
-        extend_positions(embedder.backbone, model.positions)
-        longest = model.document_tokens or model.positions
-        embedder.settings = replace(embedder.settings, document_tokens=longest)
-    if model.freeze_embeddings:
-        embedder.backbone.freeze_embeddings()
-    if model.freeze_backbone:
-        embedder.backbone.requires_grad_(False)
-    return embedder
-
-
-def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> Settings:
-    """The settings with the prompts that the examples of all stages bring, by task.
-
-    Where the model has no prompt of its own, those of the very first source become its usual ones,
-    if that brings any: a model is used with the prompts that it was trained with, unless somebody
-    says otherwise. The first prompt of a task and role counts, and any before an empty one.
-    """
-    brought: dict[str, dict[str, str]] = {}
-    for source in (source for of_stage in sources for source in of_stage):
-        for task, prompts in source.prompts.items():
-            known = brought.setdefault(task, {})
-            known.update({role: text for role, text in prompts.items() if not known.get(role)})
-    first = next((source for of_stage in sources for source in of_stage), None)
-    usual = settings.prompts
-    if first is not None and first.prompts and not any(usual.values()):
-        usual = brought[next(iter(first.prompts))]
-    return replace(settings, prompts=usual, task_prompts={**settings.task_prompts, **brought})
 
 
 class _Trainer:

@@ -25,7 +25,8 @@ cmd="torchrun --nproc_per_node 2 \
 training_args="\
     --output_dir ./out --learning_rate 1e-5 --bf16 --num_train_epochs 3 \
     --per_device_train_batch_size 4 --gradient_accumulation_steps 3 \
-    --temperature 0.01 --kd_loss_type m3_kd_loss --unified_finetuning True \
+    --temperature 0.01 --kd_loss_type m3_kd_loss --knowledge_distillation True \
+    --unified_finetuning True \
     --use_self_distill True --self_distill_start_step 99 --fix_position_embedding True \
 "
 eval $cmd
@@ -94,7 +95,7 @@ def test_what_has_no_counterpart_is_told():
     [
         ("", {"kinds": "dense", "stages": "unified", "learning-rate": "5e-5", "negatives": "7"}),
         ("--unified_finetuning", {"kinds": "dense,sparse,multi", "no-self-distillation": ""}),
-        ("--unified_finetuning --use_self_distill", {"distil-after": "0", "teacher": "kl"}),
+        ("--unified_finetuning --use_self_distill", {"distil-after": "0"}),
         ("--sentence_pooling_method=last_token", {"pooling": "last", "query-tokens": "32"}),
         ("--use_mrl True --mrl_dims 64 128", {"dims": "64 128"}),
         ("--fix_encoder True", {"train": "heads"}),

@@ -103,7 +103,8 @@ def slow_loss(
     together = torch.stack([mixture.in_sum.of(k) * logits[k] for k in kinds]).sum(0)
     hard.append(mixture.of_sum * slow_info_nce(together, relation))
     first = torch.stack(hard).sum() / len(hard)
-    soft = [mixture.in_loss.of(k) * slow_distillation(together, logits[k], relation) for k in kinds]
+    taught = mixture.in_lesson or mixture.in_loss
+    soft = [taught.of(k) * slow_distillation(together, logits[k], relation) for k in kinds]
     second = torch.stack(soft).sum() / len(soft)
     return (first + mixture.distilled * second) / (1 + mixture.distilled)
 
@@ -147,6 +148,7 @@ def test_b1_loss_and_gradients_are_those_of_the_equations(
         Mixture(temperature=0.1, of_sum=0.0),
         Mixture(temperature=0.1, distilled=3.0, in_sum=Weights(0.5, 2.0, 0.1)),
         Mixture(temperature=0.1, in_loss=Weights(0.0, 1.0, 0.0), of_sum=0.0),
+        Mixture(temperature=0.1, in_lesson=Weights(0.0, 3.0, 0.5)),
     ],
 )
 def test_every_part_has_a_weight_of_its_own(mixture: Mixture):
@@ -225,16 +227,19 @@ def test_a_row_without_candidates_or_positives_counts_for_nothing():
         assert tensor.grad is None or not tensor.grad.any()
 
 
+@pytest.mark.parametrize("lesson", ["none", "kl", "listwise"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_b9_half_precision_is_scored_in_float32(dtype: torch.dtype):
+def test_b9_half_precision_is_scored_in_float32(dtype: torch.dtype, lesson: Lesson):
     """A score of 1 over a temperature of 0.02 is 50, and e^50 no number of float16."""
     relation = examples()
     queries, docs = made(SIX, seed=1), made(len(relation.owners), seed=2)
     low = [side.with_tensors([t.to(dtype) for t in side.tensors()]) for side in (queries, docs)]
     sides = [leaves(side) for side in low]
-    found = unified_loss(*sides, relation, Mixture(), queries_of_all=SIX)["loss"]
+    mixture, teacher = Mixture(lesson=lesson), torch.linspace(-1, 1, len(docs))
+    how = {"queries_of_all": SIX, "teacher": teacher}
+    found = unified_loss(*sides, relation, mixture, **how)["loss"]
     wide = [leaves(side.with_tensors([t.double() for t in side.tensors()])) for side in low]
-    expected = unified_loss(*wide, relation, Mixture(), queries_of_all=SIX)["loss"]
+    expected = unified_loss(*wide, relation, mixture, **how)["loss"]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
     found.backward()

@@ -1,5 +1,7 @@
 """Sparse and multi vectors from the states of tokens (BGE-M3)."""
 
+import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -249,3 +251,38 @@ def test_b11_start_tokens_inside_of_texts_make_the_dense_vector(folder: Path):
     torch.testing.assert_close(F.normalize(starts.mean(0), dim=0), ours.dense[0], rtol=0, atol=1e-5)
     with pytest.raises(RecipeError, match="cls_every makes the vector of start tokens"):
         Embedder.load(folder, pooling="mean", cls_every=4)
+
+
+def test_b19_the_padding_side_of_the_tokenizer_changes_nothing(folder: Path, tmp_path: Path):
+    made = []
+    for side in ("left", "right"):
+        copy = Path(shutil.copytree(folder, tmp_path / side))
+        path = copy / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": side}))
+        made.append(Embedder.load(copy).encode_vectors(toy.SENTENCES))
+    for ours, theirs in zip(made[0].tensors(), made[1].tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_b14_an_error_while_encoding_is_raised_at_once(folder: Path, monkeypatch):
+    embedder, calls = Embedder.load(folder), []
+
+    def broken(texts: Packed) -> torch.Tensor:
+        calls.append(texts)
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(embedder, "states", broken)
+    with pytest.raises(RuntimeError, match="boom"):
+        embedder.encode_vectors(["a", "b"])
+    assert len(calls) == 1
+
+
+def test_b10_texts_that_are_too_long_are_cut_with_a_warning(folder: Path, caplog):
+    embedder = Embedder.load(folder, document_tokens=8)
+    caplog.set_level(logging.WARNING, "tercet")
+    long = " ".join(toy.SENTENCES)
+    found = embedder.encode_vectors([long, "chess"])
+    assert "1 of 2 document texts were cut to 8 tokens" in caplog.text
+    assert found.multi is not None and int(found.multi.offsets[1]) <= 8
+    Embedder.load(folder, document_tokens=100_000)
+    assert "document_tokens is 100000, and the model has room for" in caplog.text

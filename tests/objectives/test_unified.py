@@ -134,7 +134,7 @@ def test_b8_the_start_of_distillation_survives_a_kill(folder: Path, tmp_path: Pa
 
     calls = 0
     built = recipe(folder, distil_after=3)
-    run = replace(QUIET, save_steps=1, eval_steps=1)
+    run = replace(QUIET, save_steps=1, eval_steps=1, chunk_tokens=16)  # several chunks a step
     whole = train(built, data(folder), tmp_path / "whole", run=run, score=lambda e: 0.0)
     with pytest.raises(Killed):
         train(built, data(folder), tmp_path / "killed", run=run, score=dying)
@@ -178,8 +178,40 @@ def test_scores_of_a_reranker_are_learned(folder: Path, tmp_path: Path, lesson: 
     with_scores = train(built, data(folder, "scored"), tmp_path / "scored", run=QUIET)
     without = train(built, data(folder), tmp_path / "plain", run=QUIET)
     assert with_scores.fingerprint() != without.fingerprint()
-    rows = [row["sum"] for row in read(tmp_path / "scored/log.jsonl") if "loss" in row]
-    assert rows[-1] < rows[0]
+    rows = [row for row in read(tmp_path / "scored/log.jsonl") if "loss" in row]
+    assert all(row["sum_taught"] > 0 and ("sum" in row) == (lesson == "kl") for row in rows)
+
+
+def test_scores_that_mining_left_in_the_rows_teach_nothing_unasked(folder: Path, tmp_path: Path):
+    """They are cosines, whose softmax is nearly flat: it would hold positives back."""
+    scored = train(recipe(folder), data(folder, "scored"), tmp_path / "scored", run=QUIET)
+    plain = train(recipe(folder), data(folder), tmp_path / "plain", run=QUIET)
+    assert scored.fingerprint() == plain.fingerprint()
+
+
+def test_heads_that_a_stage_does_not_train_are_kept_as_they_are(folder: Path, tmp_path: Path):
+    first = train(recipe(folder), data(folder), tmp_path / "first", run=QUIET)
+    more = recipe(folder, kinds="dense,sparse")
+    more = replace(more, model=replace(more.model, base=str(tmp_path / "first/model")))
+    second = train(more, data(folder), tmp_path / "second", run=QUIET)
+    assert Embedder.load(tmp_path / "second/model").kinds == KINDS
+    assert first.heads.multi is not None and second.heads.multi is not None
+    assert torch.equal(first.heads.multi.weight, second.heads.multi.weight)
+    assert first.heads.sparse is not None and second.heads.sparse is not None
+    assert not torch.equal(first.heads.sparse.weight, second.heads.sparse.weight)
+
+
+def test_longer_texts_than_there_are_positions_are_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"document_tokens is 9000, and .* has room for"):
+        wrong = recipe(folder, document_tokens=9_000)
+        train(wrong, data(folder), tmp_path / "run", run=QUIET)
+
+
+def test_lora_trains_the_heads_too(folder: Path, tmp_path: Path):
+    train(recipe(folder, lora_rank=2), data(folder), tmp_path / "run", run=QUIET)
+    loaded = Embedder.load(tmp_path / "run/model")
+    assert loaded.kinds == KINDS and loaded.heads.sparse is not None
+    assert loaded.heads.sparse.weight.any()
 
 
 def test_stages_make_the_kinds_that_were_trained_by_then(folder: Path, tmp_path: Path):

@@ -1,0 +1,85 @@
+"""The embedder that a training begins with."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tercet.data.sources import Source
+from tercet.errors import RecipeError
+from tercet.nn.embedder import Embedder, Settings
+from tercet.nn.folders import known_kinds
+from tercet.nn.positions import extend_positions
+from tercet.train.recipe import Model
+from tercet.vectors import KINDS, Kind
+
+
+def build(model: Model) -> Embedder:
+    """The embedder that a recipe starts from."""
+    wanted = {
+        "pooling": model.pooling,
+        "prompts": model.prompts,
+        "pool_prompt": model.pool_prompt,
+        "append_end": model.append_end,
+        "layer": model.layer,
+        "query_tokens": model.query_tokens,
+        "document_tokens": model.document_tokens,
+        "kinds": model.kinds and _with_known(model.kinds, known_kinds(model.base)),
+        "multi_dim": model.multi_dim,
+        "cls_every": model.cls_every,
+    }
+    changes = {name: value for name, value in wanted.items() if value is not None}
+    if model.layer == "none":
+        changes["layer"] = None
+    embedder = Embedder.load(
+        model.base,
+        attention=model.attention,
+        window=model.window,
+        keep_layers=model.keep_layers,
+        **changes,
+    )
+    if model.positions is not None:
+        extend_positions(embedder.backbone, model.positions)
+        longest = model.document_tokens or model.positions
+        queries = model.query_tokens or embedder.settings.query_tokens
+        embedder.settings = replace(
+            embedder.settings, document_tokens=longest, query_tokens=queries
+        )
+    _require_room(model, embedder.backbone.max_tokens)
+    if model.freeze_embeddings:
+        embedder.backbone.freeze_embeddings()
+    if model.freeze_backbone:
+        embedder.backbone.requires_grad_(False)
+    return embedder
+
+
+def _with_known(wanted: Sequence[Kind], known: Sequence[Kind]) -> tuple[Kind, ...]:
+    """The kinds to make: a head that the base has is kept, trained or not."""
+    return tuple(kind for kind in KINDS if kind in {*wanted, *known})
+
+
+def _require_room(model: Model, places: int) -> None:
+    for name in ("query_tokens", "document_tokens"):
+        asked = getattr(model, name)
+        if asked is not None and asked > places:
+            raise RecipeError(
+                f"{name} is {asked}, and {model.base} has room for {places}; give at most that, or "
+                "a longer table of positions, where the recipe has one"
+            )
+
+
+def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> Settings:
+    """The settings with the prompts that the examples of all stages bring, by task.
+
+    Where the model has no prompt of its own, those of the very first source become its usual ones,
+    if that brings any: a model is used with the prompts that it was trained with, unless somebody
+    says otherwise. The first prompt of a task and role counts, and any before an empty one.
+    """
+    brought: dict[str, dict[str, str]] = {}
+    for source in (source for of_stage in sources for source in of_stage):
+        for task, prompts in source.prompts.items():
+            known = brought.setdefault(task, {})
+            known.update({role: text for role, text in prompts.items() if not known.get(role)})
+    first = next((source for of_stage in sources for source in of_stage), None)
+    usual = settings.prompts
+    if first is not None and first.prompts and not any(usual.values()):
+        usual = brought[next(iter(first.prompts))]
+    return replace(settings, prompts=usual, task_prompts={**settings.task_prompts, **brought})
