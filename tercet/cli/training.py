@@ -89,6 +89,7 @@ EXAMPLES: Final = Reads(
     flag="data",
     help="Examples, .jsonl or .parquet, for every stage that has no data of its own; may be "
     "repeated. FILE:2 weighs.",
+    needed=False,
 )
 MORE_PAIRS: Final = Reads(
     mixture="pairs", flag="pairs", help="Examples for the stage supervised.", needed=False

@@ -77,8 +77,8 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     Dense vectors come as they are and are scaled here; with ``dims`` their losses are means over
     prefixes of these lengths and the full one (Matryoshka). Terms and vectors of tokens come ready.
     ``teacher`` has an outside teacher's score of each document for the query that it came with, NaN
-    where there is none; lesson "kl" adds to each InfoNCE, "listwise" takes their place, and "none"
-    leaves the scores alone.
+    where there is none; lesson "kl" adds to each InfoNCE, "listwise" takes the place of those of
+    queries with a scored document, and "none" leaves the scores alone.
 
     ``"loss"`` is minimised, the others are parts of it, unweighted. All of them are this process's
     share: means are over ``relation.positives`` and ``queries_of_all``, which count everybody's.
@@ -180,7 +180,7 @@ class _Sweep:
         if self.mixture.lesson == "none":
             self.teacher = None
         taught = [] if self.teacher is None else [f"{name}_taught" for name in names]
-        names = [*([] if taught and self.mixture.lesson == "listwise" else names), *taught]
+        names += taught
         names += [f"{kind}_distilled" for kind in self.kinds if soft]
         self.loss = self.left.tensors()[0].new_zeros(())
         self.parts = {name: self.loss.clone() for name in names}
@@ -233,14 +233,11 @@ class _Sweep:
         self, name: Kind | Literal["sum"], logits: Tensor, block: "_Block", part: float
     ) -> Tensor:
         """Learn from labels, or from an outside teacher's scores; the gradient by the logits."""
-        slope, term = torch.zeros_like(logits), logits.new_zeros(())
-        lesson = self.mixture.lesson if block.teacher is not None else "none"
-        if lesson != "listwise":
-            total, by_logits = loss_and_gradient(logits.clone(), block.pairs)
-            term, slope = total / self.pairs, by_logits / self.pairs
-            self.parts[name] += term * part
-        if block.teacher is not None and lesson != "none":
-            learn = group_distillation if lesson == "kl" else listwise
+        total, by_logits = loss_and_gradient(logits.clone(), block.pairs)
+        term, slope = total / self.pairs, by_logits / self.pairs
+        self.parts[name] += term * part
+        if block.teacher is not None:
+            learn = group_distillation if self.mixture.lesson == "kl" else listwise
             total, by_logits = learn(logits, block.teacher, block.candidates)
             term, slope = term + total / self.queries, slope + by_logits / self.queries
             self.parts[f"{name}_taught"] += total / self.queries * part
@@ -271,19 +268,22 @@ class _Sweep:
         relation = self.relation.rows(start, stop, device)
         candidates = relation != IGNORED
         asked = candidates.any(1, keepdim=True)
-        taught = None
+        pairs, taught = Pairs.of(relation), None
         if self.teacher is not None:
             row, column = self.relation.group(start, stop)
             taught = torch.full_like(relation, torch.nan, dtype=self.loss.dtype)
             taught[row.to(device), column.to(device)] = self.teacher[column].to(taught)
-        return _Block(Pairs.of(relation), candidates, ~candidates & asked, asked, taught)
+            if self.mixture.lesson == "listwise":
+                judged = (~taught.isnan() & candidates).any(1)[pairs.row]
+                pairs = Pairs(pairs.row[~judged], pairs.column[~judged], pairs.hidden)
+        return _Block(pairs, candidates, ~candidates & asked, asked, taught)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
     """What the documents are to the queries of a block."""
 
-    pairs: Pairs
+    pairs: Pairs  # that are learned by InfoNCE
     candidates: Bool[Tensor, "rows docs"]  # positives and negatives
     hidden: Bool[Tensor, "rows docs"]  # the others; none in a row without candidates
     asked: Bool[Tensor, "rows 1"]  # which rows have candidates

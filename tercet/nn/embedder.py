@@ -410,6 +410,8 @@ class Embedder(nn.Module):
         Reads the two ends of each weight only, so that it costs nothing for large models.
         """
         usual, settings = Settings(), asdict(self.settings)
+        if "multi" not in self.kinds:  # a head that is still to be trained makes no vectors
+            settings["multi_dim"] = None
         for name in (*_LATER, *_NOT_IN_VECTORS):
             if name in _NOT_IN_VECTORS or settings[name] == getattr(usual, name):
                 del settings[name]
@@ -417,7 +419,11 @@ class Embedder(nn.Module):
         weights = self.backbone.model.state_dict()
         if self.layer is not None:
             weights |= {f"layer.{name}": weight for name, weight in self.layer.state_dict().items()}
-        weights |= {f"heads.{name}": weight for name, weight in self.heads.state_dict().items()}
+        weights |= {
+            f"heads.{name}": weight
+            for name, weight in self.heads.state_dict().items()
+            if name.split(".")[0] in self.kinds
+        }
         for name, weight in weights.items():
             flat = weight.detach().flatten()
             ends = torch.cat([flat[:256], flat[-256:]]).float().cpu()

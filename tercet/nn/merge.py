@@ -14,7 +14,7 @@ from tercet.interop.llm2vec import Llm2Vec, adapter_folder, read_llm2vec
 from tercet.nn.adapters import merge_adapter
 from tercet.nn.backbone import Attention, Backbone, probe
 from tercet.nn.embedder import Embedder
-from tercet.nn.settings import FILE, Settings, read_settings, with_layer
+from tercet.nn.settings import FILE, Settings, read_settings, with_heads, with_layer
 
 Compat: TypeAlias = Literal["llm2vec"]
 
@@ -60,7 +60,9 @@ def load_adapters(
     backbone.to(dtype).eval()
     probe(backbone)
     settings, layer = with_layer(folders[-1], settings, {}, backbone.hidden, dtype)
-    embedder = Embedder(backbone, load_tokenizer(tokenizer or zoo.resolve(place)), settings, layer)
+    settings, heads = with_heads(folders[-1], settings, settings, backbone.hidden)
+    stock = load_tokenizer(tokenizer or zoo.resolve(place))
+    embedder = Embedder(backbone, stock, settings, layer, heads)
     embedder.about = lineage(place, adapters)
     return embedder
 

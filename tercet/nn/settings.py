@@ -321,6 +321,13 @@ def with_heads(
         if old is not None and old.weight.shape == getattr(heads, kind).weight.shape:
             setattr(heads, kind, old)
             heads.drawn = tuple(other for other in heads.drawn if other != kind)
+    if trained.width not in (None, heads.width):
+        log.warning(
+            "%s: its trained layer for multi vectors, %d wide, is replaced by a new one, %d wide",
+            folder,
+            trained.width,
+            heads.width,
+        )
     if heads.drawn:
         log.info("%s: new heads, to be trained: %s", folder, ", ".join(heads.drawn))
     return replace(settings, multi_dim=heads.width), heads

@@ -25,7 +25,7 @@ from tercet.data.sampler import BatchRows
 from tercet.data.sources import Source
 from tercet.data.whole_words import marked_pieces, unmarked
 from tercet.distributed import gather_ints
-from tercet.errors import RecipeError
+from tercet.errors import ModelError, RecipeError
 from tercet.losses.language import next_token_loss
 from tercet.nn.chunked import Chunks, Losses, chunks_of, own_random_state
 from tercet.nn.decoding import Decoder
@@ -57,9 +57,10 @@ class RetroMAE:
     embedder's own, whatever it pools: the paper's is that of the first token.
 
     W is the token table and t a transform, both the same in the two losses. ``head`` names a model
-    to take t from; None, or a model without one, makes a new one. ``vocabulary`` "seen" leaves
-    tokens that are nowhere in the data out of the softmax: what is lost of the denominator is only
-    their share, and a vocabulary for a hundred languages costs as one of those that are there.
+    to take t from; None, or a model without one, makes a new one, and so does one that cannot be
+    used, unless ``head_needed``. ``vocabulary`` "seen" leaves tokens that are nowhere in the data
+    out of the softmax: what is lost of the denominator is only their share, and a vocabulary for a
+    hundred languages costs as one of those that are there.
     """
 
     encoder_mask: float = 0.3
@@ -67,6 +68,7 @@ class RetroMAE:
     max_tokens: int = 512  # of a text, which is cut in several beyond, and of a block of texts
     vocabulary: Vocabulary = "seen"
     head: str | None = None
+    head_needed: bool = True
 
     def __post_init__(self) -> None:
         Masking(probability=self.encoder_mask)  # which looks at it
@@ -89,7 +91,8 @@ class RetroMAE:
 
         Raises:
             RecipeError: when the token table is not as wide as the states.
-            ModelError: for a tokenizer without a mask token, or a ``head`` that cannot be used.
+            ModelError: for a tokenizer without a mask token, or a ``head`` that is needed and
+                cannot be used.
         """
         return RetroMAEAtWork(self, embedder, sources)
 
@@ -255,18 +258,30 @@ class RetroMAEAtWork:
         return torch.from_numpy(known[known < len(self._table)]).to(self.embedder.device)
 
     def _make_head(self) -> MaskedHead:
-        source = self.objective.head
-        found = None if source is None else find_masked_head(source)
+        found = self._find_head()
         if found is not None:
             return found if self._known is None else found.narrowed(self._known.cpu())
-        if source is not None:
-            log.info("%s: has no masked-language head; a new one is made", source)
         table = self._table.detach()
         counts = np.zeros(len(table), np.int64)
         for blocks in self._blocks:
             counts += np.bincount(blocks.ids >> 1, minlength=len(table))
         counts = torch.from_numpy(counts)
         return MaskedHead.new(table, counts if self._known is None else counts[self._known.cpu()])
+
+    def _find_head(self) -> MaskedHead | None:
+        source = self.objective.head
+        if source is None:
+            return None
+        try:
+            found = find_masked_head(source)
+        except ModelError as error:
+            if self.objective.head_needed:
+                raise
+            log.warning("a new masked-language head is made: %s", error)
+            return None
+        if found is None:
+            log.info("%s: has no masked-language head; a new one is made", source)
+        return found
 
     def _place(self, ids: Int[Tensor, "some"]) -> Int[Tensor, "some"]:
         """Of each token, its place among those that the softmax runs over."""

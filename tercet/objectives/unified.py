@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
@@ -44,13 +45,19 @@ class Unified:
         Contrastive(temperature=self.temperature, dims=self.dims)  # which looks at both
         if not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise RecipeError(f"kinds are {list(self.kinds)}; give one or more, each once")
-        shares = [self.of_sum, self.distilled, self.distil_after]
         weights = (self.in_sum, self.in_loss, self.in_lesson or self.in_loss)
+        shares = [self.of_sum, self.distilled, self.distil_after]
         shares += [each.of(kind) for each in weights for kind in KINDS]
-        if min(shares) < 0:
-            raise RecipeError(f"a weight of {self} is below 0; give 0 or more")
+        if not all(0 <= share < inf for share in shares):
+            raise RecipeError(f"a weight of {self} is no number from 0; give 0 or more")
         if not any(self.in_loss.of(kind) for kind in self.kinds) and not self.of_sum:
             raise RecipeError("every loss has a weight of 0, so nothing would be learned")
+        if len(self.kinds) > 1 and not any(self.in_sum.of(kind) for kind in self.kinds):
+            raise RecipeError(
+                f"none of {', '.join(self.kinds)} counts in the sum of scores; give one a weight"
+            )
+        if self.dims and "dense" not in self.kinds:
+            raise RecipeError("dims are of dense vectors, which this stage does not train")
 
     def start(
         self, embedder: Embedder, sources: Sequence[Source], collate: Collator

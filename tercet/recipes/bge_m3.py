@@ -15,13 +15,13 @@ from tercet.nn.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified
-from tercet.train.lengths import Batching
 from tercet.train.recipe import Lora, Model, Recipe, Refresh, Stage, chosen
 from tercet.vectors import KINDS, Kind, Weights
 
 WARMUP: Final = 0.1  # share of a stage's steps
 
 Train: TypeAlias = Literal["all", "heads"]
+ByLength: TypeAlias = Literal["fit", "bge-m3-80gb"]
 
 
 def bge_m3(
@@ -67,7 +67,7 @@ def bge_m3(
         list[int] | None, "A shorter dense width to train too; may be repeated."
     ] = None,
     batching: Annotated[
-        Batching | None, "Batch sizes by length: what memory takes, or the paper's table."
+        ByLength | None, "Batch sizes by length: what memory takes, or the paper's tables a device."
     ] = None,
     length_edges: Annotated[
         list[int] | None, "Border between length groups, in tokens; may be repeated."
@@ -100,7 +100,7 @@ def bge_m3(
 ) -> Recipe:
     """Train one model for dense, sparse and multi-vector retrieval, each taught by their sum."""
     trained = _kinds_of(kinds)
-    lengths = {"batching": batching, "length_edges": tuple(length_edges or ())}
+    edges = tuple(length_edges or ())
     shuffles = {"shuffle_segments": shuffle_segments, "shuffle_at": shuffle_at}
     built = {
         "retromae": Stage(
@@ -111,6 +111,7 @@ def bge_m3(
                 max_tokens=retromae_tokens,
                 vocabulary=vocabulary,
                 head=base,
+                head_needed=False,
             ),
             data="texts",
             keep="last",
@@ -128,7 +129,8 @@ def bge_m3(
             negatives=0,
             learning_rate=contrastive_learning_rate,
             warmup=WARMUP,
-            **lengths,
+            batching="bge-m3-pairs-80gb" if batching == "bge-m3-80gb" else batching,
+            length_edges=edges,
             **shuffles,
         ),
         "unified": Stage(
@@ -153,7 +155,8 @@ def bge_m3(
             warmup=WARMUP,
             refresh=None if refresh_steps is None else Refresh(every=refresh_steps),
             patience=patience,
-            **lengths,
+            batching="bge-m3-finetune-80gb" if batching == "bge-m3-80gb" else batching,
+            length_edges=edges,
             **shuffles,
         ),
     }

@@ -14,14 +14,15 @@ from tercet.vectors import KINDS, Kind
 
 def build(model: Model) -> Embedder:
     """The embedder that a recipe starts from."""
+    extended = model.positions is not None  # only then is there room for as many tokens
     wanted = {
         "pooling": model.pooling,
         "prompts": model.prompts,
         "pool_prompt": model.pool_prompt,
         "append_end": model.append_end,
         "layer": model.layer,
-        "query_tokens": model.query_tokens,
-        "document_tokens": model.document_tokens,
+        "query_tokens": None if extended else model.query_tokens,
+        "document_tokens": None if extended else model.document_tokens,
         "kinds": model.kinds and _with_known(model.kinds, known_kinds(model.base)),
         "multi_dim": model.multi_dim,
         "cls_every": model.cls_every,

@@ -11,8 +11,10 @@ from tercet.data.collate import PromptOf
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
 from tercet.files import replacing_file
-from tercet.train.recipe import Recipe, Stage
+from tercet.nn.settings import FILE
+from tercet.train.recipe import Model, Recipe, Stage
 from tercet.train.run import Run
+from tercet.vectors import Kind
 
 log = logging.getLogger("tercet")
 
@@ -85,6 +87,34 @@ def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> No
                 )
 
 
+def require_widths(recipe: Recipe, dim: int) -> None:
+    """Look at the shorter widths of all stages before the first is trained.
+
+    Raises:
+        RecipeError: when one of them is longer than the model's vectors.
+    """
+    for stage in recipe.stages:
+        longest = max(getattr(stage.objective, "dims", ()), default=0)
+        if longest > dim:
+            raise RecipeError(
+                f"the stage {stage.name} trains vectors of {longest} dims, but the model's vectors "
+                f"have {dim} coordinates; give lengths up to that"
+            )
+
+
+def warn_of_idle_heads(stage: Stage, model: Model, made: Sequence[Kind]) -> None:
+    """Say which heads stay as they are while the network below them is trained."""
+    trained = getattr(stage.objective, "kinds", ("dense",))
+    idle = [kind for kind in made if kind != "dense" and kind not in trained]
+    if idle and not model.freeze_backbone:
+        log.warning(
+            "the stage %s trains the network and not its layers for %s vectors, which will fit it "
+            "less; measure them again, or train them too",
+            stage.name,
+            " and ".join(idle),
+        )
+
+
 def refuse_other_stages(out: Path, folders: Sequence[Path]) -> None:
     """A run of other stages would lose its final model to this one.
 
@@ -115,6 +145,18 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _leaves(f"{name}.{key}" if name else key, part)
     else:
         yield name, repr(value)
+
+
+def is_saved(folder: Path, stages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a folder holds the model that these stages made.
+
+    It may have been changed since, such as by ``tercet tune-weights``, and is not to be replaced.
+    """
+    try:
+        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return saved["about"]["stages"] == list(stages)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def describe(job: Job, out: Path) -> None:

@@ -32,8 +32,11 @@ from tercet.train.job import (
     by_stage,
     describe,
     identity,
+    is_saved,
     refuse_other_stages,
     require_negatives,
+    require_widths,
+    warn_of_idle_heads,
 )
 from tercet.train.lengths import Groups
 from tercet.train.log import Log
@@ -42,6 +45,7 @@ from tercet.train.recipe import Recipe, Stage
 from tercet.train.refresh import Refresher
 from tercet.train.run import Run
 from tercet.types import Role
+from tercet.vectors import Kind
 
 BEST: Final = "best.pt"
 
@@ -87,8 +91,12 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
     device = job.run.find_device()
     torch.manual_seed(recipe.seed)  # of the weights of a new layer
     embedder = build(recipe.model).to(device)
+    require_widths(recipe, embedder.dim)
     job = replace(job, prompt_of=_prompts_of(embedder.settings))  # before those of the data
     embedder.settings = with_prompts_of(job.sources, embedder.settings)
+    if embedder.settings.weights:  # they are of the base's scores
+        job.say("training drops the base's tuned weights; find new ones (tercet tune-weights)")
+        embedder.settings = replace(embedder.settings, weights={})
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     kinds, untrained = embedder.kinds, {*embedder.heads.drawn}
     for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
@@ -98,8 +106,9 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
             embedder.backbone.add_lora(lora.rank, lora.alpha, lora.dropout)
             embedder.to(device)
         untrained -= {*getattr(stage.objective, "kinds", ())}
-        made = tuple(kind for kind in kinds if kind not in untrained)
+        made: tuple[Kind, ...] = tuple(kind for kind in kinds if kind not in untrained)
         embedder.settings = replace(embedder.settings, kinds=made)
+        warn_of_idle_heads(stage, recipe.model, made)
         trainer = _Trainer(embedder, stage, folder, job)
         trainer.resume()
         if number == 1 and distributed.is_main():
@@ -117,7 +126,7 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
         if distributed.is_main():
             if several and not (folder / "model").exists():
                 embedder.save(folder / "model")
-            if number == len(recipe.stages):
+            if number == len(recipe.stages) and not is_saved(out / "model", done):
                 embedder.save(out / "model")
         distributed.barrier()
     return embedder.eval()

@@ -59,6 +59,9 @@ class Model:
     def __post_init__(self) -> None:
         at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
         at_least(1, self, "keep_layers", "multi_dim", "cls_every", "positions")
+        if self.lora is not None and (self.freeze_backbone or self.positions is not None):
+            what = "a frozen backbone" if self.freeze_backbone else "a longer table of positions"
+            raise RecipeError(f"{what} and LoRA do not go together; leave one of them out")
 
 
 RANKS_10_TO_210: Final = Mining(
@@ -128,6 +131,7 @@ class Stage:
                 known = ", ".join(get_args(choices))
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {known}")
         self._check_batch_sizes()
+        self._check_refresh()
         above(0, self, "epochs", "learning_rate", "clip")
         at_least(1, self, "steps", "positives", "token_budget", "patience")
         at_least(0, self, "negatives", "weight_decay", "warmup_steps")
@@ -156,6 +160,14 @@ class Stage:
         if self.batching not in (None, "fit") and self.length_edges:
             raise RecipeError(
                 f"the table {self.batching} brings its own length groups; leave out length_edges"
+            )
+
+    def _check_refresh(self) -> None:
+        lesson = getattr(self.objective, "lesson", "none")
+        if self.refresh is not None and lesson != "none":
+            raise RecipeError(
+                f"the stage {self.name} learns a reranker's scores (lesson {lesson!r}), and the "
+                "negatives of a refresh have none; leave one of them out"
             )
 
 

@@ -250,14 +250,19 @@ def test_b9_half_precision_is_scored_in_float32(dtype: torch.dtype, lesson: Less
 
 
 @pytest.mark.parametrize("lesson", ["kl", "listwise"])
-def test_an_outside_teacher(lesson: Lesson):
-    """``kl`` adds to every InfoNCE, that of the sum too; ``listwise`` takes their place."""
+@pytest.mark.parametrize("unjudged", [[], [1, 4], [0, 1, 2, 3, 4, 5]])
+def test_an_outside_teacher(lesson: Lesson, unjudged: list[int]):
+    """``kl`` adds to every InfoNCE, that of the sum too; ``listwise`` takes their place.
+
+    Queries without any score learn by InfoNCE alone.
+    """
     relation = examples()
     queries, docs = leaves(made(SIX, seed=1)), leaves(made(len(relation.owners), seed=2))
     teacher = torch.randn(
         len(docs), dtype=torch.float64, generator=torch.Generator().manual_seed(3)
     )
     teacher[1] = torch.nan
+    teacher[torch.isin(relation.owners, torch.tensor(unjudged))] = torch.nan
     mixture = Mixture(temperature=TEMPERATURE, lesson=lesson)
     fast = unified_loss(queries, docs, relation, mixture, queries_of_all=SIX, teacher=teacher)
     known = matrix(relation)
@@ -272,6 +277,11 @@ def test_an_outside_teacher(lesson: Lesson):
     soft = [mixture.in_loss.of(k) * slow_distillation(together, logits[k], known) for k in KINDS]
     expected = (torch.stack(hard).sum() / 4 + torch.stack(soft).sum() / 3) / 2
     assert_same(fast["loss"], expected, [queries, docs])
+    by_labels = slow_info_nce(logits["dense"], known)
+    if lesson == "listwise":
+        by_labels = slow_unjudged(logits["dense"], teacher, relation, known)
+    torch.testing.assert_close(fast["dense"], by_labels)
+    torch.testing.assert_close(fast["dense"] + fast["dense_taught"], hard[0])
 
 
 def judged(row: int, teacher: Tensor, relation: Relation, known: Tensor) -> list[int]:
@@ -283,12 +293,24 @@ def slow_kl(logits: Tensor, teacher: Tensor, relation: Relation, known: Tensor) 
     terms = []
     for row in range(SIX):
         own = judged(row, teacher, relation, known)
+        if not own:
+            terms.append(logits.new_zeros(()))
+            continue
         terms.append(-(teacher[own].softmax(0) * logits[row, own].log_softmax(0)).sum())
     return slow_info_nce(logits, known) + torch.stack(terms).mean()
 
 
+def slow_unjudged(logits: Tensor, teacher: Tensor, relation: Relation, known: Tensor) -> Tensor:
+    """InfoNCE of the queries without a score; the mean counts the positives of all queries."""
+    bare = [i for i in range(SIX) if not judged(i, teacher, relation, known)]
+    if not bare:
+        return logits.new_zeros(())
+    share = int((known[bare] == POSITIVE).sum()) / int((known == POSITIVE).sum())
+    return slow_info_nce(logits[bare], known[bare]) * share
+
+
 def slow_listwise(logits: Tensor, teacher: Tensor, relation: Relation, known: Tensor) -> Tensor:
-    terms = []
+    terms = [logits.new_zeros(())]
     for row in range(SIX):
         own = sorted(judged(row, teacher, relation, known), key=lambda j: -float(teacher[j]))
         candidates = (known[row] != IGNORED).nonzero().squeeze(1).tolist()
@@ -296,7 +318,8 @@ def slow_listwise(logits: Tensor, teacher: Tensor, relation: Relation, known: Te
         for i, j in enumerate(own):
             left = [k for k in candidates if k not in own[:i]]
             terms.append(share[i] * (logits[row, left].logsumexp(0) - logits[row, j]))
-    return torch.stack(terms).sum() / SIX
+    by_labels = slow_unjudged(logits, teacher, relation, known)
+    return torch.stack(terms).sum() / SIX + by_labels
 
 
 @pytest.mark.parametrize("lesson", ["kl", "listwise"])

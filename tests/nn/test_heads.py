@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tercet.errors import ModelError, RecipeError
 from tercet.nn.embedder import Embedder
 from tercet.nn.heads import Heads, SpecialIds, load_heads, save_heads
 from tercet.types import Packed
-from tercet.vectors import KINDS, Vectors
+from tercet.vectors import KINDS, Vectors, Weights
 from tests import toy
 
 START, END, PAD, UNKNOWN = 0, 2, 1, 3
@@ -213,11 +214,30 @@ def test_fewer_kinds_may_be_asked_for_but_none_that_is_not_made(folder: Path):
         embedder.encode_vectors(["chess"], kinds=["multi"])
 
 
+def test_a_trained_head_of_another_width_is_replaced_with_a_warning(folder: Path, caplog):
+    Embedder.load(folder, multi_dim=8)
+    assert not caplog.records
+    embedder = Embedder.load(folder, multi_dim=4)
+    assert embedder.heads.width == 4 and embedder.heads.drawn == ("multi",)
+    (told,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert told.endswith("layer for multi vectors, 8 wide, is replaced by a new one, 4 wide")
+
+
+def test_heads_that_make_no_vectors_leave_the_fingerprint_alone(folder: Path, tmp_path: Path):
+    """As after a stage that trains the dense vector alone, with heads for the next one."""
+    embedder = Embedder.load(folder)
+    every = embedder.fingerprint()
+    prints = {every}
+    for kinds in (("dense",), ("dense", "sparse"), ("dense", "multi")):
+        embedder.settings = replace(embedder.settings, kinds=kinds, multi_dim=8)
+        out = tmp_path / "-".join(kinds)
+        embedder.save(out)
+        assert Embedder.load(out).fingerprint() == embedder.fingerprint()
+        prints.add(embedder.fingerprint())
+    assert len(prints) == 4
+
+
 def test_tuned_weights_are_kept_and_change_no_fingerprint(folder: Path, tmp_path: Path):
-    from dataclasses import replace
-
-    from tercet.vectors import Weights
-
     embedder = Embedder.load(folder)
     before = embedder.fingerprint()
     tuned = {"packages": Weights(0.5, 0.1, 0.4)}

@@ -11,6 +11,7 @@ from tercet.interop.llm2vec import read_llm2vec
 from tercet.nn.embedder import Embedder
 from tercet.nn.llm2vec import Llm2VecEncoder
 from tercet.nn.merge import lineage, load_adapters
+from tercet.vectors import KINDS
 from tests import toy
 
 FIXTURE = Path(__file__).parents[1] / "interop" / "fixtures" / "llm2vec"
@@ -70,6 +71,22 @@ def test_a_merged_model_is_saved_whole_with_what_it_is_made_of(tmp_path, base):
     assert about["merged"][0]["sha256"] != about["merged"][1]["sha256"]
     again = Embedder.load(tmp_path / "out")
     assert np.array_equal(again.encode(TEXTS), merged.encode(TEXTS))
+
+
+def test_the_heads_that_were_trained_with_an_adapter_are_merged_too(tmp_path, base):
+    embedder = Embedder.load(base, kinds=KINDS, multi_dim=8)
+    embedder.backbone.add_lora(rank=2, alpha=4, dropout=0.0)
+    for weight in embedder.heads.parameters():
+        torch.nn.init.normal_(weight)
+    embedder.save_adapter(tmp_path / "1", str(base))
+    merged = load_adapters([tmp_path / "1"])
+    assert merged.kinds == KINDS and merged.settings.multi_dim == 8
+    merged.save(tmp_path / "out")
+    expected = embedder.heads.state_dict()
+    for found in (merged, Embedder.load(tmp_path / "out")):
+        state = found.heads.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 def test_an_adapter_of_unknown_direction_is_refused_unless_one_is_given():

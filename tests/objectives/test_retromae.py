@@ -342,7 +342,7 @@ def test_a_new_output_layer_begins_with_how_common_tokens_are(folders, source):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "modernbert"])
-def test_a_models_own_output_layer_gives_its_logits(folders, source, tmp_path, kind, tied):
+def test_a_models_own_output_layer_gives_its_logits(folders, source, tmp_path, caplog, kind, tied):
     config = t.AutoConfig.from_pretrained(folders[kind])
     config.tie_word_embeddings = tied
     setattr(config, "norm_eps" if kind == "modernbert" else "layer_norm_eps", 0.05)
@@ -354,6 +354,9 @@ def test_a_models_own_output_layer_gives_its_logits(folders, source, tmp_path, k
     if not tied:
         with pytest.raises(ModelError, match="is not dense, GELU, norm and the token table"):
             at_work(tmp_path, source, head=str(tmp_path))
+        _, work = at_work(tmp_path, source, head=str(tmp_path), head_needed=False)
+        assert "a new masked-language head is made: " in caplog.text
+        assert torch.equal(work.head.dense.weight, torch.eye(64).double())
         return
     embedder, work = at_work(tmp_path, source, head=str(tmp_path))
     ids = torch.arange(5, 16)

@@ -10,6 +10,7 @@ import torch
 from tercet.cli.training import EXAMPLES, PAIRS_OR_DATA, TEXTS_OR_DATA, _data
 from tercet.data.sources import open_source, write_examples
 from tercet.errors import RecipeError
+from tercet.evaluate.weights import save_weights
 from tercet.nn.embedder import Embedder
 from tercet.objectives.retromae import RetroMAE
 from tercet.objectives.unified import Unified
@@ -19,7 +20,7 @@ from tercet.train.loop import train
 from tercet.train.recipe import Recipe
 from tercet.train.run import Run
 from tercet.types import Example
-from tercet.vectors import KINDS
+from tercet.vectors import KINDS, Weights
 from tests import toy
 
 QUIET = Run(device="cpu", show_progress=False, save_steps=1)
@@ -41,7 +42,8 @@ def folder(tmp_path_factory) -> Path:
 def small(folder: Path, **changes: Any) -> Recipe:
     steps = {"retromae_steps": 2, "contrastive_steps": 2, "steps": 3}
     sizes = {"retromae_batch_size": 4, "contrastive_batch_size": 6, "batch_size": 6}
-    return bge_m3(base=str(folder / "base"), multi_dim=16, **{**steps, **sizes, **changes})
+    given = {"base": str(folder / "base"), **steps, **sizes, **changes}
+    return bge_m3(multi_dim=16, **given)
 
 
 def data(folder: Path) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def test_options_of_the_stages_reach_them(folder: Path):
         self_distillation=False,
         refresh_steps=100,
         shuffle_segments=0.002,
-        batching="bge-m3-finetune-80gb",
+        batching="bge-m3-80gb",
         sum_loss=0.5,
     )
     (stage,) = recipe.stages
@@ -126,6 +128,57 @@ def test_options_of_the_stages_reach_them(folder: Path):
     assert stage.objective.distilled == 0 and stage.objective.distil_after == 7
     assert stage.refresh is not None and stage.refresh.every == 100
     assert stage.shuffle_segments == 0.002 and stage.batching == "bge-m3-finetune-80gb"
+
+
+def test_a_rerankers_scores_and_refreshed_negatives_do_not_go_together(folder: Path):
+    for lesson in ("kl", "listwise"):
+        with pytest.raises(RecipeError, match="the negatives of a refresh have none"):
+            small(folder, refresh_steps=100, teacher=lesson)
+
+
+def test_retromae_goes_on_from_an_adapter_though_its_head_is_not_there(
+    folder: Path, tmp_path: Path
+):
+    embedder = Embedder.load(folder / "base")
+    embedder.backbone.add_lora(rank=2, alpha=4, dropout=0.0)
+    embedder.save_adapter(tmp_path / "adapter", str(folder / "base"))
+    built = small(folder, stages="retromae", base=str(tmp_path / "adapter"))
+    train(built, {"texts": data(folder)["texts"]}, tmp_path / "run", run=QUIET)
+    assert (tmp_path / "run/model/tercet.json").exists()
+
+
+def test_tuned_weights_outlive_the_same_command_and_no_further_training(
+    folder: Path, tmp_path: Path
+):
+    built, examples = small(folder, stages="unified"), {"examples": data(folder)["examples"]}
+    run, tuned = tmp_path / "run/model", {"": Weights(0.5, 0.1, 0.4)}
+    train(built, examples, tmp_path / "run", run=QUIET)
+    save_weights(run, tuned[""])
+    train(built, examples, tmp_path / "run", run=QUIET)
+    assert Embedder.load(run).settings.weights == tuned
+    said: list[str] = []
+    more = replace(built, model=replace(built.model, base=str(run)))
+    train(more, examples, tmp_path / "more", run=QUIET, say=said.append)
+    assert Embedder.load(tmp_path / "more/model").settings.weights == {}
+    assert any("drops the base's tuned weights" in line for line in said)
+
+
+def test_a_kill_before_the_model_is_saved_leaves_no_older_one(
+    folder: Path, tmp_path: Path, monkeypatch
+):
+    examples = {"examples": data(folder)["examples"]}
+    train(small(folder, stages="unified"), examples, tmp_path / "run", run=QUIET)
+    (tmp_path / "run/checkpoint.pt").unlink()
+
+    def dying(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    built = small(folder, stages="unified", seed=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Embedder, "save", dying)
+        train(built, examples, tmp_path / "run", run=QUIET)
+    trained = train(built, examples, tmp_path / "run", run=QUIET)
+    assert Embedder.load(tmp_path / "run/model").fingerprint() == trained.fingerprint()
 
 
 def test_mcls_is_trained_and_kept(folder: Path, tmp_path: Path):
@@ -154,3 +207,40 @@ def test_a_longer_table_of_positions_is_trained_and_kept(folder: Path, tmp_path:
     loaded = Embedder.load(tmp_path / "run/model")
     assert before < 300 == loaded.backbone.max_tokens == loaded.settings.document_tokens
     assert loaded.encode([" ".join(toy.SENTENCES * 5)]).shape == (1, loaded.dim)
+
+
+def test_what_does_not_fit_together_is_refused_before_anything_is_trained(
+    folder: Path, tmp_path: Path
+):
+    with pytest.raises(RecipeError, match="LoRA"):
+        small(folder, stages="unified", train="heads", lora_rank=2)
+    with pytest.raises(RecipeError, match="LoRA"):
+        small(folder, positions=300, lora_rank=2)
+    with pytest.raises(RecipeError, match="counts in the sum"):
+        small(folder, sum_weights="0,0,0")
+    with pytest.raises(RecipeError, match="three numbers"):
+        small(folder, sum_weights="1,2")
+    with pytest.raises(RecipeError, match="dims are of dense vectors"):
+        small(folder, kinds="sparse,multi", dims=[16])
+    with pytest.raises(RecipeError, match="stage contrastive trains vectors of 4000 dims"):
+        train(small(folder, dims=[4_000]), data(folder), tmp_path / "run", run=QUIET)
+    assert not (tmp_path / "run/1-retromae").exists()
+
+
+def test_heads_that_stay_behind_are_told_of(folder: Path, tmp_path: Path, caplog):
+    examples = {"examples": data(folder)["examples"]}
+    train(small(folder, stages="unified"), examples, tmp_path / "all", run=QUIET)
+    base = str(tmp_path / "all/model")
+    more = bge_m3(base=base, stages="unified", kinds="dense,sparse", steps=1, batch_size=6)
+    train(more, examples, tmp_path / "some", run=QUIET)
+    assert "trains the network and not its layers for multi vectors" in caplog.text
+
+
+def test_a_stage_alone_reads_its_own_data(folder: Path):
+    reads = (EXAMPLES, TEXTS_OR_DATA, PAIRS_OR_DATA)
+    (folder / "own.txt").write_text("\n".join(toy.SENTENCES) + "\n", encoding="utf-8")
+    alone = small(folder, stages="retromae")
+    found = _data(alone, reads, {"data": [], "texts": [folder / "own.txt"], "pairs": []}, "text")
+    assert list(found) == ["texts"]
+    with pytest.raises(RecipeError, match="the stage unified needs --data"):
+        _data(small(folder, stages="unified"), reads, {"data": [], "texts": [], "pairs": []}, "t")
