@@ -94,7 +94,10 @@ def index(
     url: Annotated[str | None, typer.Option(help="Of a Qdrant server, to keep it there.")] = None,
     collection: Annotated[str, typer.Option(help="Its name on the server.")] = "tercet",
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep what is in the index and not in the file.")
+        bool,
+        typer.Option(
+            "--keep", help="Keep what is in the index and not in the file; always on a server."
+        ),
     ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew, where there is an index already.")

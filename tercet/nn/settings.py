@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -153,6 +154,11 @@ def _weights_of(record: Any) -> Any:
         found = Weights(**{kind: float(weight) for kind, weight in record.items()})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"the setting weights has {dict(record)}; {error}") from error
+    each = [found.of(kind) for kind in KINDS]
+    if not all(0 <= weight < inf for weight in each) or not any(each):
+        raise RecipeError(
+            f"the setting weights has {dict(record)}; give numbers from 0, one of them above"
+        )
     return found
 
 

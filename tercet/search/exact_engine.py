@@ -69,7 +69,10 @@ class ExactEngine:
                 f"{self.folder}: holds token vectors in {self._manifest.precision}, not "
                 f"{precision}; choose another folder, or leave the precision as it is"
             )
-        self._written = self._manifest.number  # names of segments count up from here
+        # Names count up from here: segments may be ahead of the commits, and are never overwritten.
+        self._written = max(
+            [self._manifest.number, *map(manifests.number_of, self._manifest.names)]
+        )
 
     def _start(self, precision: Precision | None) -> None:
         """Open for writing, and sweep away what a killed writer left."""

@@ -15,8 +15,8 @@ from tercet.progress import bar
 from tercet.search.engine import Engine, Record
 from tercet.vectors import KINDS, Kind, Vectors
 
-DOCUMENTS_AT_ONCE: Final = 1024
-CHARACTERS_AT_ONCE: Final = 1_000_000  # long documents have many token vectors
+DOCUMENTS_AT_ONCE: Final = 256  # so many a kill may cost
+CHARACTERS_AT_ONCE: Final = 200_000  # long documents have many token vectors
 SAMPLE: Final = 32  # documents that an estimate is made of
 
 Encode = Callable[[Sequence[str]], Vectors]

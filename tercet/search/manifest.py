@@ -37,6 +37,11 @@ class Manifest:
     deleted: str | None = None  # the file of rows, counted over all segments
     version: int = VERSION
 
+    @property
+    def names(self) -> list[str]:
+        """Of the files and folders that it is made of."""
+        return [*self.segments, *([] if self.deleted is None else [self.deleted])]
+
 
 def read(folder: Path) -> Manifest | None:
     """The last commit of a folder; None where there is no engine.
@@ -71,7 +76,14 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
 
 
 def _is_ours(name: object) -> bool:
-    return isinstance(name, str) and name.startswith(OURS) and "/" not in name
+    if not isinstance(name, str) or not name.startswith(OURS):
+        return False
+    return Path(name).stem.rpartition("-")[2].isdecimal() and "/" not in name
+
+
+def number_of(name: str) -> int:
+    """The number in the name of a segment or of a list of deletions."""
+    return int(Path(name).stem.rpartition("-")[2])
 
 
 def open_parts(folder: Path, manifest: Manifest) -> list[Part]:

@@ -6,12 +6,13 @@ its records on a server.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from tercet.errors import IndexFolderError, RecipeError
+from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files import recover_folder, replacing_file, replacing_folder, sole_writer
 from tercet.search.engine import Engine
 from tercet.search.exact_engine import ExactEngine
@@ -116,8 +117,9 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
                 "folder, or build it again with: tercet index --fresh"
             )
         require(folder, found, about.settings)
+        engine = open_engine(folder)  # which refuses where another process is at it
         write_about(folder, replace(found, complete=False))
-        return open_engine(folder)
+        return engine
     if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise IndexFolderError(
             f"{folder}: is not an index and would be overwritten; choose another folder"
@@ -128,7 +130,12 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
                 pass  # nobody else is at it
     with replacing_folder(folder) as empty:
         write_about(empty, replace(about, complete=False))
-    engine = open_engine(folder)
+    try:
+        engine = open_engine(folder)
+    except TercetError:
+        if not known:  # nothing of this call stays, such as a server's mistyped address
+            shutil.rmtree(folder)
+        raise
     if records := engine.stats().records:
         if not fresh:
             engine.close()

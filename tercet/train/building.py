@@ -40,11 +40,15 @@ def build(model: Model) -> Embedder:
     if model.positions is not None:
         extend_positions(embedder.backbone, model.positions)
         longest = model.document_tokens or model.positions
+        if longest > model.positions:
+            raise RecipeError(
+                f"document_tokens is {longest}, and positions gives room for {model.positions}; "
+                "give at most that"
+            )
         queries = model.query_tokens or embedder.settings.query_tokens
         embedder.settings = replace(
             embedder.settings, document_tokens=longest, query_tokens=queries
         )
-    _require_room(model, embedder.backbone.max_tokens)
     if model.freeze_embeddings:
         embedder.backbone.freeze_embeddings()
     if model.freeze_backbone:
@@ -55,16 +59,6 @@ def build(model: Model) -> Embedder:
 def _with_known(wanted: Sequence[Kind], known: Sequence[Kind]) -> tuple[Kind, ...]:
     """The kinds to make: a head that the base has is kept, trained or not."""
     return tuple(kind for kind in KINDS if kind in {*wanted, *known})
-
-
-def _require_room(model: Model, places: int) -> None:
-    for name in ("query_tokens", "document_tokens"):
-        asked = getattr(model, name)
-        if asked is not None and asked > places:
-            raise RecipeError(
-                f"{name} is {asked}, and {model.base} has room for {places}; give at most that, or "
-                "a longer table of positions, where the recipe has one"
-            )
 
 
 def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> Settings:

@@ -94,11 +94,11 @@ def require_widths(recipe: Recipe, dim: int) -> None:
         RecipeError: when one of them is longer than the model's vectors.
     """
     for stage in recipe.stages:
-        longest = max(getattr(stage.objective, "dims", ()), default=0)
-        if longest > dim:
+        dims = getattr(stage.objective, "dims", ())
+        if max(dims, default=0) > dim:
             raise RecipeError(
-                f"the stage {stage.name} trains vectors of {longest} dims, but the model's vectors "
-                f"have {dim} coordinates; give lengths up to that"
+                f"dims are {list(dims)}, but the model's vectors have {dim} coordinates; give "
+                f"lengths up to that (stage {stage.name})"
             )
 
 
