@@ -88,6 +88,7 @@ def test_b10_a_query_of_one_token_and_texts_without_any():
 
 def test_weighted_scores_sum_the_kinds_that_both_sides_have():
     queries, docs = made(3, seed=1), made(4, seed=2)
+    assert queries.dense is not None and docs.dense is not None
     queries = Vectors(F.normalize(queries.dense, dim=1), queries.sparse, queries.multi)
     docs = Vectors(F.normalize(docs.dense, dim=1), docs.sparse)
     found = weighted_scores(queries, docs, Weights(2.0, 0.5, 1.0))

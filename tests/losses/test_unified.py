@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from tercet.data.relation import Relation, relation_of
 from tercet.losses.unified import Lesson, Mixture, unified_loss
 from tercet.segments import offsets_of
-from tercet.types import IGNORED, NEGATIVE, POSITIVE
+from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
 from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors, Weights
 
 TEMPERATURE = 0.3
@@ -45,7 +46,7 @@ def examples(*, shared: bool = True) -> Relation:
     queries = ["a", "b", "c", "d", "e", "a" if shared else "f"]
     positives = [["a1"], ["b1", "b2"], ["c1"], ["d1"], ["e1"], ["f1"]]
     negatives = [["x", "y"], [], ["a1"], ["z"], ["e1", "v"], ["w", "u"]]
-    policies = ["all", "all", "positives", "none", "all", "all"]
+    policies: list[InBatch] = ["all", "all", "positives", "none", "all", "all"]
     return relation_of(queries, positives, negatives, in_batch=policies)
 
 
@@ -236,10 +237,10 @@ def test_b9_half_precision_is_scored_in_float32(dtype: torch.dtype, lesson: Less
     low = [side.with_tensors([t.to(dtype) for t in side.tensors()]) for side in (queries, docs)]
     sides = [leaves(side) for side in low]
     mixture, teacher = Mixture(lesson=lesson), torch.linspace(-1, 1, len(docs))
-    how = {"queries_of_all": SIX, "teacher": teacher}
-    found = unified_loss(*sides, relation, mixture, **how)["loss"]
+    how: dict[str, Any] = {"queries_of_all": SIX, "teacher": teacher}
+    found = unified_loss(sides[0], sides[1], relation, mixture, **how)["loss"]
     wide = [leaves(side.with_tensors([t.double() for t in side.tensors()])) for side in low]
-    expected = unified_loss(*wide, relation, mixture, **how)["loss"]
+    expected = unified_loss(wide[0], wide[1], relation, mixture, **how)["loss"]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
     found.backward()

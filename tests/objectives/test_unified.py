@@ -231,7 +231,8 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path):
     narrow = replace(plain, model=replace(plain.model, kinds=("dense",)))
     with pytest.raises(RecipeError, match="no sparse and no multi vectors"):
         train(narrow, data(folder), tmp_path / "run", run=QUIET)
-    for wrong in ({"kinds": ()}, {"of_sum": -1.0}, {"temperature": 0.0}, {"distil_after": -1}):
+    refused: list[dict[str, Any]] = [{"kinds": ()}, {"of_sum": -1.0}, {"temperature": 0.0}]
+    for wrong in [*refused, {"distil_after": -1}]:
         with pytest.raises(RecipeError):
             Unified(**wrong)
     with pytest.raises(RecipeError, match="choose from dense, sparse, multi"):
