@@ -314,3 +314,23 @@ def test_a_hit_is_read_together_with_few_others_however_often_segments_were_merg
         sizes = [len(block) for block in part.segment.documents.blocks()]
         assert sizes == [512, 512, 276]
         assert ids(engine.search(Vectors(torch.eye(8)[:1]), 3)[0]) == ["id0", "id8", "id16"]
+
+
+def test_a_reopened_engine_writes_over_nothing(tmp_path, monkeypatch):
+    """More segments than commits: their numbers run ahead, and none is taken twice."""
+    monkeypatch.setattr(exact_engine, "MEMORY", 1_000)
+    monkeypatch.setattr(exact_engine, "MERGED", 4)
+
+    def put(engine, start):
+        engine.upsert(named(20, start), Vectors(dense=torch.full((20, 32), 1.0 + start)))
+
+    with ExactEngine(tmp_path / "index") as engine:
+        for start in range(0, 100, 20):
+            put(engine, start)
+        engine.flush()
+    with ExactEngine(tmp_path / "index") as engine:
+        put(engine, 100)
+        engine.flush()
+    with ExactEngine(tmp_path / "index") as engine:
+        found = sorted(record.id for record in engine.scan())
+    assert found == sorted(f"id{i}" for i in range(120))
