@@ -51,7 +51,8 @@ def load(source: str | Path, how: Mapping[str, Any], changes: Mapping[str, Any])
         merge_adapter(backbone, folder)
     settings = changed(known, changes)
     for name in ("query_tokens", "document_tokens"):
-        if changes.get(name, 0) > backbone.max_tokens:
+        # The usual number is a recipe's own; who asks for more wants to know.
+        if changes.get(name, 0) > max(backbone.max_tokens, getattr(Settings, name)):
             log.warning(
                 "%s: %s is %d, and the model has room for %d tokens; texts are cut to that",
                 source,
