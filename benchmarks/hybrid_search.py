@@ -103,6 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of packages.LANG.parquet")
     parser.add_argument("--model", required=True, help="one that makes all three kinds")
     parser.add_argument("--work", type=Path, default=Path("runs/hybrid_search"))
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--limit", type=int, help="documents a language, for a small run")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
@@ -138,9 +139,10 @@ def _embed(chosen: argparse.Namespace) -> list[Query]:
     tests = [row for row in packages if row["split"] == "test"]
     every = max(1, len(tests) // chosen.queries)
     queries = [Query(row["short"], _name(row)) for row in tests[::every][: chosen.queries]]
-    embedder = Embedder.load(chosen.model)
+    embedder = Embedder.load(chosen.model, dtype=getattr(torch, chosen.precision))
     made_of = {
         "model": embedder.fingerprint(),
+        "precision": chosen.precision,
         "documents": [_name(row) for row in packages],
         "queries": [query.wanted for query in queries],
     }

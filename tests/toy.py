@@ -99,15 +99,19 @@ def random_texts(*lengths: int, vocabulary: int = 300) -> list[torch.Tensor]:
 
 
 def wordpiece(*, padding: int = 0) -> t.PreTrainedTokenizerFast:
-    """A WordPiece tokenizer with [CLS] and [SEP], trained on the sentences above."""
+    """A WordPiece tokenizer with [CLS] and [SEP] that knows the words of the sentences above.
+
+    Its vocabulary is listed and not trained: the trainer breaks ties differently in each process.
+    """
     special = ["[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     special.insert(padding, "[PAD]")
-    fast = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # pyright: ignore[reportCallIssue]
+    words = sorted({word for text in SENTENCES for word in text.replace(",", " , ").split()})
+    letters = sorted(set("".join(words)))
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    fast = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # pyright: ignore
     fast.normalizer = normalizers.BertNormalizer()  # pyright: ignore[reportAttributeAccessIssue]
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
-    fast.train_from_iterator(
-        SENTENCES, trainers.WordPieceTrainer(vocab_size=250, special_tokens=special)
-    )
     fast.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1 - padding), ("[SEP]", 2)]
     )
