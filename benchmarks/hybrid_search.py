@@ -32,7 +32,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks import common
+from benchmarks import common, sides
 from benchmarks.common import Row
 from tercet.files import replacing_file
 from tercet.nn.embedder import Embedder
@@ -228,7 +228,7 @@ def _build(chosen: argparse.Namespace, name: str) -> Row:
         "error": None,
         "of these to optimize": optimizing,
         "disk bytes": stats.disk_bytes,
-        "peak memory GB": common.memory("VmHWM") / 1e9,
+        "peak memory GB": sides.memory("VmHWM") / 1e9,
     }
 
 
@@ -251,7 +251,7 @@ def _search(
                 taken = (time.process_time() - begin) * 1e3 / len(one_by_one)
                 spent[plan.label] = min(taken, spent.get(plan.label, taken))
                 hits[plan.label] = [[hit.record.id for hit in answer] for answer in answers]
-    peak = common.memory("VmHWM") / 1e9
+    peak = sides.memory("VmHWM") / 1e9
     if lists:
         with closing(_opened(chosen, plans[0].engine)) as engine:
             for kind, fusion in lists.items():

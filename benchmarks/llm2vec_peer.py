@@ -5,7 +5,7 @@ It needs an old transformers, so it runs as a process of another Python, without
     python3.11 -m venv peer
     peer/bin/pip install torch==2.13.0
     peer/bin/pip install transformers==4.44.2 llm2vec==0.2.3 peft==0.12.0 accelerate==0.34.2
-    peer/bin/python benchmarks/llm2vec_peer.py
+    peer/bin/python -m benchmarks.llm2vec_peer
 
 One JSON object a line goes in, one comes out; whatever else is printed goes to standard error.
 ``texts`` is always the path of a file with a JSON list of strings.
@@ -27,8 +27,8 @@ One JSON object a line goes in, one comes out; whatever else is printed goes to 
         -> spent; "tokens" of both views, padding not counted, "loss", "collate": tokenizing
     {"do": "versions"} -> versions of the packages by name
 
-Spent is ``{"seconds": CPU seconds, "peak": bytes of memory at most meanwhile, "before": bytes
-held before it}``. A start replaces what was there; each step takes the next texts, in a circle.
+Spent is ``{"seconds": CPU seconds, "peak": bytes of memory at most meanwhile}``. A start
+replaces what was there; each step takes the next texts, in a circle.
 
 From the package: the models, ``LLM2Vec`` with its tokenizing, pooling and encoding, and the loss.
 From transformers: the masking collator. Written here after the project's two training scripts,
@@ -40,7 +40,6 @@ are left out.
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -67,7 +66,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-Answer = dict[str, Any]
+from benchmarks.sides import Answer, serve, spent
+
 MODULES = ["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -234,48 +234,29 @@ def taken(rows: list[Any], count: int) -> Iterator[list[Any]]:
         yield [next(endless) for _ in range(count)]
 
 
-def spent(call: Callable[[], Answer]) -> Answer:
-    """What the call answers, with its CPU seconds and its memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest memory so far
-    before = memory("VmRSS")
-    begin = time.process_time()
-    answer = call()
-    seconds = time.process_time() - begin
-    return {"seconds": seconds, "peak": memory("VmHWM"), "before": before, **answer}
-
-
-def memory(field: str) -> int:
-    """Bytes, as the system counts them for this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"the system does not tell {field}")
-
-
 def main() -> None:
     """Read commands, answer them, until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
     torch.set_num_threads(1)
     steps: dict[str, Callable[..., Answer]] = {}
-    for line in sys.stdin:
-        command = json.loads(line)
-        what = command.pop("do")
-        answer: Answer = {}
-        if what == "make":
-            answer = make(**command)
-        elif what == "versions":
+
+    def answer(do: str, **numbers: Any) -> Answer:
+        told: Answer = {}
+        if do == "make":
+            return make(**numbers)
+        if do == "versions":
             packages = ("torch", "transformers", "llm2vec", "peft", "tokenizers", "numpy")
-            answer = {package: version(package) for package in packages}
-        elif what == "encode_start":
-            steps["encode"] = start_encode(**command)
-        elif what == "mntp_start":
-            steps["mntp"], answer = start_mntp(**command)
-        elif what == "simcse_start":
-            steps["simcse"], answer = start_simcse(**command)
+            return {package: version(package) for package in packages}
+        if do == "encode_start":
+            steps["encode"] = start_encode(**numbers)
+        elif do == "mntp_start":
+            steps["mntp"], told = start_mntp(**numbers)
+        elif do == "simcse_start":
+            steps["simcse"], told = start_simcse(**numbers)
         else:
-            answer = steps[what](**command)
-        print(json.dumps(answer), file=answers, flush=True)
+            return steps[do](**numbers)
+        return told
+
+    serve(answer)
 
 
 if __name__ == "__main__":

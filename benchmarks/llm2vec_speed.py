@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,8 +26,9 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils import logging
 
-from benchmarks.common import Answer, Row, Side, spent, write_results
+from benchmarks.common import Row, write_results
 from benchmarks.llm2vec_quality import DATA, sentences_of
+from benchmarks.sides import Answer, Side, serve, spent
 from tercet.data.collate import Collator
 from tercet.data.sampler import BatchPlan, Sampler
 from tercet.data.texts import open_texts
@@ -106,34 +108,32 @@ def start_training(
 
 def worker() -> None:
     """Read commands, answer them, until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     steps: dict[str, Callable[..., Answer]] = {}
-    for line in sys.stdin:
-        command = json.loads(line)
-        what = command.pop("do")
-        answer: Answer = {}
-        if what == "encode_start":
-            steps["encode"] = start_encode(**command)
-        elif what == "mntp_start":
-            same = command.pop("same_work", False)
+
+    def answer(do: str, **numbers: Any) -> Answer:
+        if do == "encode_start":
+            steps["encode"] = start_encode(**numbers)
+        elif do == "mntp_start":
+            same = numbers.pop("same_work", False)
             objective = MNTP(
-                head=command["folder"],
-                block_tokens=command.pop("length"),
+                head=numbers["folder"],
+                block_tokens=numbers.pop("length"),
                 concatenated=same,
                 train_head=same,
             )
-            batch = command.pop("blocks")
-            steps["mntp"] = start_training(objective, batch=batch, rate=5e-5, **command)
-        elif what == "simcse_start":
-            objective = SimCSE(max_tokens=command.pop("length"))
-            steps["simcse"] = start_training(objective, rate=3e-5, **command)
+            batch = numbers.pop("blocks")
+            steps["mntp"] = start_training(objective, batch=batch, rate=5e-5, **numbers)
+        elif do == "simcse_start":
+            objective = SimCSE(max_tokens=numbers.pop("length"))
+            steps["simcse"] = start_training(objective, rate=3e-5, **numbers)
         else:
-            answer = steps[what](**command)
-        print(json.dumps(answer), file=answers, flush=True)
+            return steps[do](**numbers)
+        return {}
+
+    serve(answer)
 
 
 # ---- both sides in turn --------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def compared(
     """One row: both sides start, warm up once, and then take turns."""
     sides = {
         "ours": Side(sys.executable, "-m", "benchmarks.llm2vec_speed", "--worker"),
-        "peer": Side(peer, "benchmarks/llm2vec_peer.py"),
+        "peer": Side(peer, "-m", "benchmarks.llm2vec_peer"),
     }
     saved = {side: f"{start['texts']}.{side}.npy" for side in sides}
     found: dict[str, list[Answer]] = {side: [] for side in sides}
@@ -218,7 +218,7 @@ def _rows(peer: str, scratch: Path, only: str | None) -> list[Row]:
     for name, lines in texts.items():
         place[name] = str(scratch / f"{name}.json")
         Path(place[name]).write_text(json.dumps(lines), encoding="utf-8")
-    maker, models = Side(peer, "benchmarks/llm2vec_peer.py"), {}
+    maker, models = Side(peer, "-m", "benchmarks.llm2vec_peer"), {}
     for size in VOCABULARIES:
         models[size] = str(scratch / f"llama-{size}")
         maker("make", folder=models[size], texts=place["long"], vocabulary=size)

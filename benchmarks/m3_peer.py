@@ -5,7 +5,7 @@ It needs an older transformers, so it runs as a process of another Python, witho
     python3.11 -m venv peer
     peer/bin/pip install torch==2.13.0
     peer/bin/pip install transformers==4.57.6 FlagEmbedding==1.4.2
-    peer/bin/python benchmarks/m3_peer.py
+    peer/bin/python -m benchmarks.m3_peer
 
 One JSON object a line goes in, one comes out; whatever else is printed goes to standard error.
 ``texts`` is the path of a file with a JSON list of strings, ``rows`` that of one with a JSON list
@@ -33,8 +33,6 @@ are left out, and so is the step counter, which lets self-distillation start one
 
 import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from itertools import cycle
@@ -61,7 +59,8 @@ from transformers import (
     XLMRobertaModel,
 )
 
-Answer = dict[str, Any]
+from benchmarks.sides import Answer, memory, serve, spent
+
 HIDDEN, PIECES = 128, 8_000
 
 
@@ -155,43 +154,24 @@ def start(folder: str, rows: str, queries: int, tokens: int) -> tuple[Callable[[
     return lambda: spent(once), {"trained": trained, "base": memory("VmRSS")}
 
 
-def spent(call: Callable[[], Answer]) -> Answer:
-    """What the call answers, with its CPU seconds and its memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest memory so far
-    begin = time.process_time()
-    answer = call()
-    seconds = time.process_time() - begin
-    return {"seconds": seconds, "peak": memory("VmHWM"), **answer}
-
-
-def memory(field: str) -> int:
-    """Bytes, as the system counts them for this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"the system does not tell {field}")
-
-
 def main() -> None:
     """Read commands, answer them, until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
     torch.set_num_threads(1)
-    step: Callable[[], Answer] | None = None
-    for line in sys.stdin:
-        command = json.loads(line)
-        what = command.pop("do")
-        answer: Answer = {}
-        if what == "make":
-            answer = make(**command)
-        elif what == "versions":
+    step: list[Callable[[], Answer]] = []
+
+    def answer(do: str, **numbers: Any) -> Answer:
+        if do == "make":
+            return make(**numbers)
+        if do == "versions":
             packages = ("torch", "transformers", "FlagEmbedding", "tokenizers", "numpy")
-            answer = {package: version(package) for package in packages}
-        elif what == "step_start":
-            step, answer = start(**command)
-        elif step is not None:
-            answer = step()
-        print(json.dumps(answer), file=answers, flush=True)
+            return {package: version(package) for package in packages}
+        if do == "step_start":
+            once, told = start(**numbers)
+            step[:] = [once]
+            return told
+        return step[0]()
+
+    serve(answer)
 
 
 if __name__ == "__main__":

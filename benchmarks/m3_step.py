@@ -38,7 +38,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils import logging
 
-from benchmarks.common import Answer, Row, Side, memory, spent, write_results
+from benchmarks.common import Row, write_results
+from benchmarks.sides import Answer, Side, memory, serve, spent
 from tercet.data.collate import Collator
 from tercet.nn.chunked import Chunks
 from tercet.nn.embedder import Embedder
@@ -106,20 +107,19 @@ def start(folder: str, rows: str, queries: int, tokens: int) -> tuple[Callable[[
 
 def worker() -> None:
     """Read commands, answer them, until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    step: Callable[[], Answer] | None = None
-    for line in sys.stdin:
-        command = json.loads(line)
-        answer: Answer = {}
-        if command.pop("do") == "step_start":
-            step, answer = start(**command)
-        elif step is not None:
-            answer = step()
-        print(json.dumps(answer), file=answers, flush=True)
+    step: list[Callable[[], Answer]] = []
+
+    def answer(do: str, **numbers: Any) -> Answer:
+        if do == "step_start":
+            once, told = start(**numbers)
+            step[:] = [once]
+            return told
+        return step[0]()
+
+    serve(answer)
 
 
 # ---- both sides in turn --------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def compared(case: Case, peer: str, folder: str, rows: str, repeats: int) -> Row
     """One row: both sides start, warm up once, and then take turns."""
     sides = {
         "ours": Side(sys.executable, "-m", "benchmarks.m3_step", "--worker"),
-        "peer": Side(peer, "benchmarks/m3_peer.py"),
+        "peer": Side(peer, "-m", "benchmarks.m3_peer"),
     }
     numbers = {name: asdict(case)[name] for name in ("queries", "tokens")}
     base = {
@@ -194,7 +194,7 @@ def _of_length(embedder: Embedder, texts: list[str], tokens: int) -> Iterator[st
 
 def make_models(peer: str, scratch: Path, texts: Path, names: set[str]) -> dict[str, str]:
     """A folder for each model that is asked for."""
-    maker, folders = Side(peer, "benchmarks/m3_peer.py"), {}
+    maker, folders = Side(peer, "-m", "benchmarks.m3_peer"), {}
     for name in sorted(names):
         folder = scratch / name.replace(",", "")
         if name == "me5-small":
