@@ -197,9 +197,10 @@ def _opened(chosen: argparse.Namespace, engine: str, ef: int | None = None) -> E
     folder = chosen.work / engine
     if engine == "exact":
         return ExactEngine(folder)
-    from tercet.search.qdrant_edge import EdgeEngine
+    from tercet.search.qdrant_edge import EdgeStore
+    from tercet.search.qdrant_engine import QdrantEngine
 
-    return EdgeEngine(folder, threads=1, ef=ef)
+    return QdrantEngine(EdgeStore(folder, threads=1, ef=ef))
 
 
 def _build(chosen: argparse.Namespace, name: str) -> Row:

@@ -136,3 +136,38 @@ def _blocks(bounds: list[int], tokens: int) -> Iterator[tuple[int, int]]:
             last += 1
         yield first, last
         first = last
+
+
+def paired_scores(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, "pairs"]:
+    """The score of each query with the document of the same row, by one kind that both have.
+
+    Equal to the diagonal of :func:`scores_of`, which would compare all with all.
+    """
+    assert len(queries) == len(docs), "a document for each query"
+    if kind == "dense":
+        assert queries.dense is not None and docs.dense is not None
+        return (queries.dense * docs.dense).sum(1)
+    if kind == "sparse":
+        assert queries.sparse is not None and docs.sparse is not None
+        return _paired_terms(queries.sparse.merged(), docs.sparse.merged())
+    assert queries.multi is not None and docs.multi is not None
+    found = queries.multi.vectors.new_zeros(len(queries))
+    own, others = (each.offsets.diff().tolist() for each in (queries.multi, docs.multi))
+    pairs = zip(queries.multi.vectors.split(own), docs.multi.vectors.split(others), strict=True)
+    for row, (tokens, of_doc) in enumerate(pairs):
+        if len(tokens) and len(of_doc):
+            found[row] = (tokens @ of_doc.T).amax(1).mean()
+    return found
+
+
+def _paired_terms(queries: Terms, docs: Terms) -> Float[Tensor, "pairs"]:
+    """Where each text has each token once: a join on the row and the token."""
+    size = 1 + max((int(each.ids.max()) for each in (queries, docs) if len(each.ids)), default=0)
+    cells, of_docs = (row_of(each.offsets) * size + each.ids for each in (queries, docs))
+    found = queries.weights.new_zeros(len(queries))
+    if not len(of_docs):
+        return found
+    place = torch.searchsorted(of_docs, cells).clamp_max(len(of_docs) - 1)
+    (shared,) = (of_docs[place] == cells).nonzero(as_tuple=True)
+    products = queries.weights[shared] * docs.weights[place[shared]]
+    return found.index_add(0, cells[shared] // size, products)

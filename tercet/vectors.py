@@ -62,7 +62,7 @@ class Terms:
         size = int(self.ids.max()) + 1 if len(self.ids) else 1
         cells, place = (row * size + self.ids).unique(return_inverse=True)
         largest = weights.new_zeros(len(cells)).scatter_reduce(0, place, weights, "amax")
-        (kept,) = (largest > 0).nonzero(as_tuple=True)
+        (kept,) = (~(largest <= 0)).nonzero(as_tuple=True)  # NaN stays, to be noticed
         cells = cells[kept]
         counts = torch.bincount(cells // size, minlength=len(self))
         return Terms(cells % size, largest[kept], offsets_of(counts))

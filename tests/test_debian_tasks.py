@@ -70,7 +70,7 @@ def test_each_file_is_read_as_what_it_is_for(suite):
     grouped = read_label_set(suite / "test/uses.jsonl")
     assert isinstance(grouped, ClusteringSet)
     assert set(grouped.labels) <= {label for each in uses for label in each.labels}
-    topics = RetrievalSet.from_beir(suite / "test/topics")
+    topics = RetrievalSet.from_folder(suite / "test/topics")
     assert len(topics.documents) == LIMIT and len(topics.queries) > 10
     assert (topics.judgements.query_of()[:3] == 0).all()  # three or more of each topic
 

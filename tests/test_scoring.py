@@ -4,9 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tercet.scoring import late_interaction, lexical_scores, weighted_scores
+from tercet.scoring import (
+    late_interaction,
+    lexical_scores,
+    paired_scores,
+    scores_of,
+    weighted_scores,
+)
 from tercet.segments import offsets_of
-from tercet.vectors import Terms, TokenRows, Vectors, Weights
+from tercet.vectors import KINDS, Terms, TokenRows, Vectors, Weights
 from tests.losses.test_unified import leaves, made, slow_scores
 
 
@@ -94,3 +100,24 @@ def test_weighted_scores_sum_the_kinds_that_both_sides_have():
     found = weighted_scores(queries, docs, Weights(2.0, 0.5, 1.0))
     expected = 2 * slow_scores("dense", queries, docs) + 0.5 * slow_scores("sparse", queries, docs)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_pairs_are_the_diagonal_of_those_of_all(kind):
+    queries, docs = made(30, seed=1), made(30, seed=2)
+    found = paired_scores(kind, queries, docs)
+    torch.testing.assert_close(found, scores_of(kind, queries, docs).diagonal())
+    assert len(found.unique()) > 3
+
+
+def test_pairs_with_a_text_of_nothing_score_zero():
+    terms = Terms(torch.tensor([5]), torch.tensor([2.0]), torch.tensor([0, 0, 1, 1]))
+    tokens = TokenRows(torch.ones(1, 2), torch.tensor([0, 0, 1, 1]))
+    other = Vectors(
+        sparse=Terms(torch.tensor([5, 5]), torch.tensor([3.0, 4.0]), torch.tensor([0, 1, 1, 2])),
+        multi=TokenRows(torch.ones(2, 2), torch.tensor([0, 1, 1, 2])),
+    )
+    assert paired_scores("sparse", Vectors(sparse=terms), other).tolist() == [0, 0, 0]
+    assert paired_scores("multi", Vectors(multi=tokens), other).tolist() == [0, 0, 0]
+    nothing = Terms(terms.ids[:0], terms.weights[:0], torch.zeros(4, dtype=torch.int64))
+    assert paired_scores("sparse", other, Vectors(sparse=nothing)).tolist() == [0, 0, 0]

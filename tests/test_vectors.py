@@ -58,3 +58,10 @@ def test_other_numbers_for_the_same_texts():
     doubled = some().with_tensors([2 * tensor for tensor in some().tensors()])
     assert [t.tolist() for t in doubled.tensors()] == [(2 * t).tolist() for t in some().tensors()]
     assert doubled.only(["sparse"]).kinds == ("sparse",)
+
+
+def test_a_weight_that_is_no_number_is_not_lost_where_terms_are_merged():
+    terms = Terms(torch.tensor([3, 4]), torch.tensor([0.0, torch.nan]), torch.tensor([0, 1, 2]))
+    merged = terms.merged()
+    assert merged.ids.tolist() == [4] and merged.offsets.tolist() == [0, 0, 1]
+    assert bool(merged.weights.isnan().all())

@@ -1,9 +1,11 @@
 """Cells of an ablation: a name, the recipe that makes it, and after which stages it is measured."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
+from tercet.objectives.unified import Unified
+from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.nv_embed import Pooler, nv_embed
 from tercet.train.recipe import Recipe
 
@@ -12,6 +14,17 @@ Part: TypeAlias = Literal["all", "grid", "schedules"]
 ATTENTIONS: Final = ("bidirectional", "causal")
 POOLINGS: Final[tuple[Pooler, ...]] = ("eos", "mean", "latent", "self_attention")
 SCHEDULES: Final = ("one stage, in-batch", "one stage, own", "two stages", "reversed")
+
+M3Part: TypeAlias = Literal["all", "distillation", "stages", "kinds", "teacher"]
+
+FULL: Final = "full"  # all kinds, self-distillation, the stage unified alone
+M3_CELLS: Final[dict[M3Part, tuple[str, ...]]] = {
+    "distillation": ("no-distillation",),
+    "stages": ("retromae-unified", "retromae-contrastive-unified"),
+    "kinds": ("dense", "dense-sparse", "dense-multi"),
+    "teacher": ("teacher-0.5", "teacher-2"),
+}
+"""What is compared with the full cell, by part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +68,31 @@ def nv_embed_cells(part: Part, seed: int, **numbers: Any) -> Iterator[Cell]:
         yield Cell(schedule_cell("one stage, in-batch"), nv_embed(**alone, blended_in_batch="all"))
         yield Cell(schedule_cell("one stage, own"), nv_embed(**alone))
         yield Cell(schedule_cell("reversed"), nv_embed(**both, stages="blended,retrieval"))
+
+
+def bge_m3_cells(part: M3Part, seed: int, **numbers: Any) -> Iterator[Cell]:
+    """The runs of an ablation of BGE-M3, the full one first; each differs from it in one thing.
+
+    Self-distillation and stages are those of tables 14 and 15 of the final text of
+    arXiv 2402.03216. Kinds: fewer of them trained together. Teacher: how much self-distillation
+    weighs beside the other losses, which is 1 in the full cell and 0 in ``no-distillation``.
+    """
+    fixed = {"seed": seed, **numbers}
+    yield Cell(FULL, bge_m3(stages="unified", **fixed))
+    for name in (n for each, names in M3_CELLS.items() if part in ("all", each) for n in names):
+        if name in M3_CELLS["stages"]:
+            yield Cell(name, bge_m3(stages=name.replace("-", ","), **fixed))
+        elif name in M3_CELLS["kinds"]:
+            yield Cell(name, bge_m3(stages="unified", kinds=name.replace("-", ","), **fixed))
+        else:
+            taught = name in M3_CELLS["teacher"]
+            weight = float(name.removeprefix("teacher-")) if taught else 0.0
+            yield Cell(name, _taught(bge_m3(stages="unified", **fixed), weight))
+
+
+def _taught(recipe: Recipe, weight: float) -> Recipe:
+    """The same, with another weight of self-distillation."""
+    (stage,) = recipe.stages
+    assert isinstance(stage.objective, Unified)
+    objective = replace(stage.objective, distilled=weight)
+    return replace(recipe, stages=(replace(stage, objective=objective),))

@@ -1,7 +1,7 @@
 """What an ablation found, in the layout of the paper's tables, with intervals and differences."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -132,7 +132,7 @@ def schedules_table(found: Found) -> Table:
         if schedule != "two stages":
             leads = found.differences(two, schedule_cell(schedule), (-1, -1))
             cells = [leads[name] for name in names]
-            rows.append([f"two stages - {schedule}", *(_sign(lead) for lead in cells)])
+            rows.append([f"two stages - {schedule}", *(signed(lead) for lead in cells)])
     return rows
 
 
@@ -150,8 +150,31 @@ def tables(found: Found) -> Iterator[tuple[str, Table]]:
 
 def write_findings(out: Path, found: Found, facts: Mapping[str, Any]) -> None:
     """Write ``table.md``, ``results.json`` and figures into the folder."""
+    write_tables(out, found, facts, dict(tables(found)), _rows(found))
+    poolings = {
+        NAMES[p]: found.figures(cell_name("bidirectional", p))
+        for p in POOLINGS
+        if found.has(cell_name("bidirectional", p))
+    }
+    schedules = {
+        s: found.figures(schedule_cell(s)) for s in SCHEDULES if found.has(schedule_cell(s))
+    }
+    with drawing():
+        for name, rows in (("poolings", poolings), ("schedules", schedules)):
+            if len(rows) > 1:
+                write_png(out / f"{name}.png", bars(rows))
+
+
+def write_tables(
+    out: Path,
+    found: Found,
+    facts: Mapping[str, Any],
+    titled: Mapping[str, Table],
+    rows: Iterable[Mapping[str, Any]],
+) -> None:
+    """Write ``table.md``, and all figures with the facts of the run into ``results.json``."""
     text = f"{_told(facts)}\n\n"
-    text += "".join(f"## {title}\n\n{as_markdown(table)}\n" for title, table in tables(found))
+    text += "".join(f"## {title}\n\n{as_markdown(table)}\n" for title, table in titled.items())
     with replacing_file(out / "table.md") as fresh:
         fresh.write_text(text, encoding="utf-8")
     record = {
@@ -165,23 +188,11 @@ def write_findings(out: Path, found: Found, facts: Mapping[str, Any]) -> None:
             }
             for each in found.sets
         },
-        "rows": list(_rows(found)),
-        "tables": dict(tables(found)),
+        "rows": list(rows),
+        "tables": dict(titled),
     }
     with replacing_file(out / "results.json") as fresh:
         fresh.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    poolings = {
-        NAMES[p]: found.figures(cell_name("bidirectional", p))
-        for p in POOLINGS
-        if found.has(cell_name("bidirectional", p))
-    }
-    schedules = {
-        s: found.figures(schedule_cell(s)) for s in SCHEDULES if found.has(schedule_cell(s))
-    }
-    with drawing():
-        for name, rows in (("poolings", poolings), ("schedules", schedules)):
-            if len(rows) > 1:
-                write_png(out / f"{name}.png", bars(rows))
 
 
 def as_markdown(table: Table) -> str:
@@ -227,10 +238,11 @@ def _claims() -> Iterator[tuple[str, str, str]]:
 
 def _signed(figures: Mapping[str, Interval]) -> list[str]:
     first = figures[AVERAGE]
-    return [_sign(first), *(_sign(f) for name, f in figures.items() if name != AVERAGE)]
+    return [signed(first), *(signed(f) for name, f in figures.items() if name != AVERAGE)]
 
 
-def _sign(figure: Interval) -> str:
+def signed(figure: Interval) -> str:
+    """A difference with its interval, for people."""
     return f"{figure.mean:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
 
 

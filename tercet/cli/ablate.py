@@ -1,12 +1,15 @@
 """The verb ``ablate``: what each part of a recipe is worth, on a user's own data."""
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from tercet.cli.training import weighted
 from tercet.console import columns, results, say
+from tercet.data.sources import Source, open_source
 
 ablations = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -66,17 +69,11 @@ def nv_embed(
     --out runs/ablation --keep-layers 6 --steps 60 --blended-steps 60 --batch-size 32
     """
     from tercet.ablation.cells import nv_embed_cells
-    from tercet.ablation.run import Bench, baselines, run_cells
-    from tercet.ablation.tables import Found, tables, write_findings
-    from tercet.cli.training import weighted
-    from tercet.data.sources import open_source
+    from tercet.ablation.tables import tables, write_findings
     from tercet.evaluate.suite import open_sets
-    from tercet.train.run import Run
 
     sets = open_sets(test)
-    given = [[weighted(path) for path in paths] for paths in (data, tasks)]
-    retrieval, others = [[open_source(p, weight=w) for p, w in paths] for paths in given]
-    run = Run(precision=precision)
+    retrieval, others = _sources(data), _sources(tasks)
     numbers = {
         "base": base,
         "keep_layers": keep_layers,
@@ -90,16 +87,144 @@ def nv_embed(
         "init": init,
         "max_tokens": max_tokens,
     }
+    facts = {"ablation": "nv-embed", "numbers": numbers, "seeds": seeds}
+    mixtures = {"retrieval": retrieval, "blended": [*retrieval, *others]}
+    how = _How(out, seeds, precision, keep_models)
+    found = _trained(lambda seed: nv_embed_cells(part, seed, **numbers), mixtures, sets, how)
+    write_findings(out, found, {**facts, "run": how.run})
+    _show(tables(found), out)
+
+
+@ablations.command("bge-m3")
+def bge_m3(
+    data: Annotated[
+        list[Path], typer.Option(help="Examples, of every stage; may be repeated. FILE:2 weighs.")
+    ],
+    test: Annotated[
+        list[Path],
+        typer.Option(
+            "--eval",
+            help="Examples, or a folder in the layout of BEIR or FlagEmbedding; may be repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for cells, tables and figures.")],
+    texts: Annotated[
+        list[Path] | None, typer.Option(help="Texts for the stage retromae; None: those of --data.")
+    ] = None,
+    pairs: Annotated[
+        list[Path] | None, typer.Option(help="Examples for the stage contrastive; None: --data.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="Zoo name, local folder or hub id.")] = "me5-small",
+    part: Annotated[
+        Literal["all", "distillation", "stages", "kinds", "teacher"],
+        typer.Option(help="What is changed; teacher: the weight of self-distillation."),
+    ] = "all",
+    retromae_steps: Annotated[int, typer.Option(help="Of the stage retromae.")] = 1_000,
+    contrastive_steps: Annotated[int, typer.Option(help="Of the stage contrastive.")] = 1_000,
+    steps: Annotated[int, typer.Option(help="Of the stage unified.")] = 1_000,
+    retromae_batch_size: Annotated[int, typer.Option(help="Blocks of texts a step.")] = 32,
+    contrastive_batch_size: Annotated[int, typer.Option(help="Pairs a step.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Queries a step of the stage unified.")] = 64,
+    negatives: Annotated[int, typer.Option(help="Mined negatives of a query, at most.")] = 7,
+    learning_rate: Annotated[float, typer.Option(help="Of the stage unified.")] = 1e-5,
+    multi_dim: Annotated[int | None, typer.Option(help="Width of a token's vector.")] = None,
+    freeze_embeddings: Annotated[
+        bool, typer.Option(help="Leave the token table as it is.")
+    ] = False,
+    query_tokens: Annotated[int | None, typer.Option(help="Longer queries are cut.")] = None,
+    document_tokens: Annotated[int | None, typer.Option(help="Longer documents are cut.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each cell, from seed 0 on.")] = 1,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of matrix products.")
+    ] = "float32",
+    keep_models: Annotated[bool, typer.Option(help="Do not delete models once measured.")] = False,
+) -> None:
+    """Self-distillation, stages, kinds and the weight of the teacher, by every kind of vectors.
+
+    Up to nine runs with the same data, seed and number of steps, each compared with the full one:
+    all kinds with self-distillation, in the stage unified alone. A killed ablation goes on when
+    the same command is given again. Writes table.md, results.json and figures.
+
+    Example: tercet ablate bge-m3 --data mined.jsonl --eval test.jsonl --out runs/ablation
+    --part distillation --steps 200 --batch-size 24
+    """
+    from tercet.ablation.cells import bge_m3_cells
+    from tercet.ablation.kinds_tables import kinds_tables, write_kinds_findings
+    from tercet.data.texts import open_texts
+    from tercet.evaluate.suite import open_kinds_set, open_sets
+
+    sets = open_sets(test, open_kinds_set)
+    examples = _sources(data)
+    mixtures = {
+        "examples": examples,
+        "pairs": _sources(pairs) if pairs else examples,
+        "texts": _sources(texts, open_texts) if texts else examples,
+    }
+    numbers = {
+        "base": base,
+        "retromae_steps": retromae_steps,
+        "contrastive_steps": contrastive_steps,
+        "steps": steps,
+        "retromae_batch_size": retromae_batch_size,
+        "contrastive_batch_size": contrastive_batch_size,
+        "batch_size": batch_size,
+        "negatives": negatives,
+        "learning_rate": learning_rate,
+        "multi_dim": multi_dim,
+        "freeze_embeddings": freeze_embeddings,
+        "query_tokens": query_tokens,
+        "document_tokens": document_tokens,
+    }
+    facts = {"ablation": "bge-m3", "numbers": numbers, "seeds": seeds}
+    how = _How(out, seeds, precision, keep_models)
+    found = _trained(lambda seed: bge_m3_cells(part, seed, **numbers), mixtures, sets, how)
+    write_kinds_findings(out, found, {**facts, "run": how.run})
+    _show(kinds_tables(found), out)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What a user asks of all cells."""
+
+    out: Path
+    seeds: int
+    precision: Literal["float32", "bfloat16"]
+    keep_models: bool
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """For the record."""
+        from tercet.train.run import Run
+
+        return asdict(Run(precision=self.precision))
+
+
+def _sources(paths: Sequence[Path], opened: Callable[..., Source] = open_source) -> list[Source]:
+    return [opened(path, weight=weight) for path, weight in map(weighted, paths)]
+
+
+def _trained(
+    cells: Callable[[int], Iterable[Any]],
+    mixtures: Mapping[str, Sequence[Source]],
+    sets: Sequence[Any],
+    how: _How,
+) -> Any:
+    """What all cells of every seed answer, and words."""
+    from tercet.ablation.run import Bench, baselines, run_cells
+    from tercet.ablation.tables import Found
+    from tercet.train.run import Run
+
+    run = Run(precision=how.precision)
     found = []
-    for seed in range(seeds):
-        folder = out if seeds == 1 else out / f"seed-{seed}"
-        mixtures = {"retrieval": retrieval, "blended": [*retrieval, *others]}
-        bench = Bench(mixtures, sets, folder, run, keep_models)
-        found.append(run_cells(list(nv_embed_cells(part, seed, **numbers)), bench, say))
-    every = Found(sets, found, baselines(sets))
-    facts = {"ablation": "nv-embed", "numbers": numbers, "seeds": seeds, "run": asdict(run)}
-    write_findings(out, every, facts)
-    for title, (header, *rows) in tables(every):
+    for seed in range(how.seeds):
+        folder = how.out if how.seeds == 1 else how.out / f"seed-{seed}"
+        bench = Bench(mixtures, sets, folder, run, how.keep_models)
+        found.append(run_cells(list(cells(seed)), bench, say))
+    return Found(sets, found, baselines(sets))
+
+
+def _show(titled: Iterable[tuple[str, list[list[str]]]], out: Path) -> None:
+    for title, (header, *rows) in titled:
         results().print(f"\n{title}")
         table = columns(*header)
         for row in rows:

@@ -1,16 +1,18 @@
 """What the verb ``eval`` measures models on: a set of any sort, and what is asked of each."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.console import say
 from tercet.errors import RecipeError
-from tercet.vectors import Kind, Weights
+from tercet.quantized import Precision
+from tercet.vectors import KINDS, Kind, Weights
 
 if TYPE_CHECKING:
     from tercet.evaluate.kinds import KindsResult
+    from tercet.evaluate.retention import Retained
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,50 +32,70 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class ByKinds:
-    """What a user wants of a model with several kinds of vectors; None: the usual."""
+    """What a user wants of a model's vectors; None: the usual."""
 
     kinds: tuple[Kind, ...] | None = None
     weights: Weights | None = None
     protocol: Literal["exact", "paper", "reference"] | None = None
+    precision: Precision | None = None  # of documents' dense vectors
 
 
 def open_set(
-    data: Path, *, task: str | None, per_label: int | None, seed: int, by_kinds: ByKinds
+    data: Path,
+    *,
+    task: str | None,
+    split: str | None,
+    per_label: int | None,
+    seed: int,
+    by_kinds: ByKinds,
 ) -> Compared:
     """The set of a file or folder, of whichever sort it is.
 
     Raises:
         DataError: when it is none.
-        RecipeError: when it is no retrieval set, and something is wanted of kinds of vectors.
+        RecipeError: when it is no retrieval set, and something is wanted of kinds of vectors; or
+            no folder, and a split is wanted.
     """
     from tercet.data.labelled import is_labelled_file
     from tercet.data.similarity import is_similarity_file
 
+    if split is not None and not data.is_dir():
+        raise RecipeError(f"{data}: --split is of a folder, and this is none; leave it out")
     similar = not data.is_dir() and is_similarity_file(data)
     labelled = not similar and not data.is_dir() and is_labelled_file(data)
     if (similar or labelled) and by_kinds != ByKinds():
         raise RecipeError(
-            f"{data}: is no retrieval set, so --kinds, --weights and --protocol say nothing of it; "
-            "leave them out"
+            f"{data}: is no retrieval set, so --kinds, --weights and --protocol say nothing of it, "
+            "and its texts are not stored in codes; leave them out"
         )
     if similar:
         return _similarity(data)
-    return _labels(data, per_label, seed) if labelled else _retrieval(data, task, by_kinds)
+    return _labels(data, per_label, seed) if labelled else _retrieval(data, task, split, by_kinds)
 
 
-def _retrieval(data: Path, task: str | None, wanted: ByKinds) -> Compared:
+def _retrieval(data: Path, task: str | None, split: str | None, wanted: ByKinds) -> Compared:
     from tercet.evaluate.bm25 import Split, by_tokens_of
     from tercet.evaluate.embedders import measure, measure_bm25, measure_kinds, tuned_weights
     from tercet.evaluate.intervals import paired_difference
     from tercet.evaluate.prompts import task_names
-    from tercet.evaluate.retrieval import METRICS, RetrievalSet
+    from tercet.evaluate.retention import measure_coded
+    from tercet.evaluate.retrieval import RetrievalSet
 
-    examined = RetrievalSet.from_beir(data) if data.is_dir() else RetrievalSet.from_examples(data)
+    if data.is_dir():
+        examined = RetrievalSet.from_folder(data, split)
+    else:
+        examined = RetrievalSet.from_examples(data)
     splits: dict[str, Split] = {}
     notes: dict[str, Any] = {}
 
     def measured(name: str, embedder: Any, **how: Any) -> dict[str, Any]:
+        if wanted.precision is not None:
+            _require_dense(name, embedder.kinds, wanted)
+            found = measure_coded(embedder, examined, wanted.precision, progress=True, **how)
+            notes[name] = _coded(name, found)
+            return {name: found.result}
         if embedder.kinds == ("dense",) and (wanted.kinds is None or notes):
+            _say_idle(name, embedder.kinds, wanted)
             return {name: measure(embedder, examined, progress=True, **how).result}
         tasks = (task,) if task else task_names(data, examples=not data.is_dir())
         found = measure_kinds(
@@ -86,6 +108,7 @@ def _retrieval(data: Path, task: str | None, wanted: ByKinds) -> Compared:
             **how,
         )
         notes[name] = _noted(name, found)
+        _say_idle(name, [kind for kind in KINDS if kind in found.results], wanted)
         splits[f"BM25, tokens of {name}"] = by_tokens_of(embedder)
         return {f"{name} {kind}": result for kind, result in found.results.items()}
 
@@ -95,7 +118,7 @@ def _retrieval(data: Path, task: str | None, wanted: ByKinds) -> Compared:
 
     return Compared(
         f"{len(examined.queries):,} queries, {len(examined.documents):,} documents",
-        METRICS,
+        examined.metrics,
         measured,
         by_words,
         minus=lambda it, other, metric, seed: paired_difference(
@@ -106,13 +129,52 @@ def _retrieval(data: Path, task: str | None, wanted: ByKinds) -> Compared:
     )
 
 
+def _require_dense(name: str, kinds: Sequence[Kind], wanted: ByKinds) -> None:
+    """Codes are of dense vectors, so a user has to want these alone."""
+    if wanted.weights is not None or wanted.protocol is not None:
+        raise RecipeError(
+            f"--precision {wanted.precision} is of dense vectors alone; leave out --weights and "
+            "--protocol"
+        )
+    if (wanted.kinds or tuple(kinds)) != ("dense",):
+        raise RecipeError(
+            f"{name}: --precision {wanted.precision} is of dense vectors, and "
+            f"{', '.join(wanted.kinds or kinds)} are asked for; add --kinds dense"
+        )
+
+
+def _coded(name: str, found: "Retained") -> dict[str, Any]:
+    """How documents were stored: said, and for the record."""
+    how = f"documents in {found.stored}, {found.bytes:,} bytes each, queries as they are"
+    if found.limit is not None:
+        origin = "learned from these documents, not from queries; keep one with tercet calibrate"
+        how += f"; range {found.limit:.4f}, {origin if found.learned else 'kept with the model'}"
+    say(f"{name}: {how}")
+    record = {"stored": found.stored, "bytes": found.bytes, "dims": found.dims}
+    return record | {"limit": found.limit, "learned_here": found.learned}
+
+
 def _noted(name: str, found: "KindsResult") -> dict[str, Any]:
     """How a model's kinds were searched and how many terms there are: said, and for the record."""
-    weights = ", ".join(f"{kind} {weight:g}" for kind, weight in asdict(found.weights).items())
+    weights = ", ".join(f"{k} {found.weights.of(k):g}" for k in KINDS if k in found.results)
     say(f"{name}: {found.how()}; weights: {weights}")
     for role, counts in found.terms.items():
         say(f"{name}: {role} terms: {counts}")
     return {"protocol": found.protocol, "weights": found.weights, "terms": dict(found.terms)}
+
+
+def _say_idle(name: str, kinds: Sequence[Kind], wanted: ByKinds) -> None:
+    """Say which flags change nothing for a model that is measured by one kind of vectors."""
+    if len(kinds) > 1:
+        return
+    given = {
+        "--kinds": wanted.kinds is not None and wanted.kinds != tuple(kinds),
+        "--weights": wanted.weights is not None,
+        "--protocol": wanted.protocol is not None and "sparse" not in kinds,
+    }
+    if idle := [flag for flag, is_idle in given.items() if is_idle]:
+        change = "change" if len(idle) > 1 else "changes"
+        say(f"{name}: measured by {kinds[0]} vectors alone: {' and '.join(idle)} {change} nothing")
 
 
 def _similarity(data: Path) -> Compared:

@@ -10,10 +10,12 @@ import typer
 from tercet.cli.ablate import ablations
 from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
+from tercet.cli.encode import encode
 from tercet.cli.measure import diagnose, evaluate, probe
 from tercet.cli.mine import mine
 from tercet.cli.models import inspect, merge, models
-from tercet.cli.search import encode, index, search
+from tercet.cli.search import index, search
+from tercet.cli.small import calibrate, sizes
 from tercet.cli.synthesize import synthesize
 from tercet.cli.training import recipes
 from tercet.cli.tune import tune_weights
@@ -33,7 +35,7 @@ app.add_typer(ablations, name="ablate")
 app.add_typer(convert, name="convert")
 for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge):
     app.command()(verb)
-for verb in (encode, index, search, diagnose, probe):
+for verb in (encode, index, search, diagnose, probe, calibrate, sizes):
     app.command()(verb)
 app.command("eval")(evaluate)
 app.command("tune-weights")(tune_weights)

@@ -26,6 +26,7 @@ from tercet.cli.loading import (
 from tercet.console import columns, results, say
 from tercet.errors import RecipeError
 from tercet.files import replacing_file
+from tercet.quantized import PRECISIONS
 
 if TYPE_CHECKING:
     from tercet.evaluate.latents import LatentUse
@@ -34,6 +35,13 @@ Against = Annotated[
     list[str] | None, typer.Option(help="Another model to compare with; may be repeated.")
 ]
 Seed = Annotated[int, typer.Option(help="Of the bootstrap.")]
+Stored = Annotated[
+    Literal["float32", "bfloat16", "int8", "int4", "binary"],
+    typer.Option(
+        help="float32 or bfloat16: of the model's weights. int8, int4 or binary: of the vectors "
+        "that documents are stored as, with weights in float32."
+    ),
+]
 
 
 def evaluate(
@@ -42,10 +50,13 @@ def evaluate(
         Path,
         typer.Argument(
             help="Examples, pairs of texts with a score, or labelled texts (.jsonl, .parquet), or "
-            "a folder in BEIR's layout."
+            "a folder in the layout of BEIR or FlagEmbedding."
         ),
     ],
     against: Against = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a folder; None: its only one, or test of BEIR's.")
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(help="Use the model's prompts for it; None: what the data is called."),
@@ -71,7 +82,13 @@ def evaluate(
     cls_every: Annotated[
         int | None, typer.Option(min=1, help="A start token before every so many tokens (MCLS).")
     ] = None,
-    precision: Precision = "float32",
+    query_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longer queries are cut; None: as the model says.")
+    ] = None,
+    document_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longer documents are cut; None: as the model says.")
+    ] = None,
+    precision: Stored = "float32",
     seed: Seed = 0,
     figures: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file too.")
@@ -81,6 +98,9 @@ def evaluate(
 
     A model with several kinds of vectors is measured by each, and by every sum of their weighted
     scores, beside BM25 with words and with its own tokens as words.
+
+    Where queries of a folder have answers in place of judged documents, answer@20 and answer@100
+    are the share of queries of which one of the first 20 or 100 documents holds an answer.
 
     On a file of pairs with text1, text2 and score: how well its cosines agree with the scores. On
     a file with text and label: how well its vectors tell the labels, learned from the records
@@ -94,14 +114,19 @@ def evaluate(
     names = _names(model, against)
     read = partial(
         load,
-        precision=precision,
+        precision="float32" if precision in PRECISIONS else precision,
         attention=attention,
         pooling=pooling,
         echo=echo,
         cls_every=cls_every,
+        query_tokens=query_tokens,
+        document_tokens=document_tokens,
     )
-    by_kinds = ByKinds(kinds_of(kinds), weights_of(weights), protocol)
-    compared = open_set(data, task=task, per_label=per_label, seed=seed, by_kinds=by_kinds)
+    coded = precision if precision in PRECISIONS else None
+    by_kinds = ByKinds(kinds_of(kinds), weights_of(weights), protocol, coded)
+    compared = open_set(
+        data, task=task, split=split, per_label=per_label, seed=seed, by_kinds=by_kinds
+    )
     asked = _Asked(data, task, prompts, compared.retrieval and not data.is_dir())
     measured: dict[str, Any] = {}
     over = False

@@ -1,12 +1,13 @@
 """The verb that finds hard negatives."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from tercet.cli.loading import Precision, load
+from tercet.cli.loading import Precision, load, weights_of
 from tercet.console import columns, results, say
 from tercet.data.documents import read_documents
 from tercet.data.sources import open_source
@@ -20,9 +21,20 @@ _MANY: Final = 0.5  # of the candidates dropped as too close: worth a note
 
 def mine(
     files: Annotated[list[Path], typer.Argument(help="Examples: .jsonl or .parquet.")],
-    teacher: Annotated[str, typer.Option(help="What scores: zoo name, folder or hub id.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="What scores: zoo name, folder or hub id; bm25 needs none."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A file for all, or a folder with a file for each.")
+    ] = None,
+    by: Annotated[
+        Literal["dense", "sparse", "multi", "hybrid", "bm25"],
+        typer.Option(help="What says how near; hybrid: the weighted sum of several kinds."),
+    ] = "dense",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of dense, sparse, multi for hybrid; None: those tuned for the teacher."),
     ] = None,
     rule: Annotated[
         Literal["naive", "percent", "margin", "absolute", "quantile"],
@@ -59,14 +71,16 @@ def mine(
     """Find hard negatives: documents near to a query that do not answer it.
 
     Documents are those of all files and of --corpus. What the rule leaves of a query's nearest
-    ones, without those known to answer it, becomes its negatives, with the teacher's scores. A
-    killed run goes on where it was when the same command is given again.
+    ones, without those known to answer it, becomes its negatives, with the teacher's scores where
+    these are cosines (by dense or multi). By bm25 no model is needed; with a teacher, its tokens
+    are the words. A killed run goes on where it was when the same command is given again.
 
     Example: tercet mine pairs.jsonl --teacher minilm --out mined.jsonl
     """
     from tercet.curate.mine import Mining
     from tercet.curate.mine import mine as run_mining
     from tercet.curate.mine import sweep as try_values
+    from tercet.curate.nearness import COSINES
     from tercet.curate.rules import MiningRule
 
     values = _numbers(sweep)
@@ -86,24 +100,34 @@ def mine(
         keep=keep,
         at_least=at_least,
         prompts=prompts,
+        by=by,
+        weights=weights_of(weights),
     )
+    if teacher is None and by != "bm25":
+        raise RecipeError(f"--by {by} needs a --teacher; without one, mine by bm25")
     sources = [open_source(file) for file in files]
     more = {"corpus": _texts(corpus or [], text_field), "work": work}
-    embedder = load(teacher, precision)
+    embedder = None if teacher is None else load(teacher, precision)
     if out is None:
         _show(try_values(embedder, sources, values, mining=mining, **more))
         return
     reports = run_mining(embedder, sources, out, mining=mining, **more)
     _show(reports)
     _advise(reports, mining.negatives, keep=keep)
-    say(f"vectors stay in {work} for the next mining; it may be deleted")
+    if by != "bm25":
+        say(f"vectors stay in {work} for the next mining; it may be deleted")
+    if by not in COSINES:
+        say(f"rows were written without scores: those by {by} are no cosines")
 
 
 def _numbers(text: str | None) -> list[float]:
-    try:
-        return [float(part) for part in (text or "").split(",") if part.strip()]
-    except ValueError:
-        raise RecipeError(f"--sweep is {text!r}; give numbers, as in 0.9,0.95,0.98") from None
+    """The values of a sweep; none without one."""
+    found: list[float] = []
+    with suppress(ValueError):
+        found = [float(part) for part in (text or "").split(",") if part.strip()]
+    if text is not None and not found:
+        raise RecipeError(f"--sweep is {text!r}; give numbers, as in 0.9,0.95,0.98")
+    return found
 
 
 def _texts(files: Sequence[Path], text_field: str) -> Iterator[str]:

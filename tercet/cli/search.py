@@ -1,78 +1,38 @@
-"""Verbs that turn texts into vectors, and search among them."""
+"""Verbs that make an index of documents, and search in it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from math import isfinite
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-import numpy as np
 import typer
 
 from tercet.cli.loading import (
-    Echo,
+    KindsOption,
     ModelName,
-    PoolingOption,
     Precision,
-    ReadingOption,
+    WeightsOption,
+    kinds_of,
     load,
+    weights_of,
     where,
 )
 from tercet.console import columns, one_line, results, say, shortened
 from tercet.data.documents import Document, read_documents
-from tercet.data.texts import read_texts
 from tercet.errors import IndexFolderError, ModelError, RecipeError
-from tercet.files import replacing_file
-from tercet.search.engine import Fusion, FusionName, ReciprocalRank, Rerank, Value, Weighted
+from tercet.search.engine import (
+    Engine,
+    Fusion,
+    FusionName,
+    ReciprocalRank,
+    Rerank,
+    Value,
+    Weighted,
+)
 from tercet.vectors import KINDS, Kind, Vectors, Weights
 
-
-def encode(
-    model: ModelName,
-    file: Annotated[Path, typer.Argument(help="Texts: .txt (one a line), .jsonl or .parquet.")],
-    out: Annotated[Path, typer.Option(help="A .npy file of float32 vectors; .npz of parts.")],
-    role: Annotated[Literal["query", "document"], typer.Option(help="Decides the prompt.")] = (
-        "document"
-    ),
-    text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
-    task: Annotated[str | None, typer.Option(help="Take this task's prompts.")] = None,
-    dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
-    output: Annotated[
-        Literal["texts", "tokens", "words"], typer.Option(help="What gets a vector.")
-    ] = "texts",
-    attention: ReadingOption = None,
-    pooling: PoolingOption = None,
-    echo: Echo = False,
-    precision: Precision = "float32",
-) -> None:
-    """Turn texts into vectors: a row of the output for each, or for each token or word.
-
-    With tokens or words the output is an .npz file: vectors of all texts, and in offsets where
-    each text begins.
-
-    Example: tercet encode minilm texts.txt --out vectors.npy
-    """
-    kind = ".npy" if output == "texts" else ".npz"
-    if out.suffix in (".npy", ".npz") and out.suffix != kind:
-        raise RecipeError(f"{out}: vectors of {output} are a {kind} file; name it so")
-    texts = list(read_texts(file, text_field))
-    embedder = load(model, precision, attention=attention, pooling=pooling, echo=echo)
-    if output != "texts":
-        with replacing_file(out) as fresh:
-            parts = embedder.encode(texts, role, task=task, dims=dims, progress=True, output=output)
-            offsets = np.cumsum([0, *map(len, parts)])
-            with fresh.open("wb") as opened:
-                np.savez(opened, vectors=np.concatenate(parts), offsets=offsets)
-        count = f"{offsets[-1]:,} {output} of {len(texts):,} texts"
-        results().print(f"{out}: vectors of {count}", soft_wrap=True)
-        return
-    with replacing_file(out) as fresh:  # before the work: a place that is closed to us shows early
-        vectors = embedder.encode(texts, role, task=task, dims=dims, progress=True)
-        with fresh.open("wb") as opened:
-            np.save(opened, vectors)
-    results().print(
-        f"{out}: {vectors.shape[0]:,} vectors of {vectors.shape[1]} dimensions", soft_wrap=True
-    )
+_FIELDS_NAMED: Final = 10  # in a message
 
 
 def index(
@@ -82,9 +42,7 @@ def index(
     text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
     title_field: Annotated[str, typer.Option(help="Where the title is.")] = "title",
     id_field: Annotated[str, typer.Option(help="Where the id is.")] = "id",
-    kinds: Annotated[
-        str | None, typer.Option(help="Such as dense,sparse,multi; None: all that the model makes.")
-    ] = None,
+    kinds: KindsOption = None,
     task: Annotated[str | None, typer.Option(help="Take this task's prompts and weights.")] = None,
     dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
     precision: Precision = "float32",
@@ -95,9 +53,7 @@ def index(
     collection: Annotated[str, typer.Option(help="Its name on the server.")] = "tercet",
     keep: Annotated[
         bool,
-        typer.Option(
-            "--keep", help="Keep what is in the index and not in the file; always on a server."
-        ),
+        typer.Option("--keep", help="Keep documents of the index that the file lacks."),
     ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew, where there is an index already.")
@@ -106,17 +62,21 @@ def index(
     """Encode documents and write an index folder to search in.
 
     The other fields of a document are kept, and a search can ask for their values. Called again,
-    it encodes what is new or has changed; so a call that was killed goes on where it was.
+    it encodes what is new or has changed, and removes what the file lacks; so a call that was
+    killed goes on where it was.
 
     Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index
     """
     from tercet.search.indexing import expected_bytes, index_documents, settings_of
-    from tercet.search.opening import About, make_engine, write_about
+    from tercet.search.opening import About, make_engine, mark_complete
 
     if url is not None and engine == "exact":
         raise RecipeError("--url is of a Qdrant server; add --engine qdrant")
     embedder = load(model, precision)
-    chosen = _kinds(kinds, embedder.kinds)
+    chosen = kinds_of(kinds) or tuple(embedder.kinds)
+    if not set(chosen) <= set(embedder.kinds):
+        made = ", ".join(embedder.kinds)
+        raise RecipeError(f"--kinds {kinds}: the model makes {made} vectors; name some of these")
 
     def read() -> Iterator[Document]:
         return read_documents(
@@ -147,14 +107,19 @@ def index(
         ),
     )
     with closing(make_engine(out, about, fresh=fresh)) as opened:
-        done = index_documents(opened, read(), encoded, total=count, keep=keep or url is not None)
+        done = index_documents(opened, read(), encoded, total=count, keep=keep)
         held = opened.stats().records
-    write_about(out, about)
+    mark_complete(out)
     results().print(f"{out}: {held:,} documents", soft_wrap=True)
     if done.unchanged or done.removed:
         say(
             f"{done.encoded:,} encoded, {done.unchanged:,} as they were, {done.removed:,} removed "
             f"because {file} lacks them"
+        )
+    if others := held - done.encoded - done.unchanged:
+        say(
+            f"{others:,} others, which {file} lacks, were kept; to remove them, call it without "
+            "--keep"
         )
     say(f'search it: tercet search {out} "your question"')
 
@@ -163,10 +128,7 @@ def search(
     folder: Annotated[Path, typer.Argument(help="Index folder.")],
     queries: Annotated[list[str], typer.Argument(help="One or more questions.")],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Hits of each.")] = 5,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Of dense, sparse, multi: 1,0.3,1. None: those tuned for the model."),
-    ] = None,
+    weights: WeightsOption = None,
     fusion: Annotated[
         FusionName, typer.Option(help="Rank by the sum, by ranks, or the best dense ones anew.")
     ] = "weighted",
@@ -186,11 +148,10 @@ def search(
     """
     from tercet.search.opening import about_index, open_engine, require
 
-    if not all(query.strip() for query in queries):
-        raise RecipeError("a query is blank; say what to look for")
+    _check_queries(queries)
     about = about_index(folder)
     wanted = _where(only or [])
-    given = None if weights is None else _weights(weights)
+    given = weights_of(weights)
     names = ("model", "precision", "kinds", "task", "dims")
     model, precision, kinds, task, dims = (about.setting(folder, name) for name in names)
     try:
@@ -206,6 +167,8 @@ def search(
     how = _fusion(fusion, given, usual, candidates)
     with closing(open_engine(folder, read_only=True)) as opened:
         found = opened.search(vectors, k, fusion=how, where=wanted)
+        if not any(found):
+            _explain(folder, opened, wanted, complete=about.complete)
     out = results()
     shown: Sequence[Kind] = kinds if len(kinds) > 1 else ()
     for query, hits in zip(queries, found, strict=True):
@@ -218,16 +181,41 @@ def search(
         out.print(table)
 
 
-def _kinds(named: str | None, made: Sequence[Kind]) -> tuple[Kind, ...]:
-    """The kinds that are named, in their usual order, or all that the model makes."""
-    if named is None:
-        return tuple(made)
-    words = {word.strip() for word in named.split(",")}
-    if not words <= set(made):
-        raise RecipeError(
-            f"--kinds {named}: the model makes {', '.join(made)} vectors; name some of these"
-        )
-    return tuple(kind for kind in KINDS if kind in words)
+def _check_queries(queries: Sequence[str]) -> None:
+    """Refuse what cannot be searched for."""
+    for query in queries:
+        if not query.strip():
+            raise RecipeError("a query is blank; say what to look for")
+        try:
+            query.encode()
+        except UnicodeEncodeError as error:  # bytes that are no UTF-8 arrive as half characters
+            raise RecipeError(
+                f"the query {query!a} holds what is no character, at position {error.start}; "
+                "write it in UTF-8"
+            ) from error
+
+
+def _explain(folder: Path, engine: Engine, asked: Iterable[str], *, complete: bool) -> None:
+    """Say why nothing was found, where it is not for lack of likeness.
+
+    Raises:
+        IndexFolderError: when the index is said to be complete, and nothing is in it.
+    """
+    lacking, known = set(asked), set[str]()
+    if not engine.stats().records:
+        if complete:
+            raise IndexFolderError(
+                f"{folder}: its documents are gone; build it again with: tercet index --fresh"
+            )
+        return
+    for record in engine.scan() if lacking else ():
+        lacking -= record.fields.keys()
+        known |= record.fields.keys()
+        if not lacking:
+            return
+    fields = one_line(", ".join(islice(sorted(known), _FIELDS_NAMED))) or "none"
+    for name in map(one_line, sorted(lacking)):
+        say(f"tercet: note: --where {name}: no document has this field; there are: {fields}")
 
 
 def _size(count: int) -> str:
@@ -236,19 +224,6 @@ def _size(count: int) -> str:
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]
     return f"{size:.3g} {units[0]}" if size < 1000 else f"{size:,.0f} {units[0]}"
-
-
-def _weights(text: str) -> Weights:
-    try:
-        dense, sparse, multi = map(float, text.split(","))
-    except ValueError:
-        dense = sparse = multi = -1.0
-    if not all(isfinite(weight) and weight >= 0 for weight in (dense, sparse, multi)):
-        raise RecipeError(
-            f"--weights {text}: give three numbers that are not negative, of dense, sparse and "
-            "multi, such as 1,0.3,1"
-        )
-    return Weights(dense, sparse, multi)
 
 
 def _fusion(name: FusionName, given: Weights | None, usual: Weights, candidates: int) -> Fusion:

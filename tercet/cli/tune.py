@@ -9,7 +9,7 @@ from tercet import zoo
 from tercet.cli.loading import KindsOption, Precision, kinds_of, load
 from tercet.console import columns, results, say
 from tercet.errors import RecipeError
-from tercet.vectors import Weights
+from tercet.vectors import KINDS, Weights
 
 _BY: Final = {
     "usual": "nobody: no others rank better than the usual weights",
@@ -21,7 +21,10 @@ _BY: Final = {
 def tune_weights(
     model: Annotated[str, typer.Argument(help="Folder of a model with several kinds of vectors.")],
     dev: Annotated[
-        Path, typer.Argument(help="Examples (.jsonl, .parquet), or a folder in BEIR's layout.")
+        Path,
+        typer.Argument(
+            help="Examples (.jsonl, .parquet), or a folder in the layout of BEIR or FlagEmbedding."
+        ),
     ],
     task: Annotated[
         str | None,
@@ -36,7 +39,7 @@ def tune_weights(
     depth: Annotated[
         int, typer.Option(min=1, help="Candidates of each query by each kind.")
     ] = 1_000,
-    split: Annotated[str, typer.Option(help="Of a folder in BEIR's layout.")] = "dev",
+    split: Annotated[str, typer.Option(help="Of a folder.")] = "dev",
     precision: Precision = "float32",
     seed: Annotated[int, typer.Option(help="Of the folds and the bootstrap.")] = 0,
 ) -> None:
@@ -44,7 +47,8 @@ def tune_weights(
 
     Each query is measured with weights that the other folds chose, so the gain holds for queries
     that nobody has tuned on. With --save, search and eval take the weights from then on. Vectors
-    do not change.
+    do not change. A kind that --kinds leaves out gets the weight 0, since the others' weights were
+    found without it.
 
     Example: tercet tune-weights runs/mine/model dev.jsonl --save
     """
@@ -57,8 +61,9 @@ def tune_weights(
     folder = zoo.resolve(model, say)
     if save:
         require_settings(folder)
-    beir = dev.is_dir()
-    data = RetrievalSet.from_beir(dev, split) if beir else RetrievalSet.from_examples(dev)
+    is_folder = dev.is_dir()
+    data = RetrievalSet.from_folder(dev, split) if is_folder else RetrievalSet.from_examples(dev)
+    data.require_judgements("tune-weights")
     embedder = load(model, precision)
     wanted = kinds_of(kinds) or embedder.kinds
     if len(wanted) < 2:
@@ -66,7 +71,7 @@ def tune_weights(
             f"{model}: there are {', '.join(wanted)} vectors only, so there is nothing to weigh; "
             "take a model with several kinds (tercet train bge-m3)"
         )
-    names = (task,) if task else task_names(dev, examples=not beir)
+    names = (task,) if task else task_names(dev, examples=not is_folder)
     found = dev_candidates(embedder, data, tasks=names, kinds=wanted, depth=depth, progress=True)
     tuned = tune(data, found, metric=metric, folds=folds, seed=seed)
     out = results()
@@ -88,9 +93,15 @@ def tune_weights(
         f"chosen by {_BY[tuned.method]}; on the very queries that chose them: {tuned.fitted:.3f}, "
         "which flatters them"
     )
+    left_out = " and ".join(kind for kind in embedder.kinds if kind not in wanted)
     if save:
         save_weights(folder, tuned.weights, task or "")
         what = f"for the task {task!r}" if task else "as its usual ones"
-        out.print(f"{folder}: keeps these weights {what}", soft_wrap=True)
+        rest = f"; {left_out} has the weight 0: sums leave it out" if left_out else ""
+        out.print(f"{folder}: keeps these weights {what}{rest}", soft_wrap=True)
+        before = embedder.settings.weights.get(task or "")
+        if before is not None:
+            numbers = ",".join(f"{before.of(kind):g}" for kind in KINDS)
+            say(f"the weights that stood there before: {numbers}")
     else:
         say("nothing was saved; give --save to keep them with the model")

@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, UInt64
+from jaxtyping import Float, Float32, Int, Int64, UInt64
 
 from tercet import distributed
 from tercet.data.examples import shown
@@ -25,12 +25,16 @@ from tercet.data.texts import normal_form
 from tercet.errors import ModelError
 from tercet.files import replacing_file
 from tercet.nn.embedder import Embedder
+from tercet.nn.settings import Settings
 from tercet.progress import Advance
 from tercet.search.exact import Hits, largest, top_k
+from tercet.search.export import first_broken
 from tercet.types import Role
+from tercet.vectors import Vectors as KindVectors
 
 SHARD: Final = 4096  # texts that are encoded between two points where a killed run goes on
 _VERSION: Final = 1  # of what the name of a shard says
+_PAIRS: Final = 8192  # pairs of a query and a document that are scored together
 
 
 def text_key(text: str) -> int:
@@ -133,7 +137,7 @@ class Vectors:
             ModelError: when a vector is not finite.
             StorageError: when the disk refuses.
         """
-        path = self.folder / f"{self._name(texts, role, prompts)}.npy"
+        path = self.folder / f"{shard_name(self.teacher, texts, role, prompts)}.npy"
         if not _is_whole(path, (len(texts), self.teacher.dim)):
             with replacing_file(path) as fresh:
                 vectors = self._encode(texts, role, prompts)
@@ -149,28 +153,33 @@ class Vectors:
 
     def fill(self, pool: Pool, advance: Advance) -> None:
         """Encode the documents of a pool; of several processes, which all call this, each some."""
-        starts = range(0, len(pool), SHARD)
-        found: dict[int, Path] = {}
-        own = starts[distributed.rank() :: distributed.world()]
-        for part in (own, starts):
-            for start in part:
-                if start not in found:
-                    rows = range(start, min(start + SHARD, len(pool)))
-                    prompts = [pool.prompt] * len(rows)
-                    found[start] = self.shard(pool.texts.read(rows), "document", prompts)
-                    advance(len(rows))
-            distributed.barrier()  # what others have encoded is found
-        pool.shards += [found[start] for start in starts]
+        shards_of(pool, self.shard, advance)
 
-    def _name(self, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> str:
-        backbone = self.teacher.backbone
-        kind = next(backbone.parameters()).dtype
-        about = (_VERSION, self.teacher.fingerprint(), backbone.attention, backbone.window, kind)
-        digest = hashlib.blake2b(repr((*about, role, len(texts))).encode(), digest_size=16)
-        for text in (*prompts, *texts):
-            content = text.encode()
-            digest.update(len(content).to_bytes(8, "little") + content)
-        return digest.hexdigest()
+    @property
+    def settings(self) -> Settings:
+        """The teacher's, which say what is put before texts."""
+        return self.teacher.settings
+
+    def nearest(self, queries: Float32[np.ndarray, "queries dim"], pool: Pool, k: int) -> Hits:
+        """The documents of largest score for each query."""
+        return pool.search(queries, k)
+
+    def scores(
+        self,
+        queries: Float32[np.ndarray, "queries dim"],
+        owners: Int64[np.ndarray, "pairs"],
+        pool: Pool,
+        rows: Int64[np.ndarray, "pairs"],
+    ) -> Float32[np.ndarray, "pairs"]:
+        """The score of query ``owners[i]`` with document ``rows[i]``, for each ``i``."""
+        found = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            found[part] = (queries[owners[part]] * pool.vectors(rows[part])).sum(axis=1)
+        return found
+
+    def close(self) -> None:
+        """What was encoded stays for the next mining."""
 
     def _encode(
         self, texts: Sequence[str], role: Role, prompts: Sequence[str]
@@ -180,19 +189,57 @@ class Vectors:
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(prompt, []).append(row)
         for prompt, rows in rows_of.items():
-            with _prompted(self.teacher, role, prompt):
+            with prompted(self.teacher, role, prompt):
                 found[rows] = self.teacher.encode([texts[row] for row in rows], role)
-        finite = np.isfinite(found).all(axis=1)
-        if not finite.all():
-            raise ModelError(
-                f"the teacher's vector of {shown(texts[int(finite.argmin())])} holds NaN or "
-                "infinity; the model is broken, or it was run in a precision too low for it"
-            )
+        check_finite(KindVectors(torch.from_numpy(found)), texts)
         return found
 
 
+def shards_of(
+    pool: Pool, shard: Callable[[Sequence[str], Role, Sequence[str]], Path], advance: Advance
+) -> None:
+    """Give a pool its shards; of several processes, which all call this, each makes some."""
+    starts = range(0, len(pool), SHARD)
+    found: dict[int, Path] = {}
+    own = starts[distributed.rank() :: distributed.world()]
+    for part in (own, starts):
+        for start in part:
+            if start not in found:
+                rows = range(start, min(start + SHARD, len(pool)))
+                prompts = [pool.prompt] * len(rows)
+                found[start] = shard(pool.texts.read(rows), "document", prompts)
+                advance(len(rows))
+        distributed.barrier()  # what others have encoded is found
+    pool.shards += [found[start] for start in starts]
+
+
+def shard_name(teacher: Embedder, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> str:
+    """A hash of all that a teacher's vectors of these texts hang on."""
+    backbone = teacher.backbone
+    kind = next(backbone.parameters()).dtype
+    about = (_VERSION, teacher.fingerprint(), backbone.attention, backbone.window, kind)
+    digest = hashlib.blake2b(repr((*about, role, len(texts))).encode(), digest_size=16)
+    for text in (*prompts, *texts):
+        content = text.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def check_finite(vectors: KindVectors, texts: Sequence[str]) -> None:
+    """Refuse vectors of these texts that hold NaN or infinity.
+
+    Raises:
+        ModelError: naming the first such text.
+    """
+    if (row := first_broken(vectors)) is not None:
+        raise ModelError(
+            f"the teacher's vector of {shown(texts[row])} holds NaN or infinity; the model is "
+            "broken, or it was run in a precision too low for it"
+        )
+
+
 @contextmanager
-def _prompted(teacher: Embedder, role: Role, prompt: str) -> Iterator[None]:
+def prompted(teacher: Embedder, role: Role, prompt: str) -> Iterator[None]:
     """For a while the teacher's prompt for this role is another one."""
     settings = teacher.settings
     teacher.settings = replace(settings, prompts={**settings.prompts, role: prompt})

@@ -154,7 +154,7 @@ def evaluation_texts(path: Path | str) -> Iterator[str]:
     """
     path = Path(path)
     if path.is_dir():
-        data = RetrievalSet.from_beir(path)
+        data = RetrievalSet.from_folder(path)
         yield from data.queries
         relevant = np.unique(data.judgements.docs[data.judgements.grades > 0])
         yield from (data.documents[row] for row in relevant.tolist())

@@ -9,7 +9,6 @@ from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +20,7 @@ from transformers import (
 
 from tercet import zoo
 from tercet.errors import ModelError, RecipeError
+from tercet.nn.loading import loading
 
 _SORTED: Final = 8  # batches whose prompts are put in order of length together
 
@@ -225,14 +225,11 @@ def _likeliest(
 
 def _loaded(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     place = str(zoo.resolve(name))
-    try:
+    with loading(f"{name}: cannot write texts"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, output_loading_info=True
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ModelError(f"{name}: cannot write texts: {line}") from error
     model, report = loaded
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])[0]

@@ -1,8 +1,9 @@
 """Hard negatives for files of examples: the nearest documents that are no answers.
 
 A teacher embeds queries and documents, exact search finds the nearest documents of each query, and
-a rule (``tercet.curate.rules``) says which of them may be negatives. Memory does not grow with
-queries times documents: a block of queries at a time meets a shard of documents at a time.
+a rule (``tercet.curate.rules``) says which of them may be negatives. Near is what the dense vectors
+say, or sparse ones, token vectors, their weighted sum, or BM25. Memory does not grow with queries
+times documents: a block of queries at a time meets a shard of documents at a time.
 """
 
 import logging
@@ -18,14 +19,19 @@ from jaxtyping import Bool
 
 from tercet.curate.catalog import Catalog, blocks, read_catalog
 from tercet.curate.corpus import Vectors
+from tercet.curate.counts import CountedShelf
+from tercet.curate.kinds import ByVectors, EncodedShelf
+from tercet.curate.nearness import COSINES, By, Finder
 from tercet.curate.ranking import Judged, Ranker, prompt_for
-from tercet.curate.rules import REASONS, MiningRule
+from tercet.curate.rules import ABSENT, REASONS, MiningRule
 from tercet.data.records import known_suffix
 from tercet.data.sources import Source, write_examples
 from tercet.errors import RecipeError
+from tercet.evaluate.bm25 import by_tokens_of, by_words
 from tercet.nn.embedder import Embedder
 from tercet.progress import Bars, bar
 from tercet.types import Example
+from tercet.vectors import KINDS, Kind, Weights
 
 WORK: Final = Path("runs/mining")
 
@@ -46,8 +52,11 @@ class Mining:
     keep: bool = False  # a row's own negatives stay, before mined ones, unless they are positives
     at_least: int = 0  # a row that ends with fewer negatives is left out
     prompts: Literal["row", "teacher"] = "row"  # a row's own go before the teacher's, or are unread
+    by: By = "dense"  # what says how near a document is
+    weights: Weights | None = None  # of a hybrid sum; None: those tuned for the teacher
 
     def __post_init__(self) -> None:
+        self._check_by()
         if self.negatives < 1:
             raise RecipeError(f"negatives is {self.negatives}; ask for 1 or more")
         if self.depth < self.negatives + self.rule.shift:
@@ -65,6 +74,18 @@ class Mining:
                 f"at_least is {self.at_least}; it should be between 0 and the {self.negatives} "
                 "negatives asked for"
             )
+
+    def _check_by(self) -> None:
+        if self.weights is not None and self.by != "hybrid":
+            raise RecipeError(
+                f"weights are of a hybrid sum, and mining is by {self.by}; leave them out"
+            )
+        if self.by not in COSINES and self.rule.kind in ("margin", "absolute"):
+            if self.rule.value is None:
+                raise RecipeError(
+                    f"the usual value of the rule {self.rule.kind} is meant for cosines, and "
+                    f"scores by {self.by} are none; give a value, or take the rule percent"
+                )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,9 +129,9 @@ class MiningReport:
         self.rows += len(ranked.examples)
         self.had_negatives += sum(bool(example.negatives) for example in ranked.examples)
         self.refused += ranked.refused
-        self.candidates += found.verdicts.size
+        self.candidates += int((found.verdicts != ABSENT).sum())
         counts = np.bincount(found.verdicts.ravel(), minlength=len(REASONS) + 1)
-        for reason, count in zip(REASONS, counts[1:].tolist(), strict=True):
+        for reason, count in zip(REASONS, counts[1:ABSENT].tolist(), strict=True):
             self.dropped[reason] += count
         self.positives += sum(map(len, ranked.positives))
         self.unfound += ranked.unfound
@@ -129,7 +150,7 @@ class MiningReport:
 
 
 def mine(
-    teacher: Embedder,
+    teacher: Embedder | None,
     sources: Sequence[Source],
     out: Path,
     *,
@@ -139,6 +160,9 @@ def mine(
 ) -> list[MiningReport]:
     """Write the examples of the sources with mined negatives and the teacher's scores.
 
+    Scores are written where they are cosines (by dense or token vectors); others are on a scale of
+    their own, and rows come without. BM25 needs no teacher; it takes a teacher's tokens as words.
+
     Mined are the documents of all sources, and those of ``corpus``. Never a negative of a query is
     a document that answers it in any row, or the query itself; texts that differ in case or spaces
     only are one document. ``out`` is a file for all sources, or, without an ending, a folder with
@@ -146,7 +170,8 @@ def mine(
     deleted.
 
     Raises:
-        RecipeError: when ``out`` would take the place of a source.
+        RecipeError: when ``out`` would take the place of a source, or the teacher does not make
+            the vectors that are mined by.
         DataError: when a source has changed since it was opened.
         ModelError: when the teacher gives vectors that are no numbers.
         StorageError: when the disk refuses; a file that was there before is still there.
@@ -160,7 +185,7 @@ def mine(
 
 
 def sweep(
-    teacher: Embedder,
+    teacher: Embedder | None,
     sources: Sequence[Source],
     values: Sequence[float],
     *,
@@ -185,7 +210,7 @@ class Miner:
 
     def __init__(
         self,
-        teacher: Embedder,
+        teacher: Embedder | None,
         sources: Sequence[Source],
         mining: Mining,
         corpus: Iterable[str],
@@ -193,13 +218,15 @@ class Miner:
         *,
         bars: Bars = bar,
     ) -> None:
-        self.vectors = Vectors(teacher, work)
+        self.finder = finder_of(mining, teacher, work)
+        self._work = work
         self.sources, self.mining, self.corpus, self._bars = sources, mining, corpus, bars
         self._catalog: Catalog | None = None
         self._foreign = False  # whether the rows bring prompts to a teacher that has none
 
     def close(self) -> None:
         """Give the disk space of the texts back."""
+        self.finder.close()
         if self._catalog is not None:
             self._catalog.close()
 
@@ -224,7 +251,7 @@ class Miner:
         for ranked in self.ranker.ranked(block):
             judged = ranked.judged(report.rule, self.mining.negatives)
             for row in np.flatnonzero(report.count(judged, self.mining)).tolist():
-                found[ranked.places[row]] = _with_negatives(judged, row)
+                found[ranked.places[row]] = self._with_negatives(judged, row)
         return [found[place] for place in sorted(found)]
 
     def tried(self, source: Source, rules: Sequence[MiningRule]) -> list[MiningReport]:
@@ -244,9 +271,7 @@ class Miner:
     @cached_property
     def ranker(self) -> Ranker:
         """The documents, read and encoded."""
-        catalog = read_catalog(
-            self.sources, self.corpus, self._prompt, self.vectors.folder, bars=self._bars
-        )
+        catalog = read_catalog(self.sources, self.corpus, self._prompt, self._work, bars=self._bars)
         self._catalog = catalog
         if self._foreign:
             log.warning(
@@ -255,13 +280,25 @@ class Miner:
             )
         with self._bars("documents", sum(map(len, catalog.pools.values()))) as advance:
             for pool in catalog.pools.values():
-                self.vectors.fill(pool, advance)
+                self.finder.fill(pool, advance)
         mining = self.mining
-        return Ranker(self.vectors, catalog, mining.depth, mining.keep, mining.prompts)
+        return Ranker(self.finder, catalog, mining.depth, mining.keep, mining.prompts)
+
+    def _with_negatives(self, judged: Judged, row: int) -> Example:
+        negatives = judged.negatives(row)
+        found = replace(
+            judged.ranked.examples[row],
+            negatives=tuple(text for text, _ in negatives),
+            positive_scores=tuple(judged.ranked.positives[row]),
+            negative_scores=tuple(score for _, score in negatives) or None,
+        )
+        if self.mining.by in COSINES:
+            return found
+        return replace(found, positive_scores=None, negative_scores=None)
 
     def _prompt(self, example: Example) -> str:
-        settings, first = self.vectors.teacher.settings, self.mining.prompts
-        if not settings.prompts and not settings.task_prompts and first == "row":
+        settings, first = self.finder.settings, self.mining.prompts
+        if settings and not settings.prompts and not settings.task_prompts and first == "row":
             self._foreign |= bool(example.query_prompt or example.document_prompt)
         return prompt_for(settings, example, "document", first)
 
@@ -276,14 +313,46 @@ class Miner:
         return replace(rule, kind="absolute", value=value)
 
 
-def _with_negatives(judged: Judged, row: int) -> Example:
-    negatives = judged.negatives(row)
-    return replace(
-        judged.ranked.examples[row],
-        negatives=tuple(text for text, _ in negatives),
-        positive_scores=tuple(judged.ranked.positives[row]),
-        negative_scores=tuple(score for _, score in negatives) or None,
-    )
+def finder_of(mining: Mining, teacher: Embedder | None, work: Path) -> Finder:
+    """What finds documents in the way that is mined by.
+
+    Raises:
+        RecipeError: without a teacher where one is needed, or for one that does not make the
+            vectors that count.
+    """
+    if mining.by == "bm25":
+        split = by_words if teacher is None else by_tokens_of(teacher)
+        return ByVectors(CountedShelf(work, split), Weights(0.0, 1.0, 0.0), ("sparse",))
+    if teacher is None:
+        raise RecipeError(f"mining by {mining.by} needs a teacher; name one, or mine by bm25")
+    if mining.by == "dense":
+        return Vectors(teacher, work)
+    weights = _weights(mining, mining.by, teacher)
+    kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if weights.of(kind))
+    return ByVectors(EncodedShelf(teacher, work, kinds), weights, kinds)
+
+
+def _weights(
+    mining: Mining, by: Literal["sparse", "multi", "hybrid"], teacher: Embedder
+) -> Weights:
+    """How much each kind counts."""
+    made: tuple[Kind, ...] = teacher.kinds
+    tuned = teacher.settings.weights.get("", Weights()).only(made)
+    weights = (mining.weights or tuned) if by == "hybrid" else Weights(1.0, 1.0, 1.0).only((by,))
+    needed = {kind for kind in KINDS if weights.of(kind)}
+    if by == "hybrid" and mining.weights is None:
+        needed |= {"dense", "sparse"}
+    if missing := [kind for kind in KINDS if kind in needed and kind not in made]:
+        raise RecipeError(
+            f"mining by {by} needs {' and '.join(missing)} vectors, and the teacher makes "
+            f"{' and '.join(made)} ones; choose another teacher, or another way"
+        )
+    if by == "hybrid" and not needed & {"dense", "sparse"}:
+        raise RecipeError(
+            "candidates of a hybrid sum are found by dense and sparse vectors, and neither has a "
+            "weight; give one of them some, or mine by multi"
+        )
+    return weights
 
 
 def _outputs(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:

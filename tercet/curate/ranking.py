@@ -2,29 +2,31 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int8, Int64, UInt64
+from jaxtyping import Bool, Float64, Int8, Int64, UInt64
 
 from tercet.curate.catalog import Catalog
-from tercet.curate.corpus import Pool, Vectors, text_key
-from tercet.curate.rules import ALREADY, LEFT, POSITIVE, QUERY, MiningRule, choose, judge
+from tercet.curate.corpus import Pool, text_key
+from tercet.curate.nearness import Finder
+from tercet.curate.rules import ABSENT, ALREADY, LEFT, POSITIVE, QUERY, MiningRule, choose, judge
 from tercet.nn.settings import Settings
 from tercet.types import Example, Role
 
 _DECIMALS: Final = 6  # of scores; those after differ between kernels and batches
-_PAIRS: Final = 8192  # pairs of a query and a document that are scored together
 
 
 def prompt_for(
-    settings: Settings, example: Example, role: Role, first: Literal["row", "teacher"]
+    settings: Settings | None, example: Example, role: Role, first: Literal["row", "teacher"]
 ) -> str:
     """The prompt that a teacher reads a text of this example after.
 
     The row's own, unless the teacher's go ``first``; then the teacher's for the row's task, if it
-    knows that, or its usual one.
+    knows that, or its usual one. Without settings of a teacher there is none.
     """
+    if settings is None:
+        return ""
     own = example.query_prompt if role == "query" else example.document_prompt
     if first == "row" and own is not None:
         return own
@@ -40,7 +42,7 @@ class Ranked:
     examples: list[Example]
     pool: Pool
     keys: UInt64[np.ndarray, "queries"]
-    rows: Int64[np.ndarray, "queries ranks"]  # of the pool
+    rows: Int64[np.ndarray, "queries ranks"]  # of the pool; -1 where there is none
     scores: Float64[np.ndarray, "queries ranks"]
     barred: Int8[np.ndarray, "queries ranks"]  # verdicts that do not hang on scores
     positives: list[list[float]]  # their scores
@@ -75,9 +77,9 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranker:
-    """Finds the nearest documents of examples in a catalog whose pools are encoded."""
+    """Finds the nearest documents of examples in a catalog whose pools are ready."""
 
-    vectors: Vectors
+    finder: Finder
     catalog: Catalog
     depth: int
     keep: bool  # an example's own negatives
@@ -88,8 +90,9 @@ class Ranker:
         for places, pool in self._by_pool(block):
             examples = [block[place] for place in places]
             queries = self._queries(examples)
-            found = pool.search(queries, self.depth)
-            candidates = pool.keys[found.rows]
+            found = self.finder.nearest(queries, pool, self.depth)
+            absent = found.rows < 0
+            candidates = np.where(absent, np.uint64(0), pool.keys[found.rows])
             own = self._own(examples, pool, queries)
             keys = [text_key(example.query) for example in examples]
             positives = self._positives(examples, pool, queries)
@@ -100,7 +103,7 @@ class Ranker:
                 keys=np.array(keys, np.uint64),
                 rows=found.rows,
                 scores=_rounded(found.scores),
-                barred=self._barred(candidates, keys, own),
+                barred=np.where(absent, np.int8(ABSENT), self._barred(candidates, keys, own)),
                 positives=positives,
                 unfound=_unfound(examples, candidates),
                 own=own,
@@ -125,19 +128,19 @@ class Ranker:
 
     def prompt(self, example: Example, role: Role) -> str:
         """The prompt of this example's texts."""
-        return prompt_for(self.vectors.teacher.settings, example, role, self.prompts)
+        return prompt_for(self.finder.settings, example, role, self.prompts)
 
-    def _queries(self, examples: Sequence[Example]) -> Float32[np.ndarray, "queries dim"]:
+    def _queries(self, examples: Sequence[Example]) -> Any:
         prompts = [self.prompt(example, "query") for example in examples]
-        return self.vectors.queries([example.query for example in examples], prompts)
+        return self.finder.queries([example.query for example in examples], prompts)
 
     def _positives(
-        self, examples: Sequence[Example], pool: Pool, queries: Float32[np.ndarray, "queries dim"]
+        self, examples: Sequence[Example], pool: Pool, queries: Any
     ) -> list[list[float]]:
-        return _scores(queries, pool, [example.positives for example in examples])
+        return self._scores(queries, pool, [example.positives for example in examples])
 
     def _own(
-        self, examples: Sequence[Example], pool: Pool, queries: Float32[np.ndarray, "queries dim"]
+        self, examples: Sequence[Example], pool: Pool, queries: Any
     ) -> list[list[tuple[str, float]]]:
         """The negatives that each example keeps: not those that are known to answer its query."""
         texts: list[list[str]] = [[] for _ in examples]
@@ -149,8 +152,18 @@ class Ranker:
                 if key in pool.rows and key not in seen:  # a blank one is in no pool
                     seen.add(key)
                     kept.append(text)
-        scores = _scores(queries, pool, texts)
+        scores = self._scores(queries, pool, texts)
         return [list(zip(*pair, strict=True)) for pair in zip(texts, scores, strict=True)]
+
+    def _scores(
+        self, queries: Any, pool: Pool, texts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """The score of each query with each of its texts, which are in the pool."""
+        owners = np.repeat(np.arange(len(texts)), [len(some) for some in texts])
+        rows = np.array([pool.rows[text_key(text)] for some in texts for text in some], np.int64)
+        flat = self.finder.scores(queries, owners, pool, rows)
+        ends = np.cumsum([len(some) for some in texts])
+        return [part.tolist() for part in np.split(_rounded(flat), ends[:-1])]
 
     def _barred(
         self,
@@ -169,20 +182,6 @@ class Ranker:
 
 def _refused(examples: Sequence[Example], own: Sequence[Sequence[tuple[str, float]]]) -> int:
     return sum(len(e.negatives) - len(kept) for e, kept in zip(examples, own, strict=True))
-
-
-def _scores(
-    queries: Float32[np.ndarray, "queries dim"], pool: Pool, texts: Sequence[Sequence[str]]
-) -> list[list[float]]:
-    """The score of each query with each of its texts, which are in the pool."""
-    owners = np.repeat(np.arange(len(texts)), [len(some) for some in texts])
-    rows = np.array([pool.rows[text_key(text)] for some in texts for text in some], np.int64)
-    flat = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), _PAIRS):
-        part = slice(start, start + _PAIRS)
-        flat[part] = (queries[owners[part]] * pool.vectors(rows[part])).sum(axis=1)
-    ends = np.cumsum([len(some) for some in texts])
-    return [part.tolist() for part in np.split(_rounded(flat), ends[:-1])]
 
 
 def _rounded(scores: np.ndarray) -> np.ndarray:

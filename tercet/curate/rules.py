@@ -19,6 +19,7 @@ RuleName: TypeAlias = Literal["naive", "percent", "margin", "absolute", "quantil
 LEFT: Final = 0
 REASONS: Final = ("positive", "query", "already", "shifted", "too close")
 POSITIVE, QUERY, ALREADY, SHIFTED, TOO_CLOSE = range(1, 6)
+ABSENT: Final = 6  # no candidate: fewer documents were found than looked for
 
 _USUAL: Final[dict[RuleName, float]] = {
     "naive": 0.0,  # not read

@@ -11,17 +11,14 @@ from torch import Tensor
 
 from tercet.evaluate.bm25 import Split, bm25_top_k, by_words
 from tercet.evaluate.kinds import (
-    EMPTY,
     KindsResult,
     ProtocolName,
-    TermCounts,
     feasible,
     search_kinds,
 )
 from tercet.evaluate.prompts import known_task, warn_unprompted
 from tercet.evaluate.ranked import Ranked
 from tercet.evaluate.retrieval import (
-    METRICS,
     RetrievalResult,
     RetrievalSet,
     evaluate_hits,
@@ -83,7 +80,7 @@ def measure_kinds(  # noqa: PLR0913 (each is a choice of its own, with a default
     weights: Weights | None = None,
     protocol: ProtocolName | None = None,
     dims: int | None = None,
-    names: Sequence[str] = METRICS,
+    names: Sequence[str] | None = None,
     progress: bool = False,
 ) -> KindsResult:
     """Encode both sides, and measure every kind of vectors and every sum of their scores.
@@ -186,7 +183,7 @@ def tuned_weights(settings: Settings, tasks: Sequence[str]) -> Weights:
 def measure_bm25(data: RetrievalSet, split: Split = by_words) -> RetrievalResult:
     """What word overlap gets: the baseline that needs no model."""
     hits = bm25_top_k(data.queries, data.documents, DEPTH, split)
-    return evaluate_hits(data, hits, names=METRICS)
+    return evaluate_hits(data, hits)
 
 
 def dev_score(
@@ -196,18 +193,13 @@ def dev_score(
 
     The prompts are those of the ``task``, or of the set's name, or the default ones. Of a model
     with several kinds of vectors it is that of their weighted sum, under ``dev_score``; beside it
-    are that of each kind, and how many texts have no sparse term. A share that has risen is warned
-    of: the sparse head dies (FlagEmbedding issue 982).
+    are that of each kind, and how many texts have no sparse term.
     """
-    lowest: dict[str, float] = {}
 
     def score(embedder: Embedder) -> float | Mapping[str, float]:
         known = known_task(embedder.settings, (task or "", data.name))
         if embedder.kinds != ("dense",):
-            found = measure_kinds(embedder, data, task=known, names=("ndcg@10",))
-            for role, counts in found.terms.items():
-                _warn_risen(role, counts, lowest)
-            return _by_name(found)
+            return _by_name(measure_kinds(embedder, data, task=known, names=("ndcg@10",)))
         queries = embedder.encode(data.queries, "query", task=known)
         documents = embedder.encode(data.documents, "document", task=known)
         return evaluate_retrieval(data, queries, documents, names=("ndcg@10",)).mean("ndcg@10")
@@ -222,17 +214,3 @@ def _by_name(found: KindsResult) -> dict[str, float]:
     for role, counts in found.terms.items():
         figures |= {f"dev_{role}_terms": counts.mean, f"dev_{role}_empty": counts.empty}
     return figures
-
-
-def _warn_risen(role: str, counts: TermCounts, lowest: dict[str, float]) -> None:
-    before = lowest.setdefault(role, counts.empty)
-    lowest[role] = min(before, counts.empty)
-    if counts.empty > before + EMPTY:
-        log.warning(
-            "the share of %s texts without a sparse term has risen from %.1f %% to %.1f %%: the "
-            "sparse head is dying; give it less weight in the loss at first, or a lower learning "
-            "rate",
-            role,
-            100 * before,
-            100 * counts.empty,
-        )

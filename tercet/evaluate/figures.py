@@ -152,6 +152,48 @@ def loss_curve(
     return figure
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place of a curve, with its interval and what is written beside it."""
+
+    x: float
+    value: Interval
+    label: str = ""
+
+
+def curves(lines: Mapping[str, Sequence[Point]], *, x: str, y: str) -> "Figure":
+    """A curve a name over a logarithmic axis, with the interval of each point."""
+    figure = _new_figure(height=3.8)
+    axes = figure.add_subplot()
+    for number, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda point: point.x)
+        means = [point.value.mean for point in points]
+        low = [point.value.mean - point.value.low for point in points]
+        high = [point.value.high - point.value.mean for point in points]
+        axes.errorbar(
+            [point.x for point in points],
+            means,
+            yerr=np.maximum([low, high], 0),
+            label=name,
+            color=_COLOURS[number % len(_COLOURS)],
+            marker="o",
+            linewidth=1.8,
+            elinewidth=0.8,
+            capsize=3,
+        )
+        for point in points:
+            place = (point.x, point.value.mean)
+            beside = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(point.label, place, **beside)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")  # at powers of two, which never collide
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color=_LINES, linewidth=0.7)
+    _legend_above(axes, len(lines))
+    return figure
+
+
 def metrics_of(rows: Mapping[str, Mapping[str, Interval]]) -> list[str]:
     """All metrics, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows.values() for name in row))

@@ -22,7 +22,6 @@ from tercet.errors import RecipeError
 from tercet.evaluate.intervals import Interval, paired_difference
 from tercet.evaluate.ranked import Blocks, Ranked, pair_scores, ranked
 from tercet.evaluate.retrieval import (
-    METRICS,
     RetrievalResult,
     RetrievalSet,
     depth_of,
@@ -109,7 +108,7 @@ def evaluate_kinds(
     *,
     weights: Weights | None = None,
     protocol: ProtocolName | None = None,
-    names: Sequence[str] = METRICS,
+    names: Sequence[str] | None = None,
 ) -> KindsResult:
     """Search by every kind that both sides have and by every sum, and score the rankings.
 
@@ -177,7 +176,7 @@ def search_kinds(
     *,
     weights: Weights | None = None,
     protocol: ProtocolName = "exact",
-    names: Sequence[str] = METRICS,
+    names: Sequence[str] | None = None,
 ) -> KindsResult:
     """Search a corpus whose vectors come in blocks; see :func:`evaluate_kinds`."""
     kinds = queries.kinds
@@ -186,6 +185,7 @@ def search_kinds(
     weights = weights or Weights()
     if not any(weights.of(kind) for kind in kinds):
         raise RecipeError(f"none of {', '.join(kinds)} has a weight; give one of them more than 0")
+    names = names or data.metrics
     depth = max(map(depth_of, names))
     sums = sums_of(kinds, weights)
     first: Kind | None = next((kind for kind in kinds if kind != "multi"), None)

@@ -1,25 +1,26 @@
 """How well vectors (or any ranking) find the documents that people judged relevant."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from tercet import metrics
-from tercet.data.examples import as_object, nonblank, shown, text_of
-from tercet.data.records import Record, decoded, iter_lines, iter_records, parsed
 from tercet.data.sources import iter_examples
-from tercet.errors import DataError, RecipeError
+from tercet.errors import RecipeError
+from tercet.evaluate.answers import with_answers
+from tercet.evaluate.folders import read_folder
 from tercet.evaluate.intervals import Interval, interval
 from tercet.metrics import Judgements
 from tercet.search.exact import Hits, top_k
 from tercet.types import Example
 
 METRICS: Final = ("ndcg@10", "recall@100", "mrr@10", "map@100")
+ANSWER_METRICS: Final = ("answer@20", "answer@100")  # MKQA's Recall@20 and Recall@100
 
 _METRICS: Final[dict[str, Callable[[np.ndarray, Judgements, int], np.ndarray]]] = {
     "ndcg": metrics.ndcg,
@@ -27,11 +28,8 @@ _METRICS: Final[dict[str, Callable[[np.ndarray, Judgements, int], np.ndarray]]] 
     "mrr": metrics.reciprocal_rank,
     "map": metrics.average_precision,
     "success": metrics.success,
+    "answer": metrics.success,  # of documents that hold an answer, whoever judged them
 }
-_ID: Final = ("_id", "id")
-_QUERY_ID: Final = ("qid", "query-id", "query_id")
-_DOCUMENT_ID: Final = ("docid", "corpus-id", "doc_id")
-_GRADE: Final = ("relevance", "score")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,7 @@ class RetrievalSet:
     documents: tuple[str, ...]
     document_ids: tuple[str, ...]
     judgements: Judgements
+    answers: tuple[tuple[str, ...], ...] = ()  # of each query; none: judgements alone count
 
     @classmethod
     def from_examples(
@@ -78,38 +77,43 @@ class RetrievalSet:
         )
 
     @classmethod
-    def from_beir(cls, folder: Path | str, split: str = "test") -> "RetrievalSet":
-        """From ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv`` or ``qrels.jsonl``.
+    def from_folder(cls, folder: Path | str, split: str | None = None) -> "RetrievalSet":
+        """From a folder as BEIR or FlagEmbedding lay it out; see :mod:`tercet.evaluate.folders`.
 
-        A document is its title, a space, and its text. Only queries with a judgement in this
-        split are kept, in the order of ``queries.jsonl``.
+        Only queries that this split judges are kept, in the order of their file.
 
         Raises:
-            DataError: at the first line that cannot be read, or names an unknown id.
+            DataError: where the split is missing or not clear, and at the first line that cannot
+                be read, or names an unknown id.
         """
-        folder = Path(folder)
-        corpus, queries = folder / "corpus.jsonl", folder / "queries.jsonl"
-        documents = dict(_texts_by_id(corpus, _document_text))
-        texts = dict(_texts_by_id(queries, _query_text))
-        row_of = {name: row for row, name in enumerate(documents)}
-        grades: dict[str, dict[int, int]] = {}
-        qrels = _qrels_path(folder, split)
-        for line, query, document, grade in _judgements(qrels):
-            for name, known, file in ((query, texts, queries), (document, row_of, corpus)):
-                if name not in known:
-                    raise DataError(
-                        qrels, line, f"id {name!r} is not in {file.name}; add it or drop this line"
-                    )
-            grades.setdefault(query, {})[row_of[document]] = grade
-        kept = [name for name in texts if name in grades]
+        found = read_folder(folder, split)
         return cls(
-            name=folder.name,
-            queries=tuple(texts[name] for name in kept),
-            query_ids=tuple(kept),
-            documents=tuple(documents.values()),
-            document_ids=tuple(documents),
-            judgements=Judgements.of([grades[name] for name in kept]),
+            name=Path(folder).name,
+            queries=tuple(found.queries.values()),
+            query_ids=tuple(found.queries),
+            documents=tuple(found.documents.values()),
+            document_ids=tuple(found.documents),
+            judgements=Judgements.of([found.grades.get(name, {}) for name in found.queries]),
+            answers=tuple(found.answers[name] for name in found.queries) if found.answers else (),
         )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What there is to measure: by judgements, by answers, or by both."""
+        judged = METRICS if len(self.judgements.docs) or not self.answers else ()
+        return (*judged, *(ANSWER_METRICS if self.answers else ()))
+
+    def require_judgements(self, use: str) -> None:
+        """Check that documents were judged, and not answers alone given.
+
+        Raises:
+            RecipeError: saying what needs the judgements.
+        """
+        if not len(self.judgements.docs) and self.answers:
+            raise RecipeError(
+                f"{self.name}: its queries have answers and no judged documents, which {use} "
+                "needs; give it judgements (qrels)"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +138,13 @@ def evaluate_retrieval(
     query_vectors: Float[np.ndarray, "queries dim"],
     doc_vectors: Float[np.ndarray, "docs doc_dim"],
     *,
-    names: Sequence[str] = METRICS,
+    names: Sequence[str] | None = None,
     exclude_same_id: bool = False,
 ) -> RetrievalResult:
     """Search exactly by inner product and score the rankings.
 
-    The search goes as deep as the deepest metric asks. A document equal to the query is not
+    The metrics are those of the set (``data.metrics``) if none are named. The search goes as deep
+    as the deepest metric asks. A document equal to the query is not
     left out, unless ``exclude_same_id``: then the document that has the query's own id is.
 
     Raises:
@@ -148,6 +153,7 @@ def evaluate_retrieval(
     """
     assert len(query_vectors) == len(data.queries), "one vector for each query"
     assert len(doc_vectors) == len(data.documents), "one vector for each document"
+    names = names or data.metrics
     depth = max(map(depth_of, names))
     hits = top_k(query_vectors, doc_vectors, depth + exclude_same_id)
     return evaluate_hits(data, hits, names=names, exclude_same_id=exclude_same_id)
@@ -166,20 +172,32 @@ def evaluate_hits(
     data: RetrievalSet,
     hits: Hits,
     *,
-    names: Sequence[str] = METRICS,
+    names: Sequence[str] | None = None,
     exclude_same_id: bool = False,
 ) -> RetrievalResult:
     """Score rankings from anywhere, such as BM25; a row of -1 means that no more were found.
 
+    ``answer@20`` is 1 where one of the first 20 documents holds an answer to the query: Recall@20
+    in the tables of MKQA.
+
     Raises:
-        RecipeError: for a metric that does not exist.
+        RecipeError: for a metric that does not exist, or that needs answers where there are none.
     """
+    names = names or data.metrics
     if exclude_same_id:
         hits = _without_own(data, hits)
+    parsed = {name: _parse_metric(name) for name in names}
+    deepest = max((k for metric, k in parsed.values() if metric == "answer"), default=0)
+    if deepest and not data.answers:
+        raise RecipeError(
+            f'{data.name}: its queries have no "answers" to look for; choose a metric of judged '
+            "documents, such as ndcg@10"
+        )
+    held = with_answers(hits.rows[:, :deepest], data.documents, data.answers) if deepest else None
     scores = {}
-    for name in names:
-        metric, k = _parse_metric(name)
-        scores[name] = _METRICS[metric](hits.rows, data.judgements, k)
+    for name, (metric, k) in parsed.items():
+        judged = held if metric == "answer" and held is not None else data.judgements
+        scores[name] = _METRICS[metric](hits.rows, judged, k)
     return RetrievalResult(data.name, scores, hits)
 
 
@@ -236,81 +254,3 @@ def _without_own(data: RetrievalSet, hits: Hits) -> Hits:
         np.take_along_axis(np.where(dropped, np.float32(0), hits.scores), order, axis=1),
         np.take_along_axis(rows, order, axis=1),
     )
-
-
-def _texts_by_id(path: Path, text: Callable[[Mapping[str, Any]], str]) -> Iterator[tuple[str, str]]:
-    """Ids and texts of a file, each id once."""
-    seen: set[str] = set()
-
-    def entry(record: Record) -> tuple[str, str]:
-        fields = as_object(record.value)
-        name = _id_of(fields, _ID)
-        if name in seen:
-            raise ValueError(f"id {name!r} occurs twice; give each record its own")
-        seen.add(name)
-        return name, text(fields)
-
-    for record in iter_records(path, (*_ID, "title", "text"), needs=(_ID, ("text",))):
-        yield parsed(path, record, entry)
-
-
-def _document_text(fields: Mapping[str, Any]) -> str:
-    title = text_of(fields.get("title") or "", "title")
-    return f"{title} {text_of(fields.get('text'), 'text')}".strip()
-
-
-def _query_text(fields: Mapping[str, Any]) -> str:
-    return nonblank(text_of(fields.get("text"), "text"), "text")
-
-
-def _qrels_path(folder: Path, split: str) -> Path:
-    names = (f"qrels/{split}.tsv", f"qrels/{split}.jsonl", "qrels.jsonl", "qrels.tsv")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(folder, None, f"has no judgements; write one of {', '.join(names)}")
-
-
-def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
-    """Line, query id, document id and grade, from .jsonl or tab-separated columns."""
-    if path.suffix == ".jsonl":
-        for record in iter_records(path, (), needs=()):
-            yield record.line, *parsed(path, record, _judgement)
-        return
-    for number, offset, content in iter_lines(path):
-        try:
-            columns = decoded(content, offset).split("\t")
-            if not content.strip() or (number == 1 and columns[-1].strip() in _GRADE):
-                continue  # BEIR's files begin with the names of the columns
-            if len(columns) != 3:
-                raise ValueError(
-                    f"has {len(columns)} columns; write query id, document id and grade, "
-                    "with tabs between"
-                )
-            yield number, columns[0], columns[1], _grade(columns[2])
-        except ValueError as error:
-            raise DataError(path, number, str(error)) from error
-
-
-def _judgement(record: Record) -> tuple[str, str, int]:
-    fields = as_object(record.value)
-    grade = next((fields[name] for name in _GRADE if name in fields), None)
-    return _id_of(fields, _QUERY_ID), _id_of(fields, _DOCUMENT_ID), _grade(grade)
-
-
-def _id_of(fields: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The id, by the first of its names that is there; a whole number counts as its digits."""
-    value = next((fields[name] for name in names if fields.get(name) is not None), None)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return nonblank(text_of(value, names[0]), names[0])
-
-
-def _grade(value: object) -> int:
-    try:
-        number = float(value) if isinstance(value, str | int | float) else np.nan
-    except ValueError:
-        number = np.nan
-    if not number.is_integer():
-        raise ValueError(f'"{_GRADE[0]}" must be a whole number, got {shown(value)}')
-    return int(number)

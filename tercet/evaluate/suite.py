@@ -18,7 +18,7 @@ from tercet.data.labelled import is_labelled_file
 from tercet.data.similarity import SimilaritySet, is_similarity_file
 from tercet.errors import RecipeError
 from tercet.evaluate.bm25 import bm25_top_k
-from tercet.evaluate.embedders import DEPTH
+from tercet.evaluate.embedders import DEPTH, measure_kinds
 from tercet.evaluate.intervals import Interval, interval
 from tercet.evaluate.label_sets import ClassificationSet, read_label_set
 from tercet.evaluate.labels import (
@@ -33,6 +33,7 @@ from tercet.evaluate.prompts import known_task, task_names, warn_unprompted
 from tercet.evaluate.retrieval import RetrievalSet, evaluate_hits, evaluate_retrieval
 from tercet.evaluate.similarity import SimilarityResult, measure_overlap, measure_similarity
 from tercet.nn.embedder import Embedder
+from tercet.vectors import KINDS
 
 Category: TypeAlias = Literal["Retrieval", "Classification", "Clustering", "STS"]
 FIGURES: Final[Mapping[Category, str]] = {
@@ -41,6 +42,9 @@ FIGURES: Final[Mapping[Category, str]] = {
     "Clustering": "v-measure",
     "STS": "Spearman",
 }
+COLUMNS: Final = (*KINDS, "sum")
+"""What a model with several kinds of vectors is measured by: each kind, and their weighted sum."""
+
 _MAIN: Final = "ndcg@10"
 
 
@@ -70,7 +74,29 @@ def open_set(path: Path | str) -> EvaluationSet:
         DataError: when it is none of these.
     """
     path = Path(path)
-    examined = _set_of(path)
+    return _marked(path, _set_of(path))
+
+
+def open_kinds_set(path: Path | str) -> EvaluationSet:
+    """A retrieval set whose answers have a column for each of ``COLUMNS``.
+
+    A column is NaN where the model does not make this kind of vectors. Figures and differences are
+    of one column; what words answer has one only.
+
+    Raises:
+        DataError: when the file cannot be read.
+        RecipeError: when it is no retrieval set.
+    """
+    path = Path(path)
+    if not path.is_dir() and (is_similarity_file(path) or is_labelled_file(path)):
+        raise RecipeError(f"{path}: is no retrieval set, so kinds of vectors say nothing of it")
+    data = _retrieval_set(path)
+    examined = _retrieval(data, task_names(path, examples=not path.is_dir()))
+    return _marked(path, replace(examined, answers=partial(_by_kinds, data)))
+
+
+def _marked(path: Path, examined: EvaluationSet) -> EvaluationSet:
+    """The same, with a fingerprint of its files."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -78,14 +104,16 @@ def open_set(path: Path | str) -> EvaluationSet:
     return replace(examined, fingerprint=digest.hexdigest())
 
 
-def open_sets(paths: Sequence[Path]) -> list[EvaluationSet]:
+def open_sets(
+    paths: Sequence[Path], read: Callable[[Path], EvaluationSet] = open_set
+) -> list[EvaluationSet]:
     """The sets of these files, whose names have to differ.
 
     Raises:
         DataError: when one is no set.
         RecipeError: when two have the same name, or there is none.
     """
-    sets = [open_set(path) for path in paths]
+    sets = [read(path) for path in paths]
     names = [examined.name for examined in sets]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not sets:
@@ -99,7 +127,7 @@ def open_sets(paths: Sequence[Path]) -> list[EvaluationSet]:
 
 def _set_of(path: Path) -> EvaluationSet:
     if path.is_dir():
-        return _retrieval(RetrievalSet.from_beir(path), task_names(path))
+        return _retrieval(_retrieval_set(path), task_names(path))
     if is_similarity_file(path):
         return _similarity(SimilaritySet.from_file(path), task_names(path))
     if is_labelled_file(path):
@@ -107,7 +135,14 @@ def _set_of(path: Path) -> EvaluationSet:
         if isinstance(found, ClassificationSet):
             return _classification(found.sampled(), task_names(path))
         return _clustering(found, task_names(path))
-    return _retrieval(RetrievalSet.from_examples(path), task_names(path, examples=True))
+    return _retrieval(_retrieval_set(path), task_names(path, examples=True))
+
+
+def _retrieval_set(path: Path) -> RetrievalSet:
+    is_folder = path.is_dir()
+    data = RetrievalSet.from_folder(path) if is_folder else RetrievalSet.from_examples(path)
+    data.require_judgements(f"its {FIGURES['Retrieval']}")
+    return data
 
 
 def average(figures: Sequence[Interval]) -> Interval:
@@ -145,6 +180,15 @@ def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> EvaluationSet:
         lambda one, other, seed: interval(one - other, seed=seed),
         tasks,
     )
+
+
+def _by_kinds(data: RetrievalSet, embedder: Embedder, task: str | None) -> np.ndarray:
+    found = measure_kinds(embedder, data, task=task, names=[_MAIN])
+    answers = np.full((len(data.queries), len(COLUMNS)), np.nan)
+    for column, name in enumerate((*KINDS, found.total)):
+        if name in found.results:
+            answers[:, column] = found.results[name].scores[_MAIN]
+    return answers
 
 
 def _classification(data: ClassificationSet, tasks: Sequence[str]) -> EvaluationSet:

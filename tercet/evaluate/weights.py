@@ -10,7 +10,6 @@ which knows no metric. What the better of both gains is measured on queries that
 choosing it.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -22,13 +21,12 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from tercet.errors import ModelError, RecipeError
+from tercet.errors import RecipeError
 from tercet.evaluate.intervals import Interval, interval, paired_difference
 from tercet.evaluate.kinds import DEPTH, Corpus
 from tercet.evaluate.ranked import Ranked, ranked
 from tercet.evaluate.retrieval import RetrievalSet, depth_of, evaluate_hits
-from tercet.files import replacing_file
-from tercet.nn.settings import FILE, read_settings
+from tercet.nn.kept import keep, require_settings
 from tercet.vectors import KINDS, Kind, Vectors, Weights
 
 Method: TypeAlias = Literal["usual", "grid", "logistic"]
@@ -251,19 +249,6 @@ def _refuse(found: Ranked, relevant: Tensor, folds: int) -> None:
         )
 
 
-def require_settings(folder: Path | str) -> None:
-    """Check that weights can be kept in a folder.
-
-    Raises:
-        ModelError: when the folder has no settings of ours, or they are damaged.
-    """
-    if not Path(folder).is_dir() or read_settings(Path(folder)) is None:
-        raise ModelError(
-            f"{folder}: has no {FILE}, so weights cannot be kept there; save the model with tercet "
-            "first: Embedder.load(...).save(folder)"
-        )
-
-
 def save_weights(folder: Path | str, weights: Weights, task: str = "") -> None:
     """Write weights into a saved model's settings, for a task or as its usual ones.
 
@@ -274,9 +259,4 @@ def save_weights(folder: Path | str, weights: Weights, task: str = "") -> None:
         StorageError: when the disk refuses.
     """
     require_settings(folder)
-    path = Path(folder) / FILE
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["settings"].setdefault("weights", {})[task] = asdict(weights)
-    with replacing_file(path) as fresh:
-        text = json.dumps(record, indent=2, ensure_ascii=False)
-        fresh.write_text(text + "\n", encoding="utf-8")
+    keep(folder, "weights", {task: asdict(weights)})

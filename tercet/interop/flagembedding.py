@@ -33,6 +33,9 @@ FIELDS: Final = (
 SYMMETRIC: Final = ("symmetric_sts", "symmetric_clustering")  # documents are of the queries' kind
 _AS_THEY_ARE: Final = ("query", "pos", "neg", "pos_scores", "neg_scores")
 ONE_NEGATIVE: Final = "only_1neg"
+_HALF_BATCH: Final = (
+    'wishes for half a batch, from a "type" with symmetric: batches have one size (--batch-size)'
+)
 _LENGTHS: Final = re.compile(r"_len-\d+-(\d+|inf)$")
 
 
@@ -110,7 +113,8 @@ class FlagRows:
         """The same row with the fields that tercet has names for; what is no row stays as it is.
 
         Prompts are whole, as they stand before a text. A row without one gets no prompt here, so
-        that the model's own is used.
+        that the model's own is used. Negatives are never repeated to fill a group, which is what
+        ``symmetric_class`` asks for.
         """
         if not isinstance(row, dict):
             return row
@@ -124,6 +128,7 @@ class FlagRows:
         found |= {"prompt": prompt, "document_prompt": prompt if kind in SYMMETRIC else None}
         if own_group:
             found["in_batch"] = "none"
+        self.notes[_HALF_BATCH] += kind is not None and "symmetric" in kind
         if kind == ONE_NEGATIVE:
             self._keep_one(found, number)
         for name in ("batch_size", "train_group_size"):

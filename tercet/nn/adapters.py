@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from tercet.errors import ModelError
 from tercet.nn.backbone import Backbone
+from tercet.nn.loading import loading
 
 _SHOWN = 3  # keys of each kind in a message
 
@@ -52,12 +52,9 @@ def _read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     files = ("adapter_model.safetensors", "adapter_model.bin")
     if not any((folder / name).is_file() for name in files):
         raise ModelError(f"{folder}: has no {files[0]}; is the download complete?")
-    try:
+    with loading(f"{folder}: the adapter cannot be read"):
         config = PeftConfig.from_pretrained(str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{folder}: the adapter cannot be read: {line}") from error
     if not isinstance(config, LoraConfig):
         kind = str(config.peft_type).rpartition(".")[2]
         raise ModelError(f"{folder}: is an adapter of the kind {kind}; tercet merges LoRA only")

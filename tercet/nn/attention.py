@@ -11,7 +11,7 @@ in 16 bits the kernel for rows of varying length does the whole row at once.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
 from itertools import groupby
@@ -21,11 +21,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tercet.errors import ModelError
 
 NAME: Final = "tercet"
+KEPT_LENGTH: Final = 512  # of a text whose attention weights may wait for the backward
+_PAIRS: Final = 1 << 23  # of tokens of longer texts, whose weights are there together
 _WIDEST: Final = 256  # columns of a head that the kernel for rows of varying length takes
 
 
@@ -114,7 +117,7 @@ def attend(
     rows = zip(*(x[0].split(layout.sizes, dim=1) for x in (query, key, value)), strict=True)
     for (length, count), (q, k, v) in zip(layout.runs, rows, strict=True):
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
-        states = _attend_equal(q, k, v, rule)  # [texts, heads, length, width]
+        states = _attend_run(q, k, v, rule)  # [texts, heads, length, width]
         pieces.append(states.transpose(1, 2).flatten(0, 1))
     return torch.cat(pieces)[None] if len(pieces) > 1 else pieces[0][None], None
 
@@ -152,6 +155,42 @@ def _window_limit(module: nn.Module, sliding_window: int | None, causal: bool) -
     if causal or getattr(config, "use_bidirectional_attention", False):
         return sliding_window
     return config.sliding_window + 1
+
+
+def _attend_run(
+    q: Float[Tensor, "texts heads length width"],
+    k: Float[Tensor, "texts kv_heads length width"],
+    v: Float[Tensor, "texts kv_heads length v_width"],
+    rule: _Rule,
+) -> Float[Tensor, "texts heads length v_width"]:
+    """Texts of one length, with a graph that does not grow with the square of a great length.
+
+    Where no fused kernel does the work, the weights of all pairs of tokens wait for the backward,
+    several times over and in float32. Those of long texts are computed a second time instead, with
+    the same dropout, some heads at a time.
+    """
+    bends = rule.softcap is not None or rule.sinks is not None
+    length = q.shape[2]
+    if length <= KEPT_LENGTH or not (bends or keeps_weights(q.device, rule.dropout)):
+        return _attend_equal(q, k, v, rule)
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
+    step = max(1, _PAIRS // (len(q) * group * length**2))  # also without a graph: one dropout
+    pieces = []
+    for low in range(0, kv_heads, step):
+        own, shared = slice(low * group, (low + step) * group), slice(low, low + step)
+        sinks = None if rule.sinks is None else rule.sinks[own]
+        given = q[:, own], k[:, shared], v[:, shared], replace(rule, sinks=sinks)
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(_attend_equal, *given, use_reentrant=False))
+        else:
+            pieces.append(_attend_equal(*given))
+    return torch.cat(pieces, dim=1)
+
+
+def keeps_weights(device: torch.device, dropout: float) -> bool:
+    """Whether attention weights of all pairs are kept: no kernel of a CPU knows dropout."""
+    return device.type == "cpu" and dropout > 0
 
 
 def _attend_equal(

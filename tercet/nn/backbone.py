@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -20,6 +19,7 @@ from tercet import zoo
 from tercet.errors import ModelError
 from tercet.nn.allocator import keep_freed_memory
 from tercet.nn.attention import NAME, Layout
+from tercet.nn.loading import loading
 from tercet.segments import offsets_of
 from tercet.types import Packed
 
@@ -284,17 +284,13 @@ def _stock_states(backbone: Backbone, text: Tensor, attention: str) -> Tensor | 
 
 def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None) -> PreTrainedModel:
     place = str(zoo.resolve(source))
-    try:
+    with loading(f"{source}: cannot be loaded", _hint(source)):
         config = AutoConfig.from_pretrained(place)
         if keep_layers is not None:
             _cut_layers(config.get_text_config(), keep_layers, source)
         model, report = AutoModel.from_pretrained(
             place, config=config, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{source}: cannot be loaded: {_first_line(error)}{_hint(source)}"
-        ) from error
     lost = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if lost:
         raise ModelError(
@@ -315,10 +311,6 @@ def _cut_layers(config: Any, kept: int, source: str) -> None:
     config.num_hidden_layers = kept
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:kept]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _hint(source: str) -> str:

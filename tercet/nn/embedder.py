@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tercet.data.tokens import Form, Tokenizer, Tokens
 from tercet.errors import RecipeError
 from tercet.nn.backbone import Attention, Backbone, Window
+from tercet.nn.fingerprints import add_weights
 from tercet.nn.heads import Heads, SpecialIds
 from tercet.nn.layer import AttentionLayer, build_layer
 from tercet.nn.pooling import POOLINGS, PoolingName, cls_mean
@@ -43,7 +44,7 @@ _LATER: Final = (
     "multi_dim",
     "cls_every",
 )
-_NOT_IN_VECTORS: Final = ("weights",)  # settings that change no vector
+_NOT_IN_VECTORS: Final = ("weights", "ranges")  # settings that change no vector
 
 log = logging.getLogger("tercet")
 
@@ -424,10 +425,7 @@ class Embedder(nn.Module):
             for name, weight in self.heads.state_dict().items()
             if name.split(".")[0] in self.kinds
         }
-        for name, weight in weights.items():
-            flat = weight.detach().flatten()
-            ends = torch.cat([flat[:256], flat[-256:]]).float().cpu()
-            digest.update(f"{name}{tuple(weight.shape)}".encode() + ends.numpy().tobytes())
+        add_weights(digest, weights)
         return digest.hexdigest()
 
 

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tercet import zoo
 from tercet.errors import ModelError
 from tercet.losses.language import Head
+from tercet.nn.loading import loading
 
 
 @torch.no_grad()
@@ -24,13 +24,10 @@ def load_head(source: str | Path) -> Head:
         ModelError: when the model has no such head, or one that bends logits in an unknown way.
     """
     place = str(zoo.resolve(str(source)))
-    try:
+    with loading(f"{source}: has no language-model head"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ModelError(f"{source}: has no language-model head: {line}") from error
     model, report = loaded
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])[0]

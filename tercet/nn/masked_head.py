@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from tercet import zoo
 from tercet.errors import ModelError
 from tercet.losses.language import Head
+from tercet.nn.loading import loading
 
 _TOLERANCE = 1e-3  # of the logits, as a share of their length
 
@@ -71,16 +71,13 @@ def find_masked_head(source: str | Path) -> MaskedHead | None:
         ModelError: when its config promises one that is not there, or works in an unknown way.
     """
     place = str(zoo.resolve(str(source)))
-    try:
+    with loading(f"{source}: its masked-language head cannot be loaded"):
         kinds = AutoConfig.from_pretrained(place).architectures or ()
         if not any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds):
             return None
         loaded: Any = AutoModelForMaskedLM.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ModelError(f"{source}: its masked-language head cannot be loaded: {line}") from error
     model, report = loaded
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])[0]

@@ -18,6 +18,7 @@ from tercet.nn.backbone import Attention, Window
 from tercet.nn.heads import Heads, heads_in, load_heads
 from tercet.nn.layer import AttentionLayer, Layer, build_layer, load_layer
 from tercet.nn.pooling import POOLINGS, PoolingName
+from tercet.quantized import Ranges
 from tercet.types import Role
 from tercet.vectors import KINDS, Kind, Weights
 
@@ -51,6 +52,7 @@ class Settings:
     multi_dim: int | None = None  # width of a token's vector; None: of the model's states
     cls_every: int | None = None  # the start token before every so many tokens; their mean (MCLS)
     weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of the kinds; "": usual
+    ranges: Mapping[int, Ranges] = field(default_factory=dict)  # coordinates kept -> of their codes
 
     def prompt(self, role: Role, task: str | None = None) -> str:
         """What is put before a text of this role.
@@ -115,6 +117,8 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         given["layer"] = _layer_of(given["layer"])
     if isinstance(given.get("weights"), Mapping):
         given["weights"] = {task: _weights_of(each) for task, each in given["weights"].items()}
+    if isinstance(given.get("ranges"), Mapping):
+        given["ranges"] = dict(map(_ranges_of, given["ranges"].items()))
     for name, value in given.items():
         _check(name, value)
     found = replace(settings, **given)
@@ -162,6 +166,25 @@ def _weights_of(record: Any) -> Any:
     return found
 
 
+def _ranges_of(pair: tuple[Any, Any]) -> tuple[int, Ranges]:
+    """A number of coordinates, which JSON has as a text, and the ranges of their codes."""
+    dims, record = pair
+    if isinstance(record, Ranges):
+        return dims, record
+    try:
+        limits = {name: float(record[name]) for name in ("int8", "int4", "binary")}
+        found = Ranges(centre=tuple(map(float, record["centre"])), **limits)
+        fits = len(found.centre) == int(dims) and all(0 < it < inf for it in limits.values())
+        if not fits or not all(abs(number) < inf for number in found.centre):
+            raise ValueError("a centre of so many numbers and limits above 0 are needed")
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"the setting ranges is damaged for {dims} coordinates ({error}); learn them again: "
+            "tercet calibrate"
+        ) from error
+    return int(dims), found
+
+
 def _is_texts(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(text, str) for pair in value.items() for text in pair
@@ -196,6 +219,7 @@ _WANTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "dims": (lambda it: isinstance(it, tuple) and all(map(_is_count, it)), "a list of widths"),
     "kinds": (_are_kinds, f"a list of kinds of vectors, of {', '.join(KINDS)}"),
     "weights": (_by_name(lambda it: isinstance(it, Weights)), "weights of the kinds by task"),
+    "ranges": (lambda it: isinstance(it, Mapping), "ranges of codes by number of coordinates"),
     "query_tokens": (_is_count, "a whole number above 0"),
     "document_tokens": (_is_count, "a whole number above 0"),
     "multi_dim": (_is_count_or_nothing, "a whole number above 0, or nothing"),

@@ -5,6 +5,8 @@ of the dense vector alone, follows. Then all three kinds are trained together on
 negatives, and the weighted sum of their scores teaches each of them.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.shuffling import CutName
@@ -15,13 +17,14 @@ from tercet.nn.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified
-from tercet.train.recipe import Lora, Model, Recipe, Refresh, Stage, chosen
+from tercet.train.recipe import RANKS_10_TO_210, Lora, Model, Recipe, Refresh, Stage, chosen
 from tercet.vectors import KINDS, Kind, Weights
 
 WARMUP: Final = 0.1  # share of a stage's steps
 
 Train: TypeAlias = Literal["all", "heads"]
 ByLength: TypeAlias = Literal["fit", "bge-m3-80gb"]
+RefreshBy: TypeAlias = Literal["dense", "sparse", "multi", "hybrid"]
 
 
 def bge_m3(
@@ -75,6 +78,9 @@ def bge_m3(
     refresh_steps: Annotated[
         int | None, "Mine negatives anew with the model in training, every so many steps."
     ] = None,
+    refresh_by: Annotated[
+        RefreshBy, "Which of its scores say what is near; hybrid: their sum, by sum_weights."
+    ] = "dense",
     shuffle_segments: Annotated[
         float, "Share of the positives whose thirds change places; the paper: 0.002."
     ] = 0.0,
@@ -153,7 +159,7 @@ def bge_m3(
             negatives=negatives,
             learning_rate=learning_rate,
             warmup=WARMUP,
-            refresh=None if refresh_steps is None else Refresh(every=refresh_steps),
+            refresh=_refresh(refresh_steps, refresh_by, trained, _weights_of(sum_weights)),
             patience=patience,
             batching="bge-m3-finetune-80gb" if batching == "bge-m3-80gb" else batching,
             length_edges=edges,
@@ -204,6 +210,24 @@ def _kinds_of(named: str) -> tuple[Kind, ...]:
     if unknown or not asked or len(set(asked)) < len(asked):
         raise RecipeError(f"kinds are {named!r}; choose from {', '.join(KINDS)}, each once")
     return tuple(kind for kind in KINDS if kind in asked)
+
+
+def _refresh(
+    every: int | None, by: RefreshBy, kinds: Sequence[Kind], weights: Weights
+) -> Refresh | None:
+    """What mines negatives in mid-run; a hybrid sum is that of the kinds in training."""
+    if every is None:
+        if by != "dense":
+            raise RecipeError(f"refresh_by is {by}, but nothing is refreshed; give refresh_steps")
+        return None
+    needed = {"hybrid": {"dense", "sparse"}}.get(by, {by})
+    if missing := sorted(needed - {"dense", *kinds}):
+        raise RecipeError(
+            f"refresh_by is {by}, but the model makes no {' and no '.join(missing)} vectors; "
+            "train these kinds too, or refresh by dense"
+        )
+    summed = weights.only(("dense", *kinds)) if by == "hybrid" else None
+    return Refresh(every=every, mining=replace(RANKS_10_TO_210, by=by, weights=summed))
 
 
 def _weights_of(named: str) -> Weights:

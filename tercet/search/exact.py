@@ -46,7 +46,7 @@ def top_k(
             among good ones is not looked for, which would cost a search: engines do that.)
         MissingExtraError: when faiss is asked for and not installed.
     """
-    _check(queries, docs)
+    check_queries(queries, docs.shape[1])
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     k = min(k, len(docs))
     if not len(queries) or k < 1:
@@ -61,10 +61,15 @@ def top_k(
     return hits
 
 
-def _check(queries: np.ndarray, docs: np.ndarray) -> None:
-    if queries.shape[1] != docs.shape[1]:
+def check_queries(queries: Float[np.ndarray, "queries dim"], dim: int) -> None:
+    """Refuse queries of another width than the documents, or with a number that is none.
+
+    Raises:
+        ModelError: naming both widths, or the query.
+    """
+    if queries.shape[1] != dim:
         raise ModelError(
-            f"queries have {queries.shape[1]} dimensions and documents {docs.shape[1]}; "
+            f"queries have {queries.shape[1]} dimensions and documents {dim}; "
             "embed both with the same model and the same number of dimensions"
         )
     finite = np.isfinite(queries).all(axis=1)

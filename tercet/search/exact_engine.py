@@ -5,10 +5,11 @@ are mapped into memory, and records are read for the hits alone: opening is inst
 may be larger than memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from threading import RLock
 from typing import Final
@@ -25,7 +26,7 @@ from tercet.search.manifest import Manifest, Precision
 from tercet.search.merging import Part, merged_in_memory, part_of, segment_of, write_merged
 from tercet.search.ranking import Ranked, rank
 from tercet.search.scanning import View, blocks_of_queries
-from tercet.search.segment import records_in
+from tercet.search.segment import damaged
 from tercet.vectors import KINDS, Kind, Vectors
 
 MEMORY: Final = 256 << 20  # bytes of vectors that wait for a flush in memory; more wait on the disk
@@ -254,7 +255,13 @@ class ExactEngine:
             found += rank(queries.take(block), views, fusion, kinds, k)
         rows = np.unique(np.array([hit.row for hits in found for hit in hits], np.int64))
         records = dict(zip(rows.tolist(), _records(views, rows), strict=True))
+        self._check_scores(hit.score for hits in found for hit in hits)
         return [[Hit(records[hit.row], hit.score, hit.scores) for hit in hits] for hits in found]
+
+    def _check_scores(self, scores: Iterable[float]) -> None:
+        """Only numbers were stored and asked for: another score means that files have changed."""
+        if not all(map(isfinite, scores)):
+            raise damaged(self.folder, "its vectors hold NaN or infinity")
 
     def fetch(self, ids: Sequence[str]) -> list[Record | None]:
         """The records of these ids; None for one that is not there."""
@@ -278,7 +285,8 @@ class ExactEngine:
         for view in views:
             start = 0
             for table in view.segment.documents.blocks():
-                for row, record in enumerate(records_in(table), start):
+                records = view.segment.documents.records_of(table)
+                for row, record in enumerate(records, start):
                     if view.allowed is None or view.allowed[row]:
                         yield record
                 start += len(table)

@@ -16,7 +16,8 @@ import numpy as np
 
 from tercet.errors import IndexFolderError
 from tercet.files import replacing_file
-from tercet.search.merging import Part, damaged, open_segment
+from tercet.search.merging import Part, mapped, open_segment
+from tercet.search.segment import damaged
 from tercet.vectors import KINDS, Kind
 
 FILE: Final = "manifest.json"
@@ -71,6 +72,7 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
         and all(isinstance(width, int) for width in about["widths"].values())
         and about["precision"] in get_args(Precision)
         and all(_is_ours(name) for name in about["segments"])
+        and len(set(about["segments"])) == len(about["segments"])
         and (about["deleted"] is None or _is_ours(about["deleted"]))
     )
 
@@ -99,6 +101,8 @@ def open_parts(folder: Path, manifest: Manifest) -> list[Part]:
         widths = {kind: w for kind, w in segment.widths.items() if manifest.widths[kind] != w}
         if widths:
             raise damaged(folder / name, f"its vectors have widths {widths}")
+        if segment.multi is not None and segment.multi.vectors.dtype != manifest.precision:
+            raise damaged(folder / name, f"its token vectors are not in {manifest.precision}")
         parts.append(Part(segment, np.ones(len(segment), dtype=np.bool_), folder / name))
     if manifest.deleted is not None:
         _mark(folder / manifest.deleted, parts)
@@ -106,17 +110,16 @@ def open_parts(folder: Path, manifest: Manifest) -> list[Part]:
 
 
 def _mark(path: Path, parts: Sequence[Part]) -> None:
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise damaged(path.parent, str(error)) from error
+    rows = mapped(path)
+    if rows.ndim != 1 or rows.dtype != np.int64 or not (rows[1:] > rows[:-1]).all():
+        raise damaged(path.parent, f"{path.name} holds other things")
+    if len(rows) and not 0 <= rows[0] <= rows[-1] < sum(len(part.segment) for part in parts):
+        raise damaged(path.parent, f"{path.name} names rows that are not there")
     begin = 0
     for part in parts:
-        here = rows[(rows >= begin) & (rows < begin + len(part.segment))]
-        part.alive[here - begin] = False
-        begin += len(part.segment)
-    if len(rows) and rows.max() >= begin:
-        raise damaged(path.parent, f"{path.name} names rows that are not there")
+        end = begin + len(part.segment)
+        part.alive[rows[(rows >= begin) & (rows < end)] - begin] = False
+        begin = end
 
 
 def commit(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> Manifest:

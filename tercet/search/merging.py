@@ -4,9 +4,11 @@ A folder holds ``records.parquet`` and an ``.npy`` file an array. What has been 
 and the order of the records is kept.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -14,10 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64, Shaped
 
-from tercet.errors import IndexFolderError, ModelError
+from tercet.errors import ModelError
 from tercet.files import replacing_folder
 from tercet.search.engine import Record
-from tercet.search.segment import ROWS_PER_GROUP, SCHEMA, Documents, Postings, Rows, Segment
+from tercet.search.segment import (
+    ROWS_PER_GROUP,
+    SCHEMA,
+    Documents,
+    Postings,
+    Rows,
+    Segment,
+    damaged,
+)
 from tercet.segments import row_of
 from tercet.vectors import Kind, Terms, TokenRows, Vectors
 
@@ -28,6 +38,19 @@ _ARRAYS: Final[dict[Kind, tuple[str, ...]]] = {
     "sparse": ("tokens", "token_offsets", "token_rows", "token_weights"),
     "multi": ("multi", "multi_offsets"),
 }
+_TYPES: Final = {
+    "dense": ("float32",),
+    "tokens": ("int64",),
+    "token_offsets": ("int64",),
+    "token_rows": ("int32",),
+    "token_weights": ("float32",),
+    "multi": ("float16", "float32"),
+    "multi_offsets": ("int64",),
+}
+_UNREADABLE: Final = (  # what numpy raises at a file that is not what it was
+    *(OSError, EOFError, ValueError, SyntaxError, TypeError),
+    *(OverflowError, MemoryError, RecursionError, TokenError),
+)
 _FILES: Final = {name: f"{name}.npy" for names in _ARRAYS.values() for name in names}
 
 
@@ -113,7 +136,9 @@ def write_merged(folder: Path, parts: Sequence[Part]) -> Segment:
     """
     first = parts[0].segment
     with replacing_folder(folder) as fresh:
-        with pq.ParquetWriter(fresh / _RECORDS, SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(
+            fresh / _RECORDS, SCHEMA, compression="zstd", write_page_checksum=True
+        ) as writer:
             for table in _regrouped(_tables(parts)):
                 writer.write_table(table)
         if first.dense is not None:
@@ -135,40 +160,73 @@ def write_merged(folder: Path, parts: Sequence[Part]) -> Segment:
 def open_segment(folder: Path, kinds: Sequence[Kind]) -> Segment:
     """The segment of a folder, its vectors mapped into memory.
 
+    What says where things are is checked: a wrong offset would be a wrong answer, or a crash. The
+    vectors are not read.
+
     Raises:
         IndexFolderError: when a file is missing, damaged, or disagrees with another.
     """
-    try:
-        documents = Documents(pq.ParquetFile(folder / _RECORDS))
-        found = {
-            name: np.load(folder / _FILES[name], mmap_mode="r", allow_pickle=False)
-            for kind in kinds
-            for name in _ARRAYS[kind]
-        }
-    except (OSError, ValueError, EOFError, pa.ArrowException) as error:
-        raise damaged(folder, str(error)) from error
+    documents = Documents(_records_file(folder), folder)
+    arrays = {name: mapped(folder / _FILES[name]) for kind in kinds for name in _ARRAYS[kind]}
+    for name, array in arrays.items():
+        if array.ndim != (2 if name in kinds else 1) or array.dtype.name not in _TYPES[name]:
+            raise damaged(folder, f"{_FILES[name]} holds other things")
     count = len(documents)
-    if "dense" in kinds and len(found["dense"]) != count:
-        raise damaged(folder, f"{len(found['dense'])} dense vectors of {count} records")
-    if "multi" in kinds and len(found["multi_offsets"]) != count + 1:
-        raise damaged(folder, f"token vectors of other than {count} records")
-    if "multi" in kinds and int(found["multi_offsets"][-1]) != len(found["multi"]):
-        raise damaged(folder, "token vectors are missing")
-    if "sparse" in kinds and int(found["token_offsets"][-1]) != len(found["token_rows"]):
-        raise damaged(folder, "terms are missing")
-    lists = [found[name] for name in _ARRAYS["sparse"] if name in found]
-    return Segment(
-        documents,
-        found.get("dense"),
-        Postings(*lists) if lists else None,
-        Rows(found["multi"], found["multi_offsets"]) if "multi" in kinds else None,
-    )
+    if "dense" in kinds and len(arrays["dense"]) != count:
+        raise damaged(folder, f"{len(arrays['dense'])} dense vectors of {count} records")
+    if "multi" in kinds:
+        bounds = arrays["multi_offsets"]
+        if len(bounds) != count + 1 or not _are_bounds(bounds, len(arrays["multi"])):
+            raise damaged(folder, f"the token vectors are not those of {count} records")
+    lists = Postings(*(arrays[name] for name in _ARRAYS["sparse"])) if "sparse" in kinds else None
+    if lists is not None and not _are_lists(lists, count):
+        raise damaged(folder, f"the terms are not those of {count} records")
+    multi = Rows(arrays["multi"], arrays["multi_offsets"]) if "multi" in kinds else None
+    return Segment(documents, arrays.get("dense"), lists, multi)
 
 
-def damaged(folder: Path, problem: str) -> IndexFolderError:
-    """What to say of a folder that nobody but a disk or an editor can have made so."""
-    return IndexFolderError(
-        f"{folder}: the index is damaged ({problem}); build it again with: tercet index --fresh"
+def _records_file(folder: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(folder / _RECORDS, page_checksum_verification=True)
+        same = file.schema_arrow.equals(SCHEMA)
+        about = file.metadata
+        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise damaged(folder, str(error)) from error
+    if not same or min(sizes, default=1) < 1 or sum(sizes) != about.num_rows:
+        raise damaged(folder, f"{_RECORDS} has other columns or rows")
+    return file
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The array of a file, of which nothing is read before it is needed.
+
+    Raises:
+        IndexFolderError: when it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():  # numpy would guess at a header that is not quite right
+            warnings.simplefilter("error")
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (*_UNREADABLE, Warning) as error:
+        raise damaged(path.parent, f"{path.name} cannot be read: {error}") from error
+
+
+def _are_bounds(bounds: np.ndarray, end: int) -> bool:
+    """Whether runs that begin and end at these are all of ``end`` things, in order."""
+    if not len(bounds) or bounds[0] != 0 or bounds[-1] != end:
+        return False
+    return bool((bounds[1:] >= bounds[:-1]).all())
+
+
+def _are_lists(lists: Postings, count: int) -> bool:
+    rows, tokens = lists.rows, lists.tokens
+    return (
+        len(lists.weights) == len(rows)
+        and len(lists.offsets) == len(tokens) + 1
+        and _are_bounds(lists.offsets, len(rows))
+        and bool((tokens[1:] > tokens[:-1]).all())
+        and (not len(rows) or bool(0 <= rows.min() and rows.max() < count))
     )
 
 

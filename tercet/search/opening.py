@@ -5,23 +5,47 @@ its records on a server.
 """
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
+from uuid import uuid4
 
 from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files import recover_folder, replacing_file, replacing_folder, sole_writer
 from tercet.search.engine import Engine
 from tercet.search.exact_engine import ExactEngine
+from tercet.search.qdrant_engine import QdrantEngine
+from tercet.vectors import KINDS
 
 EngineName: TypeAlias = Literal["exact", "qdrant", "cluster"]
+
+log = logging.getLogger("tercet")
 
 FILE: Final = "index.json"
 VERSION: Final = 2
 API_KEY: Final = "QDRANT_API_KEY"  # of a server; in the environment, never in the folder
+
+
+def _anything(_: object) -> bool:
+    return True
+
+
+def _is_list_of_kinds(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(kind in KINDS for kind in value)
+
+
+_SOUND: Final[Mapping[str, Callable[[Any], bool]]] = {  # what a setting may be
+    "model": lambda value: isinstance(value, str),
+    "kinds": _is_list_of_kinds,
+    "task": lambda value: value is None or isinstance(value, str),
+    "dims": lambda value: value is None or type(value) is int,
+    "precision": lambda value: value in ("float32", "bfloat16"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +56,7 @@ class About:
     engine: EngineName = "exact"
     url: str | None = None  # of the server where the records are, and their collection there
     collection: str | None = None
+    mark: str | None = field(default=None, compare=False)  # on the collection: it is this index's
     complete: bool = field(default=True, compare=False)  # false: the documents are not all there
     version: int = VERSION
 
@@ -39,14 +64,17 @@ class About:
         """What the index in this folder was made with.
 
         Raises:
-            IndexFolderError: when the index does not say.
+            IndexFolderError: when the index does not say, or says what cannot be.
         """
         if name not in self.settings:
             raise IndexFolderError(
                 f"{folder}: does not say with which {name} it was made; "
                 "build it again with: tercet index --fresh"
             )
-        return self.settings[name]
+        value = self.settings[name]
+        if not _SOUND.get(name, _anything)(value):
+            raise _unusable(Path(folder), f"{FILE} says that its {name} is {value!r}")
+        return value
 
 
 def about_index(folder: Path | str) -> About:
@@ -66,19 +94,32 @@ def about_index(folder: Path | str) -> About:
         raise _unusable(folder, f"{FILE} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("version") != VERSION:
         raise _unusable(folder, f"{FILE} is not of version {VERSION}")
-    if (
-        set(about) != set(asdict(About(settings={})))
-        or not isinstance(about["settings"], dict)
-        or about["engine"] not in get_args(EngineName)
-    ):
+    if not _is_sound(about):
         raise _unusable(folder, f"{FILE} does not say what it should")
     return About(**about)
+
+
+def _is_sound(about: Mapping[str, Any]) -> bool:
+    places = [about.get(name) for name in ("url", "collection", "mark")]
+    on_server = about.get("engine") == "cluster"
+    return (
+        set(about) | {"mark"} == set(asdict(About(settings={})))  # older ones have no mark
+        and isinstance(about["settings"], dict)
+        and isinstance(about["complete"], bool)
+        and about["engine"] in get_args(EngineName)
+        and all(isinstance(place, str) if on_server else place is None for place in places)
+    )
 
 
 def write_about(folder: Path | str, about: About) -> None:
     """Write what an index folder is, whole or not at all."""
     with replacing_file(Path(folder) / FILE) as fresh:
         fresh.write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
+
+
+def mark_complete(folder: Path | str) -> None:
+    """Say that all documents are there."""
+    write_about(folder, replace(about_index(folder), complete=True))
 
 
 def require(folder: Path | str, about: About, expected: Mapping[str, Any]) -> None:
@@ -98,28 +139,21 @@ def require(folder: Path | str, about: About, expected: Mapping[str, Any]) -> No
 def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Engine:
     """Open an index to write documents to, a new one or one that was made with the same settings.
 
-    ``fresh`` empties one that is there, whatever it was made with.
+    ``fresh`` empties one that is there, whatever it was made with. A collection on a server is
+    emptied only where it carries the mark of this folder; one that the index leaves behind, since
+    it goes elsewhere, stays on its server, and is named in a note.
 
     Raises:
         IndexFolderError: when the folder holds other things, was made with other settings, or the
-            collection on the server has records that nothing is known of.
+            collection on the server is not this index's.
         RecipeError: when another process is at it.
+        MissingExtraError: when the engine's package is not installed; nothing is replaced then.
     """
     folder = Path(folder)
+    found = _what_is_there(folder)
     known = (folder / FILE).is_file()
     if known and not fresh:
-        found = about_index(folder)
-        places = [(it.engine, it.url, it.collection) for it in (found, about)]
-        if places[0] != places[1]:
-            raise IndexFolderError(
-                f"{folder}: is an index of the engine {found.engine!r}"
-                f"{f' at {found.url}, {found.collection}' if found.url else ''}; choose another "
-                "folder, or build it again with: tercet index --fresh"
-            )
-        require(folder, found, about.settings)
-        engine = open_engine(folder)  # which refuses where another process is at it
-        write_about(folder, replace(found, complete=False))
-        return engine
+        return _going_on(folder, about)
     if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise IndexFolderError(
             f"{folder}: is not an index and would be overwritten; choose another folder"
@@ -128,47 +162,110 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
         if known and (folder / name).is_dir():
             with sole_writer(folder / name):
                 pass  # nobody else is at it
+    if about.engine == "cluster":
+        engine = _begun_on_server(folder, about, found)
+    else:
+        engine = _begun_here(folder, about, known=known)
+    if found is not None and found.url is not None and _place_of(found) != _place_of(about):
+        log.warning(
+            "%s: its collection %s stays on the server %s; it may be deleted there",
+            folder,
+            found.collection,
+            found.url,
+        )
+    return engine
+
+
+def _what_is_there(folder: Path) -> About | None:
+    """What an index folder is, or None where it is none, or damaged."""
+    with suppress(IndexFolderError):
+        return about_index(folder)
+    return None
+
+
+def _going_on(folder: Path, about: About) -> Engine:
+    """An index that is there, if it is in the same place and was made with the same settings."""
+    found = about_index(folder)
+    if _place_of(found) != _place_of(about):
+        raise IndexFolderError(
+            f"{folder}: is an index of the engine {found.engine!r}"
+            f"{f' at {found.url}, {found.collection}' if found.url else ''}; choose another "
+            "folder, or build it again with: tercet index --fresh"
+        )
+    require(folder, found, about.settings)
+    engine = open_engine(folder)  # which refuses where another process is at it
+    write_about(folder, replace(found, complete=False))
+    return engine
+
+
+def _begun_here(folder: Path, about: About, *, known: bool) -> Engine:
+    """An empty index in the folder, in place of one that is known to be there."""
+    if about.engine == "qdrant":
+        _edge_store()  # where its package is missing, nothing is replaced
     with replacing_folder(folder) as empty:
         write_about(empty, replace(about, complete=False))
     try:
-        engine = open_engine(folder)
+        return open_engine(folder)
     except TercetError:
-        if not known:  # nothing of this call stays, such as a server's mistyped address
+        if not known:  # nothing of this call stays
             shutil.rmtree(folder)
         raise
-    if records := engine.stats().records:
-        if not fresh:
-            engine.close()
-            raise IndexFolderError(
-                f"{about.url}: the collection {about.collection} holds {records:,} records, and "
-                "nothing says what made them; choose another name, or replace them with: "
-                "tercet index --fresh"
-            )
-        engine.delete([record.id for record in engine.scan()])
-    return engine
+
+
+def _begun_on_server(folder: Path, about: About, found: About | None) -> Engine:
+    """An empty index on a server, in a new collection or in the one that was found to be its own.
+
+    Of a folder that is damaged, no collection is known to be its own.
+    """
+    same = found is not None and _place_of(found) == _place_of(about)
+    about = replace(about, mark=found.mark if found and same else uuid4().hex, complete=False)
+    store = _store_of(about)  # which refuses what is another's, before anything is changed
+    try:
+        if found and same:  # a kill from here on leaves an index that says it is incomplete
+            write_about(folder, replace(found, complete=False))
+        store.clear()
+        with replacing_folder(folder) as empty:
+            write_about(empty, about)
+    except BaseException:
+        store.close()
+        raise
+    return QdrantEngine(store)
+
+
+def _place_of(about: About) -> tuple[str | None, ...]:
+    return about.engine, about.url, about.collection
+
+
+def _edge_store() -> Any:
+    """The class; a MissingExtraError where its package is not installed."""
+    from tercet.search.qdrant_edge import EdgeStore
+
+    return EdgeStore
+
+
+def _store_of(about: About) -> Any:
+    from tercet.search.qdrant_cluster import ClusterStore
+
+    if about.url is None or about.collection is None or about.mark is None:
+        raise RecipeError("an index on a server needs its URL, its collection's name and its mark")
+    key = os.environ.get(API_KEY)
+    return ClusterStore(about.url, about.collection, mark=about.mark, api_key=key)
 
 
 def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
     """The engine of an index folder; ``read_only`` lets several processes search an exact one.
 
     Raises:
-        IndexFolderError: when the folder is no index, or damaged.
+        IndexFolderError: when the folder is no index, or damaged, or its collection is another's.
         RecipeError: when another process has it open.
         MissingExtraError: when the engine's package is not installed.
     """
     folder = Path(folder)
     about = about_index(folder)
     if about.engine == "qdrant":
-        from tercet.search.qdrant_edge import EdgeEngine
-
-        return EdgeEngine(folder / "qdrant")
+        return QdrantEngine(_edge_store()(folder / "qdrant"))
     if about.engine == "cluster":
-        from tercet.search.qdrant_cluster import ClusterEngine
-
-        if about.url is None or about.collection is None:
-            raise RecipeError("an index on a server needs its URL and the name of its collection")
-        key = os.environ.get(API_KEY)
-        return ClusterEngine(about.url, about.collection, api_key=key)
+        return QdrantEngine(_store_of(about))
     return ExactEngine(folder / "exact", read_only=read_only)
 
 

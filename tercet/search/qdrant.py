@@ -37,6 +37,7 @@ class TermRow:
 
 Part: TypeAlias = np.ndarray | TermRow  # of one text: [dim], terms, or [tokens, width]
 Parts: TypeAlias = Mapping[Kind, Part]
+Facts: TypeAlias = tuple[tuple[str, ...], ...]  # of each group a record has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +137,19 @@ def payload_of(record: Record, number: int | None = None) -> dict[str, Any]:
 
 
 def record_of(payload: Mapping[str, Any]) -> Record:
-    """The record that a payload was made of."""
-    return Record(payload["id"], payload["text"], payload["title"], payload["fields"])
+    """The record that a payload was made of.
+
+    Raises:
+        KeyError, TypeError: when it was made of none.
+    """
+    record = Record(payload["id"], payload["text"], payload["title"], payload["fields"])
+    texts = (record.id, record.text, record.title)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(record.fields, dict):
+        raise TypeError("parts of other types")
+    return record
 
 
-def facts_of(where: Where | None) -> tuple[tuple[str, ...], ...]:
+def facts_of(where: Where | None) -> Facts:
     """What a filter asks for: a group of facts a field, of which a record has one."""
     groups = ((name, _plain(value)) for name, value in (where or {}).items())
     return tuple(

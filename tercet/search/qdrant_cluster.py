@@ -12,20 +12,11 @@ from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from tercet.errors import IndexFolderError, MissingExtraError
-from tercet.search.checks import Widths, widths_of
-from tercet.search.engine import Fusion, Hit, Record, Stats, Where
-from tercet.search.qdrant import (
-    Part,
-    Point,
-    TermRow,
-    batches_of,
-    facts_of,
-    points_of,
-    record_of,
-    uuid_of,
-)
-from tercet.search.qdrant_search import Ask, Found, Ranks, Stage, search
-from tercet.vectors import KINDS, Kind, Vectors
+from tercet.search.checks import Widths
+from tercet.search.qdrant import Facts, Part, Point, TermRow, batches_of
+from tercet.search.qdrant_engine import Payload
+from tercet.search.qdrant_search import Ask, Found, Ranks, Stage
+from tercet.vectors import KINDS
 
 try:
     from qdrant_client import QdrantClient
@@ -36,33 +27,36 @@ except ImportError as error:
 
 Params: TypeAlias = Callable[[Stage], api.SearchParams | None]
 _BATCH_NUMBERS: Final = 500_000  # of vectors in one request: some 10 MB of JSON; a server takes 32
-_PAGE: Final = 1_000  # records read together
+_MARK: Final = "tercet"  # where a collection says whose it is
 _PAUSE_SECONDS: Final = 0.5  # between two looks at a server that optimizes
 
 
-class ClusterEngine:
-    """Records in a collection of a Qdrant server."""
+class ClusterStore:
+    """Points in a collection of a Qdrant server."""
 
     def __init__(
         self,
         server: str | QdrantClient,
         collection: str,
         *,
+        mark: str | None = None,
         api_key: str | None = None,
         timeout_seconds: int = 60,
         ef: int | None = None,
     ) -> None:
-        """Look for the collection; if there is none, the first upsert makes one.
+        """Look for the collection; if there is none, ``create`` makes one.
 
-        ``server`` is a URL, or a client that stays open. ``ef`` is how many dense neighbours the
-        graph search keeps in view; None is the server's own choice.
+        ``server`` is a URL, or a client that stays open. With a ``mark``, a collection that is
+        made carries it, and one that carries another or none is left alone. ``ef`` is how many
+        dense neighbours the graph search keeps in view; None is the server's own choice.
 
         Raises:
-            IndexFolderError: when no server answers, or the collection is not one of ours.
+            IndexFolderError: when no server answers, or the collection is not one of ours or of
+                another mark.
         """
         self._ours = isinstance(server, str)
-        self._name = collection
-        self._where = f"{server if isinstance(server, str) else 'Qdrant'}, collection {collection}"
+        self._name, self._mark = collection, mark
+        self._place = f"{server if isinstance(server, str) else 'Qdrant'}, collection {collection}"
         self._timeout, self._ef = timeout_seconds, ef
         self._widths: Widths = {}
         if isinstance(server, str):
@@ -75,14 +69,24 @@ class ClusterEngine:
                 )
         else:
             self._client = server
-        with self._named():
-            if self._client.collection_exists(collection):
-                self._widths = self._widths_there()
+        try:
+            with self._named():
+                if self._client.collection_exists(collection):
+                    self._widths = self._widths_there()
+                    self._check_mark()
+        except IndexFolderError:
+            self.close()
+            raise
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of vectors that it holds; none before the first upsert."""
-        return tuple(self._widths)
+    def place(self) -> str:
+        """The server and the collection."""
+        return self._place
+
+    @property
+    def widths(self) -> Widths:
+        """Of the vectors that it takes; none before ``create``."""
+        return self._widths
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -92,12 +96,12 @@ class ClusterEngine:
         except (ApiException, OSError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
             raise IndexFolderError(
-                f"{self._where}: the server does not answer, or refuses ({problem}); "
+                f"{self._place}: the server does not answer, or refuses ({problem}); "
                 "see that it runs, and that address and key are right"
             ) from error
         except ValueError as error:  # a URL that is none
             raise IndexFolderError(
-                f"{self._where}: {error}; give an address such as http://localhost:6333"
+                f"{self._place}: {error}; give an address such as http://localhost:6333"
             ) from error
 
     def _widths_there(self) -> Widths:
@@ -108,79 +112,95 @@ class ClusterEngine:
         strange = (set(named) - {"dense", "multi"}) | (set(sparse) - {"sparse"})
         if strange or any(vector.distance != api.Distance.DOT for vector in named.values()):
             raise IndexFolderError(
-                f"{self._where}: it is not one of ours, whose vectors are dense, sparse and multi, "
+                f"{self._place}: it is not one of ours, whose vectors are dense, sparse and multi, "
                 "compared by dot product; choose another name"
             )
         sizes = {name: vector.size for name, vector in named.items()} | dict.fromkeys(sparse, 0)
         return {kind: sizes[kind] for kind in KINDS if kind in sizes}
 
-    def upsert(self, records: Sequence[Record], vectors: Vectors) -> None:
-        """Add records, or replace those of the same ids; an emptied collection takes any kinds."""
-        if self._widths and widths_of(vectors) != self._widths and not self._count():
+    def _mark_there(self) -> object:
+        return (self._client.get_collection(self._name).config.metadata or {}).get(_MARK)
+
+    def _check_mark(self) -> None:
+        if self._mark is None or (found := self._mark_there()) == self._mark:
+            return
+        made = "no index of tercet" if found is None else "another index"
+        raise IndexFolderError(
+            f"{self._place}: {made} made this collection, and it is left as it is; choose another "
+            "name with --collection, or delete it on the server first"
+        )
+
+    def create(self, widths: Widths) -> None:
+        """Make the collection."""
+        about: dict[str, Any] | None = None if self._mark is None else {_MARK: self._mark}
+        with self._named():
+            self._client.create_collection(self._name, **_config(widths), metadata=about)
+            if not self._is_local:  # which scans anyway, and warns
+                self._client.create_payload_index(
+                    self._name, "facts", api.PayloadSchemaType.KEYWORD
+                )
+            if self._mark is not None and self._mark_there() != self._mark:
+                self._client.delete_collection(self._name)
+                raise IndexFolderError(
+                    f"{self._place}: the server does not keep what a collection says of itself, by "
+                    "which its index is told from others; use Qdrant 1.17 or newer"
+                )
+        self._widths = widths
+
+    def clear(self) -> None:
+        """Delete the collection, if there is one, with all that is in it."""
+        if self._widths:
             with self._named():
                 self._client.delete_collection(self._name)
-            self._widths = {}
-        points = points_of(records, vectors, self._widths)
-        if not points:
-            return
+        self._widths = {}
+
+    def put(self, points: Sequence[Point]) -> None:
+        """Add points, or replace those of the same numbers."""
         with self._named():
-            if not self._widths:
-                self._create(widths_of(vectors))
             for batch in batches_of(points, _BATCH_NUMBERS):
                 self._client.upsert(self._name, [_point(point) for point in batch], wait=True)
 
-    def _create(self, widths: Widths) -> None:
-        self._client.create_collection(self._name, **_config(widths))
-        if not self._is_local:  # which scans anyway, and warns
-            self._client.create_payload_index(self._name, "facts", api.PayloadSchemaType.KEYWORD)
-        self._widths = widths
+    def drop(self, ids: Sequence[UUID]) -> None:
+        """Remove points."""
+        selected = api.PointIdsList(points=[str(uuid) for uuid in ids])
+        with self._named():
+            self._client.delete(self._name, selected, wait=True)
 
-    def delete(self, ids: Sequence[str]) -> int:
-        """Remove records; how many there were of these."""
-        there = list(self._payloads(ids))
-        if there:
-            with self._named():
-                selected = api.PointIdsList(points=[str(uuid) for uuid in there])
-                self._client.delete(self._name, selected, wait=True)
-        return len(there)
+    def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
+        """Those that are there, with what is stored beside their vectors where that is asked."""
+        numbers = [str(uuid) for uuid in ids]
+        with self._named():
+            found = self._client.retrieve(self._name, numbers, with_payload=with_payload)
+        return {_number(point.id): point.payload or {} for point in found}
 
-    def search(
-        self, queries: Vectors, k: int, *, fusion: Fusion | None = None, where: Where | None = None
-    ) -> list[list[Hit]]:
-        """The best records of each query; dense candidates may miss some that are as near."""
-        if not self._widths:
-            return [[] for _ in range(len(queries))]
-        return search(
-            self._ask,
-            queries,
-            self._widths,
-            records=self._count(),
-            k=k,
-            fusion=fusion,
-            where=where,
-        )
+    def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
+        """At most so many points that fulfil a filter, and where the next page starts, or None."""
+        with self._named():
+            points, following = self._client.scroll(
+                self._name,
+                scroll_filter=_filter(facts),
+                limit=size,
+                offset=start,
+                with_payload=True,
+            )
+        return [point.payload or {} for point in points], following
 
-    def fetch(self, ids: Sequence[str]) -> list[Record | None]:
-        """The records of these ids; None for one that is not there."""
-        payloads = self._payloads(ids)
-        there = (payloads.get(uuid_of(name)) for name in ids)
-        return [None if payload is None else record_of(payload) for payload in there]
+    def ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
+        """The points that each search finds."""
+        if not asks:
+            return []
+        requests = [_request(ask, self._params) for ask in asks]
+        with self._named():
+            answers = self._client.query_batch_points(self._name, requests)
+        return [
+            [Found(_number(point.id), point.score, point.payload or {}) for point in answer.points]
+            for answer in answers
+        ]
 
-    def scan(self, where: Where | None = None) -> Iterator[Record]:
-        """All records, by the numbers of their points."""
-        offset = None
-        while self._widths:
-            with self._named():
-                points, offset = self._client.scroll(
-                    self._name,
-                    scroll_filter=_filter(facts_of(where)),
-                    limit=_PAGE,
-                    offset=offset,
-                    with_payload=True,
-                )
-            yield from (record_of(point.payload or {}) for point in points)
-            if offset is None:
-                break
+    def count(self) -> int:
+        """How many points there are."""
+        with self._named():
+            return self._client.count(self._name, exact=True).count
 
     def optimize(self) -> None:
         """Wait until the server has built what it builds.
@@ -189,14 +209,14 @@ class ClusterEngine:
             IndexFolderError: when it has not done so in time.
         """
         end = time.monotonic() + self._timeout
-        while self._widths:
+        while True:
             with self._named():
                 status = self._client.get_collection(self._name).status
             if status != api.CollectionStatus.YELLOW:
                 break
             if time.monotonic() > end:
                 raise IndexFolderError(
-                    f"{self._where}: not optimized after {self._timeout} seconds; it can be "
+                    f"{self._place}: not optimized after {self._timeout} seconds; it can be "
                     "searched meanwhile; wait longer with a larger timeout_seconds"
                 )
             time.sleep(_PAUSE_SECONDS)
@@ -204,27 +224,14 @@ class ClusterEngine:
     def flush(self) -> None:
         """Nothing to do: the server answers when it has written."""
 
-    def stats(self) -> Stats:
-        """What is in it."""
-        return Stats(self._count() if self._widths else 0, self.kinds, 0)
+    def usage(self) -> tuple[int, int]:
+        """Nothing on this machine's disk; what waits is the server's affair."""
+        return 0, 0
 
     def close(self) -> None:
         """Close the connection, unless the client is another's."""
         if self._ours:
             self._client.close()
-
-    def _count(self) -> int:
-        with self._named():
-            return self._client.count(self._name, exact=True).count
-
-    def _payloads(self, ids: Sequence[str]) -> dict[UUID, dict[str, Any]]:
-        """The payloads of those that are there, by the numbers of their points."""
-        wanted = list({str(uuid_of(name)) for name in ids})
-        if not self._widths or not wanted:
-            return {}
-        with self._named():
-            found = self._client.retrieve(self._name, wanted, with_payload=True)
-        return {UUID(str(point.id)): point.payload or {} for point in found}
 
     @property
     def _is_local(self) -> bool:
@@ -237,19 +244,10 @@ class ClusterEngine:
             return None
         return api.SearchParams(exact=stage.exact, hnsw_ef=self._ef)
 
-    def _ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
-        if not asks:
-            return []
-        requests = [_request(ask, self._params) for ask in asks]
-        with self._named():
-            answers = self._client.query_batch_points(self._name, requests)
-        return [
-            [
-                Found(UUID(str(point.id)), point.score, point.payload or {})
-                for point in answer.points
-            ]
-            for answer in answers
-        ]
+
+def _number(identity: Any) -> UUID:
+    """The number of a point; others than ours may be plain integers."""
+    return UUID(int=identity) if isinstance(identity, int) else UUID(str(identity))
 
 
 def _config(widths: Widths) -> dict[str, Any]:

@@ -15,20 +15,11 @@ from uuid import UUID
 
 from tercet.errors import IndexFolderError, MissingExtraError, StorageError
 from tercet.files import clear_about, recover_folder, replacing_file, replacing_folder, sole_writer
-from tercet.search.checks import Widths, widths_of
-from tercet.search.engine import Fusion, Hit, Record, Stats, Where
-from tercet.search.qdrant import (
-    Part,
-    Point,
-    TermRow,
-    batches_of,
-    facts_of,
-    points_of,
-    record_of,
-    uuid_of,
-)
-from tercet.search.qdrant_search import Ask, Found, Ranks, Stage, search
-from tercet.vectors import Kind, Vectors
+from tercet.search.checks import Widths
+from tercet.search.qdrant import Facts, Part, Point, TermRow, batches_of
+from tercet.search.qdrant_engine import Payload
+from tercet.search.qdrant_search import Ask, Found, Ranks, Stage
+from tercet.vectors import KINDS, Kind
 
 try:
     import qdrant_edge as edge
@@ -36,18 +27,17 @@ except ImportError as error:
     raise MissingExtraError("Qdrant Edge", "qdrant") from error
 
 _BATCH_NUMBERS: Final = 2_000_000  # of vectors in one update: 8 MB
-_PAGE: Final = 1_000  # records read together
 _POINTS, _SHARD, _WIDTHS, _PENDING = "points", "shard", "widths.json", "pending.json"
 _NO_GRAPH: Final = 0  # edges a node
 
 
-class EdgeEngine:
-    """Records in a folder, found by Qdrant Edge inside this process."""
+class EdgeStore:
+    """Points in a folder, found by Qdrant Edge inside this process."""
 
     def __init__(
         self, folder: Path | str, *, threads: int | None = None, ef: int | None = None
     ) -> None:
-        """Open a folder, or make a new one; the first upsert decides on kinds and widths.
+        """Open a folder, or make a new one.
 
         ``ef`` is how many dense neighbours the graph search keeps in view: more is slower and
         misses fewer. None is the engine's own choice.
@@ -58,7 +48,7 @@ class EdgeEngine:
         """
         self._folder = Path(folder)
         self._threads, self._ef = threads, ef
-        self._opened: edge.EdgeShard | None = None  # none before the first upsert
+        self._opened: edge.EdgeShard | None = None  # none before ``create``
         self._closed = False
         self._widths: dict[Kind, int] = {}
         self._held = ExitStack()
@@ -70,13 +60,19 @@ class EdgeEngine:
             raise
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of vectors that it holds; none before the first upsert."""
-        return tuple(self._widths)
+    def place(self) -> str:
+        """The folder."""
+        return str(self._folder)
 
     @property
-    def _shard(self) -> edge.EdgeShard | None:
+    def widths(self) -> Widths:
+        """Of the vectors that it takes; none before ``create``."""
+        return self._widths
+
+    @property
+    def _shard(self) -> edge.EdgeShard:
         assert not self._closed, "an engine is not used after it is closed"
+        assert self._opened is not None, "it has been created"
         return self._opened
 
     def _open(self) -> None:
@@ -85,18 +81,12 @@ class EdgeEngine:
         self._pending = _read_pending(self._folder / _PENDING)
         if not points.exists():
             return
-        try:
-            widths = json.loads((points / _WIDTHS).read_text(encoding="utf-8"))
+        with self._reading():
+            self._widths = _read_widths(points / _WIDTHS)
             self._opened = edge.EdgeShard.load(str(points / _SHARD))
-        except Exception as error:  # it raises nothing more particular
-            raise IndexFolderError(
-                f"{points}: Qdrant Edge cannot open it ({error}); "
-                "delete the folder and build the index again"
-            ) from error
-        self._widths = widths
 
-    def _create(self, widths: Widths) -> edge.EdgeShard:
-        """An empty store for vectors of these kinds and widths; whole or not at all."""
+    def create(self, widths: Widths) -> None:
+        """Make an empty store for vectors of these kinds and widths; whole or not at all."""
         points = self._folder / _POINTS
         with replacing_folder(points) as fresh:
             shard = edge.EdgeShard.create(str(fresh / _SHARD), _config(widths, self._threads))
@@ -107,83 +97,85 @@ class EdgeEngine:
             shard.close()
             (fresh / _WIDTHS).write_text(json.dumps(widths), encoding="utf-8")
         self._open()
-        assert self._opened is not None
-        return self._opened
 
-    def upsert(self, records: Sequence[Record], vectors: Vectors) -> None:
-        """Add records, or replace those of the same ids."""
-        points = points_of(records, vectors, self._widths)
-        if not points:
-            return
-        shard = self._shard or self._create(widths_of(vectors))
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Name the folder when the disk refuses."""
+        try:
+            with clear_about(self._folder):
+                yield
+        except BaseException as error:
+            if not _is_the_engine_s(error):
+                raise
+            raise StorageError(self._folder, str(error)) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name the folder and the remedy when its files are not what they were."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise self._damaged(str(error)) from error
+        except BaseException as error:
+            if not _is_the_engine_s(error):
+                raise
+            raise self._damaged(str(error)) from error
+
+    def _damaged(self, problem: str) -> IndexFolderError:
+        return IndexFolderError(
+            f"{self._folder}: Qdrant Edge cannot read it ({' '.join(problem.split())}); the index "
+            "is damaged; build it again with: tercet index --fresh"
+        )
+
+    def put(self, points: Sequence[Point]) -> None:
+        """Add points, or replace those of the same numbers."""
+        shard = self._shard
         self._pending += len(points)
         with self._writing():
             for batch in batches_of(points, _BATCH_NUMBERS):
                 shard.update(edge.UpdateOperation.upsert_points([_point(p) for p in batch]))
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Name the folder when the disk refuses; the engine's errors are all of the plain kind."""
-        try:
-            with clear_about(self._folder):
-                yield
-        except Exception as error:
-            if type(error) is not Exception:
-                raise
-            raise StorageError(self._folder, str(error)) from error
+    def drop(self, ids: Sequence[UUID]) -> None:
+        """Remove points."""
+        numbers: list[Any] = list(ids)
+        with self._writing():
+            self._shard.update(edge.UpdateOperation.delete_points(numbers))
 
-    def delete(self, ids: Sequence[str]) -> int:
-        """Remove records; how many there were of these."""
-        there: list[Any] = list(self._payloads(ids))
-        if there and self._shard is not None:
-            with self._writing():
-                self._shard.update(edge.UpdateOperation.delete_points(there))
-        return len(there)
+    def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
+        """Those that are there, with what is stored beside their vectors where that is asked."""
+        numbers: list[Any] = list(ids)
+        with self._reading():
+            found = self._shard.retrieve(numbers, with_payload=with_payload, with_vector=False)
+        return {_uuid(point): point.payload or {} for point in found}
 
-    def search(
-        self, queries: Vectors, k: int, *, fusion: Fusion | None = None, where: Where | None = None
-    ) -> list[list[Hit]]:
-        """The best records of each query; dense candidates may miss some that are as near."""
-        if self._shard is None:
-            return [[] for _ in range(len(queries))]
-        return search(
-            self._ask,
-            queries,
-            self._widths,
-            records=self._count(),
-            k=k,
-            fusion=fusion,
-            where=where,
+    def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
+        """At most so many points that fulfil a filter, and where the next page starts, or None."""
+        request = edge.ScrollRequest(
+            offset=start, limit=size, filter=_filter(facts), with_payload=True, with_vector=False
         )
+        with self._reading():
+            points, following = self._shard.scroll(request)
+        return [point.payload or {} for point in points], following
 
-    def fetch(self, ids: Sequence[str]) -> list[Record | None]:
-        """The records of these ids; None for one that is not there."""
-        payloads = self._payloads(ids)
-        there = (payloads.get(uuid_of(name)) for name in ids)
-        return [None if payload is None else record_of(payload) for payload in there]
+    def ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
+        """The points that each search finds."""
+        if not asks:
+            return []
+        requests = [_request(ask, self._ef) for ask in asks]
+        with self._reading():
+            answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
+        return [
+            [Found(_uuid(point), point.score, point.payload or {}) for point in points]
+            for points in answers
+        ]
 
-    def scan(self, where: Where | None = None) -> Iterator[Record]:
-        """All records, by the numbers of their points."""
-        offset = None
-        shard = self._shard
-        while shard is not None:
-            points, offset = shard.scroll(
-                edge.ScrollRequest(
-                    offset=offset,
-                    limit=_PAGE,
-                    filter=_filter(facts_of(where)),
-                    with_payload=True,
-                    with_vector=False,
-                )
-            )
-            yield from (record_of(point.payload or {}) for point in points)
-            if offset is None:
-                break
+    def count(self) -> int:
+        """How many points there are."""
+        with self._reading():
+            return self._shard.count(edge.CountRequest(exact=True))
 
     def optimize(self) -> None:
         """Build the graph of dense vectors, merge what is small, drop what was deleted."""
-        if self._shard is None:
-            return
         with self._writing():
             self._shard.optimize()
         self._pending = 0
@@ -191,7 +183,7 @@ class EdgeEngine:
 
     def flush(self) -> None:
         """Put everything on the disk; after it a kill loses nothing."""
-        if self._shard is None:
+        if self._opened is None:
             return
         with self._writing():
             self._shard.flush()
@@ -200,46 +192,46 @@ class EdgeEngine:
             with replacing_file(path) as fresh:
                 fresh.write_text(json.dumps(self._pending), encoding="utf-8")
 
-    def stats(self) -> Stats:
-        """What is in it."""
+    def usage(self) -> tuple[int, int]:
+        """Bytes on the disk, and how many points wait to be optimized."""
         files = (path for path in self._folder.rglob("*") if path.is_file())
         used = sum(path.stat().st_blocks * 512 for path in files)  # its files have holes
-        records = self._count()
-        return Stats(records, self.kinds, used, min(self._pending, records))
+        return used, self._pending
 
     def close(self) -> None:
         """Flush, and let another process open it."""
         if self._closed:
             return
-        self.flush()
-        if self._opened is not None:
-            self._opened.close()
-        self._closed = True
-        self._held.close()
+        try:
+            self.flush()
+            if self._opened is not None:
+                with self._writing():
+                    self._opened.close()
+        finally:
+            self._closed = True
+            self._held.close()
 
-    def _count(self) -> int:
-        return 0 if self._shard is None else self._shard.count(edge.CountRequest(exact=True))
 
-    def _payloads(self, ids: Sequence[str]) -> dict[UUID, dict[str, Any]]:
-        """The payloads of those that are there, by the numbers of their points."""
-        wanted: list[Any] = list({uuid_of(name) for name in ids})
-        if self._shard is None or not wanted:
-            return {}
-        found = self._shard.retrieve(wanted, with_payload=True, with_vector=False)
-        return {_uuid(point): point.payload or {} for point in found}
-
-    def _ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
-        if self._shard is None or not asks:
-            return []
-        requests = [_request(ask, self._ef) for ask in asks]
-        return [
-            [Found(_uuid(point), point.score, point.payload or {}) for point in points]
-            for points in self._shard.query_batch(edge.QueryBatchRequest(requests))
-        ]
+def _is_the_engine_s(error: BaseException) -> bool:
+    """Whether the engine raised it: all its errors are of the plainest kind, or panics."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def _uuid(point: Any) -> UUID:
     return point.id
+
+
+def _read_widths(path: Path) -> dict[Kind, int]:
+    """The kinds of vectors, with their widths.
+
+    Raises:
+        ValueError: when the file does not say.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    numbers = found.values() if isinstance(found, dict) and set(found) <= set(KINDS) else [None]
+    if not found or not all(type(number) is int for number in numbers):
+        raise ValueError(f"{path.name} does not say what it should")
+    return {kind: found[kind] for kind in KINDS if kind in found}
 
 
 def _read_pending(path: Path) -> int:

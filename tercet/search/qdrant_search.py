@@ -13,9 +13,9 @@ from uuid import UUID
 import numpy as np
 
 from tercet.search.checks import Widths, check_queries
-from tercet.search.engine import Fusion, Hit, ReciprocalRank, Weighted, Where, counted
+from tercet.search.engine import Fusion, Hit, ReciprocalRank, Record, Weighted, Where, counted
 from tercet.search.fusion import proposing, wanted, weighted_sum
-from tercet.search.qdrant import Part, Parts, facts_of, parts_of, record_of
+from tercet.search.qdrant import Facts, Part, Parts, facts_of, parts_of
 from tercet.vectors import Kind, Vectors, Weights
 
 ASKED_TOGETHER: Final = 32  # queries of one call into the engine
@@ -58,7 +58,7 @@ class Ask:
     stages: tuple[Stage, ...]
     limit: int
     fuse: Sum | Ranks | None = None
-    facts: tuple[tuple[str, ...], ...] = ()  # of each group a record has one
+    facts: Facts = ()
     only: frozenset[UUID] | None = None
     with_payload: bool = False
 
@@ -73,6 +73,7 @@ class Found:
 
 
 Asking: TypeAlias = Callable[[Sequence[Ask]], list[list[Found]]]
+Reading: TypeAlias = Callable[[Mapping[str, Any]], Record]
 
 
 def search(  # noqa: PLR0913 (a search, and where it takes place)
@@ -84,8 +85,11 @@ def search(  # noqa: PLR0913 (a search, and where it takes place)
     k: int,
     fusion: Fusion | None,
     where: Where | None,
+    record_of: Reading,
 ) -> list[list[Hit]]:
     """The best records of each query, with their scores by each kind that counts.
+
+    ``record_of`` makes a record of what is stored beside a point's vectors.
 
     Raises:
         ModelError: when the queries' vectors are of other widths than the store's, or NaN.
@@ -101,7 +105,7 @@ def search(  # noqa: PLR0913 (a search, and where it takes place)
     planner = _Planner(fusion, kinds, by, records, facts_of(where))
     found: list[list[Hit]] = []
     for several in batched(parts_of(queries.only(present)), ASKED_TOGETHER):
-        found += _search_several(asking, several, planner, min(k, records))
+        found += _search_several(asking, several, planner, min(k, records), record_of)
     return found
 
 
@@ -119,7 +123,7 @@ class _Planner:
     kinds: tuple[Kind, ...]  # that count
     by: tuple[Kind, ...]  # that propose candidates; none: all records are
     records: int
-    facts: tuple[tuple[str, ...], ...]
+    facts: Facts
 
     def __call__(self, parts: Parts, k: int) -> Ask | None:
         """None where the query has nothing to be found by."""
@@ -150,14 +154,14 @@ def _terms(kind: Kind, query: Part) -> int:
 
 
 def _search_several(
-    asking: Asking, several: Sequence[Parts], planner: _Planner, k: int
+    asking: Asking, several: Sequence[Parts], planner: _Planner, k: int, record_of: Reading
 ) -> list[list[Hit]]:
     asks = [planner(parts, k) for parts in several]
     answers = iter(asking([ask for ask in asks if ask is not None]))
     found = [next(answers) if ask is not None else [] for ask in asks]
     scores = _scores_by_kind(asking, several, found, planner.kinds)
     return [
-        _hits(points, by_kind, planner.fusion)
+        _hits(points, by_kind, planner.fusion, record_of)
         for points, by_kind in zip(found, scores, strict=True)
     ]
 
@@ -191,7 +195,10 @@ def _scores_by_kind(
 
 
 def _hits(
-    points: Sequence[Found], by_kind: Mapping[Kind, Mapping[UUID, float]], fusion: Fusion
+    points: Sequence[Found],
+    by_kind: Mapping[Kind, Mapping[UUID, float]],
+    fusion: Fusion,
+    record_of: Reading,
 ) -> list[Hit]:
     hits: list[Hit] = []
     for point in points:

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped
 
-from tercet.errors import DataError
+from tercet.errors import DataError, IndexFolderError
 from tercet.search.engine import Record, Value, Where
 from tercet.vectors import Kind
 
@@ -56,9 +58,13 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Documents:
-    """The records of a segment: a table in memory, or a file of row groups."""
+    """The records of a segment: a table in memory, or a file of row groups.
+
+    What reads the file raises an IndexFolderError where it finds it damaged.
+    """
 
     source: pa.Table | pq.ParquetFile
+    folder: Path | None = None  # of the segment; None: in memory
     _reading: Any = field(default_factory=Lock)
 
     def __len__(self) -> int:
@@ -88,12 +94,43 @@ class Documents:
         for group in np.unique(group_of).tolist():
             here = rows[group_of == group]
             table = self._group(group, SCHEMA.names).take(pa.array(here - starts[group]))
-            found.update(zip(here.tolist(), records_in(table), strict=True))
+            found.update(zip(here.tolist(), self.records_of(table), strict=True))
         return [found[row] for row in rows.tolist()]
 
     def ids(self) -> list[str]:
         """The id of each row."""
-        return [name for block in self.blocks(["id"]) for name in block["id"].to_pylist()]
+        return [name for block in self.blocks(["id"]) for name in self._column(block, "id")]
+
+    def fields(self) -> Iterator[Mapping[str, Value | Sequence[Value]]]:
+        """The fields of each row."""
+        for block in self.blocks(["fields"]):
+            for text in self._column(block, "fields"):
+                with self._undamaged():
+                    fields = _fields(text)
+                yield fields
+
+    def records_of(self, block: pa.Table) -> list[Record]:
+        """The records of a block's rows."""
+        columns = (self._column(block, name) for name in SCHEMA.names)
+        with self._undamaged():
+            return [
+                Record(id=name, title=title, text=text, fields=_fields(fields))
+                for name, title, text, fields in zip(*columns, strict=True)
+            ]
+
+    def _column(self, block: pa.Table, name: str) -> list[str]:
+        with self._undamaged():
+            return block[name].to_pylist()
+
+    @contextmanager
+    def _undamaged(self) -> Iterator[None]:
+        """Name the folder and the remedy when the file is not what was written."""
+        try:
+            yield
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            if self.folder is None:
+                raise
+            raise damaged(self.folder, f"its records cannot be read: {error}") from error
 
     def _starts(self) -> Int64[np.ndarray, "bounds"]:
         """Where the row groups begin, and where the last one ends."""
@@ -106,17 +143,19 @@ class Documents:
     def _group(self, group: int, columns: Sequence[str]) -> pa.Table:
         if not isinstance(self.source, pq.ParquetFile):
             return self.source.select(list(columns))
-        with self._reading:
-            return self.source.read_row_group(group, columns=list(columns))
+        with self._reading, self._undamaged():
+            table = self.source.read_row_group(group, columns=list(columns))
+            if len(table) != self.source.metadata.row_group(group).num_rows:
+                raise ValueError("there are fewer or more than there should be")
+            return table
 
 
-def records_in(table: pa.Table) -> list[Record]:
-    """The records of a table's rows."""
-    columns = (table[name].to_pylist() for name in SCHEMA.names)
-    return [
-        Record(id=name, title=title, text=text, fields=json.loads(fields))
-        for name, title, text, fields in zip(*columns, strict=True)
-    ]
+def damaged(folder: Path, problem: str) -> IndexFolderError:
+    """What to say of a folder that nobody but a disk or an editor can have made so."""
+    return IndexFolderError(
+        f"{folder}: the index is damaged ({' '.join(problem.split())}); build it again with: "
+        "tercet index --fresh"
+    )
 
 
 def _as_json(record: Record) -> str:
@@ -181,13 +220,10 @@ class Segment:
     def _rows_by_value(self) -> dict[tuple[str, bool, Value], Shaped[np.ndarray, "rows"]]:
         """The rows of each field's each value; read once, when the first filter comes."""
         found: dict[tuple[str, bool, Value], list[int]] = {}
-        row = 0
-        for block in self.documents.blocks(["fields"]):
-            for text in block["fields"].to_pylist():
-                for name, values in _fields(text).items():
-                    for value in _listed(values):
-                        found.setdefault((name, *_key(value)), []).append(row)
-                row += 1
+        for row, fields in enumerate(self.documents.fields()):
+            for name, values in fields.items():
+                for value in _listed(values):
+                    found.setdefault((name, *_key(value)), []).append(row)
         return {key: np.array(rows, np.int32) for key, rows in found.items()}
 
 

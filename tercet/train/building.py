@@ -6,6 +6,7 @@ from dataclasses import replace
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
 from tercet.nn.embedder import Embedder, Settings
+from tercet.nn.fingerprints import fingerprint_of
 from tercet.nn.folders import known_kinds
 from tercet.nn.positions import extend_positions
 from tercet.train.recipe import Model
@@ -54,6 +55,16 @@ def build(model: Model) -> Embedder:
     if model.freeze_backbone:
         embedder.backbone.requires_grad_(False)
     return embedder
+
+
+def fingerprint_of_base(embedder: Embedder) -> str:
+    """Changes when one number of the weights that a training begins with does.
+
+    Heads that were drawn anew are left out: the recipe's seed draws the same ones again.
+    """
+    drawn = tuple(f"heads.{kind}." for kind in embedder.heads.drawn)
+    weights = embedder.state_dict()
+    return fingerprint_of({name: weights[name] for name in weights if not name.startswith(drawn)})
 
 
 def _with_known(wanted: Sequence[Kind], known: Sequence[Kind]) -> tuple[Kind, ...]:

@@ -5,6 +5,7 @@ hangs on the run's seed and the step alone.
 """
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -58,17 +59,19 @@ def load(path: Path, what: dict[str, Any]) -> tuple[Progress, dict[str, Any]] | 
     if not path.exists():
         return None
     record = read(path)
-    keys = dict.fromkeys((*what, *record["what"]))
-    changed = [key for key in keys if record["what"].get(key) != what.get(key)]
-    if record["version"] != VERSION or changed:
-        details = "; ".join(
-            f"{key} was {record['what'].get(key)!r}, now {what.get(key)!r}" for key in changed
-        )
+    changes = changed(record["what"], what)
+    if record["version"] != VERSION or changes:
         raise RecipeError(
-            f"{path.parent} holds a run with other settings ({details or 'another version'}); "
+            f"{path.parent} holds a run with other settings ({changes or 'another version'}); "
             "give the settings it was started with, another --out, or delete that folder"
         )
     return Progress(**record["progress"]), record
+
+
+def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two runs, for people; nothing where they are the same."""
+    keys = [key for key in dict.fromkeys((*now, *was)) if was.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in keys)
 
 
 def read(path: Path) -> Any:

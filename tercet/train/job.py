@@ -12,6 +12,7 @@ from tercet.data.sources import Source
 from tercet.errors import RecipeError
 from tercet.files import replacing_file
 from tercet.nn.settings import FILE
+from tercet.train import checkpoint
 from tercet.train.recipe import Model, Recipe, Stage
 from tercet.train.run import Run
 from tercet.vectors import Kind
@@ -19,6 +20,7 @@ from tercet.vectors import Kind
 log = logging.getLogger("tercet")
 
 CHECKPOINT: Final = "checkpoint.pt"
+MADE_WITH: Final = "made_with"  # of a stage, in the manifest of a model
 
 Data = Sequence[Source] | Mapping[str, Sequence[Source]]
 """What a run reads: sources of examples, or for each ``Stage.data`` those that it asks for."""
@@ -131,11 +133,21 @@ def refuse_other_stages(out: Path, folders: Sequence[Path]) -> None:
         )
 
 
-def identity(recipe: Recipe, stage: Stage, sources: Sequence[Source], run: Run) -> dict[str, Any]:
-    """What has to be the same for a run to go on: plain values, compared key by key."""
+def identity(
+    recipe: Recipe,
+    stage: Stage,
+    sources: Sequence[Source],
+    run: Run,
+    *,
+    begins_with: Mapping[str, str],
+) -> dict[str, Any]:
+    """What has to be the same for a run to go on: plain values, compared key by key.
+
+    ``begins_with`` are fingerprints of whatever else is read: the base, the stage before, files.
+    """
     flat = dict(_leaves("model", asdict(recipe.model))) | dict(_leaves("", asdict(stage)))
     flat |= {f"data {source.name}": source.fingerprint for source in sources}
-    return {**flat, "seed": recipe.seed, "precision": run.precision}
+    return {**flat, **begins_with, "seed": recipe.seed, "precision": run.precision}
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -145,6 +157,27 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _leaves(f"{name}.{key}" if name else key, part)
     else:
         yield name, repr(value)
+
+
+def refuse_other_model(folder: Path, what: Mapping[str, Any]) -> None:
+    """The model of a stage is kept beside its checkpoint, and may outlive it.
+
+    Raises:
+        RecipeError: when ``folder`` holds one that was made with other settings, data or weights.
+    """
+    if not folder.exists():
+        return
+    try:
+        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        was = saved["about"]["stages"][-1][MADE_WITH]
+        changes = checkpoint.changed(was, what)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        changes = "it does not say with which"
+    if changes:
+        raise RecipeError(
+            f"{folder} was made with other settings ({changes}); give the settings it was made "
+            f"with, another --out, or delete {folder.parent} and those of the stages after it"
+        )
 
 
 def is_saved(folder: Path, stages: Sequence[Mapping[str, Any]]) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, get_args
 
 from tercet.errors import RecipeError
+from tercet.nn.attention import KEPT_LENGTH
 from tercet.train.memory import COPIES, Room
 
 Batching: TypeAlias = Literal["fit", "bge-m3-pairs-80gb", "bge-m3-finetune-80gb"]
@@ -77,7 +78,8 @@ class Costs:
         """About the bytes that ``own`` examples in each process take, with longest texts that long.
 
         Counted are the vectors of all texts and their copies, the scores, and the graph of one
-        chunk; graphs of more chunks are kept where there is room for them, and need none.
+        chunk; graphs of more chunks are kept where there is room for them, and need none. That
+        chunk holds a text that long alone, or shorter ones, whose tokens may cost more.
         """
         shape, room = self.shape, self.room
         docs, query_tokens = own * shape.documents, own * shape.query_tokens * length
@@ -86,7 +88,8 @@ class Costs:
         # The others' documents arrive whole, and so does their gradient.
         of_others = 2 * (self.processes - 1) * room.vectors(docs, tokens - query_tokens)
         scores = room.scores(own, query_tokens, self.processes * docs)
-        return vectors + of_others + scores + max(self.chunk_tokens, length) * room.token_graph
+        shorter = self.chunk_tokens * room.graph(min(length, KEPT_LENGTH))
+        return vectors + of_others + scores + max(shorter, length * room.graph(length))
 
 
 def fitted(edges: Sequence[int], longest: int, *, costs: Costs, at_most: int) -> Groups:

@@ -1,24 +1,15 @@
 """What happened at each step: a line of JSON for machines, TensorBoard on request."""
 
 import json
-import logging
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tercet.errors import MissingExtraError
 from tercet.files import clear_about, replacing_file
 
-_DYING: Final = 0.2  # so much more of the documents without a term is worth a warning
-
-log = logging.getLogger("tercet")
-
 
 class Log:
-    """Appends records to ``log.jsonl``; on resume it forgets what lies after the checkpoint.
-
-    It warns, once, when far more sparse vectors are empty than at its first step: a head that
-    gives every token less than zero gets no gradient any more.
-    """
+    """Appends records to ``log.jsonl``; on resume it forgets what lies after the checkpoint."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +19,6 @@ class Log:
             fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, step) if tensorboard else None
-        self._worth_a_warning: float | None = None  # of the share of empty sparse vectors
 
     def write(self, step: int, **values: Any) -> None:
         """Add a record; numbers also go to TensorBoard."""
@@ -39,21 +29,6 @@ class Log:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
-        if "empty_sparse" in values:
-            self._watch(step, values["empty_sparse"])
-
-    def _watch(self, step: int, empty: float) -> None:
-        if self._worth_a_warning is None:
-            self._worth_a_warning = empty + _DYING
-        elif empty > self._worth_a_warning:
-            self._worth_a_warning = 1.0
-            log.warning(
-                "step %d: %.0f%% of the documents have an empty sparse vector by now; where that "
-                "goes on, train anew with a lower learning rate, or with a dev set (--dev), by "
-                "which the best weights are kept",
-                step,
-                100 * empty,
-            )
 
     def close(self) -> None:
         """Finish writing."""

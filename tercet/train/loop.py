@@ -1,59 +1,35 @@
 """The one training loop. Recipes differ in numbers and parts, not in loops."""
 
-import hashlib
-import math
-import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, astuple, replace
-from functools import cached_property
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from tercet import distributed
-from tercet.data.collate import Collator, PromptOf
-from tercet.data.sampler import BatchRows, Sampler
-from tercet.errors import RecipeError, TrainingError
-from tercet.files import replacing_file, sole_writer
-from tercet.nn.chunked import Chunks, Losses
+from tercet.data.collate import PromptOf
+from tercet.files import sole_writer
 from tercet.nn.embedder import Embedder, Settings
-from tercet.objectives.objective import TextBatch
-from tercet.progress import Advance, bar, notes
-from tercet.train import checkpoint, schedule
-from tercet.train.batches import groups_of, sampler_of
-from tercet.train.building import build, with_prompts_of
+from tercet.train.building import build, fingerprint_of_base, with_prompts_of
 from tercet.train.job import (
-    CHECKPOINT,
     Data,
     Job,
     by_stage,
     describe,
-    identity,
     is_saved,
+    refuse_other_model,
     refuse_other_stages,
     require_negatives,
     require_widths,
     warn_of_idle_heads,
 )
-from tercet.train.lengths import Groups
-from tercet.train.log import Log
-from tercet.train.memory import Room, graph_bytes, memory_for
-from tercet.train.recipe import Recipe, Stage
-from tercet.train.refresh import Refresher
+from tercet.train.recipe import Recipe
 from tercet.train.run import Run
+from tercet.train.trainer import Score, Trainer
 from tercet.types import Role
 from tercet.vectors import Kind
-
-BEST: Final = "best.pt"
-
-Score = Callable[[Embedder], float | Mapping[str, float]]
-"""How good an embedder is on the dev set; higher is better.
-
-Of several figures, by name, the one under ``dev_score`` counts, and all are logged.
-"""
 
 
 def train(
@@ -92,11 +68,10 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
     torch.manual_seed(recipe.seed)  # of the weights of a new layer
     embedder = build(recipe.model).to(device)
     require_widths(recipe, embedder.dim)
-    job = replace(job, prompt_of=_prompts_of(embedder.settings))  # before those of the data
+    job = replace(job, prompt_of=prompts_of(embedder.settings))  # before those of the data
     embedder.settings = with_prompts_of(job.sources, embedder.settings)
-    if embedder.settings.weights:  # they are of the base's scores
-        job.say("training drops the base's tuned weights; find new ones (tercet tune-weights)")
-        embedder.settings = replace(embedder.settings, weights={})
+    embedder.settings = _without_tuning(embedder.settings, job.say)
+    begins_with = {"base": fingerprint_of_base(embedder)}
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     kinds, untrained = embedder.kinds, {*embedder.heads.drawn}
     for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
@@ -109,12 +84,15 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
         made: tuple[Kind, ...] = tuple(kind for kind in kinds if kind not in untrained)
         embedder.settings = replace(embedder.settings, kinds=made)
         warn_of_idle_heads(stage, recipe.model, made)
-        trainer = _Trainer(embedder, stage, folder, job)
+        trainer = Trainer(embedder, stage, folder, job, begins_with)
+        if several:
+            refuse_other_model(folder / "model", trainer.what)
         trainer.resume()
         if number == 1 and distributed.is_main():
             describe(job, out)
         trainer.run(score)
         done.append(trainer.record())
+        begins_with = {**begins_with, "stage before": done[-1]["weights"]}
         embedder.backbone.merge_lora()
         dims = getattr(stage.objective, "dims", ())
         if short := {dim for dim in dims if dim < embedder.dim}:
@@ -124,7 +102,7 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
         about |= {"stages": done, "run": asdict(job.run)}
         embedder.about = about
         if distributed.is_main():
-            if several and not (folder / "model").exists():
+            if several and not is_saved(folder / "model", done):
                 embedder.save(folder / "model")
             if number == len(recipe.stages) and not is_saved(out / "model", done):
                 embedder.save(out / "model")
@@ -132,336 +110,19 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
     return embedder.eval()
 
 
-class _Trainer:
-    """One stage: its optimizer, its place in the data, and its checkpoints."""
-
-    def __init__(self, embedder: Embedder, stage: Stage, folder: Path, job: Job) -> None:
-        recipe, run = job.recipe, job.run
-        self.sources = job.sources[recipe.stages.index(stage)]
-        self.embedder, self.stage, self.folder = embedder, stage, folder
-        self.seed, self.options, self.say = recipe.seed, run, job.say
-        self.refresher = None
-        if stage.refresh is not None:
-            self.refresher = Refresher(stage.refresh, self.sources, folder, recipe.seed)
-            self.sources = self.refresher.sources
-        collate = _collator(embedder, stage, job.prompt_of)
-        self.work = stage.objective.start(embedder, self.sources, collate)
-        self.optimizer = _optimizer(embedder, stage)
-        on_gpu = embedder.device.type == "cuda"
-        self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
-        half = run.precision == "bfloat16"
-        self.room = Room(
-            total=memory_for(embedder.device, run.memory_gb),
-            token_graph=graph_bytes(embedder.backbone, layer=embedder.settings.layer, half=half),
-            kinds=getattr(self.work, "kinds", ()),
-            dim=embedder.dim,
-            width=embedder.heads.width,
-        )
-        self.progress = checkpoint.Progress()
-        self.what = identity(recipe, stage, self.sources, run)
-
-    @cached_property
-    def sampler(self) -> Sampler:
-        """What hands out the batches; not needed for a stage that is finished."""
-        return sampler_of(self.stage, self.work.drawn, self.seed, self.embedder, self.groups)
-
-    @cached_property
-    def groups(self) -> Groups | None:
-        """Batch sizes by length; a run that goes on keeps those that it began with."""
-        return groups_of(self.stage, self.work.drawn, self.embedder, self.room, self.chunk_tokens)
-
-    @cached_property
-    def steps(self) -> int:
-        """Steps of the whole stage."""
-        return self.stage.steps or self.sampler.total_batches
-
-    @cached_property
-    def _warmup(self) -> int:
-        given = self.stage.warmup_steps
-        return round(self.stage.warmup * self.steps) if given is None else given
-
-    def run(self, score: Score | None) -> None:
-        """Train to the end."""
-        if self.progress.finished:
-            self.say(f"{self.folder}: this stage is finished already; taking its weights")
-            self._take_best()
-            self.work.finish()
-            return
-        if self.progress.step == 0:
-            self._greet()
-            self._evaluate(score)
-        saved_at = started = time.monotonic()
-        log, step = None, self.progress.step
-        shown = self.options.show_progress and distributed.is_main()
-        with ExitStack() as stack:
-            if distributed.is_main():  # one file has one writer
-                log = Log(self.folder, step=step, tensorboard=self.options.tensorboard)
-                stack.callback(log.close)
-            advance = stack.enter_context(bar(self.stage.name, self.steps, step, shown=shown))
-            before = self.progress.seconds
-            while self.progress.step < self.steps and not self._gave_up():
-                self._refresh(log, advance)
-                self._step(log, advance)
-                self.progress.seconds = before + time.monotonic() - started
-                if self._due(self._eval_every()):
-                    self._evaluate(score, log)
-                minutes = (time.monotonic() - saved_at) / 60
-                if self._due(self.options.save_steps) or minutes >= self.options.save_minutes:
-                    self._save()
-                    saved_at = time.monotonic()
-        self.progress.finished = True
-        self._save()
-        if cut := self.progress.truncated:
-            self.say(f"{cut:,} times a text was longer than the model takes, and its end was cut")
-        self._take_best()
-        self.work.finish()
-
-    def _step(self, log: Log | None, advance: Advance) -> None:
-        began, step = time.monotonic(), self.progress.step
-        rows = self.sampler.next_batch()
-        assert rows is not None, "a stage has no more steps than its data have batches"
-        mine = rows.share(distributed.rank(), distributed.world())
-        batch = self.work.batch(mine, [self.seed, step])
-        rate = self.stage.learning_rate * schedule.factor(
-            self.stage.schedule,
-            step,
-            self.steps,
-            warmup=self._warmup,
-            decay=round(self.stage.decay * self.steps),
-        )
-        losses = {name: _everyones(share) for name, share in self._backward(batch).items()}
-        loss = losses["loss"]
-        if not math.isfinite(loss):
-            raise TrainingError(self._complaint(f"the loss is {loss}", rows))
-        weights = [p for p in self.embedder.parameters() if p.requires_grad]
-        distributed.sum_gradients(weights)
-        norm = float(nn.utils.clip_grad_norm_(weights, self.stage.clip))
-        if not math.isfinite(norm):
-            raise TrainingError(self._complaint(f"the norm of the gradient is {norm}", rows))
-        if step == 0 and norm == 0:
-            raise TrainingError(
-                self._complaint("no weight gets a gradient, so nothing would be learned", rows)
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-        counts = torch.tensor([[len(batch.texts.ids), batch.truncated]])
-        tokens, truncated = distributed.gather_ints(counts).sum(0).tolist()
-        seconds = time.monotonic() - began
-        self.progress.step += 1
-        self.progress.tokens += tokens
-        self.progress.truncated += truncated
-        note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s"
-        advance(1, note)
-        if log is not None:
-            log.write(
-                self.progress.step,
-                **losses,
-                learning_rate=rate,
-                gradient_norm=norm,
-                tokens=tokens,
-                tokens_per_second=round(tokens / seconds, 1),
-                examples=len(rows),
-                truncated=truncated,
-            )
-
-    def _backward(self, batch: TextBatch) -> Losses:
-        self.embedder.train()
-        step = self.progress.step
-        seed = _seed_of(self.seed, step, distributed.rank())
-        half = self.options.precision == "bfloat16"
-        with torch.autocast(self.embedder.device.type, dtype=torch.bfloat16, enabled=half):
-            chunks = Chunks(self.chunk_tokens, self.room.graph_tokens(batch.texts), seed)
-            return self.work.backward(batch, chunks, step)
-
-    def _refresh(self, log: Log | None, advance: Advance) -> None:
-        """Mine negatives anew where it is time to, after a checkpoint: a kill costs little."""
-        step = self.progress.step
-        if self.refresher is None or not self.refresher.due(step):
-            return
-        self._save()
-        found = self.refresher.mine(self.embedder, step, bars=notes(advance))
-        self.say(f"after step {step}: {found.told}")
-        if log is not None:  # it is the next step that reads them
-            log.write(
-                step + 1,
-                negatives=found.negatives,
-                new_negatives=round(found.new_share, 4),
-                without_negatives=found.empty,
-            )
-
-    # ---- measuring ---------------------------------------------------------------------------
-
-    def _evaluate(self, score: Score | None, log: Log | None = None) -> None:
-        """Measure on the dev set, and keep the weights if they are the best so far."""
-        if score is None:
-            return
-        found = score(self.embedder.eval()) if distributed.is_main() else 0.0
-        figures = dict(found) if isinstance(found, Mapping) else {"dev_score": found}
-        value = distributed.broadcast_object(figures["dev_score"])
-        progress = self.progress
-        progress.scores.append((progress.step, value))
-        if log is not None:
-            log.write(progress.step, **figures)
-        if progress.best_score is None or value > progress.best_score:
-            progress.best_score, progress.best_step, progress.stale = value, progress.step, 0
-            if distributed.is_main() and self.stage.keep == "best":
-                weights = {n: p.detach() for n, p in checkpoint.trainable(self.embedder).items()}
-                with replacing_file(self.folder / BEST) as fresh:
-                    torch.save(weights, fresh)
-        else:
-            progress.stale += 1
-
-    def _take_best(self) -> None:
-        """The weights that scored best; the last ones where nothing was measured."""
-        distributed.barrier()
-        progress = self.progress
-        if progress.best_score is None:
-            return
-        best = self.stage.keep == "best"
-        taken = "those weights" if best else f"the last ones, {progress.scores[-1][1]:.4f}"
-        self.say(
-            f"dev set: {progress.scores[0][1]:.4f} before training, {progress.best_score:.4f} at "
-            f"best, after step {progress.best_step} of {progress.step}; taking {taken}"
-        )
-        if best and progress.best_step != progress.step:
-            checkpoint.restore(self.embedder, checkpoint.read(self.folder / BEST))
-
-    def _gave_up(self) -> bool:
-        return self.stage.patience is not None and self.progress.stale >= self.stage.patience
-
-    def _eval_every(self) -> int:
-        return self.options.eval_steps or max(1, math.ceil(self.steps / 10))
-
-    def _due(self, every: int | None) -> bool:
-        step = self.progress.step
-        return every is not None and (step % every == 0 or step == self.steps)
-
-    # ---- going on ----------------------------------------------------------------------------
-
-    def resume(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
-        found = checkpoint.load(self.folder / CHECKPOINT, self.what)
-        if found is not None and found[1].get("groups") is not None:
-            self.groups = Groups(*map(tuple, found[1]["groups"]))
-        if found is None or not found[0].finished:
-            _ = self.sampler  # made here, so that data of which no batch comes are told at once
-        step = torch.tensor([0 if found is None else found[0].step])
-        if len(distributed.gather_ints(step).unique()) > 1:
-            raise RecipeError(
-                f"{self.folder}: processes find different checkpoints there; "
-                "give an --out that all of them share"
-            )
-        if found is not None:
-            self.progress, states = found
-            checkpoint.restore(self.embedder, states["weights"])
-            if self.progress.finished:
-                return
-            if self.refresher is not None:
-                self.refresher.restore(states.get("refresh"), self.progress.step)
-            self.optimizer.load_state_dict(states["optimizer"])
-            self.sampler.restore(states["sampler"])
-            self.say(f"going on from step {self.progress.step} of {self.steps}")
-
-    def _save(self) -> None:
-        if not distributed.is_main():
-            return
-        weights = {n: p.detach() for n, p in checkpoint.trainable(self.embedder).items()}
-        checkpoint.save(
-            self.folder / CHECKPOINT,
-            self.what,
-            self.progress,
-            weights=weights,
-            optimizer=self.optimizer.state_dict(),
-            sampler=self.sampler.state(),
-            groups=None if self.groups is None else [list(x) for x in astuple(self.groups)],
-            refresh=None if self.refresher is None else self.refresher.state(),
-        )
-
-    # ---- telling -----------------------------------------------------------------------------
-
-    def record(self) -> dict[str, Any]:
-        """What was done, for the manifest that a saved model carries."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, weight in checkpoint.trainable(self.embedder).items():
-            digest.update(name.encode())
-            digest.update(weight.detach().float().cpu().numpy().tobytes())
-        return {
-            "stage": self.stage.name,
-            "objective": repr(self.stage.objective),
-            "steps": self.progress.step,
-            "batch_size": self.stage.batch_size,
-            "learning_rate": self.stage.learning_rate,
-            "tokens": self.progress.tokens,
-            "seconds": round(self.progress.seconds, 1),
-            "data": {source.name: source.fingerprint for source in self.sources},
-            "lora": self.embedder.backbone.has_lora,
-            "weights": digest.hexdigest(),
-        }
-
-    def _greet(self) -> None:
-        count = sum(p.numel() for p in self.embedder.parameters() if p.requires_grad)
-        rows = sum(map(len, self.work.drawn))
-        size = min(self.stage.batch_size, rows) if self.groups is None else self.groups.told
-        self.say(
-            f"{self.stage.name}: {self.steps} steps of {size} {self.work.unit}; "
-            f"{count:,} weights in training"
-        )
-
-    def _complaint(self, problem: str, rows: BatchRows) -> str:
-        pairs = list(zip(rows.source.tolist(), rows.row.tolist(), strict=True))
-        places = [f"{self.sources[s].name} example {r + 1}" for s, r in pairs[:5]]
-        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-        kept = self.folder / CHECKPOINT
-        last = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
-        return (
-            f"step {self.progress.step + 1}: {problem}; its batch holds {', '.join(places)}{more}; "
-            f"{last}. Look at these examples (tercet check), or lower the learning rate"
-        )
+def _without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
+    """The settings without what was found for the base's own vectors."""
+    if settings.weights:
+        say("training drops the base's tuned weights; find new ones (tercet tune-weights)")
+    if settings.ranges:
+        say("training drops the base's ranges of codes; learn new ones (tercet calibrate)")
+    return replace(settings, weights={}, ranges={})
 
 
-def _seed_of(*numbers: int) -> int:
-    """One seed from several, the same in every process and on every machine."""
-    mixed = 0
-    for number in numbers:
-        mixed = (mixed * 1_000_003 + number + 1) % (1 << 61)
-    return mixed
+def prompts_of(settings: Settings) -> PromptOf:
+    """A model's prompts for rows that bring none; a task that it does not know has the usual."""
 
-
-def _everyones(share: Tensor) -> float:
-    """The sum of a number over all processes."""
-    return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())
-
-
-def _collator(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collator:
-    return Collator(
-        tokenize=embedder.tokenize,
-        prompt_of=prompt_of,
-        positives=stage.positives,
-        negatives=stage.negatives,
-        in_batch=stage.in_batch,
-        mask_duplicates=stage.mask_duplicates,
-        shuffle_segments=stage.shuffle_segments,
-        shuffle_at=stage.shuffle_at,
-    )
-
-
-def _prompts_of(settings: Settings) -> PromptOf:
     def prompt_of(role: Role, task: str) -> str:
         return settings.prompt(role, task if task in settings.task_prompts else None)
 
     return prompt_of
-
-
-def _optimizer(embedder: Embedder, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW; biases and norms are not decayed."""
-    weights = checkpoint.trainable(embedder).values()
-    if not weights:
-        raise RecipeError("every weight is frozen; train with LoRA or leave some weights free")
-    groups = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.learning_rate, fused=True)

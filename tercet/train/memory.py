@@ -7,6 +7,7 @@ from typing import Final
 import torch
 
 from tercet import distributed
+from tercet.nn.attention import KEPT_LENGTH, keeps_weights
 from tercet.nn.backbone import Backbone
 from tercet.nn.layer import Layer
 from tercet.types import Packed
@@ -16,23 +17,48 @@ SHARE: Final = 0.5  # of free memory
 COPIES: Final = 6  # of a batch's vectors: by chunk, joined, in order, as queries; and gradients
 _NUMBER: Final = 4  # bytes; vectors are float32 whatever the products are in
 _PAIR: Final = 16  # bytes a pair and kind: scores, their softmax and gradients
+_WEIGHT: Final = 12  # bytes a head and pair of tokens: attention weights, dropout's mask, both
+_BENT: Final = 20  # the same where a model bends scores: the scores before and after as well
+_DROPOUTS: Final = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 _WINNER: Final = 16  # bytes a query token and document: the largest product, its place, gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """The memory that a step may take, and what its parts take of it, in bytes."""
+    """The memory that a step may take, and what its parts take of it, in bytes.
+
+    Not counted is what passes with one layer of one chunk: above all the attention weights of
+    texts longer than ``KEPT_LENGTH``, where they are computed a second time. These take 12 to 20
+    bytes a pair of tokens and head, for some heads at a time: about 0.2 GB, or what the heads of
+    one key take where that is more (0.8 to 1.3 GB for a text of 8192 tokens and heads that share
+    no keys). Leave that free where ``memory_gb`` is given.
+    """
 
     total: float
     token_graph: int  # of one token
+    pair_graph: int = 0  # of one token as well, for each token of its text
     kinds: tuple[Kind, ...]  # of the vectors that the loss sees
     dim: int  # of a text's vector
     width: int | None  # of a token's
 
     def graph_tokens(self, texts: Packed) -> int:
-        """Tokens whose graphs fit beside the vectors of these texts."""
+        """Tokens of the shortest texts whose graphs fit beside the vectors of all of them.
+
+        The shortest ones, since it is their graphs that are kept (``tercet.nn.chunked``); where
+        attention weights are kept as well, a token costs more in one text than in another.
+        """
         left = self.total - COPIES * self.vectors(len(texts), len(texts.ids))
-        return max(0, int(left / self.token_graph))
+        tokens = 0
+        for length in sorted(texts.lengths):
+            left -= length * self.graph(length)
+            if left < 0:
+                break
+            tokens += length
+        return tokens
+
+    def graph(self, length: int) -> int:
+        """Bytes of the graph of each token of a text that long."""
+        return self.token_graph + (self.pair_graph * length if length <= KEPT_LENGTH else 0)
 
     def vectors(self, texts: float | int, tokens: float | int) -> float:
         """Bytes of the vectors of so many texts that have so many tokens together."""
@@ -47,25 +73,15 @@ class Room:
         return float(queries * docs * _PAIR * len(self.kinds) + winners)
 
 
-def graph_tokens_that_fit(
-    backbone: Backbone,
-    memory_gb: float | None = None,
-    *,
-    layer: Layer | None = None,
-    half: bool = False,
-) -> int:
-    """Tokens whose graphs fit into ``memory_gb``, or into half of the memory that is free now."""
-    free = memory_for(backbone.device, memory_gb)
-    return int(free / graph_bytes(backbone, layer=layer, half=half))
-
-
 def graph_bytes(backbone: Backbone, *, layer: Layer | None = None, half: bool = False) -> int:
     """Bytes that the graph of one token takes until its backward.
 
     An estimate by the widths of the layers, on the safe side: 221 kB a token for MiniLM in
     float32, where 170 kB were measured; for four layers of SmolLM2 in bfloat16 132 kB (127), and
-    225 kB (204) with low-rank updates, whose dropout keeps inputs a second time. What is beyond it
-    is encoded a second time, so a wrong estimate costs time or memory, never a different gradient.
+    225 kB (204) with low-rank updates, whose dropout keeps inputs a second time. The norms of an
+    encoder stay in float32. Attention weights come on top: see :func:`pair_bytes`. What is beyond
+    it is encoded a second time, so a wrong estimate costs time or memory, never a different
+    gradient.
     """
     config = backbone.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * backbone.hidden
@@ -76,7 +92,26 @@ def graph_bytes(backbone: Backbone, *, layer: Layer | None = None, half: bool = 
     if layer is not None:
         head = layer.size_of_head(backbone.hidden)
         numbers += 24 * backbone.hidden + layer.heads * (3 * head + 2 * layer.latents)
-    return numbers * (2 if half else 4)
+    of_half = 2.0 if backbone.is_decoder else 2.5
+    return round(numbers * (of_half if half else 4))
+
+
+def pair_bytes(backbone: Backbone) -> int:
+    """Bytes that the graph of one token takes for each token of its text, the short ones alone.
+
+    Zero where a fused kernel attends, which keeps no weights of attention. Where none does, they
+    are most of a graph: of 430 kB a token that were measured for multilingual E5 small in bfloat16,
+    with dropout and texts of 128 tokens, 220 kB.
+    """
+    config = backbone.config.get_text_config()
+    dropout = backbone.attention_dropout
+    if dropout is None:
+        dropout = max(float(getattr(config, name, None) or 0) for name in _DROPOUTS)
+    sinks = any(name.endswith("sinks") for name, _ in backbone.named_parameters())
+    bends = sinks or getattr(config, "attn_logit_softcapping", None) is not None
+    if not bends and not keeps_weights(backbone.device, dropout):
+        return 0
+    return config.num_hidden_layers * config.num_attention_heads * (_BENT if bends else _WEIGHT)
 
 
 def memory_for(device: torch.device, memory_gb: float | None = None) -> float:

@@ -89,6 +89,11 @@ class Refresh:
             raise RecipeError(
                 f"a refresh has at_least {self.mining.at_least}, but leaves out no row; give 0"
             )
+        if self.mining.by == "bm25":
+            raise RecipeError(
+                "a refresh by bm25 finds the same each time, since no model learns it; mine once "
+                "with tercet mine, or refresh by the model's own scores"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

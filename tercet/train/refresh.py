@@ -9,6 +9,7 @@ one by all processes, and ``refresh.json`` once they are all there. A run that w
 with the parts that it finds. The refresh before it is deleted, and so are the vectors.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ from tercet.curate.corpus import text_key
 from tercet.curate.mine import Miner, Mining
 from tercet.data.documents import read_documents
 from tercet.data.examples import parse_example
+from tercet.data.records import readable
 from tercet.data.sources import Source, open_source, write_examples
-from tercet.errors import RecipeError
+from tercet.errors import DataError, RecipeError
 from tercet.files import clear_about, replacing_file
 from tercet.nn.embedder import Embedder
 from tercet.progress import Bars, bar
@@ -79,12 +81,18 @@ class Refresher:
     ) -> None:
         _check(refresh, sources)
         self._refresh, self._given, self._folder, self._seed = refresh, sources, folder, seed
+        self._files = {file: _digest(file) for file in refresh.corpus}
         self._views = [_View(source) for source in sources]
         self.sources = [
             replace(source, reader=view, parse=_as_it_is)
             for source, view in zip(sources, self._views, strict=True)
         ]
         self._state: dict[str, Any] | None = None
+
+    @property
+    def read(self) -> dict[str, str]:
+        """Fingerprints of the further files of documents, as they were when the run began."""
+        return {f"corpus {file}": digest for file, digest in self._files.items()}
 
     def state(self) -> dict[str, Any] | None:
         """Which refresh is in force, for a checkpoint."""
@@ -144,6 +152,7 @@ class Refresher:
         """Write the parts that are this process's turn and not there yet."""
         own = _parts(self._given)[distributed.rank() :: distributed.world()]
         missing = [part for part in own if not (folder / part.counts).exists()]
+        self._refuse_changed_files()
         anywhere = distributed.gather_ints(torch.tensor([len(missing)]))
         if not int(anywhere.sum()):
             return
@@ -162,6 +171,16 @@ class Refresher:
                     write_examples(folder / part.name, map(_unscored, mined))
                     _write_json(folder / part.counts, asdict(_compared(before, mined)))
                     advance(len(part.rows))
+
+    def _refuse_changed_files(self) -> None:
+        for file, digest in self._files.items():
+            if _digest(file) != digest:
+                raise DataError(
+                    file,
+                    None,
+                    "these documents have changed since the run began; put them back and give the "
+                    "same command again, or start anew in another --out",
+                )
 
     def _take(self, step: int, model: str) -> None:
         folder = self._of(step)
@@ -268,6 +287,12 @@ def _seeded(mining: Mining, seed: int, step: int) -> Mining:
     """What is drawn differs from run to run and from refresh to refresh."""
     drawn = np.random.SeedSequence([mining.rule.seed, seed, step]).generate_state(1, np.uint32)
     return replace(mining, rule=replace(mining.rule, seed=int(drawn[0])))
+
+
+def _digest(file: str) -> str:
+    """Changes when a byte of the file does."""
+    with readable(Path(file)), open(file, "rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _texts(files: Sequence[str]) -> Iterator[str]:

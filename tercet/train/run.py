@@ -37,7 +37,9 @@ class Run:
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             return torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # torch has no error of its own for this: a RuntimeError says that the name, the number or
+        # the driver is unknown, an AssertionError that torch was built without such devices.
+        except (RuntimeError, AssertionError) as error:
             raise RecipeError(
                 f"the device {name!r} cannot be used here; leave it out to take a GPU if there is "
                 "one, or else the CPU"

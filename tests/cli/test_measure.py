@@ -1,25 +1,20 @@
 import json
 import re
-from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from tercet.data.similarity import SimilaritySet
-from tercet.evaluate.bm25 import by_tokens_of
-from tercet.evaluate.embedders import measure_bm25, measure_kinds
 from tercet.evaluate.label_sets import ClassificationSet, ClusteringSet, read_label_set
 from tercet.evaluate.labels import (
     measure_classification,
     measure_clustering,
     measure_clustering_by_words,
 )
-from tercet.evaluate.retrieval import METRICS, RetrievalSet
 from tercet.evaluate.similarity import measure_similarity
 from tercet.nn.embedder import Embedder
 from tercet.nn.layer import Layer
-from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -108,6 +103,10 @@ def test_a_file_of_scored_pairs_is_measured_by_correlation(
         (["--attention", "bidirectional"], {"attention": "bidirectional"}),
         (["--pooling", "first"], {"pooling": "first"}),
         (["--echo"], {"echo": True}),
+        (
+            ["--query-tokens", "3", "--document-tokens", "4"],
+            {"query_tokens": 3, "document_tokens": 4},
+        ),
     ],
 )
 def test_eval_reads_as_its_flags_say(tercet, decoder_folder, files, scored, flags, how):
@@ -235,72 +234,6 @@ def test_what_is_wrong_with_a_file_of_labels_is_named(refused, encoder_folder, t
     assert said.startswith(f"{file}:2: ") and '"label" is missing' in said
     file = write(tmp_path / "labels.jsonl", good, {**good, "split": "test"})
     assert "some have none; give it to all" in refused("eval", encoder_folder, file)
-
-
-# --- eval of several kinds --------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def of_all_kinds(encoder_folder, tmp_path_factory):
-    """A model that makes all kinds of vectors, untrained."""
-    folder = tmp_path_factory.mktemp("kinds") / "model"
-    Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(folder)
-    return folder
-
-
-SEVEN = ["dense", "sparse", "multi", "dense+sparse", "dense+multi", "sparse+multi"]
-SEVEN.append("dense+sparse+multi")
-
-
-def test_every_kind_and_every_sum_stand_beside_both_bm25(
-    tercet, of_all_kinds, encoder_folder, files, tmp_path
-):
-    figures = tmp_path / "figures.json"
-    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--against", encoder_folder]
-    ended = tercet(*words, "--json", figures, "--weights", "1,0.5,2")
-    rows = [cells(line) for line in ended.out.splitlines()]
-    names = [*(f"{of_all_kinds} {each}" for each in SEVEN), str(encoder_folder), "BM25"]
-    names.append(f"BM25, tokens of {of_all_kinds}")
-    assert ended.status == 0 and [row[0] for row in rows[2:12]] == names
-    assert rows[12][0] == f"minus {names[0]}" and [row[0] for row in rows[13:]] == names[1:]
-    assert "every document scored by every kind; weights: dense 1, sparse 0.5, multi 2" in ended.err
-    assert f"{of_all_kinds}: document terms: " in ended.err
-
-    data = RetrievalSet.from_examples(files / "pairs.jsonl")
-    embedder = Embedder.load(of_all_kinds)
-    found = measure_kinds(embedder, data, weights=Weights(1.0, 0.5, 2.0))
-    own = measure_bm25(data, by_tokens_of(embedder))
-    for name, result in zip(names, [*found.results.values(), None, None, own], strict=True):
-        if result is not None:
-            shown = rows[2 + names.index(name)]
-            assert shown[1:] == [str(result.interval(metric)) for metric in METRICS]
-    record = json.loads(figures.read_text())
-    assert list(record["results"]) == names
-    gain = found.minus(SEVEN[-1], "dense", "ndcg@10")
-    kept = record["differences"][f"minus {names[0]}"][names[6]]["ndcg@10"]
-    assert (kept["mean"], kept["low"], kept["high"]) == (gain.mean, gain.low, gain.high)
-    assert rows[18][1] == f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-    search = record["search"][str(of_all_kinds)]
-    assert search["protocol"] == "exact" and search["weights"]["sparse"] == 0.5
-    assert search["terms"]["document"] == asdict(found.terms["document"])
-
-
-def test_kinds_and_protocol_are_as_asked_for(tercet, refused, of_all_kinds, files, scored):
-    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--no-bm25"]
-    ended = tercet(*words, "--kinds", "multi,dense", "--protocol", "paper")
-    rows = [cells(line) for line in ended.out.splitlines()]
-    names = [f"{of_all_kinds} {each}" for each in ("dense", "multi", "dense+multi")]
-    assert [row[0] for row in rows[2:5]] == names
-    assert "best 200 of dense" in ended.err and "terms" not in ended.err
-    assert "no kind 'colbert'" in refused(*words, "--kinds", "colbert")
-    for wrong in ("1,2", "1,x,3", "0,0,0", "1,-1,1", "1,nan,1"):
-        assert "give three numbers" in refused(*words, "--weights", wrong)
-    assert "is no retrieval set" in refused("eval", of_all_kinds, scored, "--kinds", "dense")
-
-
-def test_a_kind_that_the_model_does_not_make_is_told(refused, encoder_folder, files):
-    words = ["eval", encoder_folder, files / "pairs.jsonl", "--kinds", "sparse"]
-    assert "makes no sparse vectors" in refused(*words)
 
 
 def test_figures_of_any_set_are_written_on_request(tercet, encoder_folder, scored, tmp_path):

@@ -1,8 +1,14 @@
 import json
+from typing import cast
 
 import pytest
 
-from tercet.data.sources import iter_examples
+from tercet.curate.mine import Mining, mine
+from tercet.curate.nearness import By
+from tercet.curate.rules import MiningRule
+from tercet.data.sources import iter_examples, open_source
+from tercet.nn.embedder import Embedder
+from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -88,6 +94,47 @@ def test_negatives_that_rows_had_are_replaced_or_kept_and_that_is_said(
     assert json.loads((tmp_path / "mined.jsonl").read_text())["negatives"] == ["a map"]
 
 
+@pytest.fixture(scope="module")
+def all_kinds(tmp_path_factory, encoder_folder):
+    """A model of three kinds of vectors."""
+    folder = tmp_path_factory.mktemp("kinds") / "model"
+    Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags", [["sparse"], ["multi"], ["hybrid"], ["hybrid", "--weights", "1,0.5,0"], ["bm25"]]
+)
+def test_the_way_that_is_mined_by_is_taken(tercet, all_kinds, files, tmp_path, flags):
+    out, work = tmp_path / "mined.jsonl", tmp_path / "work"
+    words = ["mine", files / "pairs.jsonl", "--out", out, "--work", work, "--rule", "naive"]
+    of = [] if flags == ["bm25"] else ["--teacher", all_kinds]
+    ended = tercet(*words, *of, "--negatives", "3", "--by", *flags)
+    assert ended.status == 0
+    weights = Weights(1.0, 0.5, 0.0) if len(flags) > 1 else None
+    mining = Mining(
+        rule=MiningRule(kind="naive"), negatives=3, by=cast("By", flags[0]), weights=weights
+    )
+    teacher = Embedder.load(all_kinds) if of else None
+    expected, source = tmp_path / "expected.jsonl", open_source(files / "pairs.jsonl")
+    mine(teacher, [source], expected, mining=mining, work=work)
+    assert out.read_text() == expected.read_text()
+    unscored = f"rows were written without scores: those by {flags[0]} are no cosines" in ended.err
+    assert unscored == (flags[0] != "multi")
+    assert ("vectors stay in" in ended.err) == bool(of)
+
+
+def test_ways_that_need_what_is_not_there_are_refused(refused, encoder_folder, files, tmp_path):
+    words = ["mine", files / "pairs.jsonl", "--out", tmp_path / "mined.jsonl"]
+    assert refused(*words) == "--by dense needs a --teacher; without one, mine by bm25"
+    said = refused(*words, "--by", "hybrid", "--teacher", encoder_folder)
+    assert said.startswith("mining by hybrid needs sparse vectors, and the teacher makes dense")
+    said = refused(*words, "--by", "bm25", "--weights", "1,1,1")
+    assert said.startswith("weights are of a hybrid sum, and mining is by bm25")
+    said = refused(*words, "--by", "bm25", "--rule", "margin")
+    assert said.startswith("the usual value of the rule margin is meant for cosines")
+
+
 def test_a_rule_that_drops_most_candidates_is_remarked(tercet, start, tmp_path):
     ended = tercet(*start, "--out", tmp_path / "mined.jsonl", "--rule", "absolute", "--value", "-1")
     assert "pairs: 95% of the candidates score too close to the positive, and 24 rows" in ended.err
@@ -103,6 +150,10 @@ def test_wrong_words_are_refused_before_the_teacher_is_loaded(refused, files, tm
         refused(*words, "--sweep", "0.9;1")
         == "--sweep is '0.9;1'; give numbers, as in 0.9,0.95,0.98"
     )
+    for nothing in ("", ",", " , "):
+        assert refused("mine", files / "pairs.jsonl", "--by", "bm25", "--sweep", nothing) == (
+            f"--sweep is {nothing!r}; give numbers, as in 0.9,0.95,0.98"
+        )
     assert refused(*words, *out, "--value", "95").startswith(
         "the value of the rule percent is 95.0"
     )

@@ -1,6 +1,7 @@
+import json
 import re
+import shutil
 
-import numpy as np
 import pytest
 
 from tercet.nn.embedder import Embedder
@@ -8,59 +9,6 @@ from tercet.scoring import scores_of, weighted_scores
 from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
-
-
-def test_the_role_and_the_dims_of_encode_are_taken(tercet, encoder_folder, files, tmp_path):
-    model, out = tmp_path / "prompted", tmp_path / "v.npy"
-    Embedder.load(encoder_folder, prompts={"query": "read mail "}).save(model)
-    flags = ["--role", "query", "--dims", "16"]
-    assert tercet("encode", model, files / "texts.txt", "--out", out, *flags).status == 0
-    expected = Embedder.load(model).encode(SENTENCES, "query", dims=16)
-    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("output", ["tokens", "words"])
-def test_encode_writes_vectors_of_parts_and_where_each_text_begins(
-    tercet, decoder_folder, files, tmp_path, output
-):
-    out = tmp_path / "v.npz"
-    flags = ["--output", output, "--dims", "16", "--attention", "bidirectional"]
-    ended = tercet("encode", decoder_folder, files / "texts.txt", "--out", out, *flags)
-    model = Embedder.load(decoder_folder, attention="bidirectional")
-    expected = model.encode(SENTENCES, output=output, dims=16)
-    with np.load(out) as found:
-        offsets, vectors = found["offsets"], found["vectors"]
-    assert ended.out == f"{out}: vectors of {offsets[-1]} {output} of 12 texts\n"
-    assert np.diff(offsets).tolist() == [len(part) for part in expected]
-    assert vectors.dtype == np.float32
-    for start, part in zip(offsets, expected, strict=False):
-        np.testing.assert_allclose(vectors[start : start + len(part)], part, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("flags", "how"),
-    [
-        (["--attention", "bidirectional"], {"attention": "bidirectional"}),
-        (["--pooling", "weighted_mean"], {"pooling": "weighted_mean"}),
-        (["--echo"], {"echo": True}),
-    ],
-)
-def test_encode_reads_as_its_flags_say(tercet, decoder_folder, files, tmp_path, flags, how):
-    out = tmp_path / "v.npy"
-    assert tercet("encode", decoder_folder, files / "texts.txt", "--out", out, *flags).status == 0
-    expected = Embedder.load(decoder_folder, **how).encode(SENTENCES)
-    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-6)
-    assert np.abs(expected - Embedder.load(decoder_folder).encode(SENTENCES)).max() > 1e-3
-
-
-@pytest.mark.parametrize(("output", "wrong"), [("texts", ".npz"), ("words", ".npy")])
-def test_a_file_named_for_another_kind_of_vectors_is_refused(
-    refused, decoder_folder, files, tmp_path, output, wrong
-):
-    words = ["encode", decoder_folder, files / "texts.txt", "--output", output]
-    said = refused(*words, "--out", tmp_path / f"v{wrong}")
-    assert said.startswith(f"{tmp_path}/v{wrong}: vectors of {output} are a .np")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_index_cut_to_dims_is_searched_with_as_many(tercet, encoder_folder, files, tmp_path):
@@ -248,6 +196,106 @@ def test_a_filter_keeps_what_has_the_values(tercet, indexed):
     assert len(found("section=web", "section=sound")) == 12
 
 
+def test_a_field_that_no_document_has_is_told(tercet, indexed):
+    ended = tercet("search", indexed, "music", "--where", "sort=web", "--where", "year=2003")
+    assert ended.status == 0 and rows(ended) == []
+    assert ended.err == (
+        "tercet: note: --where sort: no document has this field; there are: section, year\n"
+    )
+    ended = tercet("search", indexed, "music", "--where", "section=none")
+    assert rows(ended) == [] and ended.err == ""
+
+
+def test_a_query_that_is_no_unicode_is_refused_wherever_it_stands(refused, files):
+    said = refused("search", files / "index", "music", "caf\udce9")
+    assert said == (
+        "the query 'caf\\udce9' holds what is no character, at position 3; write it in UTF-8"
+    )
+
+
+def test_a_field_asked_for_in_bytes_that_are_no_unicode_finds_nothing(tercet, indexed):
+    ended = tercet("search", indexed, "music", "--where", "section=w\udce9b")
+    assert ended.status == 0 and rows(ended) == []
+
+
+def test_an_index_whose_documents_are_gone_is_refused(refused, hybrid, tercet, tmp_path):
+    out = tmp_path / "index"
+    assert tercet("index", hybrid / "model", hybrid / "docs.jsonl", "--out", out).status == 0
+    for path in (out / "exact").glob("segment-*"):
+        shutil.rmtree(path)
+    manifest = out / "exact/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"segments": []}))
+    said = refused("search", out, "music")
+    assert said == f"{out}: its documents are gone; build it again with: tercet index --fresh"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The client's local mode, in the place of a server."""
+    pytest.importorskip("qdrant_client")
+    from qdrant_client import QdrantClient
+
+    from tercet.search import qdrant_cluster
+
+    local = QdrantClient(":memory:")
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "close", lambda: None)
+        patched.setattr(qdrant_cluster, "QdrantClient", lambda **_: local)
+        yield local
+    local.close()
+
+
+def test_a_second_call_leaves_a_collection_with_what_the_file_holds_too(
+    tercet, hybrid, tmp_path, server
+):
+    lines = (hybrid / "docs.jsonl").read_text().splitlines(keepends=True)
+    file = tmp_path / "docs.jsonl"
+    words = ["index", hybrid / "model", file, "--out", tmp_path / "index", "--engine", "qdrant"]
+    words += ["--url", "http://localhost:6333", "--kinds", "dense,sparse"]
+    for flags, kept, held in ([], 12, 12), (["--keep"], 9, 12), ([], 9, 9), (["--fresh"], 4, 4):
+        file.write_text("".join(lines[:kept]))
+        ended = tercet(*words, *flags)
+        assert (ended.status, ended.out) == (0, f"{tmp_path / 'index'}: {held} documents\n")
+        assert ("3 others" in ended.err) == ("--keep" in flags)
+        assert server.count("tercet").count == held
+    assert len(rows(tercet("search", tmp_path / "index", "music", "-k", "20"))) == 4
+
+
+def test_a_collection_of_another_index_is_neither_filled_nor_emptied(
+    tercet, refused, hybrid, tmp_path, server
+):
+    words = ["index", hybrid / "model", hybrid / "docs.jsonl", "--engine", "qdrant"]
+    words += ["--url", "http://localhost:6333", "--kinds", "dense"]
+    assert tercet(*words, "--out", tmp_path / "first").status == 0
+    for flags in ([], ["--fresh"]):
+        said = refused(*words, "--out", tmp_path / "second", *flags)
+        assert "collection tercet: another index made this collection" in said
+        assert server.count("tercet").count == 12
+        assert not (tmp_path / "second").exists()
+    assert tercet(*words, "--out", tmp_path / "second", "--collection", "more").status == 0
+    first, second = tmp_path / "first/index.json", tmp_path / "second/index.json"
+    second.write_text(first.read_text().replace('"mark": "', '"mark": "0'))
+    assert "another index made" in refused("search", tmp_path / "second", "music")
+
+
+@pytest.mark.parametrize("flags", [["--collection", "more"], ["--url", "http://other:6333"], []])
+def test_a_collection_that_is_left_behind_is_named(tercet, hybrid, tmp_path, server, flags):
+    out = tmp_path / "index"
+    words = ["index", hybrid / "model", hybrid / "docs.jsonl", "--out", out, "--kinds", "dense"]
+    there = ["--engine", "qdrant", "--url", "http://localhost:6333", "--collection", "old"]
+    note = (
+        f"tercet: note: {out}: its collection old stays on the server http://localhost:6333; "
+        "it may be deleted there\n"
+    )
+    for _ in range(2):
+        assert note not in tercet(*words, *there, "--fresh").err
+    if "--url" in flags:  # one client stands for all servers
+        server.delete_collection("old")
+    ended = tercet(*words, "--fresh", *([*there, *flags] if flags else []))
+    assert (ended.status, ended.err.count(note)) == (0, 1)
+    assert server.collection_exists("old")
+
+
 def test_an_index_of_some_kinds_is_searched_by_these(tercet, hybrid, tmp_path):
     words = ["index", hybrid / "model", hybrid / "docs.jsonl", "--out", tmp_path / "index"]
     assert tercet(*words, "--kinds", "sparse, dense").status == 0
@@ -265,6 +313,7 @@ def test_a_second_call_encodes_what_is_new_and_removes_what_is_gone(
     ended = tercet(*words, "--keep")
     assert ended.out == f"{indexed}: 13 documents\n"
     assert f"1 encoded, 10 as they were, 0 removed because {shorter} lacks them" in ended.err
+    assert f"2 others, which {shorter} lacks, were kept; to remove them, call it " in ended.err
     ended = tercet(*words)
     assert ended.out == f"{indexed}: 11 documents\n"
     assert f"0 encoded, 11 as they were, 2 removed because {shorter} lacks them" in ended.err
@@ -296,7 +345,7 @@ def test_an_index_that_is_not_complete_says_so(tercet, indexed):
         (["--weights", "1,0.3"], "--weights 1,0.3: give three numbers"),
         (["--weights", "1,-1,1"], "--weights 1,-1,1: give three numbers"),
         (["--weights", "nan,1,1"], "--weights nan,1,1: give three numbers"),
-        (["--weights", "0,0,0"], "nothing to rank by"),
+        (["--weights", "0,0,0"], "--weights 0,0,0: give three numbers"),
         (["--where", "web"], "--where web: write a field and its value"),
         (["--where", "=web"], "--where =web: write a field and its value"),
         (["--fusion", "rrf", "--candidates", "0"], "--candidates 0: rrf needs some"),

@@ -89,3 +89,19 @@ def test_a_folder_in_the_layout_of_beir_is_read_by_its_split(tercet, model, tmp_
     ended = tercet("tune-weights", model, folder, "--split", "test", "--kinds", "dense,sparse")
     assert ended.out.startswith("9 queries, 12 documents")
     assert cells(ended.out.splitlines()[1])[:3] == ["weights", "dense", "sparse"]
+
+
+def test_kinds_that_are_left_out_get_no_weight_and_that_is_said(tercet, model, dev):
+    """What was measured is what is kept: the others' weights were found without these kinds."""
+    words = ["tune-weights", model, dev, "--task", "two", "--save", "--folds", "3"]
+    ended = tercet(*words, "--kinds", "dense,sparse")
+    kept = Embedder.load(model).settings.weights["two"]
+    assert kept.multi == 0 and kept.sparse > 0
+    assert "for the task 'two'; multi has the weight 0: sums leave it out\n" in ended.out
+    assert "stood there before" not in ended.err
+    again = tercet(*words)
+    assert "has the weight 0" not in again.out
+    before = f"the weights that stood there before: {kept.dense:g},{kept.sparse:g},0"
+    assert before in again.err.splitlines()
+    unsaved = tercet(*(word for word in words if word != "--save"), "--kinds", "dense,sparse")
+    assert "has the weight 0" not in unsaved.out

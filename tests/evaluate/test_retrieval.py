@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 
@@ -35,23 +33,6 @@ def small_set(queries, documents, grades, document_ids=None):
     )
 
 
-def write_beir(folder, *, corpus=None, queries=None, qrels=None, at="qrels/test.tsv"):
-    def lines(records):
-        return "".join(json.dumps(record) + "\n" for record in records)
-
-    corpus = corpus or [
-        {"_id": "a", "title": "Title", "text": "one"},
-        {"_id": "b", "title": "", "text": "two"},
-        {"_id": 3, "text": "three"},
-    ]
-    queries = queries or [{"_id": "x", "text": "qx"}, {"_id": "y", "text": "qy"}]
-    (folder / "corpus.jsonl").write_text(lines(corpus))
-    (folder / "queries.jsonl").write_text(lines(queries))
-    (folder / at).parent.mkdir(exist_ok=True)
-    (folder / at).write_text(qrels or "query-id\tcorpus-id\tscore\ny\tb\t2\ny\t3\t0\n")
-    return folder
-
-
 def test_examples_give_each_text_once_and_merge_equal_queries():
     data = RetrievalSet.from_examples(EXAMPLES)
     assert data.queries == ("read png", "play")
@@ -75,53 +56,6 @@ def test_a_bad_line_of_a_file_is_named(tmp_path):
     path.write_text('{"query": "a", "positives": ["b"]}\n{"query": "a"}\n')
     with pytest.raises(DataError, match=r"mine.jsonl:2: \"positives\" is missing"):
         RetrievalSet.from_examples(path)
-
-
-@pytest.mark.parametrize("at", ["qrels/test.tsv", "qrels.tsv", "qrels.jsonl"])
-def test_a_beir_folder_is_read(tmp_path, at):
-    jsonl = '{"qid": "y", "docid": "b", "relevance": 2}\n{"qid": "y", "docid": 3, "score": 0.0}\n'
-    write_beir(tmp_path, at=at, qrels=jsonl if at.endswith("jsonl") else None)
-    data = RetrievalSet.from_beir(tmp_path)
-    assert data.documents == ("Title one", "two", "three")
-    assert data.document_ids == ("a", "b", "3")
-    assert (data.queries, data.query_ids) == (("qy",), ("y",))
-    assert data.judgements.docs.tolist() == [1, 2]
-    assert data.judgements.grades.tolist() == [2, 0]
-    assert data.name == tmp_path.name
-
-
-def test_queries_of_a_beir_folder_keep_the_order_of_their_file(tmp_path):
-    data = RetrievalSet.from_beir(write_beir(tmp_path, qrels="y\ta\t1\nx\tb\t1\n"))
-    assert data.query_ids == ("x", "y")
-    assert data.judgements.docs.tolist() == [1, 0]
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({"corpus": [{"_id": "a", "text": "t"}] * 2}, r"corpus.jsonl:2: id 'a' occurs twice"),
-        ({"corpus": [{"_id": "a"}]}, r'corpus.jsonl:1: "text" must be a text, got None'),
-        ({"corpus": [{"text": "a"}]}, r'corpus.jsonl:1: "_id" must be a text, got None'),
-        ({"corpus": [["a"]]}, r"corpus.jsonl:1: expected an object"),
-        ({"queries": [{"_id": "x", "text": " "}]}, r'queries.jsonl:1: "text" holds a blank text'),
-        ({"qrels": "x\ta\n"}, r"test.tsv:1: has 2 columns; write query id, document id and grade"),
-        ({"qrels": "x\ta\t1\nx\tb\t1.5\n"}, r'test.tsv:2: "relevance" must be a whole number'),
-        ({"qrels": "x\ta\thigh\n"}, r"test.tsv:1: .* must be a whole number, got 'high'"),
-        ({"qrels": "x\ta\tinf\n"}, r"test.tsv:1: .* must be a whole number, got 'inf'"),
-        ({"qrels": "x\tnone\t1\n"}, r"test.tsv:1: id 'none' is not in corpus.jsonl; add it"),
-        ({"qrels": "none\ta\t1\n"}, r"test.tsv:1: id 'none' is not in queries.jsonl"),
-        ({"qrels": '{"qid": "x"}\n', "at": "qrels.jsonl"}, r'qrels.jsonl:1: "docid" must be a'),
-        ({"at": "elsewhere/test.tsv"}, r"has no judgements; write one of qrels/test.tsv"),
-    ],
-)
-def test_what_is_wrong_in_a_beir_folder_is_named_with_its_line(tmp_path, parts, message):
-    with pytest.raises(DataError, match=message):
-        RetrievalSet.from_beir(write_beir(tmp_path, **parts))
-
-
-def test_a_beir_folder_without_corpus_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"corpus.jsonl: no such file"):
-        RetrievalSet.from_beir(tmp_path)
 
 
 def test_vectors_are_scored_as_their_full_ranking():

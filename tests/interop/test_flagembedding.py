@@ -77,6 +77,15 @@ def test_documents_of_other_tasks_have_none_and_keep_all_negatives(kind):
     assert (found.document_prompt, len(found.negatives)) == (None, 3)
 
 
+def test_types_that_ask_for_half_a_batch_are_counted():
+    rows = FlagRows()
+    kinds = ["symmetric_sts", "symmetric_class", "symmetric", "symmetric_sts", "only_1neg", None]
+    for number, kind in enumerate(kinds):
+        rows.record({**ROW, "type": kind}, number, own_group=False)
+    (note,) = (note for note in rows.notes if "half a batch" in note)
+    assert rows.notes[note] == 4
+
+
 def test_rows_that_want_one_negative_get_one_with_its_score():
     """Which one is drawn by the seed and the row: all of them, over enough rows."""
     row = {**ROW, "type": "only_1neg", "pos_scores": [9], "neg_scores": [1, 2, 3]}

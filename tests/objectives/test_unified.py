@@ -71,7 +71,8 @@ def data(folder: Path, name: str = "plain") -> dict[str, list[Source]]:
 
 
 def at_work(folder: Path, base: str, objective: Unified, name: str = "plain") -> PairsAtWork:
-    from tercet.train.loop import _collator, _prompts_of, build
+    from tercet.train.loop import build, prompts_of
+    from tercet.train.trainer import collator_of
 
     torch.manual_seed(0)
     built = recipe(folder, base)
@@ -79,7 +80,7 @@ def at_work(folder: Path, base: str, objective: Unified, name: str = "plain") ->
     assert embedder.heads.sparse is not None
     torch.nn.init.normal_(embedder.heads.sparse.weight, std=0.1)
     sources = data(folder, name)["examples"]
-    collate = _collator(embedder, built.stages[0], _prompts_of(embedder.settings))
+    collate = collator_of(embedder, built.stages[0], prompts_of(embedder.settings))
     return objective.start(embedder, sources, collate)
 
 

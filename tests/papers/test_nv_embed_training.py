@@ -21,7 +21,7 @@ from tercet.data.sampler import BatchPlan, Sampler
 from tercet.data.sources import Source, open_source, write_examples
 from tercet.losses.contrastive import info_nce
 from tercet.recipes.nv_embed import nv_embed
-from tercet.train import loop
+from tercet.train import loop, trainer
 from tercet.train.loop import train
 from tercet.train.recipe import Recipe
 from tercet.train.run import Run
@@ -187,7 +187,7 @@ def sources(folder: Path) -> dict[str, list[Source]]:
 def steps_of(folder: Path, out: str, pooling: str) -> list[dict[str, Any]]:
     """The summed gradient and the loss of every step of both stages, in float64."""
     found: list[dict[str, Any]] = []
-    add, build, total = distributed.sum_gradients, loop.build, loop._everyones
+    add, build, total = distributed.sum_gradients, loop.build, trainer.everyones
 
     def recorded(parameters: list[torch.nn.Parameter]) -> None:
         add(parameters)
@@ -199,7 +199,7 @@ def steps_of(folder: Path, out: str, pooling: str) -> list[dict[str, Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "sum_gradients", recorded)
-        patch.setattr(loop, "_everyones", everyones)
+        patch.setattr(trainer, "everyones", everyones)
         patch.setattr(loop, "build", lambda model: build(model).to(torch.float64))
         policy = "none" if pooling == "latent" else "per_row"
         given = recipe(folder, pooling=pooling, blended_in_batch=policy)

@@ -12,12 +12,14 @@ from tercet.data.sources import open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.weights import save_weights
 from tercet.nn.embedder import Embedder
+from tercet.nn.kept import save_ranges
 from tercet.objectives.retromae import RetroMAE
 from tercet.objectives.unified import Unified
+from tercet.quantized import Ranges
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.train.log import read
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
+from tercet.train.recipe import Recipe, Refresh
 from tercet.train.run import Run
 from tercet.types import Example
 from tercet.vectors import KINDS, Weights
@@ -67,10 +69,10 @@ def test_its_usual_numbers_are_those_of_the_paper_and_its_code():
 def test_three_stages_killed_between_steps_end_as_if_they_had_not_been(
     folder: Path, tmp_path: Path, monkeypatch
 ):
-    from tercet.train import loop
+    from tercet.train import trainer
 
     whole = train(small(folder), data(folder), tmp_path / "whole", run=QUIET)
-    step, seen = loop._Trainer._step, []
+    step, seen = trainer.Trainer._step, []
 
     class Killed(BaseException):
         pass
@@ -81,7 +83,7 @@ def test_three_stages_killed_between_steps_end_as_if_they_had_not_been(
             raise Killed
         step(self, *given)
 
-    monkeypatch.setattr(loop._Trainer, "_step", dying)
+    monkeypatch.setattr(trainer.Trainer, "_step", dying)
     for _ in range(3):
         with pytest.raises(Killed):
             train(small(folder), data(folder), tmp_path / "killed", run=QUIET)
@@ -130,6 +132,22 @@ def test_options_of_the_stages_reach_them(folder: Path):
     assert stage.shuffle_segments == 0.002 and stage.batching == "bge-m3-finetune-80gb"
 
 
+def test_negatives_are_refreshed_by_the_scores_that_are_asked_for(folder: Path):
+    usual = small(folder, refresh_steps=100).stages[-1].refresh
+    assert usual is not None and usual == Refresh(every=100)
+    summed = small(folder, refresh_steps=9, refresh_by="hybrid", sum_weights="1,0.5,0.2")
+    assert summed.stages[-1].refresh == Refresh(
+        every=9, mining=replace(usual.mining, by="hybrid", weights=Weights(1.0, 0.5, 0.2))
+    )
+    fewer = small(folder, refresh_steps=9, refresh_by="hybrid", kinds="sparse").stages[-1].refresh
+    assert fewer is not None and fewer.mining.weights == Weights(1.0, 0.3, 0.0)
+    with pytest.raises(RecipeError, match="refresh_by is sparse, but nothing is refreshed"):
+        small(folder, refresh_by="sparse")
+    for by in ("hybrid", "sparse"):
+        with pytest.raises(RecipeError, match=f"refresh_by is {by}, but the model makes no sparse"):
+            small(folder, refresh_steps=9, refresh_by=by, kinds="dense,multi")
+
+
 def test_a_rerankers_scores_and_refreshed_negatives_do_not_go_together(folder: Path):
     for lesson in ("kl", "listwise"):
         with pytest.raises(RecipeError, match="the negatives of a refresh have none"):
@@ -154,13 +172,16 @@ def test_tuned_weights_outlive_the_same_command_and_no_further_training(
     run, tuned = tmp_path / "run/model", {"": Weights(0.5, 0.1, 0.4)}
     train(built, examples, tmp_path / "run", run=QUIET)
     save_weights(run, tuned[""])
+    save_ranges(run, {1: Ranges((0.0,), 0.3, 0.2, 0.1)})
     train(built, examples, tmp_path / "run", run=QUIET)
     assert Embedder.load(run).settings.weights == tuned
     said: list[str] = []
     more = replace(built, model=replace(built.model, base=str(run)))
     train(more, examples, tmp_path / "more", run=QUIET, say=said.append)
-    assert Embedder.load(tmp_path / "more/model").settings.weights == {}
+    trained = Embedder.load(tmp_path / "more/model").settings
+    assert (trained.weights, trained.ranges) == ({}, {})
     assert any("drops the base's tuned weights" in line for line in said)
+    assert any("drops the base's ranges of codes" in line for line in said)
 
 
 def test_a_kill_before_the_model_is_saved_leaves_no_older_one(

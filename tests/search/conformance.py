@@ -45,17 +45,19 @@ def exact_half(folder: Path) -> Engine:
 
 
 def qdrant_edge(folder: Path) -> Engine:
-    from tercet.search.qdrant_edge import EdgeEngine
+    from tercet.search.qdrant_edge import EdgeStore
+    from tercet.search.qdrant_engine import QdrantEngine
 
-    return EdgeEngine(folder, threads=1)
+    return QdrantEngine(EdgeStore(folder, threads=1))
 
 
 def qdrant_client(folder: Path) -> Engine:  # its local mode, in memory, stands in for a server
     from qdrant_client import QdrantClient
 
-    from tercet.search.qdrant_cluster import ClusterEngine
+    from tercet.search.qdrant_cluster import ClusterStore
+    from tercet.search.qdrant_engine import QdrantEngine
 
-    return ClusterEngine(QdrantClient(":memory:"), folder.name)
+    return QdrantEngine(ClusterStore(QdrantClient(":memory:"), folder.name))
 
 
 STORES: Final = (

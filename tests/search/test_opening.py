@@ -1,11 +1,13 @@
 import json
+import sys
 from contextlib import closing
 
 import pytest
 
-from tercet.errors import IndexFolderError, RecipeError
+from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
 from tercet.search.exact_engine import ExactEngine
 from tercet.search.opening import About, about_index, make_engine, open_engine, require, write_about
+from tercet.search.qdrant_engine import QdrantEngine
 from tests.search import conformance as c
 
 ABOUT = About(settings={"model": "m", "fingerprint": "abc"})
@@ -31,7 +33,8 @@ def test_another_engine_is_opened_where_its_package_is(tmp_path, engine, package
     about = About(settings={}, engine=engine)
     make(tmp_path / "index", about)
     with closing(open_engine(tmp_path / "index")) as opened:
-        assert type(opened).__name__ == "EdgeEngine"
+        assert isinstance(opened, QdrantEngine)
+        assert type(opened.store).__name__ == "EdgeStore"
         assert opened.stats().records == c.RECORDS
 
 
@@ -72,6 +75,40 @@ def test_an_index_that_another_process_writes_is_not_replaced(tmp_path):
             make_engine(tmp_path / "index", ABOUT, fresh=True)
         engine.flush()
         assert engine.stats().records == c.RECORDS
+
+
+@pytest.mark.parametrize(
+    ("engine", "package", "where"),
+    [
+        ("qdrant", "qdrant_edge", {}),
+        ("cluster", "qdrant_client", {"url": "http://h", "collection": "c"}),
+    ],
+)
+def test_an_index_is_not_replaced_by_one_of_an_engine_whose_package_is_missing(
+    tmp_path, monkeypatch, engine, package, where
+):
+    make(tmp_path / "index")
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    module = {"qdrant": "edge"}.get(engine, engine)
+    monkeypatch.delitem(sys.modules, f"tercet.search.qdrant_{module}", raising=False)
+    other = About(settings={}, engine=engine, **where)
+    with pytest.raises(MissingExtraError, match=r"tercet\[qdrant\]"):
+        make_engine(tmp_path / "index", other, fresh=True)
+    assert about_index(tmp_path / "index") == ABOUT and about_index(tmp_path / "index").complete
+    with closing(open_engine(tmp_path / "index")) as opened:
+        assert opened.stats().records == c.RECORDS
+    with pytest.raises(MissingExtraError):
+        make_engine(tmp_path / "new", other)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_an_index_that_a_kill_left_under_another_name_is_not_begun_anew(tmp_path):
+    make(tmp_path / "index")
+    (tmp_path / "index").rename(tmp_path / ".index.old-host-1-2")
+    with closing(make_engine(tmp_path / "index", ABOUT)) as opened:
+        assert opened.stats().records == c.RECORDS
 
 
 def test_a_folder_of_other_things_is_not_overwritten_not_even_fresh(tmp_path):

@@ -27,7 +27,12 @@ from tercet.vectors import Terms, TokenRows, Vectors, Weights
 
 pytest.importorskip("qdrant_edge")
 
-from tercet.search.qdrant_edge import EdgeEngine
+from tercet.search.qdrant_edge import EdgeStore
+from tercet.search.qdrant_engine import QdrantEngine
+
+
+def edge(folder, **how):
+    return QdrantEngine(EdgeStore(folder, **how))
 
 
 def vectors(count, *, dim=16, width=8, tokens=5):
@@ -114,7 +119,7 @@ def test_a_graph_of_dense_vectors_finds_nearly_what_a_scan_finds(tmp_path):
     dense = centres[torch.randint(0, 30, (count + 20,))] + torch.randn(count + 20, dim)
     dense = torch.nn.functional.normalize(dense, dim=1)
     docs, queries = Vectors(dense[:count]), Vectors(dense[count:])
-    with closing(EdgeEngine(tmp_path / "index", threads=1)) as engine:
+    with closing(edge(tmp_path / "index", threads=1)) as engine:
         engine.upsert(records(count), docs)
         assert engine.stats().pending == count
         engine.optimize()
@@ -133,7 +138,7 @@ def test_a_graph_of_dense_vectors_finds_nearly_what_a_scan_finds(tmp_path):
 def test_token_vectors_are_stored_in_halves_and_scored_as_a_mean(tmp_path):
     docs, queries = vectors(60), vectors(4)
     true = weighted_scores(queries, docs, Weights(0.0, 0.0, 1.0))
-    with closing(EdgeEngine(tmp_path / "index")) as engine:
+    with closing(edge(tmp_path / "index")) as engine:
         engine.upsert(records(60), docs)
         fusion = Weighted(weights=Weights(0.0, 0.0, 1.0), candidates=None)
         for row, hits in zip(true, engine.search(queries, 60, fusion=fusion), strict=True):
@@ -143,19 +148,19 @@ def test_token_vectors_are_stored_in_halves_and_scored_as_a_mean(tmp_path):
 
 def test_more_queries_than_are_asked_together_are_all_answered(tmp_path):
     docs = vectors(40)
-    with closing(EdgeEngine(tmp_path / "index")) as engine:
+    with closing(edge(tmp_path / "index")) as engine:
         engine.upsert(records(40), docs)
         found = engine.search(docs, 1, fusion=Weighted(weights=Weights(1.0, 0.0, 0.0)))
     assert [hits[0].record.id for hits in found] == [str(row) for row in range(40)]
 
 
 def test_how_much_is_left_to_optimize_is_known_after_a_new_start(tmp_path):
-    with closing(EdgeEngine(tmp_path / "index")) as engine:
+    with closing(edge(tmp_path / "index")) as engine:
         engine.upsert(records(8), vectors(8))
-    with closing(EdgeEngine(tmp_path / "index")) as engine:
+    with closing(edge(tmp_path / "index")) as engine:
         assert engine.stats().pending == 8
         engine.optimize()
-    with closing(EdgeEngine(tmp_path / "index")) as engine:
+    with closing(edge(tmp_path / "index")) as engine:
         assert engine.stats().pending == 0
         assert engine.kinds == ("dense", "sparse", "multi")
 
@@ -165,7 +170,7 @@ def stored(folder):
 
 
 def test_optimize_drops_what_was_deleted_from_the_disk(tmp_path):
-    with closing(EdgeEngine(tmp_path / "index")) as engine:
+    with closing(edge(tmp_path / "index")) as engine:
         engine.upsert(records(1_200), Vectors(torch.randn(1_200, 1_024)))
         engine.flush()
         before = stored(tmp_path / "index/points/shard/segments")
@@ -178,23 +183,23 @@ def test_optimize_drops_what_was_deleted_from_the_disk(tmp_path):
 @pytest.mark.parametrize("broken", ["widths.json", "shard/edge_config.json"])
 def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path, broken):
     folder = tmp_path / "index"
-    with closing(EdgeEngine(folder)) as engine:
+    with closing(edge(folder)) as engine:
         engine.upsert(records(8), vectors(8))
     (folder / "points" / broken).write_text("{")
-    with pytest.raises(IndexFolderError, match=r"cannot open it .*build the index again"):
-        EdgeEngine(folder)
+    with pytest.raises(IndexFolderError, match=r"cannot read it .*; build it again with"):
+        edge(folder)
     with pytest.raises(IndexFolderError):  # and not that another one has it open
-        EdgeEngine(folder)
+        edge(folder)
 
 
 def test_a_closed_engine_does_not_begin_anew_over_what_is_there(tmp_path):
-    engine = EdgeEngine(tmp_path / "index")
+    engine = edge(tmp_path / "index")
     engine.upsert(records(8), vectors(8))
     engine.close()
     engine.close()
     with pytest.raises(AssertionError, match="closed"):
         engine.upsert(records(2), vectors(2))
-    with closing(EdgeEngine(tmp_path / "index")) as again:
+    with closing(edge(tmp_path / "index")) as again:
         assert again.stats().records == 8
 
 
@@ -205,3 +210,18 @@ def test_without_the_extra_the_error_names_it(monkeypatch, package):
     monkeypatch.delitem(sys.modules, f"tercet.search.{module}", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'tercet\[qdrant\]'"):
         __import__(f"tercet.search.{module}")
+
+
+def test_a_panic_of_the_engine_is_an_error_like_others(tmp_path):
+    """At files of bits that were cut it panics, which is no Exception, and keeps no lock."""
+    folder = tmp_path / "index"
+    with closing(edge(folder)) as engine:
+        engine.upsert(records(8), vectors(8))
+        engine.optimize()
+    paths = sorted(folder.rglob("status.dat"))
+    assert paths
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for _ in range(2):
+        with pytest.raises(IndexFolderError, match=r"cannot read it .*; build it again with"):
+            edge(folder)

@@ -14,9 +14,10 @@ pytest.importorskip("qdrant_client")
 from qdrant_client import QdrantClient
 from qdrant_client import models as api
 
-from tercet.search import qdrant_cluster
+from tercet.search import qdrant_cluster, qdrant_engine
 from tercet.search.qdrant import facts_of
-from tercet.search.qdrant_cluster import ClusterEngine
+from tercet.search.qdrant_cluster import ClusterStore
+from tercet.search.qdrant_engine import QdrantEngine
 from tercet.search.qdrant_search import Ask, Ranks, Stage, Sum
 
 DOCS = Vectors(
@@ -24,6 +25,12 @@ DOCS = Vectors(
     Terms(torch.tensor([3, 3, 5]), torch.tensor([1.0, 0.5, 2.0]), torch.tensor([0, 1, 3, 3])),
     TokenRows(torch.eye(3), torch.tensor([0, 1, 1, 3])),
 )
+
+
+def cluster(server, collection, **how):
+    return QdrantEngine(ClusterStore(server, collection, **how))
+
+
 RECORDS = [Record("a", "one"), Record("b", "two"), Record("c", "three")]
 
 
@@ -35,31 +42,20 @@ def client():
 
 
 def test_a_second_engine_sees_the_collection_that_the_first_one_made(client):
-    first = ClusterEngine(client, "texts")
+    first = cluster(client, "texts")
     assert first.kinds == ()
     first.upsert(RECORDS, DOCS)
     first.close()  # the client is not the engine's own, and stays open
-    second = ClusterEngine(client, "texts")
+    second = cluster(client, "texts")
     assert second.kinds == ("dense", "sparse", "multi")
     assert second.fetch(["c", "d"]) == [RECORDS[2], None]
-    assert ClusterEngine(client, "others").stats().records == 0
+    assert cluster(client, "others").stats().records == 0
     with pytest.raises(ModelError, match="dimensions"):
         second.upsert(RECORDS, replace(DOCS, dense=torch.ones(3, 3)))
 
 
-def test_an_emptied_collection_takes_vectors_of_another_model(client):
-    engine = ClusterEngine(client, "texts")
-    engine.upsert(RECORDS, DOCS)
-    with pytest.raises(ModelError):
-        engine.upsert(RECORDS, Vectors(torch.ones(3, 7)))
-    assert engine.stats().records == 3
-    engine.delete(["a", "b", "c"])
-    engine.upsert(RECORDS, Vectors(torch.ones(3, 7)))
-    assert engine.stats().kinds == ClusterEngine(client, "texts").kinds == ("dense",)
-
-
 def test_the_collection_is_made_as_the_data_model_says(client):
-    ClusterEngine(client, "texts").upsert(RECORDS, DOCS)
+    cluster(client, "texts").upsert(RECORDS, DOCS)
     params = client.get_collection("texts").config.params
     assert set(params.vectors) == {"dense", "multi"}
     assert params.vectors["dense"].distance == api.Distance.DOT
@@ -82,28 +78,28 @@ def test_a_collection_of_somebody_else_is_refused(client, vectors):
     with pytest.raises(
         IndexFolderError, match=r"collection texts: .*not one of ours.*another name"
     ):
-        ClusterEngine(client, "texts")
+        cluster(client, "texts")
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://no.such.host.invalid:6333"])
 def test_a_server_that_does_not_answer_is_named(address):
     with pytest.raises(IndexFolderError, match=f"^{address}, collection texts: .*does not answer"):
-        ClusterEngine(address, "texts", timeout_seconds=2)
+        cluster(address, "texts", timeout_seconds=2)
 
 
 def test_an_address_that_is_none_is_refused():
     with pytest.raises(IndexFolderError, match=r"ftp://x, collection texts: .*give an address"):
-        ClusterEngine("ftp://x", "texts")
+        cluster("ftp://x", "texts")
 
 
 def test_a_server_is_asked_for_exact_scores_of_candidates_and_for_its_graph_to_find_them(
     monkeypatch, client
 ):
     """What local mode ignores: the parameters of each stage."""
-    engine = ClusterEngine(client, "texts", ef=77)
+    engine = cluster(client, "texts", ef=77)
     engine.upsert(RECORDS, DOCS)
     asked = []
-    monkeypatch.setattr(ClusterEngine, "_is_local", False)
+    monkeypatch.setattr(ClusterStore, "_is_local", False)
     monkeypatch.setattr(
         client, "query_batch_points", lambda _, requests: asked.extend(requests) or []
     )
@@ -111,7 +107,7 @@ def test_a_server_is_asked_for_exact_scores_of_candidates_and_for_its_graph_to_f
     source = Stage("dense", DOCS.dense[0].numpy(), 9)
     facts = facts_of({"section": ["web", "mail"]})
     over = Stage("multi", DOCS.multi.vectors.numpy(), 9, exact=True, among=(source,))
-    engine._ask([Ask((over,), 5, Sum((0.5,)), facts), Ask((source,), 5, Ranks(60))])
+    engine.store.ask([Ask((over,), 5, Sum((0.5,)), facts), Ask((source,), 5, Ranks(60))])
     summed, ranked = asked
     (stage,) = summed.prefetch
     assert (stage.using, stage.params.exact, stage.filter) == ("multi", True, None)
@@ -125,7 +121,7 @@ def test_a_server_is_asked_for_exact_scores_of_candidates_and_for_its_graph_to_f
 
 
 def test_optimize_waits_for_the_server_and_says_when_it_took_too_long(monkeypatch, client):
-    engine = ClusterEngine(client, "texts", timeout_seconds=0)
+    engine = cluster(client, "texts", timeout_seconds=0)
     engine.upsert(RECORDS, DOCS)
     engine.optimize()
     about = client.get_collection("texts")
@@ -134,17 +130,18 @@ def test_optimize_waits_for_the_server_and_says_when_it_took_too_long(monkeypatc
     monkeypatch.setattr(
         client, "get_collection", lambda _: about.model_copy(update={"status": states.pop(0)})
     )
-    engine._timeout = 60
+    assert isinstance(engine.store, ClusterStore)
+    engine.store._timeout = 60
     engine.optimize()
     assert states == []
     states += [api.CollectionStatus.YELLOW] * 9
-    engine._timeout = 0
+    engine.store._timeout = 0
     with pytest.raises(IndexFolderError, match="not optimized after 0 seconds"):
         engine.optimize()
 
 
 def test_a_hit_worked_by_hand(client):
-    engine = ClusterEngine(client, "texts")
+    engine = cluster(client, "texts")
     engine.upsert(RECORDS, DOCS)
     query = Vectors(
         torch.tensor([[0.0, 1.0]]),
@@ -160,3 +157,74 @@ def test_a_hit_worked_by_hand(client):
     assert [first.score, second.score, last.score] == pytest.approx([1.8, 1.3, 0.0])
     ((best, *_),) = engine.search(query, 3, fusion=ReciprocalRank())
     assert (best.record.id, best.score) == ("b", pytest.approx(2 / 61))
+
+
+def test_a_collection_is_left_alone_unless_it_carries_the_mark(client):
+    ours = cluster(client, "texts", mark="a1")
+    ours.upsert(RECORDS, DOCS)
+    assert cluster(client, "texts", mark="a1").stats().records == 3
+    assert client.get_collection("texts").config.metadata == {"tercet": "a1"}
+    with pytest.raises(IndexFolderError, match=r"collection texts: another index made this .*name"):
+        cluster(client, "texts", mark="b2")
+    cluster(client, "plain").upsert(RECORDS, DOCS)
+    with pytest.raises(IndexFolderError, match=r"collection plain: no index of tercet made this"):
+        cluster(client, "plain", mark="a1")
+    assert client.count("texts").count == client.count("plain").count == 3
+
+
+def test_a_server_that_keeps_no_marks_is_refused_and_nothing_stays_there(monkeypatch, client):
+    made = client.create_collection
+    monkeypatch.setattr(
+        client, "create_collection", lambda name, metadata, **how: made(name, **how)
+    )
+    with pytest.raises(IndexFolderError, match=r"use Qdrant 1\.17 or newer"):
+        cluster(client, "texts", mark="a1").upsert(RECORDS, DOCS)
+    assert not client.collection_exists("texts")
+
+
+def test_a_cleared_collection_takes_vectors_of_another_model(client):
+    engine = cluster(client, "texts")
+    engine.upsert(RECORDS, DOCS)
+    with pytest.raises(ModelError):
+        engine.upsert(RECORDS, Vectors(torch.ones(3, 7)))
+    assert isinstance(engine.store, ClusterStore)
+    engine.store.clear()
+    engine.store.clear()
+    assert (engine.stats().records, engine.search(DOCS, 2)) == (0, [[]] * 3)
+    engine.upsert(RECORDS, Vectors(torch.ones(3, 7)))
+    assert engine.stats().kinds == cluster(client, "texts").kinds == ("dense",)
+
+
+def test_no_request_names_more_points_than_a_page_holds(monkeypatch, client):
+    monkeypatch.setattr(qdrant_engine, "POINTS_AT_ONCE", 2)
+    engine = cluster(client, "texts")
+    engine.upsert(RECORDS, DOCS)
+    sizes = []
+
+    def counting(name):
+        real = getattr(client, name)
+
+        def call(collection, points, **how):
+            sizes.append(len(points.points if name == "delete" else points))
+            return real(collection, points, **how)
+
+        monkeypatch.setattr(client, name, call)
+
+    counting("retrieve")
+    counting("delete")
+    assert [record.id for record in engine.fetch(["c", "b", "a"]) if record] == ["c", "b", "a"]
+    assert sorted(record.id for record in engine.scan()) == ["a", "b", "c"]
+    assert sizes == [2, 1]
+    assert engine.delete(["a", "x", "a", "b", "c", "y"]) == 3
+    assert sizes[2:] == [2, 1, 2, 2, 1]  # of a, x: a is deleted; b, c; y is not there
+    assert engine.stats().records == 0
+
+
+def test_a_point_of_somebody_else_is_told_and_not_taken_for_a_record(client):
+    engine = cluster(client, "texts")
+    engine.upsert(RECORDS, DOCS)
+    foreign = api.PointStruct(id=5, vector={"dense": [9.0, 9.0]}, payload={"id": "a"})
+    client.upsert("texts", [foreign])
+    for act in (lambda: engine.search(DOCS.only(["dense"]), 9), lambda: list(engine.scan())):
+        with pytest.raises(IndexFolderError, match=r"collection texts: a point holds no record"):
+            act()

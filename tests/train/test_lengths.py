@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from tercet.errors import RecipeError
@@ -44,6 +46,19 @@ def test_a_fitted_batch_is_the_largest_one_that_fits(processes):
         fit = [n for n in sizes if slow_bytes(n, length, ROOM, 300, processes) <= ROOM.total]
         assert size // processes == max(fit)
     assert list(groups.sizes) == sorted(groups.sizes, reverse=True)
+
+
+def test_longer_texts_never_make_a_step_cheaper_where_attention_weights_are_kept():
+    """A group that ends above 512 tokens has chunks of texts of 512, whose tokens cost most."""
+    room = replace(ROOM, pair_graph=500)
+    costs = Costs(shape=SHAPE, room=room, chunk_tokens=2048)
+    taken = [costs.of_step(4, length) for length in (64, 511, 512, 513, 700, 2048, 4096, 8192)]
+    assert taken == sorted(taken)
+    vectors = replace(costs, room=replace(room, token_graph=0, pair_graph=0))
+    graphs = [costs.of_step(4, length) - vectors.of_step(4, length) for length in (100, 513, 2048)]
+    assert graphs == [2048 * 100_000, 2048 * 306_000, 2048 * 306_000]
+    alone = costs.of_step(4, 40_000) - vectors.of_step(4, 40_000)
+    assert alone == 40_000 * 50_000  # a text by itself, whose weights are not kept
 
 
 def test_no_batch_is_larger_than_asked_for_and_edges_beyond_the_limit_are_left_out():

@@ -26,21 +26,6 @@ def test_a_last_line_that_a_kill_cut_short_is_not_read(tmp_path):
     assert read(tmp_path / "absent.jsonl") == []
 
 
-def test_b18_a_sparse_head_that_dies_is_told_once(tmp_path, caplog):
-    log = Log(tmp_path, step=0)
-    for step, share in enumerate([0.0, 0.1, 0.2, 0.25, 0.5, 1.0], start=1):
-        log.write(step, loss=0.5, empty_sparse=share)
-    log.write(7, loss=0.5)
-    log.close()
-    (told,) = caplog.messages
-    assert told.startswith("step 4: 25% of the documents have an empty sparse vector by now")
-    again = Log(tmp_path, step=6)  # nothing new: it was like that when this process began
-    for step in (7, 8):
-        again.write(step, loss=0.5, empty_sparse=1.0)
-    again.close()
-    assert caplog.messages == [told]
-
-
 def test_a_full_disk_is_a_storage_error_when_writing_and_when_closing(tmp_path):
     log = Log(tmp_path, step=0)
     with small_disk(100):

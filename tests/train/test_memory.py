@@ -1,9 +1,16 @@
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, Gemma2Config
 
-from tercet.train.memory import COPIES, Room
+from tercet.nn.attention import KEPT_LENGTH
+from tercet.nn.chunked import _first_kept, chunks_of
+from tercet.nn.embedder import Embedder
+from tercet.train.memory import COPIES, Room, graph_bytes, pair_bytes
+from tercet.types import Packed
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests import toy
 
@@ -35,6 +42,113 @@ def test_a_token_of_a_model_without_a_width_is_as_wide_as_a_text():
 def test_graphs_are_kept_in_what_the_vectors_leave():
     texts = toy.pack(*toy.random_texts(30, 20))
     left = 1e6 - COPIES * ROOM.vectors(2, 50)
-    assert ROOM.graph_tokens(texts) == int(left / 1000) < 1000
-    assert replace(ROOM, kinds=()).graph_tokens(texts) == 1000
+    assert left > 0 and ROOM.graph_tokens(texts) == 50
+    beside = ROOM.total - left
+    assert replace(ROOM, total=beside + 50_000).graph_tokens(texts) == 50
+    assert replace(ROOM, total=beside + 49_999).graph_tokens(texts) == 20
+    assert replace(ROOM, total=beside + 19_999).graph_tokens(texts) == 0
+    assert replace(ROOM, kinds=(), total=49_999.0).graph_tokens(texts) == 20
     assert replace(ROOM, total=100.0).graph_tokens(texts) == 0
+
+
+def test_long_texts_leave_room_for_fewer_graphs_where_attention_weights_are_kept():
+    room = replace(ROOM, kinds=(), pair_graph=10)
+    assert room.graph(100) == 2000
+    assert room.graph(KEPT_LENGTH + 1) == 1000  # whose weights are computed a second time
+    texts = toy.pack(*toy.random_texts(300, 200, 100))
+    assert room.graph_tokens(texts) == 300  # of 200 kB and 600 kB; the third would take 1.2 MB
+    none = torch.zeros(0, dtype=torch.int64)
+    nothing = Packed(none, torch.zeros(1, dtype=torch.int64), none.bool())
+    assert room.graph_tokens(nothing) == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_graphs_that_are_kept_take_no_more_than_there_is(seed):
+    """Of long and short texts, the costliest tokens of which are those of 512 tokens."""
+    lengths = np.random.default_rng(seed).choice([40, 200, 500, 512, 513, 900, 2000], 60).tolist()
+    texts = toy.pack(*toy.random_texts(*lengths))
+    graph_of_all = sum(length * (1000 + 10 * length * (length <= 512)) for length in lengths)
+    sparse = replace(ROOM, kinds=("sparse",), pair_graph=10)
+    beside = COPIES * sparse.vectors(len(texts), len(texts.ids))
+    for share in (0.02, 0.3, 0.6, 0.9, 1.0):
+        room = replace(sparse, total=beside + share * graph_of_all)
+        for max_tokens in (1, 2048):
+            members = chunks_of(texts.lengths, max_tokens)
+            sizes = [sum(lengths[text] for text in chunk) for chunk in members]
+            first = _first_kept(sizes, room.graph_tokens(texts))
+            kept = [lengths[text] for chunk in members[first:] for text in chunk]
+            taken = sum(length * room.graph(length) for length in kept)
+            assert beside + taken <= room.total
+            if share == 1:
+                assert len(kept) == len(lengths)
+            elif max_tokens == 1:  # and the next one would be too much
+                (text,) = members[first - 1]
+                assert beside + taken + lengths[text] * room.graph(lengths[text]) > room.total
+
+
+def saved_bytes(embedder: Embedder, *lengths: int, half: bool) -> float:
+    """Bytes a token that wait for the backward, of each storage once, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in embedder.parameters()}
+    copies = {tuple(p.shape) for p in embedder.parameters() if p.ndim == 2}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(tensor.shape[::-1]) not in copies:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    texts = toy.pack(*toy.random_texts(*lengths, vocabulary=240))
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        states = embedder.train().states(texts)
+    total = sum(storage.nbytes() for storage in held.values())
+    assert states.requires_grad
+    return total / sum(lengths)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Embedder]:
+    """An encoder with dropout, and a decoder that bends its scores."""
+    shape: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"vocab_size": 300, "max_position_embeddings": 1100}
+    configs = {
+        "bert": BertConfig(**shape, intermediate_size=512),
+        "gemma2": Gemma2Config(
+            **shape, intermediate_size=256, num_key_value_heads=2, head_dim=32, sliding_window=4096
+        ),
+    }
+    found = {}
+    for name, config in configs.items():
+        folder = tmp_path_factory.mktemp(name)
+        toy.random_model(config).save_pretrained(folder)
+        toy.wordpiece().save_pretrained(folder)
+        found[name] = Embedder.load(folder)
+    return found
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gemma2"])
+def test_the_estimate_of_a_graph_is_on_the_safe_side_and_not_far_off(models, name, half):
+    embedder = models[name]
+    estimate, pair = graph_bytes(embedder.backbone, half=half), pair_bytes(embedder.backbone)
+    assert pair > 0
+    for length in (32, 128, 512):
+        saved = saved_bytes(embedder, *[length] * (1024 // length), half=half)
+        assert 0.9 * saved < estimate + pair * length < 2.2 * saved
+
+
+@pytest.mark.parametrize("name", ["bert", "gemma2"])
+def test_the_graph_of_a_long_text_does_not_grow_with_the_square_of_its_length(models, name):
+    embedder = models[name]
+    longer = saved_bytes(embedder, 1024, half=False)
+    assert longer < 1.1 * saved_bytes(embedder, 513, half=False)
+    assert longer < 0.5 * saved_bytes(embedder, 512, half=False)
+    assert longer < graph_bytes(embedder.backbone)
+
+
+def test_without_dropout_or_bent_scores_no_attention_weights_are_kept(encoder_folder):
+    embedder = Embedder.load(encoder_folder)
+    assert pair_bytes(embedder.backbone) > 0
+    embedder.backbone.attention_dropout = 0.0
+    assert pair_bytes(embedder.backbone) == 0

@@ -1,11 +1,7 @@
 """Negatives that are mined by the model in training. As a script: one of two processes."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,59 +12,24 @@ import pytest
 import torch
 
 from tercet import distributed
-from tercet.curate import catalog, corpus
-from tercet.curate.mine import Mining
 from tercet.curate.rules import MiningRule
 from tercet.data.sources import Source, iter_examples, open_source, write_examples
 from tercet.data.texts import normal_form, open_texts
-from tercet.errors import RecipeError
+from tercet.errors import DataError, RecipeError
 from tercet.nn.embedder import Embedder
-from tercet.objectives import contrastive
-from tercet.objectives.contrastive import PairsAtWork
-from tercet.recipes.finetune import finetune
-from tercet.train import loop
 from tercet.train import refresh as refreshing
-from tercet.train.log import read
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Refresh
+from tercet.train.recipe import Refresh
 from tercet.train.refresh import Refresher
-from tercet.train.run import Run
 from tercet.types import Example
 from tests import toy
 from tests.processes import run_together
 from tests.toy import SENTENCES
-
-QUIET = Run(device="cpu", show_progress=False, save_steps=4)
-NEAREST = Mining(rule=MiningRule(kind="naive"), negatives=3, depth=12)
-PART = 10  # rows that are mined together
+from tests.train.refreshes import DRAWN, NEAREST, prepare, rows, small_parts
 
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
     small_parts(monkeypatch)
-
-
-def small_parts(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(corpus, "SHARD", PART)
-    patch.setattr(catalog, "SHARD", PART)
-
-
-def rows() -> list[Example]:
-    """Two rows ask the same, so that the answer of one is never a negative of the other."""
-    found = [
-        Example(" ".join(text.split()[-2:]) + f" {word}", (f"{text} {word}",), (f"a {word}",))
-        for word in ("mail", "music")  # which the tokenizer knows: no two texts score the same
-        for text in SENTENCES
-    ]
-    found[5] = replace(found[5], query=found[0].query.upper())
-    found[7] = replace(found[7], positives=(found[7].positives[0], SENTENCES[3]))
-    found[8] = replace(found[8], negatives=(SENTENCES[7].upper() + "  mail",))
-    return found
-
-
-def prepare(folder: Path) -> Source:
-    write_examples(folder / "pairs.jsonl", rows())
-    return open_source(folder / "pairs.jsonl")
 
 
 @pytest.fixture
@@ -79,21 +40,6 @@ def source(tmp_path):
 @pytest.fixture(scope="module")
 def embedder(encoder_folder):
     return Embedder.load(encoder_folder)
-
-
-@pytest.fixture
-def recipe(encoder_folder) -> Recipe:
-    return recipe_for(encoder_folder)
-
-
-def recipe_for(folder: Path, **changes: Any) -> Recipe:
-    """Six steps of 12 examples in three epochs; mined after two and four."""
-    plain = finetune(base=str(folder), batch_size=12, learning_rate=1e-3, steps=6, negatives=2)
-    refresh = Refresh(every=2, mining=replace(NEAREST, depth=16, rule=DRAWN))
-    return replace(plain, stages=(replace(plain.stages[0], refresh=refresh, **changes),))
-
-
-DRAWN = MiningRule(kind="naive", shift=1, sample_from=8)
 
 
 def all_of(source: Source) -> list[Example]:
@@ -166,6 +112,18 @@ def test_documents_of_further_files_are_mined_too(source, embedder, tmp_path):
     assert any(text in example.negatives for example in found)
 
 
+def test_documents_that_have_changed_since_the_run_began_are_refused(source, embedder, tmp_path):
+    more = tmp_path / "more.txt"
+    more.write_text("one text\n")
+    refresh = Refresh(every=2, mining=NEAREST, corpus=(str(more),))
+    refresher = Refresher(refresh, [source], tmp_path / "run", 0)
+    refresher.mine(embedder, 2)
+    more.write_text("a text\n")
+    with pytest.raises(DataError, match=r"more\.txt: these documents have changed since the run"):
+        refresher.mine(embedder, 4)
+    assert Refresher(refresh, [source], tmp_path / "run", 0).read != refresher.read
+
+
 def test_sources_of_the_same_name_and_of_many_parts_are_told_apart(embedder, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -217,140 +175,6 @@ def test_a_query_whose_every_document_is_too_near_has_none(source, embedder, tmp
     assert all(not example.negatives for example in all_of(refresher.sources[0]))
 
 
-# ---- in the loop -----------------------------------------------------------------------------
-
-
-def weights(embedder: Embedder) -> dict[str, torch.Tensor]:
-    return {name: weight.clone() for name, weight in embedder.state_dict().items()}
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_training_reads_new_negatives_after_every_refresh_and_says_so(
-    source, recipe, tmp_path, monkeypatch
-):
-    batches: list[list[Example]] = []
-    batch = PairsAtWork.batch
-
-    def recorded(self: PairsAtWork, rows: Any, seed: Any) -> Any:
-        batches.append(rows.examples(self.drawn))
-        return batch(self, rows, seed)
-
-    monkeypatch.setattr(PairsAtWork, "batch", recorded)
-    said: list[str] = []
-    train(recipe, [source], tmp_path / "run", run=QUIET, say=said.append)
-    plain = replace(recipe, stages=(replace(recipe.stages[0], refresh=None),))
-    train(plain, [source], tmp_path / "plain", run=QUIET)
-    queries = [[example.query for example in some] for some in batches]
-    assert queries[:6] == queries[6:]  # the order of batches is that of a run without
-    given = {e.query: e.negatives for e in rows()}
-    own = [all(e.negatives == given[e.query] for e in some) for some in batches]
-    assert own == [True] * 2 + [False] * 4 + [True] * 6
-    assert all(len(e.negatives) == 3 for some in batches[2:6] for e in some)
-    assert any(
-        dict(zip(queries[2] + queries[3], batches[2] + batches[3], strict=True))[e.query] != e
-        for e in batches[4]
-    )
-    assert [line.split(":")[0] for line in said if "negatives for" in line] == [
-        "after step 2",
-        "after step 4",
-    ]
-    told = [record for record in read(tmp_path / "run/log.jsonl") if "negatives" in record]
-    assert [record["step"] for record in told] == [3, 5]
-    assert told[0]["negatives"] == 72 and told[0]["without_negatives"] == 0
-    assert 0 < told[1]["new_negatives"] < told[0]["new_negatives"] <= 1
-
-
-class Killed(BaseException):
-    """What a kill looks like from inside."""
-
-
-def dying(monkeypatch, where: Any, name: str, after: int) -> None:
-    """The call after so many dies before it does anything."""
-    real, calls = getattr(where, name), []
-
-    def call(*args: Any, **options: Any) -> Any:
-        if len(calls) == after:
-            raise Killed
-        calls.append(1)
-        return real(*args, **options)
-
-    monkeypatch.setattr(where, name, call)
-
-
-# Mining writes three parts, each with a file of counts, about.json before and refresh.json after.
-KILLS = {
-    "while documents are encoded": (corpus, "replacing_file", 2),
-    "between two parts": (refreshing, "write_examples", 1),
-    "before it is done": (refreshing, "_write_json", 4),
-    "before the one before is deleted": (Refresher, "_sweep", 1),
-    "in the step after": (contrastive, "backward_in_chunks", 2),
-    "in the last step": (contrastive, "backward_in_chunks", 5),
-}
-
-
-@pytest.fixture(scope="module")
-def whole(encoder_folder, tmp_path_factory) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Weights and log of a run that was never stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        small_parts(patch)
-        ended = train(recipe_for(encoder_folder), [prepare(folder)], folder / "run", run=QUIET)
-    return weights(ended), facts(folder / "run")
-
-
-def facts(run: Path) -> list[dict[str, Any]]:
-    timed = ("tokens_per_second", "learning_rate")
-    return [
-        {k: v for k, v in record.items() if k not in timed} for record in read(run / "log.jsonl")
-    ]
-
-
-@pytest.mark.parametrize("moment", KILLS)
-def test_a_run_killed_while_mining_ends_with_the_bits_of_one_that_was_not(
-    source, recipe, tmp_path, monkeypatch, whole, moment
-):
-    with monkeypatch.context() as patch:
-        dying(patch, *KILLS[moment])
-        with pytest.raises(Killed):
-            train(recipe, [source], tmp_path / "run", run=QUIET)
-    ended = train(recipe, [source], tmp_path / "run", run=QUIET)
-    assert same_bits(whole[0], weights(ended))
-    assert facts(tmp_path / "run") == whole[1]
-
-
-def test_parts_that_a_killed_run_has_mined_are_not_mined_again(
-    source, recipe, tmp_path, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        dying(patch, refreshing, "write_examples", 2)
-        with pytest.raises(Killed):
-            train(recipe, [source], tmp_path / "run", run=QUIET)
-    parts = tmp_path / "run/refresh-2"
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("0-*.jsonl")}
-    assert len(kept) == 2
-    with monkeypatch.context() as patch:
-        dying(patch, contrastive, "backward_in_chunks", 0)  # step 3, the first one again
-        with pytest.raises(Killed):
-            train(recipe, [source], tmp_path / "run", run=QUIET)
-    assert (parts / "refresh.json").exists()
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-
-
-def test_a_run_whose_negatives_are_gone_is_not_gone_on_with(source, recipe, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        dying(patch, contrastive, "backward_in_chunks", 5)
-        with pytest.raises(Killed):
-            train(recipe, [source], tmp_path / "run", run=replace(QUIET, save_steps=5))
-    (tmp_path / "run/refresh-4/refresh.json").unlink()
-    with pytest.raises(
-        RecipeError, match="refresh-4: the negatives that this run was trained with"
-    ):
-        train(recipe, [source], tmp_path / "run", run=replace(QUIET, save_steps=5))
-
-
 def test_what_another_model_mined_in_the_same_folder_is_not_taken(source, embedder, tmp_path):
     folder = tmp_path / "run/refresh-2"
     folder.mkdir(parents=True)
@@ -374,23 +198,6 @@ def test_texts_and_a_corpus_that_is_not_there_are_refused_before_training(source
         Refresh(every=0)
     with pytest.raises(RecipeError, match="a refresh has at_least 1, but leaves out no row"):
         Refresh(every=1, mining=replace(NEAREST, at_least=1))
-
-
-def test_batch_sizes_by_length_survive_a_kill_and_other_memory(
-    source, recipe, tmp_path, monkeypatch
-):
-    """A run that goes on keeps the sizes that fitted when it began."""
-    stage = replace(recipe.stages[0], refresh=None, batching="fit", length_edges=(9,), steps=6)
-    fitted = replace(recipe, stages=(stage,))
-    run = replace(QUIET, memory_gb=0.1, chunk_tokens=100, save_steps=2)
-    end = weights(train(fitted, [source], tmp_path / "whole", run=run))
-    with monkeypatch.context() as patch:
-        dying(patch, contrastive, "backward_in_chunks", 3)
-        with pytest.raises(Killed):
-            train(fitted, [source], tmp_path / "run", run=run)
-    monkeypatch.setattr(loop, "groups_of", None)  # is not asked again
-    less = replace(run, memory_gb=0.05)
-    assert same_bits(end, weights(train(fitted, [source], tmp_path / "run", run=less)))
 
 
 # ---- several processes -----------------------------------------------------------------------
@@ -428,48 +235,5 @@ def test_two_processes_share_the_parts_and_find_what_one_finds(tmp_path):
     assert wrote == [["0-0.jsonl", "0-20.jsonl"], ["0-10.jsonl"]]
 
 
-# ---- kill -9 ---------------------------------------------------------------------------------
-
-
-def alone(folder: Path, out: str) -> None:
-    """Train in a process of its own."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        small_parts(patch)
-        train(
-            recipe_for(folder / "base"),
-            [open_source(folder / "pairs.jsonl")],
-            folder / out,
-            run=QUIET,
-        )
-
-
-@pytest.mark.slow
-def test_kill_9_while_mining_changes_nothing(tmp_path):
-    prepare(tmp_path)
-    toy.save_model(tmp_path / "base", "bert")
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-
-    def command(out: str) -> list[str]:
-        return [sys.executable, __file__, str(tmp_path), out]
-
-    subprocess.run(command("whole"), check=True, env=environment, **quiet)
-    process = subprocess.Popen(command("killed"), env=environment, **quiet)
-    while not (tmp_path / "killed/refresh-2/0-0.jsonl").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed/model").exists()
-    subprocess.run(command("killed"), check=True, env=environment, **quiet)
-    ends = [Embedder.load(tmp_path / name / "model") for name in ("whole", "killed")]
-    assert same_bits(weights(ends[0]), weights(ends[1]))
-
-
 if __name__ == "__main__":
-    one_of_two(Path(sys.argv[1])) if len(sys.argv) == 2 else alone(Path(sys.argv[1]), sys.argv[2])
+    one_of_two(Path(sys.argv[1]))

@@ -22,10 +22,10 @@ from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.unified import Unified
 from tercet.recipes.finetune import finetune
-from tercet.train import checkpoint, loop
+from tercet.train import checkpoint, loop, trainer
 from tercet.train.log import read
 from tercet.train.loop import train
-from tercet.train.memory import graph_tokens_that_fit
+from tercet.train.memory import memory_for
 from tercet.train.recipe import Recipe
 from tercet.train.run import Run
 from tercet.types import Example
@@ -41,11 +41,16 @@ CASES: dict[str, dict[str, Any]] = {
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
     "B6 all kinds": {"objective": Unified(temperature=0.1, dims=(8,))},
     "B6 own negatives": {"objective": Unified(temperature=0.1), "in_batch": "none"},
+    "B6 kl": {"objective": Unified(temperature=0.1, lesson="kl")},
+    "B6 listwise": {"objective": Unified(temperature=0.1, lesson="listwise")},
 }
+IDLE = ("in-batch", "B6 all kinds", "B6 listwise")
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
-STEPS = [(case, dtype) for case in CASES for dtype in LIMITS]
+IN_BOTH = ("in-batch", "own negatives", "matryoshka", "B6 all kinds", "B6 own negatives")
+STEPS = [(case, dtype) for case in IN_BOTH for dtype in LIMITS]
+STEPS += [(case, torch.float64) for case in CASES if case not in IN_BOTH]
 
 
 class Killed(BaseException):
@@ -55,7 +60,8 @@ class Killed(BaseException):
 def examples() -> list[Example]:
     """Nineteen, so that the third batch has three; more documents than a batch takes of each.
 
-    The queries of the first and the last are equal, and so are some documents.
+    The queries of the first and the last are equal, and so are some documents. Two of three bring
+    the scores of a reranker.
     """
     text = toy.SENTENCES
     return [
@@ -63,6 +69,8 @@ def examples() -> list[Example]:
             query=f"{text[i % 12].split()[-1]} {i % 18}",
             positives=tuple(f"{text[i % 12]} {j}" for j in range(1 + i % 3)),
             negatives=tuple(text[(i + j) % 12] for j in range(1, 1 + i % 5)),
+            positive_scores=tuple(2.0 - j / 4 for j in range(1 + i % 3)) if i % 3 else None,
+            negative_scores=tuple(j / 3 for j in range(i % 5)) if i % 3 else None,
         )
         for i in range(19)
     ]
@@ -123,7 +131,7 @@ def gradients(
     return found
 
 
-def gradients_with_an_idle_process(folder: Path, out: str) -> list[list[Tensor]]:
+def gradients_with_an_idle_process(folder: Path, out: str, case: str) -> list[list[Tensor]]:
     """The same, but the second process has no share of any batch."""
 
     def unequal(self: BatchRows, rank: int, world: int) -> BatchRows:
@@ -132,7 +140,7 @@ def gradients_with_an_idle_process(folder: Path, out: str) -> list[list[Tensor]]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchRows, "share", unequal)
-        return gradients(folder, out, "in-batch")
+        return gradients(folder, out, case)
 
 
 def killed(folder: Path, out: str) -> None:
@@ -189,11 +197,13 @@ def one_of_two(folder: Path) -> None:
     distributed.start()
     rank = distributed.rank()
     if rank == 1:
-        loop.Log = no_log  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.Log = no_log  # pyright: ignore[reportAttributeAccessIssue]
     facts = {
         "gradients": {step: gradients(folder, f"two {step}", *step) for step in STEPS},
         "chunked": gradients(folder, "two chunked", "in-batch", run=CHUNKED),
-        "idle": gradients_with_an_idle_process(folder, "two idle"),
+        "idle": {
+            case: gradients_with_an_idle_process(folder, f"two idle {case}", case) for case in IDLE
+        },
         "weights": weights_in_float64(folder, "two"),
         "nan": complaint_about_nan(folder, "two nan"),
         "best": best_weights(folder, "two best"),
@@ -245,12 +255,27 @@ def test_a1_a20_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, c
             assert gap(found, expected) < LIMITS[dtype]
 
 
-def test_chunks_and_a_process_without_an_example_change_no_gradient(both):
+def test_chunks_change_no_gradient(both):
     for facts in both:
         usual = facts["gradients"]["in-batch", torch.float64]
-        for kind in ("chunked", "idle"):
-            for found, expected in zip(facts[kind], usual, strict=True):
-                assert gap(found, expected) < LIMITS[torch.float64]
+        for found, expected in zip(facts["chunked"], usual, strict=True):
+            assert gap(found, expected) < LIMITS[torch.float64]
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_b6_a_process_without_an_example_changes_no_gradient(both, case):
+    """It answers the others, by every kind and with a reranker's scores as well."""
+    for facts in both:
+        usual = facts["gradients"][case, torch.float64]
+        for found, expected in zip(facts["idle"][case], usual, strict=True):
+            assert gap(found, expected) < LIMITS[torch.float64]
+
+
+def test_a_reranker_s_scores_change_the_gradient(both):
+    """Else the cases above would look at nothing."""
+    found = {case: both[0]["gradients"][case, torch.float64][0] for case in CASES}
+    assert gap(found["B6 kl"], found["B6 listwise"]) > 0.01
+    assert gap(found["B6 kl"], found["B6 all kinds"]) > 0.01
 
 
 def test_the_weights_of_both_processes_are_equal_to_the_bit(both):
@@ -279,7 +304,7 @@ def test_the_log_of_two_processes_is_that_of_one(folder, alone):
 
 
 def test_the_best_weights_are_those_of_the_first_step(folder, both):
-    after_one = torch.load(folder / "two best" / loop.BEST, weights_only=True)
+    after_one = torch.load(folder / "two best" / trainer.BEST, weights_only=True)
     assert all(torch.equal(both[1]["best"][name], after_one[name]) for name in after_one)
 
 
@@ -307,11 +332,10 @@ def test_processes_that_find_different_checkpoints_are_stopped(both):
         assert "processes find different checkpoints there; give an --out that" in facts["lost"]
 
 
-def test_processes_beside_each_other_share_the_free_memory(folder, monkeypatch):
-    backbone = loop.build(recipe(folder).model).backbone
-    one = graph_tokens_that_fit(backbone)
+def test_processes_beside_each_other_share_the_free_memory(monkeypatch):
+    one = memory_for(torch.device("cpu"))
     monkeypatch.setattr(distributed, "beside", lambda: 4)
-    assert graph_tokens_that_fit(backbone) == pytest.approx(one / 4, rel=0.5)
+    assert memory_for(torch.device("cpu")) == pytest.approx(one / 4, rel=0.5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,148 @@
+"""The verb that turns texts into vectors: arrays, or rows for a search engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import numpy as np
+import typer
+
+from tercet.cli.loading import (
+    Echo,
+    ModelName,
+    PoolingOption,
+    Precision,
+    ReadingOption,
+    kinds_of,
+    load,
+)
+from tercet.console import results, say
+from tercet.data.documents import read_documents
+from tercet.data.texts import read_texts
+from tercet.errors import RecipeError
+from tercet.files import replacing_file
+from tercet.vectors import Kind
+
+if TYPE_CHECKING:
+    from tercet.interop.engines import FormatName
+    from tercet.search.export import Written
+
+_ARRAYS: Final = (".npy", ".npz")
+
+
+def encode(
+    model: ModelName,
+    file: Annotated[Path, typer.Argument(help="Texts: .txt (one a line), .jsonl or .parquet.")],
+    out: Annotated[
+        Path, typer.Option(help="A .npy file; a folder with --kinds; .jsonl with --format.")
+    ],
+    role: Annotated[Literal["query", "document"], typer.Option(help="Decides the prompt.")] = (
+        "document"
+    ),
+    text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
+    task: Annotated[str | None, typer.Option(help="Take this task's prompts.")] = None,
+    dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Such as dense,sparse,multi: a folder of arrays.")
+    ] = None,
+    form: Annotated[
+        Literal["elasticsearch", "milvus", "opensearch", "qdrant", "vespa"] | None,
+        typer.Option("--format", help="Rows that this engine takes in, as lines of JSON."),
+    ] = None,
+    id_field: Annotated[str, typer.Option(help="Where the id is, for --format.")] = "id",
+    title_field: Annotated[str, typer.Option(help="Where the title is, for --format.")] = "title",
+    output: Annotated[
+        Literal["texts", "tokens", "words"], typer.Option(help="What gets a vector.")
+    ] = "texts",
+    attention: ReadingOption = None,
+    pooling: PoolingOption = None,
+    echo: Echo = False,
+    precision: Precision = "float32",
+) -> None:
+    """Turn texts into vectors: a row of the output for each, or for each token or word.
+
+    With tokens or words the output is an .npz file: vectors of all texts, and in offsets where
+    each text begins. With --kinds it is a folder of arrays for each kind, with --format a file of
+    rows for a search engine, with all kinds that the model makes and the engine takes.
+
+    Example: tercet encode minilm texts.txt --out vectors.npy
+    """
+    from tercet.interop.engines import HELD
+    from tercet.search.export import Wanted, write_dense, write_rows, write_vectors
+
+    chosen = kinds_of(kinds)
+    as_folder = chosen is not None and (chosen != ("dense",) or out.suffix not in _ARRAYS)
+    if form is not None:
+        _check_rows(out, output, form, chosen)
+    else:
+        _check_arrays(out, output, as_folder=as_folder)
+    names: dict[str, Any] = {
+        "text_field": text_field,
+        "title_field": title_field,
+        "id_field": id_field,
+    }
+    # The whole file is read once before the model is: a line that is wrong shows early.
+    texts = read_texts(file, text_field) if form is None else read_documents(file, **names)
+    total = sum(1 for _ in texts)
+    embedder = load(model, precision, attention=attention, pooling=pooling, echo=echo)
+    wanted = {"role": role, "task": task, "dims": dims}
+    if form is not None:
+        held: tuple[Kind, ...] = tuple(kind for kind in HELD[form] if kind in embedder.kinds)
+        documents = read_documents(file, **names, keep_fields=True)
+        how = Wanted(kinds=chosen or held, **wanted)
+        _tell(out, write_rows(embedder, documents, out, form, wanted=how, total=total))
+    elif output != "texts":
+        _write_parts(embedder, list(read_texts(file, text_field)), out, output=output, **wanted)
+    elif as_folder:
+        how = Wanted(kinds=chosen or (), **wanted)
+        _tell(out, write_vectors(embedder, read_texts(file, text_field), out, how, total))
+    else:
+        how = Wanted(kinds=("dense",), **wanted)
+        written = write_dense(embedder, read_texts(file, text_field), out, how)
+        width = dims or embedder.dim
+        results().print(f"{out}: {written.texts:,} vectors of {width} dimensions", soft_wrap=True)
+
+
+def _check_rows(out: Path, output: str, form: "FormatName", kinds: Sequence[Kind] | None) -> None:
+    from tercet.interop.engines import HELD
+
+    if output != "texts":
+        raise RecipeError(f"--output {output}: rows for {form} are of whole texts; leave it out")
+    if out.suffix in _ARRAYS:
+        raise RecipeError(f"{out}: rows for {form} are lines of JSON; name it .jsonl")
+    if refused := [kind for kind in kinds or () if kind not in HELD[form]]:
+        raise RecipeError(
+            f"--kinds: rows for {form} hold {' and '.join(HELD[form])} vectors, and no "
+            f"{' or '.join(refused)} ones; leave that out"
+        )
+
+
+def _check_arrays(out: Path, output: str, *, as_folder: bool) -> None:
+    if as_folder and output != "texts":
+        raise RecipeError(f"--output {output} is of dense vectors alone; leave --kinds out")
+    if as_folder and out.suffix in (*_ARRAYS, ".jsonl"):
+        raise RecipeError(
+            f"{out}: vectors of some kinds are a folder of arrays; name it without {out.suffix}"
+        )
+    kind = ".npy" if output == "texts" else ".npz"
+    if not as_folder and out.suffix in _ARRAYS and out.suffix != kind:
+        raise RecipeError(f"{out}: vectors of {output} are a {kind} file; name it so")
+
+
+def _write_parts(
+    embedder: Any, texts: Sequence[str], out: Path, *, output: str, **wanted: Any
+) -> None:
+    """Vectors of all tokens or words, and where each text begins."""
+    with replacing_file(out) as fresh:
+        parts = embedder.encode(texts, **wanted, progress=True, output=output)
+        offsets = np.cumsum([0, *map(len, parts)])
+        with fresh.open("wb") as opened:
+            np.savez(opened, vectors=np.concatenate(parts), offsets=offsets)
+    count = f"{offsets[-1]:,} {output} of {len(texts):,} texts"
+    results().print(f"{out}: vectors of {count}", soft_wrap=True)
+
+
+def _tell(out: Path, written: "Written") -> None:
+    sizes = ", ".join(f"{kind} {size:,.0f}" for kind, size in written.of_a_text().items())
+    results().print(f"{out}: {written.texts:,} texts", soft_wrap=True)
+    say(f"bytes a text in there: {sizes}")

@@ -1,0 +1,224 @@
+"""Texts into files of vectors, some texts at a time: arrays in a folder, or rows for an engine."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+
+from tercet.data.documents import Document
+from tercet.data.examples import shown
+from tercet.data.stored import NAMES, GrowingArray, VectorWriter
+from tercet.errors import DataError, ModelError, RecipeError
+from tercet.files import clear_about, replacing_file, replacing_folder
+from tercet.interop.engines import TAKEN, EngineRow, FormatName, json_line, lines_of, parts_of
+from tercet.nn.embedder import Embedder
+from tercet.progress import bar
+from tercet.search.indexing import bytes_of
+from tercet.segments import row_of
+from tercet.types import Role
+from tercet.vectors import KINDS, Kind, Vectors
+
+TEXTS_AT_ONCE: Final = 256
+CHARACTERS_AT_ONCE: Final = 200_000  # long texts have many token vectors
+WINDOW_OF_TEXTS: Final = 50_000  # of dense vectors alone: those that encode sorts by length
+
+Thing = TypeVar("Thing", str, Document)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which vectors, and how the texts are read."""
+
+    kinds: tuple[Kind, ...]
+    role: Role = "document"
+    task: str | None = None
+    dims: int | None = None  # leading coordinates of dense vectors
+
+
+@dataclass(slots=True)
+class Written:
+    """How many texts were written, and how many bytes their vectors take in the file."""
+
+    texts: int = 0
+    bytes: Counter[Kind] = field(default_factory=Counter)
+
+    def of_a_text(self) -> dict[Kind, float]:
+        """The mean number of bytes by kind."""
+        return {kind: self.bytes[kind] / max(self.texts, 1) for kind in KINDS if kind in self.bytes}
+
+
+def write_vectors(
+    embedder: Embedder, texts: Iterable[str], out: Path, wanted: Wanted, total: int | None = None
+) -> Written:
+    """Write a folder of arrays (``tercet.data.stored``), which appears whole or not at all.
+
+    Raises:
+        ModelError: when a vector is not finite.
+        RecipeError: when ``out`` is a folder with other files in it, or for a kind of vectors that
+            the model does not make.
+        StorageError: when the disk refuses.
+    """
+    _refuse_other_files(out)
+    written = Written()
+    with replacing_folder(out) as fresh, bar("encode", total) as advance:
+        with VectorWriter(fresh) as writer:
+            for batch in batches(texts):
+                vectors = _encoded(embedder, batch, wanted)
+                writer.add(vectors)
+                written.texts += len(batch)
+                written.bytes.update(bytes_of(vectors))
+                advance(len(batch))
+    return written
+
+
+def write_dense(embedder: Embedder, texts: Iterable[str], out: Path, wanted: Wanted) -> Written:
+    """Write the dense vectors as one .npy file of float32 rows, which appears whole or not at all.
+
+    They are those of :meth:`tercet.nn.embedder.Embedder.encode`, which sorts so many texts at a
+    time by length.
+
+    Raises:
+        ModelError: when a vector is not finite.
+        RecipeError: for an unknown task, or ``dims`` out of range.
+        StorageError: when the disk refuses.
+    """
+    written, rest = Written(), iter(texts)
+    with replacing_file(out) as fresh, ExitStack() as opened:  # a closed place shows early
+        file = None
+        while window := list(islice(rest, WINDOW_OF_TEXTS)):
+            vectors = embedder.encode(
+                window, wanted.role, task=wanted.task, dims=wanted.dims, progress=True
+            )
+            _check_finite(Vectors(dense=torch.from_numpy(vectors)), window)
+            if file is None:
+                array = GrowingArray(fresh, vectors.dtype, vectors.shape[1:])
+                file = opened.enter_context(array)
+            file.add(vectors)
+            written.texts += len(window)
+            written.bytes["dense"] += vectors.nbytes
+        assert file is not None, "a file of texts holds some"
+    return written
+
+
+def write_rows(
+    embedder: Embedder,
+    documents: Iterable[Document],
+    out: Path,
+    form: FormatName,
+    *,
+    wanted: Wanted,
+    total: int | None = None,
+) -> Written:
+    """Write a file of rows for an engine (``tercet.interop.engines``), whole or not at all.
+
+    Raises:
+        DataError: for a document with a field that has the name of another part of its row, or
+            holds what JSON cannot say.
+        ModelError: when a vector is not finite.
+        StorageError: when the disk refuses.
+    """
+    written = Written()
+    with replacing_file(out) as fresh, bar("encode", total) as advance:
+        with clear_about(out), fresh.open("wb") as opened:
+            for batch in batches(documents):
+                rows = [_row_of(document) for document in batch]
+                vectors = _encoded(embedder, [row.text for row in rows], wanted)
+                for row, parts in zip(rows, parts_of(form, vectors), strict=True):
+                    opened.write(_as_bytes(form, row, parts))
+                    sizes: dict[Kind, int] = {
+                        kind: len(json_line(part)) for kind, part in parts.items()
+                    }
+                    written.bytes.update(sizes)
+                written.texts += len(batch)
+                advance(len(batch))
+    return written
+
+
+def _encoded(embedder: Embedder, texts: Sequence[str], wanted: Wanted) -> Vectors:
+    """The vectors of some texts.
+
+    Raises:
+        ModelError: when one is not finite.
+    """
+    vectors = embedder.encode_vectors(
+        texts, wanted.role, kinds=wanted.kinds, task=wanted.task, dims=wanted.dims
+    )
+    _check_finite(vectors, texts)
+    return vectors
+
+
+def _check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
+    if (row := first_broken(vectors)) is not None:
+        raise ModelError(
+            f"the vector of {shown(texts[row])} holds NaN or infinity; the model is broken, or it "
+            "was run in a precision too low for it"
+        )
+
+
+def first_broken(vectors: Vectors) -> int | None:
+    """The first text with a vector that is not finite, or None."""
+    rows: list[int] = []
+    owners = {
+        "dense": None,
+        "sparse": None if vectors.sparse is None else row_of(vectors.sparse.offsets),
+        "multi": None if vectors.multi is None else row_of(vectors.multi.offsets),
+    }
+    for kind, values in zip(vectors.kinds, vectors.tensors(), strict=True):
+        broken = ~(values if values.dim() == 1 else values.sum(1)).isfinite()
+        if bool(broken.any()):
+            owner = owners[kind]
+            (places,) = torch.nonzero(broken, as_tuple=True)
+            rows.append(int(places[0] if owner is None else owner[places[0]]))
+    return min(rows, default=None)
+
+
+def _row_of(document: Document) -> EngineRow:
+    if clash := set(document.fields) & set(TAKEN):
+        raise DataError(
+            "documents",
+            None,
+            f'the document {shown(document.id)} has a field "{min(clash)}", as its row has; '
+            "give the field another name",
+        )
+    return EngineRow(document.id, document.text, document.title, document.fields)
+
+
+def _as_bytes(form: FormatName, row: EngineRow, parts: Mapping[Kind, Any]) -> bytes:
+    try:
+        return b"".join(f"{line}\n".encode() for line in lines_of(form, row, parts))
+    except ValueError as error:  # NaN, or half of a character
+        raise DataError(
+            "documents",
+            None,
+            f"a field of the document {shown(row.id)} cannot be written: {error}; mend it, or "
+            "leave it out",
+        ) from error
+
+
+def _refuse_other_files(out: Path) -> None:
+    """A folder is replaced where it holds nothing but arrays that may have been written here."""
+    there = sorted(out.iterdir()) if out.is_dir() else []
+    if other := next((path for path in there if path.name not in NAMES or path.is_dir()), None):
+        raise RecipeError(
+            f"{out}: holds {shown(other.name)}, which is no array of vectors of texts, and would "
+            "be replaced as a whole; name another folder"
+        )
+
+
+def batches(things: Iterable[Thing]) -> Iterator[list[Thing]]:
+    """Runs of texts or documents whose vectors of every kind fit in memory together."""
+    batch: list[Thing] = []
+    characters = 0
+    for thing in things:
+        batch.append(thing)
+        characters += len(thing if isinstance(thing, str) else thing.text)
+        if len(batch) == TEXTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

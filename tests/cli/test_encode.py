@@ -1,0 +1,214 @@
+import json
+
+import numpy as np
+import pytest
+
+from tercet.data.examples import shown
+from tercet.data.stored import read_vectors, stored_kinds
+from tercet.nn.embedder import Embedder
+from tercet.search import export
+from tercet.vectors import KINDS, Kind
+from tests.cli.lines import write
+from tests.toy import SENTENCES
+
+EVERY_ROW = np.arange(len(SENTENCES))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, encoder_folder):
+    """A model of three kinds of vectors."""
+    folder = tmp_path_factory.mktemp("kinds") / "model"
+    Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(folder)
+    return folder
+
+
+def test_the_role_and_the_dims_of_encode_are_taken(tercet, encoder_folder, files, tmp_path):
+    model, out = tmp_path / "prompted", tmp_path / "v.npy"
+    Embedder.load(encoder_folder, prompts={"query": "read mail "}).save(model)
+    flags = ["--role", "query", "--dims", "16"]
+    assert tercet("encode", model, files / "texts.txt", "--out", out, *flags).status == 0
+    expected = Embedder.load(model).encode(SENTENCES, "query", dims=16)
+    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("output", ["tokens", "words"])
+def test_encode_writes_vectors_of_parts_and_where_each_text_begins(
+    tercet, decoder_folder, files, tmp_path, output
+):
+    out = tmp_path / "v.npz"
+    flags = ["--output", output, "--dims", "16", "--attention", "bidirectional"]
+    ended = tercet("encode", decoder_folder, files / "texts.txt", "--out", out, *flags)
+    model = Embedder.load(decoder_folder, attention="bidirectional")
+    expected = model.encode(SENTENCES, output=output, dims=16)
+    with np.load(out) as found:
+        offsets, vectors = found["offsets"], found["vectors"]
+    assert ended.out == f"{out}: vectors of {offsets[-1]} {output} of 12 texts\n"
+    assert np.diff(offsets).tolist() == [len(part) for part in expected]
+    assert vectors.dtype == np.float32
+    for start, part in zip(offsets, expected, strict=False):
+        np.testing.assert_allclose(vectors[start : start + len(part)], part, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "how"),
+    [
+        (["--attention", "bidirectional"], {"attention": "bidirectional"}),
+        (["--pooling", "weighted_mean"], {"pooling": "weighted_mean"}),
+        (["--echo"], {"echo": True}),
+    ],
+)
+def test_encode_reads_as_its_flags_say(tercet, decoder_folder, files, tmp_path, flags, how):
+    out = tmp_path / "v.npy"
+    assert tercet("encode", decoder_folder, files / "texts.txt", "--out", out, *flags).status == 0
+    expected = Embedder.load(decoder_folder, **how).encode(SENTENCES)
+    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-6)
+    assert np.abs(expected - Embedder.load(decoder_folder).encode(SENTENCES)).max() > 1e-3
+
+
+@pytest.mark.parametrize(("output", "wrong"), [("texts", ".npz"), ("words", ".npy")])
+def test_a_file_named_for_another_kind_of_vectors_is_refused(
+    refused, decoder_folder, files, tmp_path, output, wrong
+):
+    words = ["encode", decoder_folder, files / "texts.txt", "--output", output]
+    said = refused(*words, "--out", tmp_path / f"v{wrong}")
+    assert said.startswith(f"{tmp_path}/v{wrong}: vectors of {output} are a .np")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("named", ["sparse, dense", "multi", "dense,sparse,multi", "dense"])
+def test_kinds_are_written_as_a_folder_of_arrays(tercet, model, files, tmp_path, named):
+    out = tmp_path / "vectors"
+    ended = tercet("encode", model, files / "texts.txt", "--out", out, "--kinds", named)
+    assert (ended.status, ended.out) == (0, f"{out}: 12 texts\n")
+    kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind in named)
+    assert stored_kinds(out) == kinds
+    expected = Embedder.load(model).encode_vectors(SENTENCES, kinds=kinds)
+    if "dense" in kinds:
+        assert expected.dense is not None
+        np.testing.assert_allclose(np.load(out / "dense.npy"), expected.dense, atol=1e-6)
+    if "sparse" in kinds:
+        found = read_vectors(out, EVERY_ROW, "sparse").sparse
+        assert found is not None and expected.sparse is not None
+        assert found.ids.tolist() == expected.sparse.ids.tolist()
+        np.testing.assert_allclose(found.weights, expected.sparse.weights, atol=1e-6)
+        assert f"sparse {8 * len(found.ids) / 12:,.0f}" in ended.err
+    if "multi" in kinds:
+        found = read_vectors(out, EVERY_ROW, "multi").multi
+        assert found is not None and expected.multi is not None
+        assert found.offsets.tolist() == expected.multi.offsets.tolist()
+        np.testing.assert_allclose(found.vectors, expected.multi.vectors, atol=5e-4)
+        assert np.load(out / "multi.npy", mmap_mode="r").dtype == np.float16
+
+
+def test_dense_vectors_named_as_a_kind_may_be_one_file(tercet, model, files, tmp_path):
+    words = ["encode", model, files / "texts.txt"]
+    assert tercet(*words, "--out", tmp_path / "a.npy", "--kinds", "dense").status == 0
+    assert tercet(*words, "--out", tmp_path / "b.npy").status == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+
+
+def test_rows_for_an_engine_have_ids_texts_fields_and_vectors(tercet, model, tmp_path):
+    records = [{"key": i, "body": text, "year": 2000 + i} for i, text in enumerate(SENTENCES)]
+    file, out = write(tmp_path / "docs.jsonl", *records), tmp_path / "rows.jsonl"
+    fields = ["--text-field", "body", "--id-field", "key"]
+    ended = tercet("encode", model, file, "--out", out, "--format", "milvus", *fields)
+    assert (ended.status, ended.out) == (0, f"{out}: 12 texts\n")
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    expected = Embedder.load(model).encode_vectors(SENTENCES).dense
+    assert expected is not None
+    np.testing.assert_allclose([row["dense"] for row in rows], expected, atol=1e-6)
+    assert [(row["id"], row["text"], row["year"]) for row in rows] == [
+        (str(i), text, 2000 + i) for i, text in enumerate(SENTENCES)
+    ]
+    assert {frozenset(row) for row in rows} == {
+        frozenset({"id", "title", "text", "year", "dense", "sparse"})
+    }
+    size = sum(len(json.dumps(row["dense"], separators=(",", ":"))) for row in rows) / 12
+    assert f"bytes a text in there: dense {size:,.0f}, sparse " in ended.err
+
+
+def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(refused, files, tmp_path):
+    words = ["encode", tmp_path / "lost", files / "docs.jsonl", "--out"]
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "vectors"
+    milvus = ["--format", "milvus"]
+    assert refused(*words, tmp_path / "v.npy", *milvus).endswith(
+        "v.npy: rows for milvus are lines of JSON; name it .jsonl"
+    )
+    assert refused(*words, rows, *milvus, "--kinds", "dense,multi") == (
+        "--kinds: rows for milvus hold dense and sparse vectors, and no multi ones; leave that out"
+    )
+    assert refused(*words, rows, *milvus, "--output", "words").startswith("--output words: rows")
+    for name in ("v.npy", "v.npz", "v.jsonl"):
+        said = refused(*words, tmp_path / name, "--kinds", "dense,sparse")
+        assert f"{name}: vectors of some kinds are a folder of arrays; name it without" in said
+    said = refused(*words, folder, "--kinds", "sparse", "--output", "tokens")
+    assert said == "--output tokens is of dense vectors alone; leave --kinds out"
+    assert "there is no kind 'terms'" in refused(*words, folder, "--kinds", "terms")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kind_that_the_model_lacks_and_a_folder_of_others_are_refused(
+    refused, encoder_folder, files, tmp_path
+):
+    words = ["encode", encoder_folder, files / "texts.txt", "--kinds", "sparse", "--out"]
+    said = refused(*words, tmp_path / "vectors")
+    assert said == "the model makes no sparse vectors; it makes dense"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear all")
+    assert "mine: holds 'letter.txt', which is no array" in refused(*words, tmp_path / "mine")
+    assert (tmp_path / "mine/letter.txt").exists() and not (tmp_path / "vectors").exists()
+
+
+def test_a_folder_with_an_array_of_somebody_s_is_left_as_it_is(
+    tercet, refused, encoder_folder, files, tmp_path
+):
+    out = tmp_path / "mine"
+    words = ["encode", encoder_folder, files / "texts.txt", "--kinds", "dense", "--out", out]
+    for _ in range(2):  # what was written here may be replaced
+        assert tercet(*words).status == 0
+    np.save(out / "labels.npy", np.arange(3))
+    said = refused(*words)
+    assert said == (
+        f"{out}: holds 'labels.npy', which is no array of vectors of texts, and would be replaced "
+        "as a whole; name another folder"
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["dense.npy", "labels.npy"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--kinds", "dense"]])
+def test_vectors_that_are_no_numbers_are_not_written(
+    refused, model, files, tmp_path, monkeypatch, flags
+):
+    """Of the fifth text, which stands in the second window."""
+    monkeypatch.setattr(export, "WINDOW_OF_TEXTS", 3)
+    out = tmp_path / ("vectors" if flags else "v.npy")
+    name = "encode_vectors" if out.suffix == "" else "encode"
+    monkeypatch.setattr(Embedder, name, _with_nan(getattr(Embedder, name)))
+    said = refused("encode", model, files / "texts.txt", "--out", out, *flags)
+    assert said.startswith(f"the vector of {shown(SENTENCES[4])} holds NaN or infinity; the model ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _with_nan(encode):
+    """The same method; the fifth sentence's vector holds what is no number."""
+
+    def broken(embedder, texts, *how, **more):
+        found = encode(embedder, texts, *how, **more)
+        if SENTENCES[4] in texts:
+            rows = found if isinstance(found, np.ndarray) else found.dense.numpy()
+            rows[list(texts).index(SENTENCES[4]), 1] = float("nan")
+        return found
+
+    return broken
+
+
+def test_a_field_that_a_row_has_already_or_that_is_no_json_is_refused(refused, model, tmp_path):
+    out = ["--out", tmp_path / "rows.jsonl", "--format", "vespa"]
+    clash = write(tmp_path / "a.jsonl", {"id": "a", "text": "music", "dense": "very"})
+    said = refused("encode", model, clash, *out)
+    assert 'has a field "dense", as its row has; give the field another name' in said
+    (tmp_path / "b.jsonl").write_text('{"id": "b", "text": "music", "size": NaN}\n')
+    assert "a field of the document 'b' cannot be written: " in refused(
+        "encode", model, tmp_path / "b.jsonl", *out
+    )
+    assert not (tmp_path / "rows.jsonl").exists()
