@@ -31,7 +31,7 @@ def run_together(script: str, *arguments: str, count: int = 2) -> None:
         for rank in range(count)
     ]
     try:
-        said = [process.communicate(timeout=180)[0] for process in processes]
+        said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -349,7 +349,7 @@ def test_the_command_line_trains_in_two_processes(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "run/model\n"
