@@ -149,7 +149,9 @@ def _rows_of(measured: Measured, title: str, said: dict[str, Any]) -> Iterator[R
     """Of one file of scores: each system, and how much better it is than the dense vectors."""
     (_, less) = next(iter(said["differences"].items()), ("", {}))
     for system, found in said["results"].items():
-        name = system if system.startswith("BM25") else system.rsplit(" ", 1)[-1]
+        kind = system.rsplit(" ", 1)[-1]  # of a model with one kind: the model itself
+        name = kind if kind.split("+")[0] in KINDS else "dense"
+        name = system if system.startswith("BM25") else name
         over = less.get(system) if isinstance(less, dict) else None
         yield {
             "name": f"{measured.name}: {title}",
