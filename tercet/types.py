@@ -11,6 +11,7 @@ says where each text begins. Axis names, the same in every signature:
 Words: a *query* is searched with, a *document* is found. A document is a *positive* of a query
 that it answers; a *mined* negative comes with the example, an *in-batch* negative is another
 example's document. A *task* names where examples come from; its *prompt* is put before a text.
+A *source* is a set of examples that share batches: one file, or one language of a folder.
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class Example:
     document_prompt: str | None = None
     task: str = ""
     in_batch: InBatch | None = None  # what its task allows; None: all
+    lang: str = ""  # of its texts, such as "de"; empty: not told
 
 
 @dataclass(frozen=True, slots=True)

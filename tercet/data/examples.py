@@ -17,6 +17,7 @@ QUERY_PROMPT: Final = ("query_prompt", "prompt")
 DOCUMENT_PROMPT: Final = ("document_prompt",)
 TASK: Final = ("task",)
 IN_BATCH: Final = ("in_batch",)
+LANG: Final = ("lang", "language")
 EXAMPLE_FIELDS: Final = (
     *QUERY,
     *POSITIVES,
@@ -27,6 +28,7 @@ EXAMPLE_FIELDS: Final = (
     *DOCUMENT_PROMPT,
     *TASK,
     *IN_BATCH,
+    *LANG,
 )
 
 SHOWN_CHARACTERS: Final = 60  # of a wrong value, in a message
@@ -64,6 +66,7 @@ def parse_example(record: object, task: str) -> Example:
         document_prompt=_optional_text(fields, DOCUMENT_PROMPT),
         task=_optional_text(fields, TASK) or task,
         in_batch=_policy(fields),
+        lang=_optional_text(fields, LANG) or "",
     )
 
 
@@ -79,6 +82,7 @@ def example_record(example: Example) -> dict[str, Any]:
         "document_prompt": example.document_prompt,
         "task": example.task or None,
         "in_batch": example.in_batch,
+        "lang": example.lang or None,
     }
     return {field: value for field, value in record.items() if value is not None}
 

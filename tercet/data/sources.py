@@ -329,6 +329,7 @@ def _write_parquet(
             "document_prompt": text,
             "task": text,
             "in_batch": text,
+            "lang": text,
             **more,
         }
     )

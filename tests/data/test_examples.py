@@ -23,6 +23,7 @@ def test_an_example_with_every_field():
         "query_prompt": "find: ",
         "document_prompt": "text: ",
         "task": "nq",
+        "lang": "de",
         "unknown": 7,
     }
     assert parse_example(record, "file") == Example(
@@ -34,6 +35,7 @@ def test_an_example_with_every_field():
         query_prompt="find: ",
         document_prompt="text: ",
         task="nq",
+        lang="de",
     )
 
 

@@ -45,6 +45,7 @@ def fields_of_valid_examples(draw):
         document_prompt=draw(st.none() | texts),
         task=draw(texts),
         in_batch=draw(st.sampled_from([None, *get_args(InBatch)])),
+        lang=draw(st.sampled_from(["", "de"])),
     )
 
 
