@@ -16,6 +16,7 @@ from tercet.console import results, say
 from tercet.data.sources import Source, open_source
 from tercet.data.texts import open_texts
 from tercet.errors import RecipeError
+from tercet.recipes.arctic_embed import arctic_embed
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
@@ -90,6 +91,20 @@ EXAMPLES: Final = Reads(
     help="Examples, .jsonl or .parquet, for every stage that has no data of its own; may be "
     "repeated. FILE:2 weighs.",
     needed=False,
+)
+SOURCES: Final = Reads(
+    mixture="pairs",
+    flag="data",
+    help="Examples of all sources, .jsonl or .parquet; may be repeated. FILE:2 weighs.",
+    needed=False,
+)
+MINED_OR_DATA: Final = Reads(
+    mixture="mined",
+    flag="mined",
+    help="Examples with negatives for the fine-tuning (see tercet mine); None: those of --data, "
+    "mined by the pretrained model.",
+    needed=False,
+    otherwise="data",
 )
 MORE_PAIRS: Final = Reads(
     mixture="pairs", flag="pairs", help="Examples for the stage supervised.", needed=False
@@ -281,5 +296,14 @@ recipes.command("bge-m3")(
         TEXTS_OR_DATA,
         PAIRS_OR_DATA,
         example="tercet train bge-m3 --base me5-small --data mined.jsonl --out runs/mine",
+    )
+)
+recipes.command("arctic-embed")(
+    training_verb(
+        arctic_embed,
+        SOURCES,
+        MINED_OR_DATA,
+        example="tercet train arctic-embed --base me5-small --data pairs.jsonl --mined mined.jsonl "
+        "--out runs/mine",
     )
 )

@@ -146,12 +146,17 @@ class Embedder(nn.Module):
         return self.backbone.device
 
     def tokenize(
-        self, texts: Sequence[str], role: Role, prompts: str | Sequence[str] | None = None
+        self,
+        texts: Sequence[str],
+        role: Role,
+        prompts: str | Sequence[str] | None = None,
+        max_tokens: int | None = None,
     ) -> Tokens:
-        """Token ids of texts after their prompts; None takes the model's prompt for the role."""
+        """Token ids of texts after their prompts; None takes what the model has for the role."""
         settings = self.settings
         before = settings.prompt(role) if prompts is None else prompts
-        return self.tokenizer(texts, settings.max_tokens(role), before, settings.form(role))
+        longest = max_tokens or settings.max_tokens(role)
+        return self.tokenizer(texts, longest, before, settings.form(role))
 
     @overload
     def encode(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tercet.nn.embedder import Embedder
 from tercet.train.lengths import PRESETS, Costs, Groups, Shape, fitted, usual_edges
 from tercet.train.memory import Room
 from tercet.train.recipe import Stage
+from tercet.types import Role
 
 SAMPLE: Final = 64  # examples of a source whose tokens are counted
 
@@ -50,7 +51,7 @@ def sampler_of(
     if groups is None and stage.token_budget is None and not stage.length_edges:
         return Sampler(drawn, plan)
     sources = _of_examples(stage, drawn)
-    longest = max_tokens(embedder)
+    longest = longest_of(stage, embedder)
     counted = [in_tokens(source, embedder, longest) for source in sources]
     if groups is not None:
         return Sampler(counted, replace(plan, length_edges=groups.edges, batch_sizes=groups.sizes))
@@ -74,7 +75,7 @@ def groups_of(
     if stage.batching is None:
         return None
     sources = _of_examples(stage, drawn)
-    processes, longest = distributed.world(), max_tokens(embedder)
+    processes, longest = distributed.world(), longest_of(stage, embedder)
     if stage.batching in PRESETS:
         return PRESETS[stage.batching].times(processes)
     return fitted(
@@ -90,9 +91,15 @@ def groups_of(
     )
 
 
-def max_tokens(embedder: Embedder) -> int:
+def max_tokens_of(stage: Stage, embedder: Embedder, role: Role) -> int:
+    """The length at which a stage cuts texts of this role; never more than the model takes."""
+    own = stage.query_tokens if role == "query" else stage.document_tokens
+    return min(own or embedder.settings.max_tokens(role), embedder.backbone.max_tokens)
+
+
+def longest_of(stage: Stage, embedder: Embedder) -> int:
     """The length at which every text is cut."""
-    return max(embedder.settings.query_tokens, embedder.settings.document_tokens)
+    return max(max_tokens_of(stage, embedder, role) for role in get_args(Role))
 
 
 def in_tokens(source: Source, embedder: Embedder, longest: int) -> Source:
@@ -114,10 +121,10 @@ def shape_of(sources: Sequence[Source], stage: Stage, embedder: Embedder) -> Sha
     """
     documents = tokens = queries = longest = 0.0
     samples = [sample for source in sources for sample in _sampled(source, embedder)]
-    limits = embedder.settings
+    cut_query, cut_document = (max_tokens_of(stage, embedder, role) for role in get_args(Role))
     for sample in samples:
-        query = min(sample.lengths[0], limits.query_tokens)
-        lengths = np.minimum(sample.lengths[1:], limits.document_tokens)
+        query = min(sample.lengths[0], cut_query)
+        lengths = np.minimum(sample.lengths[1:], cut_document)
         positives, mined = lengths[: sample.positives], lengths[sample.positives :]
         taken = min(len(positives), stage.positives)
         others = min(len(mined), stage.negatives) if stage.refresh is None else stage.negatives

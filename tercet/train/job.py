@@ -70,7 +70,8 @@ def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> No
         RecipeError: when no example of a source brings one.
     """
     for stage, of_stage in zip(recipe.stages, sources, strict=True):
-        for source in of_stage if stage.in_batch == "none" else ():
+        alone = stage.in_batch == "none" and not is_refreshed(stage, of_stage, at_start=True)
+        for source in of_stage if alone else ():
             bare, every = source.without_negatives, len(source)
             if bare == every:
                 raise RecipeError(
@@ -87,6 +88,14 @@ def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> No
                     every,
                     stage.name,
                 )
+
+
+def is_refreshed(stage: Stage, sources: Sequence[Source], *, at_start: bool = False) -> bool:
+    """Whether the negatives of these sources are mined in the stage, or even before it."""
+    refresh = stage.refresh
+    if refresh is None or (at_start and not refresh.at_start):
+        return False
+    return not refresh.missing or any(source.without_negatives for source in sources)
 
 
 def require_widths(recipe: Recipe, dim: int) -> None:

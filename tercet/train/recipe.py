@@ -74,17 +74,21 @@ RANKS_10_TO_210: Final = Mining(
 class Refresh:
     """Hard negatives mined again by the model in training (ANCE, arXiv 2007.00808).
 
-    They take the place of those that the examples bring, and ``Stage.negatives`` of them are drawn
-    for a batch. Mined are the documents of all the stage's examples. What is drawn of the ranks
-    differs from one refresh to the next.
+    They take the place of those that the examples bring, unless ``mining.keep`` says to keep these,
+    and ``Stage.negatives`` of them are drawn for a batch. Mined are the documents of all the
+    stage's examples. What is drawn of the ranks differs from one refresh to the next.
     """
 
-    every: int  # optimizer steps
+    every: int | None  # optimizer steps; None: not again
+    at_start: bool = False  # before the first step too
+    missing: bool = False  # only if some examples bring none
     mining: Mining = RANKS_10_TO_210
     corpus: tuple[str, ...] = ()  # files of further documents that are mined
 
     def __post_init__(self) -> None:
         at_least(1, self, "every")
+        if self.every is None and not self.at_start:
+            raise RecipeError("a refresh is neither at the start nor later; leave it out")
         if self.mining.at_least:
             raise RecipeError(
                 f"a refresh has at_least {self.mining.at_least}, but leaves out no row; give 0"
@@ -111,6 +115,8 @@ class Stage:
     negatives: int = 8  # mined ones of one query, at most
     in_batch: Policy = "per_row"  # which documents of other examples are negatives
     mask_duplicates: bool = True  # never take a text that answers the query too for a negative
+    query_tokens: int | None = None  # longer ones are cut in this stage; None: as the model does
+    document_tokens: int | None = None
     mixing: Mixing = "single"  # one source a batch, or all in each
     length_edges: tuple[int, ...] = ()  # borders of length groups, in tokens; a batch has one group
     token_budget: int | None = None  # examples times tokens of their group's longest text, at most
@@ -123,7 +129,7 @@ class Stage:
     schedule: ScheduleName = "linear"
     warmup: float = 0.1  # share of the steps
     warmup_steps: int | None = None  # overrides warmup
-    decay: float = 0.1  # share of the steps; of the warmup-stable-decay schedule only
+    decay: float = 0.1  # share of the steps; of the schedules wsd and early
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
     patience: int | None = None  # evaluations without a better result until it stops
@@ -139,6 +145,7 @@ class Stage:
         self._check_refresh()
         above(0, self, "epochs", "learning_rate", "clip")
         at_least(1, self, "steps", "positives", "token_budget", "patience")
+        at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
         at_least(0, self, "negatives", "weight_decay", "warmup_steps")
         shares(self, "warmup", "decay", "shuffle_segments")
         edges = self.length_edges

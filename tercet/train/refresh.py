@@ -100,8 +100,10 @@ class Refresher:
 
     def due(self, step: int) -> bool:
         """Whether new negatives are to be mined after so many steps."""
-        in_force = 0 if self._state is None else self._state["step"]
-        return step > in_force and step % self._refresh.every == 0
+        before = -1 if self._refresh.at_start else 0
+        in_force = before if self._state is None else self._state["step"]
+        every = self._refresh.every
+        return step > in_force and (step % every == 0 if every else step == 0)
 
     def restore(self, state: Mapping[str, Any] | None, step: int) -> None:
         """Take the negatives that were in force when a checkpoint was made after ``step`` steps.

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple
 from functools import cached_property
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tercet import distributed
 from tercet.data.collate import Collator, PromptOf
 from tercet.data.sampler import BatchRows, Sampler
+from tercet.data.tokens import Tokens
 from tercet.errors import RecipeError, TrainingError
 from tercet.files import replacing_file
 from tercet.nn.chunked import Chunks, Losses
@@ -25,19 +26,21 @@ from tercet.objectives.objective import TextBatch
 from tercet.progress import Advance, bar, notes
 from tercet.train import checkpoint, schedule
 from tercet.train.alarm import SparseAlarm
-from tercet.train.batches import groups_of, sampler_of
+from tercet.train.batches import groups_of, max_tokens_of, sampler_of
 from tercet.train.candidates import Candidates
 from tercet.train.job import (
     CHECKPOINT,
     MADE_WITH,
     Job,
     identity,
+    is_refreshed,
 )
 from tercet.train.lengths import Groups
 from tercet.train.log import Log
 from tercet.train.memory import Room, graph_bytes, memory_for, pair_bytes
 from tercet.train.recipe import Stage
 from tercet.train.refresh import Refresher
+from tercet.types import Role
 
 BEST: Final = "best.pt"
 
@@ -64,7 +67,7 @@ class Trainer:
         self.embedder, self.stage, self.folder = embedder, stage, folder
         self.seed, self.options, self.say = recipe.seed, run, job.say
         self.refresher = None
-        if stage.refresh is not None:
+        if stage.refresh is not None and is_refreshed(stage, self.sources):
             self.refresher = Refresher(stage.refresh, self.sources, folder, recipe.seed)
             self.sources = self.refresher.sources
         collate = collator_of(embedder, stage, job.prompt_of)
@@ -370,9 +373,13 @@ def everyones(share: Tensor) -> float:
 
 
 def collator_of(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collator:
-    """What makes a stage's batches of examples."""
+    """What makes a stage's batches of examples, cut to the stage's own lengths."""
+
+    def tokenize(texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Tokens:
+        return embedder.tokenize(texts, role, prompts, max_tokens_of(stage, embedder, role))
+
     return Collator(
-        tokenize=embedder.tokenize,
+        tokenize=tokenize,
         prompt_of=prompt_of,
         positives=stage.positives,
         negatives=stage.negatives,

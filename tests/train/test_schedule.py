@@ -29,3 +29,9 @@ def test_no_step_has_a_rate_of_zero():
     for name in ("constant", "linear", "wsd"):
         for warmup in (0, 1, 5):
             assert all(factor(name, s, 9, warmup=warmup, decay=4) > 0 for s in range(9))
+
+
+def test_an_early_decay_falls_first_and_stays_at_a_tenth():  # trap A14, read the other way
+    factors = [factor("early", step, 8, warmup=1, decay=4) for step in range(8)]
+    assert factors == pytest.approx([0.5, 1, 0.775, 0.55, 0.325, 0.1, 0.1, 0.1])
+    assert factor("early", 6_000, 9_342, decay=6_000) == pytest.approx(0.1)
