@@ -77,7 +77,7 @@ def backward_in_chunks(
 
     def embedded(chunk: int, *, with_graph: bool) -> Vectors:
         nonlocal plain
-        taken = texts.take(members[chunk]) if members[chunk] else _one_token(texts)
+        taken = texts.take(members[chunk]) if members[chunk] else one_token(texts)
         with torch.set_grad_enabled(with_graph), own_random_state(texts, chunks.seed, chunk):
             made = embed(taken)
         plain = isinstance(made, Tensor)
@@ -121,8 +121,14 @@ def _largest(*numbers: int) -> list[int]:
     return gather_ints(torch.tensor([numbers])).amax(0).tolist()
 
 
-def _one_token(texts: Packed) -> Packed:
-    """A text for a process that has none left."""
+def as_many_as_others(members: list[list[int]]) -> list[list[int]]:
+    """These chunks, and empty ones up to the number of the process that has most."""
+    (most,) = _largest(len(members))
+    return members + [[] for _ in range(most - len(members))]
+
+
+def one_token(texts: Packed) -> Packed:
+    """A text to read for a process whose chunk is empty; what comes of it is dropped."""
     id, start = texts.ids.new_zeros(1), texts.offsets.new_zeros(1)
     return Packed(id, torch.cat([start, start + 1]), texts.pooled.new_ones(1))
 

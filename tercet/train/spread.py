@@ -10,6 +10,7 @@ from tercet.errors import RecipeError
 from tercet.nn.backbone import Backbone
 from tercet.nn.embedder import Embedder
 from tercet.objectives.contrastive import PairsAtWork
+from tercet.objectives.mntp import BlocksAtWork
 from tercet.objectives.objective import Work
 from tercet.sharding import Sharded
 
@@ -67,14 +68,16 @@ def blocks_of(backbone: Backbone) -> list[nn.Module]:
 
 
 def require_in_step(name: str, work: Work) -> None:
-    """Refuse an objective that makes as many runs through the network as its own texts need.
+    """Refuse an objective whose processes do not run through the network equally often.
+
+    RetroMAE is one: it reads the token table from outside as well.
 
     Raises:
         RecipeError: when the stage of this name has one.
     """
-    if not isinstance(work, PairsAtWork):
+    if not isinstance(work, PairsAtWork | BlocksAtWork):
         raise RecipeError(
-            f"the stage {name} cannot be trained with shard_weights, since its processes do not "
-            "run in step; train it without (its model is saved), and the stages that contrast "
-            "texts with"
+            f"the stage {name} cannot be trained with shard_weights: it needs the token table "
+            "whole, and its processes do not run in step; train it in a run of its own without, "
+            "and give its model to the other stages as their base"
         )
