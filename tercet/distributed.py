@@ -1,4 +1,6 @@
-"""Several processes that train one model; the only module that imports ``torch.distributed``.
+"""Several processes that train one model: what they say to each other.
+
+This module and :mod:`tercet.sharding` alone import ``torch.distributed``.
 
 ``torchrun`` starts the processes and describes them in environment variables. Without it there is
 one process, and every function here is the identity. All processes have to call the same

@@ -72,11 +72,12 @@ class Packed:
 
     def take(self, texts: Sequence[int]) -> "Packed":
         """These texts, in this order."""
-        bounds = self.offsets.tolist()
-        rows = [slice(bounds[i], bounds[i + 1]) for i in texts]
-        lengths = torch.tensor([row.stop - row.start for row in rows], device=self.offsets.device)
-        if not rows:
+        if not len(texts):
             return Packed(self.ids[:0], self.offsets[:1], self.pooled[:0])
+        chosen = torch.tensor(texts, device=self.offsets.device)
+        begins, ends = self.offsets[chosen], self.offsets[chosen + 1]
+        lengths = ends - begins
+        rows = [slice(*row) for row in zip(begins.tolist(), ends.tolist(), strict=True)]
         ids = torch.cat([self.ids[row] for row in rows])
         return Packed(ids, offsets_of(lengths), torch.cat([self.pooled[row] for row in rows]))
 

@@ -154,6 +154,7 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
         _flag("save_minutes", float, "Between checkpoints.", 5.0),
         _flag("save_steps", int | None, "Between checkpoints, as well.", None),
         _flag("eval_steps", int | None, "Between evaluations; None: ten times.", None),
+        _flag("shard_weights", bool, "Each process holds a part of the weights (FSDP2).", False),
         _flag("tensorboard", bool, "Write TensorBoard files too.", False),
     ]
     everything = [*shown, *numbers, *machine]

@@ -1,8 +1,9 @@
 """From texts to one row of tokens."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from tercet.segments import offsets_of, row_of
 from tercet.types import Packed, Role
 
 _NONE: Final = np.empty(0, np.int32)
+_AT_ONCE: Final = 1_024  # texts that are encoded together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,8 @@ class Tokens:
         rows = [self.ids[i] for i in chosen]
         offsets = offsets_of(torch.tensor([len(row) for row in rows], dtype=torch.int64))
         ids = torch.from_numpy(np.concatenate(rows or [_NONE]).astype(np.int64))
+        if not any(self.skipped) and not self.left_out:
+            return Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
         owner = row_of(offsets)
         place = torch.arange(len(ids)) - offsets[owner]  # inside its text
         pooled = place >= torch.tensor([self.skipped[i] for i in chosen])[owner]
@@ -246,7 +250,7 @@ class Tokenizer:
         located = spans or bool(form.suffix) or (not form.pool_prompt and any(before))
         encode = self._fast.encode_batch if located else self._fast.encode_batch_fast
         head, tail = len(self._head), len(self._tail)
-        for encoding, prompt, text in zip(encode(whole), before, texts, strict=True):
+        for encoding, prompt, text in zip(_in_parts(encode, whole), before, texts, strict=True):
             ids = encoding.ids
             ids = ids[head : len(ids) - tail]
             if not located:
@@ -274,8 +278,8 @@ class Tokenizer:
         between = self._piece(f"\n{name} again:")[:room]
         after = self._piece(form.suffix)[: room - len(between)]
         encode = self._fast.encode_batch if spans else self._fast.encode_batch_fast
-        encoded = encode(list(texts), add_special_tokens=False)
-        for encoding, prompt in zip(encoded, before, strict=True):
+        encode = partial(encode, add_special_tokens=False)
+        for encoding, prompt in zip(_in_parts(encode, texts), before, strict=True):
             spare = room - len(between) - len(after)
             start = starts[prompt][:spare]
             kept = (spare - len(start)) // 2
@@ -325,6 +329,14 @@ class _Laid:
     cut: bool
     prompted: bool  # even where no token is the prompt's alone
     spans: list[tuple[int, int]] = field(default_factory=list)  # of the text's tokens, if asked
+
+
+def _in_parts(
+    encode: Callable[[list[str]], list[Encoding]], texts: Sequence[str]
+) -> Iterator[Encoding]:
+    """Encodings of texts, few at a time: one takes some hundred bytes a token."""
+    for start in range(0, len(texts), _AT_ONCE):
+        yield from encode(list(texts[start : start + _AT_ONCE]))
 
 
 def _borders(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

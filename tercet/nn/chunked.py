@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from tercet.distributed import gather_ints
 from tercet.types import Packed
 from tercet.vectors import Vectors
 
@@ -28,6 +29,7 @@ class Chunks:
     max_tokens: int  # of one chunk
     graph_tokens: int | None = None  # whose graphs may wait for the loss; None: all of them
     seed: int = 0  # of the dropout masks; give another one to each step and each process
+    in_step: bool = False  # all processes run as many chunks; needed where weights are sharded
 
 
 def chunks_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -59,20 +61,28 @@ def backward_in_chunks(
     The losses come back detached. Where ``loss`` is not finite, ``embed`` is not differentiated:
     look at it before a step. The backward of ``loss_of`` itself runs in any case, because other
     processes may be waiting in it for their share of the gradient.
+
+    ``in_step`` the processes agree on the number of chunks and of graphs to keep. One that has
+    fewer chunks embeds a token and drops it: the others need its answer.
     """
     lengths = texts.lengths
     members = chunks_of(lengths, chunks.max_tokens)
     sizes = [sum(lengths[text] for text in chunk) for chunk in members]
     first_kept = _first_kept(sizes, chunks.graph_tokens)
+    if chunks.in_step:
+        most, first_kept = _largest(len(members), first_kept)
+        members += [[] for _ in range(most - len(members))]
 
     plain = False
 
     def embedded(chunk: int, *, with_graph: bool) -> Vectors:
         nonlocal plain
+        taken = texts.take(members[chunk]) if members[chunk] else one_token(texts)
         with torch.set_grad_enabled(with_graph), own_random_state(texts, chunks.seed, chunk):
-            made = embed(texts.take(members[chunk]))
+            made = embed(taken)
         plain = isinstance(made, Tensor)
-        return Vectors(dense=made) if isinstance(made, Tensor) else made
+        vectors = Vectors(dense=made) if isinstance(made, Tensor) else made
+        return vectors if members[chunk] else vectors.take(slice(0))
 
     def losses_of(vectors: Vectors) -> Losses:
         given: Any = vectors.dense if plain else vectors
@@ -81,11 +91,14 @@ def backward_in_chunks(
     without = [embedded(chunk, with_graph=False) for chunk in range(first_kept)]
     kept = [embedded(chunk, with_graph=True) for chunk in range(first_kept, len(members))]
     losses, gradients = _loss_and_gradients(losses_of, [*without, *map(_detached, kept)], members)
-    if gradients is None:
+    (bad,) = _largest(int(gradients is None)) if chunks.in_step else (gradients is None,)
+    if gradients is None or bad:
         return losses
     for chunk in reversed(range(len(members))):
         part = kept.pop() if kept else embedded(chunk, with_graph=True)
         pairs = zip(part.tensors(), gradients[chunk], strict=True)
+        if chunks.in_step:  # a vector that the loss of this process alone does not use
+            pairs = [(x, torch.zeros_like(x) if by is None else by) for x, by in pairs]
         learned = [(tensor, by) for tensor, by in pairs if by is not None and tensor.requires_grad]
         if learned:
             torch.autograd.backward([tensor for tensor, _ in learned], [by for _, by in learned])
@@ -101,6 +114,23 @@ def _first_kept(sizes: list[int], graph_tokens: int | None) -> int:
         first -= 1
         room -= sizes[first]
     return first
+
+
+def _largest(*numbers: int) -> list[int]:
+    """Of each number, the largest that a process has."""
+    return gather_ints(torch.tensor([numbers])).amax(0).tolist()
+
+
+def as_many_as_others(members: list[list[int]]) -> list[list[int]]:
+    """These chunks, and empty ones up to the number of the process that has most."""
+    (most,) = _largest(len(members))
+    return members + [[] for _ in range(most - len(members))]
+
+
+def one_token(texts: Packed) -> Packed:
+    """A text to read for a process whose chunk is empty; what comes of it is dropped."""
+    id, start = texts.ids.new_zeros(1), texts.offsets.new_zeros(1)
+    return Packed(id, torch.cat([start, start + 1]), texts.pooled.new_ones(1))
 
 
 @contextmanager
@@ -130,7 +160,7 @@ def _loss_and_gradients(
     """
     together = Vectors.join(parts)
     leaves = [tensor.requires_grad_() for tensor in together.tensors()]
-    order = torch.tensor([text for chunk in members for text in chunk])
+    order = torch.tensor([text for chunk in members for text in chunk], dtype=torch.int64)
     losses = loss_of(together.with_tensors(leaves).take(order.argsort()))
     loss = losses["loss"]
     if loss.requires_grad:

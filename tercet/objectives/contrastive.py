@@ -109,7 +109,8 @@ class PairsAtWork:
 
     def backward(self, batch: Batch, chunks: Chunks, step: int = 0) -> Losses:
         """Embed in chunks, take the loss over all vectors, carry the gradient back."""
-        if not len(batch.texts):  # a small batch is shared by others; they wait for this one
+        # A small batch is shared by others; they wait for this one.
+        if not len(batch.texts) and not chunks.in_step:
             return self._of_no_texts(batch, step)
         return backward_in_chunks(
             lambda texts: self.embedder.vectors(texts, self.kinds),

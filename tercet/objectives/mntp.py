@@ -22,7 +22,14 @@ from tercet.data.sources import Source
 from tercet.distributed import gather_ints
 from tercet.errors import RecipeError
 from tercet.losses.language import Head, next_token_loss
-from tercet.nn.chunked import Chunks, Losses, chunks_of, own_random_state
+from tercet.nn.chunked import (
+    Chunks,
+    Losses,
+    as_many_as_others,
+    chunks_of,
+    one_token,
+    own_random_state,
+)
 from tercet.nn.embedder import Embedder
 from tercet.nn.language import load_head
 from tercet.segments import offsets_of
@@ -169,14 +176,16 @@ class BlocksAtWork:
         loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
         texts, labels = batch.texts.to(device), batch.labels.to(device)
         answers = Packed(labels, texts.offsets, texts.pooled)
-        lengths = texts.lengths
-        for number, members in enumerate(chunks_of(lengths, chunks.max_tokens) if lengths else []):
+        every = chunks_of(texts.lengths, chunks.max_tokens)
+        every = as_many_as_others(every) if chunks.in_step else every
+        for number, members in enumerate(every):
             tokens = answers.take(members).ids
             places = (tokens != NO_LABEL).nonzero().squeeze(1)
-            if not len(places):
+            if not len(places) and not chunks.in_step:
                 continue
+            read = texts.take(members) if members else one_token(texts)
             with own_random_state(texts, chunks.seed, number):
-                states = self.embedder.backbone(texts.take(members))
+                states = self.embedder.backbone(read)
             part, found = next_token_loss(
                 states[places - 1], tokens[places], self.head, total=total
             )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tercet.errors import RecipeError
 from tercet.files import replacing_file
+from tercet.sharding import is_sharded, part_of, whole_of
 
 VERSION: Final = 1
 
@@ -37,6 +38,17 @@ class Progress:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that training changes, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, whole. All processes have to ask for them, in one order.
+
+    Those that were spread over the processes come one by one onto the CPU.
+    """
+    return {
+        name: whole_of(p).cpu() if is_sharded(p) else p.detach()
+        for name, p in trainable(module).items()
+    }
 
 
 def save(path: Path, what: dict[str, Any], progress: Progress, **states: Any) -> None:
@@ -95,4 +107,4 @@ def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
     assert own.keys() == weights.keys(), "a checkpoint of the same run has the same weights"
     with torch.no_grad():
         for name, weight in own.items():
-            weight.copy_(weights[name])
+            weight.copy_(part_of(weights[name], weight))

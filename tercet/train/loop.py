@@ -48,6 +48,9 @@ def train(
     bits as a run that was never stopped. With ``score`` the model is measured before the first
     step and along the way, and the best weights are the ones that stay.
 
+    With ``Run.shard_weights`` each of several processes holds a part of the network's weights
+    while it trains; the embedder that comes back is whole, and on the CPU.
+
     Raises:
         RecipeError: when recipe, data and an earlier run in ``out`` do not fit together.
         TrainingError: at a loss or gradient that is not a number, naming the examples.
@@ -64,7 +67,7 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
     folders = [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
     refuse_other_stages(out, folders)
     require_negatives(recipe, job.sources)
-    device = job.run.find_device()
+    device = job.run.home
     torch.manual_seed(recipe.seed)  # of the weights of a new layer
     embedder = build(recipe.model).to(device)
     require_widths(recipe, embedder.dim)

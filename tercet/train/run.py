@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from tercet import distributed
 from tercet.errors import RecipeError
 from tercet.train.recipe import above, at_least
 
@@ -20,6 +21,7 @@ class Run:
     save_minutes: float = 5.0  # between checkpoints
     save_steps: int | None = None  # between checkpoints, as well
     eval_steps: int | None = None  # between evaluations; None: ten times a stage
+    shard_weights: bool = False  # over the processes, with gradients and optimizer (FSDP2)
     tensorboard: bool = False
     show_progress: bool = True
 
@@ -27,6 +29,16 @@ class Run:
         above(0, self, "save_minutes")
         at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
         at_least(0, self, "memory_gb")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether weights are spread over processes: one alone holds them all."""
+        return self.shard_weights and distributed.world() > 1
+
+    @property
+    def home(self) -> torch.device:
+        """Where an embedder is between stages: sharded, it may be too large for one device."""
+        return torch.device("cpu") if self.shards_weights else self.find_device()
 
     def find_device(self) -> torch.device:
         """The device asked for, or a GPU if there is one.

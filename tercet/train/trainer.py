@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, astuple
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,8 @@ from tercet.nn.embedder import Embedder
 from tercet.objectives.contrastive import PairsAtWork
 from tercet.objectives.objective import TextBatch
 from tercet.progress import Advance, bar, notes
-from tercet.train import checkpoint, schedule
+from tercet.sharding import clip_gradients, is_sharded
+from tercet.train import checkpoint, optimizer, schedule
 from tercet.train.alarm import SparseAlarm
 from tercet.train.batches import groups_of, max_tokens_of, sampler_of
 from tercet.train.candidates import Candidates
@@ -40,6 +41,7 @@ from tercet.train.log import Log
 from tercet.train.memory import Room, graph_bytes, memory_for, pair_bytes
 from tercet.train.recipe import Stage
 from tercet.train.refresh import Refresher
+from tercet.train.spread import Spread, require_in_step
 from tercet.types import Role
 
 BEST: Final = "best.pt"
@@ -72,7 +74,11 @@ class Trainer:
             self.sources = self.refresher.sources
         collate = collator_of(embedder, stage, job.prompt_of)
         self.work = stage.objective.start(embedder, self.sources, collate)
-        self.optimizer = _optimizer(embedder, stage)
+        self.spread = None
+        if run.shards_weights:
+            require_in_step(stage.name, self.work)
+            self.spread = Spread(embedder, run.find_device())
+        self.optimizer = optimizer.adamw(embedder, stage)
         on_gpu = embedder.device.type == "cuda"
         self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
         half = run.precision == "bfloat16"
@@ -112,8 +118,7 @@ class Trainer:
         """Train to the end."""
         if self.progress.finished:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
-            self._take_best()
-            self.work.finish()
+            self._end()
             return
         if self.progress.step == 0:
             self._greet()
@@ -133,15 +138,20 @@ class Trainer:
                 self.progress.seconds = before + time.monotonic() - started
                 if self._due(self._eval_every()):
                     self._evaluate(score, log)
-                minutes = (time.monotonic() - saved_at) / 60
-                if self._due(self.options.save_steps) or minutes >= self.options.save_minutes:
+                if self._should_save(time.monotonic() - saved_at):
                     self._save()
                     saved_at = time.monotonic()
         self.progress.finished = True
         self._save()
         if cut := self.progress.truncated:
             self.say(f"{cut:,} times a text was longer than the model takes, and its end was cut")
+        self._end()
+
+    def _end(self) -> None:
+        """Leave the embedder with the weights that stay, and as it was given."""
         self._take_best()
+        if self.spread is not None:
+            self.spread.put_together()
         self.work.finish()
 
     def _step(self, log: Log | None, advance: Advance) -> None:
@@ -162,8 +172,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingError(self._complaint(f"the loss is {loss}", rows))
         weights = [p for p in self.embedder.parameters() if p.requires_grad]
-        distributed.sum_gradients(weights)
-        norm = float(nn.utils.clip_grad_norm_(weights, self.stage.clip))
+        distributed.sum_gradients([p for p in weights if not is_sharded(p)])
+        norm = self._clipped(weights)
         if not math.isfinite(norm):
             raise TrainingError(self._complaint(f"the norm of the gradient is {norm}", rows))
         if step == 0 and norm == 0:
@@ -197,13 +207,22 @@ class Trainer:
         if "empty_sparse" in losses and distributed.is_main():
             self.alarm.after_step(self.progress.step, losses["empty_sparse"])
 
+    def _clipped(self, weights: list[nn.Parameter]) -> float:
+        if self.spread is not None:
+            return clip_gradients(weights, self.stage.clip)
+        return float(nn.utils.clip_grad_norm_(weights, self.stage.clip))
+
     def _backward(self, batch: TextBatch) -> Losses:
         self.embedder.train()
         step = self.progress.step
         seed = _seed_of(self.seed, step, distributed.rank())
-        half = self.options.precision == "bfloat16"
-        with torch.autocast(self.embedder.device.type, dtype=torch.bfloat16, enabled=half):
-            chunks = Chunks(self.chunk_tokens, self.room.graph_tokens(batch.texts), seed)
+        half, spread = self.options.precision == "bfloat16", self.spread is not None
+        device = self.embedder.device.type
+        graph_tokens = self.room.graph_tokens(batch.texts)
+        chunks = Chunks(self.chunk_tokens, graph_tokens, seed, in_step=spread)
+        # The cache would hold the whole model in 16 bits until the end of the step.
+        cached = torch.is_autocast_cache_enabled() and not spread
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half, cache_enabled=cached):
             return self.work.backward(batch, chunks, step)
 
     def _refresh(self, log: Log | None, advance: Advance) -> None:
@@ -212,7 +231,8 @@ class Trainer:
         if self.refresher is None or not self.refresher.due(step):
             return
         self._save()
-        found = self.refresher.mine(self.embedder, step, bars=notes(advance))
+        with self._whole(main_alone=False):
+            found = self.refresher.mine(self.embedder, step, bars=notes(advance))
         self.say(f"after step {step}: {found.told}")
         if log is not None:  # it is the next step that reads them
             log.write(
@@ -228,7 +248,8 @@ class Trainer:
         """Measure on the dev set, and keep the weights if they are the best so far."""
         if score is None:
             return
-        found = score(self.embedder.eval()) if distributed.is_main() else 0.0
+        with self._whole(main_alone=True):
+            found = score(self.embedder.eval()) if distributed.is_main() else 0.0
         figures = dict(found) if isinstance(found, Mapping) else {"dev_score": found}
         value = distributed.broadcast_object(figures["dev_score"])
         progress = self.progress
@@ -238,12 +259,16 @@ class Trainer:
         self.alarm.after_evaluation(progress.step, figures)
         if progress.best_score is None or value > progress.best_score:
             progress.best_score, progress.best_step, progress.stale = value, progress.step, 0
-            if distributed.is_main() and self.stage.keep == "best":
-                weights = {n: p.detach() for n, p in checkpoint.trainable(self.embedder).items()}
+            weights = checkpoint.weights_of(self.embedder) if self.stage.keep == "best" else None
+            if distributed.is_main() and weights is not None:
                 with replacing_file(self.folder / BEST) as fresh:
                     torch.save(weights, fresh)
         else:
             progress.stale += 1
+
+    def _whole(self, *, main_alone: bool) -> AbstractContextManager[None]:
+        """The embedder with whole weights, to be used; in other processes it may be in parts."""
+        return nullcontext() if self.spread is None else self.spread.whole(main_alone=main_alone)
 
     def _take_best(self) -> None:
         """The weights that scored best; the last ones where nothing was measured."""
@@ -293,20 +318,29 @@ class Trainer:
                 return
             if self.refresher is not None:
                 self.refresher.restore(states.get("refresh"), self.progress.step)
-            self.optimizer.load_state_dict(states["optimizer"])
+            optimizer.restore(self.optimizer, self.embedder, states["optimizer"])
             self.sampler.restore(states["sampler"])
             self.say(f"going on from step {self.progress.step} of {self.steps}")
 
+    def _should_save(self, seconds: float) -> bool:
+        """Whether it is time to; clocks differ, so all ask the first process where all save."""
+        late = seconds >= 60 * self.options.save_minutes
+        late = late if self.spread is None else distributed.broadcast_object(late)
+        return self._due(self.options.save_steps) or late
+
     def _save(self) -> None:
+        if not distributed.is_main() and self.spread is None:
+            return
+        weights = checkpoint.weights_of(self.embedder)
+        state = optimizer.state_of(self.optimizer, self.embedder)
         if not distributed.is_main():
             return
-        weights = {n: p.detach() for n, p in checkpoint.trainable(self.embedder).items()}
         checkpoint.save(
             self.folder / CHECKPOINT,
             self.what,
             self.progress,
             weights=weights,
-            optimizer=self.optimizer.state_dict(),
+            optimizer=state,
             sampler=self.sampler.state(),
             groups=None if self.groups is None else [list(x) for x in astuple(self.groups)],
             refresh=None if self.refresher is None else self.refresher.state(),
@@ -388,15 +422,3 @@ def collator_of(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collat
         shuffle_segments=stage.shuffle_segments,
         shuffle_at=stage.shuffle_at,
     )
-
-
-def _optimizer(embedder: Embedder, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW; biases and norms are not decayed."""
-    weights = checkpoint.trainable(embedder).values()
-    if not weights:
-        raise RecipeError("every weight is frozen; train with LoRA or leave some weights free")
-    groups = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.learning_rate, fused=True)
