@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tercet.cli.training import weighted
+from tercet.cli.sources import opened, weighted
 from tercet.console import columns, results, say
-from tercet.data.sources import Source, open_source
+from tercet.data.scan import EXAMPLES, Kind
+from tercet.data.sources import Source
 
 ablations = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -150,7 +151,7 @@ def bge_m3(
     """
     from tercet.ablation.cells import bge_m3_cells
     from tercet.ablation.kinds_tables import kinds_tables, write_kinds_findings
-    from tercet.data.texts import open_texts
+    from tercet.data.texts import text_kind
     from tercet.evaluate.suite import open_kinds_set, open_sets
 
     sets = open_sets(test, open_kinds_set)
@@ -158,7 +159,7 @@ def bge_m3(
     mixtures = {
         "examples": examples,
         "pairs": _sources(pairs) if pairs else examples,
-        "texts": _sources(texts, open_texts) if texts else examples,
+        "texts": _sources(texts, text_kind()) if texts else examples,
     }
     numbers = {
         "base": base,
@@ -199,8 +200,9 @@ class _How:
         return asdict(Run(precision=self.precision))
 
 
-def _sources(paths: Sequence[Path], opened: Callable[..., Source] = open_source) -> list[Source]:
-    return [opened(path, weight=weight) for path, weight in map(weighted, paths)]
+def _sources(paths: Sequence[Path], kind: Kind = EXAMPLES) -> list[Source]:
+    named = map(weighted, paths)
+    return [each for path, weight in named for each in opened(path, weight=weight, kind=kind)]
 
 
 def _trained(

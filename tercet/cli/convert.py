@@ -1,7 +1,8 @@
 """Verbs that make training rows of other data, and keep the texts of a test out of them."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -247,7 +248,9 @@ def flagembedding_command(
 
 
 def decontaminate(
-    file: Annotated[Path, typer.Argument(help="Training rows: .jsonl or .parquet.")],
+    file: Annotated[
+        Path, typer.Argument(help="Training rows: .jsonl, .parquet, or a folder of sources.")
+    ],
     against: Annotated[
         list[Path],
         typer.Option(
@@ -260,28 +263,48 @@ def decontaminate(
 ) -> None:
     """Take the texts of a test, and what is nearly the same, out of training rows.
 
-    A row goes with its query or its last positive; a negative goes alone.
+    A row goes with its query or its last positive; a negative goes alone. A folder becomes a
+    folder of the same files, or one file where --out has an ending.
 
     Example: tercet decontaminate rows.jsonl --against test.jsonl --out clean.jsonl
     """
     from tercet.curate.decontaminate import EvaluationTexts, Removal
     from tercet.curate.decontaminate import decontaminate as cleaned
-    from tercet.data.sources import iter_examples, write_examples
+    from tercet.data.folders import shard_examples
+    from tercet.data.sources import write_examples
     from tercet.progress import bar
 
-    _check_place(out, file, *against)
+    outputs = _cleaned_files(file, out)
+    for path, _ in outputs:
+        _check_place(path, file, *against, *(shard.path for _, some in outputs for shard in some))
     index, removal = EvaluationTexts.read(against, threshold), Removal()
-
-    def rows(advance: Any) -> Iterator[Any]:
-        for row in cleaned(iter_examples(file), index, removal):
-            advance()
-            yield row
-        if not removal.kept:
-            raise DataError(file, None, "has no row without a text of the test; nothing is left")
-
     with bar("rows", None) as advance:
-        write_examples(out, rows(advance))
+        for path, shards in outputs:
+            clean = cleaned((row for it in shards for row in shard_examples(it)), index, removal)
+            first = next(clean, None)
+            if first is not None:
+                write_examples(path, _counted(chain([first], clean), advance))
+            elif len(outputs) > 1:
+                say(f"tercet: note: {path}: no row is left, so it is not written")
+    if not removal.kept:
+        raise DataError(file, None, "has no row without a text of the test; nothing is left")
     _show_removal(removal)
+
+
+def _cleaned_files(source: Path, out: Path) -> list[tuple[Path, list[Any]]]:
+    """Each file to write, and the shards whose rows go into it."""
+    from tercet.data.folders import find_groups
+
+    shards = [shard for group in find_groups(source) for shard in group.shards]
+    if not source.is_dir() or out.suffix:
+        return [(out, shards)]
+    return [(out / shard.path.relative_to(source), [shard]) for shard in shards]
+
+
+def _counted(rows: Iterable[Any], advance: Any) -> Iterator[Any]:
+    for row in rows:
+        advance()
+        yield row
 
 
 def _check_place(out: Path, *inputs: Path) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from tercet.cli.loading import Precision, load, weights_of
+from tercet.cli.sources import opened
 from tercet.console import columns, results, say
 from tercet.data.documents import read_documents
-from tercet.data.sources import open_source
 from tercet.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _MANY: Final = 0.5  # of the candidates dropped as too close: worth a note
 
 
 def mine(
-    files: Annotated[list[Path], typer.Argument(help="Examples: .jsonl or .parquet.")],
+    files: Annotated[list[Path], typer.Argument(help="Examples: .jsonl, .parquet or folders.")],
     teacher: Annotated[
         str | None,
         typer.Option(help="What scores: zoo name, folder or hub id; bm25 needs none."),
@@ -105,7 +105,7 @@ def mine(
     )
     if teacher is None and by != "bm25":
         raise RecipeError(f"--by {by} needs a --teacher; without one, mine by bm25")
-    sources = [open_source(file) for file in files]
+    sources = [source for file in files for source in opened(file)]
     more = {"corpus": _texts(corpus or [], text_field), "work": work}
     embedder = None if teacher is None else load(teacher, precision)
     if out is None:

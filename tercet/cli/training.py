@@ -12,9 +12,12 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
+from tercet.cli.sources import numbers_of, opened, weighted
 from tercet.console import results, say
-from tercet.data.sources import Source, open_source
-from tercet.data.texts import open_texts
+from tercet.data.mixture import names_some, refuse_unknown, weighed
+from tercet.data.scan import EXAMPLES as EXAMPLE_FILES
+from tercet.data.sources import Source
+from tercet.data.texts import text_kind
 from tercet.errors import RecipeError
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.recipes.bge_m3 import bge_m3
@@ -39,14 +42,14 @@ class Reads:
 PAIRS: Final = Reads(
     mixture="pairs",
     flag="data",
-    help="Examples: .jsonl or .parquet; may be repeated. FILE:2 weighs.",
+    help="Examples: .jsonl, .parquet or a folder of sources; may be repeated. FILE:2 weighs.",
 )
 
 
 TEXTS: Final = Reads(
     mixture="texts",
     flag="data",
-    help="Texts: .txt (one a line), .jsonl or .parquet; may be repeated. FILE:2 weighs.",
+    help="Texts: .txt (one a line), .jsonl, .parquet or a folder; may be repeated. FILE:2 weighs.",
     texts=True,
     needed=False,
 )
@@ -88,7 +91,7 @@ PAIRS_OR_DATA: Final = Reads(
 EXAMPLES: Final = Reads(
     mixture="examples",
     flag="data",
-    help="Examples, .jsonl or .parquet, for every stage that has no data of its own; may be "
+    help="Examples, files or folders, for every stage that has no data of its own; may be "
     "repeated. FILE:2 weighs.",
     needed=False,
 )
@@ -130,12 +133,23 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
         run = Run(**{name: flags.pop(name) for name in list(flags) if name in Run.__annotations__})
         field = flags.pop("text_field", "text")
         files = {kind.flag: flags.pop(kind.flag) or [] for kind in reads}
-        _train(recipe(**flags), lambda built: _data(built, reads, files, field), out, dev, run)
+        weights = numbers_of(flags.pop("weight"), "weight", float)
+        counts = numbers_of(flags.pop("count"), "count", int)
+
+        def data(built: Any) -> dict[str, list[Source]]:
+            found = _data(built, reads, files, field)
+            return _weighed(found, weights, counts)
+
+        _train(recipe(**flags), data, out, dev, run)
 
     shown = [_data_flag(kind) for kind in reads]
     if any(kind.texts for kind in reads):
         shown.append(_flag("text_field", str, "Where a text is in a record.", "text"))
     shown += [
+        _flag(
+            "weight", list[str] | None, "NAME=2 or NAME/de=0.5: uses an epoch; repeatable.", None
+        ),
+        _flag("count", list[str] | None, "NAME/de=10000: its examples an epoch; repeatable.", None),
         _flag("out", Path, "Run folder; the model goes into its folder model."),
         _flag(
             "dev", Path | None, "Examples to measure on, and to choose the best weights by.", None
@@ -167,17 +181,6 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
     return command
 
 
-def weighted(path: Path) -> tuple[Path, float]:
-    """``pairs.jsonl:0.5`` is that file at half its weight."""
-    name, colon, weight = str(path).rpartition(":")
-    if not colon:
-        return path, 1.0
-    try:
-        return Path(name), float(weight)
-    except ValueError:
-        return path, 1.0
-
-
 def _data_flag(kind: Reads) -> inspect.Parameter:
     if kind.needed:
         return _flag(kind.flag, list[Path], kind.help)
@@ -198,7 +201,7 @@ def _data(
 ) -> dict[str, list[Source]]:
     """The sources of each mixture, opened; a file that is read twice is opened once."""
     asked = {stage.data: stage.name for stage in recipe.stages}
-    opened: dict[tuple[Path, bool], Source] = {}
+    known: dict[tuple[Path, bool], list[Source]] = {}
     found: dict[str, list[Source]] = {}
     used: set[str] = set()
     are_texts = {kind.flag: kind.texts for kind in reads}
@@ -213,7 +216,10 @@ def _data(
         flags = [flag] if kind.beside is None else [kind.beside, flag]
         used.update(flags)
         found[kind.mixture] = [
-            _opened(path, are_texts[name], field, opened) for name in flags for path in files[name]
+            source
+            for name in flags
+            for path in files[name]
+            for source in _opened(path, are_texts[name], field, known)
         ]
     for flag, paths in files.items():
         if paths and flag not in used:
@@ -226,16 +232,28 @@ def _data(
 
 
 def _opened(
-    named: Path, texts: bool, field: str, opened: dict[tuple[Path, bool], Source]
-) -> Source:
-    if (named, texts) not in opened:
+    named: Path, texts: bool, field: str, known: dict[tuple[Path, bool], list[Source]]
+) -> list[Source]:
+    if (named, texts) not in known:
         path, weight = weighted(named)
-        opened[named, texts] = (
-            open_texts(path, field=field, weight=weight)
-            if texts
-            else open_source(path, weight=weight)
+        kind = text_kind(field) if texts else EXAMPLE_FILES
+        known[named, texts] = opened(path, weight=weight, kind=kind)
+    return known[named, texts]
+
+
+def _weighed(
+    data: dict[str, list[Source]], weights: Mapping[str, float | int], counts: Mapping[str, int]
+) -> dict[str, list[Source]]:
+    """Every mixture with the weights that were given by name."""
+    refuse_unknown([*weights, *counts], [source for some in data.values() for source in some])
+    return {
+        name: weighed(
+            some,
+            {key: value for key, value in weights.items() if names_some(key, some)},
+            {key: value for key, value in counts.items() if names_some(key, some)},
         )
-    return opened[named, texts]
+        for name, some in data.items()
+    }
 
 
 def _train(

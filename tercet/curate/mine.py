@@ -361,7 +361,7 @@ def _outputs(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[Sour
         known_suffix(out)
         outputs = [(out, list(sources))]
     else:
-        outputs = [(out / source.path.name, [source]) for source in sources]
+        outputs = [(_named_as(path, out), group) for path, group in _by_path(sources)]
     paths = [path.resolve() for path, _ in outputs]
     if len(set(paths)) < len(paths):
         raise RecipeError(
@@ -372,3 +372,20 @@ def _outputs(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[Sour
         if source.path.resolve() in paths:
             raise RecipeError(f"{source.path}: would be replaced by the output; choose another")
     return outputs
+
+
+def _by_path(sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
+    """The languages of a file or a folder together; what was given twice stays apart."""
+    found: list[tuple[Path, list[Source]]] = []
+    for source in sources:
+        names = {each.name for each in found[-1][1]} if found else set[str]()
+        if found and found[-1][0] == source.path and source.name not in names:
+            found[-1][1].append(source)
+        else:
+            found.append((source.path, [source]))
+    return found
+
+
+def _named_as(source: Path, folder: Path) -> Path:
+    """The file of a source in a folder; one for all the shards of a source."""
+    return folder / (f"{source.name}.jsonl" if source.is_dir() else source.name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from tercet.data.examples import parse_example
 from tercet.data.records import parsed
-from tercet.data.sources import example_records
+from tercet.data.scan import example_records
 from tercet.errors import DataError
 from tercet.types import Example
 

@@ -1,6 +1,5 @@
 """Files of plain texts: .txt with one text a line, .jsonl and .parquet with a field of text."""
 
-import json
 import unicodedata
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +7,8 @@ from pathlib import Path
 
 from tercet.data.examples import as_object, nonblank, text_of
 from tercet.data.records import Record, decoded, iter_lines, iter_records, parsed
-from tercet.data.sources import Kind, Source, open_source
+from tercet.data.scan import Kind
+from tercet.data.sources import Source, open_source
 from tercet.errors import DataError
 from tercet.types import Example
 
@@ -42,14 +42,18 @@ def open_texts(
     Raises:
         DataError: at the first record without a text, naming the line.
     """
-    path = Path(path)
-    kind = Kind(
-        records=partial(text_records, fields=(field,), blank_lines=blank_lines),
-        parse=partial(_as_example, field=field, blank=blank_lines),
+    return open_source(path, name=name, weight=weight, kind=text_kind(field, blank=blank_lines))
+
+
+def text_kind(field: str = "text", *, blank: bool = False) -> Kind:
+    """Files of texts, as :func:`open_texts` reads them."""
+    return Kind(
+        about=f"texts {field!r} {blank}",
+        records=partial(text_records, fields=(field,), blank_lines=blank),
+        parse=partial(_as_example, field=field, blank=blank),
         fields=(field,),
-        decode=partial(_line_as_record, field=field) if path.suffix == ".txt" else json.loads,
+        plain=partial(_line_as_record, field=field),
     )
-    return open_source(path, name=name, weight=weight, kind=kind)
 
 
 def text_records(

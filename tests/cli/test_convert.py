@@ -141,6 +141,27 @@ def test_when_nothing_is_left_nothing_is_written(tercet, tmp_path):
     assert not out.exists()
 
 
+def test_a_folder_is_cleaned_shard_by_shard_or_into_one_file(tercet, tmp_path):
+    folder, test = tmp_path / "sources", write(tmp_path / "test.txt")
+    test.write_text("q1\nq3\n")
+    for name, numbers in (("news/lang=de/1", (0, 1)), ("news/2", (2,)), ("nq", (3,))):
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, *({"query": f"q{i}", "positives": [f"p{i}"]} for i in numbers))
+    ended = tercet("decontaminate", folder, "--against", test, "--out", tmp_path / "clean")
+    assert ended.status == 0 and "2 of 4 left out" in ended.err
+    assert f"{tmp_path}/clean/nq.jsonl: no row is left, so it is not written" in ended.err
+    found = sorted(path for path in (tmp_path / "clean").rglob("*") if path.is_file())
+    assert found == [tmp_path / "clean/news" / name for name in ("2.jsonl", "lang=de/1.jsonl")]
+    (row,) = iter_examples(found[1])
+    assert (row.query, row.lang, row.task) == ("q0", "de", "news")
+    out = tmp_path / "clean.parquet"
+    assert tercet("decontaminate", folder, "--against", test, "--out", out).status == 0
+    assert sorted(row.query for row in iter_examples(out)) == ["q0", "q2"]
+    ended = tercet("decontaminate", folder, "--against", test, "--out", folder)
+    assert ended.status == 2 and "is read and cannot be written to as well" in ended.err
+
+
 def test_an_input_is_never_overwritten(refused, labelled, pairs, tmp_path):
     other = write(tmp_path / "other.jsonl", {"text": "z"})
     for file, words in (

@@ -45,7 +45,7 @@ def test_the_flags_of_a_recipe_are_its_parameters(tercet):
         ("missing.jsonl", "no such file"),
         ("empty.jsonl", "holds no records; write one JSON object a line"),
         ("pairs.csv", 'unknown kind of file ".csv"; use .jsonl or .parquet'),
-        ("folder", "is a folder; give one of its files"),
+        ("folder", "is a folder that holds no .jsonl or .parquet file; put data into it"),
         ("pairs.jsonl:x", "no such file"),
         ("docs.jsonl", '"query" is missing'),
     ],
@@ -119,6 +119,43 @@ def test_a_file_whose_name_ends_like_a_weight_is_that_file(tercet, train, files,
     named.write_bytes((files / "pairs.jsonl").read_bytes())
     ended = tercet(*train(tmp_path / "run", "--data", named))
     assert "contrastive: 3 steps" in ended.err
+
+
+def test_weights_and_counts_are_given_by_source_and_language(tercet, train, tmp_path):
+    folder = tmp_path / "sources"
+    (folder / "news").mkdir(parents=True)
+    for lang in ("de", "en"):
+        rows = [{"query": f"{lang} {i}", "positives": [f"a {i}"], "lang": lang} for i in range(24)]
+        write(folder / "news" / f"{lang}.jsonl", *rows)
+    write(folder / "nq.jsonl", *rows)
+    for number, (flags, steps) in enumerate(
+        [
+            ([], 9),
+            (["--weight", "news=2"], 15),
+            (["--weight", "news=2", "--weight", "news/de=0.5"], 11),
+            (["--count", "news=16", "--weight", "nq=0"], 2),
+            (["--count", "news/de=8"], 7),
+        ]
+    ):
+        ended = tercet(*train(tmp_path / f"run{number}", "--data", folder, *flags))
+        assert f"contrastive: {steps} steps of 8 examples" in ended.err, ended.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--weight", "news=2"], "there is no source 'news'; those given are pairs"),
+        (["--weight", "pairs"], "--weight is 'pairs'; write NAME=NUMBER, as in news/de=2"),
+        (["--count", "pairs=1.5"], "--count is 'pairs=1.5'; write NAME=NUMBER"),
+        (["--weight", "pairs=-1"], "source 'pairs' is given -1.0; give 0 or a number above it"),
+        (["--weight", "pairs=1", "--weight", "pairs=2"], "--weight names 'pairs' twice; leave one"),
+        (["--weight", "pairs=1", "--count", "pairs=9"], "source 'pairs' is given a weight and a"),
+        (["--weight", "pairs=0"], "the stage contrastive reads pairs, and none are given"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(refused, train, files, tmp_path, flags, problem):
+    said = refused(*train(tmp_path / "run", "--data", files / "pairs.jsonl", *flags))
+    assert said.startswith(problem)
 
 
 def test_length_flags_are_in_tokens(tercet, train, tmp_path):

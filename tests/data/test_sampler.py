@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.data.examples import parse_example
+from tercet.data.readers import LineReader
 from tercet.data.sampler import BatchPlan, Sampler
-from tercet.data.sources import LineReader, Source, open_source, write_examples
+from tercet.data.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.types import Example
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tercet.data import records, sources
-from tercet.data.sources import ParquetReader, iter_examples, open_source, write_examples
+from tercet.data import readers, records, scan, sources
+from tercet.data.readers import ParquetReader, kept
+from tercet.data.sources import iter_examples, open_source, write_examples
 from tercet.errors import DataError, StorageError
 from tercet.types import Example, InBatch
 
@@ -268,10 +269,10 @@ def test_the_blocks_of_parquet_are_its_row_groups_and_few_are_kept(tmp_path, mon
     order = [9, 0, 5, 4, 3, 8]
     assert source.examples(order) == [numbered(10)[row] for row in order]
     assert isinstance(source.reader, ParquetReader)
-    assert sorted(source.reader._kept) == [0, 1, 2]
-    monkeypatch.setattr(sources, "CACHED_BYTES", 1)
+    assert sorted(kept.groups_of(path)) == [0, 1, 2]
+    monkeypatch.setattr(readers, "KEPT_BYTES", 1)
     source.examples([5, 0])
-    assert list(source.reader._kept) == [0, 1]
+    assert list(kept.groups_of(path)) == [0, 1]
 
 
 def test_two_windows_of_the_shuffle_fit_in_the_memory_for_row_groups(tmp_path, monkeypatch):
@@ -282,7 +283,7 @@ def test_two_windows_of_the_shuffle_fit_in_the_memory_for_row_groups(tmp_path, m
     largest = max(metadata.row_group(group).total_byte_size for group in range(3))
     windows = []
     for cached in (1, 6 * largest, 1 << 28):
-        monkeypatch.setattr(sources, "CACHED_BYTES", cached)
+        monkeypatch.setattr(readers, "CACHED_BYTES", cached)
         windows.append(open_source(path).window)
     assert windows == [1, 3, 8]
 
@@ -335,7 +336,7 @@ def test_a_file_that_changes_while_it_is_opened_is_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_progress_rises_to_one(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(sources, "ROWS_PER_REPORT", 10)
+    monkeypatch.setattr(scan, "ROWS_PER_REPORT", 10)
     path = tmp_path / f"a.{suffix}"
     write_examples(path, numbered(25))
     told = []
@@ -350,7 +351,7 @@ def test_opening_and_reading_never_hold_the_whole_file(tmp_path, suffix, monkeyp
     path = tmp_path / f"a.{suffix}"
     filler = np.random.default_rng(0).bytes(8000).hex()
     write_examples(path, (Example(f"q {i} {filler}", ("p",), task="t") for i in range(500)))
-    monkeypatch.setattr(sources, "ROWS_PER_REPORT", 1)
+    monkeypatch.setattr(scan, "ROWS_PER_REPORT", 1)
     outside_python = []
     open_source(path).examples([0])  # what pyarrow imports at the first read is not counted
     before = pa.total_allocated_bytes()
