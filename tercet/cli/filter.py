@@ -39,7 +39,7 @@ def filter_pairs(
     without: Annotated[
         list[str] | None,
         typer.Option(
-            help="A rule not to ask: same, short, long, letters, script, duplicate; may be repeated."
+            help="A rule not to ask: same, short, long, letters, script or duplicate; repeat it."
         ),
     ] = None,
     min_characters: Annotated[str, typer.Option(help="Of a query, and of a document.")] = "2,2",
