@@ -11,6 +11,7 @@ from tercet.cli.ablate import ablations
 from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
 from tercet.cli.encode import encode
+from tercet.cli.filter import filter_pairs
 from tercet.cli.measure import diagnose, evaluate, probe
 from tercet.cli.mine import mine
 from tercet.cli.models import inspect, merge, models
@@ -38,6 +39,7 @@ for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merg
 for verb in (encode, index, search, diagnose, probe, calibrate, sizes):
     app.command()(verb)
 app.command("eval")(evaluate)
+app.command("filter")(filter_pairs)
 app.command("tune-weights")(tune_weights)
 
 
