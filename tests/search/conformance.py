@@ -79,6 +79,13 @@ def qdrant_edge(folder: Path) -> Engine:
     return QdrantEngine(EdgeStore(folder, threads=1))
 
 
+def qdrant_edge_coded(folder: Path) -> Engine:  # which scores by what was given to it
+    from tercet.search.qdrant_edge import EdgeStore
+    from tercet.search.qdrant_engine import QdrantEngine
+
+    return QdrantEngine(EdgeStore(folder, threads=1, stored="int4"))
+
+
 def qdrant_client(folder: Path) -> Engine:  # its local mode, in memory, stands in for a server
     from qdrant_client import QdrantClient
 
@@ -95,6 +102,7 @@ STORES: Final = (
     Store("exact, int4", exact_int4, durable=False, stored="int4"),
     Store("exact, bits", exact_bits, stored="binary+int8"),
     Store("qdrant edge", qdrant_edge, needs="qdrant_edge"),
+    Store("qdrant edge, int4", qdrant_edge_coded, needs="qdrant_edge", durable=False),
     Store("qdrant client", qdrant_client, needs="qdrant_client", durable=False),
 )
 
