@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from math import isfinite
-from typing import Final, Literal, TypeAlias, get_args
+from math import inf, isfinite
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ from tercet.errors import ModelError, RecipeError
 
 Precision: TypeAlias = Literal["int8", "int4", "binary"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
+Stored: TypeAlias = Literal["float32", "int8", "int4", "binary", "binary+int8"]
+"""How a vector is kept; of ``binary+int8`` bits are searched, and int8 codes score what they find.
+"""
+STORED: Final[tuple[Stored, ...]] = ("float32", "int8", "int4", "binary+int8", "binary")
 BITS: Final[dict[Precision, int]] = {"int8": 8, "int4": 4, "binary": 1}
 
 _BLOCK: Final = 4_096  # vectors that are rounded at a time
@@ -126,10 +130,16 @@ class Quantizer:
         return found
 
 
-def bytes_of(precision: Precision | Literal["float32"], dims: int) -> int:
+def codes_of(stored: Stored) -> tuple[Precision, ...]:
+    """What is kept of a vector: the codes that are searched, then finer ones; none of float32."""
+    return tuple(precision for precision in stored.split("+") if precision in PRECISIONS)
+
+
+def bytes_of(stored: Stored, dims: int) -> int:
     """The bytes of a vector: what does not fill its last byte leaves it half empty."""
-    bits = 32 if precision == "float32" else BITS[precision]
-    return -(-bits * dims // 8)
+    if stored == "float32":
+        return 4 * dims
+    return sum(-(-BITS[precision] * dims // 8) for precision in codes_of(stored))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,6 +208,24 @@ class Ranges:
             *(each.limit for each in found),
         )
 
+    @classmethod
+    def read(cls, record: Any) -> "Ranges":
+        """From what a file says of them.
+
+        Raises:
+            ValueError: when it says what cannot be.
+        """
+        try:
+            limits = {name: float(record[name]) for name in PRECISIONS}
+            found = cls(centre=tuple(map(float, record["centre"])), **limits)
+        except (KeyError, TypeError) as error:
+            raise ValueError(repr(error)) from error
+        if not found.centre or not all(0 < limit < inf for limit in limits.values()):
+            raise ValueError("a centre and limits above 0 are needed")
+        if not all(abs(number) < inf for number in found.centre):
+            raise ValueError("a centre of numbers is needed")
+        return found
+
     def quantizer(self, precision: Precision) -> Quantizer:
         """How vectors become such codes."""
         limit = {"int8": self.int8, "int4": self.int4, "binary": self.binary}[precision]
@@ -233,7 +261,9 @@ def integer_product(
     """All inner products of vectors of whole numbers, without error, of up to 131,000 dims."""
     if not len(left) or not len(right):
         return np.zeros((len(left), len(right)), dtype=np.int32)
-    one, other = torch.from_numpy(left), torch.from_numpy(right)
+    # What is mapped from a file cannot be written to, and torch has no such tensors.
+    writable = (side if side.flags.writeable else side.copy() for side in (left, right))
+    one, other = map(torch.from_numpy, writable)
     usable = left.shape[1] > 1 and _has_integers()  # torch 2.13 is wrong with one coordinate
     return (_by_integers if usable else _by_floats)(one, other).numpy()
 

@@ -1,17 +1,17 @@
 """Verbs that make an index of documents, and search in it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
 from tercet.cli.loading import (
     KindsOption,
     ModelName,
-    Precision,
     WeightsOption,
     kinds_of,
     load,
@@ -21,6 +21,7 @@ from tercet.cli.loading import (
 from tercet.console import columns, one_line, results, say, shortened
 from tercet.data.documents import Document, read_documents
 from tercet.errors import IndexFolderError, ModelError, RecipeError
+from tercet.quantized import Ranges, Stored, bytes_of
 from tercet.search.engine import (
     Engine,
     Fusion,
@@ -33,6 +34,15 @@ from tercet.search.engine import (
 from tercet.vectors import KINDS, Kind, Vectors, Weights
 
 _FIELDS_NAMED: Final = 10  # in a message
+_FEW: Final = 100  # documents, below which what codes are learned from says little of others
+
+Precision = Annotated[
+    Literal["float32", "bfloat16", "int8", "int4", "binary", "binary+int8"],
+    typer.Option(
+        help="float32 or bfloat16: of the model's weights. The others: of the dense vectors that "
+        "are kept, with weights in float32; binary+int8 is searched by bits and scored by int8."
+    ),
+]
 
 
 def index(
@@ -67,16 +77,28 @@ def index(
 
     Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index
     """
-    from tercet.search.indexing import expected_bytes, index_documents, settings_of
-    from tercet.search.opening import About, make_engine, mark_complete
+    from tercet.search.exact_engine import ExactEngine
+    from tercet.search.indexing import (
+        expected_bytes,
+        index_documents,
+        learned_ranges,
+        settings_of,
+    )
+    from tercet.search.opening import About, make_engine, mark_complete, stored_as
 
     if url is not None and engine == "exact":
         raise RecipeError("--url is of a Qdrant server; add --engine qdrant")
-    embedder = load(model, precision)
+    stored = stored_as(precision)
+    embedder = load(model, precision if stored == "float32" else "float32")
     chosen = kinds_of(kinds) or tuple(embedder.kinds)
     if not set(chosen) <= set(embedder.kinds):
         made = ", ".join(embedder.kinds)
         raise RecipeError(f"--kinds {kinds}: the model makes {made} vectors; name some of these")
+    if stored != "float32" and "dense" not in chosen:
+        raise RecipeError(
+            f"--precision {precision} is of dense vectors, and {', '.join(chosen)} are to be "
+            "kept; leave it out"
+        )
 
     def read() -> Iterator[Document]:
         return read_documents(
@@ -90,7 +112,7 @@ def index(
     def encoded(texts: Sequence[str]) -> Vectors:
         return embedder.encode_vectors(texts, "document", kinds=chosen, task=task, dims=dims)
 
-    count, sizes = expected_bytes(read(), encoded)
+    count, sizes = expected_bytes(read(), encoded, stored)
     parts = ", ".join(f"{kind} {_size(size)}" for kind, size in sizes.items())
     say(f"{count:,} documents; their vectors will take about {_size(sum(sizes.values()))}: {parts}")
     about = About(
@@ -106,11 +128,17 @@ def index(
             precision=precision,
         ),
     )
+    width = dims or embedder.dim
     with closing(make_engine(out, about, fresh=fresh)) as opened:
+        if isinstance(opened, ExactEngine) and not opened.is_settled and count:
+            learn = partial(learned_ranges, read(), encoded, count)
+            opened.settle(_ranges(model, embedder, width, learn))
         done = index_documents(opened, read(), encoded, total=count, keep=keep)
         held = opened.stats().records
     mark_complete(out)
     results().print(f"{out}: {held:,} documents", soft_wrap=True)
+    if "dense" in chosen:
+        say(_kept(stored, width, held, about.engine))
     if done.unchanged or done.removed:
         say(
             f"{done.encoded:,} encoded, {done.unchanged:,} as they were, {done.removed:,} removed "
@@ -122,6 +150,37 @@ def index(
             "--keep"
         )
     say(f'search it: tercet search {out} "your question"')
+
+
+def _ranges(
+    model: str, embedder: Any, width: int, learn: Callable[[], tuple[Ranges, int]]
+) -> Ranges:
+    """What codes stand for: what the model keeps for so many coordinates, or what is learned."""
+    if width in embedder.settings.ranges:
+        say(f"codes: by the ranges that the model keeps for {width} coordinates")
+        return embedder.settings.ranges[width]
+    found, count = learn()
+    say(f"codes: learned from {count:,} of these documents, and kept with the index")
+    if count < _FEW:
+        say(
+            f"{count} documents are few to learn codes from that others shall get too; give more, "
+            f"or keep ranges with the model: tercet calibrate {model} texts.jsonl --dims {width} "
+            "--save"
+        )
+    return found
+
+
+def _kept(stored: Stored, width: int, held: int, engine: str) -> str:
+    """How large the dense vectors are that are kept."""
+    size = bytes_of(stored, width)
+    said = (
+        f"dense vectors: {width} coordinates in {stored}, {size:,} bytes each, "
+        f"{_size(size * held)} in all"
+    )
+    if engine == "exact" or stored == "float32":
+        return said
+    whole = bytes_of("float32", width)
+    return f"{said}; Qdrant keeps the vectors themselves too, of {whole:,} bytes, on its disk"
 
 
 def search(
@@ -146,7 +205,7 @@ def search(
 
     Example: tercet search runs/mine/index "a small web server" --weights 1,0.3,1
     """
-    from tercet.search.opening import about_index, open_engine, require
+    from tercet.search.opening import about_index, open_engine, require, stored_as
 
     _check_queries(queries)
     about = about_index(folder)
@@ -154,8 +213,9 @@ def search(
     given = weights_of(weights)
     names = ("model", "precision", "kinds", "task", "dims")
     model, precision, kinds, task, dims = (about.setting(folder, name) for name in names)
+    weights_in = precision if stored_as(precision) == "float32" else "float32"
     try:
-        embedder = load(model, precision)
+        embedder = load(model, weights_in)
     except ModelError as error:
         raise IndexFolderError(f"{folder}: its model cannot be loaded: {error}") from error
     require(folder, about, {"fingerprint": embedder.fingerprint()})

@@ -1,7 +1,7 @@
 """Verbs for vectors in few bytes: learn the ranges of their codes, and see what they cost."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -49,14 +49,14 @@ def calibrate(
 
     Example: tercet calibrate runs/mine/model documents.jsonl --dims 256 --save
     """
-    from tercet.data.texts import read_texts
+    from tercet.data.texts import read_texts, spread
     from tercet.nn.kept import require_settings, save_ranges
     from tercet.quantized import PRECISIONS, Ranges, bytes_of, truncated
 
     folder = zoo.resolve(model, say)
     if save:
         require_settings(folder, "ranges of codes")
-    taken = _spread((text for text in read_texts(texts, text_field) if text.strip()), most)
+    taken = spread((text for text in read_texts(texts, text_field) if text.strip()), most)
     if not taken:
         raise DataError(texts, None, "holds no text; give some thousands of documents")
     if len(taken) < _FEW:
@@ -152,18 +152,6 @@ def sizes(
         _write(figures, {"data": str(data), "model": str(model)}, found, metric, seed)
     if plot is not None:
         _draw(plot, found, metric, seed)
-
-
-def _spread(texts: Iterable[str], most: int) -> list[str]:
-    """At most so many, at equal distances; no more than twice as many are ever in memory."""
-    kept: list[str] = []
-    step = 1
-    for number, text in enumerate(texts):
-        if number % step == 0:
-            kept.append(text)
-        if len(kept) > 2 * most:
-            kept, step = kept[::2], 2 * step
-    return kept[:: -(-len(kept) // most) or 1]
 
 
 def _widths(embedder: Any, dims: Sequence[int] | None) -> list[int]:

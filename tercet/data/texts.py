@@ -1,7 +1,7 @@
 """Files of plain texts: .txt with one text a line, .jsonl and .parquet with a field of text."""
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -109,3 +109,15 @@ def text_under(record: object, field: str) -> str:
 def normal_form(text: str) -> str:
     """The text in NFKC and lower case, with single spaces: two that agree in it are one text."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def spread(texts: Iterable[str], most: int) -> list[str]:
+    """At most so many, at equal distances; no more than twice as many are ever in memory."""
+    kept: list[str] = []
+    step = 1
+    for number, text in enumerate(texts):
+        if number % step == 0:
+            kept.append(text)
+        if len(kept) > 2 * most:
+            kept, step = kept[::2], 2 * step
+    return kept[:: -(-len(kept) // most) or 1]

@@ -7,7 +7,7 @@ Its queries and judgements are never looked at for that.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -25,11 +25,17 @@ from tercet.evaluate.retrieval import (
 from tercet.nn.embedder import Embedder
 from tercet.nn.kept import quantizer_of
 from tercet.nn.settings import Settings
-from tercet.quantized import Codes, Precision, Quantizer, bytes_of, truncated
+from tercet.quantized import (
+    STORED,
+    Codes,
+    Precision,
+    Quantizer,
+    Stored,
+    bytes_of,
+    codes_of,
+    truncated,
+)
 from tercet.search.coded import FACTOR, top_k_coded
-
-Stored: TypeAlias = Literal["float32", "int8", "int4", "binary", "binary+int8"]
-STORED: Final[tuple[Stored, ...]] = ("float32", "int8", "int4", "binary+int8", "binary")
 
 Queries: TypeAlias = Float[np.ndarray, "queries dims"]
 Documents: TypeAlias = Float[np.ndarray, "docs dims"]
@@ -150,17 +156,15 @@ class _Storing:
         if stored == "float32":
             found = evaluate_retrieval(self.data, self.queries, self.documents, names=self.names)
             return Retained(dims, stored, bytes_of(stored, dims), found)
-        dims = self.documents.shape[1]
         learned = dims not in self.settings.ranges
-        codes = self._codes("binary" if stored == "binary+int8" else stored)
-        finer = self._codes("int8") if stored == "binary+int8" else None
+        codes, *others = map(self._codes, codes_of(stored))
+        finer = others[0] if others else None
         depth = max(map(depth_of, self.names))
         hits = top_k_coded(self.queries, codes, depth, factor=self.factor, finer=finer)
-        size = codes.packed.shape[1] + (0 if finer is None else finer.packed.shape[1])
         return Retained(
             dims,
             stored,
-            size,
+            bytes_of(stored, dims),
             evaluate_hits(self.data, hits, names=self.names),
             (codes if finer is None else finer).quantizer.limit,
             learned,

@@ -172,12 +172,10 @@ def _ranges_of(pair: tuple[Any, Any]) -> tuple[int, Ranges]:
     if isinstance(record, Ranges):
         return dims, record
     try:
-        limits = {name: float(record[name]) for name in ("int8", "int4", "binary")}
-        found = Ranges(centre=tuple(map(float, record["centre"])), **limits)
-        fits = len(found.centre) == int(dims) and all(0 < it < inf for it in limits.values())
-        if not fits or not all(abs(number) < inf for number in found.centre):
-            raise ValueError("a centre of so many numbers and limits above 0 are needed")
-    except (KeyError, TypeError, ValueError) as error:
+        found = Ranges.read(record)
+        if len(found.centre) != int(dims):
+            raise ValueError(f"its centre has {len(found.centre)} numbers")
+    except ValueError as error:
         raise RecipeError(
             f"the setting ranges is damaged for {dims} coordinates ({error}); learn them again: "
             "tercet calibrate"

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tercet.errors import DataError, ModelError
+from tercet.errors import DataError, ModelError, RecipeError
 from tercet.search.engine import Record
 from tercet.segments import row_of
 from tercet.vectors import Kind, Vectors
@@ -15,6 +15,20 @@ from tercet.vectors import Kind, Vectors
 Widths = Mapping[Kind, int]  # of each kind of vectors; 0 for terms, which have none
 
 BROKEN_MODEL: Final = "the model is broken, or it was run in a precision too low for it"
+
+
+def require_same(place: object, kind: Kind, there: str, wanted: str | None) -> None:
+    """Refuse another way to store vectors than there is; None wants no other.
+
+    Raises:
+        RecipeError: naming both.
+    """
+    if wanted not in (None, there):
+        what = {"multi": "token"}.get(kind, kind)
+        raise RecipeError(
+            f"{place}: holds {what} vectors in {there}, not {wanted}; choose another place for "
+            "these, or leave the precision as it is"
+        )
 
 
 def widths_of(vectors: Vectors) -> dict[Kind, int]:

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int8, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int8, Int32, Int64
 
 from tercet.quantized import Codes, integer_product
 from tercet.search.exact import Hits, check_queries
@@ -22,9 +22,10 @@ _SCORES: Final = 1 << 20  # of a block of documents: 4 MB of whole numbers
 _CODES: Final = 1 << 24  # of such a block, unpacked: 16 MB
 _AGAIN: Final = 1 << 20  # coordinates of candidates that are scored again at a time: 4 MB
 _ROWS: Final = (1 << 32) - 1  # the lower half of a key
+_HIDDEN: Final = -(1 << 31)  # below every score
 
 
-def top_k_coded(
+def top_k_coded(  # noqa: PLR0913 (each is a choice of its own, with a default)
     queries: Float[np.ndarray, "queries dim"],
     docs: Codes,
     k: int,
@@ -32,8 +33,11 @@ def top_k_coded(
     factor: int = FACTOR,
     signs: bool = False,
     finer: Codes | Float[np.ndarray, "docs dim"] | None = None,
+    allowed: Bool[np.ndarray, "docs"] | None = None,
 ) -> Hits:
     """The ``k`` documents of largest inner product with each query; all of them if ``k`` is more.
+
+    Of those that are ``allowed``; None: of all.
 
     ``factor * k`` candidates are found by whole numbers, with ``signs`` by the signs of the query's
     coordinates alone (for codes of one bit: by Hamming distance), and scored again by the query as
@@ -49,7 +53,8 @@ def top_k_coded(
     assert finer is None or len(finer) == len(docs), "finer vectors of the same documents"
     check_queries(queries, docs.dims)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    k = max(min(k, len(docs)), 0)
+    there = len(docs) if allowed is None else int(allowed.sum())
+    k = max(min(k, there), 0)
     if not len(queries) or not k:
         shape = (len(queries), k)
         return Hits(np.zeros(shape, np.float32), np.zeros(shape, np.int64))
@@ -57,7 +62,7 @@ def top_k_coded(
     for start in range(0, len(queries), _QUERIES):
         some = queries[start : start + _QUERIES]
         whole = _whole(_asked(some, docs), signs=signs)
-        rows = _candidates(whole, docs, min(factor * k, len(docs)))
+        rows = _candidates(whole, docs, min(factor * k, there), allowed)
         found.append(rescored(some, docs if finer is None else finer, rows, k))
     return Hits(np.concatenate([h.scores for h in found]), np.concatenate([h.rows for h in found]))
 
@@ -70,6 +75,21 @@ def _asked(
     return (
         queries - centre if docs.quantizer.precision == "binary" and centre is not None else queries
     )
+
+
+def _added(
+    queries: Float32[np.ndarray, "queries dim"], docs: Codes
+) -> Float32[np.ndarray, "queries"]:
+    """What the centre adds to each query's scores."""
+    centre = docs.quantizer.centre
+    return np.zeros(len(queries), np.float32) if centre is None else queries @ centre
+
+
+def scores_of(
+    queries: Float32[np.ndarray, "queries dim"], docs: Codes
+) -> Float32[np.ndarray, "queries docs"]:
+    """The scores of all pairs, as :func:`top_k_coded` says."""
+    return _asked(queries, docs) @ docs.around_centre().T + _added(queries, docs)[:, None]
 
 
 def _whole(
@@ -87,9 +107,12 @@ def _whole(
 
 
 def _candidates(
-    whole: Int8[np.ndarray, "queries dim"], docs: Codes, count: int
+    whole: Int8[np.ndarray, "queries dim"],
+    docs: Codes,
+    count: int,
+    allowed: Bool[np.ndarray, "docs"] | None = None,
 ) -> Int64[np.ndarray, "queries count"]:
-    """The rows of the best, in no order that matters.
+    """The rows of the best, in no order that matters; of the allowed ones there are so many.
 
     A document's score and row make one number, which no two documents share: so there is nothing
     to break ties of, of which whole numbers have many.
@@ -97,7 +120,10 @@ def _candidates(
     best = np.zeros((len(whole), 0), dtype=np.int64)  # ascending
     block = max(1, min(_SCORES // len(whole), _CODES // docs.dims))
     for start in range(0, len(docs), block):
-        scores = integer_product(whole, docs.take(slice(start, start + block)).integers())
+        some = slice(start, start + block)
+        scores = integer_product(whole, docs.take(some).integers())
+        if allowed is not None:
+            scores[:, ~allowed[some]] = _HIDDEN
         if best.shape[1] == count:
             new = np.concatenate([best, _better(scores, start, best[:, 0])], axis=1)
             best = np.sort(new, axis=1)[:, -count:]  # few: faster than to select
@@ -141,8 +167,7 @@ def rescored(
     """The best ``k`` of each query's candidates by true scores; only their vectors are read."""
     rows, asked, added = np.sort(rows, axis=1), queries, np.zeros(len(queries), np.float32)
     if isinstance(docs, Codes):
-        asked, centre = _asked(queries, docs), docs.quantizer.centre
-        added = added if centre is None else queries @ centre
+        asked, added = _asked(queries, docs), _added(queries, docs)
     scores = np.empty(rows.shape, dtype=np.float32)
     block = max(1, _AGAIN // max(1, rows.shape[1] * queries.shape[1]))
     for start in range(0, len(queries), block):

@@ -17,10 +17,11 @@ from typing import Final
 import numpy as np
 from jaxtyping import Int64
 
-from tercet.errors import IndexFolderError, RecipeError
+from tercet.errors import IndexFolderError, ModelError, RecipeError
 from tercet.files import sole_writer
+from tercet.quantized import Ranges, Stored
 from tercet.search import manifest as manifests
-from tercet.search.checks import check_queries, check_records, widths_of
+from tercet.search.checks import check_queries, check_records, require_same, widths_of
 from tercet.search.engine import Fusion, Hit, Record, Stats, Weighted, Where, counted
 from tercet.search.manifest import Manifest, Precision
 from tercet.search.merging import Part, merged_in_memory, part_of, segment_of, write_merged
@@ -38,21 +39,29 @@ class ExactEngine:
     """Records and vectors in a folder; see :class:`tercet.search.engine.Engine`.
 
     ``precision`` is that of token vectors, by far the largest part: half precision moves a score
-    of unit vectors by less than 0.001. It is settled when the folder is made. With ``read_only``
-    any number of processes may search what was flushed before they opened it.
+    of unit vectors by less than 0.001. Dense vectors may be ``stored`` in codes of 8, 4 or 1 bits,
+    learned from the first documents that come, unless ``settle`` says what they stand for; then
+    the true score is that with what the finest codes of a document stand for. Both are settled when
+    the folder is made. With ``read_only`` any number of processes may search what was flushed
+    before they opened it.
 
     It may be searched from several threads. Equal scores are ranked by order of upserting.
     """
 
     def __init__(
-        self, folder: Path | str, *, precision: Precision | None = None, read_only: bool = False
+        self,
+        folder: Path | str,
+        *,
+        precision: Precision | None = None,
+        stored: Stored | None = None,
+        read_only: bool = False,
     ) -> None:
         """Open a folder, or make one.
 
         Raises:
             IndexFolderError: when the folder is damaged, holds other things, or is not there to
                 be read.
-            RecipeError: when another process writes in it, or it is of another precision.
+            RecipeError: when another process writes in it, or it stores vectors otherwise.
         """
         self.folder = Path(folder)
         self.read_only = read_only
@@ -63,19 +72,20 @@ class ExactEngine:
         if read_only:
             self._manifest, self._parts = _read(self.folder)
         else:
-            self._start(precision)
-        if precision not in (None, self._manifest.precision):
+            made = Manifest(precision=precision or "float16", stored=stored or "float32")
+            self._start(made)
+        try:
+            require_same(self.folder, "multi", self._manifest.precision, precision)
+            require_same(self.folder, "dense", self._manifest.stored, stored)
+        except RecipeError:
             self._open.close()
-            raise RecipeError(
-                f"{self.folder}: holds token vectors in {self._manifest.precision}, not "
-                f"{precision}; choose another folder, or leave the precision as it is"
-            )
+            raise
         # Names count up from here: segments may be ahead of the commits, and are never overwritten.
         self._written = max(
             [self._manifest.number, *map(manifests.number_of, self._manifest.names)]
         )
 
-    def _start(self, precision: Precision | None) -> None:
+    def _start(self, made: Manifest) -> None:
         """Open for writing, and sweep away what a killed writer left."""
         if manifests.read(self.folder) is None:
             manifests.check_place(self.folder)
@@ -83,7 +93,6 @@ class ExactEngine:
         try:
             found = manifests.read(self.folder)
             if found is None:
-                made = Manifest(precision=precision or "float16")
                 found = manifests.commit(self.folder, made, [])
             manifests.sweep(self.folder, found)
             self._manifest = found
@@ -98,7 +107,20 @@ class ExactEngine:
         widths = self._manifest.widths
         return {kind: widths[kind] for kind in KINDS if kind in widths}
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known what codes stand for; float32 stands for itself."""
+        return self._manifest.stored == "float32" or self._manifest.ranges is not None
+
     # ---- what changes it -------------------------------------------------------------------------
+
+    def settle(self, ranges: Ranges) -> None:
+        """Say what codes of dense vectors stand for, unless that is known already."""
+        self._writing()
+        with self._lock:
+            if not self.is_settled:
+                self._manifest = replace(self._manifest, ranges=ranges)
+                self._changed = True
 
     def upsert(self, records: Sequence[Record], vectors: Vectors) -> None:
         """Add records, or replace those of the same ids; see :class:`Engine`.
@@ -111,9 +133,11 @@ class ExactEngine:
             check_records(records, vectors, self._manifest.widths)
             if not records:
                 return
-            part = part_of(segment_of(records, vectors, self._manifest.precision))
-            if not self._manifest.widths:
-                self._manifest = replace(self._manifest, widths=widths_of(vectors))
+            found = self._manifest
+            widths = found.widths or widths_of(vectors)
+            found = replace(found, widths=widths, ranges=self._ranges_for(vectors))
+            part = part_of(segment_of(records, vectors, found.precision, found.coding))
+            self._manifest = found
             self._forget([record.id for record in records])
             self._parts.append(part)
             places = self._by_id()
@@ -121,6 +145,20 @@ class ExactEngine:
                 places[record.id] = part, row
             self._changed = True
             self._settle()
+
+    def _ranges_for(self, vectors: Vectors) -> Ranges | None:
+        """What codes stand for: what is settled, or what the first vectors say."""
+        settled, dense = self._manifest.ranges, vectors.dense
+        if dense is None or self._manifest.stored == "float32":
+            return settled
+        if settled is None:
+            return Ranges.learned(dense.detach().float().numpy())
+        if len(settled.centre) != dense.shape[1]:
+            raise ModelError(
+                f"codes are settled for {len(settled.centre)} dimensions, and these vectors have "
+                f"{dense.shape[1]}; encode with as many, or settle them for these"
+            )
+        return settled
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove records; how many there were of these."""

@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
+from tercet import quantized
 from tercet.data.documents import Document
+from tercet.data.texts import spread
 from tercet.nn.embedder import Embedder
 from tercet.progress import bar
+from tercet.quantized import Ranges, Stored
 from tercet.search.engine import Engine, Record
 from tercet.vectors import KINDS, Kind, Vectors
 
 DOCUMENTS_AT_ONCE: Final = 256  # so many a kill may cost
 CHARACTERS_AT_ONCE: Final = 200_000  # long documents have many token vectors
 SAMPLE: Final = 32  # documents that an estimate is made of
+_LEARNED: Final = (512, 2_048)  # documents that codes are learned from, of few and of many
+_SHARE: Final = 20  # one of so many
 
 Encode = Callable[[Sequence[str]], Vectors]
 
@@ -85,7 +90,9 @@ def index_documents(
     return Indexed(encoded, len(seen) - encoded, removed)
 
 
-def expected_bytes(documents: Iterable[Document], encode: Encode) -> tuple[int, Mapping[Kind, int]]:
+def expected_bytes(
+    documents: Iterable[Document], encode: Encode, stored: Stored = "float32"
+) -> tuple[int, Mapping[Kind, int]]:
     """How many documents there are, and about how large their vectors will be, by kind.
 
     The first ones are encoded; terms and token vectors grow with the number of characters.
@@ -95,7 +102,7 @@ def expected_bytes(documents: Iterable[Document], encode: Encode) -> tuple[int, 
     count, characters = len(sample), sum(map(len, sample))
     if not sample:
         return 0, {}
-    sizes = bytes_of(encode(sample))
+    sizes = bytes_of(encode(sample), stored)
     by_characters = 1 / max(characters, 1)
     for document in rest:
         count, characters = count + 1, characters + len(document.text)
@@ -106,12 +113,33 @@ def expected_bytes(documents: Iterable[Document], encode: Encode) -> tuple[int, 
     }
 
 
-def bytes_of(vectors: Vectors) -> dict[Kind, int]:
-    """What vectors take on the disk: 4 bytes a number, 8 a term, 2 a number of a token vector."""
+def learned_ranges(documents: Iterable[Document], encode: Encode, count: int) -> tuple[Ranges, int]:
+    """What codes stand for, and of how many of these ``count`` documents that was learned.
+
+    They are at equal distances, since neighbours in a file are often alike: about a twentieth of
+    all, and some hundreds to some thousands, if there are so many.
+
+    Raises:
+        ModelError: when no two of their vectors differ.
+    """
+    most = min(max(_LEARNED[0], count // _SHARE), _LEARNED[1])
+    texts = spread((document.text for document in documents), most)
+    dense = encode(texts).dense
+    assert dense is not None, "codes are of dense vectors"
+    return Ranges.learned(dense.numpy()), len(texts)
+
+
+def bytes_of(vectors: Vectors, stored: Stored = "float32") -> dict[Kind, int]:
+    """What vectors take on the disk.
+
+    A term takes 8 bytes, a number of a token vector 2, a dense vector 4 a number or what its codes
+    take.
+    """
     found: dict[Kind, int] = {}
     for kind in KINDS:
         if kind == "dense" and vectors.dense is not None:
-            found[kind] = 4 * vectors.dense.numel()
+            count, dims = vectors.dense.shape
+            found[kind] = count * quantized.bytes_of(stored, dims)
         if kind == "sparse" and vectors.sparse is not None:
             found[kind] = 8 * len(vectors.sparse.merged().ids)
         if kind == "multi" and vectors.multi is not None:

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -16,6 +16,8 @@ import numpy as np
 
 from tercet.errors import IndexFolderError
 from tercet.files import replacing_file
+from tercet.quantized import STORED, Ranges, Stored
+from tercet.search.coding import Coding
 from tercet.search.merging import Part, mapped, open_segment
 from tercet.search.segment import damaged
 from tercet.vectors import KINDS, Kind
@@ -34,6 +36,8 @@ class Manifest:
     number: int = 0  # of the commit
     widths: Mapping[Kind, int] = field(default_factory=dict)  # of each kind; 0 for terms
     precision: Precision = "float16"  # of token vectors
+    stored: Stored = "float32"  # the dense vectors
+    ranges: Ranges | None = None  # of their codes; None: no vector has come yet, or in float32
     segments: Sequence[str] = ()
     deleted: str | None = None  # the file of rows, counted over all segments
     version: int = VERSION
@@ -42,6 +46,11 @@ class Manifest:
     def names(self) -> list[str]:
         """Of the files and folders that it is made of."""
         return [*self.segments, *([] if self.deleted is None else [self.deleted])]
+
+    @property
+    def coding(self) -> Coding | None:
+        """How dense vectors become codes; None where they do not, or nothing is settled yet."""
+        return None if self.ranges is None else Coding.by(self.stored, self.ranges)
 
 
 def read(folder: Path) -> Manifest | None:
@@ -58,9 +67,26 @@ def read(folder: Path) -> Manifest | None:
         raise damaged(folder, f"{FILE} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("version") != VERSION:
         raise damaged(folder, f"{FILE} is not of version {VERSION}")
+    about = {"stored": "float32", "ranges": None} | about  # older ones say nothing of codes
     if not _is_sound(about):
         raise damaged(folder, f"{FILE} does not say what it should")
-    return Manifest(**about)
+    return Manifest(**about | {"ranges": _ranges_of(folder, about)})
+
+
+def _ranges_of(folder: Path, about: Mapping[str, Any]) -> Ranges | None:
+    """The ranges of codes, which have to be there where vectors are in codes."""
+    record, dims = about["ranges"], about["widths"].get("dense")
+    if record is None:
+        if about["stored"] != "float32" and about["segments"] and dims is not None:
+            raise damaged(folder, f"{FILE} does not say what its codes stand for")
+        return None
+    try:
+        found = Ranges.read(record)
+    except ValueError as error:
+        raise damaged(folder, f"the ranges of codes in {FILE} cannot be: {error}") from error
+    if about["stored"] == "float32" or dims not in (None, len(found.centre)):
+        raise damaged(folder, f"the ranges of codes in {FILE} are of other vectors")
+    return found
 
 
 def _is_sound(about: Mapping[str, Any]) -> bool:
@@ -71,6 +97,7 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
         and set(about["widths"]) <= set(KINDS)
         and all(isinstance(width, int) for width in about["widths"].values())
         and about["precision"] in get_args(Precision)
+        and about["stored"] in STORED
         and all(_is_ours(name) for name in about["segments"])
         and len(set(about["segments"])) == len(about["segments"])
         and (about["deleted"] is None or _is_ours(about["deleted"]))
@@ -97,7 +124,7 @@ def open_parts(folder: Path, manifest: Manifest) -> list[Part]:
     kinds = tuple(manifest.widths)
     parts = []
     for name in manifest.segments:
-        segment = open_segment(folder / name, kinds)
+        segment = open_segment(folder / name, kinds, manifest.coding)
         widths = {kind: w for kind, w in segment.widths.items() if manifest.widths[kind] != w}
         if widths:
             raise damaged(folder / name, f"its vectors have widths {widths}")
@@ -135,12 +162,9 @@ def commit(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> Manifest:
         deleted = f"deleted-{number}.npy"
         with replacing_file(folder / deleted) as fresh, fresh.open("wb") as file:
             np.save(file, gone.nonzero()[0])
-    made = Manifest(
-        number,
-        dict(manifest.widths),
-        manifest.precision,
-        [part.folder.name for part in parts if part.folder is not None],
-        deleted,
+    names = [part.folder.name for part in parts if part.folder is not None]
+    made = replace(
+        manifest, number=number, widths=dict(manifest.widths), segments=names, deleted=deleted
     )
     with replacing_file(folder / FILE) as fresh:
         fresh.write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")

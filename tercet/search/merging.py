@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int64, Shaped
 
 from tercet.errors import ModelError
 from tercet.files import replacing_folder
+from tercet.search.coding import Coding, Dense, arrays_of, coding_of, dense_of
 from tercet.search.engine import Record
 from tercet.search.segment import (
     ROWS_PER_GROUP,
@@ -34,12 +35,15 @@ from tercet.vectors import Kind, Terms, TokenRows, Vectors
 _RECORDS: Final = "records.parquet"
 _BLOCK: Final = 65_536  # rows of vectors that are copied at a time
 _ARRAYS: Final[dict[Kind, tuple[str, ...]]] = {
-    "dense": ("dense",),
+    "dense": ("dense",),  # unless they are in codes
     "sparse": ("tokens", "token_offsets", "token_rows", "token_weights"),
     "multi": ("multi", "multi_offsets"),
 }
+_CODES: Final = ("codes", "finer")
 _TYPES: Final = {
     "dense": ("float32",),
+    "codes": ("uint8",),
+    "finer": ("uint8",),
     "tokens": ("int64",),
     "token_offsets": ("int64",),
     "token_rows": ("int32",),
@@ -51,7 +55,8 @@ _UNREADABLE: Final = (  # what numpy raises at a file that is not what it was
     *(OSError, EOFError, ValueError, SyntaxError, TypeError),
     *(OverflowError, MemoryError, RecursionError, TokenError),
 )
-_FILES: Final = {name: f"{name}.npy" for names in _ARRAYS.values() for name in names}
+_FILES: Final = {name: f"{name}.npy" for name in _TYPES}
+_TABLES: Final = ("dense", *_CODES, "multi")  # a row a vector; other files have a number a row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +77,9 @@ def part_of(segment: Segment, folder: Path | None = None) -> Part:
     return Part(segment, np.ones(len(segment), dtype=np.bool_), folder)
 
 
-def segment_of(records: Sequence[Record], vectors: Vectors, precision: str) -> Segment:
+def segment_of(
+    records: Sequence[Record], vectors: Vectors, precision: str, coding: Coding | None = None
+) -> Segment:
     """These records in memory; ``precision`` is that of the token vectors.
 
     Raises:
@@ -81,10 +88,14 @@ def segment_of(records: Sequence[Record], vectors: Vectors, precision: str) -> S
     dense, sparse, multi = vectors.dense, vectors.sparse, vectors.multi
     return Segment(
         Documents.of(records),
-        None if dense is None else dense.detach().float().numpy(),
+        None if dense is None else _coded(dense.detach().float().numpy(), coding),
         None if sparse is None else _postings(sparse.merged()),
         None if multi is None else _rows(multi, precision),
     )
+
+
+def _coded(dense: np.ndarray, coding: Coding | None) -> Dense:
+    return dense if coding is None else coding.coded(dense)
 
 
 def _rows(multi: TokenRows, precision: str) -> Rows:
@@ -118,7 +129,7 @@ def merged_in_memory(parts: Sequence[Part]) -> Segment:
     first = parts[0].segment
     return Segment(
         Documents(table.combine_chunks()),
-        None if first.dense is None else np.concatenate(list(_dense(parts))),
+        None if first.dense is None else _merged_dense(first.dense, parts),
         None if first.sparse is None else _merged_postings(parts),
         None
         if first.multi is None
@@ -142,8 +153,10 @@ def write_merged(folder: Path, parts: Sequence[Part]) -> Segment:
             for table in _regrouped(_tables(parts)):
                 writer.write_table(table)
         if first.dense is not None:
-            shape = (sum(map(len, parts)), first.dense.shape[1])
-            _write(fresh, "dense", _dense(parts), shape, first.dense.dtype)
+            names = _names("dense", coding_of(first.dense))
+            for place, (name, array) in enumerate(zip(names, arrays_of(first.dense), strict=True)):
+                shape = (sum(map(len, parts)), array.shape[1])
+                _write(fresh, name, _dense(parts, place), shape, array.dtype)
         if first.sparse is not None:
             lists = _merged_postings(parts)
             arrays = (lists.tokens, lists.offsets, lists.rows, lists.weights)
@@ -154,11 +167,12 @@ def write_merged(folder: Path, parts: Sequence[Part]) -> Segment:
             shape = (int(offsets[-1]), first.multi.vectors.shape[1])
             _write(fresh, "multi", _multi(parts), shape, first.multi.vectors.dtype)
             _write(fresh, "multi_offsets", [offsets], offsets.shape, offsets.dtype)
-    return open_segment(folder, tuple(kind for kind in _ARRAYS if _has(first, kind)))
+    kinds = tuple(kind for kind in _ARRAYS if _has(first, kind))
+    return open_segment(folder, kinds, coding_of(first.dense))
 
 
-def open_segment(folder: Path, kinds: Sequence[Kind]) -> Segment:
-    """The segment of a folder, its vectors mapped into memory.
+def open_segment(folder: Path, kinds: Sequence[Kind], coding: Coding | None = None) -> Segment:
+    """The segment of a folder, its vectors mapped into memory; ``coding`` is that of dense ones.
 
     What says where things are is checked: a wrong offset would be a wrong answer, or a crash. The
     vectors are not read.
@@ -167,13 +181,18 @@ def open_segment(folder: Path, kinds: Sequence[Kind]) -> Segment:
         IndexFolderError: when a file is missing, damaged, or disagrees with another.
     """
     documents = Documents(_records_file(folder), folder)
-    arrays = {name: mapped(folder / _FILES[name]) for kind in kinds for name in _ARRAYS[kind]}
+    names = [name for kind in kinds for name in _names(kind, coding)]
+    arrays = {name: mapped(folder / _FILES[name]) for name in names}
     for name, array in arrays.items():
-        if array.ndim != (2 if name in kinds else 1) or array.dtype.name not in _TYPES[name]:
+        if array.ndim != (2 if name in _TABLES else 1) or array.dtype.name not in _TYPES[name]:
             raise damaged(folder, f"{_FILES[name]} holds other things")
     count = len(documents)
-    if "dense" in kinds and len(arrays["dense"]) != count:
-        raise damaged(folder, f"{len(arrays['dense'])} dense vectors of {count} records")
+    dense = [arrays[name] for name in _names("dense", coding)] if "dense" in kinds else []
+    for array in dense:
+        if len(array) != count:
+            raise damaged(folder, f"{len(array)} dense vectors of {count} records")
+    if dense and coding and tuple(array.shape[1] for array in dense) != coding.bytes:
+        raise damaged(folder, "the codes of its dense vectors are of another length")
     if "multi" in kinds:
         bounds = arrays["multi_offsets"]
         if len(bounds) != count + 1 or not _are_bounds(bounds, len(arrays["multi"])):
@@ -182,7 +201,7 @@ def open_segment(folder: Path, kinds: Sequence[Kind]) -> Segment:
     if lists is not None and not _are_lists(lists, count):
         raise damaged(folder, f"the terms are not those of {count} records")
     multi = Rows(arrays["multi"], arrays["multi_offsets"]) if "multi" in kinds else None
-    return Segment(documents, arrays.get("dense"), lists, multi)
+    return Segment(documents, dense_of(dense, coding) if dense else None, lists, multi)
 
 
 def _records_file(folder: Path) -> pq.ParquetFile:
@@ -248,10 +267,24 @@ def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> No
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _dense(parts: Sequence[Part]) -> Iterator[Shaped[np.ndarray, "docs dim"]]:
+def _names(kind: Kind, coding: Coding | None) -> tuple[str, ...]:
+    """The files of a kind."""
+    if kind == "dense" and coding is not None:
+        return _CODES[: len(coding.quantizers)]
+    return _ARRAYS[kind]
+
+
+def _merged_dense(first: Dense, parts: Sequence[Part]) -> Dense:
+    places = range(len(arrays_of(first)))
+    merged = [np.concatenate(list(_dense(parts, place))) for place in places]
+    return dense_of(merged, coding_of(first))
+
+
+def _dense(parts: Sequence[Part], place: int) -> Iterator[Shaped[np.ndarray, "docs width"]]:
+    """Of each vector what is alive; ``place`` tells coarse codes from finer ones."""
     for part in parts:
-        vectors = part.segment.dense
-        assert vectors is not None
+        assert part.segment.dense is not None
+        vectors = arrays_of(part.segment.dense)[place]
         for start in range(0, len(vectors), _BLOCK):
             block = slice(start, start + _BLOCK)
             yield vectors[block][part.alive[block]]

@@ -17,8 +17,10 @@ from uuid import uuid4
 
 from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files import recover_folder, replacing_file, replacing_folder, sole_writer
+from tercet.quantized import STORED, Stored
 from tercet.search.engine import Engine
 from tercet.search.exact_engine import ExactEngine
+from tercet.search.qdrant import check_stored
 from tercet.search.qdrant_engine import QdrantEngine
 from tercet.vectors import KINDS
 
@@ -44,7 +46,7 @@ _SOUND: Final[Mapping[str, Callable[[Any], bool]]] = {  # what a setting may be
     "kinds": _is_list_of_kinds,
     "task": lambda value: value is None or isinstance(value, str),
     "dims": lambda value: value is None or type(value) is int,
-    "precision": lambda value: value in ("float32", "bfloat16"),
+    "precision": lambda value: value in ("float32", "bfloat16", *STORED),
 }
 
 
@@ -150,6 +152,8 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
         MissingExtraError: when the engine's package is not installed; nothing is replaced then.
     """
     folder = Path(folder)
+    if about.engine != "exact":
+        check_stored(_stored_of(about))
     found = _what_is_there(folder)
     known = (folder / FILE).is_file()
     if known and not fresh:
@@ -232,6 +236,17 @@ def _begun_on_server(folder: Path, about: About, found: About | None) -> Engine:
     return QdrantEngine(store)
 
 
+def _stored_of(about: About) -> Stored | None:
+    """How dense vectors are stored; None where the index does not say."""
+    precision = about.settings.get("precision")
+    return None if precision is None else stored_as(precision)
+
+
+def stored_as(precision: str) -> Stored:
+    """What a ``--precision`` says of dense vectors; that of weights leaves them as they are."""
+    return next((stored for stored in STORED if stored == precision), "float32")
+
+
 def _place_of(about: About) -> tuple[str | None, ...]:
     return about.engine, about.url, about.collection
 
@@ -249,7 +264,8 @@ def _store_of(about: About) -> Any:
     if about.url is None or about.collection is None or about.mark is None:
         raise RecipeError("an index on a server needs its URL, its collection's name and its mark")
     key = os.environ.get(API_KEY)
-    return ClusterStore(about.url, about.collection, mark=about.mark, api_key=key)
+    stored = _stored_of(about)
+    return ClusterStore(about.url, about.collection, mark=about.mark, api_key=key, stored=stored)
 
 
 def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
@@ -263,10 +279,10 @@ def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
     folder = Path(folder)
     about = about_index(folder)
     if about.engine == "qdrant":
-        return QdrantEngine(_edge_store()(folder / "qdrant"))
+        return QdrantEngine(_edge_store()(folder / "qdrant", stored=_stored_of(about)))
     if about.engine == "cluster":
         return QdrantEngine(_store_of(about))
-    return ExactEngine(folder / "exact", read_only=read_only)
+    return ExactEngine(folder / "exact", stored=_stored_of(about), read_only=read_only)
 
 
 def _unusable(folder: Path, problem: str) -> IndexFolderError:

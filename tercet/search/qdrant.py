@@ -18,7 +18,8 @@ from uuid import NAMESPACE_URL, UUID
 import numpy as np
 import torch
 
-from tercet.errors import DataError
+from tercet.errors import DataError, RecipeError
+from tercet.quantized import Stored
 from tercet.search.checks import Widths, check_records
 from tercet.search.engine import Record, Value, Where
 from tercet.vectors import Kind, Vectors
@@ -54,6 +55,22 @@ class Point:
         return sum(
             2 * len(part.ids) if isinstance(part, TermRow) else part.size
             for part in self.parts.values()
+        )
+
+
+def check_stored(stored: Stored | None) -> None:
+    """Refuse what neither engine can do with dense vectors.
+
+    Both have codes of 8, 4 and 1 bits of their own, beside the vectors as they are, which score the
+    candidates again.
+
+    Raises:
+        RecipeError: for bits with finer codes.
+    """
+    if stored == "binary+int8":
+        raise RecipeError(
+            "Qdrant scores what bits find by the vectors themselves, which it keeps: take binary "
+            "in place of binary+int8, or the exact engine"
         )
 
 

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
-from tercet.errors import IndexFolderError, MissingExtraError
-from tercet.search.checks import Widths
-from tercet.search.qdrant import Facts, Part, Point, TermRow, batches_of
+from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
+from tercet.quantized import Stored
+from tercet.search.checks import Widths, require_same
+from tercet.search.coded import FACTOR
+from tercet.search.qdrant import Facts, Part, Point, TermRow, batches_of, check_stored
 from tercet.search.qdrant_engine import Payload
 from tercet.search.qdrant_search import Ask, Found, Ranks, Stage
 from tercet.vectors import KINDS
@@ -21,20 +23,25 @@ from tercet.vectors import KINDS
 try:
     from qdrant_client import QdrantClient
     from qdrant_client import models as api
-    from qdrant_client.http.exceptions import ApiException
+    from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
 except ImportError as error:
     raise MissingExtraError("a Qdrant server", "qdrant") from error
 
 Params: TypeAlias = Callable[[Stage], api.SearchParams | None]
 _BATCH_NUMBERS: Final = 500_000  # of vectors in one request: some 10 MB of JSON; a server takes 32
 _MARK: Final = "tercet"  # where a collection says whose it is
+_CODES_OF: Final[Mapping[Any, Stored]] = {
+    api.ScalarQuantization: "int8",
+    api.TurboQuantization: "int4",
+    api.BinaryQuantization: "binary",
+}
 _PAUSE_SECONDS: Final = 0.5  # between two looks at a server that optimizes
 
 
 class ClusterStore:
     """Points in a collection of a Qdrant server."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is a choice of its own, with a default)
         self,
         server: str | QdrantClient,
         collection: str,
@@ -43,21 +50,27 @@ class ClusterStore:
         api_key: str | None = None,
         timeout_seconds: int = 60,
         ef: int | None = None,
+        stored: Stored | None = None,
     ) -> None:
         """Look for the collection; if there is none, ``create`` makes one.
 
         ``server`` is a URL, or a client that stays open. With a ``mark``, a collection that is
         made carries it, and one that carries another or none is left alone. ``ef`` is how many
         dense neighbours the graph search keeps in view; None is the server's own choice.
+        ``stored`` says which codes dense vectors get beside them; None: those that they have there,
+        or none.
 
         Raises:
             IndexFolderError: when no server answers, or the collection is not one of ours or of
                 another mark.
+            RecipeError: when it has other codes.
         """
+        check_stored(stored)
         self._ours = isinstance(server, str)
         self._name, self._mark = collection, mark
         self._place = f"{server if isinstance(server, str) else 'Qdrant'}, collection {collection}"
         self._timeout, self._ef = timeout_seconds, ef
+        self._stored: Stored = stored or "float32"
         self._widths: Widths = {}
         if isinstance(server, str):
             with self._named():
@@ -74,7 +87,8 @@ class ClusterStore:
                 if self._client.collection_exists(collection):
                     self._widths = self._widths_there()
                     self._check_mark()
-        except IndexFolderError:
+                    require_same(self._place, "dense", self._stored_there(), stored)
+        except (IndexFolderError, RecipeError):
             self.close()
             raise
 
@@ -118,6 +132,13 @@ class ClusterStore:
         sizes = {name: vector.size for name, vector in named.items()} | dict.fromkeys(sparse, 0)
         return {kind: sizes[kind] for kind in KINDS if kind in sizes}
 
+    def _stored_there(self) -> Stored:
+        """Which codes its dense vectors have."""
+        vectors = self._client.get_collection(self._name).config.params.vectors
+        dense = vectors.get("dense") if isinstance(vectors, Mapping) else None
+        there = None if dense is None else dense.quantization_config
+        return _CODES_OF.get(type(there), "float32")
+
     def _mark_there(self) -> object:
         return (self._client.get_collection(self._name).config.metadata or {}).get(_MARK)
 
@@ -134,7 +155,16 @@ class ClusterStore:
         """Make the collection."""
         about: dict[str, Any] | None = None if self._mark is None else {_MARK: self._mark}
         with self._named():
-            self._client.create_collection(self._name, **_config(widths), metadata=about)
+            try:
+                config = _config(widths, self._stored)
+                self._client.create_collection(self._name, **config, metadata=about)
+            except UnexpectedResponse as error:
+                if self._stored == "int4" and error.status_code in (400, 422):
+                    raise RecipeError(
+                        f"{self._place}: the server refuses codes of 4 bits, which it calls "
+                        "TurboQuant; take a newer Qdrant, or int8 or binary"
+                    ) from error
+                raise
             if not self._is_local:  # which scans anyway, and warns
                 self._client.create_payload_index(
                     self._name, "facts", api.PayloadSchemaType.KEYWORD
@@ -242,7 +272,8 @@ class ClusterStore:
     def _params(self, stage: Stage) -> api.SearchParams | None:
         if self._is_local:  # it scans, and warns of parameters
             return None
-        return api.SearchParams(exact=stage.exact, hnsw_ef=self._ef)
+        rescoring = api.QuantizationSearchParams(rescore=True, oversampling=FACTOR)
+        return api.SearchParams(exact=stage.exact, hnsw_ef=self._ef, quantization=rescoring)
 
 
 def _number(identity: Any) -> UUID:
@@ -250,10 +281,15 @@ def _number(identity: Any) -> UUID:
     return UUID(int=identity) if isinstance(identity, int) else UUID(str(identity))
 
 
-def _config(widths: Widths) -> dict[str, Any]:
+def _config(widths: Widths, stored: Stored) -> dict[str, Any]:
     dense: dict[str, api.VectorParams] = {}
     if "dense" in widths:
-        dense["dense"] = api.VectorParams(size=widths["dense"], distance=api.Distance.DOT)
+        dense["dense"] = api.VectorParams(
+            size=widths["dense"],
+            distance=api.Distance.DOT,
+            quantization_config=_quantization(stored),
+            on_disk=None if stored == "float32" else True,
+        )
     if "multi" in widths:
         dense["multi"] = api.VectorParams(
             size=widths["multi"],
@@ -264,6 +300,21 @@ def _config(widths: Widths) -> dict[str, Any]:
         )
     sparse = {"sparse": api.SparseVectorParams()} if "sparse" in widths else None
     return {"vectors_config": dense, "sparse_vectors_config": sparse}
+
+
+def _quantization(stored: Stored) -> Any:
+    """Codes in memory, beside vectors on the disk."""
+    if stored == "int8":
+        scalar = api.ScalarQuantizationConfig(type=api.ScalarType.INT8, always_ram=True)
+        return api.ScalarQuantization(scalar=scalar)
+    if stored == "int4":
+        turbo = api.TurboQuantQuantizationConfig(bits=api.TurboQuantBitSize.BITS4, always_ram=True)
+        return api.TurboQuantization(turbo=turbo)
+    if stored == "binary":
+        query = api.BinaryQuantizationQueryEncoding.SCALAR8BITS
+        binary = api.BinaryQuantizationConfig(always_ram=True, query_encoding=query)
+        return api.BinaryQuantization(binary=binary)
+    return None
 
 
 def _point(point: Point) -> api.PointStruct:

@@ -2,8 +2,11 @@
 
 A query holds Python's global lock while it runs, and one process at a time opens a folder: a server
 keeps it in one process of its own. What was upserted is scanned until ``optimize()`` has built a
-graph of the dense vectors. Token vectors have no graph: they rank candidates. They are stored in
-float16, since in ``Uint8`` this version scores them wrong, without a word.
+graph of the dense vectors. Dense vectors may have codes of 8, 4 or 1 bits, Qdrant's own, by which
+candidates are found; they are scored again by the vectors themselves, which stay on the disk and
+take as much of it as before: codes save memory and time. Token vectors have no graph: they rank
+candidates. They are stored in float16, since in ``Uint8`` this version scores them wrong, without a
+word.
 """
 
 import json
@@ -15,8 +18,10 @@ from uuid import UUID
 
 from tercet.errors import IndexFolderError, MissingExtraError, StorageError
 from tercet.files import clear_about, recover_folder, replacing_file, replacing_folder, sole_writer
-from tercet.search.checks import Widths
-from tercet.search.qdrant import Facts, Part, Point, TermRow, batches_of
+from tercet.quantized import STORED, Stored
+from tercet.search.checks import Widths, require_same
+from tercet.search.coded import FACTOR
+from tercet.search.qdrant import Facts, Part, Point, TermRow, batches_of, check_stored
 from tercet.search.qdrant_engine import Payload
 from tercet.search.qdrant_search import Ask, Found, Ranks, Stage
 from tercet.vectors import KINDS, Kind
@@ -27,7 +32,8 @@ except ImportError as error:
     raise MissingExtraError("Qdrant Edge", "qdrant") from error
 
 _BATCH_NUMBERS: Final = 2_000_000  # of vectors in one update: 8 MB
-_POINTS, _SHARD, _WIDTHS, _PENDING = "points", "shard", "widths.json", "pending.json"
+_POINTS, _SHARD, _PENDING = "points", "shard", "pending.json"
+_WIDTHS, _STORED = "widths.json", "stored.json"
 _NO_GRAPH: Final = 0  # edges a node
 
 
@@ -35,18 +41,26 @@ class EdgeStore:
     """Points in a folder, found by Qdrant Edge inside this process."""
 
     def __init__(
-        self, folder: Path | str, *, threads: int | None = None, ef: int | None = None
+        self,
+        folder: Path | str,
+        *,
+        threads: int | None = None,
+        ef: int | None = None,
+        stored: Stored | None = None,
     ) -> None:
         """Open a folder, or make a new one.
 
         ``ef`` is how many dense neighbours the graph search keeps in view: more is slower and
-        misses fewer. None is the engine's own choice.
+        misses fewer. None is the engine's own choice. ``stored`` says which codes dense vectors
+        get; None: those that they have there, or none.
 
         Raises:
-            RecipeError: when another process has it open.
+            RecipeError: when another process has it open, or it has other codes.
             IndexFolderError: when the folder is damaged.
         """
+        check_stored(stored)
         self._folder = Path(folder)
+        self._stored: Stored = stored or "float32"
         self._threads, self._ef = threads, ef
         self._opened: edge.EdgeShard | None = None  # none before ``create``
         self._closed = False
@@ -55,7 +69,11 @@ class EdgeStore:
         self._held.enter_context(sole_writer(self._folder))
         try:
             self._open()
+            if self._opened is not None:
+                require_same(self._folder, "dense", self._stored, stored)
         except BaseException:
+            if self._opened is not None:
+                self._opened.close()
             self._held.close()
             raise
 
@@ -83,19 +101,23 @@ class EdgeStore:
             return
         with self._reading():
             self._widths = _read_widths(points / _WIDTHS)
+            self._stored = _read_stored(points / _STORED)
             self._opened = edge.EdgeShard.load(str(points / _SHARD))
 
     def create(self, widths: Widths) -> None:
         """Make an empty store for vectors of these kinds and widths; whole or not at all."""
         points = self._folder / _POINTS
         with replacing_folder(points) as fresh:
-            shard = edge.EdgeShard.create(str(fresh / _SHARD), _config(widths, self._threads))
+            shard = edge.EdgeShard.create(
+                str(fresh / _SHARD), _config(widths, self._threads, self._stored)
+            )
             shard.update(
                 edge.UpdateOperation.create_field_index("facts", edge.PayloadSchemaType.Keyword)
             )
             shard.flush()
             shard.close()
             (fresh / _WIDTHS).write_text(json.dumps(widths), encoding="utf-8")
+            (fresh / _STORED).write_text(json.dumps(self._stored), encoding="utf-8")
         self._open()
 
     @contextmanager
@@ -234,6 +256,18 @@ def _read_widths(path: Path) -> dict[Kind, int]:
     return {kind: found[kind] for kind in KINDS if kind in found}
 
 
+def _read_stored(path: Path) -> Stored:
+    """How dense vectors are stored; older folders do not say, and have no codes.
+
+    Raises:
+        ValueError: when the file says what cannot be.
+    """
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else "float32"
+    if found not in STORED:
+        raise ValueError(f"{path.name} does not say what it should")
+    return found
+
+
 def _read_pending(path: Path) -> int:
     try:
         return int(json.loads(path.read_text(encoding="utf-8")))
@@ -241,10 +275,15 @@ def _read_pending(path: Path) -> int:
         return 0
 
 
-def _config(widths: Widths, threads: int | None) -> Any:
+def _config(widths: Widths, threads: int | None, stored: Stored) -> Any:
     dense: dict[str, Any] = {}
     if "dense" in widths:
-        dense["dense"] = edge.EdgeVectorParams(widths["dense"], edge.Distance.Dot)
+        dense["dense"] = edge.EdgeVectorParams(
+            widths["dense"],
+            edge.Distance.Dot,
+            quantization_config=_quantization(stored),
+            memory=None if stored == "float32" else edge.Memory.Cold,
+        )
     if "multi" in widths:
         dense["multi"] = edge.EdgeVectorParams(
             widths["multi"],
@@ -260,6 +299,18 @@ def _config(widths: Widths, threads: int | None) -> Any:
         optimizers=edge.EdgeOptimizersConfig(deleted_threshold=0.01, vacuum_min_vector_number=100),
         max_search_threads=threads,
     )
+
+
+def _quantization(stored: Stored) -> Any:
+    if stored == "int8":
+        return edge.ScalarQuantizationConfig(edge.ScalarType.Int8, memory=edge.Memory.Cached)
+    if stored == "int4":
+        bits = edge.TurboQuantBitSize.Bits4
+        return edge.TurboQuantQuantizationConfig(bits=bits, memory=edge.Memory.Cached)
+    if stored == "binary":
+        query = edge.BinaryQuantizationQueryEncoding.Scalar8Bits
+        return edge.BinaryQuantizationConfig(query_encoding=query, memory=edge.Memory.Cached)
+    return None
 
 
 def _point(point: Point) -> Any:
@@ -312,7 +363,9 @@ def _nearest(stage: Stage) -> Any:
 
 
 def _params(stage: Stage, ef: int | None) -> Any:
-    return edge.SearchParams(exact=stage.exact, hnsw_ef=ef)
+    """Exact stages go by the vectors as they are; others by codes, if there are, and then these."""
+    rescoring = edge.QuantizationSearchParams(rescore=True, oversampling=float(FACTOR))
+    return edge.SearchParams(exact=stage.exact, hnsw_ef=ef, quantization=rescoring)
 
 
 def _formula(weights: Sequence[float]) -> Any:

@@ -39,7 +39,7 @@ def rank(
     if not proposers:
         assert not isinstance(fusion, ReciprocalRank), "one of its kinds counts"
         return _all_ranked(scan.best(fusion.weights, kinds, k))
-    lists = [scan.best(_ALONE, (kind,), wanted(fusion, k)) for kind in proposers]
+    lists = [scan.best(_ALONE, (kind,), wanted(fusion, k), nearly=True) for kind in proposers]
     found = []
     for query in range(len(queries)):
         rows = [_rows(best, query) for best in lists]

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from tercet.search.exact import largest, top_k
+from tercet.search.coding import Coded, Dense
+from tercet.search.exact import Hits, largest, top_k
 from tercet.search.segment import Rows, Segment
 from tercet.segments import maximum, total
 from tercet.vectors import Kind, Vectors, Weights
@@ -50,29 +51,41 @@ class Scan:
     views: Sequence[View]
     _lexical: dict[int, Float32[np.ndarray, "queries docs"]] = field(default_factory=dict)
 
-    def best(self, weights: Weights, kinds: Sequence[Kind], k: int) -> Best:
+    def best(
+        self, weights: Weights, kinds: Sequence[Kind], k: int, *, nearly: bool = False
+    ) -> Best:
         """The ``k`` best rows by the weighted sum of these kinds, of those that one of them finds.
 
-        The kinds are present in queries and segments.
+        The kinds are present in queries and segments. Dense vectors in codes are all scored, or
+        ``nearly`` all: candidates are found by whole numbers, and these are scored.
         """
         count = len(self.queries)
         none = torch.zeros(count, 0)
         found = Best(none, none.long(), dict.fromkeys(kinds, none))
         for view in self.views:
+            alone = tuple(kinds) == ("dense",) and weights.dense == 1
+            hits = self._nearest(view, k, nearly) if alone else None
+            if hits is not None:
+                scores = torch.from_numpy(hits.scores)
+                rows = torch.from_numpy(hits.rows) + view.begin
+                found = _merged(found, Best(scores, rows, {"dense": scores}), k)
+                continue
             for block in self._blocks_of(view, weights, kinds, k):
                 found = _merged(found, block, k)
         return found
+
+    def _nearest(self, view: View, k: int, nearly: bool) -> Hits | None:
+        """The best by dense vectors alone, where there is a faster way than by blocks."""
+        assert self.queries.dense is not None and view.segment.dense is not None
+        queries, docs = self.queries.dense.numpy(), view.segment.dense
+        if isinstance(docs, Coded):
+            return docs.nearest(queries, k, view.allowed) if nearly else None
+        return top_k(queries, docs, k) if view.allowed is None else None
 
     def _blocks_of(
         self, view: View, weights: Weights, kinds: Sequence[Kind], k: int
     ) -> Iterator[Best]:
         """The best of each block of a segment."""
-        if tuple(kinds) == ("dense",) and view.allowed is None and weights.dense == 1:
-            assert self.queries.dense is not None and view.segment.dense is not None
-            hits = top_k(self.queries.dense.numpy(), view.segment.dense, k)
-            scores = torch.from_numpy(hits.scores)
-            yield Best(scores, torch.from_numpy(hits.rows) + view.begin, {"dense": scores})
-            return
         for start, stop in _bounds(view.segment, "multi" in kinds):
             if view.allowed is not None and not view.allowed[start:stop].any():
                 continue
@@ -96,8 +109,9 @@ class Scan:
         segment = view.segment
         if kind == "dense":
             assert self.queries.dense is not None and segment.dense is not None
-            part = segment.dense[start:stop] @ self.queries.dense.numpy().T
-            return torch.from_numpy(part).T
+            return torch.from_numpy(
+                _products(self.queries.dense.numpy(), segment.dense, slice(start, stop))
+            )
         if kind == "sparse":
             return torch.from_numpy(self.lexical(view)[:, start:stop])
         assert self.queries.multi is not None and segment.multi is not None
@@ -151,9 +165,18 @@ class Scan:
             return torch.from_numpy(self.lexical(view)[query][rows])
         if kind == "dense":
             assert asked.dense is not None and view.segment.dense is not None
-            return torch.from_numpy(view.segment.dense[rows] @ asked.dense[0].numpy())
+            return torch.from_numpy(_products(asked.dense.numpy(), view.segment.dense, rows)[0])
         assert view.segment.multi is not None
         return _late(asked, *_taken(view.segment.multi, rows))[0]
+
+
+def _products(
+    queries: Float32[np.ndarray, "queries dim"],
+    docs: Dense,
+    rows: slice | Int64[np.ndarray, "rows"],
+) -> Float32[np.ndarray, "queries rows"]:
+    """The inner products of all queries with some documents."""
+    return docs.scores(queries, rows) if isinstance(docs, Coded) else (docs[rows] @ queries.T).T
 
 
 def _found(

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped
 
 from tercet.errors import DataError, IndexFolderError
+from tercet.search.coding import Dense
 from tercet.search.engine import Record, Value, Where
 from tercet.vectors import Kind
 
@@ -175,7 +176,7 @@ class Segment:
     """Vectors of some kinds and the records that they belong to, row by row."""
 
     documents: Documents
-    dense: Float32[np.ndarray, "docs dim"] | None = None
+    dense: Dense | None = None
     sparse: Postings | None = None
     multi: Rows | None = None
     _values: dict[str, Any] = field(default_factory=dict)
@@ -198,7 +199,7 @@ class Segment:
     @property
     def bytes(self) -> int:
         """The size of the vectors."""
-        arrays = [self.dense]
+        arrays: list[Any] = [self.dense]
         if self.sparse is not None:
             arrays += [self.sparse.rows, self.sparse.weights]
         if self.multi is not None:

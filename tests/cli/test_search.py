@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from tercet.nn.embedder import Embedder
+from tercet.quantized import Ranges
 from tercet.scoring import scores_of, weighted_scores
 from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
@@ -361,3 +362,65 @@ def test_what_cannot_be_indexed_is_said(refused, encoder_folder, files, tmp_path
     assert said == "--kinds dense,sparse: the model makes dense vectors; name some of these"
     assert refused(*words, "--url", "http://localhost:1").startswith("--url is of a Qdrant server")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "bytes_each"), [("int8", 16), ("int4", 8), ("binary", 2), ("binary+int8", 18)]
+)
+def test_an_index_keeps_vectors_in_codes_and_is_searched_by_them(
+    tercet, encoder_folder, files, tmp_path, precision, bytes_each
+):
+    index = tmp_path / "index"
+    words = ["index", encoder_folder, files / "docs.jsonl", "--out", index, "--dims", "16"]
+    first = tercet(*words, "--precision", precision)
+    assert first.status == 0
+    said = f"dense vectors: 16 coordinates in {precision}, {bytes_each} bytes each, "
+    assert said in " ".join(first.err.split())
+    assert "documents, and kept with the index" in " ".join(first.err.split())
+    again = tercet(*words, "--precision", precision)
+    assert again.status == 0 and "learned" not in again.err
+    ended = tercet("search", index, SENTENCES[5])
+    assert ended.status == 0
+    score, name = cells(ended.out.splitlines()[2])[:2]
+    assert name == "d5" or precision == "binary"
+    assert float(score) == pytest.approx(1, abs={"int8": 0.02, "int4": 0.1}.get(precision, 0.3))
+
+
+def test_codes_are_those_of_the_ranges_that_the_model_keeps(
+    tercet, files, tmp_path, encoder_folder
+):
+    model = tmp_path / "model"
+    Embedder.load(encoder_folder).save(model)
+    calibrated = tercet("calibrate", model, files / "docs.jsonl", "--dims", "16", "--save")
+    assert calibrated.status == 0
+    index = tmp_path / "index"
+    words = ["--out", index, "--dims", "16", "--precision", "int4"]
+    ended = tercet("index", model, files / "docs.jsonl", *words)
+    assert "codes: by the ranges that the model keeps for 16 coordinates" in ended.err
+    kept = json.loads((index / "exact/manifest.json").read_text())["ranges"]
+    assert Ranges.read(kept) == Embedder.load(model).settings.ranges[16]
+
+
+def test_an_index_of_other_codes_or_dims_is_not_added_to(
+    tercet, refused, encoder_folder, files, tmp_path
+):
+    words = ["index", encoder_folder, files / "docs.jsonl", "--out", tmp_path / "index"]
+    assert tercet(*words, "--dims", "16", "--precision", "int4").status == 0
+    for flags, said in (
+        (("--dims", "16", "--precision", "int8"), "built with precision 'int4', not 'int8'"),
+        (("--dims", "16"), "built with precision 'int4', not 'float32'"),
+        (("--dims", "8", "--precision", "int4"), "built with dims 16, not 8"),
+    ):
+        told = refused(*words, *flags)
+        assert said in told and "build it again with: tercet index --fresh" in told
+    assert tercet(*words, "--precision", "int8", "--fresh").status == 0
+    assert tercet("search", tmp_path / "index", SENTENCES[5]).status == 0
+
+
+def test_codes_of_what_has_none_are_refused(refused, hybrid, files, tmp_path):
+    words = ["index", hybrid / "model", files / "docs.jsonl", "--out", tmp_path / "index"]
+    told = refused(*words, "--kinds", "sparse", "--precision", "int8")
+    assert "--precision int8 is of dense vectors, and sparse are to be kept" in told
+    told = refused(*words, "--engine", "qdrant", "--precision", "binary+int8")
+    assert "take binary in place of binary+int8, or the exact engine" in told
+    assert not (tmp_path / "index").exists()

@@ -1,11 +1,9 @@
 """Vectors in few bytes, from the command line."""
 
 import json
-from itertools import pairwise
 
 import pytest
 
-from tercet.cli.small import _spread
 from tercet.nn.embedder import Embedder
 from tercet.vectors import KINDS
 from tests.cli.lines import cells, write
@@ -117,12 +115,3 @@ def test_what_cannot_be_learned_is_told(refused, encoder_folder, model, files, t
     assert "holds no text" in refused("calibrate", model, tmp_path / "blank.jsonl")
     told = refused("calibrate", encoder_folder, files / "texts.txt", "--save")
     assert "so ranges of codes cannot be kept there" in told
-
-
-@pytest.mark.parametrize(("count", "most"), [(0, 3), (3, 3), (7, 3), (1_000, 10), (21, 20)])
-def test_texts_are_taken_from_all_over_a_file(count, most):
-    texts = _spread((str(i) for i in range(count)), most)
-    numbers = [int(text) for text in texts]
-    assert min(count, most) / 2 <= len(numbers) <= most
-    assert len({after - before for before, after in pairwise(numbers)}) <= 1
-    assert not count or numbers[-1] >= count - 2 * count / len(numbers)

@@ -1,11 +1,12 @@
 import json
 import pickle
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.data.texts import open_texts
+from tercet.data.texts import open_texts, spread
 from tercet.errors import DataError
 from tercet.types import Example
 
@@ -65,3 +66,12 @@ def test_a_file_that_changed_since_it_was_opened_is_refused(file):
     file.write_bytes(file.read_bytes() + b"\n")
     with pytest.raises(DataError, match="has changed"):
         source.examples([0])
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 3), (3, 3), (7, 3), (1_000, 10), (21, 20)])
+def test_texts_are_taken_from_all_over_a_file(count, most):
+    texts = spread((str(i) for i in range(count)), most)
+    numbers = [int(text) for text in texts]
+    assert min(count, most) / 2 <= len(numbers) <= most
+    assert len({after - before for before, after in pairwise(numbers)}) <= 1
+    assert not count or numbers[-1] >= count - 2 * count / len(numbers)

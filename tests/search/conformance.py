@@ -7,12 +7,13 @@ named rather than passed where another process has to call it, so it is at the t
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from tercet.quantized import Ranges, Stored, codes_of
 from tercet.search.engine import Engine, Fusion, Hit, ReciprocalRank, Record, Rerank, Weighted
 from tercet.search.exact_engine import ExactEngine
 from tercet.segments import offsets_of
@@ -23,6 +24,7 @@ DIM, WIDTH = 8, 6
 RECORDS, QUERIES = 40, 5
 WITHOUT_TERMS, WITHOUT_ROWS, WITHOUT_BOTH = 7, 11, 23  # records that lack a kind
 QUERY_WITHOUT_TERMS, QUERY_WITHOUT_ROWS = 3, 4
+RANGES: Final = Ranges((0.01, -0.02, *(0.0,) * (DIM - 2)), int8=2.1, int4=2.1, binary=0.8)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Store:
     needs: str | None = None  # a package without which it is skipped
     durable: bool = True  # false: gone with the process, or on the disk as another one is
     tolerance: float = 1e-4  # of scores
+    stored: Stored = "float32"  # dense vectors
+
+    def held(self, docs: Vectors) -> Vectors:
+        """What it keeps of these."""
+        if self.stored == "float32" or docs.dense is None:
+            return docs
+        finest = RANGES.quantizer(codes_of(self.stored)[-1])
+        return replace(docs, dense=torch.from_numpy(finest.codes(docs.dense.numpy()).decoded()))
 
 
 def exact(folder: Path) -> Engine:
@@ -44,11 +54,36 @@ def exact_half(folder: Path) -> Engine:
     return ExactEngine(folder)
 
 
+def exact_int8(folder: Path) -> Engine:
+    return _coded(folder, "int8")
+
+
+def exact_int4(folder: Path) -> Engine:
+    return _coded(folder, "int4")
+
+
+def exact_bits(folder: Path) -> Engine:
+    return _coded(folder, "binary+int8")
+
+
+def _coded(folder: Path, stored: Stored) -> Engine:
+    engine = ExactEngine(folder, precision="float32", stored=stored)
+    engine.settle(RANGES)
+    return engine
+
+
 def qdrant_edge(folder: Path) -> Engine:
     from tercet.search.qdrant_edge import EdgeStore
     from tercet.search.qdrant_engine import QdrantEngine
 
     return QdrantEngine(EdgeStore(folder, threads=1))
+
+
+def qdrant_edge_coded(folder: Path) -> Engine:  # which scores by what was given to it
+    from tercet.search.qdrant_edge import EdgeStore
+    from tercet.search.qdrant_engine import QdrantEngine
+
+    return QdrantEngine(EdgeStore(folder, threads=1, stored="int4"))
 
 
 def qdrant_client(folder: Path) -> Engine:  # its local mode, in memory, stands in for a server
@@ -63,7 +98,11 @@ def qdrant_client(folder: Path) -> Engine:  # its local mode, in memory, stands 
 STORES: Final = (
     Store("exact", exact),
     Store("exact, halves", exact_half, durable=False),
+    Store("exact, int8", exact_int8, durable=False, stored="int8"),
+    Store("exact, int4", exact_int4, durable=False, stored="int4"),
+    Store("exact, bits", exact_bits, stored="binary+int8"),
     Store("qdrant edge", qdrant_edge, needs="qdrant_edge"),
+    Store("qdrant edge, int4", qdrant_edge_coded, needs="qdrant_edge", durable=False),
     Store("qdrant client", qdrant_client, needs="qdrant_client", durable=False),
 )
 

@@ -40,7 +40,8 @@ def ids(hits):
 
 def check(engine, store, fusion, *, k=7, allowed=None, where=None, **sides):
     """Every query finds what the slow formulas find."""
-    queries, docs = sides.get("queries", c.QUESTIONS), sides.get("docs", c.DOCUMENTS)
+    queries = sides.get("queries", c.QUESTIONS)
+    docs = store.held(sides.get("docs", c.DOCUMENTS))
     found = engine.search(queries, k, fusion=fusion, where=where)
     assert len(found) == len(queries)
     for query, hits in enumerate(found):
@@ -67,29 +68,33 @@ def test_b20_each_hit_has_its_true_score_by_every_kind_that_counts(filled, store
             assert set(hit.scores) == set(counting)
             doc = c.names().index(hit.record.id)
             for kind, found in hit.scores.items():
-                true = c.score(kind, c.QUESTIONS, query, c.DOCUMENTS, doc)
+                true = c.score(kind, c.QUESTIONS, query, store.held(c.DOCUMENTS), doc)
                 assert math.isclose(found, true, abs_tol=store.tolerance)
 
 
 def test_b20_a_document_that_one_list_misses_is_not_taken_to_score_zero_there(engine, store):
     """Dense finds a and d, sparse finds b and e; c is third in both, and would be the best."""
+    if store.stored == "int4":
+        pytest.skip("of so few bits, some of these values are equal")
     dense = {"a": 1.0, "b": 0.5, "c": 0.9, "d": 0.95, "e": 0.4}
     sparse = {"a": 0.1, "b": 1.0, "c": 0.9, "d": 0.6, "e": 0.95}
+    first = torch.eye(c.DIM)[:1]
     docs = Vectors(
-        torch.tensor([[value, 0.0] for value in dense.values()]),
+        torch.tensor(list(dense.values()))[:, None] * first,
         Terms(torch.full((5,), 9), torch.tensor(list(sparse.values())), torch.arange(6)),
     )
     query = Vectors(
-        torch.tensor([[1.0, 0.0]]),
+        first,
         Terms(torch.tensor([9]), torch.tensor([1.0]), torch.tensor([0, 1])),
     )
     engine.upsert([Record(name, "") for name in dense], docs)
     weights = Weights(1.0, 1.0, 0.0)
-    ((first, second),) = engine.search(query, 2, fusion=Weighted(weights=weights, candidates=2))
+    ((best, second),) = engine.search(query, 2, fusion=Weighted(weights=weights, candidates=2))
     # With zeros: a and b 1.0, d and e 0.95. Truly: d 0.95 + 0.6, b 0.5 + 1.0, e 1.35, a 1.1.
-    assert (first.record.id, second.record.id) == ("d", "b")
-    assert math.isclose(first.score, 1.55, abs_tol=store.tolerance)
-    assert math.isclose(second.score, 1.5, abs_tol=store.tolerance)
+    assert (best.record.id, second.record.id) == ("d", "b")
+    kept = store.held(docs).dense[:, 0].tolist()  # nearly 0.95 and 0.5, if it keeps codes
+    assert math.isclose(best.score, kept[3] + 0.6, abs_tol=store.tolerance)
+    assert math.isclose(second.score, kept[1] + 1.0, abs_tol=store.tolerance)
     ((best,),) = engine.search(query, 1, fusion=Weighted(weights=weights, candidates=3))
     assert best.record.id == "c"
 
@@ -194,7 +199,7 @@ def test_an_upsert_replaces_the_record_and_all_its_vectors(filled, store):
     chosen = [2, 9, c.WITHOUT_TERMS]
     replaced = [Record(c.names()[i], f"new {i}", fields={"section": "new"}) for i in chosen]
     filled.upsert(replaced, new)
-    docs = Vectors.join([c.DOCUMENTS, new])
+    docs = store.held(Vectors.join([c.DOCUMENTS, new]))
     kept = [i for i in range(c.RECORDS) if i not in chosen]
     names = [*c.names(), *(record.id for record in replaced)]
     allowed = [*kept, *range(c.RECORDS, c.RECORDS + 3)]
@@ -217,7 +222,7 @@ def test_an_upsert_can_take_terms_and_rows_away(filled, store):
         (hit,) = (hit for hit in hits if hit.record.id == name)
         assert hit.scores["sparse"] == 0
         assert hit.scores["multi"] == 0
-        true = c.score("dense", c.QUESTIONS, query, c.DOCUMENTS, c.WITHOUT_BOTH)
+        true = c.score("dense", c.QUESTIONS, query, store.held(c.DOCUMENTS), c.WITHOUT_BOTH)
         assert math.isclose(hit.score, true, abs_tol=store.tolerance)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.errors import DataError, IndexFolderError, MissingExtraError
+from tercet.errors import DataError, IndexFolderError, MissingExtraError, RecipeError
 from tercet.scoring import weighted_scores
 from tercet.search.engine import Record, Weighted
 from tercet.search.qdrant import (
@@ -133,6 +133,51 @@ def test_a_graph_of_dense_vectors_finds_nearly_what_a_scan_finds(tmp_path):
         for hits, rows in zip(found, true, strict=True)
     ]
     assert sum(recalled) >= 0.9 * 10 * len(recalled)
+
+
+@pytest.mark.parametrize(("stored", "bytes_each"), [("int8", 260), ("int4", 128), ("binary", 32)])
+def test_codes_find_candidates_that_the_vectors_themselves_score(tmp_path, stored, bytes_each):
+    count, dim = 2_000, 256  # 2 MB
+    centres = torch.randn(30, dim)
+    dense = centres[torch.randint(0, 30, (count + 20,))] + torch.randn(count + 20, dim)
+    dense = torch.nn.functional.normalize(dense, dim=1)
+    docs, queries = Vectors(dense[:count]), Vectors(dense[count:])
+    folder = tmp_path / "index"
+    with closing(edge(folder, threads=1, stored=stored)) as engine:
+        engine.upsert(records(count), docs)
+        engine.optimize()
+    with closing(edge(folder, threads=1)) as engine:  # it knows what it has
+        found = engine.search(queries, 10, fusion=Weighted(weights=Weights(1.0, 0.0, 0.0)))
+    true = weighted_scores(queries, docs, Weights())
+    for hits, scores in zip(found, true, strict=True):
+        for hit in hits:
+            assert hit.score == pytest.approx(float(scores[int(hit.record.id)]), abs=1e-5)
+    best = [{str(row) for row in rows} for rows in true.topk(10).indices.tolist()]
+    recalled = [
+        len({hit.record.id for hit in hits} & rows) for hits, rows in zip(found, best, strict=True)
+    ]
+    assert sum(recalled) >= 0.9 * 10 * len(recalled)
+    if stored != "int8":  # which are made once there are 10 MB
+        codes = [path for path in folder.rglob("quantized_data/chunk_*") if path.is_file()]
+        assert sum(path.stat().st_size for path in codes) >= count * bytes_each
+
+
+def test_other_codes_than_a_folder_has_are_refused(tmp_path):
+    with closing(edge(tmp_path / "index", stored="int8")) as engine:
+        engine.upsert(records(8), vectors(8))
+    with pytest.raises(RecipeError, match="holds dense vectors in int8, not binary"):
+        edge(tmp_path / "index", stored="binary")
+    with pytest.raises(RecipeError, match="take binary in place of binary"):
+        edge(tmp_path / "other", stored="binary+int8")
+    assert not (tmp_path / "other").exists()
+    edge(tmp_path / "index", stored="int8").close()  # and the lock is not kept
+    path = tmp_path / "index/points/stored.json"
+    path.write_text('"int2"')
+    with pytest.raises(IndexFolderError, match=r"stored.json does not say .*--fresh"):
+        edge(tmp_path / "index")
+    path.unlink()  # as in a folder from before there were codes
+    with closing(edge(tmp_path / "index", stored="float32")) as engine:
+        assert engine.stats().records == 8
 
 
 def test_token_vectors_are_stored_in_halves_and_scored_as_a_mean(tmp_path):

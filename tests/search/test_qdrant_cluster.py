@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import httpx
 import pytest
 import torch
 
-from tercet.errors import IndexFolderError, ModelError
+from tercet.errors import IndexFolderError, ModelError, RecipeError
 from tercet.search.engine import ReciprocalRank, Record, Weighted
 from tercet.vectors import Terms, TokenRows, Vectors, Weights
 
@@ -13,6 +14,7 @@ pytest.importorskip("qdrant_client")
 
 from qdrant_client import QdrantClient
 from qdrant_client import models as api
+from qdrant_client.http.exceptions import UnexpectedResponse
 
 from tercet.search import qdrant_cluster, qdrant_engine
 from tercet.search.qdrant import facts_of
@@ -65,6 +67,32 @@ def test_the_collection_is_made_as_the_data_model_says(client):
     assert set(params.sparse_vectors) == {"sparse"}
 
 
+@pytest.mark.parametrize("stored", ["float32", "int8", "int4", "binary"])
+def test_a_collection_has_codes_in_memory_and_keeps_vectors_on_the_disk(client, stored):
+    cluster(client, "texts", stored=stored).upsert(RECORDS, DOCS)
+    dense = client.get_collection("texts").config.params.vectors["dense"]
+    said = {} if dense.quantization_config is None else dense.quantization_config.model_dump()
+    assert dense.on_disk == (None if stored == "float32" else True)
+    assert list(said) == {"int8": ["scalar"], "int4": ["turbo"], "binary": ["binary"]}.get(
+        stored, []
+    )
+    assert all(codes["always_ram"] for codes in said.values())
+    assert cluster(client, "texts", stored=stored).stats().records == 3
+    other = "binary" if stored != "binary" else "int8"
+    with pytest.raises(RecipeError, match=f"holds dense vectors in {stored}, not {other}"):
+        cluster(client, "texts", stored=other)
+
+
+def test_a_server_without_codes_of_4_bits_is_told_with_what_to_do(monkeypatch, client):
+    def refuse(*_, **__):
+        raise UnexpectedResponse(400, "Bad Request", b"unknown variant turbo", httpx.Headers())
+
+    engine = cluster(client, "texts", stored="int4")
+    monkeypatch.setattr(client, "create_collection", refuse)
+    with pytest.raises(RecipeError, match=r"refuses codes of 4 bits.*or int8 or binary"):
+        engine.upsert(RECORDS, DOCS)
+
+
 @pytest.mark.parametrize(
     "vectors",
     [
@@ -114,6 +142,8 @@ def test_a_server_is_asked_for_exact_scores_of_candidates_and_for_its_graph_to_f
     (candidates,) = stage.prefetch
     assert (candidates.using, candidates.limit) == ("dense", 9)
     assert (candidates.params.exact, candidates.params.hnsw_ef) == (False, 77)
+    coded = candidates.params.quantization
+    assert (coded.rescore, coded.oversampling, coded.ignore) == (True, 4, False)
     assert candidates.filter.must[0].match.any == ['["section", "web"]', '["section", "mail"]']
     assert summed.query.formula.sum[0].mult == [0.5, "$score[0]"]
     assert summed.query.defaults == {"$score[0]": 0.0}
