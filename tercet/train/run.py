@@ -20,6 +20,7 @@ class Run:
     save_minutes: float = 5.0  # between checkpoints
     save_steps: int | None = None  # between checkpoints, as well
     eval_steps: int | None = None  # between evaluations; None: ten times a stage
+    models_at: tuple[int, ...] = ()  # steps of the first stage after which its model is saved
     tensorboard: bool = False
     show_progress: bool = True
 
@@ -27,6 +28,8 @@ class Run:
         above(0, self, "save_minutes")
         at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
         at_least(0, self, "memory_gb")
+        if min(self.models_at, default=0) < 0:
+            raise RecipeError(f"models_at is {list(self.models_at)}; give steps, 0 for the base")
 
     def find_device(self) -> torch.device:
         """The device asked for, or a GPU if there is one.
