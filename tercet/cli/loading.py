@@ -90,3 +90,20 @@ def weights_of(named: str | None) -> Weights | None:
             "one above it, such as 1,0.3,1"
         )
     return Weights(*numbers)
+
+
+def whole_numbers(flag: str, named: str | None) -> tuple[int, ...]:
+    """The numbers that a flag gives with commas between, each once; none where it is not given.
+
+    Raises:
+        RecipeError: where one is no whole number from 0 up, or stands there twice.
+    """
+    parts = [part.strip() for part in (named or "").split(",")] if named is not None else []
+    fits = all(part.isascii() and part.isdigit() for part in parts)
+    numbers = tuple(int(part) for part in parts) if fits else ()
+    if not fits or len(set(numbers)) < len(numbers):
+        raise RecipeError(
+            f"--{flag} {named}: give whole numbers from 0 up with commas between, each once, such "
+            "as 0,2,8"
+        )
+    return numbers

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
+from tercet.cli.loading import whole_numbers
 from tercet.cli.sources import numbers_of, opened, weighted
 from tercet.console import results, say
 from tercet.data.mixture import names_some, refuse_unknown, weighed
@@ -130,6 +131,7 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
 
     @wraps(recipe)
     def command(out: Path, dev: Path | None, **flags: Any) -> None:
+        flags["models_at"] = whole_numbers("models-at", flags["models_at"])
         run = Run(**{name: flags.pop(name) for name in list(flags) if name in Run.__annotations__})
         field = flags.pop("text_field", "text")
         files = {kind.flag: flags.pop(kind.flag) or [] for kind in reads}
@@ -169,6 +171,13 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
         _flag("save_steps", int | None, "Between checkpoints, as well.", None),
         _flag("eval_steps", int | None, "Between evaluations; None: ten times.", None),
         _flag("shard_weights", bool, "Each process holds a part of the weights (FSDP2).", False),
+        _flag(
+            "models_at",
+            str | None,
+            "Steps of the first stage, with commas, after which its model is saved as well; 0: as "
+            "it begins.",
+            None,
+        ),
         _flag("tensorboard", bool, "Write TensorBoard files too.", False),
     ]
     everything = [*shown, *numbers, *machine]

@@ -1,8 +1,9 @@
 """The one training loop. Recipes differ in numbers and parts, not in loops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from tercet.train.job import (
     require_widths,
     warn_of_idle_heads,
 )
-from tercet.train.recipe import Recipe
+from tercet.train.recipe import Recipe, Stage
 from tercet.train.run import Run
+from tercet.train.series import STEPS, Series
 from tercet.train.trainer import Score, Trainer
 from tercet.types import Role
 from tercet.vectors import Kind
@@ -46,7 +48,8 @@ def train(
     Where there are several stages, each one's model is kept too, under its own folder in ``out``.
     The same call after a kill goes on from the last checkpoint, and on a CPU ends with the same
     bits as a run that was never stopped. With ``score`` the model is measured before the first
-    step and along the way, and the best weights are the ones that stay.
+    step and along the way, and the best weights are the ones that stay. With ``Run.models_at`` the
+    first stage's model is saved under ``steps`` in its folder too, as it is after these steps.
 
     With ``Run.shard_weights`` each of several processes holds a part of the network's weights
     while it trains; the embedder that comes back is whole, and on the CPU.
@@ -90,6 +93,9 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
         trainer = Trainer(embedder, stage, folder, job, begins_with)
         if several:
             refuse_other_model(folder / "model", trainer.what)
+        if number == 1 and job.run.models_at:
+            describe_model = partial(_describe_model, job, stage, tuple(done))
+            trainer.series = Series(folder / STEPS, job.run.models_at, describe_model)
         trainer.resume()
         if number == 1 and distributed.is_main():
             describe(job, out)
@@ -97,13 +103,7 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
         done.append(trainer.record())
         begins_with = {**begins_with, "stage before": done[-1]["weights"]}
         embedder.backbone.merge_lora()
-        dims = getattr(stage.objective, "dims", ())
-        if short := {dim for dim in dims if dim < embedder.dim}:
-            known = {*embedder.settings.dims, *short}
-            embedder.settings = replace(embedder.settings, dims=tuple(sorted(known)))
-        about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
-        about |= {"stages": done, "run": asdict(job.run)}
-        embedder.about = about
+        _describe_model(job, stage, done[:-1], embedder, done[-1])
         if distributed.is_main():
             if several and not is_saved(folder / "model", done):
                 embedder.save(folder / "model")
@@ -111,6 +111,23 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
                 embedder.save(out / "model")
         distributed.barrier()
     return embedder.eval()
+
+
+def _describe_model(
+    job: Job,
+    stage: Stage,
+    before: Sequence[Mapping[str, Any]],
+    embedder: Embedder,
+    record: Mapping[str, Any],
+) -> None:
+    """Give an embedder the widths that a stage trains, and say how it was made."""
+    dims = getattr(stage.objective, "dims", ())
+    if short := {dim for dim in dims if dim < embedder.dim}:
+        known = {*embedder.settings.dims, *short}
+        embedder.settings = replace(embedder.settings, dims=tuple(sorted(known)))
+    recipe = job.recipe
+    about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
+    embedder.about = {**about, "stages": [*before, record], "run": asdict(job.run)}
 
 
 def _without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:

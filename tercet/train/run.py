@@ -22,6 +22,7 @@ class Run:
     save_steps: int | None = None  # between checkpoints, as well
     eval_steps: int | None = None  # between evaluations; None: ten times a stage
     shard_weights: bool = False  # over the processes, with gradients and optimizer (FSDP2)
+    models_at: tuple[int, ...] = ()  # steps of the first stage after which its model is saved
     tensorboard: bool = False
     show_progress: bool = True
 
@@ -29,6 +30,8 @@ class Run:
         above(0, self, "save_minutes")
         at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
         at_least(0, self, "memory_gb")
+        if min(self.models_at, default=0) < 0:
+            raise RecipeError(f"models_at is {list(self.models_at)}; give steps, 0 for the base")
 
     @property
     def shards_weights(self) -> bool:

@@ -41,6 +41,7 @@ from tercet.train.log import Log
 from tercet.train.memory import Room, graph_bytes, memory_for, pair_bytes
 from tercet.train.recipe import Stage
 from tercet.train.refresh import Refresher
+from tercet.train.series import Series
 from tercet.train.spread import Spread, require_in_step
 from tercet.types import Role
 
@@ -68,6 +69,7 @@ class Trainer:
         self.sources = job.sources[recipe.stages.index(stage)]
         self.embedder, self.stage, self.folder = embedder, stage, folder
         self.seed, self.options, self.say = recipe.seed, run, job.say
+        self.series: Series | None = None
         self.refresher = None
         if stage.refresh is not None and is_refreshed(stage, self.sources):
             self.refresher = Refresher(stage.refresh, self.sources, folder, recipe.seed)
@@ -116,6 +118,7 @@ class Trainer:
 
     def run(self, score: Score | None) -> None:
         """Train to the end."""
+        self._look_at_series()
         if self.progress.finished:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
             self._end()
@@ -123,6 +126,7 @@ class Trainer:
         if self.progress.step == 0:
             self._greet()
             self._evaluate(score)
+        self._keep_model()
         saved_at = started = time.monotonic()
         log, step = None, self.progress.step
         shown = self.options.show_progress and distributed.is_main()
@@ -136,6 +140,7 @@ class Trainer:
                 self._refresh(log, advance)
                 self._step(log, advance)
                 self.progress.seconds = before + time.monotonic() - started
+                self._keep_model()  # before a checkpoint, after which it would not be made again
                 if self._due(self._eval_every()):
                     self._evaluate(score, log)
                 if self._should_save(time.monotonic() - saved_at):
@@ -241,6 +246,24 @@ class Trainer:
                 new_negatives=round(found.new_share, 4),
                 without_negatives=found.empty,
             )
+
+    def _look_at_series(self) -> None:
+        """Refuse models after steps that never come, and say which can no longer be made."""
+        if self.series is None:
+            return
+        finished = self.progress.finished
+        if not finished:
+            self.series.check(self.steps)
+        if gone := self.series.missing(None if finished else self.progress.step):
+            self.say(
+                f"{self.series.folder}: no model after step {', '.join(map(str, gone))}, which "
+                "the run has behind it; a run in a new folder makes it"
+            )
+
+    def _keep_model(self) -> None:
+        step = self.progress.step
+        if self.series is not None and step in self.series.steps and distributed.is_main():
+            self.series.keep(self.embedder, step, self.record())
 
     # ---- measuring ---------------------------------------------------------------------------
 

@@ -268,3 +268,11 @@ def test_a_base_that_llm2vec_cannot_turn_is_refused(
     assert "is an encoder, which" in refused(*llm2vec(tmp_path, *data, base=encoder_folder))
     said = refused(*llm2vec(tmp_path / "run", *data, base=decoder_folder))
     assert said.startswith(f"{decoder_folder}: the weights of its language-model head are missing")
+
+
+def test_models_at_saves_models_on_the_way(tercet, refused, train, tmp_path):
+    assert tercet(*train(tmp_path / "run", "--models-at", "0,2")).status == 0
+    assert sorted(path.name for path in (tmp_path / "run/steps").iterdir()) == ["0", "2"]
+    for wrong in ("2,2", "1.5", "", "-1"):
+        said = refused(*train(tmp_path / "other", f"--models-at={wrong}"))
+        assert said.startswith(f"--models-at {wrong}: give whole numbers from 0 up")
