@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,6 +23,8 @@ from tercet.cli.loading import (
     load,
     weights_of,
 )
+from tercet.cli.mteb_tasks import measure_tasks
+from tercet.cli.suites import WantedOfSets, measure_suite, refuse_idle, sets_in
 from tercet.console import columns, results, say
 from tercet.errors import RecipeError
 from tercet.files import replacing_file
@@ -47,12 +49,12 @@ Stored = Annotated[
 def evaluate(
     model: ModelName,
     data: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            help="Examples, pairs of texts with a score, or labelled texts (.jsonl, .parquet), or "
-            "a folder in the layout of BEIR or FlagEmbedding."
+            help="Examples, pairs of texts with a score, or labelled texts (.jsonl, .parquet), "
+            "a folder in the layout of BEIR or FlagEmbedding, or a folder of such sets."
         ),
-    ],
+    ] = None,
     against: Against = None,
     split: Annotated[
         str | None, typer.Option(help="Of a folder; None: its only one, or test of BEIR's.")
@@ -90,8 +92,21 @@ def evaluate(
     ] = None,
     precision: Stored = "float32",
     seed: Seed = 0,
+    seen: Annotated[
+        str | None,
+        typer.Option(help="Languages that training had, such as en,de; of a folder of sets."),
+    ] = None,
+    mteb: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A task of mteb in place of data, or beir, miracl or miracl-o; may be repeated."
+        ),
+    ] = None,
     figures: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file too.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a folder of sets by language into this PNG file.")
     ] = None,
 ) -> None:
     """Measure how well a model finds the right documents, with 95 % intervals.
@@ -107,10 +122,17 @@ def evaluate(
     whose split is train and asked of those whose split is test; without split, found by
     clustering.
 
+    Of a folder of sets, such as de.jsonl and ko-en/, every set is measured, and the means over
+    languages and families, separately for sets in one language, from one to another, and in many.
+
     Example: tercet eval runs/mine/model test.jsonl --against minilm
     """
+    from tercet.evaluate.conditions import conditions, versions
+
     if task is not None and not prompts:
         raise RecipeError("--task and --no-prompts exclude each other; give one of them")
+    if (data is None) == (mteb is None):
+        raise RecipeError("give data to measure on, or --mteb and a task in their place")
     names = _names(model, against)
     read = partial(
         load,
@@ -123,17 +145,31 @@ def evaluate(
         document_tokens=document_tokens,
     )
     coded = precision if precision in PRECISIONS else None
+    single = {"kinds": kinds, "weights": weights, "protocol": protocol, "per_label": per_label}
+    of_sets = {"seen": seen, "plot": plot}
+    if data is None or mteb:
+        refuse_idle("--mteb", single | of_sets | {"task": task, "split": split, "precision": coded})
+        measure_tasks(names, mteb or (), read, dims=dims, prompts=prompts, figures=figures)
+        return
+    if places := sets_in(data):
+        refuse_idle("a folder of sets", single)
+        how = WantedOfSets(data, split, task, prompts, bm25, dims, coded or "float32", seed)
+        measure_suite(names, places, read, replace(how, seen=seen, figures=figures, plot=plot))
+        return
+    refuse_idle("a single set", of_sets)
     by_kinds = ByKinds(kinds_of(kinds), weights_of(weights), protocol, coded)
     compared = open_set(
         data, task=task, split=split, per_label=per_label, seed=seed, by_kinds=by_kinds
     )
     asked = _Asked(data, task, prompts, compared.retrieval and not data.is_dir())
     measured: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     over = False
     for name in names:
         embedder = read(name)
         known = asked.of(name, embedder, first=name == names[0])
         measured |= compared.measure(name, embedder, task=known, dims=dims)
+        models[name] = conditions(embedder, dims=dims, stored=coded) | {"task": known}
         if name == names[0]:
             over = len(measured) > 1  # its first kind is what its sums are to be better than
     if bm25:
@@ -157,6 +193,7 @@ def evaluate(
     if figures is not None:
         record = {"data": str(data), "what": compared.what, "results": table}
         record |= {"differences": {title: differences}, "search": compared.notes}
+        record |= {"models": models, "versions": versions("bm25s")}
         with replacing_file(figures) as fresh:
             text = json.dumps(record, indent=2, ensure_ascii=False, default=asdict)
             fresh.write_text(text + "\n", encoding="utf-8")
@@ -177,12 +214,19 @@ class _Asked:
         The task that a user names has to be known by the first model, not by those it is
         compared with.
         """
-        from tercet.evaluate.prompts import drop_prompts, known_task, task_names
+        from tercet.evaluate.prompts import drop_prompts, require_prompt
 
         settings = embedder.settings
         if not self.prompts:
             drop_prompts(embedder)
             return None
+        known = self._known(name, settings, first)
+        require_prompt(settings, "query", known, what=name)
+        return known
+
+    def _known(self, name: str, settings: Any, first: bool) -> str | None:
+        from tercet.evaluate.prompts import known_task, task_names
+
         if self.task is not None:
             weighed = self.task in settings.weights
             if first and not weighed:

@@ -1,5 +1,6 @@
 """Languages and the families that they belong to, as tables of results group them."""
 
+import re
 from typing import Final
 
 FAMILIES: Final[dict[str, str]] = {
@@ -24,6 +25,30 @@ FAMILIES: Final[dict[str, str]] = {
 OTHER: Final = "other"
 
 
+_CODE: Final = r"[a-z]{2,3}(?:_[A-Za-z]{2,4}|-[A-Z][A-Za-z]{1,3})?"  # de, pt_BR, zh-Hans
+_PAIR: Final = re.compile(rf"(?:.*?-)??({_CODE})(?:-({_CODE}))?")
+
+
 def family_of(lang: str) -> str:
     """The family of a language; a country is no matter: ``pt_BR`` and ``pt-PT`` are Romance."""
-    return FAMILIES.get(lang.replace("-", "_").partition("_")[0].lower(), OTHER)
+    return FAMILIES.get(plain(lang), OTHER)
+
+
+def plain(lang: str) -> str:
+    """A language without its country or script: ``pt`` of ``pt_BR``."""
+    return lang.replace("-", "_").partition("_")[0].lower()
+
+
+def named_pair(name: str) -> tuple[str, str]:
+    """The languages of queries and documents that a name ends in, or empty ones.
+
+    ``de`` and ``longdocs-de`` name German for both, ``ko-en`` and ``wiki-ko-en`` Korean queries and
+    English documents. Only languages of ``FAMILIES`` are found: others are words as well.
+    """
+    found = _PAIR.fullmatch(name)
+    if found is None:
+        return "", ""
+    first, last = found[1], found[2] or found[1]
+    if plain(last) not in FAMILIES:
+        return "", ""
+    return (first, last) if plain(first) in FAMILIES else (last, last)

@@ -194,6 +194,37 @@ def curves(lines: Mapping[str, Sequence[Point]], *, x: str, y: str) -> "Figure":
     return figure
 
 
+def dots(
+    panels: Mapping[str, Mapping[str, Mapping[str, Interval]]], *, y: str = "nDCG@10"
+) -> "Figure":
+    """A panel a title, a place a language (or another name), a dot with its interval a system."""
+    figure = _new_figure(height=0.6 + 2.2 * len(panels))
+    grid = figure.subplots(len(panels), 1, sharey=True, squeeze=False)[:, 0]
+    for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+        systems = list(dict.fromkeys(system for row in rows.values() for system in row))
+        for number, system in enumerate(systems):
+            beside = (number - (len(systems) - 1) / 2) * 0.6 / len(systems)
+            shown = [(p + beside, row[system]) for p, row in enumerate(rows.values())]
+            ends = [[v.mean - v.low for _, v in shown], [v.high - v.mean for _, v in shown]]
+            axes.errorbar(
+                [place for place, _ in shown],
+                [value.mean for _, value in shown],
+                yerr=np.maximum(ends, 0),
+                label=system,
+                color=_COLOURS[number % len(_COLOURS)],
+                fmt="o",
+                markersize=4,
+                elinewidth=1,
+            )
+        axes.set_xticks(range(len(rows)), list(rows))
+        axes.set_xlim(-0.6, len(rows) - 0.4)
+        axes.set_ylabel(y)
+        axes.set_title(title, loc="left")
+        axes.grid(axis="y", color=_LINES, linewidth=0.7)
+    grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
+    return figure
+
+
 def metrics_of(rows: Mapping[str, Mapping[str, Interval]]) -> list[str]:
     """All metrics, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows.values() for name in row))

@@ -7,9 +7,11 @@
 Ids are ``_id`` or ``id``; judgements name them ``query-id`` or ``qid``, ``corpus-id`` or ``docid``,
 and their grade ``score`` or ``relevance``. In place of judged documents a query may have
 ``answers``, texts of which one has to stand in a document: in its own record, or with its ``qid``
-in the file of judgements, as FlagEmbedding writes MKQA.
+in the file of judgements, as FlagEmbedding writes MKQA. Queries and documents may name their
+language, as ``lang``.
 """
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 
-from tercet.data.examples import as_object, nonblank, shown, text_of
+from tercet.data.examples import LANG, as_object, nonblank, shown, text_of
 from tercet.data.records import Record, begins_with, decoded, iter_lines, iter_records, parsed
 from tercet.errors import DataError
 
@@ -49,6 +51,8 @@ class Folder:
     queries: Mapping[str, str]
     grades: Mapping[str, Mapping[int, int]]  # of a query's documents, by row
     answers: Answers  # of every query, or of none
+    document_langs: tuple[str, ...]  # of each in turn; empty: not told
+    query_langs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,11 @@ def read_folder(folder: Path | str, split: str | None = None) -> Folder:
     if not corpus.is_file():
         raise DataError(corpus, None, "no such file; an evaluation folder has one")
     files = _files_of(folder, split)
-    documents = dict(_by_id(corpus, _ID, _document_text))
-    read = dict(_by_id(files.queries, _ID, lambda it: (_query_text(it), _answers(it))))
-    texts = {name: text for name, (text, _) in read.items()}
-    answers = {name: given for name, (_, given) in read.items() if given}
+    told = dict(_by_id(corpus, _ID, lambda it: (_document_text(it), _lang(it))))
+    documents = {name: text for name, (text, _) in told.items()}
+    read = dict(_by_id(files.queries, _ID, lambda it: (_query_text(it), _answers(it), _lang(it))))
+    texts = {name: text for name, (text, *_) in read.items()}
+    answers = {name: given for name, (_, given, _) in read.items() if given}
     grades: Grades = {}
     path = files.judgements
     if path is not None and path.suffix == ".jsonl" and begins_with(path, _ANSWERS):
@@ -89,7 +94,14 @@ def read_folder(folder: Path | str, split: str | None = None) -> Folder:
     if not judged:
         raise DataError(folder, None, _UNJUDGED)
     queries = {name: text for name, text in texts.items() if name in judged}
-    return Folder(documents, queries, grades, _of_all(answers, queries, files.queries))
+    return Folder(
+        documents,
+        queries,
+        grades,
+        _of_all(answers, queries, files.queries),
+        tuple(lang for _, lang in told.values()),
+        tuple(read[name][2] for name in queries),
+    )
 
 
 def _files_of(folder: Path, split: str | None) -> _Files:
@@ -192,6 +204,12 @@ def _by_id(
 def _document_text(fields: Mapping[str, Any]) -> str:
     title = text_of(fields.get("title") or "", "title")
     return f"{title} {text_of(fields.get('text'), 'text')}".strip()
+
+
+def _lang(fields: Mapping[str, Any]) -> str:
+    """The language that a record names; what is no text says nothing of it."""
+    named = (fields[name] for name in LANG if isinstance(fields.get(name), str))
+    return sys.intern(next(named, ""))
 
 
 def _query_text(fields: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
-"""Which of a model's prompts an evaluation uses, and a warning where it uses none.
+"""Which of a model's prompts an evaluation uses, and a word where it uses none.
 
 A model that learned with prompts is another one without them, so a figure measured that way says
 little of it. A task that the model has prompts for is measured with those; anything else with its
-default prompts.
+default prompts. Where there are none, the verb ``eval`` refuses to measure, unless it is told to
+drop the prompts; a function warns.
 """
 
 import logging
@@ -15,6 +16,7 @@ from jaxtyping import Float32
 
 from tercet.console import shortened
 from tercet.data.sources import iter_examples
+from tercet.errors import RecipeError
 from tercet.nn.embedder import Embedder, Settings
 from tercet.nn.settings import named_prompts
 from tercet.types import Role
@@ -67,14 +69,32 @@ def warn_unprompted(settings: Settings, role: Role, task: str | None) -> None:
 
     A task whose prompt is empty is right without one.
     """
-    learned = [settings.prompts, *settings.task_prompts.values()]
-    if task is None and not settings.prompt(role) and any(each.get(role) for each in learned):
+    if _unprompted(settings, role, task):
         log.warning(
             "a %s gets no prompt, but the model was trained with some, so its figures may be too "
             "low; name a task of its (--task, or task=): %s",
             role,
             _known(settings),
         )
+
+
+def require_prompt(settings: Settings, role: Role, task: str | None, *, what: str) -> None:
+    """Check that texts of this role get a prompt, if the model has learned some for them.
+
+    Raises:
+        RecipeError: naming the prompts, and how to measure without one all the same.
+    """
+    if _unprompted(settings, role, task):
+        raise RecipeError(
+            f"{what}: a {role} gets no prompt, but the model was trained with some; name a task of "
+            "its (--task), or measure without prompts all the same (--no-prompts): "
+            f"{_known(settings)}"
+        )
+
+
+def _unprompted(settings: Settings, role: Role, task: str | None) -> bool:
+    learned = [settings.prompts, *settings.task_prompts.values()]
+    return task is None and not settings.prompt(role) and any(each.get(role) for each in learned)
 
 
 def drop_prompts(embedder: Embedder) -> None:

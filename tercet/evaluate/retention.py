@@ -97,7 +97,7 @@ def retention(  # noqa: PLR0913 (each is a choice of its own, with a default)
     found = []
     for kept, each in ways:
         sides = _kept(queries, kept), _kept(documents, kept)
-        how = _Storing(data, *sides, embedder.settings, names or data.metrics, factor)
+        how = Storing(data, *sides, embedder.settings, names or data.metrics, factor)
         found.append(how.measured(each))
     return found
 
@@ -118,7 +118,7 @@ def measure_coded(  # noqa: PLR0913 (each is a choice of its own, with a default
         RecipeError: for a task that the model has no prompts for, or ``dims`` out of range.
     """
     queries, documents = _encoded(embedder, data, task, progress, dims)
-    how = _Storing(data, queries, documents, embedder.settings, data.metrics, factor)
+    how = Storing(data, queries, documents, embedder.settings, data.metrics, factor)
     return how.measured(precision)
 
 
@@ -141,7 +141,7 @@ def _kept(vectors: Float[np.ndarray, "texts dims"], kept: int) -> Float[np.ndarr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Storing:
+class Storing:
     """Vectors of both sides, and how they are measured once they are stored."""
 
     data: RetrievalSet
@@ -152,6 +152,7 @@ class _Storing:
     factor: int
 
     def measured(self, stored: Stored) -> Retained:
+        """How well documents are found that are stored in this way."""
         dims = self.documents.shape[1]
         if stored == "float32":
             found = evaluate_retrieval(self.data, self.queries, self.documents, names=self.names)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from tercet import metrics
+from tercet.data.languages import named_pair
 from tercet.data.sources import iter_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.answers import with_answers
@@ -43,6 +44,8 @@ class RetrievalSet:
     document_ids: tuple[str, ...]
     judgements: Judgements
     answers: tuple[tuple[str, ...], ...] = ()  # of each query; none: judgements alone count
+    query_langs: tuple[str, ...] = ()  # of each; empty texts, or none at all: not told
+    document_langs: tuple[str, ...] = ()
 
     @classmethod
     def from_examples(
@@ -52,7 +55,9 @@ class RetrievalSet:
 
         Equal texts are one document and equal queries one query, so that a positive of one
         example is not counted wrong for its twin. Ids are numbers in order of appearance, from
-        1, after ``q`` and ``d``. Prompts in the examples are not used: the model's own are.
+        1, after ``q`` and ``d``. Prompts in the examples are not used: the model's own are. The
+        language of an example is that of its texts; ``ko-en`` means a Korean query and English
+        documents.
 
         Raises:
             DataError: at the first record that is not an example, naming file and line.
@@ -61,12 +66,16 @@ class RetrievalSet:
         examples = iter_examples(source) if from_file else source
         documents: dict[str, int] = {}
         relevant: dict[str, dict[int, int]] = {}
+        langs: tuple[list[str], list[str]] = ([], [])  # of queries and of documents
         for example in examples:
+            asked, found = _langs_of(example.lang)
             grades = relevant.setdefault(example.query, {})
             for text in example.positives:
                 grades[documents.setdefault(text, len(documents))] = 1
             for text in example.negatives:
                 documents.setdefault(text, len(documents))
+            langs[0].extend([asked] * (len(relevant) - len(langs[0])))  # of those that are new
+            langs[1].extend([found] * (len(documents) - len(langs[1])))
         return cls(
             name=name or (Path(source).stem if from_file else "examples"),
             queries=tuple(relevant),
@@ -74,6 +83,8 @@ class RetrievalSet:
             documents=tuple(documents),
             document_ids=tuple(f"d{i}" for i in range(1, len(documents) + 1)),
             judgements=Judgements.of(list(relevant.values())),
+            query_langs=tuple(langs[0]),
+            document_langs=tuple(langs[1]),
         )
 
     @classmethod
@@ -95,6 +106,8 @@ class RetrievalSet:
             document_ids=tuple(found.documents),
             judgements=Judgements.of([found.grades.get(name, {}) for name in found.queries]),
             answers=tuple(found.answers[name] for name in found.queries) if found.answers else (),
+            query_langs=found.query_langs,
+            document_langs=found.document_langs,
         )
 
     @property
@@ -233,6 +246,12 @@ def _inner(
     """The inner product of each pair, numbered as query * documents + document."""
     query, doc = np.divmod(pairs, max(len(docs), 1))
     return np.einsum("pd,pd->p", queries[query], docs[doc])
+
+
+def _langs_of(lang: str) -> tuple[str, str]:
+    """The languages of an example's query and of its documents."""
+    asked, found = named_pair(lang) if "-" in lang else (lang, lang)
+    return (asked, found) if asked else (lang, lang)
 
 
 def _parse_metric(name: str) -> tuple[str, int]:

@@ -201,12 +201,13 @@ def test_the_task_that_the_records_name_goes_before_the_name_of_the_file(
     assert "with its prompts for the task 'sections'" in ended.err
 
 
-def test_a_model_without_the_prompts_it_was_trained_with_is_warned_of(
-    tercet, prompted, encoder_folder, grouped, learned
+def test_a_model_without_the_prompts_it_was_trained_with_is_refused_unless_that_is_forced(
+    tercet, refused, prompted, encoder_folder, grouped, learned
 ):
-    ended = tercet("eval", prompted, grouped, "--no-bm25")  # "groups" is no task of its
-    assert ended.err.count("a query gets no prompt") == 1
-    assert "sections-query 'tell:'" in ended.err
+    said = refused("eval", prompted, grouped, "--no-bm25")  # "groups" is no task of its
+    assert said.startswith(f"{prompted}: a query gets no prompt, but the model was trained with")
+    assert "--no-prompts" in said and "sections-query 'tell:'" in said
+    assert tercet("eval", prompted, grouped, "--no-bm25", "--no-prompts").status == 0
     forced = tercet("eval", prompted, learned, "--no-prompts", "--no-bm25")
     assert forced.err.count("measured without prompts, as asked") == 1
     assert "gets no prompt" not in forced.err

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tercet.errors import MissingExtraError
-from tercet.evaluate.bm25 import bm25_scores, bm25_top_k, words
+from tercet.evaluate.bm25 import bm25_scores, bm25_top_k, by_letters, words
 
 DOCS = [
     "a library to read PNG images",
@@ -47,6 +47,17 @@ def test_runs_of_han_kana_and_hangul_are_cut_into_pairs():
         "\U00020000\U00020001",
         "\U00020001\U00020002",
     ]
+
+
+def test_letters_are_taken_in_threes_inside_of_words_and_other_scripts_stay_in_pairs():
+    (parts,) = by_letters(["Häuser, x 日本語"], "query")
+    assert parts == ["^hä", "häu", "äus", "use", "ser", "er$", "^x$", "日本", "本語"]
+
+
+def test_a_word_that_is_inflected_shares_letters_but_is_another_word():
+    assert bm25_top_k(["Haus"], ["viele Häuser"], 1).rows.tolist() == [[-1]]
+    found = bm25_top_k(["Bibliothek"], ["Spiele", "Bibliotheken"], 2, by_letters)
+    assert found.rows.tolist() == [[1, -1]]
 
 
 def test_only_documents_that_share_a_word_are_listed():

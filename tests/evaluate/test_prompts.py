@@ -9,6 +9,7 @@ from tercet.evaluate.prompts import (
     drop_prompts,
     encode_alike,
     known_task,
+    require_prompt,
     task_names,
     warn_unprompted,
 )
@@ -76,11 +77,16 @@ def test_texts_that_are_alike_get_the_prompt_of_the_task_or_the_default_one(enco
         (Settings(task_prompts=TASKS), "document", None, True),
     ],
 )
-def test_a_role_without_a_prompt_is_told_where_the_model_learned_one_for_it(
+def test_a_role_without_a_prompt_is_told_or_refused_where_the_model_learned_one_for_it(
     settings, role, task, warned, caplog
 ):
     warn_unprompted(settings, role, task)
     assert len(caplog.messages) == warned
+    if not warned:
+        require_prompt(settings, role, task, what="dev")
+        return
+    with pytest.raises(RecipeError, match=f"^dev: a {role} gets no prompt, .*--no-prompts.*file:"):
+        require_prompt(settings, role, task, what="dev")
 
 
 def test_the_warning_names_the_prompts_that_the_model_knows(caplog):
