@@ -262,8 +262,11 @@ class Trainer:
 
     def _keep_model(self) -> None:
         step = self.progress.step
-        if self.series is not None and step in self.series.steps and distributed.is_main():
-            self.series.keep(self.embedder, step, self.record())
+        if self.series is None or step not in self.series.steps:
+            return
+        with self._whole(main_alone=True):
+            if distributed.is_main():
+                self.series.keep(self.embedder, step, self.record())
 
     # ---- measuring ---------------------------------------------------------------------------
 
