@@ -42,10 +42,10 @@ LEVELS = (1, 2, 3, 5, 10, 20, 30)
 
 # Flags of every training; the table of tokens stays as it is, being four fifths of the model.
 COMMON = (
-    "--precision bfloat16 --freeze-embeddings --memory-gb 2.5 --seed 0 --query-tokens 32 "
+    "--freeze-embeddings --memory-gb 2.5 --seed 0 --query-tokens 32 "
     "--document-tokens 64 --finetuning-tokens 64"
 ).split()
-PRETRAINING = "--stages pretraining --steps 30 --batch-size 96 --learning-rate 5e-5".split()
+PRETRAINING = "--stages pretraining --steps 40 --batch-size 96 --learning-rate 5e-5".split()
 FINETUNING = (
     "--stages finetuning --finetuning-steps 15 --finetuning-batch-size 24 --negatives 3 "
     "--finetuning-learning-rate 2e-5"
@@ -122,11 +122,11 @@ def _inject(train: Path, out: Path) -> None:
 
 
 def _filter(sources: Path, out: Path, work: Path) -> None:
-    flags = ("--model", BASE, "--precision", "bfloat16", "--work", str(work / "filtering"))
+    flags = ("--model", BASE, "--work", str(work / "filtering"))
     _tercet("filter", *_files(sources), "--out", str(out), *flags, *FILTER)
 
 
-FILTER: tuple[str, ...] = ()
+FILTER = ("--query-tokens", "32", "--document-tokens", "64")
 
 
 def _mine_all(work: Path) -> None:
@@ -134,7 +134,7 @@ def _mine_all(work: Path) -> None:
     pairs = work / "pairs"
     _make(pairs, lambda: _kept_by_language(work / "filtered/pairs", pairs))
     files = _files(pairs)
-    how = ("--teacher", str(work / "pre/model"), "--precision", "bfloat16", "--negatives", "3")
+    how = ("--teacher", str(work / "pre/model"), "--negatives", "3")
     how += ("--work", str(work / "mining"))
     _make(
         work / "mined-nearest",
@@ -216,7 +216,7 @@ def _sweep_rows(work: Path) -> Iterator[Row]:
         from tercet.curate.rules import MiningRule
         from tercet.data.sources import open_source
 
-        teacher = Embedder.load(str(work / "pre/model"), dtype=torch.bfloat16)
+        teacher = Embedder.load(str(work / "pre/model"))
         reports = sweep(
             teacher,
             [open_source(file) for file in _files(work / "pairs")],
@@ -258,7 +258,7 @@ def _scores(work: Path, model: str, lang: str, split: str) -> dict[str, np.ndarr
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         name = folder if folder == BASE else str(work / folder)
-        embedder = Embedder.load(name, dtype=torch.bfloat16, query_tokens=48, document_tokens=96)
+        embedder = Embedder.load(name, query_tokens=48, document_tokens=96)
         data = RetrievalSet.from_examples(work / f"data/{split}/{lang}.jsonl")
         stored = STORED if model in (LAST, "base") else ("float32",)
         found = retention(embedder, data, dims=(256,), stored=stored, names=(METRIC,))

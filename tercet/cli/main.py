@@ -14,7 +14,7 @@ from tercet.cli.encode import encode
 from tercet.cli.filter import filter_pairs
 from tercet.cli.measure import diagnose, evaluate, probe
 from tercet.cli.mine import mine
-from tercet.cli.models import inspect, merge, models
+from tercet.cli.models import inspect, merge, models, retokenize
 from tercet.cli.search import index, search
 from tercet.cli.small import calibrate, sizes
 from tercet.cli.synthesize import synthesize
@@ -34,7 +34,7 @@ app = typer.Typer(
 app.add_typer(recipes, name="train")
 app.add_typer(ablations, name="ablate")
 app.add_typer(convert, name="convert")
-for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge):
+for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge, retokenize):
     app.command()(verb)
 for verb in (encode, index, search, diagnose, probe, calibrate, sizes):
     app.command()(verb)

@@ -1,7 +1,8 @@
 """Verbs about models themselves: which there are, what one is made of, and joining parts."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -9,6 +10,11 @@ from tercet import zoo
 from tercet.cli.loading import ReadingOption
 from tercet.console import columns, results, say
 from tercet.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tercet.data.tokens import Tokenizer
+
+_COUNTED: Final = 1_000  # texts of each language, whose tokens are counted
 
 
 def models() -> None:
@@ -62,9 +68,67 @@ def merge(
     """
     from tercet.nn.merge import load_adapters
 
-    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise RecipeError(f"{out}: exists already, and merging would replace it; choose another")
+    _refuse_to_replace(out, "merging")
     embedder = load_adapters(adapters, base=base, compat=compat, attention=attention)
     embedder.save(out)
     results().print(f"{out}", soft_wrap=True)
     say(f"next: tercet inspect {out}")
+
+
+def retokenize(
+    base: Annotated[str, typer.Argument(help="Zoo name, folder or hub id of the model.")],
+    tokenizer: Annotated[str, typer.Option(help="Of this model: zoo name, folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model with that tokenizer.")],
+    rows: Annotated[
+        Literal["remap", "new"],
+        typer.Option(help="A new token begins as the mean of its old pieces, or at random."),
+    ] = "remap",
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Examples (.jsonl, .parquet): count the tokens of their documents."),
+    ] = None,
+) -> None:
+    """Give a model another model's tokenizer, to be trained with it.
+
+    With --texts it says how many tokens a document has with either, by language.
+
+    Example: tercet retokenize me5-small --tokenizer smollm2 --texts pairs.jsonl --out retokenized
+    """
+    from tercet.data.tokens import load_tokenizer
+    from tercet.nn.embedder import Embedder
+    from tercet.nn.retokenize import with_tokenizer
+
+    _refuse_to_replace(out, "this")
+    embedder = Embedder.load(base)
+    stock, before = load_tokenizer(zoo.resolve(tokenizer, say)), embedder.tokenizer
+    made = with_tokenizer(embedder, stock, rows=rows)
+    if texts is not None:
+        _show_lengths(texts, before, made.tokenizer)
+    made.save(out, about={**made.about, "base": base, "tokenizer": tokenizer, "rows": rows})
+    results().print(f"{out}", soft_wrap=True)
+    say(f"next: tercet train arctic-embed --base {out} --data pairs.jsonl --out runs/mine")
+
+
+def _show_lengths(texts: Path, before: "Tokenizer", after: "Tokenizer") -> None:
+    """The mean tokens of a document with both tokenizers, a line a language."""
+    from tercet.data.sources import iter_examples
+
+    found: dict[str, list[str]] = {}
+    for example in iter_examples(texts):
+        some = found.setdefault(example.lang or "-", [])
+        if len(some) < _COUNTED:
+            some.append(example.positives[0])
+    table = columns("lang", "documents", "tokens before", "tokens after", "ratio")
+    for lang, documents in sorted(found.items()):
+        was, now = _mean_tokens(before, documents), _mean_tokens(after, documents)
+        table.add_row(lang, f"{len(documents):,}", f"{was:.1f}", f"{now:.1f}", f"{now / was:.2f}")
+    results().print(table)
+
+
+def _mean_tokens(tokenizer: "Tokenizer", texts: Sequence[str]) -> float:
+    return sum(len(encoding.ids) for encoding in tokenizer.bare(texts)) / len(texts)
+
+
+def _refuse_to_replace(out: Path, what: str) -> None:
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise RecipeError(f"{out}: exists already, and {what} would replace it; choose another")

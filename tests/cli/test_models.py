@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tercet.nn.embedder import Embedder
-from tests.cli.lines import cells, table
+from tests.cli.lines import cells, table, write
 from tests.toy import SENTENCES
 
 
@@ -107,3 +107,23 @@ def test_inspect_names_what_is_no_model(refused, files, tmp_path):
     assert "has no config.json" in refused("inspect", files / "folder")
     (tmp_path / "config.json").write_text("{")
     assert refused("inspect", tmp_path).startswith(f"{tmp_path}/config.json: is not JSON")
+
+
+# --- retokenize -------------------------------------------------------------------------------
+
+
+def test_a_model_gets_another_ones_tokenizer_and_says_what_that_costs_each_language(
+    tercet, refused, encoder_folder, decoder_folder, tmp_path
+):
+    rows = [
+        {"query": "q", "positives": ["a web server"], "lang": "en"},
+        {"query": "q", "positives": ["ein Server"], "lang": "de"},
+    ]
+    texts, out = write(tmp_path / "pairs.jsonl", *rows), tmp_path / "made"
+    words = ("retokenize", encoder_folder, "--tokenizer", decoder_folder, "--out", out)
+    said = [cells(line) for line in tercet(*words, "--texts", texts).out.splitlines()]
+    assert [line[0] for line in said[:3]] == ["lang", "de", "en"]
+    assert float(said[2][2]) == 3  # three words that the old tokenizer knows
+    made = Embedder.load(out)
+    assert len(made.tokenizer.stock) == len(Embedder.load(decoder_folder).tokenizer.stock)
+    assert "exists already, and this would replace it" in refused(*words)
