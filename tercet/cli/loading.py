@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tercet import zoo
+from tercet.console import say
 from tercet.errors import RecipeError
 from tercet.vectors import KINDS, Kind, Weights
 
@@ -43,10 +44,13 @@ def load(model: str, precision: str, **how: Any) -> Any:
     import torch
 
     from tercet.nn.embedder import Embedder
+    from tercet.nn.precision import warning_of
 
     wanted = {name: value for name, value in how.items() if value}
-    embedder = Embedder.load(model, dtype=getattr(torch, precision), **wanted)
-    return embedder.to("cuda") if torch.cuda.is_available() else embedder
+    dtype, device = getattr(torch, precision), "cuda" if torch.cuda.is_available() else "cpu"
+    if (warning := warning_of(dtype, device)) is not None:
+        say(f"tercet: note: {warning}")
+    return Embedder.load(model, dtype=dtype, **wanted).to(device)
 
 
 def where(model: str) -> str:

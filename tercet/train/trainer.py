@@ -21,6 +21,7 @@ from tercet.errors import RecipeError, TrainingError
 from tercet.files import replacing_file
 from tercet.nn.chunked import Chunks, Losses
 from tercet.nn.embedder import Embedder
+from tercet.nn.precision import warning_of
 from tercet.objectives.contrastive import PairsAtWork
 from tercet.objectives.objective import TextBatch
 from tercet.progress import Advance, bar, notes
@@ -403,6 +404,9 @@ class Trainer:
             f"{self.stage.name}: {self.steps} steps of {size} {self.work.unit}; "
             f"{count:,} weights in training"
         )
+        kind = getattr(torch, self.options.precision)
+        if (warning := warning_of(kind, self.embedder.device)) is not None:
+            self.say(f"tercet: note: {warning}")
         if isinstance(self.work, PairsAtWork):
             groups = self.groups or Groups((), (min(self.stage.batch_size, rows),))
             self.say(Candidates.of(self.stage, self.sources).told(groups))
