@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -75,7 +75,11 @@ def index(
     it encodes what is new or has changed, and removes what the file lacks; so a call that was
     killed goes on where it was.
 
-    Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index
+    With --precision int8, int4, binary or binary+int8 dense vectors take so many bits a coordinate.
+    What these stand for is kept with the index: the ranges that the model keeps (tercet calibrate),
+    or what some of these documents teach. Qdrant has codes of its own, beside the vectors.
+
+    Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index --precision int8
     """
     from tercet.search.exact_engine import ExactEngine
     from tercet.search.indexing import (
@@ -90,15 +94,7 @@ def index(
         raise RecipeError("--url is of a Qdrant server; add --engine qdrant")
     stored = stored_as(precision)
     embedder = load(model, precision if stored == "float32" else "float32")
-    chosen = kinds_of(kinds) or tuple(embedder.kinds)
-    if not set(chosen) <= set(embedder.kinds):
-        made = ", ".join(embedder.kinds)
-        raise RecipeError(f"--kinds {kinds}: the model makes {made} vectors; name some of these")
-    if stored != "float32" and "dense" not in chosen:
-        raise RecipeError(
-            f"--precision {precision} is of dense vectors, and {', '.join(chosen)} are to be "
-            "kept; leave it out"
-        )
+    chosen = _chosen(kinds, embedder.kinds, stored)
 
     def read() -> Iterator[Document]:
         return read_documents(
@@ -129,10 +125,14 @@ def index(
         ),
     )
     width = dims or embedder.dim
+    in_codes = stored != "float32" and about.engine == "exact" and count > 0
+    learn = partial(learned_ranges, read(), encoded, count)
+    ranges = cache(partial(_ranges, model, embedder, width, learn))
+    if in_codes and fresh:
+        ranges()  # what teaches nothing is refused before anything is replaced
     with closing(make_engine(out, about, fresh=fresh)) as opened:
-        if isinstance(opened, ExactEngine) and not opened.is_settled and count:
-            learn = partial(learned_ranges, read(), encoded, count)
-            opened.settle(_ranges(model, embedder, width, learn))
+        if in_codes and isinstance(opened, ExactEngine) and not opened.is_settled:
+            opened.settle(ranges())
         done = index_documents(opened, read(), encoded, total=count, keep=keep)
         held = opened.stats().records
     mark_complete(out)
@@ -150,6 +150,20 @@ def index(
             "--keep"
         )
     say(f'search it: tercet search {out} "your question"')
+
+
+def _chosen(named: str | None, made: Sequence[Kind], stored: Stored) -> tuple[Kind, ...]:
+    """The kinds of vectors that are to be kept, of those that the model makes."""
+    chosen = kinds_of(named) or tuple(made)
+    if not set(chosen) <= set(made):
+        kinds = ", ".join(made)
+        raise RecipeError(f"--kinds {named}: the model makes {kinds} vectors; name some of these")
+    if stored != "float32" and "dense" not in chosen:
+        raise RecipeError(
+            f"--precision {stored} is of dense vectors, and {', '.join(chosen)} are to be kept; "
+            "leave it out"
+        )
+    return chosen
 
 
 def _ranges(

@@ -70,7 +70,8 @@ def read(folder: Path) -> Manifest | None:
     about = {"stored": "float32", "ranges": None} | about  # older ones say nothing of codes
     if not _is_sound(about):
         raise damaged(folder, f"{FILE} does not say what it should")
-    return Manifest(**about | {"ranges": _ranges_of(folder, about)})
+    about["ranges"] = _ranges_of(folder, about)
+    return Manifest(**about)
 
 
 def _ranges_of(folder: Path, about: Mapping[str, Any]) -> Ranges | None:

@@ -167,7 +167,7 @@ def write_merged(folder: Path, parts: Sequence[Part]) -> Segment:
             shape = (int(offsets[-1]), first.multi.vectors.shape[1])
             _write(fresh, "multi", _multi(parts), shape, first.multi.vectors.dtype)
             _write(fresh, "multi_offsets", [offsets], offsets.shape, offsets.dtype)
-    kinds = tuple(kind for kind in _ARRAYS if _has(first, kind))
+    kinds: tuple[Kind, ...] = tuple(kind for kind in _ARRAYS if _has(first, kind))
     return open_segment(folder, kinds, coding_of(first.dense))
 
 

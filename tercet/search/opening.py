@@ -244,7 +244,8 @@ def _stored_of(about: About) -> Stored | None:
 
 def stored_as(precision: str) -> Stored:
     """What a ``--precision`` says of dense vectors; that of weights leaves them as they are."""
-    return next((stored for stored in STORED if stored == precision), "float32")
+    coded: dict[str, Stored] = {stored: stored for stored in STORED}
+    return coded.get(precision, "float32")
 
 
 def _place_of(about: About) -> tuple[str | None, ...]:

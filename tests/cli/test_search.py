@@ -417,6 +417,17 @@ def test_an_index_of_other_codes_or_dims_is_not_added_to(
     assert tercet("search", tmp_path / "index", SENTENCES[5]).status == 0
 
 
+def test_documents_that_teach_no_codes_replace_no_index(
+    tercet, refused, encoder_folder, files, tmp_path
+):
+    words = ["--out", tmp_path / "index", "--precision", "int4"]
+    assert tercet("index", encoder_folder, files / "docs.jsonl", *words).status == 0
+    one = write(tmp_path / "one.jsonl", {"id": "a", "text": "music"})
+    told = refused("index", encoder_folder, one, *words, "--fresh")
+    assert "codes cannot be learned from 1 vectors that do not differ" in told
+    assert tercet("search", tmp_path / "index", SENTENCES[5]).status == 0
+
+
 def test_codes_of_what_has_none_are_refused(refused, hybrid, files, tmp_path):
     words = ["index", hybrid / "model", files / "docs.jsonl", "--out", tmp_path / "index"]
     told = refused(*words, "--kinds", "sparse", "--precision", "int8")
