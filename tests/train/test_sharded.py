@@ -35,11 +35,13 @@ from tests.train import test_two_processes as two
 SHARDED = replace(two.QUIET, shard_weights=True)
 MIXED = replace(SHARDED, chunk_tokens=40, memory_gb=0.02)  # some graphs are kept, some are not
 TWICE = replace(SHARDED, chunk_tokens=25, memory_gb=0.0)  # none is
+AGAIN = replace(MIXED, checkpoint_activations=True)
 LORA = Lora(rank=4, dropout=0.0)
 STEPS: dict[str, tuple[str, Run]] = {  # what is trained, and how the batch is cut
     "all texts at once": ("in-batch", SHARDED),
     "chunks, some graphs kept": ("matryoshka", MIXED),
     "chunks, no graph kept": ("B6 all kinds", TWICE),
+    "chunks, layers computed again": ("own negatives", AGAIN),
     "low-rank updates": ("in-batch", MIXED),
     "masked tokens": ("in-batch", TWICE),
 }
@@ -116,7 +118,7 @@ def weights_after_six_steps(folder: Path, out: str, run: Run) -> dict[str, Any]:
 
     with in_float64() as patch:
         patch.setattr(Trainer, "_end", recorded)
-        scored = replace(run, eval_steps=2)
+        scored = replace(run, eval_steps=2, models_at=(4,))
         model = two.trained(folder, out, two.recipe(folder), scored, score=quality)
     return {"weights": two.weights(model), **{f"share of {k}": v for k, v in held.items()}}
 
@@ -213,11 +215,13 @@ def alone(folder) -> dict[str, Any]:
     return {**weights_after_six_steps(folder, "one", two.QUIET), "last": last}
 
 
-def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_weights(
+    found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-9
+) -> None:
     assert found.keys() == expected.keys()
     for name in found:
         if not name.endswith("key.bias"):  # whose gradient is rounding noise
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-9)
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -265,6 +269,11 @@ def test_the_model_that_is_saved_is_whole(folder, both):
     saved = two.weights(Embedder.load(folder / "two" / "model"))
     trained = {name: weight.float() for name, weight in both[0]["six"]["weights"].items()}
     assert all(torch.equal(saved[name], trained[name]) for name in trained)
+
+
+def test_a_model_that_is_kept_in_mid_run_is_whole(folder, alone):
+    saved, plain = (Embedder.load(folder / run / "steps" / "4") for run in ("two", "one"))
+    assert_same_weights(two.weights(saved), two.weights(plain), 1e-6)  # saved in float32
 
 
 def test_a_run_goes_on_from_one_process_to_sharded_ones(both, alone):
