@@ -309,7 +309,8 @@ class Trainer:
             f"best, after step {progress.best_step} of {progress.step}; taking {taken}"
         )
         if best and progress.best_step != progress.step:
-            checkpoint.restore(self.embedder, checkpoint.read(self.folder / BEST))
+            weights = checkpoint.read(self.folder / BEST, mapped=self.spread is not None)
+            checkpoint.restore(self.embedder, weights)
 
     def _gave_up(self) -> bool:
         return self.stage.patience is not None and self.progress.stale >= self.stage.patience
@@ -325,7 +326,8 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
-        found = checkpoint.load(self.folder / CHECKPOINT, self.what)
+        mapped = self.spread is not None
+        found = checkpoint.load(self.folder / CHECKPOINT, self.what, mapped=mapped)
         if found is not None and found[1].get("groups") is not None:
             self.groups = Groups(*map(tuple, found[1]["groups"]))
         if found is None or not found[0].finished:

@@ -103,28 +103,37 @@ def quality(embedder: Embedder) -> float:
     return float(embedder.encode(texts).sum())
 
 
-def weights_after_six_steps(folder: Path, out: str, run: Run) -> dict[str, Any]:
-    """And what a process holds in the end, as shares of the whole network."""
+@contextmanager
+def measured():
+    """What a process holds when a stage ends, in memory, as shares of the whole network."""
     held: dict[str, float] = {}
     end = Trainer._end
 
     def recorded(self: Trainer) -> None:
-        network = [p for p in self.embedder.backbone.parameters()]
+        network = list(self.embedder.backbone.parameters())
         every = sum(p.numel() for p in network)
-        held["weights"] = sum(local(p).numel() for p in network) / every
-        state = [local(p).numel() for s in self.optimizer.state.values() for p in s.values()]
-        held["optimizer"] = sum(state) / (2 * every)
+        held["share of weights"] = sum(map(numbers_in_memory, network)) / every
+        state = [
+            value for of_weight in self.optimizer.state.values() for value in of_weight.values()
+        ]
+        held["share of optimizer"] = sum(map(numbers_in_memory, state)) / (2 * every)
         end(self)
 
-    with in_float64() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_end", recorded)
-        scored = replace(run, eval_steps=2, models_at=(4,))
+        yield held
+
+
+def numbers_in_memory(tensor: Tensor) -> float:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().nbytes() / local.element_size()
+
+
+def weights_after_six_steps(folder: Path, out: str, run: Run) -> dict[str, Any]:
+    scored = replace(run, eval_steps=2, models_at=(4,))
+    with in_float64(), measured() as held:
         model = two.trained(folder, out, two.recipe(folder), scored, score=quality)
-    return {"weights": two.weights(model), **{f"share of {k}": v for k, v in held.items()}}
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return {"weights": two.weights(model), **held}
 
 
 def killed(folder: Path, out: str, run: Run) -> None:
@@ -144,9 +153,9 @@ def killed(folder: Path, out: str, run: Run) -> None:
 
 def resumed(folder: Path, out: str, run: Run) -> dict[str, Any]:
     said: list[str] = []
-    with in_float64():
+    with in_float64(), measured() as held:
         model = two.trained(folder, out, two.recipe(folder), run, say=said.append)
-    return {"said": said, "weights": two.weights(model)}
+    return {"said": said, "weights": two.weights(model), **held}
 
 
 def complaint_about_nan(folder: Path) -> str:
@@ -251,9 +260,9 @@ def test_each_process_holds_half_of_the_weights_and_of_the_optimizer(both, alone
     assert [alone["share of weights"], alone["share of optimizer"]] == pytest.approx(
         [1, 1], rel=0.1
     )
-    for facts in both:
-        assert facts["six"]["share of weights"] == pytest.approx(0.5, abs=0.02)
-        assert facts["six"]["share of optimizer"] == pytest.approx(0.5, abs=0.05)
+    for facts in (facts[run] for facts in both for run in ("six", "resumed")):
+        assert facts["share of weights"] == pytest.approx(0.5, abs=0.02)
+        assert facts["share of optimizer"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_sharded_processes_end_with_the_weights_and_scores_of_one(folder, both, alone):
