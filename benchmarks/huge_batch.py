@@ -41,7 +41,7 @@ from tercet.data.collate import Collator
 from tercet.nn.chunked import Chunks
 from tercet.nn.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
-from tercet.train.memory import Room, graph_bytes, pair_bytes
+from tercet.train.memory import room_of
 from tercet.types import Example
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
@@ -100,14 +100,7 @@ def prepared(folder: Path, way: Way, out: Path) -> Callable[[], None]:
     embedder = Embedder.load(folder, query_tokens=32, document_tokens=256, pooling="first").train()
     collate = Collator(tokenize=embedder.tokenize, prompt_of=lambda role, task: "")
     work = Contrastive(temperature=0.02, dims=(HIDDEN // 2,)).start(embedder, [], collate)
-    room = Room(
-        total=(way.memory_gb or 0) * 1e9,
-        token_graph=graph_bytes(embedder.backbone),
-        pair_graph=pair_bytes(embedder.backbone),
-        kinds=("dense",),
-        dim=embedder.dim,
-        width=None,
-    )
+    room = room_of(embedder, work.kinds, way.memory_gb)
     given = examples(way.size)
 
     def step() -> None:

@@ -79,13 +79,25 @@ def whole_of(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def kept_by_main(tensor: Tensor) -> Tensor:
+    """The whole of a spread tensor on the CPU of the first process; in the others it is empty.
+
+    Any other tensor comes back as it is. All processes have to ask for it.
+    """
+    if not is_sharded(tensor):
+        return tensor.detach()
+    whole = whole_of(tensor)
+    return whole.cpu() if distributed.is_main() else torch.empty(0)
+
+
 @torch.no_grad()
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """A tensor that every process has whole, spread as ``like`` is; says nothing to the others."""
     if not isinstance(like, DTensor):
         return whole
     there = whole.to(like.device, like.dtype)
-    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+    part = distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # which would be a view, and hold the whole in memory
 
 
 @torch.no_grad()

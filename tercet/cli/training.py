@@ -171,6 +171,7 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
         _flag("save_steps", int | None, "Between checkpoints, as well.", None),
         _flag("eval_steps", int | None, "Between evaluations; None: ten times.", None),
         _flag("shard_weights", bool, "Each process holds a part of the weights (FSDP2).", False),
+        _flag("checkpoint_activations", bool, "Compute layers again, keep less of them.", False),
         _flag(
             "models_at",
             str | None,

@@ -75,6 +75,11 @@ class Layout:
 _IN_FORCE: Final[ContextVar[Layout | None]] = ContextVar("layout", default=None)
 
 
+def layout_in_force() -> Layout | None:
+    """The one that attention takes where it is given none."""
+    return _IN_FORCE.get()
+
+
 @dataclass(frozen=True, slots=True)
 class _Rule:
     """Who attends to whom inside a text, and how scores become weights."""

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from tercet import distributed
+from tercet.data.collate import Collator, PromptOf
 from tercet.data.sampler import BatchPlan, Drawable, Sampler
 from tercet.data.sources import Source
+from tercet.data.tokens import Tokens
 from tercet.errors import RecipeError
 from tercet.nn.embedder import Embedder
 from tercet.train.lengths import PRESETS, Costs, Groups, Shape, fitted, usual_edges
@@ -57,6 +59,24 @@ def sampler_of(
         return Sampler(counted, replace(plan, length_edges=groups.edges, batch_sizes=groups.sizes))
     edges, budget = stage.length_edges, stage.token_budget
     return Sampler(counted, replace(plan, length_edges=edges, size_budget=budget))
+
+
+def collator_of(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collator:
+    """What makes a stage's batches of examples, cut to the stage's own lengths."""
+
+    def tokenize(texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Tokens:
+        return embedder.tokenize(texts, role, prompts, max_tokens_of(stage, embedder, role))
+
+    return Collator(
+        tokenize=tokenize,
+        prompt_of=prompt_of,
+        positives=stage.positives,
+        negatives=stage.negatives,
+        in_batch=stage.in_batch,
+        mask_duplicates=stage.mask_duplicates,
+        shuffle_segments=stage.shuffle_segments,
+        shuffle_at=stage.shuffle_at,
+    )
 
 
 def groups_of(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tercet.errors import RecipeError
 from tercet.files import replacing_file
-from tercet.sharding import is_sharded, part_of, whole_of
+from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1
 
@@ -41,14 +41,11 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, whole. All processes have to ask for them, in one order.
+    """The weights that training changes, to be saved; the first process has them whole.
 
-    Those that were spread over the processes come one by one onto the CPU.
+    All processes have to ask for them. Those that are spread come one by one onto the CPU.
     """
-    return {
-        name: whole_of(p).cpu() if is_sharded(p) else p.detach()
-        for name, p in trainable(module).items()
-    }
+    return {name: kept_by_main(p) for name, p in trainable(module).items()}
 
 
 def save(path: Path, what: dict[str, Any], progress: Progress, **states: Any) -> None:
@@ -62,15 +59,19 @@ def save(path: Path, what: dict[str, Any], progress: Progress, **states: Any) ->
         torch.save(record, fresh)
 
 
-def load(path: Path, what: dict[str, Any]) -> tuple[Progress, dict[str, Any]] | None:
+def load(
+    path: Path, what: dict[str, Any], *, mapped: bool = False
+) -> tuple[Progress, dict[str, Any]] | None:
     """The progress and the states of the checkpoint at ``path``, None where there is none.
+
+    ``mapped`` leaves them in the file until they are copied: the processes of one machine share it.
 
     Raises:
         RecipeError: when it is of another run: another recipe, other data, other precision.
     """
     if not path.exists():
         return None
-    record = read(path)
+    record = read(path, mapped=mapped)
     changes = changed(record["what"], what)
     if record["version"] != VERSION or changes:
         raise RecipeError(
@@ -86,14 +87,14 @@ def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in keys)
 
 
-def read(path: Path) -> Any:
-    """What a file of weights or of a checkpoint holds.
+def read(path: Path, *, mapped: bool = False) -> Any:
+    """What a file of weights or of a checkpoint holds; ``mapped`` leaves tensors in the file.
 
     Raises:
         RecipeError: when it is gone or damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise RecipeError(
             f"{path}: this file of an earlier run is gone or damaged; delete {path.parent} to "

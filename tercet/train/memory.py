@@ -9,6 +9,7 @@ import torch
 from tercet import distributed
 from tercet.nn.attention import KEPT_LENGTH, keeps_weights
 from tercet.nn.backbone import Backbone
+from tercet.nn.embedder import Embedder
 from tercet.nn.layer import Layer
 from tercet.types import Packed
 from tercet.vectors import Kind
@@ -73,7 +74,33 @@ class Room:
         return float(queries * docs * _PAIR * len(self.kinds) + winners)
 
 
-def graph_bytes(backbone: Backbone, *, layer: Layer | None = None, half: bool = False) -> int:
+def room_of(
+    embedder: Embedder,
+    kinds: tuple[Kind, ...],
+    memory_gb: float | None,
+    *,
+    half: bool = False,
+    recomputed: bool = False,
+) -> Room:
+    """What a step with a loss over these kinds of vectors may take; None: half of what is free."""
+    backbone, layer = embedder.backbone, embedder.settings.layer
+    return Room(
+        total=memory_for(embedder.device, memory_gb),
+        token_graph=graph_bytes(backbone, layer=layer, half=half, recomputed=recomputed),
+        pair_graph=0 if recomputed else pair_bytes(backbone),
+        kinds=kinds,
+        dim=embedder.dim,
+        width=embedder.heads.width,
+    )
+
+
+def graph_bytes(
+    backbone: Backbone,
+    *,
+    layer: Layer | None = None,
+    half: bool = False,
+    recomputed: bool = False,
+) -> int:
     """Bytes that the graph of one token takes until its backward.
 
     An estimate by the widths of the layers, on the safe side: 221 kB a token for MiniLM in
@@ -81,19 +108,21 @@ def graph_bytes(backbone: Backbone, *, layer: Layer | None = None, half: bool = 
     225 kB (204) with low-rank updates, whose dropout keeps inputs a second time. The norms of an
     encoder stay in float32. Attention weights come on top: see :func:`pair_bytes`. What is beyond
     it is encoded a second time, so a wrong estimate costs time or memory, never a different
-    gradient.
+    gradient. ``recomputed`` layers keep their inputs alone, in float32.
     """
     config = backbone.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * backbone.hidden
     of_hidden, of_inner = (16, 5) if backbone.is_decoder else (12, 3)  # gated, more norms
     if backbone.has_lora:
         of_hidden, of_inner = of_hidden + 10, of_inner + 4
+    if recomputed:
+        of_hidden, of_inner = 1, 0
     numbers = config.num_hidden_layers * (of_hidden * backbone.hidden + of_inner * inner)
     if layer is not None:
         head = layer.size_of_head(backbone.hidden)
         numbers += 24 * backbone.hidden + layer.heads * (3 * head + 2 * layer.latents)
     of_half = 2.0 if backbone.is_decoder else 2.5
-    return round(numbers * (of_half if half else 4))
+    return round(numbers * (of_half if half and not recomputed else 4))
 
 
 def pair_bytes(backbone: Backbone) -> int:

@@ -8,7 +8,7 @@ from torch import nn
 
 from tercet.errors import RecipeError
 from tercet.nn.embedder import Embedder
-from tercet.sharding import is_sharded, part_of, whole_of
+from tercet.sharding import is_sharded, kept_by_main, part_of
 from tercet.train import checkpoint
 from tercet.train.recipe import Stage
 
@@ -31,7 +31,7 @@ def adamw(embedder: Embedder, stage: Stage) -> torch.optim.Optimizer:
 
 
 def state_of(optimizer: torch.optim.Optimizer, embedder: Embedder) -> dict[str, Any]:
-    """Its state as it would be if nothing were sharded. All processes have to ask for it."""
+    """Its state as if nothing were sharded, in the first process; all have to ask for it."""
     plain = optimizer.state_dict()
     weights = list(checkpoint.trainable(embedder).values())
     order = _places(optimizer)
@@ -48,7 +48,7 @@ def state_of(optimizer: torch.optim.Optimizer, embedder: Embedder) -> dict[str, 
         first = len(state)
         for number, weight in enumerate(group, start=first):
             held = plain["state"].get(order[id(weight)], {})
-            state[number] = {name: whole_of(value).cpu() for name, value in held.items()}
+            state[number] = {name: kept_by_main(value) for name, value in held.items()}
         described.append({**settings, "params": list(range(first, len(state)))})
     return {"state": {k: v for k, v in state.items() if v}, "param_groups": described}
 

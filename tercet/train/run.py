@@ -22,6 +22,7 @@ class Run:
     save_steps: int | None = None  # between checkpoints, as well
     eval_steps: int | None = None  # between evaluations; None: ten times a stage
     shard_weights: bool = False  # over the processes, with gradients and optimizer (FSDP2)
+    checkpoint_activations: bool = False  # layers are computed again instead of kept
     models_at: tuple[int, ...] = ()  # steps of the first stage after which its model is saved
     tensorboard: bool = False
     show_progress: bool = True

@@ -9,6 +9,7 @@ from torch import nn
 from tercet.errors import RecipeError
 from tercet.nn.backbone import Backbone
 from tercet.nn.embedder import Embedder
+from tercet.nn.layers import layers_of
 from tercet.objectives.contrastive import PairsAtWork
 from tercet.objectives.mntp import BlocksAtWork
 from tercet.objectives.objective import Work
@@ -56,14 +57,12 @@ class Spread:
 
 
 def blocks_of(backbone: Backbone) -> list[nn.Module]:
-    """The layers, and the token table: parts that are not needed at the same time.
+    """The token table and the layers: parts that are not needed at the same time.
 
     Of a model that runs one layer several times, none: its weights are few, and are gathered
     together.
     """
-    count = backbone.config.get_text_config().num_hidden_layers
-    lists = [m for m in backbone.model.modules() if isinstance(m, nn.ModuleList)]
-    layers = next((list(m) for m in lists if len(m) == count and len({*m}) == count), [])
+    layers = layers_of(backbone)
     return [backbone.model.get_input_embeddings(), *layers] if layers else []
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, astuple
 from functools import cached_property
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from tercet import distributed
-from tercet.data.collate import Collator, PromptOf
 from tercet.data.sampler import BatchRows, Sampler
-from tercet.data.tokens import Tokens
 from tercet.errors import RecipeError, TrainingError
 from tercet.files import replacing_file
 from tercet.nn.chunked import Chunks, Losses
 from tercet.nn.embedder import Embedder
+from tercet.nn.layers import recomputable, recomputed
 from tercet.nn.precision import warning_of
 from tercet.objectives.contrastive import PairsAtWork
 from tercet.objectives.objective import TextBatch
@@ -28,7 +27,7 @@ from tercet.progress import Advance, bar, notes
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.train import checkpoint, optimizer, schedule
 from tercet.train.alarm import SparseAlarm
-from tercet.train.batches import groups_of, max_tokens_of, sampler_of
+from tercet.train.batches import collator_of, groups_of, sampler_of
 from tercet.train.candidates import Candidates
 from tercet.train.job import (
     CHECKPOINT,
@@ -39,12 +38,11 @@ from tercet.train.job import (
 )
 from tercet.train.lengths import Groups
 from tercet.train.log import Log
-from tercet.train.memory import Room, graph_bytes, memory_for, pair_bytes
+from tercet.train.memory import room_of
 from tercet.train.recipe import Stage
 from tercet.train.refresh import Refresher
 from tercet.train.series import Series
 from tercet.train.spread import Spread, require_in_step
-from tercet.types import Role
 
 BEST: Final = "best.pt"
 
@@ -81,17 +79,16 @@ class Trainer:
         if run.shards_weights:
             require_in_step(stage.name, self.work)
             self.spread = Spread(embedder, run.find_device())
+        self.recomputed = recomputable(embedder.backbone) if run.checkpoint_activations else []
         self.optimizer = optimizer.adamw(embedder, stage)
         on_gpu = embedder.device.type == "cuda"
         self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
-        half = run.precision == "bfloat16"
-        self.room = Room(
-            total=memory_for(embedder.device, run.memory_gb),
-            token_graph=graph_bytes(embedder.backbone, layer=embedder.settings.layer, half=half),
-            pair_graph=pair_bytes(embedder.backbone),
-            kinds=getattr(self.work, "kinds", ()),
-            dim=embedder.dim,
-            width=embedder.heads.width,
+        self.room = room_of(
+            embedder,
+            getattr(self.work, "kinds", ()),
+            run.memory_gb,
+            half=run.precision == "bfloat16",
+            recomputed=bool(self.recomputed),
         )
         self.progress, self.alarm = checkpoint.Progress(), SparseAlarm()
         read = dict(begins_with) if self.refresher is None else begins_with | self.refresher.read
@@ -228,7 +225,10 @@ class Trainer:
         chunks = Chunks(self.chunk_tokens, graph_tokens, seed, in_step=spread)
         # The cache would hold the whole model in 16 bits until the end of the step.
         cached = torch.is_autocast_cache_enabled() and not spread
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=half, cache_enabled=cached):
+        with (
+            torch.autocast(device, dtype=torch.bfloat16, enabled=half, cache_enabled=cached),
+            recomputed(self.recomputed),
+        ):
             return self.work.backward(batch, chunks, step)
 
     def _refresh(self, log: Log | None, advance: Advance) -> None:
@@ -310,7 +310,8 @@ class Trainer:
             f"best, after step {progress.best_step} of {progress.step}; taking {taken}"
         )
         if best and progress.best_step != progress.step:
-            checkpoint.restore(self.embedder, checkpoint.read(self.folder / BEST))
+            weights = checkpoint.read(self.folder / BEST, mapped=self.spread is not None)
+            checkpoint.restore(self.embedder, weights)
 
     def _gave_up(self) -> bool:
         return self.stage.patience is not None and self.progress.stale >= self.stage.patience
@@ -326,7 +327,8 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
-        found = checkpoint.load(self.folder / CHECKPOINT, self.what)
+        mapped = self.spread is not None
+        found = checkpoint.load(self.folder / CHECKPOINT, self.what, mapped=mapped)
         if found is not None and found[1].get("groups") is not None:
             self.groups = Groups(*map(tuple, found[1]["groups"]))
         if found is None or not found[0].finished:
@@ -434,21 +436,3 @@ def _seed_of(*numbers: int) -> int:
 def everyones(share: Tensor) -> float:
     """The sum of a number over all processes."""
     return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())
-
-
-def collator_of(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collator:
-    """What makes a stage's batches of examples, cut to the stage's own lengths."""
-
-    def tokenize(texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Tokens:
-        return embedder.tokenize(texts, role, prompts, max_tokens_of(stage, embedder, role))
-
-    return Collator(
-        tokenize=tokenize,
-        prompt_of=prompt_of,
-        positives=stage.positives,
-        negatives=stage.negatives,
-        in_batch=stage.in_batch,
-        mask_duplicates=stage.mask_duplicates,
-        shuffle_segments=stage.shuffle_segments,
-        shuffle_at=stage.shuffle_at,
-    )

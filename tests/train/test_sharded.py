@@ -35,11 +35,13 @@ from tests.train import test_two_processes as two
 SHARDED = replace(two.QUIET, shard_weights=True)
 MIXED = replace(SHARDED, chunk_tokens=40, memory_gb=0.02)  # some graphs are kept, some are not
 TWICE = replace(SHARDED, chunk_tokens=25, memory_gb=0.0)  # none is
+AGAIN = replace(MIXED, checkpoint_activations=True)
 LORA = Lora(rank=4, dropout=0.0)
 STEPS: dict[str, tuple[str, Run]] = {  # what is trained, and how the batch is cut
     "all texts at once": ("in-batch", SHARDED),
     "chunks, some graphs kept": ("matryoshka", MIXED),
     "chunks, no graph kept": ("B6 all kinds", TWICE),
+    "chunks, layers computed again": ("own negatives", AGAIN),
     "low-rank updates": ("in-batch", MIXED),
     "masked tokens": ("in-batch", TWICE),
 }
@@ -101,28 +103,37 @@ def quality(embedder: Embedder) -> float:
     return float(embedder.encode(texts).sum())
 
 
-def weights_after_six_steps(folder: Path, out: str, run: Run) -> dict[str, Any]:
-    """And what a process holds in the end, as shares of the whole network."""
+@contextmanager
+def measured():
+    """What a process holds when a stage ends, in memory, as shares of the whole network."""
     held: dict[str, float] = {}
     end = Trainer._end
 
     def recorded(self: Trainer) -> None:
-        network = [p for p in self.embedder.backbone.parameters()]
+        network = list(self.embedder.backbone.parameters())
         every = sum(p.numel() for p in network)
-        held["weights"] = sum(local(p).numel() for p in network) / every
-        state = [local(p).numel() for s in self.optimizer.state.values() for p in s.values()]
-        held["optimizer"] = sum(state) / (2 * every)
+        held["share of weights"] = sum(map(numbers_in_memory, network)) / every
+        state = [
+            value for of_weight in self.optimizer.state.values() for value in of_weight.values()
+        ]
+        held["share of optimizer"] = sum(map(numbers_in_memory, state)) / (2 * every)
         end(self)
 
-    with in_float64() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_end", recorded)
-        scored = replace(run, eval_steps=2)
+        yield held
+
+
+def numbers_in_memory(tensor: Tensor) -> float:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().nbytes() / local.element_size()
+
+
+def weights_after_six_steps(folder: Path, out: str, run: Run) -> dict[str, Any]:
+    scored = replace(run, eval_steps=2, models_at=(4,))
+    with in_float64(), measured() as held:
         model = two.trained(folder, out, two.recipe(folder), scored, score=quality)
-    return {"weights": two.weights(model), **{f"share of {k}": v for k, v in held.items()}}
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return {"weights": two.weights(model), **held}
 
 
 def killed(folder: Path, out: str, run: Run) -> None:
@@ -142,9 +153,9 @@ def killed(folder: Path, out: str, run: Run) -> None:
 
 def resumed(folder: Path, out: str, run: Run) -> dict[str, Any]:
     said: list[str] = []
-    with in_float64():
+    with in_float64(), measured() as held:
         model = two.trained(folder, out, two.recipe(folder), run, say=said.append)
-    return {"said": said, "weights": two.weights(model)}
+    return {"said": said, "weights": two.weights(model), **held}
 
 
 def complaint_about_nan(folder: Path) -> str:
@@ -213,11 +224,13 @@ def alone(folder) -> dict[str, Any]:
     return {**weights_after_six_steps(folder, "one", two.QUIET), "last": last}
 
 
-def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_weights(
+    found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-9
+) -> None:
     assert found.keys() == expected.keys()
     for name in found:
         if not name.endswith("key.bias"):  # whose gradient is rounding noise
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-9)
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -247,9 +260,9 @@ def test_each_process_holds_half_of_the_weights_and_of_the_optimizer(both, alone
     assert [alone["share of weights"], alone["share of optimizer"]] == pytest.approx(
         [1, 1], rel=0.1
     )
-    for facts in both:
-        assert facts["six"]["share of weights"] == pytest.approx(0.5, abs=0.02)
-        assert facts["six"]["share of optimizer"] == pytest.approx(0.5, abs=0.05)
+    for facts in (facts[run] for facts in both for run in ("six", "resumed")):
+        assert facts["share of weights"] == pytest.approx(0.5, abs=0.02)
+        assert facts["share of optimizer"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_sharded_processes_end_with_the_weights_and_scores_of_one(folder, both, alone):
@@ -265,6 +278,11 @@ def test_the_model_that_is_saved_is_whole(folder, both):
     saved = two.weights(Embedder.load(folder / "two" / "model"))
     trained = {name: weight.float() for name, weight in both[0]["six"]["weights"].items()}
     assert all(torch.equal(saved[name], trained[name]) for name in trained)
+
+
+def test_a_model_that_is_kept_in_mid_run_is_whole(folder, alone):
+    saved, plain = (Embedder.load(folder / run / "steps" / "4") for run in ("two", "one"))
+    assert_same_weights(two.weights(saved), two.weights(plain), 1e-6)  # saved in float32
 
 
 def test_a_run_goes_on_from_one_process_to_sharded_ones(both, alone):
