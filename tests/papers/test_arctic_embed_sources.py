@@ -44,12 +44,12 @@ def test_a15_every_batch_has_one_source_and_language_and_every_row_comes_once(fo
     batches = list(drawn(Sampler(sources, PLAN), sources, 1))
     for batch in batches:
         assert len({(example.query.split(".")[0], example.lang) for example in batch}) == 1
-    seen = sorted(example.query for batch in batches for example in batch)
-    every = sorted(row.query for it in sources for row in it.examples(range(len(it))))
-    used = [query for query in seen if seen.count(query) == 2]
-    # of 40, 9, 21, 30, 17 and 50 rows, a batch of one is left out: 1 of 9 and of 17 an epoch
-    assert len(seen) == 2 * (len(every) - 2)
-    assert set(seen) <= set(every) and len(used) >= 2 * (len(every) - 4)
+    every = {(row.query, row.lang) for it in sources for row in it.examples(range(len(it)))}
+    assert len(every) == 167
+    for epoch in (batches[: len(batches) // 2], batches[len(batches) // 2 :]):
+        seen = [(example.query, example.lang) for batch in epoch for example in batch]
+        assert len(seen) == len(set(seen)) == 167 - 2  # of 9 and 17 rows, one would be alone
+        assert set(seen) <= every
 
 
 def test_a15_the_order_differs_by_epoch(folder):
