@@ -1,7 +1,7 @@
 """Data on the command line: files and folders, with a weight behind them or by name."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -49,15 +49,12 @@ def numbers_of(
     found: dict[str, Number] = {}
     for text in given or ():
         name, _, value = text.rpartition("=")
-        try:
-            parsed = number(value)
-        except ValueError:
-            name = ""
-        if not name:
-            raise RecipeError(f"--{flag} is {text!r}; write NAME=NUMBER, as in news/de=2")
         if name in found:
             raise RecipeError(f"--{flag} names {name!r} twice; leave one of them out")
-        found[name] = parsed
+        with suppress(ValueError):
+            found[name] = number(value)
+        if not name or name not in found:
+            raise RecipeError(f"--{flag} is {text!r}; write NAME=NUMBER, as in news/de=2")
     return found
 
 

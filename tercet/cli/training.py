@@ -99,7 +99,7 @@ EXAMPLES: Final = Reads(
 SOURCES: Final = Reads(
     mixture="pairs",
     flag="data",
-    help="Examples of all sources, .jsonl or .parquet; may be repeated. FILE:2 weighs.",
+    help="Examples: files, or folders of sources; may be repeated. FILE:2 weighs.",
     needed=False,
 )
 MINED_OR_DATA: Final = Reads(

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -125,7 +125,7 @@ class _Growing:
     sizes: array = field(default_factory=lambda: array("i"))
     prompts: dict[str, dict[str, str]] = field(default_factory=dict)
     bare: int = 0
-    digest: "hashlib._Hash" = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+    digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def add(self, record: Record, place: int, example: Example) -> None:
         self.where.append(place)
