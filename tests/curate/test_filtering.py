@@ -240,7 +240,7 @@ def test_a_share_of_the_shard_takes_the_place_of_k():
     "settings", [{"k": 0}, {"shard": 0}, {"k": 5, "shard": 5}, {"top_share": 1.0}]
 )
 def test_numbers_that_keep_nothing_or_all_are_refused(settings):
-    with pytest.raises(RecipeError, match="none|all of them"):
+    with pytest.raises(RecipeError, match=r"none|all of them"):
         Filtering(**settings)
 
 
