@@ -71,7 +71,13 @@ def filter_pairs(
 
     Example: tercet filter news.parquet faq.jsonl --model me5-small --out filtered
     """
-    from tercet.curate.filter_folder import finished, refuse_sources, settings_of, write_report
+    from tercet.curate.filter_folder import (
+        DRAWING,
+        finished,
+        refuse_sources,
+        settings_of,
+        write_report,
+    )
     from tercet.curate.filtering import filter_sources
     from tercet.curate.judging import Judge, Places
     from tercet.curate.pair_rules import PairRules
@@ -113,7 +119,7 @@ def filter_pairs(
         _show(reports)
         _advise(reports, filtering.shard)
         if plot:
-            _draw(reports, out / "report.png")
+            _draw(reports, out / DRAWING)
 
 
 def _two(flag: str, text: str | None) -> tuple[int | None, int | None]:
@@ -152,7 +158,7 @@ def _show(reports: Sequence[Mapping[str, Any]]) -> None:
 def _advise(reports: Sequence[Mapping[str, Any]], shard: int) -> None:
     small = [report for report in reports if 0 < report["ranked"] and report["shard"] * 2 < shard]
     if small:
-        names = ", ".join(f"{report['source']} {report['shard']:,}" for report in small[:_SHOWN])
+        names = ", ".join(f"{_name(report)} {report['shard']:,}" for report in small[:_SHOWN])
         more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
         say(
             f"shards are smaller than {shard:,}: {names}{more}; the same rank among fewer pairs is "
@@ -160,7 +166,11 @@ def _advise(reports: Sequence[Mapping[str, Any]], shard: int) -> None:
         )
     for report in reports:
         if report["pairs"] and not report["ranked"]:
-            say(f"{report['source']} {report['lang']}: the rules left no pair")
+            say(f"{_name(report)}: the rules left no pair")
+
+
+def _name(report: Mapping[str, Any]) -> str:
+    return f"{report['source']} {report['lang']}".strip()
 
 
 def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -171,9 +181,8 @@ def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
     for report in reports:
         if report["ranked"]:
             kept = {int(k): n / report["ranked"] for k, n in report["levels"].items()}
-            name = f"{report['source']} {report['lang']}".strip()
-            lines[name] = [
-                Point(k, Interval(share, share, share, queries=report["ranked"]))
+            lines[_name(report)] = [
+                Point(float(k), Interval(share, share, share, queries=report["ranked"]))
                 for k, share in kept.items()
             ]
     with drawing():

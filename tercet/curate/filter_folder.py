@@ -1,6 +1,7 @@
 """The folder that the filter writes: which command made it, and what that reported."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,8 @@ from tercet.files import replacing_file
 
 SETTINGS: Final = "filter.json"
 REPORT: Final = "report.json"
-_OURS: Final = (".lock", "pairs", "verdicts", "manifest", REPORT, SETTINGS)
+DRAWING: Final = "report.png"
+_OURS: Final = (".lock", "pairs", "verdicts", "manifest", REPORT, SETTINGS, DRAWING)
 
 
 def settings_of(paths: Sequence[Path], judge: Judge, filtering: Filtering) -> dict[str, Any]:
@@ -37,19 +39,21 @@ def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | N
     if out.is_file():
         raise RecipeError(f"{out}: is a file, and a folder is to be written; choose another --out")
     strange = sorted(path.name for path in out.glob("*") if path.name not in _OURS)
-    before = _read(out / SETTINGS)
-    if before is None and (strange or (out / "pairs").exists()):
+    before, ranked = _read(out / SETTINGS), (out / "manifest").exists()
+    if strange or (before is None and (ranked or (out / "pairs").exists())):
         name = (*strange, "pairs")[0]
         raise RecipeError(
             f"{out}: holds {name}, which is not the filter's; choose another --out, or move it away"
         )
-    if before is not None and before != settings:
+    if before is not None and ranked and before != settings:
         raise RecipeError(
             f"{out}: was made from other {_differences(before, settings)}; choose another --out "
             "(what was embedded is used again), or delete the folder"
         )
-    report = _read(out / REPORT) if before is not None else None
+    report = _read(out / REPORT) if before == settings else None
     if report is None:
+        if not ranked:  # verdicts of other rules, by which nothing was ranked
+            shutil.rmtree(out / "verdicts", ignore_errors=True)
         _write(out / SETTINGS, settings)
     return None if report is None else report["sources"]
 

@@ -21,7 +21,7 @@ def pairs(count: int = 150) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_sorting(queries: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> list[int]:
-    """The slow way, in float64: sort all documents of other texts, and look for the own one."""
+    """The slow way, in float64: sort the documents of other texts, look where the own one is."""
     ranks = []
     for i, query in enumerate(queries.astype(np.float64)):
         scores = documents.astype(np.float64) @ query
