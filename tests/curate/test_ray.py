@@ -29,17 +29,8 @@ def runner() -> Iterator[dict[str, Any]]:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
-        from ray.cluster_utils import Cluster
-
-        node = {
-            "num_cpus": 1,
-            "object_store_memory": 80_000_000,
-            "node_ip_address": "127.0.0.1",
-            "include_dashboard": False,
-        }
-        cluster = Cluster(initialize_head=True, head_node_args=node)
+        cluster = two_nodes()
         try:
-            cluster.add_node(**node)
             # A driver would look for this machine under the address that others see.
             patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
             yield {"engine": "ray", "address": cluster.address}
@@ -47,8 +38,31 @@ def runner() -> Iterator[dict[str, Any]]:
             cluster.shutdown()
 
 
+def two_nodes() -> Any:
+    """Ray gives a node 30 seconds to come up, which a busy machine may take."""
+    from ray.cluster_utils import Cluster
+
+    node = {
+        "num_cpus": 1,
+        "object_store_memory": 80_000_000,
+        "node_ip_address": "127.0.0.1",
+        "include_dashboard": False,
+    }
+    for attempt in range(3):
+        cluster = Cluster()
+        try:
+            cluster.add_node(**node)
+            cluster.add_node(**node)
+            return cluster
+        except Exception:
+            cluster.shutdown()
+            if attempt == 2:
+                raise
+    raise AssertionError
+
+
 def results(out: Path, runner: dict[str, Any], **job: Any) -> list[int]:
-    said, complaint = (driver := start(out, runner, COUNT, **job)).communicate(timeout=120)
+    said, complaint = (driver := start(out, runner, COUNT, **job)).communicate(timeout=300)
     assert driver.returncode == 0, complaint.decode()
     return json.loads(said)
 
@@ -94,7 +108,7 @@ def test_after_a_kill_of_the_driver_only_missing_units_are_done(
 def test_a_mistake_of_the_user_is_told_in_one_line(tmp_path: Path, runner: dict[str, Any]):
     out = tmp_path / "job"
     driver = start(out, runner, COUNT, breaks_at=5)
-    _, complaint = driver.communicate(timeout=120)
+    _, complaint = driver.communicate(timeout=300)
     assert driver.returncode == 1
     told = complaint.decode().strip().splitlines()[-1]
     assert told == f"tercet.errors.DataError: {out}/numbers.jsonl:5: is odd; make it even"
