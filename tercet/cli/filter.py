@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from tercet.cli.loading import Precision
+from tercet.cli.loading import AddressOption, Precision, RunnerOption, WorkersOption
 from tercet.console import columns, results, say
 from tercet.data.sources import open_source
 from tercet.errors import RecipeError
@@ -60,6 +60,9 @@ def filter_pairs(
     keep_vectors: Annotated[
         bool, typer.Option("--keep-vectors", help="They stay in the work folder too.")
     ] = False,
+    runner: RunnerOption = "auto",
+    workers: WorkersOption = 1,
+    address: AddressOption = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw report.png.")] = False,
 ) -> None:
     """Leave out pairs whose document is far from the best ones for its query.
@@ -82,7 +85,9 @@ def filter_pairs(
     from tercet.curate.judging import Judge, Places
     from tercet.curate.pair_rules import PairRules
     from tercet.curate.passing import PRESETS
+    from tercet.curate.runners import Runner
 
+    where = Runner(engine=runner, workers=workers, address=address)
     least, most = _two("min-characters", min_characters), _two("max-characters", max_characters)
     rules = PairRules(
         without=tuple(without or ()),
@@ -112,7 +117,7 @@ def filter_pairs(
         if reports is None:
             sources = [open_source(file) for file in files]
             places = Places(out=out, work=work, keep_vectors=keep_vectors)
-            reports = filter_sources(sources, judge, filtering, places)
+            reports = filter_sources(sources, judge, filtering, places, runner=where)
             write_report(out, reports)
         else:
             say(f"{out}: is finished already; this is its report")

@@ -37,6 +37,16 @@ WeightsOption = Annotated[
         help="Of dense, sparse and multi scores, such as 1,0.3,1; None: those of the model.",
     ),
 ]
+RunnerOption = Annotated[
+    Literal["auto", "loop", "daft", "ray"],
+    typer.Option(
+        "--runner", help="Who hands out the work; auto: Daft in this process, if it is installed."
+    ),
+]
+WorkersOption = Annotated[int, typer.Option("--workers", help="Processes on each machine.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Of a Ray cluster: HOST:PORT of its head, or auto.")
+]
 
 
 def load(model: str, precision: str, **how: Any) -> Any:

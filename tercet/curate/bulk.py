@@ -7,18 +7,31 @@ all that its result hangs on. The same job started again does what is missing or
 
 import hashlib
 import json
+import logging
+import os
+import socket
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
-from tercet.files import replacing_file
-from tercet.progress import bar
+from tercet import errors
+from tercet.curate.runners import LOOP, LostError, Runner, spread
+from tercet.errors import RecipeError, TercetError
+from tercet.files import replacing_file, sole_writer
+from tercet.progress import Advance, bar
 
 Report: TypeAlias = dict[str, Any]
 """What a unit tells of itself: plain values that JSON can hold."""
 
 DoUnit: TypeAlias = Callable[["Unit"], Report]
+
+_LOSSES: Final = 3  # engines in a row that broke before a unit was done
+
+log = logging.getLogger("tercet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +62,81 @@ class Job(Protocol):
         ...
 
 
-def run_units(job: Job, units: Sequence[Unit], manifest: Path) -> Iterator[tuple[Unit, Report]]:
+def run_units(
+    job: Job, units: Sequence[Unit], manifest: Path, *, runner: Runner = LOOP
+) -> Iterator[tuple[Unit, Report]]:
     """Do the units that are not done yet; all of them with their reports, in order.
 
+    Where they are done makes no difference to what is written. On a cluster the folders lie on a
+    disk that all its machines share.
+
     Raises:
+        RecipeError: when another process is at the same job, or its workers are lost again and
+            again.
         StorageError: when a record cannot be written.
     """
+    manifest = manifest.resolve()
+    with sole_writer(manifest), bar(job.name, sum(unit.size for unit in units)) as advance:
+        if runner.used == "loop":
+            yield from _one_by_one(job, units, manifest, advance)
+        else:
+            yield from _spread_out(job, units, manifest, runner, advance)
+
+
+def _one_by_one(
+    job: Job, units: Sequence[Unit], manifest: Path, advance: Advance
+) -> Iterator[tuple[Unit, Report]]:
     do: DoUnit | None = None
-    with bar(job.name, sum(unit.size for unit in units)) as advance:
-        for unit in units:
+    for unit in units:
+        report = recorded(job, unit, manifest)
+        if report is None:
+            do = do or job.open()
+            report = do(unit)
+            record(job, unit, manifest, report)
+        advance(unit.size)
+        yield unit, report
+
+
+def _spread_out(
+    job: Job, units: Sequence[Unit], manifest: Path, runner: Runner, advance: Advance
+) -> Iterator[tuple[Unit, Report]]:
+    """An engine does what is missing, in any order; when it breaks, a new one does the rest."""
+    bench = _Bench(job, manifest, _mark(manifest), Path.cwd())
+    reports: dict[str, Report] = {}
+    losses = 0
+    while missing := _missing(job, units, manifest, reports, advance):
+        before = len(reports)
+        try:
+            for answer in spread(runner, bench, [json.dumps(asdict(unit)) for unit in missing]):
+                name, size, report = _read_answer(answer)
+                reports[name] = report
+                advance(size)
+        except LostError as error:
+            losses = 0 if len(reports) > before else losses + 1
+            if losses == _LOSSES:
+                raise RecipeError(
+                    f"{job.name}: its workers were lost {losses} times before a unit was done "
+                    f"({error}); if they ran out of memory, take fewer workers; what is done is "
+                    "kept, and the same command goes on"
+                ) from error
+            log.warning("%s: a worker was lost (%s); the others' work goes on", job.name, error)
+    yield from ((unit, reports[unit.name]) for unit in units)
+
+
+def _missing(
+    job: Job, units: Sequence[Unit], manifest: Path, reports: dict[str, Report], advance: Advance
+) -> list[Unit]:
+    """Units without a record; the reports of others are put to the rest."""
+    missing: list[Unit] = []
+    for unit in units:
+        if unit.name not in reports:
             report = recorded(job, unit, manifest)
             if report is None:
-                do = do or job.open()
-                report = do(unit)
-                record(job, unit, manifest, report)
-            advance(unit.size)
-            yield unit, report
+                missing.append(unit)
+            else:
+                reports[unit.name] = report
+                advance(unit.size)
+    return missing
 
 
 def recorded(job: Job, unit: Unit, manifest: Path) -> Report | None:
@@ -90,3 +162,82 @@ def _path(manifest: Path, unit: Unit) -> Path:
 def _digest(job: Job, unit: Unit) -> str:
     told = json.dumps([job.settings, unit.name, unit.reads], sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """What a process that works is sent: the job, and how it finds the folders of the driver.
+
+    It answers with the unit and its report, or with what went wrong. A mistake of the user comes
+    back as the same error; anything else as the text of its traceback.
+    """
+
+    job: Job
+    manifest: Path
+    mark: str  # what the driver's lock says, so that another disk of the same path is noticed
+    folder: Path  # where the driver stands: paths may be relative to it
+
+    def __call__(self, threads: int | None) -> Callable[[str], str]:
+        if threads is not None:
+            _use_threads(threads)
+        with suppress(OSError):  # not there on this machine; then paths have to be full ones
+            os.chdir(self.folder)
+        do: DoUnit | None = None
+
+        def answer(told: str) -> str:
+            nonlocal do
+            unit = Unit(**json.loads(told))
+            try:
+                if do is None:
+                    self._check_disk()
+                    do = self.job.open()
+                report = do(unit)
+                record(self.job, unit, self.manifest, report)
+            except TercetError as error:
+                return json.dumps({"error": [type(error).__name__, str(error)]})
+            except Exception:  # noqa: BLE001  (the driver raises it; no engine tries again)
+                return json.dumps({"bug": traceback.format_exc()})
+            return json.dumps({"unit": unit.name, "size": unit.size, "report": report})
+
+        return answer
+
+    def _check_disk(self) -> None:
+        if _mark(self.manifest) != self.mark:
+            raise RecipeError(
+                f"{self.manifest}: is not the same folder on {socket.gethostname()}; all machines "
+                "of a cluster have to share the disk that is written to"
+            )
+
+
+def _read_answer(answer: str) -> tuple[str, int, Report]:
+    """The name and size of a unit that is done, and its report.
+
+    Raises:
+        TercetError: as it was raised where the unit was done.
+        RuntimeError: for anything else that was.
+    """
+    found = json.loads(answer)
+    if "error" in found:
+        name, message = found["error"]
+        kind: type[TercetError] = getattr(errors, name)
+        error = kind.__new__(kind, message)  # the message is finished: __init__ would write another
+        raise error
+    if "bug" in found:
+        raise RuntimeError(f"a worker failed:\n{found['bug']}")
+    return found["unit"], found["size"], found["report"]
+
+
+def _mark(manifest: Path) -> str:
+    try:
+        return (manifest / ".lock").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _use_threads(count: int) -> None:
+    """So many threads for torch, whether it is loaded already or will be."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(count)

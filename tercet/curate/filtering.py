@@ -15,13 +15,19 @@ from tercet.curate.bulk import Report, Unit, run_units
 from tercet.curate.judging import Judge, Judging, Places, write_verdicts
 from tercet.curate.pair_rules import RANK
 from tercet.curate.passing import LEVELS, Filtering, Shard, shards_of
+from tercet.curate.runners import LOOP, Runner
 from tercet.curate.screening import Screened, Screening, screened
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
 
 
 def filter_sources(
-    sources: Sequence[Source], judge: Judge, filtering: Filtering, places: Places
+    sources: Sequence[Source],
+    judge: Judge,
+    filtering: Filtering,
+    places: Places,
+    *,
+    runner: Runner = LOOP,
 ) -> list[dict[str, Any]]:
     """Write the pairs of the sources that pass, and the verdict on each; a report for each key.
 
@@ -44,7 +50,7 @@ def filter_sources(
     reports: dict[str, dict[str, Any]] = {}
     units: list[Unit] = []
     of_unit: list[str] = []
-    for found in screened(screening, places.work / "manifest"):
+    for found in screened(screening, places.work / "manifest", runner):
         _write_dropped(found, places.out)
         shards = shards_of(found, filtering)
         units += [job.unit(found.key, number, shard) for number, shard in enumerate(shards)]
@@ -55,7 +61,7 @@ def filter_sources(
             "no pair is left by the rules: " + _counted(reports.values()) + "; do without some "
             "(--without), or change their numbers"
         )
-    done = run_units(job, units, places.out / "manifest")
+    done = run_units(job, units, places.out / "manifest", runner=runner)
     for folder, (_, report) in zip(of_unit, done, strict=True):
         _add(reports[folder], report)
     return list(reports.values())

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int8, Int32, Int64, UInt64
 from tercet.curate.bulk import DoUnit, Report, Unit, run_units
 from tercet.curate.corpus import text_key
 from tercet.curate.pair_rules import DUPLICATE, KEPT, RULES, PairRules
+from tercet.curate.runners import LOOP, Runner
 from tercet.data.records import readable
 from tercet.data.sources import Source
 from tercet.files import replacing_file
@@ -140,7 +141,7 @@ _TYPES: Final = {
 }
 
 
-def screened(screening: Screening, manifest: Path) -> Iterator[Screened]:
+def screened(screening: Screening, manifest: Path, runner: Runner = LOOP) -> Iterator[Screened]:
     """The pairs of each source and language, and the rules that they break, duplicates too.
 
     Of equal pairs of a key the first one that breaks no other rule stays.
@@ -150,7 +151,7 @@ def screened(screening: Screening, manifest: Path) -> Iterator[Screened]:
         StorageError: when the disk refuses.
     """
     waiting: list[tuple[Unit, Report]] = []
-    for unit, report in run_units(screening, screening.units, manifest):
+    for unit, report in run_units(screening, screening.units, manifest, runner=runner):
         if waiting and waiting[0][0].reads["of"] != unit.reads["of"]:
             yield from _of_source(screening, waiting)
             waiting = []

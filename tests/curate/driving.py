@@ -1,0 +1,35 @@
+"""Jobs whose driver is a process of its own, so that it can be killed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.processes import ROOT
+
+
+def start(out: Path, runner: dict[str, Any], count: int = 6, **job: Any) -> subprocess.Popen:
+    """A driver in a process of its own, in a folder where nothing of ours lies."""
+    out.mkdir(exist_ok=True)
+    how = json.dumps({"out": str(out), "runner": runner, "count": count, "job": job})
+    command = [sys.executable, "-m", "tests.curate.squares", how]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=out, env=environment, **pipes)
+
+
+def wait_for(path: Path, *, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def wait_until_quiet(out: Path) -> None:
+    """Workers whose driver was killed finish the unit that they are at."""
+    before = None
+    while before != (before := (out / "log").read_text()):
+        time.sleep(0.5)
