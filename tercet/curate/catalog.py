@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Int64, UInt64
 
 from tercet.curate.corpus import SHARD, Pool, Texts, text_key
 from tercet.data.sources import Source
@@ -33,6 +33,17 @@ class Known:
         wanted = np.uint64(query)
         start = np.searchsorted(queries, wanted, side="left")
         return documents[start : np.searchsorted(queries, wanted, side="right")]
+
+    def among(
+        self, queries: UInt64[np.ndarray, "queries"]
+    ) -> tuple[Int64[np.ndarray, "pairs"], UInt64[np.ndarray, "pairs"]]:
+        """All answers of these queries at once: the place of the query, and the key of the text."""
+        known, documents = self._by_query
+        starts = np.searchsorted(known, queries, side="left")
+        counts = np.searchsorted(known, queries, side="right") - starts
+        places = np.repeat(np.arange(len(queries)), counts)
+        inside = np.arange(len(places)) - np.repeat(counts.cumsum() - counts, counts)
+        return places, documents[starts[places] + inside]
 
     @cached_property
     def _by_query(self) -> tuple[np.ndarray, np.ndarray]:

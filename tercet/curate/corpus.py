@@ -27,13 +27,15 @@ from tercet.files import replacing_file
 from tercet.nn.embedder import Embedder
 from tercet.nn.settings import Settings
 from tercet.progress import Advance
-from tercet.search.exact import Hits, largest, top_k
+from tercet.search.best import Best
+from tercet.search.exact import Hits, check_queries
 from tercet.search.export import first_broken
 from tercet.types import Role
 from tercet.vectors import Vectors as KindVectors
 
 SHARD: Final = 4096  # texts that are encoded between two points where a killed run goes on
 _VERSION: Final = 1  # of what the name of a shard says
+_TOGETHER: Final = 1024  # queries that meet a shard of documents together
 _PAIRS: Final = 8192  # pairs of a query and a document that are scored together
 
 
@@ -96,16 +98,28 @@ class Pool:
         return np.fromiter(self.rows, np.uint64, len(self.rows))
 
     def search(self, queries: Float32[np.ndarray, "queries dim"], k: int) -> Hits:
-        """The ``k`` documents of largest score for each query, a shard at a time."""
-        best = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
+        """The ``k`` documents of largest score for each query; each shard is read once.
+
+        Some queries meet a shard at a time: their scores are 16 MB, whatever there is to search.
+        """
+        k = min(k, len(self))
+        if k < 1 or not len(queries):
+            shape = (len(queries), max(k, 0))
+            return Hits(np.zeros(shape, np.float32), np.zeros(shape, np.int64))
+        check_queries(queries, _opened(self.shards[0]).shape[1])
+        parts = torch.from_numpy(np.ascontiguousarray(queries)).split(_TOGETHER)
+        best = [Best(len(part), k) for part in parts]
+        product = torch.empty(_TOGETHER * SHARD)
         for number, path in enumerate(self.shards):
-            found = top_k(queries, _opened(path), k)
-            # Earlier shards stand to the left: at equal scores a lower column is a lower row.
-            scores = torch.cat([best[0], torch.from_numpy(found.scores)], dim=1)
-            rows = torch.cat([best[1], torch.from_numpy(found.rows + number * SHARD)], dim=1)
-            top, columns = largest(scores, k)
-            best = top, rows.gather(1, columns)
-        return Hits(best[0].numpy(), best[1].numpy())
+            docs = torch.from_numpy(np.array(_opened(path)))
+            for part, found in zip(parts, best, strict=True):
+                # Torch's product: faster by a tenth and more than numpy's. Into the same memory:
+                # to get 16 MB afresh for each costs half as much again.
+                scores = product[: len(part) * len(docs)].view(len(part), len(docs))
+                torch.mm(part, docs.T, out=scores)
+                found.add(scores.numpy(), number * SHARD)
+        hits = [found.hits() for found in best]
+        return Hits(*(np.concatenate(some) for some in zip(*hits, strict=True)))
 
     def vectors(self, rows: Int[np.ndarray, "wanted"]) -> Float32[np.ndarray, "wanted dim"]:
         """The vectors of these rows; each shard that holds one is opened once."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from tercet.curate.rules import ABSENT, ALREADY, LEFT, POSITIVE, QUERY, MiningRu
 from tercet.nn.settings import Settings
 from tercet.types import Example, Role
 
+_PAIRS: Final = 8192  # of a query and a text that are looked for among candidates together
 _DECIMALS: Final = 6  # of scores; those after differ between kernels and batches
 
 
@@ -93,19 +95,19 @@ class Ranker:
             found = self.finder.nearest(queries, pool, self.depth)
             absent = found.rows < 0
             candidates = np.where(absent, np.uint64(0), pool.keys[found.rows])
-            own = self._own(examples, pool, queries)
-            keys = [text_key(example.query) for example in examples]
-            positives = self._positives(examples, pool, queries)
+            keys = np.array([text_key(example.query) for example in examples], np.uint64)
+            answers = [list(map(text_key, example.positives)) for example in examples]
+            own, kept = self._own(examples, keys, pool, queries)
             yield Ranked(
                 places=places,
                 examples=examples,
                 pool=pool,
-                keys=np.array(keys, np.uint64),
+                keys=keys,
                 rows=found.rows,
                 scores=_rounded(found.scores),
-                barred=np.where(absent, np.int8(ABSENT), self._barred(candidates, keys, own)),
-                positives=positives,
-                unfound=_unfound(examples, candidates),
+                barred=np.where(absent, np.int8(ABSENT), self._barred(candidates, keys, kept)),
+                positives=self._scores(queries, pool, answers),
+                unfound=int((~_where(candidates, *_pairs(answers)).any(axis=1)).sum()),
                 own=own,
                 refused=_refused(examples, own) if self.keep else 0,
             )
@@ -115,7 +117,8 @@ class Ranker:
         found: list[float] = []
         for places, pool in self._by_pool(block):
             examples = [block[place] for place in places]
-            scores = self._positives(examples, pool, self._queries(examples))
+            answers = [list(map(text_key, example.positives)) for example in examples]
+            scores = self._scores(self._queries(examples), pool, answers)
             found += [min(some) for some in scores]
         return found
 
@@ -134,50 +137,80 @@ class Ranker:
         prompts = [self.prompt(example, "query") for example in examples]
         return self.finder.queries([example.query for example in examples], prompts)
 
-    def _positives(
-        self, examples: Sequence[Example], pool: Pool, queries: Any
-    ) -> list[list[float]]:
-        return self._scores(queries, pool, [example.positives for example in examples])
-
     def _own(
-        self, examples: Sequence[Example], pool: Pool, queries: Any
-    ) -> list[list[tuple[str, float]]]:
-        """The negatives that each example keeps: not those that are known to answer its query."""
+        self,
+        examples: Sequence[Example],
+        keys: UInt64[np.ndarray, "queries"],
+        pool: Pool,
+        queries: Any,
+    ) -> tuple[list[list[tuple[str, float]]], list[list[int]]]:
+        """The negatives that each example keeps, and their keys: none that answers its query."""
         texts: list[list[str]] = [[] for _ in examples]
-        for example, kept in zip(examples, texts, strict=True):
-            query = text_key(example.query)
+        kept: list[list[int]] = [[] for _ in examples]
+        if not self.keep:
+            return [[] for _ in examples], kept
+        for row, example in enumerate(examples):
+            query = int(keys[row])
             seen = {query, *self.catalog.known.of(query).tolist()}
-            for text in example.negatives if self.keep else ():
+            for text in example.negatives:
                 key = text_key(text)
                 if key in pool.rows and key not in seen:  # a blank one is in no pool
                     seen.add(key)
-                    kept.append(text)
-        scores = self._scores(queries, pool, texts)
-        return [list(zip(*pair, strict=True)) for pair in zip(texts, scores, strict=True)]
+                    kept[row].append(key)
+                    texts[row].append(text)
+        scores = self._scores(queries, pool, kept)
+        return [list(zip(*pair, strict=True)) for pair in zip(texts, scores, strict=True)], kept
 
-    def _scores(
-        self, queries: Any, pool: Pool, texts: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
-        """The score of each query with each of its texts, which are in the pool."""
-        owners = np.repeat(np.arange(len(texts)), [len(some) for some in texts])
-        rows = np.array([pool.rows[text_key(text)] for some in texts for text in some], np.int64)
-        flat = self.finder.scores(queries, owners, pool, rows)
-        ends = np.cumsum([len(some) for some in texts])
-        return [part.tolist() for part in np.split(_rounded(flat), ends[:-1])]
+    def _scores(self, queries: Any, pool: Pool, keys: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The score of each query with each of its texts, which are in the pool, by their keys."""
+        owners = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
+        rows = np.array([pool.rows[key] for some in keys for key in some], np.int64)
+        flat = iter(_rounded(self.finder.scores(queries, owners, pool, rows)).tolist())
+        return [list(islice(flat, len(some))) for some in keys]
 
     def _barred(
         self,
         candidates: UInt64[np.ndarray, "queries ranks"],
-        keys: Sequence[int],
-        own: Sequence[Sequence[tuple[str, float]]],
+        keys: UInt64[np.ndarray, "queries"],
+        kept: Sequence[Sequence[int]],
     ) -> Int8[np.ndarray, "queries ranks"]:
         barred = np.full(candidates.shape, LEFT, np.int8)
-        for row, key in enumerate(keys):
-            kept = np.array([text_key(text) for text, _ in own[row]], np.uint64)
-            barred[row][np.isin(candidates[row], kept)] = ALREADY
-            barred[row][candidates[row] == np.uint64(key)] = QUERY
-            barred[row][np.isin(candidates[row], self.catalog.known.of(key))] = POSITIVE
+        _mark(barred, candidates, *_pairs(kept), verdict=ALREADY)
+        barred[candidates == keys[:, None]] = QUERY
+        _mark(barred, candidates, *self.catalog.known.among(keys), verdict=POSITIVE)
         return barred
+
+
+def _pairs(
+    keys: Sequence[Sequence[int]],
+) -> tuple[Int64[np.ndarray, "pairs"], UInt64[np.ndarray, "pairs"]]:
+    """The place of each query, and a key of its own, for all of them."""
+    places = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
+    return places, np.array([key for some in keys for key in some], np.uint64)
+
+
+def _where(
+    candidates: UInt64[np.ndarray, "queries ranks"],
+    places: Int64[np.ndarray, "pairs"],
+    keys: UInt64[np.ndarray, "pairs"],
+) -> Bool[np.ndarray, "pairs ranks"]:
+    """Which candidate of its query each text is, if it is one."""
+    return candidates[places] == keys[:, None]
+
+
+def _mark(
+    barred: Int8[np.ndarray, "queries ranks"],
+    candidates: UInt64[np.ndarray, "queries ranks"],
+    places: Int64[np.ndarray, "pairs"],
+    keys: UInt64[np.ndarray, "pairs"],
+    *,
+    verdict: int,
+) -> None:
+    """Give the candidates that are these texts a verdict."""
+    for start in range(0, len(places), _PAIRS):  # a query may have very many answers
+        part = slice(start, start + _PAIRS)
+        pair, column = np.nonzero(_where(candidates, places[part], keys[part]))
+        barred[places[part][pair], column] = verdict
 
 
 def _refused(examples: Sequence[Example], own: Sequence[Sequence[tuple[str, float]]]) -> int:
@@ -186,12 +219,3 @@ def _refused(examples: Sequence[Example], own: Sequence[Sequence[tuple[str, floa
 
 def _rounded(scores: np.ndarray) -> np.ndarray:
     return np.round(scores.astype(np.float64), _DECIMALS)
-
-
-def _unfound(examples: Sequence[Example], candidates: UInt64[np.ndarray, "queries ranks"]) -> int:
-    """Positives that are not among the candidates of their own query."""
-    count = 0
-    for example, row in zip(examples, candidates, strict=True):
-        keys = np.array([text_key(text) for text in example.positives], np.uint64)
-        count += int((~np.isin(keys, row)).sum())
-    return count

@@ -102,6 +102,8 @@ def text_of(value: object, field: str) -> str:
         raise ValueError(f'"{field}" must be a text, got {shown(value)}')
     # JSON can write half of a character that needs two escapes ("\ud83d" without its second
     # half). Python holds it in a string, but no tokenizer takes it.
+    if value.isascii():
+        return value
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -127,6 +129,8 @@ def shown(value: object) -> str:
 
 def given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """The name a field goes by in this record, and its value; None if it is absent."""
+    if len(names) == 1:
+        return names[0], fields.get(names[0])
     used = [name for name in names if fields.get(name) is not None]
     if len(used) > 1:
         raise ValueError(

@@ -108,7 +108,8 @@ def text_under(record: object, field: str) -> str:
 
 def normal_form(text: str) -> str:
     """The text in NFKC and lower case, with single spaces: two that agree in it are one text."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)  # ascii is in NFKC
+    return " ".join(plain.lower().split())
 
 
 def spread(texts: Iterable[str], most: int) -> list[str]:
