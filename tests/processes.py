@@ -36,7 +36,8 @@ def run_together(script: str, *arguments: str, count: int = 2) -> None:
         for process in processes:
             process.kill()
             process.wait()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(said)
+    ended = [process.returncode for process in processes]  # below zero: by that signal
+    assert ended == [0] * count, "\n".join([f"ended with {ended}", *said])
 
 
 def _free_port() -> int:
