@@ -26,11 +26,34 @@ def demo(
     run_demo(out, data, steps=steps, seed=seed, console=results(), say=say)
 
 
-def check(file: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file.")]) -> None:
-    """Read a file of training data and say what is in it, or what is wrong with it.
+def check(
+    file: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file, or a folder.")],
+    batch_size: Annotated[int, typer.Option(help="To count batches an epoch.")] = 256,
+    model: Annotated[
+        str | None, typer.Option(help="Count the tokens of its tokenizer, on a sample.")
+    ] = None,
+    query_tokens: Annotated[int | None, typer.Option(help="Where queries will be cut.")] = None,
+    document_tokens: Annotated[int | None, typer.Option(help="And documents.")] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Evaluation sets, or a folder of them: count rows that stand there."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the mixture into this PNG.")] = None,
+) -> None:
+    """Read training data and say what is in it, or what is wrong with it.
 
-    Example: tercet check pairs.jsonl
+    A folder is told source by source and language by language, and so is a file for which one of
+    the options is given.
+
+    Example: tercet check sources/ --model me5-small --document-tokens 256 --against test.jsonl
     """
+    if file.is_dir() or any((model, query_tokens, document_tokens, against, json, plot)):
+        from tercet.cli.survey import Asked, check_sources
+
+        limits = (query_tokens, document_tokens)
+        check_sources(file, Asked(batch_size, model, limits, tuple(against or ()), json, plot))
+        return
     report = check_examples(file)
     if report.examples:
         _show(report)

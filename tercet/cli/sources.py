@@ -23,7 +23,7 @@ def opened(path: Path, *, weight: float = 1.0, kind: Kind = EXAMPLES) -> list[So
     Raises:
         DataError: at the first record that is not what it should be.
     """
-    with _shown(f"read {path.name}") as progress:
+    with shown_progress(f"read {path.name}") as progress:
         return open_sources(path, weight=weight, progress=progress, kind=kind)
 
 
@@ -59,7 +59,8 @@ def numbers_of(
 
 
 @contextmanager
-def _shown(label: str) -> Iterator[Progress]:
+def shown_progress(label: str) -> Iterator[Progress]:
+    """A bar for a job that tells the part of it that is done."""
     with bar(label, _PARTS, shown=distributed.is_main()) as advance:
         done = 0
 

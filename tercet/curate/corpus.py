@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Int, Int64, UInt64
 from tercet import distributed
 from tercet.data.examples import shown
 from tercet.data.records import readable
-from tercet.data.texts import normal_form
+from tercet.data.texts import text_key
 from tercet.errors import ModelError
 from tercet.files import replacing_file
 from tercet.nn.embedder import Embedder
@@ -37,12 +37,6 @@ SHARD: Final = 4096  # texts that are encoded between two points where a killed 
 _VERSION: Final = 1  # of what the name of a shard says
 _TOGETHER: Final = 1024  # queries that meet a shard of documents together
 _PAIRS: Final = 8192  # pairs of a query and a document that are scored together
-
-
-def text_key(text: str) -> int:
-    """64 bits that are equal for texts that differ in case, spaces or Unicode form only."""
-    same = normal_form(text).encode()
-    return int.from_bytes(hashlib.blake2b(same, digest_size=8).digest(), "little")
 
 
 class Texts:

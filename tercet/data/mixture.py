@@ -1,8 +1,8 @@
 """How much of each source a training takes: weights and counts by name, and what comes of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from math import inf
+from dataclasses import dataclass, replace
+from math import floor, inf
 
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
@@ -63,3 +63,51 @@ def names_some(name: str, sources: Sequence[Source]) -> bool:
 
 def _names(source: Source) -> set[str]:
     return {source.name, source.task or source.name}
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a training takes of a source in an epoch."""
+
+    name: str  # with its language
+    source: str
+    lang: str
+    rows: int
+    weight: float | int
+    examples: float | int  # rows times weight
+    share: float | int  # of the examples of all sources
+    batches: int | None  # None where a batch holds every source
+    fingerprint: str
+
+
+def shares_of(sources: Sequence[Source], batch_size: int, *, single: bool = True) -> list[Share]:
+    """The mixture of an epoch. Batches are counted without regard to length groups."""
+    total = sum(len(source) * source.weight for source in sources)
+    return [
+        Share(
+            name=source.name,
+            source=source.task or source.name,
+            lang=source.lang,
+            rows=len(source),
+            weight=source.weight,
+            examples=len(source) * source.weight,
+            share=len(source) * source.weight / total,
+            batches=batches_of(len(source), source.weight, batch_size) if single else None,
+            fingerprint=source.fingerprint,
+        )
+        for source in sources
+    ]
+
+
+def batches_of(rows: int, weight: float | int, batch_size: int) -> int:
+    """Batches of one source in an epoch: each pass over its rows ends with a smaller one."""
+    passes = [rows] * floor(weight) + [round((weight - floor(weight)) * rows)]
+    return sum(number // batch_size + (number % batch_size >= 2) for number in passes)
+
+
+def by_language(shares: Sequence[Share]) -> dict[str, float]:
+    """The share of each language over all sources, the largest first; "" is: not told."""
+    found: dict[str, float] = {}
+    for each in shares:
+        found[each.lang] = found.get(each.lang, 0.0) + each.share
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -7,12 +7,13 @@ two integers, also on another number of machines.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
+from tercet.data.order import Pass, Windows, windows_of
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
 from tercet.types import Example
@@ -24,6 +25,7 @@ SMALLEST_BATCH: Final = 2  # with one example there is nothing to contrast
 WINDOW_BATCHES: Final = 16  # rows are shuffled inside so many batches at least
 
 MAX_EDGES: Final = 100  # a length group is a byte a row
+_AT_ONCE: Final = 1 << 20  # rows whose length group is looked up together
 
 # The first entry of every random seed: what the numbers are drawn for.
 _ROWS, _PORTIONS, _TURNS = 1, 2, 3
@@ -107,16 +109,79 @@ class BatchRows:
         return [found[place] for place in range(len(self))]
 
 
+class _Lazy:
+    """Batches of one pass over one source, read from the pass when they are asked for."""
+
+    def __init__(self, rows: Pass, size: int) -> None:
+        self._rows, self._size = rows, size
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._rows), self._size)
+        return whole + (rest >= SMALLEST_BATCH)
+
+    def batch(self, number: int) -> np.ndarray:
+        first = number * self._size
+        return self._rows.rows(first, min(first + self._size, len(self._rows)))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class _Batches:
+class _Cut:
     """Rows, and which of them are a batch: ``rows[starts[i]:stops[i]]``, in the order of i."""
 
-    rows: BatchRows
+    rows: np.ndarray
     starts: np.ndarray  # [batches] int64
     stops: np.ndarray  # [batches] int64
+    source: np.ndarray | None = None  # [rows] int16, where there are several
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def part(self, number: int) -> slice:
+        return slice(int(self.starts[number]), int(self.stops[number]))
+
+    def batch(self, number: int) -> np.ndarray:
+        return self.rows[self.part(number)]
+
+
+class _Single:
+    """The batches of an epoch with one source each."""
+
+    def __init__(self, parts: Sequence[Sequence[_Lazy | _Cut]], turn: np.ndarray) -> None:
+        self._parts, self._turn = parts, turn  # of each source its passes; [batches] int16
+        self._place, self._used = 0, np.zeros(len(parts), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._turn)
+
+    def batch(self, number: int) -> BatchRows:
+        """A batch; the next one after the last costs least."""
+        if number != self._place:
+            self._used = np.bincount(self._turn[:number], minlength=len(self._parts))
+        source = int(self._turn[number])
+        own = int(self._used[source])
+        self._used[source] += 1
+        self._place = number + 1
+        for part in self._parts[source]:
+            if own < len(part):
+                rows = part.batch(own)
+                return BatchRows(np.full(len(rows), source, np.int16), rows)
+            own -= len(part)
+        raise AssertionError("a source has as many turns as batches")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Blended:
+    """The batches of an epoch with every source in each."""
+
+    cut: _Cut
+
+    def __len__(self) -> int:
+        return len(self.cut)
+
+    def batch(self, number: int) -> BatchRows:
+        part = self.cut.part(number)
+        assert self.cut.source is not None, "cut with sources"
+        return BatchRows(self.cut.source[part], self.cut.rows[part])
 
 
 class Sampler:
@@ -143,15 +208,13 @@ class Sampler:
         _check_plan(plan)
         _check_sources(sources)
         self.sources, self.plan = tuple(sources), plan
-        edges = np.asarray(plan.length_edges, np.int64)
-        self._groups = [np.searchsorted(edges, source.sizes).astype(np.int8) for source in sources]
         largest = max(int(source.sizes.max()) for source in sources)
         self._limits = list(plan.batch_sizes) or [
             _examples_within(plan, size) for size in (*plan.length_edges, largest)
         ]
         self._weights_are_whole = all(float(source.weight).is_integer() for source in sources)
         self._counts: dict[int, int] = {}
-        self._prepared: tuple[int, _Batches] | None = None
+        self._prepared: tuple[int, _Single | _Blended] | None = None
         self._epoch, self._batch = 0, 0
 
     def next_batch(self) -> BatchRows | None:
@@ -160,10 +223,9 @@ class Sampler:
             if self._batches_used(self._epoch + 1) == 0:
                 return None
             self._epoch, self._batch = self._epoch + 1, 0
-        batches = self._batches_of(self._epoch)
-        part = slice(batches.starts[self._batch], batches.stops[self._batch])
+        batch = self._batches_of(self._epoch).batch(self._batch)
         self._batch += 1
-        return BatchRows(batches.rows.source[part], batches.rows.row[part])
+        return batch
 
     def batches_per_epoch(self, epoch: int) -> int:
         """Batches of a whole epoch; with a weight that is not whole, epochs differ a little."""
@@ -202,89 +264,103 @@ class Sampler:
             return 0
         return max(round(part * self.batches_per_epoch(epoch)), 1 if epoch == 0 else 0)
 
-    def _batches_of(self, epoch: int) -> _Batches:
+    def _batches_of(self, epoch: int) -> _Single | _Blended:
         if self._prepared is None or self._prepared[0] != epoch:
             self._prepared = None  # two epochs of indices need not be in memory together
             mixing = self._single if self.plan.mixing == "single" else self._blended
             self._prepared = epoch, mixing(epoch)
         return self._prepared[1]
 
-    def _single(self, epoch: int) -> _Batches:
-        parts: list[_Batches] = []
-        turns: list[np.ndarray] = []
-        for index in range(len(self.sources)):
-            for rows in self._passes(index, epoch):
-                parts.append(self._cut(BatchRows(np.full(len(rows), index, np.int16), rows)))
-                turns.append(np.full(len(parts[-1]), index, np.int16))
-        turn = np.concatenate(turns)
-        self._random(_TURNS, epoch).shuffle(turn)
+    def _single(self, epoch: int) -> _Single:
         # The batches of a source keep their order, which is local in its file; what is random is
         # whose turn it is.
-        return _ordered(_joined(parts), np.argsort(turn, kind="stable").argsort())
+        parts = [
+            [self._of_one(index, some) for some in self._passes(index, epoch)]
+            for index in range(len(self.sources))
+        ]
+        counts = [sum(map(len, of_source)) for of_source in parts]
+        turn = np.repeat(np.arange(len(parts), dtype=np.int16), counts)
+        np.random.default_rng(self._seed(_TURNS, epoch)).shuffle(turn)
+        return _Single(parts, turn)
 
-    def _blended(self, epoch: int) -> _Batches:
-        sources, rows = [], []
+    def _of_one(self, index: int, rows: Pass) -> _Lazy | _Cut:
+        """The batches of a pass over one source: known place by place, or cut by length."""
+        if not self.plan.length_edges:
+            return _Lazy(rows, self._limits[0])
+        every = rows.rows(0, len(rows))
+        return self._cut(every, self._groups(index, every))
+
+    def _blended(self, epoch: int) -> _Blended:
+        sources, rows, groups = [], [], []
         for index in range(len(self.sources)):
             for some in self._passes(index, epoch):
-                rows.append(some)
+                rows.append(some.rows(0, len(some)))
                 sources.append(np.full(len(some), index, np.int16))
-        return self._cut(BatchRows(np.concatenate(sources), np.concatenate(rows)))
+                groups.append(self._groups(index, rows[-1]))
+        source = np.concatenate(sources)
+        return _Blended(self._cut(np.concatenate(rows), np.concatenate(groups), source))
 
-    def _cut(self, rows: BatchRows) -> _Batches:
+    def _groups(self, index: int, rows: np.ndarray) -> np.ndarray:
+        """The length group of each row."""
+        found = np.zeros(len(rows), np.int8)
+        if self.plan.length_edges:
+            edges = np.asarray(self.plan.length_edges, np.int32)
+            for start in range(0, len(rows), _AT_ONCE):  # what searchsorted gives is eight bytes
+                some = rows[start : start + _AT_ONCE]
+                found[start : start + _AT_ONCE] = np.searchsorted(
+                    edges, self.sources[index].sizes[some]
+                )
+        return found
+
+    def _cut(self, rows: np.ndarray, group: np.ndarray, source: np.ndarray | None = None) -> _Cut:
         """Batches of one length group each; groups come up evenly from first to last."""
-        group = np.empty(len(rows), np.int8)
-        for index in np.unique(rows.source).tolist():
-            of_source = rows.source == index
-            group[of_source] = self._groups[index][rows.row[of_source]]
-        filled = np.unique(group).tolist()
-        places, starts, stops, turns = [], [], [], []
+        arranged, owner = np.empty_like(rows), None if source is None else np.empty_like(source)
+        filled = np.flatnonzero(np.bincount(group)).tolist()
+        starts, stops, turns = [], [], []
         begin, left_over = 0, np.empty(0, np.int64)
         for number in filled:
             members = np.flatnonzero(group == number)
-            members = members[_evenly(rows.source[members])]
+            if source is not None:
+                members = members[_evenly(source[members])]
             members = np.concatenate([left_over, members])
             size, is_longest = self._limits[number], number == filled[-1]
             used = len(members) if is_longest else len(members) - len(members) % size
-            left_over = members[used:]
-            places.append(members[:used])
+            members, left_over = members[:used], members[used:]
+            arranged[begin : begin + used] = rows[members]
+            if source is not None and owner is not None:
+                owner[begin : begin + used] = source[members]
             starts.append(np.arange(begin, begin + used, size))
             stops.append(np.minimum(starts[-1] + size, begin + used))
             turns.append((np.arange(len(starts[-1])) + 0.5) / max(len(starts[-1]), 1))
             begin += used
-        place, start, stop = (np.concatenate(parts) for parts in (places, starts, stops))
-        arranged = BatchRows(rows.source[place], rows.row[place])
+        start, stop = np.concatenate(starts), np.concatenate(stops)
         turn = np.argsort(np.concatenate(turns), kind="stable")
         turn = turn[(stop - start)[turn] >= SMALLEST_BATCH]
-        return _Batches(arranged, start[turn], stop[turn])
+        return _Cut(arranged, start[turn], stop[turn], owner)
 
-    def _passes(self, index: int, epoch: int) -> Iterator[np.ndarray]:
+    def _passes(self, index: int, epoch: int) -> list[Pass]:
         """A source's rows of an epoch: one whole pass a unit of weight, then the fraction."""
         source = self.sources[index]
         whole = math.floor(source.weight)
-        for number in range(whole):
-            yield self._order(index, self._random(_ROWS, epoch, index, number))
+        found = [Pass.whole(self._windows(index, _ROWS, epoch, n)) for n in range(whole)]
         fraction = (source.weight - whole) * len(source)
         first, last = round(epoch * fraction), round((epoch + 1) * fraction)
-        if last == first:
-            return
-        # The fraction is the next stretch of a circle of all rows: no row comes twice before
-        # each has come once. Then it is shuffled anew.
-        circle = self._order(index, self._random(_PORTIONS, 0, index))
-        chosen = np.zeros(len(source), np.bool_)
-        chosen[circle[np.arange(first, last) % len(source)]] = True
-        order = self._order(index, self._random(_ROWS, epoch, index, whole))
-        yield order[chosen[order]]
+        if last > first:
+            # The fraction is the next stretch of a circle of all rows: no row comes twice before
+            # each has come once. Then it is shuffled anew.
+            circle = self._windows(index, _PORTIONS, 0, 0)
+            seed = self._seed(_ROWS, epoch, index, whole)
+            found.append(Pass.stretch(circle, first, last, seed))
+        return found
 
-    def _order(self, index: int, random: np.random.Generator) -> np.ndarray:
+    def _windows(self, index: int, purpose: int, epoch: int, number: int) -> Windows:
         source = self.sources[index]
         size = max(self.plan.batch_sizes, default=self.plan.batch_size)
         at_least = WINDOW_BATCHES * size if source.window > 1 else 1
-        return _windowed_order(source, random, at_least=at_least)
+        return windows_of(source, self._seed(purpose, epoch, index, number), at_least=at_least)
 
-    def _random(
-        self, purpose: int, epoch: int, source: int = 0, number: int = 0
-    ) -> np.random.Generator:
-        return np.random.default_rng([purpose, self.plan.seed, epoch, source, number])
+    def _seed(self, purpose: int, epoch: int, source: int = 0, number: int = 0) -> tuple[int, ...]:
+        return purpose, self.plan.seed, epoch, source, number
 
     def _fingerprint(self) -> int:
         plan = self.plan
@@ -296,27 +372,6 @@ class Sampler:
             told.append(tuple(plan.batch_sizes))
         digest = hashlib.blake2b(repr(told).encode(), digest_size=7).digest()
         return int.from_bytes(digest, "big")
-
-
-def _windowed_order(source: Drawable, random: np.random.Generator, *, at_least: int) -> np.ndarray:
-    """All rows at random, so that any stretch of them comes from few blocks.
-
-    The blocks are shuffled, then the rows inside windows of some blocks. A window holds
-    ``at_least`` rows, so a file of many tiny blocks is shuffled well. One block is one window.
-    """
-    rows, blocks = len(source), source.blocks
-    order = np.arange(rows, dtype=np.int32 if rows < 2**31 else np.int64)
-    ends = np.append(blocks[1:], rows)
-    shuffled = random.permutation(len(blocks))
-    order = np.concatenate([order[blocks[block] : ends[block]] for block in shuffled])
-    bounds = np.cumsum((ends - blocks)[shuffled])
-    begin, held = 0, 0
-    for end in bounds.tolist():
-        held += 1
-        if (held >= source.window and end - begin >= at_least) or end == rows:
-            random.shuffle(order[begin:end])
-            begin, held = end, 0
-    return order
 
 
 def _evenly(source: np.ndarray) -> np.ndarray:
@@ -335,21 +390,6 @@ def _evenly(source: np.ndarray) -> np.ndarray:
     position[by_source] = np.arange(len(source)) + 0.5
     position -= begins[source]
     return np.argsort(position / counts[source], kind="stable")
-
-
-def _joined(parts: Sequence[_Batches]) -> _Batches:
-    begins = np.cumsum([0, *(len(part.rows) for part in parts[:-1])])
-    rows = BatchRows(
-        np.concatenate([part.rows.source for part in parts]),
-        np.concatenate([part.rows.row for part in parts]),
-    )
-    starts = np.concatenate([part.starts + b for part, b in zip(parts, begins, strict=True)])
-    stops = np.concatenate([part.stops + b for part, b in zip(parts, begins, strict=True)])
-    return _Batches(rows, starts, stops)
-
-
-def _ordered(batches: _Batches, order: np.ndarray) -> _Batches:
-    return _Batches(batches.rows, batches.starts[order], batches.stops[order])
 
 
 def _examples_within(plan: BatchPlan, size: int) -> int:

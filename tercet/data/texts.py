@@ -1,5 +1,6 @@
 """Files of plain texts: .txt with one text a line, .jsonl and .parquet with a field of text."""
 
+import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -122,3 +123,9 @@ def spread(texts: Iterable[str], most: int) -> list[str]:
         if len(kept) > 2 * most:
             kept, step = kept[::2], 2 * step
     return kept[:: -(-len(kept) // most) or 1]
+
+
+def text_key(text: str) -> int:
+    """64 bits that are equal for texts that differ in case, spaces or Unicode form only."""
+    same = normal_form(text).encode()
+    return int.from_bytes(hashlib.blake2b(same, digest_size=8).digest(), "little")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tercet.data.collate import PromptOf
+from tercet.data.mixture import by_language, shares_of
 from tercet.data.sources import Source
 from tercet.errors import RecipeError
 from tercet.files import replacing_file
@@ -202,7 +203,7 @@ def is_saved(folder: Path, stages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def describe(job: Job, out: Path) -> None:
-    """Write ``recipe.json`` for people and diffs; nothing reads it back."""
+    """Write ``recipe.json`` and ``mixture.json`` for people and diffs; nothing reads them back."""
     sources = {source.name: source for given in job.sources for source in given}
     record = {
         "recipe": asdict(job.recipe),
@@ -212,5 +213,21 @@ def describe(job: Job, out: Path) -> None:
             for name, source in sources.items()
         },
     }
-    with replacing_file(out / "recipe.json") as fresh:
-        fresh.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    mixture = {
+        stage.name: _mixture(stage, of_stage)
+        for stage, of_stage in zip(job.recipe.stages, job.sources, strict=True)
+    }
+    for name, told in (("recipe.json", record), ("mixture.json", mixture)):
+        with replacing_file(out / name) as fresh:
+            fresh.write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _mixture(stage: Stage, sources: Sequence[Source]) -> dict[str, Any]:
+    """What an epoch of a stage takes of each source and language."""
+    shares = shares_of(sources, stage.batch_size, single=stage.mixing == "single")
+    return {
+        "batch_size": stage.batch_size,
+        "mixing": stage.mixing,
+        "sources": [asdict(each) for each in shares],
+        "languages": by_language(shares),
+    }
