@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from tercet.cli.loading import AddressOption, Precision, RunnerOption, WorkersOption
+from tercet.cli.sources import opened
 from tercet.console import columns, results, say
-from tercet.data.sources import open_source
 from tercet.errors import RecipeError
 from tercet.files import sole_writer
 
@@ -17,7 +17,9 @@ _SHOWN: Final = 3  # names in a note
 
 
 def filter_pairs(
-    files: Annotated[list[Path], typer.Argument(help="Examples: .jsonl or .parquet.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Examples: .jsonl, .parquet, or folders of them.")
+    ],
     out: Annotated[Path, typer.Option(help="A folder for the pairs, the verdicts, a report.")],
     model: Annotated[
         str, typer.Option(help="What ranks: zoo name, folder or hub id.")
@@ -115,7 +117,7 @@ def filter_pairs(
         settings = settings_of(files, judge, filtering)
         reports = finished(out, settings)
         if reports is None:
-            sources = [open_source(file) for file in files]
+            sources = [source for file in files for source in opened(file)]
             places = Places(out=out, work=work, keep_vectors=keep_vectors)
             reports = filter_sources(sources, judge, filtering, places, runner=where)
             write_report(out, reports)

@@ -16,7 +16,7 @@ from tercet.files import replacing_file
 SETTINGS: Final = "filter.json"
 REPORT: Final = "report.json"
 DRAWING: Final = "report.png"
-_OURS: Final = (".lock", "pairs", "verdicts", "manifest", REPORT, SETTINGS, DRAWING)
+_OURS: Final = ("pairs", "verdicts", "manifest", REPORT, SETTINGS, DRAWING)
 
 
 def settings_of(paths: Sequence[Path], judge: Judge, filtering: Filtering) -> dict[str, Any]:
@@ -38,9 +38,10 @@ def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | N
     """
     if out.is_file():
         raise RecipeError(f"{out}: is a file, and a folder is to be written; choose another --out")
-    strange = sorted(path.name for path in out.glob("*") if path.name not in _OURS)
+    names = [path.name for path in out.glob("*")]
+    strange = sorted(name for name in names if name not in _OURS and not name.startswith("."))
     before, ranked = _read(out / SETTINGS), (out / "manifest").exists()
-    if strange or (before is None and (ranked or (out / "pairs").exists())):
+    if before is None and (strange or ranked or (out / "pairs").exists()):
         name = (*strange, "pairs")[0]
         raise RecipeError(
             f"{out}: holds {name}, which is not the filter's; choose another --out, or move it away"

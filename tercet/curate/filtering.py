@@ -41,7 +41,7 @@ def filter_sources(
     """
     named = {source.name: source for source in sources}
     if len(named) < len(sources):
-        raise RecipeError("two sources have one name, and would go into one folder; rename a file")
+        raise RecipeError("two sources have one name, and would go into one folder; rename one")
     screening = Screening(sources=named, rules=filtering.rules, work=places.work)
     fingerprint = judge.load().fingerprint()
     job = Judging(
@@ -81,7 +81,7 @@ def _begun(found: Screened, shards: int) -> dict[str, Any]:
     """The report on a key, before its shards are ranked."""
     left = int(found.left.sum())
     return {
-        "source": found.key.source,
+        "source": found.key.base,
         "lang": found.key.lang,
         "pairs": len(found.rows),
         "dropped": {**found.dropped, RANK: 0},

@@ -36,13 +36,14 @@ class Key:
     lang: str  # "" where rows do not tell
 
     @property
+    def base(self) -> str:
+        """The name of the source without the language: ``news`` of ``news/de``."""
+        return self.source.removesuffix(f"/{self.lang}") if self.lang else self.source
+
+    @property
     def folder(self) -> str:
         """Where its files go, such as ``news/lang=de``."""
-        inside = self.source.removesuffix(f"/{self.lang}") if self.lang else self.source
-        return f"{inside}/lang={quote(self.lang, safe='')}" if self.lang else inside
-
-    def __str__(self) -> str:
-        return self.folder.replace("lang=", "") if self.lang else self.source
+        return f"{self.base}/lang={quote(self.lang, safe='')}" if self.lang else self.base
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,7 @@ import os
 import pyarrow.parquet as pq
 import pytest
 
+from tercet.data.folders import open_sources
 from tercet.data.sources import iter_examples
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
@@ -24,7 +25,7 @@ def pairs(tmp_path):
 def start(pairs, encoder_folder, tmp_path):
     """The words of a filtering."""
     words = ["filter", pairs, "--model", encoder_folder, "--shard", "1000"]
-    return [*words, "--work", tmp_path / "work"]
+    return [*words, "--work", tmp_path / "work", "--runner", "loop"]
 
 
 def lines(out: str, title: str) -> list[dict[str, str]]:
@@ -46,7 +47,7 @@ def test_pairs_are_written_counted_and_ready_for_a_training(tercet, start, tmp_p
     counted = lines(ended.out, "which rule dropped them")
     ranked = lines(ended.out, "how many each k keeps")
     report = json.loads((out / "report.json").read_text())["sources"]
-    for row, levels, told, lang in zip(counted, ranked, report, ("en", "de"), strict=True):
+    for row, levels, told, lang in zip(counted, ranked, report, ("de", "en"), strict=True):
         kept = list(iter_examples(out / f"pairs/toys/lang={lang}/0000.parquet"))
         assert (row["lang"], row["pairs"], row["duplicate"]) == (lang, "13", "1")
         assert row["kept"] == str(len(kept)) == levels["3"] == str(told["kept"])
@@ -60,7 +61,7 @@ def test_pairs_are_written_counted_and_ready_for_a_training(tercet, start, tmp_p
         assert {example.lang for example in kept} == {lang}
         assert {example.task for example in kept} == {"toys"}
         assert pq.read_table(out / f"verdicts/toys/lang={lang}/rules.parquet").num_rows == 1
-    assert "shards are smaller than 1,000: toys en 12, toys de 12; the same rank" in ended.err
+    assert "shards are smaller than 1,000: toys de 12, toys en 12; the same rank" in ended.err
 
 
 def test_a_finished_command_says_so_and_loads_nothing(tercet, start, tmp_path, monkeypatch):
@@ -92,6 +93,7 @@ def test_a_report_is_drawn(tercet, start, tmp_path):
 
 def test_presets_are_those_of_the_papers(tercet, pairs, encoder_folder, tmp_path):
     words = ["filter", pairs, "--model", encoder_folder, "--work", tmp_path / "work"]
+    words += ["--runner", "loop"]
     for preset, k in (("arctic", "20"), ("e5", "2"), ("nomic", "2")):
         ended = tercet(*words, "--out", tmp_path / preset, "--preset", preset)
         assert lines(ended.out, "how many each k keeps")[0]["k"] == k
@@ -147,3 +149,22 @@ def test_a_command_that_ranked_nothing_leaves_the_folder_to_the_next(tercet, sta
     assert tercet(*start, "--out", out, "--letters", "1", "--min-characters", "99,99").status == 2
     assert tercet(*start, "--out", out, "--without", "duplicate").status == 0
     assert not list((out / "verdicts").rglob("rules.parquet"))
+
+
+def test_a_folder_is_filtered_by_source_and_language_and_its_output_is_one(
+    tercet, encoder_folder, tmp_path
+):
+    for name in ("news", "web"):
+        (tmp_path / "data" / name / "lang=de").mkdir(parents=True)
+        rows = [{"query": f"{name} {text}", "positives": [text]} for text in SENTENCES]
+        write(tmp_path / "data" / name / "lang=de" / "1.jsonl", *rows[:6])
+        write(tmp_path / "data" / name / "2.jsonl", *rows[6:])
+    words = ["--model", encoder_folder, "--work", tmp_path / "work", "--runner", "loop"]
+    ended = tercet("filter", tmp_path / "data", *words, "--out", tmp_path / "out")
+    found = lines(ended.out, "which rule dropped them")
+    assert sorted((row["source"], row["lang"], row["kept"]) for row in found) == [
+        ("news", "-", "6"), ("news", "de", "6"), ("web", "-", "6"), ("web", "de", "6"),
+    ]  # fmt: skip
+    sources = open_sources(tmp_path / "out/pairs")
+    assert [source.name for source in sources] == ["news", "news/de", "web", "web/de"]
+    assert {len(source) for source in sources} == {6}

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from tercet.curate.pair_rules import PairRules, share_of_letters
@@ -5,7 +7,7 @@ from tercet.curate.scripts import fits_language
 from tercet.errors import RecipeError
 
 
-def broken(query: str, document: str, lang: str = "", **rules: object) -> str:
+def broken(query: str, document: str, lang: str = "", **rules: Any) -> str:
     return PairRules(**rules).broken(query, [document], lang)[0]
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from tercet.curate.paired import Block, paired_ranks
 from tercet.errors import ModelError
@@ -40,14 +41,12 @@ def test_halves_and_mapped_files_are_read_by_block(tmp_path):
     queries, documents = (each.astype(np.float16) for each in pairs())
     np.save(tmp_path / "q.npy", queries)
     np.save(tmp_path / "d.npy", documents)
-    mapped = [np.load(tmp_path / name, mmap_mode="r") for name in ("q.npy", "d.npy")]
-    ranks, _ = paired_ranks(*mapped, KEYS, block=Block(8, 64))
+    mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "qd"}
+    ranks, _ = paired_ranks(mapped["q"], mapped["d"], KEYS, block=Block(8, 64))
     assert ranks.tolist() == by_sorting(queries, documents, KEYS)
 
 
 def test_several_threads_count_the_same():
-    import torch
-
     queries, documents = pairs()
     before = torch.get_num_threads()
     torch.set_num_threads(4)
