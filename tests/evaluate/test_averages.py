@@ -3,14 +3,14 @@ import pytest
 
 from tercet.evaluate.averages import averages, by_axis, cells_of, differences, language_bias
 from tercet.evaluate.intervals import Interval, interval
-from tercet.evaluate.languages import SetScores
+from tercet.evaluate.languages import Axis, SetScores
 
 
 def cell(mean):
     return Interval(mean, mean - 0.1, mean + 0.1, 50)
 
 
-def scores(name, langs, values, *, axis="monolingual", group="", same=None):
+def scores(name, langs, values, *, axis: Axis = "monolingual", group="", same=None):
     count = len(langs)
     return SetScores(
         name,
