@@ -31,7 +31,8 @@ class KeptScores:
     def find(self, place: Place) -> SetScores | None:
         """What was measured on a set before; None: nothing, or it cannot be read any more."""
         try:
-            with np.load(self._path(place)) as found:
+            # Opened here: numpy leaves a file open that it cannot read.
+            with self._path(place).open("rb") as file, np.load(file) as found:
                 told = json.loads(str(found["told"]))
                 scores = {name: found[f"scores {name}"] for name in told.pop("metrics")}
                 arrays = {name: found[name] for name in _ARRAYS}

@@ -48,6 +48,12 @@ def test_a_family_is_one_voice_and_so_is_a_language():
     ]
 
 
+def test_a_figure_alone_keeps_its_interval():
+    alone = Interval(0.9, 0.7, 1.0, 5)  # not symmetric
+    found = averages([("de", alone)])
+    assert {found.languages["de"], found.families["Germanic"], found.over_languages} == {alone}
+
+
 def test_languages_seen_in_training_stand_apart_whatever_their_country():
     rows = [("pt_BR", 0.2), ("en", 0.4), ("zh_CN", 0.9)]
     found = averages([(lang, cell(mean)) for lang, mean in rows], seen=["pt", "en", "xx"])
