@@ -53,7 +53,7 @@ def by_axis(sets: Iterable[SetScores]) -> dict[tuple[str, Axis], list[SetScores]
     """The sets of each group and axis, the axes in their usual order; untold ones are left out."""
     found = list(sets)
     groups = sorted({each.group for each in found})
-    chosen = {
+    chosen: dict[tuple[str, Axis], list[SetScores]] = {
         (group, axis): [each for each in found if (each.group, each.axis) == (group, axis)]
         for group in groups
         for axis in AXES
