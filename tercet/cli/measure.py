@@ -105,6 +105,12 @@ def evaluate(
     figures: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file too.")
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what is measured of a folder of sets in this folder, and go on from there."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw a folder of sets by language into this PNG file.")
     ] = None,
@@ -146,7 +152,7 @@ def evaluate(
     )
     coded = precision if precision in PRECISIONS else None
     single = {"kinds": kinds, "weights": weights, "protocol": protocol, "per_label": per_label}
-    of_sets = {"seen": seen, "plot": plot}
+    of_sets = {"seen": seen, "keep": keep, "plot": plot}
     if data is None or mteb:
         refuse_idle("--mteb", single | of_sets | {"task": task, "split": split, "precision": coded})
         measure_tasks(names, mteb or (), read, dims=dims, prompts=prompts, figures=figures)
@@ -154,7 +160,7 @@ def evaluate(
     if places := sets_in(data):
         refuse_idle("a folder of sets", single)
         how = WantedOfSets(data, split, task, prompts, bm25, dims, coded or "float32", seed)
-        measure_suite(names, places, read, replace(how, seen=seen, figures=figures, plot=plot))
+        measure_suite(names, places, read, replace(how, figures=figures, **of_sets))
         return
     refuse_idle("a single set", of_sets)
     by_kinds = ByKinds(kinds_of(kinds), weights_of(weights), protocol, coded)

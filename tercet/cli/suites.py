@@ -13,6 +13,7 @@ from tercet.files import replacing_file
 if TYPE_CHECKING:
     from tercet.evaluate.averages import Averages
     from tercet.evaluate.intervals import Interval
+    from tercet.evaluate.kept_scores import KeptScores
     from tercet.evaluate.languages import Place, SetScores
     from tercet.evaluate.retention import Stored
 
@@ -32,6 +33,7 @@ class WantedOfSets:
     stored: "Stored"
     seed: int
     seen: str | None = None  # languages, with commas between
+    keep: Path | None = None  # a folder for what was measured
     figures: Path | None = None
     plot: Path | None = None
 
@@ -131,7 +133,8 @@ def measure_suite(
         if wanted.task is not None and name == names[0]:
             embedder.settings.prompt("query", wanted.task)  # refuses an unknown one
         how = {"dims": wanted.dims, "stored": wanted.stored}
-        found = measure_sets(embedder, places, split=wanted.split, task=wanted.task, **how)
+        asked = {"split": wanted.split, "task": wanted.task, **how}
+        found = measure_sets(embedder, places, kept=_kept(wanted.keep, embedder, asked), **asked)
         table.scores[name] = sorted(found, key=lambda each: each.name)
         table.models[name] = conditions(embedder, **how)
     if wanted.baselines:
@@ -142,6 +145,17 @@ def measure_suite(
         _write(wanted.figures, table)
     if wanted.plot is not None:
         _draw(wanted.plot, table)
+
+
+def _kept(folder: Path | None, embedder: Any, asked: dict[str, Any]) -> "KeptScores | None":
+    """Where sets are found that this model was measured on in this way."""
+    from tercet.evaluate.conditions import conditions
+    from tercet.evaluate.kept_scores import KeptScores
+
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return KeptScores(folder, repr((embedder.fingerprint(), conditions(embedder), asked)))
 
 
 def _show(table: Table) -> None:

@@ -53,7 +53,7 @@ def by_axis(sets: Iterable[SetScores]) -> dict[tuple[str, Axis], list[SetScores]
     """The sets of each group and axis, the axes in their usual order; untold ones are left out."""
     found = list(sets)
     groups = sorted({each.group for each in found})
-    chosen = {
+    chosen: dict[tuple[str, Axis], list[SetScores]] = {
         (group, axis): [each for each in found if (each.group, each.axis) == (group, axis)]
         for group in groups
         for axis in AXES
@@ -71,11 +71,11 @@ def averages(
     grouped: dict[str, list[Interval]] = {}
     for lang, figure in cells:
         grouped.setdefault(lang, []).append(figure)
-    languages = {lang: average(grouped[lang]) for lang in sorted(grouped)}
+    languages = {lang: _mean(grouped[lang]) for lang in sorted(grouped)}
     members: dict[str, list[Interval]] = {}
     for lang, figure in languages.items():
         members.setdefault(family_of(lang), []).append(figure)
-    families = {family: average(members[family]) for family in sorted(members)}
+    families = {family: _mean(members[family]) for family in sorted(members)}
     known = {plain(lang) for lang in seen or ()}
     parts: dict[bool, list[Interval]] = {True: [], False: []}
     for lang, figure in languages.items():
@@ -84,12 +84,17 @@ def averages(
     return Averages(
         languages,
         families,
-        average(list(languages.values())),
-        average(list(families.values())),
+        _mean(list(languages.values())),
+        _mean(list(families.values())),
         min(languages, key=lambda lang: languages[lang].mean),
-        average(parts[True]) if told and parts[True] else None,
-        average(parts[False]) if told and parts[False] else None,
+        _mean(parts[True]) if told and parts[True] else None,
+        _mean(parts[False]) if told and parts[False] else None,
     )
+
+
+def _mean(figures: Sequence[Interval]) -> Interval:
+    """Their average; one alone keeps the interval that it has."""
+    return figures[0] if len(figures) == 1 else average(figures)
 
 
 def cells_of(

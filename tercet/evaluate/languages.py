@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -143,7 +143,20 @@ class SetScores:
         return self.same - self.chance
 
 
-def measure_sets(
+@runtime_checkable
+class Kept(Protocol):
+    """Where what was measured is found again; see :mod:`tercet.evaluate.kept_scores`."""
+
+    def find(self, place: Place) -> SetScores | None:
+        """What was measured on a set before."""
+        ...
+
+    def keep(self, place: Place, found: SetScores) -> None:
+        """Remember it."""
+        ...
+
+
+def measure_sets(  # noqa: PLR0913 (each is a choice of its own, with a default)
     embedder: Embedder,
     places: Sequence[Place],
     *,
@@ -151,8 +164,11 @@ def measure_sets(
     task: str | None = None,
     dims: int | None = None,
     stored: Stored = "float32",
+    kept: Kept | None = None,
 ) -> Iterator[SetScores]:
     """Encode and search every set; documents that two sets in turn share are encoded once.
+
+    What is ``kept`` of an earlier run is not measured again.
 
     The prompts are those of the ``task`` where the model knows it, or of the set's own name, or
     the default ones. Sets come in an order of their own.
@@ -165,15 +181,22 @@ def measure_sets(
     encoded: tuple[str | None, tuple[str, ...], np.ndarray] | None = None
     with bar("sets", len(ordered)) as advance:
         for place, known in ordered:
-            data = place.open(split)
             advance(0, place.name)
+            if kept is not None and (before := kept.find(place)) is not None:
+                yield before
+                advance(1)
+                continue
+            data = place.open(split)
             how = {"task": known, "dims": dims}
             queries = embedder.encode(data.queries, "query", **how)
             if encoded is None or encoded[:2] != (known, data.documents):
                 vectors = embedder.encode(data.documents, "document", **how)
                 encoded = known, data.documents, vectors
             way = Storing(data, queries, encoded[2], embedder.settings, METRICS, FACTOR)
-            yield scores_of(place, data, way.measured(stored).result)
+            found = scores_of(place, data, way.measured(stored).result)
+            if kept is not None:
+                kept.keep(place, found)
+            yield found
             advance(1)
 
 

@@ -97,11 +97,16 @@ def open_kinds_set(path: Path | str) -> EvaluationSet:
 
 def _marked(path: Path, examined: EvaluationSet) -> EvaluationSet:
     """The same, with a fingerprint of its files."""
+    return replace(examined, fingerprint=digest_of(path))
+
+
+def digest_of(path: Path) -> str:
+    """Changes when a file does, or any file of a folder."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(file.read_bytes())
-    return replace(examined, fingerprint=digest.hexdigest())
+    return digest.hexdigest()
 
 
 def open_sets(

@@ -3,14 +3,14 @@ import pytest
 
 from tercet.evaluate.averages import averages, by_axis, cells_of, differences, language_bias
 from tercet.evaluate.intervals import Interval, interval
-from tercet.evaluate.languages import SetScores
+from tercet.evaluate.languages import Axis, SetScores
 
 
 def cell(mean):
     return Interval(mean, mean - 0.1, mean + 0.1, 50)
 
 
-def scores(name, langs, values, *, axis="monolingual", group="", same=None):
+def scores(name, langs, values, *, axis: Axis = "monolingual", group="", same=None):
     count = len(langs)
     return SetScores(
         name,
@@ -46,6 +46,12 @@ def test_a_family_is_one_voice_and_so_is_a_language():
         "mean of families",
         "worst language",
     ]
+
+
+def test_a_figure_alone_keeps_its_interval():
+    alone = Interval(0.9, 0.7, 1.0, 5)  # not symmetric
+    found = averages([("de", alone)])
+    assert {found.languages["de"], found.families["Germanic"], found.over_languages} == {alone}
 
 
 def test_languages_seen_in_training_stand_apart_whatever_their_country():

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tercet.evaluate.languages import (
 from tercet.evaluate.retrieval import RetrievalSet, evaluate_hits, evaluate_retrieval
 from tercet.nn.embedder import Embedder
 from tercet.search.exact import Hits
-from tercet.types import Example
+from tercet.types import Example, Role
 from tests.toy import SENTENCES
 
 
@@ -167,7 +168,7 @@ def test_documents_that_sets_share_are_encoded_once(tmp_path, encoder_folder, mo
     embedder = Embedder.load(encoder_folder)
     encoded, plain = [], Embedder.encode
 
-    def encode(self, texts, role="document", **how):
+    def encode(self: Embedder, texts: list[str], role: Role = "document", **how: Any):
         encoded.append((role, len(texts)))
         return plain(self, texts, role, **how)
 
