@@ -72,6 +72,11 @@ class Runner:
             raise RecipeError("a loop is one process; take --runner daft, or leave the workers out")
 
     @property
+    def several(self) -> bool:
+        """Whether the work is done in other processes than this one."""
+        return self.workers > 1 or self.engine == "ray"
+
+    @property
     def used(self) -> Literal["loop", "daft", "ray"]:
         """The engine, with what is installed in view.
 
