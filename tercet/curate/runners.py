@@ -198,7 +198,7 @@ def _machines(address: str) -> list[Mapping[str, float]]:
             ray.init(
                 address=address,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": _SILENT},
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
