@@ -1,6 +1,7 @@
 """The verb that turns texts into vectors: arrays, or rows for a search engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -8,11 +9,14 @@ import numpy as np
 import typer
 
 from tercet.cli.loading import (
+    AddressOption,
     Echo,
     ModelName,
     PoolingOption,
     Precision,
     ReadingOption,
+    RunnerOption,
+    WorkersOption,
     kinds_of,
     load,
 )
@@ -24,17 +28,25 @@ from tercet.files import replacing_file
 from tercet.vectors import Kind
 
 if TYPE_CHECKING:
+    from tercet.curate.encoding import Encoding
+    from tercet.data.sources import Source
     from tercet.interop.engines import FormatName
-    from tercet.search.export import Written
+    from tercet.search.export import Wanted, Written
 
 _ARRAYS: Final = (".npy", ".npz")
 
 
 def encode(
     model: ModelName,
-    file: Annotated[Path, typer.Argument(help="Texts: .txt (one a line), .jsonl or .parquet.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Texts: .txt (one a line), .jsonl or .parquet; or folders of them."),
+    ],
     out: Annotated[
-        Path, typer.Option(help="A .npy file; a folder with --kinds; .jsonl with --format.")
+        Path,
+        typer.Option(
+            help="A .npy file; a folder with --kinds or for several files; .jsonl with --format."
+        ),
     ],
     role: Annotated[Literal["query", "document"], typer.Option(help="Decides the prompt.")] = (
         "document"
@@ -58,6 +70,13 @@ def encode(
     pooling: PoolingOption = None,
     echo: Echo = False,
     precision: Precision = "float32",
+    part: Annotated[
+        int | None,
+        typer.Option(help="Texts that are written together into the folder; None: 100,000."),
+    ] = None,
+    runner: RunnerOption = "auto",
+    workers: WorkersOption = 1,
+    address: AddressOption = None,
 ) -> None:
     """Turn texts into vectors: a row of the output for each, or for each token or word.
 
@@ -65,12 +84,32 @@ def encode(
     each text begins. With --kinds it is a folder of arrays for each kind, with --format a file of
     rows for a search engine, with all kinds that the model makes and the engine takes.
 
+    Several files or a folder, or one file with --part, become a folder with vectors for each file,
+    or each part of a large one. There a killed run goes on when the same command is given again,
+    and --workers or --runner ray share the work.
+
     Example: tercet encode minilm texts.txt --out vectors.npy
     """
     from tercet.interop.engines import HELD
     from tercet.search.export import Wanted, write_dense, write_rows, write_vectors
 
     chosen = kinds_of(kinds)
+    wanted = {"role": role, "task": task, "dims": dims}
+    reading = {"attention": attention, "pooling": pooling, "echo": echo}
+    shared = runner != "auto" or workers > 1 or address is not None
+    if len(files) > 1 or files[0].is_dir() or part is not None or shared:
+        from tercet.curate.encoding import PART, encode_files, open_files
+        from tercet.curate.runners import Runner
+
+        _check_folder(out, output, form)
+        where = Runner(engine=runner, workers=workers, address=address)
+        sources = open_files(files, text_field)
+        how = Wanted(kinds=chosen or ("dense",), **wanted)
+        opened = partial(load, model, precision, **reading)
+        job = _job(opened, precision, sources, out, wanted=how, arrays=chosen is not None)
+        _tell(out, encode_files(job, part=PART if part is None else part, runner=where))
+        return
+    (file,) = files
     as_folder = chosen is not None and (chosen != ("dense",) or out.suffix not in _ARRAYS)
     if form is not None:
         _check_rows(out, output, form, chosen)
@@ -84,8 +123,7 @@ def encode(
     # The whole file is read once before the model is: a line that is wrong shows early.
     texts = read_texts(file, text_field) if form is None else read_documents(file, **names)
     total = sum(1 for _ in texts)
-    embedder = load(model, precision, attention=attention, pooling=pooling, echo=echo)
-    wanted = {"role": role, "task": task, "dims": dims}
+    embedder = load(model, precision, **reading)
     if form is not None:
         held: tuple[Kind, ...] = tuple(kind for kind in HELD[form] if kind in embedder.kinds)
         documents = read_documents(file, **names, keep_fields=True)
@@ -101,6 +139,42 @@ def encode(
         written = write_dense(embedder, read_texts(file, text_field), out, how)
         width = dims or embedder.dim
         results().print(f"{out}: {written.texts:,} vectors of {width} dimensions", soft_wrap=True)
+
+
+def _job(
+    opened: Callable[[], Any],
+    precision: str,
+    sources: Mapping[str, "Source"],
+    out: Path,
+    *,
+    wanted: "Wanted",
+    arrays: bool,
+) -> "Encoding":
+    """What each process does; the model is loaded here to know it, and let go."""
+    from tercet.curate.encoding import Encoding
+
+    embedder = opened()
+    about = {
+        "model": embedder.fingerprint(),
+        "attention": embedder.backbone.attention,
+        "window": embedder.backbone.window,
+        "precision": precision,
+    }
+    return Encoding(
+        load=opened, about=about, sources=sources, out=out, wanted=wanted, arrays=arrays
+    )
+
+
+def _check_folder(out: Path, output: str, form: str | None) -> None:
+    """Refuse what several files, parts and workers are not for."""
+    flag = f"--format {form}" if form else f"--output {output}"
+    if form or output != "texts":
+        raise RecipeError(f"{flag}: is of one file, in one process; give one, without --part")
+    if out.suffix in (*_ARRAYS, ".jsonl") or out.is_file():
+        raise RecipeError(
+            f"{out}: several files or parts become a folder of vectors; name one"
+            + (f" without {out.suffix}" if out.suffix else "")
+        )
 
 
 def _check_rows(out: Path, output: str, form: "FormatName", kinds: Sequence[Kind] | None) -> None:

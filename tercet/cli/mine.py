@@ -2,12 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from tercet.cli.loading import Precision, load, weights_of
+from tercet.cli.loading import (
+    AddressOption,
+    Precision,
+    RunnerOption,
+    WorkersOption,
+    load,
+    weights_of,
+)
 from tercet.cli.sources import opened
 from tercet.console import columns, results, say
 from tercet.data.documents import read_documents
@@ -67,6 +76,9 @@ def mine(
         "runs/mining"
     ),
     precision: Precision = "float32",
+    runner: RunnerOption = "auto",
+    workers: WorkersOption = 1,
+    address: AddressOption = None,
 ) -> None:
     """Find hard negatives: documents near to a query that do not answer it.
 
@@ -80,9 +92,12 @@ def mine(
     from tercet.curate.mine import Mining
     from tercet.curate.mine import mine as run_mining
     from tercet.curate.mine import sweep as try_values
+    from tercet.curate.mine_together import Shared, mine_together
     from tercet.curate.nearness import COSINES
     from tercet.curate.rules import MiningRule
+    from tercet.curate.runners import Runner
 
+    where = Runner(engine=runner, workers=workers, address=address)
     values = _numbers(sweep)
     if (out is None) == (sweep is None):
         raise RecipeError("give --out, where the mined rows go, or --sweep, to only count")
@@ -105,13 +120,19 @@ def mine(
     )
     if teacher is None and by != "bm25":
         raise RecipeError(f"--by {by} needs a --teacher; without one, mine by bm25")
+    if out is None and where.several:
+        raise RecipeError("--sweep is done in one process; leave --workers and --runner out")
     sources = [source for file in files for source in opened(file)]
-    more = {"corpus": _texts(corpus or [], text_field), "work": work}
-    embedder = None if teacher is None else load(teacher, precision)
+    more = {"corpus": _Texts(corpus or [], text_field), "work": work}
+    loaded = None if teacher is None else partial(load, teacher, precision)
     if out is None:
-        _show(try_values(embedder, sources, values, mining=mining, **more))
+        _show(try_values(loaded and loaded(), sources, values, mining=mining, **more))
         return
-    reports = run_mining(embedder, sources, out, mining=mining, **more)
+    if where.several:
+        shared = Shared(load=loaded, sources=sources, mining=mining, **more)
+        reports = mine_together(shared, out, where)
+    else:
+        reports = run_mining(loaded and loaded(), sources, out, mining=mining, **more)
     _show(reports)
     _advise(reports, mining.negatives, keep=keep)
     if by != "bm25":
@@ -130,10 +151,17 @@ def _numbers(text: str | None) -> list[float]:
     return found
 
 
-def _texts(files: Sequence[Path], text_field: str) -> Iterator[str]:
-    for file in files:
-        for document in read_documents(file, text_field=text_field):
-            yield document.text
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """The documents of files, read anew each time."""
+
+    files: Sequence[Path]
+    text_field: str
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self.files:
+            for document in read_documents(file, text_field=self.text_field):
+                yield document.text
 
 
 def _show(reports: Sequence["MiningReport"]) -> None:

@@ -155,6 +155,11 @@ def record(job: Job, unit: Unit, manifest: Path, report: Report) -> None:
         fresh.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def forget(unit: Unit, manifest: Path) -> None:
+    """Take it that a unit is not done."""
+    _path(manifest, unit).unlink(missing_ok=True)
+
+
 def _path(manifest: Path, unit: Unit) -> Path:
     return manifest / f"{unit.name}.json"
 

@@ -163,6 +163,10 @@ class Vectors:
         """Encode the documents of a pool; of several processes, which all call this, each some."""
         shards_of(pool, self.shard, advance)
 
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Encode one shard of a pool, whose rows are from ``start`` on."""
+        one_shard(pool, self.shard, start)
+
     @property
     def settings(self) -> Settings:
         """The teacher's, which say what is put before texts."""
@@ -213,12 +217,18 @@ def shards_of(
     for part in (own, starts):
         for start in part:
             if start not in found:
-                rows = range(start, min(start + SHARD, len(pool)))
-                prompts = [pool.prompt] * len(rows)
-                found[start] = shard(pool.texts.read(rows), "document", prompts)
-                advance(len(rows))
+                found[start] = one_shard(pool, shard, start)
+                advance(min(SHARD, len(pool) - start))
         distributed.barrier()  # what others have encoded is found
     pool.shards += [found[start] for start in starts]
+
+
+def one_shard(
+    pool: Pool, shard: Callable[[Sequence[str], Role, Sequence[str]], Path], start: int
+) -> Path:
+    """The shard of the documents from a row on, encoded when it is not there."""
+    rows = range(start, min(start + SHARD, len(pool)))
+    return shard(pool.texts.read(rows), "document", [pool.prompt] * len(rows))
 
 
 def shard_name(teacher: Embedder, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> str:

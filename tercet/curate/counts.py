@@ -62,6 +62,9 @@ class CountedShelf:
                     counts.add(words)
                 advance(len(rows))
 
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Words are counted where they are needed, and not kept for others."""
+
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
         """The weights of the words of these documents."""
         return Vectors(sparse=self._counts[pool.prompt].weights(rows))

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
 from tercet.curate import corpus
-from tercet.curate.corpus import Pool, check_finite, prompted, shard_name, shards_of
+from tercet.curate.corpus import Pool, check_finite, one_shard, prompted, shard_name, shards_of
 from tercet.data.stored import VectorWriter, is_whole, read_vectors
 from tercet.evaluate.ranked import Ranked, pair_scores, ranked
 from tercet.files import clear_about, replacing_folder
@@ -51,6 +51,10 @@ class Shelf(Protocol):
 
     def fill(self, pool: Pool, advance: Advance) -> None:
         """Get the documents of a pool ready."""
+        ...
+
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Get the shard of a pool that begins at this row ready for all who fill it later."""
         ...
 
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
@@ -95,6 +99,10 @@ class ByVectors:
     def fill(self, pool: Pool, advance: Advance) -> None:
         """Get the documents of a pool ready."""
         self.shelf.fill(pool, advance)
+
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Get one shard of a pool ready, whose rows are from ``start`` on."""
+        self.shelf.prepare(pool, start)
 
     def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> Queries:
         """Queries, each after its prompt."""
@@ -199,6 +207,10 @@ class EncodedShelf:
             StorageError: when the disk refuses.
         """
         shards_of(pool, self._shard, advance)
+
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Encode one shard of a pool, whose rows are from ``start`` on."""
+        one_shard(pool, self._shard, start)
 
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
         """The vectors of these documents; the rows rise."""

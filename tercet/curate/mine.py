@@ -176,7 +176,7 @@ def mine(
         ModelError: when the teacher gives vectors that are no numbers.
         StorageError: when the disk refuses; a file that was there before is still there.
     """
-    outputs = _outputs(out, sources)
+    outputs = outputs_of(out, sources)
     reports: list[MiningReport] = []
     with closing(Miner(teacher, sources, mining, corpus, work)) as miner:
         for path, group in outputs:
@@ -218,7 +218,7 @@ class Miner:
         *,
         bars: Bars = bar,
     ) -> None:
-        self.finder = finder_of(mining, teacher, work)
+        self.teacher, self.finder = teacher, finder_of(mining, teacher, work)
         self._work = work
         self.sources, self.mining, self.corpus, self._bars = sources, mining, corpus, bars
         self._catalog: Catalog | None = None
@@ -268,16 +268,26 @@ class Miner:
                 advance(len(block))
         return reports
 
-    @cached_property
-    def ranker(self) -> Ranker:
-        """The documents, read and encoded."""
+    @property
+    def catalog(self) -> Catalog:
+        """The documents, read when they are first asked for."""
+        if self._catalog is None:
+            self._catalog = self._read()
+        return self._catalog
+
+    def _read(self) -> Catalog:
         catalog = read_catalog(self.sources, self.corpus, self._prompt, self._work, bars=self._bars)
-        self._catalog = catalog
         if self._foreign:
             log.warning(
                 "rows bring prompts, and the teacher has none of its own, so it may not know what "
                 "they mean; with prompts from the teacher they are not read"
             )
+        return catalog
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        """The documents, read and encoded."""
+        catalog = self.catalog
         with self._bars("documents", sum(map(len, catalog.pools.values()))) as advance:
             for pool in catalog.pools.values():
                 self.finder.fill(pool, advance)
@@ -355,7 +365,7 @@ def _weights(
     return weights
 
 
-def _outputs(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
+def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
     """Each file to write, and the sources that go into it."""
     if out.suffix:
         known_suffix(out)

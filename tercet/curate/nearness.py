@@ -33,6 +33,10 @@ class Finder(Protocol):
         """Get the documents of a pool ready; of several processes all call this."""
         ...
 
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Get the shard of a pool that begins at this row ready for all who fill it later."""
+        ...
+
     def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> Any:
         """Queries, each after its prompt."""
         ...

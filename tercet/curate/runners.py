@@ -20,7 +20,12 @@ from tercet.errors import MissingExtraError, RecipeError
 Engine: TypeAlias = Literal["auto", "loop", "daft", "ray"]
 """What hands out the work: nothing at all, Daft on this machine, or Daft on a Ray cluster."""
 
-_SILENT: Final = {"DO_NOT_TRACK": "1", "DAFT_PROGRESS_BAR": "0"}  # no reports home, no second bar
+_SILENT: Final = {  # in all processes that work: no reports home, no bars but our own
+    "DO_NOT_TRACK": "1",
+    "DAFT_PROGRESS_BAR": "0",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 _PATIENCE: Final = 5.0  # seconds for a cluster to answer; Ray itself waits for many minutes
 _HERE: Final = ("localhost", "127.0.0.1", "::1", "[::1]")
 
@@ -65,6 +70,11 @@ class Runner:
             )
         if self.engine == "loop" and self.workers > 1:
             raise RecipeError("a loop is one process; take --runner daft, or leave the workers out")
+
+    @property
+    def several(self) -> bool:
+        """Whether the work is done in other processes than this one."""
+        return self.workers > 1 or self.engine == "ray"
 
     @property
     def used(self) -> Literal["loop", "daft", "ray"]:
@@ -188,7 +198,7 @@ def _machines(address: str) -> list[Mapping[str, float]]:
             ray.init(
                 address=address,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": _SILENT},
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -17,7 +17,7 @@ from tercet.errors import DataError, ModelError, RecipeError
 from tercet.files import clear_about, replacing_file, replacing_folder
 from tercet.interop.engines import TAKEN, EngineRow, FormatName, json_line, lines_of, parts_of
 from tercet.nn.embedder import Embedder
-from tercet.progress import bar
+from tercet.progress import Bars, bar
 from tercet.search.indexing import bytes_of
 from tercet.segments import row_of
 from tercet.types import Role
@@ -53,7 +53,13 @@ class Written:
 
 
 def write_vectors(
-    embedder: Embedder, texts: Iterable[str], out: Path, wanted: Wanted, total: int | None = None
+    embedder: Embedder,
+    texts: Iterable[str],
+    out: Path,
+    wanted: Wanted,
+    total: int | None = None,
+    *,
+    bars: Bars = bar,
 ) -> Written:
     """Write a folder of arrays (``tercet.data.stored``), which appears whole or not at all.
 
@@ -65,7 +71,7 @@ def write_vectors(
     """
     _refuse_other_files(out)
     written = Written()
-    with replacing_folder(out) as fresh, bar("encode", total) as advance:
+    with replacing_folder(out) as fresh, bars("encode", total) as advance:
         with VectorWriter(fresh) as writer:
             for batch in batches(texts):
                 vectors = _encoded(embedder, batch, wanted)
@@ -76,7 +82,14 @@ def write_vectors(
     return written
 
 
-def write_dense(embedder: Embedder, texts: Iterable[str], out: Path, wanted: Wanted) -> Written:
+def write_dense(
+    embedder: Embedder,
+    texts: Iterable[str],
+    out: Path,
+    wanted: Wanted,
+    *,
+    progress: bool = True,
+) -> Written:
     """Write the dense vectors as one .npy file of float32 rows, which appears whole or not at all.
 
     They are those of :meth:`tercet.nn.embedder.Embedder.encode`, which sorts so many texts at a
@@ -92,7 +105,7 @@ def write_dense(embedder: Embedder, texts: Iterable[str], out: Path, wanted: Wan
         file = None
         while window := list(islice(rest, WINDOW_OF_TEXTS)):
             vectors = embedder.encode(
-                window, wanted.role, task=wanted.task, dims=wanted.dims, progress=True
+                window, wanted.role, task=wanted.task, dims=wanted.dims, progress=progress
             )
             _check_finite(Vectors(dense=torch.from_numpy(vectors)), window)
             if file is None:

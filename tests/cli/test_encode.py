@@ -212,3 +212,28 @@ def test_a_field_that_a_row_has_already_or_that_is_no_json_is_refused(refused, m
         "encode", model, tmp_path / "b.jsonl", *out
     )
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_folder_of_files_becomes_a_folder_of_vectors(tercet, encoder_folder, files, tmp_path):
+    folder, out = tmp_path / "texts", tmp_path / "vectors"
+    folder.mkdir()
+    (folder / "a.txt").write_text((files / "texts.txt").read_text())
+    flags = ["--out", out, "--runner", "loop", "--part", "5"]
+    ended = tercet("encode", encoder_folder, folder, *flags)
+    assert (ended.status, ended.out) == (0, f"{out}: 12 texts\n")
+    found = np.concatenate([np.load(out / f"a-0000{part}.npy") for part in range(3)])
+    np.testing.assert_allclose(found, Embedder.load(encoder_folder).encode(SENTENCES), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--out", "v.npy"], "v.npy: several files or parts become a folder of vectors; name one"),
+        (["--out", "v", "--format", "milvus"], "--format milvus: is of one file, in one process"),
+        (["--out", "v", "--output", "words"], "--output words: is of one file, in one process"),
+        (["--out", "v", "--runner", "ray"], "the runner ray needs --address, where its cluster is"),
+    ],
+)
+def test_what_parts_are_not_for_is_refused(refused, encoder_folder, files, flags, said):
+    words = ["encode", encoder_folder, files / "texts.txt", "--part", "5"]
+    assert refused(*words, *flags).startswith(said)

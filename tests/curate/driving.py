@@ -17,8 +17,8 @@ def start(out: Path, runner: dict[str, Any], count: int = 6, **job: Any) -> subp
     how = json.dumps({"out": str(out), "runner": runner, "count": count, "job": job})
     command = [sys.executable, "-m", "tests.curate.squares", how]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=out, env=environment, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=out, env=environment, stdout=pipe, stderr=pipe)
 
 
 def wait_for(path: Path, *, seconds: float = 60) -> None:

@@ -34,7 +34,8 @@ def results(job: Squares, runner: Runner, count: int = 6) -> list[int]:
 @pytest.mark.parametrize("runner", [ALONE, TWO], ids=["one", "two"])
 def test_daft_writes_what_a_loop_writes(tmp_path: Path, runner: Runner):
     plain, spread = Squares(tmp_path / "plain"), Squares(tmp_path / "spread")
-    plain.out.mkdir(), spread.out.mkdir()
+    plain.out.mkdir()
+    spread.out.mkdir()
     assert results(plain, runners.LOOP) == results(spread, runner) == [0, 1, 4, 9, 16, 25]
     assert files(plain.out) == files(spread.out)
     assert len(log_of(spread.out, "opened")) == runner.workers
