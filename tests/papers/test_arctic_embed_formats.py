@@ -14,7 +14,7 @@ def batch_of(pairs, *, queries, documents, first=0) -> TokenBatch:
     tokens = pa.large_list(pa.uint32())
 
     def texts(name, column, ids):
-        lists = pa.array([[int(i), int(i) + 70_000] for i in ids], tokens)
+        lists = pa.array([[row, row + 70_000] for row in range(len(ids))], tokens)
         return pa.table({name: pa.array(ids, pa.uint64()), column: lists})
 
     columns = [list(column) for column in zip(*pairs, strict=True)]

@@ -36,6 +36,7 @@ def pool_of(folder: Path, vectors: np.ndarray) -> Pool:
     pool = Pool("", Texts(folder))
     for row in range(len(vectors)):
         pool.add(f"text {row}")
+    pool.texts.close()
     for start in range(0, len(vectors), corpus.SHARD):
         pool.shards.append(folder / f"{start}.npy")
         np.save(pool.shards[-1], vectors[start : start + corpus.SHARD])
