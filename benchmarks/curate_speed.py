@@ -3,7 +3,9 @@
     python -m benchmarks.curate_speed                 # 50,000 queries, 200,000 documents, 384 dims
     python -m benchmarks.curate_speed --scale small --repeats 3
 
-The peer is ``mine_hard_negatives`` of sentence-transformers, with faiss and without. Both sides are
+The peer is ``mine_hard_negatives`` of sentence-transformers, with faiss and without. The filter
+keeps a pair whose document is among the 20 best of as many documents as queries; its peers are a
+full search by faiss, and ``semantic_search``. Both sides are
 processes of their own with one thread that take turns. Both read the same pairs and documents from
 parquet files, are given the same vectors by a stand-in for a teacher, and write parquet files: what
 is compared is all but the model. Documents lie in clusters, and each query near its own document,
@@ -12,9 +14,8 @@ so that the rules have something to drop; one query in ten has two answers.
 - CPU seconds are of the whole process, the best of the repeats.
 - Memory is the highest that the process holds in the call, less what it held before it, after the
   imports. Files that are mapped count.
-- ``error`` is the share of queries whose negatives are not the same texts. Ours are strictly below the
-  threshold, the peer's may be equal to it, and scores differ in their last bits.
-- The peer takes twice a query's most positives more than it looks at; so does ours here.
+- ``error`` is the share of queries whose negatives are not the same texts. Ours are strictly below
+  the threshold, the peer's may be equal to it, and scores differ in their last bits.
 """
 
 import argparse
@@ -39,7 +40,8 @@ from benchmarks.sides import Answer, Side, memory, serve, spent
 
 DIM: Final = 384
 NEGATIVES: Final = 10
-DEPTH: Final = 103  # what the peer looks at: 10 times the negatives, and 3 for the most positives
+TOP: Final = 20  # of the filter
+DEPTH: Final = 104  # what the peer looks at: 10 times the negatives, and twice the most positives
 SCALES: Final = {"small": (5_000, 20_000), "full": (50_000, 200_000)}
 RULES: Final = {  # ours, and what the peer calls it
     "percent": (0.95, {"relative_margin": 0.05}),
@@ -231,12 +233,57 @@ def mine_there(job: Job, rule: str, out: str, *, faiss: bool) -> Answer:
     return {}
 
 
+# ---- the filter: is a query's own document among the best it finds? ----
+
+
+def _pairs(job: Job, mode: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of queries, and of as many documents, each the answer of its query."""
+    queries = np.load(job.vectors("query"), mmap_mode=mode)
+    return queries, np.load(job.vectors("document"), mmap_mode=mode)[: len(queries)]
+
+
+def filter_here(job: Job, out: str) -> Answer:
+    """Ranks by counting, of vectors that stay on the disk."""
+    from tercet.curate.paired import paired_ranks
+
+    queries, documents = _pairs(job, "r")
+    ranks, _ = paired_ranks(queries, documents, np.arange(len(queries), dtype=np.uint64))
+    np.save(out, ranks <= TOP)
+    return {}
+
+
+def filter_by_faiss(job: Job, out: str) -> Answer:
+    """The best of all documents by faiss, and whether the own one is among them."""
+    import faiss
+
+    queries, documents = _pairs(job)
+    index = faiss.IndexFlatIP(DIM)
+    index.add(documents)
+    _, rows = index.search(queries, TOP)
+    np.save(out, (rows == np.arange(len(queries))[:, None]).any(axis=1))
+    return {}
+
+
+def filter_by_search(job: Job, out: str) -> Answer:
+    """The same by ``semantic_search`` of sentence-transformers."""
+    from sentence_transformers.util import dot_score, semantic_search
+
+    queries, documents = map(torch.from_numpy, _pairs(job))
+    hits = semantic_search(queries, documents, top_k=TOP, score_function=dot_score)
+    keep = [any(hit["corpus_id"] == row for hit in some) for row, some in enumerate(hits)]
+    np.save(out, np.array(keep))
+    return {}
+
+
 # ---- both sides in turn --------------------------------------------------------------------------
 
 DOES: Final[dict[str, Callable[..., Answer]]] = {
     "ours": mine_here,
     "peer, faiss": partial(mine_there, faiss=True),
     "peer, torch": partial(mine_there, faiss=False),
+    "ours, filter": filter_here,
+    "peer, filter by faiss": filter_by_faiss,
+    "peer, filter by semantic_search": filter_by_search,
 }
 
 
@@ -252,6 +299,7 @@ def worker(side: str) -> None:
         datasets.disable_progress_bars()
     else:
         import tercet.curate.mine
+        import tercet.curate.paired
         import tercet.nn.embedder  # noqa: F401
 
     def answer(do: str, folder: str, **how: Any) -> Answer:
@@ -261,29 +309,31 @@ def worker(side: str) -> None:
     serve(answer)
 
 
-def compared(job: Job, rule: str, repeats: int, peers: Sequence[str]) -> list[Row]:
-    """A row for each peer."""
-    found: dict[str, list[Answer]] = {side: [] for side in ("ours", *peers)}
-    out = {side: str(job.folder / f"{side}.parquet") for side in found}
+def compared(job: Job, repeats: int, sides: Sequence[str], rule: str | None = None) -> list[Row]:
+    """Two rows for each peer; our side is the first. Without a rule it is the filter."""
+    found: dict[str, list[Answer]] = {side: [] for side in sides}
+    out = {side: str(job.folder / f"{side}.{'parquet' if rule else 'npy'}") for side in sides}
+    how = {"rule": rule} if rule else {}
     for _ in range(repeats):
         for side, answers in found.items():  # a fresh process: nothing is left of the last call
             process = Side(sys.executable, "-m", "benchmarks.curate_speed", "--worker", side)
-            answers.append(process(side, folder=str(job.folder), rule=rule, out=out[side]))
+            answers.append(process(side, folder=str(job.folder), out=out[side], **how))
             process.end()
-    documents, queries = (len(np.load(job.vectors(r), mmap_mode="r")) for r in ("document", "query"))
+    sizes = [len(np.load(job.vectors(role), mmap_mode="r")) for role in ("query", "document")]
+    facts = {"queries": sizes[0], "documents": sizes[bool(rule)], "repeats": repeats}
+    what, (ours, *peers) = f"mining, {rule}" if rule else f"filter, top {TOP}", sides
     rows: list[Row] = []
     for peer in peers:
-        seconds = {side: min(a["seconds"] for a in found[side]) for side in ("ours", peer)}
+        seconds = {side: min(a["seconds"] for a in found[side]) for side in (ours, peer)}
         extra = {side: min(a["peak"] - a["before"] for a in found[side]) for side in seconds}
-        same, fewer = agreement(Path(out["ours"]), Path(out[peer]))
-        facts = {"queries": queries, "documents": documents, "repeats": repeats}
+        same, fewer = (agreement if rule else same_kept)(Path(out[ours]), Path(out[peer]))
         rows.append(
             {
-                "name": f"mining, {rule}: ours / {peer}",
-                "ours": seconds["ours"],
+                "name": f"{what}: ours / {peer}",
+                "ours": seconds[ours],
                 "peer": seconds[peer],
                 "unit": "CPU seconds",
-                "ratio": seconds[peer] / seconds["ours"],
+                "ratio": seconds[peer] / seconds[ours],
                 "target": "ratio >= 1",
                 "error": 1 - same,
                 "queries of one side only": fewer,
@@ -292,11 +342,11 @@ def compared(job: Job, rule: str, repeats: int, peers: Sequence[str]) -> list[Ro
         )
         rows.append(
             {
-                "name": f"memory of mining, {rule}: ours / {peer}",
-                "ours": extra["ours"] / 1e6,
+                "name": f"memory of {what}: ours / {peer}",
+                "ours": extra[ours] / 1e6,
                 "peer": extra[peer] / 1e6,
                 "unit": "MB above what the imports hold",
-                "ratio": extra[peer] / extra["ours"],
+                "ratio": extra[peer] / extra[ours],
                 "target": "ratio >= 3",
                 "error": None,
                 "whole process MB": [max(a["peak"] for a in found[s]) / 1e6 for s in seconds],
@@ -320,6 +370,11 @@ def agreement(ours: Path, peer: Path) -> tuple[float, int]:
     return same / max(len(both), 1), len(here.keys() ^ there.keys())
 
 
+def same_kept(ours: Path, peer: Path) -> tuple[float, int]:
+    """The share of pairs of which both say the same; every pair is on both sides."""
+    return float((np.load(ours) == np.load(peer)).mean()), 0
+
+
 def main() -> None:
     """Prepare, compare, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -337,12 +392,14 @@ def main() -> None:
         job = Job(folder)
         if not job.corpus.exists():
             prepare(folder, *SCALES[chosen.scale])
-        peers = tuple(side for side in DOES if side != "ours")
+        filters = tuple(side for side in DOES if "filter" in side)
+        miners = tuple(side for side in DOES if side not in filters)
         rows = [
             row
             for rule in (RULES if chosen.scale == "small" else ("percent",))
-            for row in compared(job, rule, chosen.repeats, peers)
+            for row in compared(job, chosen.repeats, miners, rule)
         ]
+        rows += compared(job, chosen.repeats, filters)
     name = "curate_speed" if chosen.scale == "full" else f"curate_speed_{chosen.scale}"
     write_results(name, rows, "faiss-cpu", "datasets", "numpy")
 

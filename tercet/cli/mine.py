@@ -46,7 +46,7 @@ def mine(
         typer.Option(help="Of dense, sparse, multi for hybrid; None: those tuned for the teacher."),
     ] = None,
     rule: Annotated[
-        Literal["naive", "percent", "margin", "absolute", "quantile"],
+        Literal["naive", "percent", "margin", "absolute", "quantile", "relative"],
         typer.Option(help="How near a negative may come to the positive's score."),
     ] = "percent",
     value: Annotated[
@@ -62,6 +62,13 @@ def mine(
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Rows keep their negatives.")] = False,
     at_least: Annotated[int, typer.Option(help="Leave out rows with fewer negatives.")] = 0,
+    max_positives: Annotated[
+        int | None,
+        typer.Option(
+            help="The rule compares with so many of the best positives among the candidates; rows "
+            "without one are left out. None: with all, wherever they are."
+        ),
+    ] = None,
     corpus: Annotated[
         list[Path] | None, typer.Option(help="More documents; may be repeated.")
     ] = None,
@@ -114,6 +121,7 @@ def mine(
         depth=depth,
         keep=keep,
         at_least=at_least,
+        max_positives=max_positives,
         prompts=prompts,
         by=by,
         weights=weights_of(weights),
@@ -169,7 +177,9 @@ def _show(reports: Sequence["MiningReport"]) -> None:
     names = list(reports[0].dropped)
     dropped = columns("source", "rule", "value", "seen", *names)
     made = columns("source", "value", "rows", "written", "a row", "short", "empty")
-    scores = columns("source", "value", "positives", "unfound", "positive", "negative")
+    scores = columns(
+        "source", "value", "positives", "unfound", "unanswered", "positive", "negative", "ratio"
+    )
     for report in reports:
         value = "-" if report.rule.kind == "naive" else f"{report.rule.used_value:.4g}"
         label = (report.source, value)
@@ -178,8 +188,9 @@ def _show(reports: Sequence["MiningReport"]) -> None:
         each = f"{report.negatives / max(report.written, 1):.2f}"
         rows, rest = (report.rows, report.written), (report.short, report.empty)
         made.add_row(*label, *(f"{n:,}" for n in rows), each, *(f"{n:,}" for n in rest))
-        means = (f"{report.positive_score:.3f}", f"{report.negative_score:.3f}")
-        scores.add_row(*label, f"{report.positives:,}", f"{report.unfound:,}", *means)
+        means = (report.positive_score, report.negative_score, report.ratio)
+        places = (report.positives, report.unfound, report.unanswered)
+        scores.add_row(*label, *(f"{n:,}" for n in places), *(f"{mean:.3f}" for mean in means))
     out = results()
     for title, table in (
         ("candidates seen, and why they were dropped", dropped),

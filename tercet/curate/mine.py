@@ -7,6 +7,7 @@ times documents: a block of queries at a time meets a shard of documents at a ti
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,9 @@ class Mining:
     at_least: int = 0  # a row that ends with fewer negatives is left out
     prompts: Literal["row", "teacher"] = "row"  # a row's own go before the teacher's, or are unread
     by: By = "dense"  # what says how near a document is
+    # The rule compares with so many of a row's best positives among the candidates, and a row that
+    # has none there is left out. None: with all of its positives, wherever they are.
+    max_positives: int | None = None
     weights: Weights | None = None  # of a hybrid sum; None: those tuned for the teacher
 
     def __post_init__(self) -> None:
@@ -69,6 +73,8 @@ class Mining:
                 f"{self.negatives} negatives cannot be drawn from {self.rule.sample_from} "
                 "candidates; raise sample_from"
             )
+        if self.max_positives is not None and self.max_positives < 1:
+            raise RecipeError(f"max_positives is {self.max_positives}; ask for 1 or more")
         if not 0 <= self.at_least <= self.negatives:
             raise RecipeError(
                 f"at_least is {self.at_least}; it should be between 0 and the {self.negatives} "
@@ -102,7 +108,8 @@ class MiningReport:
     negatives: int = 0  # in the rows that were written
     short: int = 0  # rows with fewer than asked for
     empty: int = 0  # and those of them without any
-    left_out: int = 0  # rows with fewer than at_least
+    left_out: int = 0  # rows with fewer than at_least, or unanswered with max_positives
+    unanswered: int = 0  # rows with no positive among the candidates
     positives: int = 0
     unfound: int = 0  # positives that are not among the candidates of their query
     positive_total: float = 0.0  # sum of scores
@@ -123,6 +130,12 @@ class MiningReport:
         """Mean score of the negatives that were written."""
         return self.negative_total / max(self.negatives, 1)
 
+    @property
+    def ratio(self) -> float:
+        """Mean score of the negatives over that of the positives; not a number without both."""
+        both = self.positive_score and self.negatives
+        return self.negative_score / self.positive_score if both else math.nan
+
     def count(self, found: Judged, mining: Mining) -> Bool[np.ndarray, "queries"]:
         """Count some rows; which of them are to be written."""
         ranked = found.ranked
@@ -139,7 +152,9 @@ class MiningReport:
         sizes = found.chosen.sum(axis=1) + np.array([len(own) for own in ranked.own])
         self.short += int((sizes < mining.negatives).sum())
         self.empty += int((sizes == 0).sum())
-        written = sizes >= mining.at_least
+        unanswered = np.array([not any(row) for row in ranked.found], np.bool_)
+        self.unanswered += int(unanswered.sum())
+        written = (sizes >= mining.at_least) & ~np.isnan(found.references)
         self.left_out += int((~written).sum())
         self.negatives += int(sizes[written].sum())
         self.negative_total += float(ranked.scores[found.chosen & written[:, None]].sum())
@@ -249,7 +264,7 @@ class Miner:
         """Some examples with their negatives, in order, counted in the report."""
         found: dict[int, Example] = {}
         for ranked in self.ranker.ranked(block):
-            judged = ranked.judged(report.rule, self.mining.negatives)
+            judged = ranked.judged(report.rule, self.mining.negatives, self.mining.max_positives)
             for row in np.flatnonzero(report.count(judged, self.mining)).tolist():
                 found[ranked.places[row]] = self._with_negatives(judged, row)
         return [found[place] for place in sorted(found)]
@@ -263,7 +278,9 @@ class Miner:
             for block in blocks(source):
                 for ranked in ranker.ranked(block):
                     for report in reports:
-                        judged = ranked.judged(report.rule, self.mining.negatives)
+                        judged = ranked.judged(
+                            report.rule, self.mining.negatives, self.mining.max_positives
+                        )
                         report.count(judged, self.mining)
                 advance(len(block))
         return reports

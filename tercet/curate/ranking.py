@@ -48,17 +48,38 @@ class Ranked:
     scores: Float64[np.ndarray, "queries ranks"]
     barred: Int8[np.ndarray, "queries ranks"]  # verdicts that do not hang on scores
     positives: list[list[float]]  # their scores
-    unfound: int  # positives that are not among the candidates of their query
+    found: list[list[bool]]  # whether each is among the candidates of its query
     own: list[list[tuple[str, float]]]  # negatives that stay, and their scores
     refused: int  # own negatives that would stay, but are positives, repeats or blank
 
-    def judged(self, rule: MiningRule, negatives: int) -> "Judged":
-        """What a rule makes of them, where each row is to have so many negatives."""
-        lowest = np.array([min(scores) for scores in self.positives])
+    @property
+    def unfound(self) -> int:
+        """Positives that are not among the candidates of their query."""
+        return sum(row.count(False) for row in self.found)
+
+    def references(self, most: int | None) -> Float64[np.ndarray, "queries"]:
+        """The score that a rule compares with, of each query: that of its lowest positive.
+
+        With ``most``, the lowest of so many of its best among the candidates; NaN without any.
+        """
+        if most is None:
+            return np.array([min(scores) for scores in self.positives])
+        found = [
+            sorted(score for score, there in zip(*both, strict=True) if there)[-most:]
+            for both in zip(self.positives, self.found, strict=True)
+        ]
+        return np.array([scores[0] if scores else np.nan for scores in found], np.float64)
+
+    def judged(self, rule: MiningRule, negatives: int, most: int | None = None) -> "Judged":
+        """What a rule makes of them, where each row is to have so many negatives.
+
+        ``most`` is how many positives count for the rule; None: all of them.
+        """
+        lowest = self.references(most)
         verdicts = judge(rule, self.scores, lowest, self.barred)
         counts = np.array([max(0, negatives - len(own)) for own in self.own])
         return Judged(
-            self, verdicts, choose(rule, self.scores, verdicts == LEFT, counts, self.keys)
+            self, lowest, verdicts, choose(rule, self.scores, verdicts == LEFT, counts, self.keys)
         )
 
 
@@ -67,6 +88,7 @@ class Judged:
     """Ranked documents, what became of each candidate, and which are taken."""
 
     ranked: Ranked
+    references: Float64[np.ndarray, "queries"]  # positives' scores that the rule compared with
     verdicts: Int8[np.ndarray, "queries ranks"]
     chosen: Bool[np.ndarray, "queries ranks"]
 
@@ -107,7 +129,7 @@ class Ranker:
                 scores=_rounded(found.scores),
                 barred=np.where(absent, np.int8(ABSENT), self._barred(candidates, keys, kept)),
                 positives=self._scores(queries, pool, answers),
-                unfound=int((~_where(candidates, *_pairs(answers)).any(axis=1)).sum()),
+                found=_found(candidates, answers),
                 own=own,
                 refused=_refused(examples, own) if self.keep else 0,
             )
@@ -196,6 +218,14 @@ def _where(
 ) -> Bool[np.ndarray, "pairs ranks"]:
     """Which candidate of its query each text is, if it is one."""
     return candidates[places] == keys[:, None]
+
+
+def _found(
+    candidates: UInt64[np.ndarray, "queries ranks"], answers: Sequence[Sequence[int]]
+) -> list[list[bool]]:
+    """Whether each text is among the candidates of its query."""
+    flat = iter(_where(candidates, *_pairs(answers)).any(axis=1).tolist())
+    return [list(islice(flat, len(some))) for some in answers]
 
 
 def _mark(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int8, UInt64
 
 from tercet.errors import RecipeError
 
-RuleName: TypeAlias = Literal["naive", "percent", "margin", "absolute", "quantile"]
+RuleName: TypeAlias = Literal["naive", "percent", "margin", "absolute", "quantile", "relative"]
 
 # Verdicts on a candidate. What is not LEFT was dropped, by the first reason that holds.
 LEFT: Final = 0
@@ -26,6 +26,7 @@ _USUAL: Final[dict[RuleName, float]] = {
     "percent": 0.95,
     "margin": 0.05,
     "absolute": 0.7,
+    "relative": 0.95,
 }
 _DECIMALS: Final = 9  # 0.8 - 0.05 * 0.8 is 0.76, not a little more, and 0.76 is not below it
 
@@ -43,6 +44,8 @@ class MiningRule:
     - ``absolute`` (TopK-Abs): ``value``
     - ``quantile``: the ``value``-quantile of all ``s`` of the source. For teachers whose cosines
       all lie close together, where 95 percent means nothing
+    - ``relative``: ``s - (1 - value) * |s - m|``, with ``m`` the median score of the query's own
+      candidates. For such teachers too: adding a number to all scores changes nothing
 
     ``shift`` leaves out that many of the nearest that are no known positives, whatever they score.
     ``sample_from`` draws from so many of the best that are left, without replacement, by the
@@ -79,7 +82,7 @@ class MiningRule:
             raise RecipeError("the rule naive takes no value; leave it out")
         if not math.isfinite(self.value):
             raise RecipeError(f"the value of the rule is {self.value}; it should be a number")
-        if self.kind in ("percent", "quantile") and not 0 <= self.value <= 1:
+        if self.kind in ("percent", "quantile", "relative") and not 0 <= self.value <= 1:
             raise RecipeError(
                 f"the value of the rule {self.kind} is {self.value}; it should be between 0 and 1, "
                 "as in 0.95"
@@ -92,10 +95,15 @@ class MiningRule:
         """The value, or the usual one."""
         return _USUAL[self.kind] if self.value is None else self.value
 
-    def cut(self, positives: Float[np.ndarray, "queries"]) -> Float64[np.ndarray, "queries"]:
+    def cut(
+        self,
+        positives: Float[np.ndarray, "queries"],
+        usual: Float[np.ndarray, "queries"] | float = 0.0,
+    ) -> Float64[np.ndarray, "queries"]:
         """The score that a negative of each query has to stay below.
 
-        ``positives`` has the score of each query's positive, the lowest of several.
+        ``positives`` has the score of each query's positive, the lowest of several; ``usual`` the
+        median score of its candidates.
         """
         scores, value = positives.astype(np.float64), self.used_value
         cuts = {
@@ -103,6 +111,7 @@ class MiningRule:
             "percent": scores - (1 - value) * np.abs(scores),
             "margin": scores - value,
             "absolute": np.full_like(scores, value),
+            "relative": scores - (1 - value) * np.abs(scores - usual),
         }
         assert self.kind in cuts, "a quantile is settled before it is used"
         return np.round(cuts[self.kind], _DECIMALS)
@@ -122,9 +131,21 @@ def judge(
     free = verdicts == LEFT
     verdicts[free & (free.cumsum(axis=1) <= rule.shift)] = SHIFTED
     exact = np.round(scores.astype(np.float64), _DECIMALS)
-    near = ~(exact < rule.cut(positives)[:, None])
+    usual = _medians(exact, barred != ABSENT) if rule.kind == "relative" else 0.0
+    near = ~(exact < rule.cut(positives, usual)[:, None])
     verdicts[(verdicts == LEFT) & near] = TOO_CLOSE
     return verdicts
+
+
+def _medians(
+    scores: Float64[np.ndarray, "queries ranks"], there: Bool[np.ndarray, "queries ranks"]
+) -> Float64[np.ndarray, "queries"]:
+    """The median of each query's scores, of those that are there; 0 where none is."""
+    counts = there.sum(axis=1)
+    ordered = np.sort(np.where(there, scores, np.inf), axis=1)
+    middle = np.stack([(counts - 1) // 2, np.minimum(counts // 2, counts - 1)], axis=1)
+    found = np.take_along_axis(ordered, np.maximum(middle, 0), axis=1).mean(axis=1)
+    return np.where(counts > 0, found, 0.0)
 
 
 def choose(

@@ -40,7 +40,7 @@ class Best:
             last = np.partition(scores, column, axis=1)[:, column, None]
             better = ~(scores < np.maximum(last, self._last))
         elif self._whole:
-            # An equal score is not better: its row is higher. Fresh memory would cost as much again.
+            # An equal score is not better: its row is higher. Fresh memory would cost as much.
             if self._better.shape != scores.shape:
                 self._better = np.empty(scores.shape, np.bool_)
             better = np.greater(scores, self._last, out=self._better)
