@@ -19,6 +19,7 @@ from tercet.cli.search import index, search
 from tercet.cli.small import calibrate, sizes
 from tercet.cli.synthesize import synthesize
 from tercet.cli.training import recipes
+from tercet.cli.transfer import transfer
 from tercet.cli.tune import tune_weights
 from tercet.console import Notes, say
 from tercet.errors import TercetError
@@ -36,7 +37,7 @@ app.add_typer(ablations, name="ablate")
 app.add_typer(convert, name="convert")
 for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge, retokenize):
     app.command()(verb)
-for verb in (encode, index, search, diagnose, probe, calibrate, sizes):
+for verb in (encode, index, search, diagnose, probe, calibrate, sizes, transfer):
     app.command()(verb)
 app.command("eval")(evaluate)
 app.command("filter")(filter_pairs)
