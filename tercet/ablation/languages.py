@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tercet.data.languages import family_of
-from tercet.data.sources import iter_examples
+from tercet.data.sources import Source, iter_examples
 from tercet.errors import DataError, RecipeError
 from tercet.evaluate.retrieval import RetrievalSet
 from tercet.evaluate.suite import EvaluationSet, as_evaluation_set
@@ -91,14 +91,12 @@ def open_languages(
     return sorted(found, key=lambda each: (not each.seen, each.family, each.name))
 
 
-def language_of(path: Path) -> str:
-    """The language that the first row of a file names, or else the name of the file.
-
-    Raises:
-        DataError: when that is no example.
-    """
-    first = next(iter_examples(path), None)
-    return path.stem if first is None or not first.lang else first.lang
+def language_of(source: Source) -> str:
+    """The language of all examples of a source, or that of its file's name; empty of several."""
+    if source.lang or source.path.is_dir():
+        return source.lang
+    told = {example.lang for example in iter_examples(source.path)}
+    return source.path.stem if told == {""} else told.pop() if len(told) == 1 else ""
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:

@@ -125,6 +125,7 @@ def run_transfer(
             f"{bare:,} examples bring no negatives: each checkpoint mines its own for them, so "
             "data differ between checkpoints; mine once (tercet mine) to have them equal"
         )
+    prints = {each.step: fingerprint_of_model(each.folder) for each in checkpoints}
     raw = measure_models({f"{c.step}-raw": c.folder for c in checkpoints}, bench, say)
     cells = []
     for seed in seeds:
@@ -133,7 +134,7 @@ def run_transfer(
                 base=str(each.folder), stages="finetuning", seed=seed, **finetuning
             )
             name = f"{each.step}-seed-{seed}"
-            cells.append(Cell(name, recipe, fingerprint_of_model(each.folder)))
+            cells.append(Cell(name, recipe, prints[each.step]))
     found = run_cells(cells, bench, say)
     tuned = [[found[f"{c.step}-seed-{seed}"][-1] for seed in seeds] for c in checkpoints]
     return [raw[f"{c.step}-raw"] for c in checkpoints], tuned

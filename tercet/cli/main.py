@@ -8,6 +8,7 @@ from typing import Final
 import typer
 
 from tercet.cli.ablate import ablations
+from tercet.cli.ablate_languages import arctic_embed, english_gap
 from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
 from tercet.cli.encode import encode
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 app.add_typer(recipes, name="train")
 app.add_typer(ablations, name="ablate")
+ablations.command("arctic-embed")(arctic_embed)
+ablations.command("english-gap")(english_gap)
 app.add_typer(convert, name="convert")
 for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge, retokenize):
     app.command()(verb)

@@ -5,10 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from tercet.cli.ablate import sources_of
 from tercet.cli.loading import whole_numbers
-from tercet.cli.training import weighted
 from tercet.console import columns, results, say
-from tercet.data.sources import open_source
 
 
 def transfer(
@@ -89,7 +88,7 @@ def transfer(
     place = reference_of(steps, reference)
     named = [lang.strip() for lang in seen.split(",") if lang.strip()]
     languages = open_languages(test, named, Budget(queries, documents))
-    sources = [open_source(path, weight=weight) for path, weight in map(weighted, data)]
+    sources = sources_of(data)
     numbers = {
         "finetuning_steps": finetuning_steps,
         "finetuning_batch_size": finetuning_batch_size,

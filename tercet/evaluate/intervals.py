@@ -93,13 +93,13 @@ def relative_change(
     count = sum(map(len, both))
     if not both or not min(map(len, both)):
         return Interval(np.nan, np.nan, np.nan, count, resamples, seed, level)
-    draws = sum(_drawn_means(each, random, resamples) for each in both)
-    changes = _share_changed(np.asarray(draws))
+    draws = np.sum([_drawn_means(each, random, resamples) for each in both], axis=0)
+    changes = _share_changed(draws)
     tail = (1 - level) / 2
     low, high = np.full(2, np.nan)
     if not np.isnan(changes).all():
         low, high = np.nanquantile(changes, [tail, 1 - tail])
-    whole = float(_share_changed(sum(each.mean(axis=0) for each in both)))
+    whole = float(_share_changed(np.sum([each.mean(axis=0) for each in both], axis=0)))
     return Interval(whole, float(low), float(high), count, resamples, seed, level)
 
 
