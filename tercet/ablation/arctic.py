@@ -122,7 +122,7 @@ def at_widths(language: Language, short: int) -> EvaluationSet:
 def mixtures_of(
     pairs: Sequence[Source], mined: Sequence[Source], filtered: Mapping[str, Sequence[Source]]
 ) -> dict[str, Sequence[Source]]:
-    """What the stages of all cells read; where all is English, or nothing, there is no such part."""
+    """What the stages of all cells read; no part of English where all is in it, or nothing."""
     found: dict[str, Sequence[Source]] = {"pairs": pairs, "mined": mined}
     for name, sources in tuple(found.items()):
         english = [source for source in sources if language_of(source) == ENGLISH]
