@@ -33,6 +33,7 @@ class Cell:
 
     name: str  # also that of its folder
     recipe: Recipe
+    begins_with: str | None = None  # the fingerprint of a base that was itself made by a run
 
 
 def cell_name(attention: str, pooling: str) -> str:

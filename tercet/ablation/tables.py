@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tercet.ablation.cells import ATTENTIONS, POOLINGS, SCHEDULES, cell_name, schedule_cell
-from tercet.ablation.run import Answers
+from tercet.ablation.kept import Answers
 from tercet.evaluate.figures import bars, drawing, write_png
 from tercet.evaluate.intervals import Interval
 from tercet.evaluate.suite import FIGURES, EvaluationSet, average

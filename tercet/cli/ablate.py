@@ -74,7 +74,7 @@ def nv_embed(
     from tercet.evaluate.suite import open_sets
 
     sets = open_sets(test)
-    retrieval, others = _sources(data), _sources(tasks)
+    retrieval, others = sources_of(data), sources_of(tasks)
     numbers = {
         "base": base,
         "keep_layers": keep_layers,
@@ -90,10 +90,10 @@ def nv_embed(
     }
     facts = {"ablation": "nv-embed", "numbers": numbers, "seeds": seeds}
     mixtures = {"retrieval": retrieval, "blended": [*retrieval, *others]}
-    how = _How(out, seeds, precision, keep_models)
-    found = _trained(lambda seed: nv_embed_cells(part, seed, **numbers), mixtures, sets, how)
+    how = How(out, seeds, precision, keep_models)
+    found = trained(lambda seed: nv_embed_cells(part, seed, **numbers), mixtures, sets, how)
     write_findings(out, found, {**facts, "run": how.run})
-    _show(tables(found), out)
+    show(tables(found), out)
 
 
 @ablations.command("bge-m3")
@@ -155,11 +155,11 @@ def bge_m3(
     from tercet.evaluate.suite import open_kinds_set, open_sets
 
     sets = open_sets(test, open_kinds_set)
-    examples = _sources(data)
+    examples = sources_of(data)
     mixtures = {
         "examples": examples,
-        "pairs": _sources(pairs) if pairs else examples,
-        "texts": _sources(texts, text_kind()) if texts else examples,
+        "pairs": sources_of(pairs) if pairs else examples,
+        "texts": sources_of(texts, text_kind()) if texts else examples,
     }
     numbers = {
         "base": base,
@@ -177,14 +177,14 @@ def bge_m3(
         "document_tokens": document_tokens,
     }
     facts = {"ablation": "bge-m3", "numbers": numbers, "seeds": seeds}
-    how = _How(out, seeds, precision, keep_models)
-    found = _trained(lambda seed: bge_m3_cells(part, seed, **numbers), mixtures, sets, how)
+    how = How(out, seeds, precision, keep_models)
+    found = trained(lambda seed: bge_m3_cells(part, seed, **numbers), mixtures, sets, how)
     write_kinds_findings(out, found, {**facts, "run": how.run})
-    _show(kinds_tables(found), out)
+    show(kinds_tables(found), out)
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
+class How:
     """What a user asks of all cells."""
 
     out: Path
@@ -200,18 +200,21 @@ class _How:
         return asdict(Run(precision=self.precision))
 
 
-def _sources(paths: Sequence[Path], kind: Kind = EXAMPLES) -> list[Source]:
+def sources_of(paths: Sequence[Path], kind: Kind = EXAMPLES) -> list[Source]:
+    """The sources of files and folders, each with the weight behind its name."""
     named = map(weighted, paths)
     return [each for path, weight in named for each in opened(path, weight=weight, kind=kind)]
 
 
-def _trained(
+def trained(
     cells: Callable[[int], Iterable[Any]],
     mixtures: Mapping[str, Sequence[Source]],
     sets: Sequence[Any],
-    how: _How,
+    how: How,
+    *,
+    ran: Callable[..., Any] | None = None,
 ) -> Any:
-    """What all cells of every seed answer, and words."""
+    """What all cells of every seed answer, and words; ``ran`` runs them, None: one by one."""
     from tercet.ablation.run import Bench, baselines, run_cells
     from tercet.ablation.tables import Found
     from tercet.train.run import Run
@@ -221,11 +224,12 @@ def _trained(
     for seed in range(how.seeds):
         folder = how.out if how.seeds == 1 else how.out / f"seed-{seed}"
         bench = Bench(mixtures, sets, folder, run, how.keep_models)
-        found.append(run_cells(list(cells(seed)), bench, say))
+        found.append((ran or run_cells)(list(cells(seed)), bench, say))
     return Found(sets, found, baselines(sets))
 
 
-def _show(titled: Iterable[tuple[str, list[list[str]]]], out: Path) -> None:
+def show(titled: Iterable[tuple[str, list[list[str]]]], out: Path) -> None:
+    """Print tables, and where they were written."""
     for title, (header, *rows) in titled:
         results().print(f"\n{title}")
         table = columns(*header)

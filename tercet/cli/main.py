@@ -8,6 +8,7 @@ from typing import Final
 import typer
 
 from tercet.cli.ablate import ablations
+from tercet.cli.ablate_languages import arctic_embed, english_gap
 from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
 from tercet.cli.encode import encode
@@ -26,6 +27,7 @@ from tercet.cli.search import index, search
 from tercet.cli.small import calibrate, sizes
 from tercet.cli.synthesize import synthesize
 from tercet.cli.training import recipes
+from tercet.cli.transfer import transfer
 from tercet.cli.tune import tune_weights
 from tercet.console import Notes, say
 from tercet.errors import TercetError
@@ -45,10 +47,12 @@ convert.command("to-arctic")(to_arctic)
 convert.command("arctic-batches")(from_arctic_batches)
 convert.command("to-arctic-batches")(to_arctic_batches)
 convert.command("arctic-split")(split_arctic_batches)
+ablations.command("arctic-embed")(arctic_embed)
+ablations.command("english-gap")(english_gap)
 app.add_typer(convert, name="convert")
 for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge, retokenize):
     app.command()(verb)
-for verb in (encode, index, search, diagnose, probe, calibrate, sizes):
+for verb in (encode, index, search, diagnose, probe, calibrate, sizes, transfer):
     app.command()(verb)
 app.command("eval")(evaluate)
 app.command("filter")(filter_pairs)

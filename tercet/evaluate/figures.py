@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe & Ito's palette, which the colour-blind can tell apart; systems take them in this order.
-_COLOURS: Final = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
+COLOURS: Final = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
 _POSITIVE, _NEGATIVE, _CURVE, _FAINT = "#0072B2", "#E69F00", "#0072B2", "#A9C9E2"
-_INK, _LINES = "#222222", "#DDDDDD"
+_INK, GRID = "#222222", "#DDDDDD"
 _WIDTH: Final = 7.2  # inches of every figure; the page scales it
 _DPI: Final = 200  # of a PNG
 _POINTS: Final = 1_500  # of a curve; more cannot be seen and make the page heavy
@@ -85,7 +85,7 @@ def drawing() -> Iterator[None]:
 
 def bars(results: Mapping[str, Mapping[str, Interval]]) -> "Figure":
     """A group of bars a metric, a colour a system."""
-    figure = _new_figure(height=3.2)
+    figure = new_figure(height=3.2)
     axes = figure.add_subplot()
     names, width = metrics_of(results), 0.8 / len(results)
     for number, (label, row) in enumerate(results.items()):
@@ -99,7 +99,7 @@ def bars(results: Mapping[str, Mapping[str, Interval]]) -> "Figure":
             means,
             width * 0.92,
             label=label,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             yerr=np.maximum([low, high], 0),
             error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 3},
         )
@@ -116,7 +116,7 @@ def bars(results: Mapping[str, Mapping[str, Interval]]) -> "Figure":
     axes.tick_params(axis="x", length=0)
     axes.set_ylim(0, max(axes.get_ylim()[1] * 1.05, 0.1))
     axes.set_ylabel("mean over queries")
-    axes.grid(axis="y", color=_LINES, linewidth=0.7)
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
     _legend_above(axes, len(results))
     return figure
 
@@ -128,7 +128,7 @@ def loss_curve(
 ) -> "Figure":
     """Losses and their running mean; below them the learning rate, if it is given."""
     with_rates = len(learning_rates) > 0
-    figure = _new_figure(height=3.8 if with_rates else 2.8)
+    figure = new_figure(height=3.8 if with_rates else 2.8)
     shares = {"height_ratios": [3, 1]} if with_rates else {}
     grid = figure.subplots(1 + with_rates, 1, sharex=True, squeeze=False, gridspec_kw=shares)
     axes = grid[0, 0]
@@ -148,7 +148,7 @@ def loss_curve(
         grid[1, 0].set_ylim(bottom=0)
     grid[-1, 0].set_xlabel("step")
     for each in grid[:, 0]:
-        each.grid(color=_LINES, linewidth=0.7)
+        each.grid(color=GRID, linewidth=0.7)
     return figure
 
 
@@ -163,7 +163,7 @@ class Point:
 
 def curves(lines: Mapping[str, Sequence[Point]], *, x: str, y: str) -> "Figure":
     """A curve a name over a logarithmic axis, with the interval of each point."""
-    figure = _new_figure(height=3.8)
+    figure = new_figure(height=3.8)
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda point: point.x)
@@ -175,7 +175,7 @@ def curves(lines: Mapping[str, Sequence[Point]], *, x: str, y: str) -> "Figure":
             means,
             yerr=np.maximum([low, high], 0),
             label=name,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             marker="o",
             linewidth=1.8,
             elinewidth=0.8,
@@ -189,7 +189,7 @@ def curves(lines: Mapping[str, Sequence[Point]], *, x: str, y: str) -> "Figure":
     axes.xaxis.set_major_formatter("{x:.0f}")  # at powers of two, which never collide
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.grid(color=_LINES, linewidth=0.7)
+    axes.grid(color=GRID, linewidth=0.7)
     _legend_above(axes, len(lines))
     return figure
 
@@ -261,7 +261,7 @@ def histograms(
     """A panel a model on one scale, to compare them by; ``names`` are the hills'."""
     rows = -(-len(scores) // 3)
     columns = -(-len(scores) // rows)
-    figure = _new_figure(height=0.6 + 2 * rows)
+    figure = new_figure(height=0.6 + 2 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels = grid.flat
     edges = _edges(scores, bins)
@@ -272,7 +272,7 @@ def histograms(
             axes.hist(values, edges, weights=weights, color=colour, alpha=0.55, label=name)
             axes.hist(values, edges, weights=weights, color=colour, histtype="step")
         axes.set_title(fill(label, _TITLE_CHARACTERS // columns), loc="left")
-        axes.grid(axis="y", color=_LINES, linewidth=0.7)
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"% of {counted}")
     for axes in grid.flat[len(scores) :]:
@@ -313,7 +313,7 @@ def heat_maps(maps: Mapping[str, HeatMap], labels: MapLabels | None = None) -> "
     stand below the last map, and below one whose tokens differ from those of the next.
     """
     labels = labels or MapLabels()
-    figure = _new_figure(height=0.8 + 2.5 * len(maps))
+    figure = new_figure(height=0.8 + 2.5 * len(maps))
     shares = {"width_ratios": [5, 1]}
     grid = figure.subplots(len(maps), 2, squeeze=False, sharey="row", gridspec_kw=shares)
     every = list(maps.values())
@@ -338,7 +338,7 @@ def heat_maps(maps: Mapping[str, HeatMap], labels: MapLabels | None = None) -> "
         right.plot(shown.layer_means, range(len(shown.layer_means)), color=_CURVE, linewidth=1.8)
         right.set_xlim(0, 1.03)
         right.set_title(labels.curve, loc="left")
-        right.grid(color=_LINES, linewidth=0.7)
+        right.grid(color=GRID, linewidth=0.7)
     if image is not None:
         bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.5, aspect=40, pad=0.02)
         bar.set_label(labels.number, fontsize=9)
@@ -355,7 +355,8 @@ def _name_tokens(axes: "Axes", tokens: Sequence[str], name: str) -> None:
     axes.tick_params(axis="x", length=0, pad=2)
 
 
-def _new_figure(height: float) -> "Figure":
+def new_figure(height: float) -> "Figure":
+    """An empty figure as wide as all of ours, of this height in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

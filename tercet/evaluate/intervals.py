@@ -5,7 +5,7 @@ Queries are drawn again, with replacement, as often as there are; the mean is ta
 given. It says nothing of another training run, or of queries of another kind.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,12 +51,7 @@ def interval(
     count = len(values)
     if not count:
         return Interval(np.nan, np.nan, np.nan, 0, resamples, seed, level)
-    random = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    at_once = max(1, _DRAWS_AT_ONCE // count)
-    for start in range(0, resamples, at_once):
-        part = means[start : start + at_once]
-        part[:] = values[random.integers(0, count, (len(part), count))].mean(axis=1)
+    means = _drawn_means(values, np.random.default_rng(seed), resamples)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     mean = float(values.mean())
@@ -77,6 +72,52 @@ def paired_difference(
     distance of two intervals. Above zero means that ``after`` is the better one.
     """
     return interval(after - before, resamples=resamples, seed=seed, level=level)
+
+
+def relative_change(
+    after: Sequence[Float64[np.ndarray, "_"]],
+    before: Sequence[Float64[np.ndarray, "_"]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """By which share the mean has changed, and its interval: -0.1 is a tenth less than before.
+
+    Of several sets, it is the mean of their means, so that each counts alike, and the queries of
+    each are drawn apart. The same queries are drawn of ``after`` and ``before``, in the same order.
+    NaN where the mean before is zero.
+    """
+    random = np.random.default_rng(seed)
+    both = [np.stack(pair, axis=1) for pair in zip(after, before, strict=True)]
+    count = sum(map(len, both))
+    if not both or not min(map(len, both)):
+        return Interval(np.nan, np.nan, np.nan, count, resamples, seed, level)
+    draws = np.sum([_drawn_means(each, random, resamples) for each in both], axis=0)
+    changes = _share_changed(draws)
+    tail = (1 - level) / 2
+    low, high = np.full(2, np.nan)
+    if not np.isnan(changes).all():
+        low, high = np.nanquantile(changes, [tail, 1 - tail])
+    whole = float(_share_changed(np.sum([each.mean(axis=0) for each in both], axis=0)))
+    return Interval(whole, float(low), float(high), count, resamples, seed, level)
+
+
+def _share_changed(sums: np.ndarray) -> np.ndarray:
+    """Of pairs of what is now and what was, along the last axis."""
+    now, was = sums[..., 0], sums[..., 1]
+    return np.divide(now - was, was, out=np.full_like(was, np.nan), where=was > 0)
+
+
+def _drawn_means(values: np.ndarray, random: np.random.Generator, resamples: int) -> np.ndarray:
+    """The mean over queries, the first axis, of each of so many draws of them."""
+    count = len(values)
+    means = np.empty((resamples, *values.shape[1:]))
+    at_once = max(1, _DRAWS_AT_ONCE // count)
+    for start in range(0, resamples, at_once):
+        part = means[start : start + at_once]
+        part[:] = values[random.integers(0, count, (len(part), count))].mean(axis=1)
+    return means
 
 
 def pooled_interval(

@@ -91,7 +91,7 @@ def open_kinds_set(path: Path | str) -> EvaluationSet:
     if not path.is_dir() and (is_similarity_file(path) or is_labelled_file(path)):
         raise RecipeError(f"{path}: is no retrieval set, so kinds of vectors say nothing of it")
     data = _retrieval_set(path)
-    examined = _retrieval(data, task_names(path, examples=not path.is_dir()))
+    examined = as_evaluation_set(data, task_names(path, examples=not path.is_dir()))
     return _marked(path, replace(examined, answers=partial(_by_kinds, data)))
 
 
@@ -132,7 +132,7 @@ def open_sets(
 
 def _set_of(path: Path) -> EvaluationSet:
     if path.is_dir():
-        return _retrieval(_retrieval_set(path), task_names(path))
+        return as_evaluation_set(_retrieval_set(path), task_names(path))
     if is_similarity_file(path):
         return _similarity(SimilaritySet.from_file(path), task_names(path))
     if is_labelled_file(path):
@@ -140,7 +140,7 @@ def _set_of(path: Path) -> EvaluationSet:
         if isinstance(found, ClassificationSet):
             return _classification(found.sampled(), task_names(path))
         return _clustering(found, task_names(path))
-    return _retrieval(_retrieval_set(path), task_names(path, examples=True))
+    return as_evaluation_set(_retrieval_set(path), task_names(path, examples=True))
 
 
 def _retrieval_set(path: Path) -> RetrievalSet:
@@ -164,7 +164,9 @@ def average(figures: Sequence[Interval]) -> Interval:
     )
 
 
-def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> EvaluationSet:
+def as_evaluation_set(data: RetrievalSet, tasks: Sequence[str]) -> EvaluationSet:
+    """Queries and documents behind the face of all sets; answers are the nDCG@10 of each query."""
+
     def answers(embedder: Embedder, task: str | None) -> np.ndarray:
         warn_unprompted(embedder.settings, "query", task)
         queries = embedder.encode(data.queries, "query", task=task)

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 
 from tercet.evaluate import intervals
-from tercet.evaluate.intervals import Interval, interval, paired_difference, pooled_interval
+from tercet.evaluate.intervals import (
+    Interval,
+    interval,
+    paired_difference,
+    pooled_interval,
+    relative_change,
+)
 
 
 @pytest.fixture
@@ -117,3 +123,27 @@ def test_draws_without_a_figure_are_left_out():
     assert (found.mean, found.low, found.high) == (1, 1, 1)
     assert np.isnan(pooled_interval(np.zeros((3, 2)), share).low)
     assert np.isnan(pooled_interval(np.zeros((0, 2)), share).mean)
+
+
+def test_a_relative_change_is_that_of_the_means_and_pairs_stay_together():
+    random = np.random.default_rng(3)
+    before, after = random.random(40), random.random(40)
+    found = relative_change([after], [before], resamples=500, seed=2)
+    assert found.mean == pytest.approx(after.mean() / before.mean() - 1)
+    draws = np.random.default_rng(2).integers(0, 40, (500, 40))
+    changes = [after[draw].mean() / before[draw].mean() - 1 for draw in draws]
+    assert (found.low, found.high) == pytest.approx(np.quantile(changes, [0.025, 0.975]))
+    same = relative_change([2 * before], [before])
+    assert (same.low, same.mean, same.high) == pytest.approx((1, 1, 1))
+
+
+def test_of_several_sets_each_counts_alike_in_a_relative_change():
+    large, small = np.full(90, 0.5), np.full(10, 1.0)
+    found = relative_change([large * 1.2, small], [large, small])
+    assert found.mean == pytest.approx((0.6 + 1) / 1.5 - 1)
+    assert found.queries == 100
+
+
+def test_a_relative_change_from_nothing_is_no_number():
+    for after, before in ([np.ones(3)], [np.zeros(3)]), ([], []), ([np.ones(0)], [np.ones(0)]):
+        assert np.isnan(relative_change(after, before).mean)
