@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Final
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
