@@ -179,6 +179,7 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
             "it begins.",
             None,
         ),
+        _flag("cache_tokens", bool, "Tokenize once, and keep the tokens on disk.", False),
         _flag("tensorboard", bool, "Write TensorBoard files too.", False),
     ]
     everything = [*shown, *numbers, *machine]

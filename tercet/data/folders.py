@@ -18,7 +18,8 @@ import numpy as np
 
 from tercet.data.readers import WINDOW_BLOCKS, ShardReader, stamp_of
 from tercet.data.records import readable
-from tercet.data.scan import EXAMPLES, Kind, Part, Piece, Progress, Told, scan
+from tercet.data.remembered import joined_sizes, scanned
+from tercet.data.scan import EXAMPLES, Kind, Part, Piece, Progress, Told
 from tercet.data.sources import Source, in_language, iter_examples
 from tercet.errors import DataError
 from tercet.types import Example
@@ -107,7 +108,7 @@ def open_sources(
             share = sizes[shard.path] / total
             tell = None if progress is None else _part_of(progress, done / total, share)
             told = Told(group.name, shard.lang, by_language=True)
-            for piece in scan(shard.path, kind, told, tell).pieces(kind):
+            for piece in scanned(shard.path, kind, told, tell).pieces(kind):
                 found.setdefault(piece.part.lang, []).append(piece)
             done += sizes[shard.path]
         sources += [_joined(group, found[lang], kind, weight) for lang in sorted(found)]
@@ -145,9 +146,9 @@ def _joined(group: Group, pieces: Sequence[Piece], kind: Kind, weight: float | i
         blocks = np.concatenate([p.blocks + first for p, first in zip(pieces, firsts, strict=True)])
         # A file that is one block says nothing of how many blocks are cheap to read in turns.
         window = min((p.window for p in pieces if len(p.blocks) > 1), default=WINDOW_BLOCKS)
-        sizes = np.concatenate([part.sizes for part in parts])
         joined = " ".join(part.fingerprint for part in parts)
         fingerprint = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
+        sizes = joined_sizes([part.sizes for part in parts], fingerprint)
     return Source(
         path=group.path,
         name=f"{group.name}/{lang}" if lang else group.name,

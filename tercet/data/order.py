@@ -8,11 +8,12 @@ memory of it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 
+@runtime_checkable
 class Blocked(Protocol):
     """What has rows in blocks that are cheap to read whole."""
 
@@ -42,17 +43,21 @@ class Windows:
     def __len__(self) -> int:
         return len(self.firsts) - 1
 
+    @property
+    def kind(self) -> type[np.integer[Any]]:
+        """What holds the number of a row."""
+        return np.int32 if self.bounds[-1] < 2**31 else np.int64
+
     def rows(self, window: int) -> np.ndarray:
         """The rows of a window, as int32 where that is enough."""
         some = slice(self.firsts[window], self.firsts[window + 1])
         size = int(self.bounds[window + 1] - self.bounds[window])
-        kind = np.int32 if self.bounds[-1] < 2**31 else np.int64
-        order = np.empty(size, kind)
+        order = np.empty(size, self.kind)
         begin = 0
         for start, count in zip(
             self.starts[some].tolist(), self.counts[some].tolist(), strict=True
         ):
-            order[begin : begin + count] = np.arange(start, start + count, dtype=kind)
+            order[begin : begin + count] = np.arange(start, start + count)
             begin += count
         np.random.default_rng([*self.seed, 1, window]).shuffle(order)
         return order
@@ -86,7 +91,7 @@ class Pass:
     """
 
     def __init__(self, windows: Windows, pieces: np.ndarray, seed: Sequence[int] | None) -> None:
-        self._windows, self._pieces, self._seed = windows, pieces, seed
+        self.windows, self._pieces, self._seed = windows, pieces, seed
         self._bounds = np.concatenate(([0], np.cumsum(pieces[:, 2] - pieces[:, 1])))
         self._held: tuple[int, np.ndarray] | None = None
 
@@ -116,18 +121,19 @@ class Pass:
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """The rows at these places."""
-        found: list[np.ndarray] = []
-        while first < last:
-            piece = int(np.searchsorted(self._bounds, first, side="right")) - 1
-            begin = int(self._bounds[piece])
-            found.append(self._piece(piece)[first - begin : last - begin])
-            first = min(last, int(self._bounds[piece + 1]))
-        return np.concatenate(found) if len(found) != 1 else found[0]
+        found = np.empty(last - first, self.windows.kind)
+        place = first
+        while place < last:
+            piece = int(np.searchsorted(self._bounds, place, side="right")) - 1
+            begin, end = int(self._bounds[piece]), min(last, int(self._bounds[piece + 1]))
+            found[place - first : end - first] = self._piece(piece)[place - begin : end - begin]
+            place = end
+        return found
 
     def _piece(self, piece: int) -> np.ndarray:
         if self._held is None or self._held[0] != piece:
             window, first, last = self._pieces[piece].tolist()
-            rows = self._windows.rows(window)
+            rows = self.windows.rows(window)
             if self._seed is not None:
                 rows = rows[first:last].copy()
                 np.random.default_rng([*self._seed, 3, piece]).shuffle(rows)

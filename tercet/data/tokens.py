@@ -62,6 +62,7 @@ class Tokens:
     left_out: list[tuple[int, int]] = field(default_factory=list)
     spans: list[np.ndarray] = field(default_factory=list)  # [tokens, 2], one array a text
     read: list[int] = field(default_factory=list)
+    cuts: list[bool] = field(default_factory=list)  # whether each text was cut
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,6 +99,7 @@ class Tokens:
             [bounds for part in parts for bounds in part.left_out or [(0, 0)] * len(part)],
             [spans for part in parts for spans in part.spans],
             [count for part in parts for count in part.read],
+            [cut for part in parts for cut in part.cuts],
         )
 
 
@@ -201,7 +203,6 @@ class Tokenizer:
             room -= -(-(room + 1) // (form.cls_every + 1)) - 1  # of room + 1 places with the first
         lay = self._lay_twice if form.echo else self._lay
         found = Tokens([], [], 0)
-        truncated = 0
         for number, laid in enumerate(lay(texts, before, room, form, spans=spans)):
             body = [*laid.before, *laid.text, *laid.after]
             row = [*self._head, *body, *tail] or [self._filler]
@@ -210,7 +211,7 @@ class Tokenizer:
             found.skipped.append(skipped)
             if form.suffix or not form.pool_special:
                 found.left_out.append(left_out)
-            truncated += laid.cut
+            found.cuts.append(laid.cut)
             if spans:
                 start = len(self._head) + len(laid.before)
                 inside = np.full((len(row), 2), -1)
@@ -218,7 +219,7 @@ class Tokenizer:
                 found.spans.append(inside)
                 ends = [end for _, end in laid.spans]
                 found.read.append(max(ends, default=0) if laid.cut else len(texts[number]))
-        found = replace(found, truncated=truncated)
+        found = replace(found, truncated=sum(found.cuts))
         return found if form.cls_every is None else self._with_cls(found, form.cls_every, len(tail))
 
     def _with_cls(self, tokens: Tokens, every: int, tail: int) -> Tokens:

@@ -24,6 +24,7 @@ class Run:
     shard_weights: bool = False  # over the processes, with gradients and optimizer (FSDP2)
     checkpoint_activations: bool = False  # layers are computed again instead of kept
     models_at: tuple[int, ...] = ()  # steps of the first stage after which its model is saved
+    cache_tokens: bool = False  # training texts are tokenized once, and their tokens kept on disk
     tensorboard: bool = False
     show_progress: bool = True
 

@@ -28,6 +28,7 @@ from tercet.sharding import clip_gradients, is_sharded
 from tercet.train import checkpoint, optimizer, schedule
 from tercet.train.alarm import SparseAlarm
 from tercet.train.batches import collator_of, groups_of, sampler_of
+from tercet.train.cached import with_cached_tokens
 from tercet.train.candidates import Candidates
 from tercet.train.job import (
     CHECKPOINT,
@@ -74,6 +75,9 @@ class Trainer:
             self.refresher = Refresher(stage.refresh, self.sources, folder, recipe.seed)
             self.sources = self.refresher.sources
         collate = collator_of(embedder, stage, job.prompt_of)
+        if run.cache_tokens:
+            given = job.sources[recipe.stages.index(stage)]
+            collate = with_cached_tokens(collate, embedder, stage, given)
         self.work = stage.objective.start(embedder, self.sources, collate)
         self.spread = None
         if run.shards_weights:

@@ -86,8 +86,8 @@ def test_errors_of_all_shards_are_collected(folder):
         "zz.jsonl",
     ]
     assert sum(each.rows for each in found.sources) == 11
-    (error,) = survey([folder / "lost"], Counting()).errors
-    assert error == f"{folder}/lost: no such file"
+    (error,) = survey([folder / "lost.jsonl"], Counting()).errors
+    assert error == f"{folder}/lost.jsonl: no such file"
 
 
 def test_the_shares_of_a_mixture_add_up_and_follow_the_weights():

@@ -7,6 +7,8 @@ from tercet.data import sources as files
 from tercet.data.folders import open_sources
 from tercet.data.sampler import BatchPlan, Sampler
 from tercet.data.sources import write_examples
+from tercet.data.token_cache import CachedTokens, shelves_of
+from tercet.data.tokens import Tokens
 from tercet.errors import DataError, RecipeError
 from tercet.types import Example
 
@@ -105,3 +107,20 @@ def test_a15_the_rows_of_a_source_come_in_windows_of_few_row_groups(tmp_path, mo
     assert sorted(rows) == list(range(4096))
     for window in np.reshape(rows, (8, -1)) // 64:
         assert len(set(window.tolist())) == 8
+
+
+def test_a9_token_ids_above_65535_survive_the_token_cache(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
+
+    def tokenize(texts, role, prompts):
+        ids = [np.array([250_000, 65_536 + len(text), 1], np.int32) for text in texts]
+        return Tokens(ids, [0] * len(ids), 0, cuts=[False] * len(ids))
+
+    sources = open_sources(folder)
+    shelves = shelves_of(sources, lambda role: "large", tokenize, lambda role, task: "")
+    cached = CachedTokens(tokenize, shelves)
+    texts = [example.query for example in sources[0].examples(range(8))]
+    found, right = cached(texts, "query", [""] * 8), tokenize(texts, "query", [""] * 8)
+    assert cached.missed == 0
+    assert found.pack().ids.tolist() == right.pack().ids.tolist()
+    assert int(found.pack().ids.max()) == 250_000
