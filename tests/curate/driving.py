@@ -21,6 +21,16 @@ def start(out: Path, runner: dict[str, Any], count: int = 6, **job: Any) -> subp
     return subprocess.Popen(command, cwd=out, env=environment, stdout=pipe, stderr=pipe)
 
 
+def ended(driver: subprocess.Popen, *, seconds: float = 300) -> tuple[int, str, str]:
+    """The exit status of a driver, and what it said; one that takes too long is killed."""
+    try:
+        said, complaint = driver.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        raise AssertionError(driver.communicate()[1].decode()) from None
+    return driver.returncode, said.decode(), complaint.decode()
+
+
 def wait_for(path: Path, *, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not path.exists():

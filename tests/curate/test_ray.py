@@ -10,7 +10,7 @@ import pytest
 
 from tercet.curate import runners
 from tercet.curate.bulk import run_units
-from tests.curate.driving import start, wait_for, wait_until_quiet
+from tests.curate.driving import ended, start, wait_for, wait_until_quiet
 from tests.curate.squares import Squares, files, log_of, units
 from tests.processes import ROOT
 
@@ -62,8 +62,8 @@ def two_nodes() -> Any:
 
 
 def results(out: Path, runner: dict[str, Any], **job: Any) -> list[int]:
-    said, complaint = (driver := start(out, runner, COUNT, **job)).communicate(timeout=300)
-    assert driver.returncode == 0, complaint.decode()
+    status, said, complaint = ended(start(out, runner, COUNT, **job))
+    assert status == 0, complaint
     return json.loads(said)
 
 
@@ -93,8 +93,10 @@ def test_after_a_kill_of_the_driver_only_missing_units_are_done(
 ):
     out = tmp_path / "job"
     first = start(out, runner, COUNT, pause=0.5)
-    wait_for(out / "manifest/numbers/2.json", seconds=120)
-    first.send_signal(signal.SIGKILL)
+    try:
+        wait_for(out / "manifest/numbers/2.json", seconds=300)
+    finally:
+        first.send_signal(signal.SIGKILL)
     first.communicate()
     wait_until_quiet(out)
     kept = {int(path.stem) for path in (out / "manifest/numbers").glob("*.json")}
@@ -107,9 +109,8 @@ def test_after_a_kill_of_the_driver_only_missing_units_are_done(
 
 def test_a_mistake_of_the_user_is_told_in_one_line(tmp_path: Path, runner: dict[str, Any]):
     out = tmp_path / "job"
-    driver = start(out, runner, COUNT, breaks_at=5)
-    _, complaint = driver.communicate(timeout=300)
-    assert driver.returncode == 1
-    told = complaint.decode().strip().splitlines()[-1]
+    status, _, complaint = ended(start(out, runner, COUNT, breaks_at=5))
+    assert status == 1
+    told = complaint.strip().splitlines()[-1]
     assert told == f"tercet.errors.DataError: {out}/numbers.jsonl:5: is odd; make it even"
     assert results(out, runner) == SQUARES

@@ -11,7 +11,7 @@ from tercet.curate import runners
 from tercet.curate.bulk import run_units
 from tercet.curate.runners import Runner
 from tercet.errors import DataError, MissingExtraError, RecipeError
-from tests.curate.driving import start, wait_for, wait_until_quiet
+from tests.curate.driving import ended, start, wait_for, wait_until_quiet
 from tests.curate.squares import Squares, files, log_of, units
 from tests.processes import ROOT
 
@@ -104,8 +104,8 @@ def test_after_a_kill_of_the_driver_the_same_command_does_what_is_missing(
     kept = {path.stem for path in (out / "manifest/numbers").glob("*.json")}
     assert 2 <= len(kept) < 6
     (out / "log").unlink()
-    said, complaint = (second := start(out, runner)).communicate(timeout=120)
-    assert second.returncode == 0, complaint.decode()
+    status, said, complaint = ended(start(out, runner))
+    assert status == 0, complaint
     assert json.loads(said) == [0, 1, 4, 9, 16, 25]
     done = [number for number, *_ in log_of(out, "done")]
     assert sorted([*done, *kept]) == list("012345")
