@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -181,7 +181,7 @@ class _Pairs:
             )
 
 
-def _rows(path: Path, names: Sequence[str]) -> Iterator[tuple[int, tuple[object, ...]]]:
+def _rows(path: Path, names: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """The number of each row, from 1, and its values."""
     with readable(path), open_parquet(path) as file:
         check_columns(path, file.schema_arrow.names, list(names))
