@@ -115,7 +115,7 @@ def _text(words: Sequence[str], role: str, number: int) -> str:
     """A text that says its number, and some words more."""
     random = np.random.default_rng((number, len(role)))
     some = random.integers(0, len(words), 12 if role == "query" else 40)
-    return " ".join((role, str(number), *(words[i] for i in some.tolist())))
+    return " ".join((role, str(number), *(words[int(i)] for i in some)))
 
 
 def _number(text: str) -> int:

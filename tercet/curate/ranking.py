@@ -224,8 +224,8 @@ def _found(
     candidates: UInt64[np.ndarray, "queries ranks"], answers: Sequence[Sequence[int]]
 ) -> list[list[bool]]:
     """Whether each text is among the candidates of its query."""
-    there = _where(candidates, *_pairs(answers)).any(axis=1)
-    flat = iter(there.tolist())
+    there = np.asarray(_where(candidates, *_pairs(answers)).any(axis=1))
+    flat = iter([bool(hit) for hit in there])
     return [list(islice(flat, len(some))) for some in answers]
 
 
