@@ -38,11 +38,9 @@ TWICE = replace(SHARDED, chunk_tokens=25, memory_gb=0.0)  # none is
 AGAIN = replace(MIXED, checkpoint_activations=True)
 LORA = Lora(rank=4, dropout=0.0)
 STEPS: dict[str, tuple[str, Run]] = {  # what is trained, and how the batch is cut
-    "all texts at once": ("in-batch", SHARDED),
     "chunks, some graphs kept": ("matryoshka", MIXED),
     "chunks, no graph kept": ("B6 all kinds", TWICE),
-    "chunks, layers computed again": ("own negatives", AGAIN),
-    "low-rank updates": ("in-batch", MIXED),
+    "low-rank updates, layers computed again": ("own negatives", AGAIN),
     "masked tokens": ("in-batch", TWICE),
 }
 
@@ -51,7 +49,7 @@ def recipe_of(folder: Path, name: str) -> Recipe:
     """Of three steps, too small to move the weights between."""
     case, _ = STEPS[name]
     plain = two.recipe(folder, rate=1e-30, steps=3, **two.CASES[case])
-    if name == "low-rank updates":
+    if name.startswith("low-rank updates"):
         return replace(plain, model=replace(plain.model, lora=LORA))
     if name == "masked tokens":
         (stage,) = plain.stages
