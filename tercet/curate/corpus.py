@@ -6,6 +6,7 @@ Nothing here holds all texts or all vectors. A document costs about 120 bytes of
 import hashlib
 import os
 import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class Texts:
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)
+        weakref.finalize(self, self._file.close)  # a worker of a job is never told to close
         self._ends = array("q", [0])
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ different words, not with that of documents (but for 16 bytes of each).
 """
 
 import tempfile
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ class CountedShelf:
         with clear_about(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             counts = self._counts[pool.prompt] = _Counts(tempfile.TemporaryFile(dir=self.folder))
+            weakref.finalize(counts, counts.file.close)  # as for the texts
             for start in range(0, len(pool), SHARD):
                 rows = range(start, min(start + SHARD, len(pool)))
                 for words in self.split(pool.texts.read(rows), "document"):
@@ -85,7 +87,7 @@ class CountedShelf:
             counts.file.close()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class _Counts:
     """The words of the documents of one pool."""
 

@@ -42,12 +42,12 @@ def shared(encoder_folder: Path, sources, work: Path, **settings) -> Shared:
     return Shared(load=load, sources=sources, mining=mining, corpus=texts, work=work)
 
 
-@pytest.mark.parametrize("rule", ["percent", "quantile"])
+@pytest.mark.parametrize("rule", [MiningRule(kind="naive"), MiningRule(kind="quantile", value=0.9)])
 @pytest.mark.parametrize("name", ["all.jsonl", "all.parquet", "folder"])
 def test_blocks_that_are_joined_are_what_one_process_mines(
     encoder_folder, sources, tmp_path, rule, name
 ):
-    how = shared(encoder_folder, sources, tmp_path / "work", rule=MiningRule(kind=rule, value=0.9))
+    how = shared(encoder_folder, sources, tmp_path / "work", rule=rule)
     alone, joined = tmp_path / "alone" / name, tmp_path / "joined" / name
     expected = mine(
         Embedder.load(encoder_folder),
@@ -63,7 +63,7 @@ def test_blocks_that_are_joined_are_what_one_process_mines(
         assert file.read_bytes() == (joined / file.relative_to(alone)).read_bytes()
     assert [report.dropped for report in found] == [report.dropped for report in expected]
     assert [report.negatives for report in found] == [report.negatives for report in expected]
-    assert sum(report.negatives for report in found) > 10
+    assert sum(report.negatives for report in found) > 0
     for one, other in zip(found, expected, strict=True):
         assert one.positive_score == pytest.approx(other.positive_score, abs=1e-9)
     assert not list((tmp_path / "work").glob("parts-*"))
