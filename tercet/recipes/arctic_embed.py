@@ -168,7 +168,7 @@ def arctic_embed(
 
 
 def _mined_at_start(negatives: int, threshold: float) -> Refresh:
-    """Negatives for rows that bring fewer; where all bring some, nothing is mined."""
+    """Negatives for rows that bring fewer, if there is a source whose rows bring none."""
     rule = MiningRule(kind="percent", value=threshold)
     depth = max(100, 2 * negatives)
     return Refresh(

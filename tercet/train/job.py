@@ -96,7 +96,8 @@ def is_refreshed(stage: Stage, sources: Sequence[Source], *, at_start: bool = Fa
     refresh = stage.refresh
     if refresh is None or (at_start and not refresh.at_start):
         return False
-    return not refresh.missing or any(source.without_negatives for source in sources)
+    bare = any(source.without_negatives == len(source) for source in sources)
+    return bare or not refresh.missing
 
 
 def require_widths(recipe: Recipe, dim: int) -> None:

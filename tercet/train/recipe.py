@@ -81,7 +81,7 @@ class Refresh:
 
     every: int | None  # optimizer steps; None: not again
     at_start: bool = False  # before the first step too
-    missing: bool = False  # only if some examples bring none
+    missing: bool = False  # only if the examples of some source bring none
     mining: Mining = RANKS_10_TO_210
     corpus: tuple[str, ...] = ()  # files of further documents that are mined
 

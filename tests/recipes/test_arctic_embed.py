@@ -161,3 +161,15 @@ def test_each_stage_cuts_texts_at_its_own_length_and_the_model_at_its_own(encode
 def test_a_refresh_that_never_mines_is_refused():
     with pytest.raises(RecipeError, match="neither at the start nor later"):
         Refresh(every=None)
+
+
+def test_a_mined_row_that_was_left_without_negatives_starts_no_mining(
+    encoder_folder, pairs, mined, tmp_path
+):
+    bare = mined[0].examples(range(12))
+    bare[3] = Example(bare[3].query, bare[3].positives)
+    write_examples(tmp_path / "mined.jsonl", bare)
+    data = {"pairs": pairs, "mined": [open_source(tmp_path / "mined.jsonl")]}
+    said: list[str] = []
+    train(small(encoder_folder), data, tmp_path / "run", run=QUIET, say=said.append)
+    assert not any("negatives for" in line for line in said)
