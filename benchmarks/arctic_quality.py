@@ -61,6 +61,13 @@ MODELS = {  # as the table names them: their folder in the work folder
     "+ positive-aware negatives": "ft-aware/model",
 }
 LAST = "+ positive-aware negatives"
+COMPARED = (  # over the queries of all languages
+    ("pretrained", "base"),
+    ("pretrained", "pretrained, unfiltered"),
+    (LAST, "pretrained"),
+    (LAST, "+ random negatives"),
+    (LAST, "+ nearest negatives"),
+)
 
 
 def main() -> None:
@@ -90,7 +97,8 @@ def main() -> None:
     for kind in ("random", "nearest", "aware"):
         mined = [part for path in _files(work / f"mined-{kind}") for part in ("--mined", path)]
         _train(work / f"ft-{kind}", str(work / "pre/model"), *FINETUNING, *mined)
-    rows = [*_filter_rows(work), *_sweep_rows(work), *_quality_rows(work), *_size_rows(work)]
+    rows = [*_filter_rows(work), *_sweep_rows(work), *_quality_rows(work)]
+    rows += [*_paired_rows(work), *_size_rows(work)]
     write_results("arctic_quality", rows)
 
 
@@ -298,6 +306,21 @@ def _quality_rows(work: Path) -> Iterator[Row]:
             METRIC: float(np.mean(means["384 float32"])),
             "256": float(np.mean(means["256 float32"])),
             "worst language": LANGUAGES[int(np.argmin(means["384 float32"]))],
+        }
+
+
+def _paired_rows(work: Path) -> Iterator[Row]:
+    """What a step brings, over the queries of all languages."""
+    for after, before in COMPARED:
+        ours, theirs = (
+            np.concatenate([_scores(work, name, lang, "test")["384 float32"] for lang in LANGUAGES])
+            for name in (after, before)
+        )
+        gained = paired_difference(ours, theirs, seed=SEED)
+        yield {
+            "name": f"all languages: {after} minus {before}",
+            "queries": len(ours),
+            METRIC: _told(asdict(gained)),
         }
 
 
