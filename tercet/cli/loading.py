@@ -40,7 +40,7 @@ WeightsOption = Annotated[
 RunnerOption = Annotated[
     Literal["auto", "loop", "daft", "ray"],
     typer.Option(
-        "--runner", help="Who hands out the work; auto: Daft in this process, if it is installed."
+        "--runner", help="Who hands out the work; auto: a loop, or Daft for several --workers."
     ),
 ]
 WorkersOption = Annotated[int, typer.Option("--workers", help="Processes on each machine.")]

@@ -51,7 +51,7 @@ class Runner:
         RecipeError: for no worker, or a cluster without an address.
     """
 
-    engine: Engine = "auto"  # Daft where it is installed, and a plain loop where not
+    engine: Engine = "auto"  # a plain loop in one process, Daft for several
     workers: int = 1  # processes on each machine
     address: str | None = None  # of a Ray cluster: HOST:PORT of its head, or auto
 
@@ -78,18 +78,18 @@ class Runner:
 
     @property
     def used(self) -> Literal["loop", "daft", "ray"]:
-        """The engine, with what is installed in view.
+        """The engine. One process needs none: its bars show, and its notes are not mixed up.
 
         Raises:
             MissingExtraError: when more than one process is asked for, and Daft is not there.
         """
         if self.engine != "auto":
             return self.engine
-        if find_spec("daft") is not None:
-            return "daft"
-        if self.workers > 1:
+        if self.workers == 1:
+            return "loop"
+        if find_spec("daft") is None:
             raise MissingExtraError("work in several processes", "bulk")
-        return "loop"
+        return "daft"
 
 
 LOOP: Final = Runner(engine="loop")

@@ -157,8 +157,9 @@ def test_an_address_without_a_cluster_is_noticed_at_once(
         results(Squares(tmp_path), Runner(engine="ray", address=address))
 
 
-def test_without_daft_one_process_loops_and_several_are_refused(monkeypatch):
-    assert Runner().used == "daft"
+def test_one_process_loops_and_several_take_daft_or_are_refused(monkeypatch):
+    assert Runner().used == "loop"
+    assert Runner(workers=2).used == "daft"
     monkeypatch.setattr(runners, "find_spec", lambda name: None)
     assert Runner().used == "loop"
     with pytest.raises(MissingExtraError, match=r"several processes .* 'tercet\[bulk\]'"):
