@@ -158,6 +158,23 @@ def test_weights_that_cannot_be_are_refused(refused, train, files, tmp_path, fla
     assert said.startswith(problem)
 
 
+def test_cached_tokens_train_the_same_model_and_the_mixture_is_written(
+    tercet, train, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
+    losses = []
+    for number, flags in enumerate([[], ["--cache-tokens"]]):
+        out = tmp_path / f"run{number}"
+        assert tercet(*train(out, *flags)).status == 0
+        log = (out / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert len(list((tmp_path / "cache/tokens").glob("*/ids.npy"))) == 2  # queries and documents
+    mixture = json.loads((out / "mixture.json").read_text())["contrastive"]
+    (pairs,) = mixture["sources"]
+    assert (pairs["name"], pairs["rows"], pairs["share"], pairs["batches"]) == ("pairs", 24, 1, 3)
+
+
 def test_length_flags_are_in_tokens(tercet, train, tmp_path):
     flags = ["--length-edges", "8", "--length-edges", "10", "--token-budget", "24"]
     ended = tercet(*train(tmp_path / "run", *flags))
