@@ -198,7 +198,7 @@ def dots(
     panels: Mapping[str, Mapping[str, Mapping[str, Interval]]], *, y: str = "nDCG@10"
 ) -> "Figure":
     """A panel a title, a place a language (or another name), a dot with its interval a system."""
-    figure = _new_figure(height=0.6 + 2.2 * len(panels))
+    figure = new_figure(height=0.6 + 2.2 * len(panels))
     grid = figure.subplots(len(panels), 1, sharey=True, squeeze=False)[:, 0]
     for axes, (title, rows) in zip(grid, panels.items(), strict=True):
         systems = list(dict.fromkeys(system for row in rows.values() for system in row))
@@ -211,7 +211,7 @@ def dots(
                 [value.mean for _, value in shown],
                 yerr=np.maximum(ends, 0),
                 label=system,
-                color=_COLOURS[number % len(_COLOURS)],
+                color=COLOURS[number % len(COLOURS)],
                 fmt="o",
                 markersize=4,
                 elinewidth=1,
@@ -220,7 +220,7 @@ def dots(
         axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.set_ylabel(y)
         axes.set_title(title, loc="left")
-        axes.grid(axis="y", color=_LINES, linewidth=0.7)
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
     grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
     return figure
 

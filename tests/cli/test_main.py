@@ -46,7 +46,8 @@ def test_train_eval_index_search_and_encode_follow_each_other(
 
     ended = tercet("index", out / "model", files / "docs.jsonl", "--out", out / "index")
     assert (ended.status, ended.out) == (0, f"{out}/index: 12 documents\n")
-    estimate, hint = ended.err.splitlines()
+    estimate, size, hint = ended.err.splitlines()
+    assert size.startswith("dense vectors") and "256 bytes" in size  # 64 coordinates of 4 bytes
     assert estimate == "12 documents; their vectors will take about 3.07 KB: dense 3.07 KB"
     assert hint == f'search it: tercet search {out}/index "your question"'
 

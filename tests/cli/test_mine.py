@@ -29,7 +29,7 @@ def tables(out: str) -> list[dict[str, str]]:
             parts.append([row])
         elif len(row) > 1:
             parts[-1].append(row)
-    parts[2][0][-2:] = ["positive score", "negative score"]
+    parts[2][0][-3:-1] = ["positive score", "negative score"]
     dicts = [[dict(zip(part[0], row, strict=True)) for row in part[1:]] for part in parts]
     return [a | b | c for a, b, c in zip(*dicts, strict=True)]
 

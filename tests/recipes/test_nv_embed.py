@@ -164,9 +164,9 @@ def test_rows_without_a_prompt_are_not_trained_with_that_of_another_task(
     given: set[tuple[str, str]] = set()
     tokenize = Embedder.tokenize
 
-    def seen(self: Embedder, texts: Any, role: Any, prompts: Any = None) -> Any:
+    def seen(self: Embedder, texts: Any, role: Any, prompts: Any, *cut: Any) -> Any:
         given.update((role, prompt) for prompt in prompts)
-        return tokenize(self, texts, role, prompts)
+        return tokenize(self, texts, role, prompts, *cut)
 
     monkeypatch.setattr(Embedder, "tokenize", seen)
     both = {"retrieval": [source], "blended": [source, data["blended"][1]]}
