@@ -270,7 +270,8 @@ def _scores(work: Path, model: str, lang: str, split: str) -> dict[str, np.ndarr
         data = RetrievalSet.from_examples(work / f"data/{split}/{lang}.jsonl")
         stored = STORED if model in (LAST, "base") else ("float32",)
         found = retention(embedder, data, dims=(256,), stored=stored, names=(METRIC,))
-        np.savez(path, **{each.name: each.result.scores[METRIC] for each in found})
+        scores: dict[str, Any] = {each.name: each.result.scores[METRIC] for each in found}
+        np.savez(path, **scores)
     with np.load(path) as opened:
         return {name: opened[name] for name in opened.files}
 

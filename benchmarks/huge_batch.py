@@ -80,7 +80,8 @@ def make_model(folder: Path) -> None:
     words = BertWordPieceTokenizer()
     words.train_from_iterator(texts, vocab_size=8_000, show_progress=False)
     words.save_model(str(folder))
-    t.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    vocabulary = str(folder / "vocab.txt")
+    t.BertTokenizerFast(vocabulary).save_pretrained(folder)  # pyright: ignore
     torch.manual_seed(0)
     config = t.BertConfig(
         vocab_size=8_000,

@@ -54,8 +54,10 @@ def main() -> None:
     queries = _kept(chosen, "queries", [package["short"] for package in packages[::EVERY]])
     records = [Record(str(row), "") for row in range(COUNT)]
     ways: list[tuple[str, Stored, int]] = [("exact", "float32", docs.shape[1])]
-    ways += [("exact", stored, DIMS) for stored in STORED]
-    ways += [("edge", stored, DIMS) for stored in STORED if stored != "binary+int8"]
+    for stored in STORED:
+        ways.append(("exact", stored, DIMS))
+        if stored != "binary+int8":
+            ways.append(("edge", stored, DIMS))
     engines = {
         f"{kind}, {dims} {stored}": _built(chosen.work / f"{kind}-{dims}-{stored}", kind, stored)
         for kind, stored, dims in ways

@@ -170,7 +170,7 @@ def test_cached_tokens_train_the_same_model_and_the_mixture_is_written(
         losses.append([json.loads(line)["loss"] for line in log])
     assert losses[0] == losses[1] and len(losses[0]) == 3
     assert len(list((tmp_path / "cache/tokens").glob("*/ids.npy"))) == 2  # queries and documents
-    mixture = json.loads((out / "mixture.json").read_text())["contrastive"]
+    mixture = json.loads((tmp_path / "run1/mixture.json").read_text())["contrastive"]
     (pairs,) = mixture["sources"]
     assert (pairs["name"], pairs["rows"], pairs["share"], pairs["batches"]) == ("pairs", 24, 1, 3)
 

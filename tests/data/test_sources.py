@@ -269,7 +269,7 @@ def test_the_blocks_of_parquet_are_its_row_groups_and_few_are_kept(tmp_path, mon
     order = [9, 0, 5, 4, 3, 8]
     assert source.examples(order) == [numbered(10)[row] for row in order]
     assert isinstance(source.reader, ParquetReader)
-    assert sorted(kept.groups_of(path)) == [0, 1, 2]
+    assert set(kept.groups_of(path)) == {0, 1, 2}
     monkeypatch.setattr(readers, "KEPT_BYTES", 1)
     source.examples([5, 0])
     assert list(kept.groups_of(path)) == [0, 1]

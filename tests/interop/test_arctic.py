@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -109,7 +110,7 @@ def test_tables_that_do_not_fit_together_are_refused(folder, name, table, said):
 
 
 def by_letters(texts, role):
-    return [[*map(ord, text)] for text in texts]
+    return [np.array([*map(ord, text)]) for text in texts]
 
 
 def as_letters(ids, role):
