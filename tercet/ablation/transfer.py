@@ -119,7 +119,8 @@ def run_transfer(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise RecipeError(f"seeds are {', '.join(map(str, seeds))}; give one or more, each once")
-    bare = sum(source.without_negatives for source in bench.data["mined"])
+    mined = [s for s in bench.data["mined"] if s.without_negatives == len(s)]
+    bare = sum(map(len, mined))
     if bare:
         say(
             f"{bare:,} examples bring no negatives: each checkpoint mines its own for them, so "
