@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from benchmarks.common import Row, write_results
-from tercet.data.sources import iter_examples, write_examples
-from tercet.evaluate.intervals import interval, paired_difference
-from tercet.evaluate.retention import STORED, retention
-from tercet.evaluate.retrieval import RetrievalSet
-from tercet.nn.embedder import Embedder
+from tercet.data.files.sources import iter_examples, write_examples
+from tercet.evaluate.measures.retention import STORED, retention
+from tercet.evaluate.report.intervals import interval, paired_difference
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.models.embedder import Embedder
 from tercet.types import Example
 
 BASE = "me5-small"
@@ -220,9 +220,9 @@ def _sweep_rows(work: Path) -> Iterator[Row]:
     """What each threshold of the positive-aware rule leaves of the candidates."""
     path = work / "sweep.json"
     if not path.exists():
-        from tercet.curate.mine import Mining, sweep
-        from tercet.curate.rules import MiningRule
-        from tercet.data.sources import open_source
+        from tercet.curate.mining.mine import Mining, sweep
+        from tercet.curate.mining.rules import MiningRule
+        from tercet.data.files.sources import open_source
 
         teacher = Embedder.load(str(work / "pre/model"))
         reports = sweep(

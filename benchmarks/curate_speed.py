@@ -129,7 +129,7 @@ class Given:
     """Stands for a teacher: gives each text its vector out of a file."""
 
     def __init__(self, job: Job) -> None:
-        from tercet.nn.settings import Settings
+        from tercet.models.settings import Settings
 
         self._job = job
         self.dim, self.settings = DIM, Settings()
@@ -147,12 +147,12 @@ class Given:
 
 
 def mine_here(job: Job, rule: str, out: str) -> Answer:
-    """Mine by ``tercet.curate.mine``."""
-    from tercet.curate.mine import Mining, mine
-    from tercet.curate.rules import MiningRule
-    from tercet.data.documents import read_documents
-    from tercet.data.sources import open_source
-    from tercet.nn.embedder import Embedder
+    """Mine by ``tercet.curate.mining.mine``."""
+    from tercet.curate.mining.mine import Mining, mine
+    from tercet.curate.mining.rules import MiningRule
+    from tercet.data.files.documents import read_documents
+    from tercet.data.files.sources import open_source
+    from tercet.models.embedder import Embedder
 
     mining = Mining(
         rule=MiningRule(kind=cast(Any, rule), value=RULES[rule][0]),
@@ -244,7 +244,7 @@ def _pairs(job: Job, mode: Any = None) -> tuple[np.ndarray, np.ndarray]:
 
 def filter_here(job: Job, out: str) -> Answer:
     """Ranks by counting, of vectors that stay on the disk."""
-    from tercet.curate.paired import paired_ranks
+    from tercet.curate.filtering.pair_scores import paired_ranks
 
     queries, documents = _pairs(job, "r")
     ranks, _ = paired_ranks(queries, documents, np.arange(len(queries), dtype=np.uint64))
@@ -298,9 +298,9 @@ def worker(side: str) -> None:
         faiss.omp_set_num_threads(1)
         datasets.disable_progress_bars()
     else:
-        import tercet.curate.mine
-        import tercet.curate.paired
-        import tercet.nn.embedder  # noqa: F401
+        import tercet.curate.filtering.pair_scores
+        import tercet.curate.mining.mine
+        import tercet.models.embedder  # noqa: F401
 
     def answer(do: str, folder: str, **how: Any) -> Answer:
         before = memory("VmRSS")

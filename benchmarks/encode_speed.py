@@ -19,8 +19,8 @@ from sentence_transformers import SentenceTransformer
 from transformers.utils import logging
 
 from benchmarks.common import Row, interleaved, write_results
-from tercet import zoo
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
+from tercet.models.zoo import zoo
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
 TEXTS = 1_000

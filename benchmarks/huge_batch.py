@@ -37,9 +37,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks.common import Row, extra_memory, write_results
-from tercet.data.collate import Collator
-from tercet.nn.chunked import Chunks
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Collator
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.memory import room_of
 from tercet.types import Example

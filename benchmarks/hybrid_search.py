@@ -34,12 +34,20 @@ import torch
 
 from benchmarks import common, sides
 from benchmarks.common import Row
-from tercet.files import replacing_file
-from tercet.nn.embedder import Embedder
-from tercet.progress import bar
-from tercet.search.engine import Engine, Fusion, Hit, ReciprocalRank, Record, Rerank, Weighted
-from tercet.search.exact_engine import ExactEngine
-from tercet.search.fusion import reciprocal_ranks, weighted_sum
+from tercet.files.atomic import replacing_file
+from tercet.files.progress import bar
+from tercet.models.embedder import Embedder
+from tercet.search.engine.engine import (
+    Engine,
+    Fusion,
+    Hit,
+    ReciprocalRank,
+    Record,
+    Rerank,
+    Weighted,
+)
+from tercet.search.engine.fusion import reciprocal_ranks, weighted_sum
+from tercet.search.exact.exact_engine import ExactEngine
 from tercet.vectors import KINDS, Kind, Vectors, Weights
 
 PART = 2_048  # documents that are embedded, kept and upserted together
@@ -197,8 +205,8 @@ def _opened(chosen: argparse.Namespace, engine: str, ef: int | None = None) -> E
     folder = chosen.work / engine
     if engine == "exact":
         return ExactEngine(folder)
-    from tercet.search.qdrant_edge import EdgeStore
-    from tercet.search.qdrant_engine import QdrantEngine
+    from tercet.search.qdrant.edge import EdgeStore
+    from tercet.search.qdrant.qdrant_engine import QdrantEngine
 
     return QdrantEngine(EdgeStore(folder, threads=1, ef=ef))
 

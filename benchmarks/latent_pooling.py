@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Row, extra_memory, interleaved, write_results
-from tercet.nn.folded import Folded
-from tercet.nn.layer import AttentionLayer, Layer, build_layer
+from tercet.models.network.folded import Folded
+from tercet.models.network.latent_attention import AttentionLayer, Layer, build_layer
 from tercet.segments import offsets_of
 from tercet.types import Packed
 

@@ -21,14 +21,14 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.common import Row, write_results
-from tercet.data.similarity import debtags_similarity, lee_similarity
-from tercet.data.sources import open_source, write_examples
-from tercet.data.texts import open_texts
-from tercet.evaluate.intervals import paired_difference
-from tercet.evaluate.retrieval import RetrievalSet, evaluate_retrieval
-from tercet.evaluate.similarity import evaluate_similarity
-from tercet.files import replacing_file
-from tercet.nn.embedder import Embedder
+from tercet.data.files.similarity import debtags_similarity, lee_similarity
+from tercet.data.files.sources import open_source, write_examples
+from tercet.data.files.texts import open_texts
+from tercet.evaluate.measures.similarity import evaluate_similarity
+from tercet.evaluate.report.intervals import paired_difference
+from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_retrieval
+from tercet.files.atomic import replacing_file
+from tercet.models.embedder import Embedder
 from tercet.recipes.llm2vec import llm2vec
 from tercet.train.loop import train
 from tercet.train.run import Run

@@ -29,11 +29,11 @@ from transformers.utils import logging
 from benchmarks.common import Row, write_results
 from benchmarks.llm2vec_quality import DATA, sentences_of
 from benchmarks.sides import Answer, Side, serve, spent
-from tercet.data.collate import Collator
-from tercet.data.sampler import BatchPlan, Sampler
-from tercet.data.texts import open_texts
-from tercet.nn.chunked import Chunks
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.sampler import BatchPlan, Sampler
+from tercet.data.files.texts import open_texts
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
 from tercet.objectives.mntp import MNTP
 from tercet.objectives.objective import Objective
 from tercet.objectives.simcse import SimCSE

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Row, extra_memory, interleaved, write_results
-from tercet.data.relation import relation_of
-from tercet.losses.contrastive import info_nce
+from tercet.data.batches.relation import relation_of
+from tercet.losses.info_nce import info_nce
 
 WIDTH = 768
 TEMPERATURE = 0.02

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Row, write_results
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.vectors import KINDS
 
 BASE = "me5-small"

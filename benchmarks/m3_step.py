@@ -40,9 +40,9 @@ from transformers.utils import logging
 
 from benchmarks.common import Row, write_results
 from benchmarks.sides import Answer, Side, memory, serve, spent
-from tercet.data.collate import Collator
-from tercet.nn.chunked import Chunks
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Collator
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
 from tercet.objectives.unified import Unified
 from tercet.types import Example
 from tercet.vectors import KINDS

@@ -29,10 +29,10 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Row
-from tercet.nn.embedder import Embedder
-from tercet.quantized import STORED, Ranges, Stored, bytes_of, truncated
-from tercet.search.engine import Engine, Record
-from tercet.search.exact_engine import ExactEngine
+from tercet.models.embedder import Embedder
+from tercet.rank.quantized import STORED, Ranges, Stored, bytes_of, truncated
+from tercet.search.engine.engine import Engine, Record
+from tercet.search.exact.exact_engine import ExactEngine
 from tercet.vectors import Vectors
 
 TEXTS = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
@@ -116,8 +116,8 @@ def _built(folder: Path, kind: str, stored: Stored) -> Engine:
     shutil.rmtree(folder, ignore_errors=True)
     if kind == "exact":
         return ExactEngine(folder, stored=stored)
-    from tercet.search.qdrant_edge import EdgeStore
-    from tercet.search.qdrant_engine import QdrantEngine
+    from tercet.search.qdrant.edge import EdgeStore
+    from tercet.search.qdrant.qdrant_engine import QdrantEngine
 
     return QdrantEngine(EdgeStore(folder, threads=1, stored=stored))
 

@@ -26,12 +26,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from benchmarks.common import Row, extra_memory, interleaved, write_results
-from tercet import zoo
-from tercet.data.collate import Batch
-from tercet.data.relation import relation_of
-from tercet.data.tokens import Tokens
-from tercet.nn.chunked import Chunks, backward_in_chunks
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Batch
+from tercet.data.batches.relation import relation_of
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks, backward_in_chunks
+from tercet.models.tokens import Tokens
+from tercet.models.zoo import zoo
 from tercet.objectives.contrastive import Contrastive
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"

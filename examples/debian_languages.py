@@ -24,10 +24,10 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
-from tercet.console import columns, results
-from tercet.data.sources import write_examples
-from tercet.data.texts import normal_form
-from tercet.files import replacing_file
+from tercet.data.files.sources import write_examples
+from tercet.data.files.texts import normal_form
+from tercet.files.atomic import replacing_file
+from tercet.files.console import columns, results
 from tercet.types import Example
 
 Row = dict[str, Any]

@@ -16,14 +16,14 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
-from tercet.console import columns, results
-from tercet.data.examples import as_object
-from tercet.data.instructions import as_prompt
-from tercet.data.records import iter_records
-from tercet.data.similarity import SimilaritySet, debtags_similarity
-from tercet.data.sources import write_examples
-from tercet.data.texts import normal_form
-from tercet.files import replacing_file
+from tercet.data.files.examples import as_object
+from tercet.data.files.similarity import SimilaritySet, debtags_similarity
+from tercet.data.files.sources import write_examples
+from tercet.data.files.texts import normal_form
+from tercet.files.atomic import replacing_file
+from tercet.files.console import columns, results
+from tercet.files.records import iter_records
+from tercet.models.formats.instructions import as_prompt
 from tercet.types import Example
 
 # What a model is told to do; a file of a task bears its name, and so does what it is tested with.

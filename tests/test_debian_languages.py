@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.data.sources import iter_examples
-from tercet.evaluate.retrieval import RetrievalSet
+from tercet.data.files.sources import iter_examples
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 
 SCRIPT = Path(__file__).parents[1] / "examples/debian_languages.py"
 SPLITS = ("train", "train", "dev", "test", "test", "test")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.data.labelled import read_labelled_texts
-from tercet.data.similarity import SimilaritySet
-from tercet.data.sources import iter_examples
-from tercet.evaluate.label_sets import ClassificationSet, ClusteringSet, read_label_set
-from tercet.evaluate.retrieval import RetrievalSet
+from tercet.data.files.labelled import read_labelled_texts
+from tercet.data.files.similarity import SimilaritySet
+from tercet.data.files.sources import iter_examples
+from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, read_label_set
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LIMIT = 300

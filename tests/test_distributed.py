@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tercet import distributed
-from tercet.data.relation import Relation, relation_of
-from tercet.losses.contrastive import info_nce
-from tercet.nn.chunked import Chunks, backward_in_chunks
+from tercet.data.batches.relation import Relation, relation_of
+from tercet.losses.info_nce import info_nce
+from tercet.models.network.chunked import Chunks, backward_in_chunks
 from tercet.segments import offsets_of, total
 from tercet.types import InBatch, Packed
 from tests.processes import run_together

@@ -14,8 +14,8 @@ import pytest
 import typer
 
 from tercet.cli import app
-from tercet.data.examples import parse_example
-from tercet.data.sources import open_source
+from tercet.data.files.examples import parse_example
+from tercet.data.files.sources import open_source
 from tercet.errors import DataError
 
 ROOT = Path(__file__).parent.parent

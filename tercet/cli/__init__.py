@@ -4,6 +4,6 @@ Results go to standard output; progress and errors go to standard error. Exit st
 2 the user can mend it, 1 with a traceback is a bug of ours.
 """
 
-from tercet.cli.main import app, main
+from tercet.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tercet.cli.sources import opened, weighted
-from tercet.console import columns, results, say
-from tercet.data.scan import EXAMPLES, Kind
-from tercet.data.sources import Source
+from tercet.data.files.scan import EXAMPLES, Kind
+from tercet.data.files.sources import Source
+from tercet.files.console import columns, results, say
 
 ablations = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -69,9 +69,9 @@ def nv_embed(
     Example: tercet ablate nv-embed --data pairs.jsonl --tasks labels.jsonl --eval test.jsonl
     --out runs/ablation --keep-layers 6 --steps 60 --blended-steps 60 --batch-size 32
     """
-    from tercet.ablation.cells import nv_embed_cells
-    from tercet.ablation.tables import tables, write_findings
-    from tercet.evaluate.suite import open_sets
+    from tercet.evaluate.suites.suite import open_sets
+    from tercet.studies.cells import nv_embed_cells
+    from tercet.studies.tables import tables, write_findings
 
     sets = open_sets(test)
     retrieval, others = sources_of(data), sources_of(tasks)
@@ -149,10 +149,10 @@ def bge_m3(
     Example: tercet ablate bge-m3 --data mined.jsonl --eval test.jsonl --out runs/ablation
     --part distillation --steps 200 --batch-size 24
     """
-    from tercet.ablation.cells import bge_m3_cells
-    from tercet.ablation.kinds_tables import kinds_tables, write_kinds_findings
-    from tercet.data.texts import text_kind
-    from tercet.evaluate.suite import open_kinds_set, open_sets
+    from tercet.data.files.texts import text_kind
+    from tercet.evaluate.suites.suite import open_kinds_set, open_sets
+    from tercet.studies.cells import bge_m3_cells
+    from tercet.studies.kinds_tables import kinds_tables, write_kinds_findings
 
     sets = open_sets(test, open_kinds_set)
     examples = sources_of(data)
@@ -215,8 +215,8 @@ def trained(
     ran: Callable[..., Any] | None = None,
 ) -> Any:
     """What all cells of every seed answer, and words; ``ran`` runs them, None: one by one."""
-    from tercet.ablation.run import Bench, baselines, run_cells
-    from tercet.ablation.tables import Found
+    from tercet.studies.run import Bench, baselines, run_cells
+    from tercet.studies.tables import Found
     from tercet.train.run import Run
 
     run = Run(precision=how.precision)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import typer
 
 from tercet.cli.ablate import How, show, sources_of, trained
-from tercet.console import say
 from tercet.errors import RecipeError
+from tercet.files.console import say
 
 
 def english_gap(
@@ -67,7 +67,7 @@ def english_gap(
     Example: tercet ablate english-gap --english en.jsonl --other de.jsonl --other zh.jsonl
     --data mined.jsonl --eval test/ --out runs/gap --steps 200 --batch-size 128
     """
-    from tercet.ablation.gap import (
+    from tercet.studies.gap import (
         equal_corpora,
         gap_cells,
         gap_tables,
@@ -75,7 +75,7 @@ def english_gap(
         require_english,
         write_gap,
     )
-    from tercet.ablation.languages import Budget, open_languages
+    from tercet.studies.languages import Budget, open_languages
 
     languages = open_languages(test, [], Budget(queries, documents))
     require_english(languages)
@@ -171,7 +171,7 @@ def arctic_embed(
     Example: tercet ablate arctic-embed --data en.jsonl --data de.jsonl --mined mined-en.jsonl
     --mined mined-de.jsonl --eval test/ --out runs/ablation --steps 200 --batch-size 128
     """
-    from tercet.ablation.arctic import (
+    from tercet.studies.arctic import (
         Asked,
         arctic_cells,
         arctic_tables,
@@ -180,8 +180,8 @@ def arctic_embed(
         require_bare,
         write_arctic,
     )
-    from tercet.ablation.languages import Budget, open_languages
-    from tercet.ablation.run import run_shared
+    from tercet.studies.languages import Budget, open_languages
+    from tercet.studies.run import run_shared
 
     languages = open_languages(test, [], Budget(queries, documents))
     levels = dict(_level(each) for each in filtered or [])

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tercet.console import say
 from tercet.errors import RecipeError
-from tercet.quantized import Precision
+from tercet.files.console import say
+from tercet.rank.quantized import Precision
 from tercet.vectors import KINDS, Kind, Weights
 
 if TYPE_CHECKING:
-    from tercet.evaluate.kinds import KindsResult
-    from tercet.evaluate.retention import Retained
+    from tercet.evaluate.measures.kinds import KindsResult
+    from tercet.evaluate.measures.retention import Retained
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ def open_set(
         RecipeError: when it is no retrieval set, and something is wanted of kinds of vectors; or
             no folder, and a split is wanted.
     """
-    from tercet.data.labelled import is_labelled_file
-    from tercet.data.similarity import is_similarity_file
+    from tercet.data.files.labelled import is_labelled_file
+    from tercet.data.files.similarity import is_similarity_file
 
     if split is not None and not data.is_dir():
         raise RecipeError(f"{data}: --split is of a folder, and this is none; leave it out")
@@ -74,12 +74,17 @@ def open_set(
 
 
 def _retrieval(data: Path, task: str | None, split: str | None, wanted: ByKinds) -> Compared:
-    from tercet.evaluate.bm25 import Split, by_tokens_of
-    from tercet.evaluate.embedders import measure, measure_bm25, measure_kinds, tuned_weights
-    from tercet.evaluate.intervals import paired_difference
-    from tercet.evaluate.prompts import task_names
-    from tercet.evaluate.retention import measure_coded
-    from tercet.evaluate.retrieval import RetrievalSet
+    from tercet.evaluate.measures.bm25 import Split, by_tokens_of
+    from tercet.evaluate.measures.prompts import task_names
+    from tercet.evaluate.measures.retention import measure_coded
+    from tercet.evaluate.measures.retrieval import (
+        measure,
+        measure_bm25,
+        measure_kinds,
+        tuned_weights,
+    )
+    from tercet.evaluate.report.intervals import paired_difference
+    from tercet.evaluate.sets.retrieval_set import RetrievalSet
 
     if data.is_dir():
         examined = RetrievalSet.from_folder(data, split)
@@ -178,8 +183,8 @@ def _say_idle(name: str, kinds: Sequence[Kind], wanted: ByKinds) -> None:
 
 
 def _similarity(data: Path) -> Compared:
-    from tercet.data.similarity import SimilaritySet
-    from tercet.evaluate.similarity import METRICS, measure_overlap, measure_similarity
+    from tercet.data.files.similarity import SimilaritySet
+    from tercet.evaluate.measures.similarity import METRICS, measure_overlap, measure_similarity
 
     examined = SimilaritySet.from_file(data)
     return Compared(
@@ -193,8 +198,8 @@ def _similarity(data: Path) -> Compared:
 
 
 def _labels(data: Path, per_label: int | None, seed: int) -> Compared:
-    from tercet.evaluate import labels
-    from tercet.evaluate.label_sets import ClusteringSet, read_label_set
+    from tercet.evaluate.measures import labels
+    from tercet.evaluate.sets.label_sets import ClusteringSet, read_label_set
 
     examined = read_label_set(data)
     if isinstance(examined, ClusteringSet):

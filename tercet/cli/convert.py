@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from tercet.console import columns, one_line, results, say
 from tercet.errors import DataError, RecipeError
+from tercet.files.console import columns, one_line, results, say
 
 SHOWN_LABELS: Final = 20
 
@@ -82,9 +82,9 @@ def labelled(
     seed: Seed = 0,
 ) -> None:
     """Write a row for each text of a file, and say what became of it."""
-    from tercet.curate.conversion import Wanted
-    from tercet.curate.labelled import convert_labelled
-    from tercet.data.labelled import read_label_texts, read_labelled_texts
+    from tercet.curate.convert.classification import convert_labelled
+    from tercet.curate.convert.settings import Wanted
+    from tercet.data.files.labelled import read_label_texts, read_labelled_texts
 
     _check_place(out, file, *(against or []))
     words = read_label_texts(label_texts) if label_texts else None
@@ -154,9 +154,9 @@ def similarity(
     Example: tercet convert similarity pairs.jsonl --task sts
     --instruction "Retrieve semantically similar text." --out rows.jsonl
     """
-    from tercet.curate.conversion import Wanted
-    from tercet.curate.scored import convert_similarity
-    from tercet.data.similarity import SimilaritySet
+    from tercet.curate.convert.settings import Wanted
+    from tercet.curate.convert.similarity import convert_similarity
+    from tercet.data.files.similarity import SimilaritySet
 
     _check_place(out, file, *(against or []))
     data = SimilaritySet.from_file(file)
@@ -197,10 +197,10 @@ def flagembedding(
 
     Example: tercet convert flagembedding data/sts data/nq_no_in_batch_neg --out rows.jsonl
     """
-    from tercet.curate.flagembedding import Limits, convert_flag_rows, flag_set
-    from tercet.data.sources import write_examples
-    from tercet.interop.flagembedding import FlagRows
-    from tercet.progress import bar
+    from tercet.curate.convert.flagembedding import Limits, convert_flag_rows, flag_set
+    from tercet.data.files.sources import write_examples
+    from tercet.files.progress import bar
+    from tercet.models.formats.bge_m3_files import FlagRows
 
     _check_place(out, *places)
     how = FlagRows(prompt=prompt, form=form.replace("\\n", "\n"), seed=seed)
@@ -235,7 +235,7 @@ def flagembedding_command(
 
     Example: tercet convert flagembedding-command m3.sh
     """
-    from tercet.interop.flag_command import translated
+    from tercet.curate.convert.flag_command import translated
 
     try:
         text = script.read_text(encoding="utf-8")
@@ -268,11 +268,11 @@ def decontaminate(
 
     Example: tercet decontaminate rows.jsonl --against test.jsonl --out clean.jsonl
     """
-    from tercet.curate.decontaminate import EvaluationTexts, Removal
-    from tercet.curate.decontaminate import decontaminate as cleaned
-    from tercet.data.folders import shard_examples
-    from tercet.data.sources import write_examples
-    from tercet.progress import bar
+    from tercet.curate.convert.decontaminate import EvaluationTexts, Removal
+    from tercet.curate.convert.decontaminate import decontaminate as cleaned
+    from tercet.data.files.folders import shard_examples
+    from tercet.data.files.sources import write_examples
+    from tercet.files.progress import bar
 
     outputs = _cleaned_files(file, out)
     for path, _ in outputs:
@@ -293,7 +293,7 @@ def decontaminate(
 
 def _cleaned_files(source: Path, out: Path) -> list[tuple[Path, list[Any]]]:
     """Each file to write, and the shards whose rows go into it."""
-    from tercet.data.folders import find_groups
+    from tercet.data.files.folders import find_groups
 
     shards = [shard for group in find_groups(source) for shard in group.shards]
     if not source.is_dir() or out.suffix:
@@ -309,7 +309,7 @@ def _counted(rows: Iterable[Any], advance: Any) -> Iterator[Any]:
 
 def _check_place(out: Path, *inputs: Path) -> None:
     """Stop before anything is read where the result would take the place of an input."""
-    from tercet.data.records import known_suffix
+    from tercet.files.records import known_suffix
 
     known_suffix(out)
     if out.resolve() in [each.resolve() for each in inputs]:
@@ -320,7 +320,7 @@ def _withheld(
     items: Any, texts_of: Any, against: Sequence[Path], threshold: float
 ) -> Iterator[Any]:
     """The items without a text of the tests; when all have passed, what was found is shown."""
-    from tercet.curate.decontaminate import EvaluationTexts, Removal, withhold
+    from tercet.curate.convert.decontaminate import EvaluationTexts, Removal, withhold
 
     removal = Removal()
     index = EvaluationTexts.read(against, threshold)
@@ -329,7 +329,7 @@ def _withheld(
 
 
 def _write(out: Path, converted: Any) -> None:
-    from tercet.data.sources import write_examples
+    from tercet.data.files.sources import write_examples
 
     report = converted.report
     if not report.rows:

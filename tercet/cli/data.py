@@ -5,8 +5,8 @@ from typing import Annotated, Final
 
 import typer
 
-from tercet.console import columns, results, say, shortened
-from tercet.data.check import DataReport, Quantiles, check_examples
+from tercet.data.report import DataReport, Quantiles, check_examples
+from tercet.files.console import columns, results, say, shortened
 
 EXAMPLES: Final = Path("examples/data/packages.en.parquet")
 
@@ -21,7 +21,7 @@ def demo(
 
     Example: tercet demo --out runs/demo
     """
-    from tercet.demo import run_demo
+    from tercet.cli.demo import run_demo
 
     run_demo(out, data, steps=steps, seed=seed, console=results(), say=say)
 

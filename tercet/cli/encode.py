@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import numpy as np
 import typer
 
-from tercet.cli.loading import (
+from tercet.cli.options import (
     AddressOption,
     Echo,
     ModelName,
@@ -20,18 +20,18 @@ from tercet.cli.loading import (
     kinds_of,
     load,
 )
-from tercet.console import results, say
-from tercet.data.documents import read_documents
-from tercet.data.texts import read_texts
+from tercet.data.files.documents import read_documents
+from tercet.data.files.texts import read_texts
 from tercet.errors import RecipeError
-from tercet.files import replacing_file
+from tercet.files.atomic import replacing_file
+from tercet.files.console import results, say
 from tercet.vectors import Kind
 
 if TYPE_CHECKING:
-    from tercet.curate.encoding import Encoding
-    from tercet.data.sources import Source
-    from tercet.interop.engines import FormatName
+    from tercet.curate.jobs.encode_job import Encoding
+    from tercet.data.files.sources import Source
     from tercet.search.export import Wanted, Written
+    from tercet.search.rows import FormatName
 
 _ARRAYS: Final = (".npy", ".npz")
 
@@ -90,16 +90,16 @@ def encode(
 
     Example: tercet encode minilm texts.txt --out vectors.npy
     """
-    from tercet.interop.engines import HELD
     from tercet.search.export import Wanted, write_dense, write_rows, write_vectors
+    from tercet.search.rows import HELD
 
     chosen = kinds_of(kinds)
     wanted = {"role": role, "task": task, "dims": dims}
     reading = {"attention": attention, "pooling": pooling, "echo": echo}
     shared = runner != "auto" or workers > 1 or address is not None
     if len(files) > 1 or files[0].is_dir() or part is not None or shared:
-        from tercet.curate.encoding import PART, encode_files, open_files
-        from tercet.curate.runners import Runner
+        from tercet.curate.jobs.encode_job import PART, encode_files, open_files
+        from tercet.curate.jobs.runners import Runner
 
         _check_folder(out, output, form)
         where = Runner(engine=runner, workers=workers, address=address)
@@ -151,7 +151,7 @@ def _job(
     arrays: bool,
 ) -> "Encoding":
     """What each process does; the model is loaded here to know it, and let go."""
-    from tercet.curate.encoding import Encoding
+    from tercet.curate.jobs.encode_job import Encoding
 
     embedder = opened()
     about = {
@@ -178,7 +178,7 @@ def _check_folder(out: Path, output: str, form: str | None) -> None:
 
 
 def _check_rows(out: Path, output: str, form: "FormatName", kinds: Sequence[Kind] | None) -> None:
-    from tercet.interop.engines import HELD
+    from tercet.search.rows import HELD
 
     if output != "texts":
         raise RecipeError(f"--output {output}: rows for {form} are of whole texts; leave it out")

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tercet.console import columns, results, say
 from tercet.errors import RecipeError
+from tercet.files.console import columns, results, say
 
 Rows = Annotated[list[Path], typer.Argument(help="Rows: .jsonl or .parquet files.")]
 Root = Annotated[Path, typer.Argument(help="A folder with data/batch_... and metadata.json.")]
@@ -33,8 +33,8 @@ def from_arctic(
 
     Example: tercet convert arctic tables/ --mined tables/mined.parquet --out rows.parquet
     """
-    from tercet.curate.arctic import TablesReport, examples_of_tables
-    from tercet.data.sources import write_examples
+    from tercet.curate.convert.arctic import TablesReport, examples_of_tables
+    from tercet.data.files.sources import write_examples
 
     report = TablesReport()
     write_examples(out, examples_of_tables(folder, report, work=work, mined=mined))
@@ -46,7 +46,7 @@ def to_arctic(files: Rows, out: OutFolder) -> None:
 
     Example: tercet convert to-arctic rows.parquet --out tables/
     """
-    from tercet.curate.arctic import write_tables
+    from tercet.curate.convert.arctic import write_tables
 
     _check_folder(out, files)
     _show(write_tables(out, _examples(files)))
@@ -57,9 +57,9 @@ def from_arctic_batches(root: Root, model: Model, out: OutFile) -> None:
 
     Example: tercet convert arctic-batches batches/ --model me5-small --out rows.parquet
     """
-    from tercet.curate.arctic import examples_of_batch
-    from tercet.data.sources import write_examples
-    from tercet.interop.arctic import batch_folders, read_batch, read_metadata
+    from tercet.curate.convert.arctic import examples_of_batch
+    from tercet.curate.convert.arctic_batches import batch_folders, read_batch, read_metadata
+    from tercet.data.files.sources import write_examples
 
     metadata, folders = read_metadata(root), batch_folders(root)
     if metadata.tokenizer_huggingface_id != model:
@@ -90,8 +90,8 @@ def to_arctic_batches(
 
     Example: tercet convert to-arctic-batches rows.parquet --model me5-small --out batches/
     """
-    from tercet.curate.arctic import token_batches
-    from tercet.interop.arctic import BatchMetadata, write_batches
+    from tercet.curate.convert.arctic import token_batches
+    from tercet.curate.convert.arctic_batches import BatchMetadata, write_batches
 
     _check_folder(out, files)
     embedder = _embedder(model)
@@ -121,7 +121,12 @@ def split_arctic_batches(
     """
     from dataclasses import replace
 
-    from tercet.interop.arctic import batch_folders, read_batch, read_metadata, write_batches
+    from tercet.curate.convert.arctic_batches import (
+        batch_folders,
+        read_batch,
+        read_metadata,
+        write_batches,
+    )
 
     _check_folder(out, [root])
     metadata = read_metadata(root)
@@ -131,14 +136,14 @@ def split_arctic_batches(
 
 
 def _examples(files: Sequence[Path]) -> Iterator[Any]:
-    from tercet.data.sources import iter_examples
+    from tercet.data.files.sources import iter_examples
 
     for file in files:
         yield from iter_examples(file)
 
 
 def _embedder(model: str) -> Any:
-    from tercet.cli.loading import load
+    from tercet.cli.options import load
 
     return load(model, "float32")
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from tercet.cli.loading import AddressOption, Precision, RunnerOption, WorkersOption
+from tercet.cli.options import AddressOption, Precision, RunnerOption, WorkersOption
 from tercet.cli.sources import opened
-from tercet.console import columns, results, say
 from tercet.errors import RecipeError
-from tercet.files import sole_writer
+from tercet.files.atomic import sole_writer
+from tercet.files.console import columns, results, say
 
 _SHOWN: Final = 3  # names in a note
 
@@ -76,18 +76,18 @@ def filter_pairs(
 
     Example: tercet filter news.parquet faq.jsonl --model me5-small --out filtered
     """
-    from tercet.curate.filter_folder import (
+    from tercet.curate.filtering.filter import filter_sources
+    from tercet.curate.filtering.filter_folder import (
         DRAWING,
         finished,
         refuse_sources,
         settings_of,
         write_report,
     )
-    from tercet.curate.filtering import filter_sources
-    from tercet.curate.judging import Judge, Places
-    from tercet.curate.pair_rules import PairRules
-    from tercet.curate.passing import PRESETS
-    from tercet.curate.runners import Runner
+    from tercet.curate.filtering.judge import Judge, Places
+    from tercet.curate.filtering.pair_rules import PairRules
+    from tercet.curate.filtering.passing import PRESETS
+    from tercet.curate.jobs.runners import Runner
 
     where = Runner(engine=runner, workers=workers, address=address)
     least, most = _two("min-characters", min_characters), _two("max-characters", max_characters)
@@ -181,8 +181,8 @@ def _name(report: Mapping[str, Any]) -> str:
 
 
 def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
-    from tercet.evaluate.figures import Point, curves, drawing, write_png
-    from tercet.evaluate.intervals import Interval
+    from tercet.evaluate.report.figures import Point, curves, drawing, write_png
+    from tercet.evaluate.report.intervals import Interval
 
     lines = {}
     for report in reports:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from tercet.cli.loading import (
+from tercet.cli.options import (
     AddressOption,
     Precision,
     RunnerOption,
@@ -18,12 +18,12 @@ from tercet.cli.loading import (
     weights_of,
 )
 from tercet.cli.sources import opened
-from tercet.console import columns, results, say
-from tercet.data.documents import read_documents
+from tercet.data.files.documents import read_documents
 from tercet.errors import RecipeError
+from tercet.files.console import columns, results, say
 
 if TYPE_CHECKING:
-    from tercet.curate.mine import MiningReport
+    from tercet.curate.mining.mine import MiningReport
 
 _MANY: Final = 0.5  # of the candidates dropped as too close: worth a note
 
@@ -96,13 +96,13 @@ def mine(
 
     Example: tercet mine pairs.jsonl --teacher minilm --out mined.jsonl
     """
-    from tercet.curate.mine import Mining
-    from tercet.curate.mine import mine as run_mining
-    from tercet.curate.mine import sweep as try_values
-    from tercet.curate.mine_together import Shared, mine_together
-    from tercet.curate.nearness import COSINES
-    from tercet.curate.rules import MiningRule
-    from tercet.curate.runners import Runner
+    from tercet.curate.jobs.runners import Runner
+    from tercet.curate.mining.mine import Mining
+    from tercet.curate.mining.mine import mine as run_mining
+    from tercet.curate.mining.mine import sweep as try_values
+    from tercet.curate.mining.mine_together import Shared, mine_together
+    from tercet.curate.mining.nearness import COSINES
+    from tercet.curate.mining.rules import MiningRule
 
     where = Runner(engine=runner, workers=workers, address=address)
     values = _numbers(sweep)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from tercet import zoo
-from tercet.cli.loading import ReadingOption
-from tercet.console import columns, results, say
+from tercet.cli.options import ReadingOption
 from tercet.errors import RecipeError
+from tercet.files.console import columns, results, say
+from tercet.models.zoo import zoo
 
 if TYPE_CHECKING:
-    from tercet.data.tokens import Tokenizer
+    from tercet.models.tokens import Tokenizer
 
 _COUNTED: Final = 1_000  # texts of each language, whose tokens are counted
 
@@ -41,7 +41,7 @@ def inspect(
 
     Example: tercet inspect runs/mine/model
     """
-    from tercet.nn.manifest import manifest
+    from tercet.models.formats.manifest import manifest
 
     table = columns("what", "")
     for name, value in manifest(model).items():
@@ -66,7 +66,7 @@ def merge(
 
     Example: tercet merge mntp-adapter simcse-adapter --base smollm2 --out merged
     """
-    from tercet.nn.merge import load_adapters
+    from tercet.models.formats.merge import load_adapters
 
     _refuse_to_replace(out, "merging")
     embedder = load_adapters(adapters, base=base, compat=compat, attention=attention)
@@ -94,9 +94,9 @@ def retokenize(
 
     Example: tercet retokenize me5-small --tokenizer smollm2 --texts pairs.jsonl --out retokenized
     """
-    from tercet.data.tokens import load_tokenizer
-    from tercet.nn.embedder import Embedder
-    from tercet.nn.retokenize import with_tokenizer
+    from tercet.models.embedder import Embedder
+    from tercet.models.formats.retokenize import with_tokenizer
+    from tercet.models.tokens import load_tokenizer
 
     _refuse_to_replace(out, "this")
     embedder = Embedder.load(base)
@@ -111,7 +111,7 @@ def retokenize(
 
 def _show_lengths(texts: Path, before: "Tokenizer", after: "Tokenizer") -> None:
     """The mean tokens of a document with both tokenizers, a line a language."""
-    from tercet.data.sources import iter_examples
+    from tercet.data.files.sources import iter_examples
 
     found: dict[str, list[str]] = {}
     for example in iter_examples(texts):

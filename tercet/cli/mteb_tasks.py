@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tercet.console import columns, results, say
-from tercet.files import replacing_file
+from tercet.files.atomic import replacing_file
+from tercet.files.console import columns, results, say
 
 
 def measure_tasks(
@@ -26,9 +26,9 @@ def measure_tasks(
         RecipeError: for a task that mteb does not know, or for which the model learned a prompt
             that it would not get.
     """
-    from tercet.evaluate.conditions import conditions, versions
-    from tercet.evaluate.mteb import as_mteb, named_tasks, run_tasks
-    from tercet.evaluate.prompts import drop_prompts
+    from tercet.evaluate.measures.conditions import conditions, versions
+    from tercet.evaluate.measures.prompts import drop_prompts
+    from tercet.evaluate.suites.mteb import as_mteb, named_tasks, run_tasks
 
     chosen = named_tasks(tasks)
     record: dict[str, Any] = {"models": {}, "results": {}, "versions": versions("mteb", "datasets")}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from tercet.cli.loading import (
+from tercet.cli.options import (
     KindsOption,
     ModelName,
     WeightsOption,
@@ -18,11 +18,11 @@ from tercet.cli.loading import (
     weights_of,
     where,
 )
-from tercet.console import columns, one_line, results, say, shortened
-from tercet.data.documents import Document, read_documents
+from tercet.data.files.documents import Document, read_documents
 from tercet.errors import IndexFolderError, ModelError, RecipeError
-from tercet.quantized import Ranges, Stored, bytes_of
-from tercet.search.engine import (
+from tercet.files.console import columns, one_line, results, say, shortened
+from tercet.rank.quantized import Ranges, Stored, bytes_of
+from tercet.search.engine.engine import (
     Engine,
     Fusion,
     FusionName,
@@ -81,7 +81,7 @@ def index(
 
     Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index --precision int8
     """
-    from tercet.search.exact_engine import ExactEngine
+    from tercet.search.exact.exact_engine import ExactEngine
     from tercet.search.indexing import (
         expected_bytes,
         index_documents,

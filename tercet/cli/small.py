@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import numpy as np
 import typer
 
-from tercet import zoo
-from tercet.cli.loading import ModelName, Precision, load
-from tercet.console import columns, results, say
+from tercet.cli.options import ModelName, Precision, load
 from tercet.errors import DataError, RecipeError
-from tercet.files import replacing_file
+from tercet.files.atomic import replacing_file
+from tercet.files.console import columns, results, say
+from tercet.models.zoo import zoo
 
 if TYPE_CHECKING:
-    from tercet.evaluate.retention import Retained
+    from tercet.evaluate.measures.retention import Retained
 
 _FEW: Final = 100  # texts, below which a range says little of others
 
@@ -49,9 +49,9 @@ def calibrate(
 
     Example: tercet calibrate runs/mine/model documents.jsonl --dims 256 --save
     """
-    from tercet.data.texts import read_texts, spread
-    from tercet.nn.kept import require_settings, save_ranges
-    from tercet.quantized import PRECISIONS, Ranges, bytes_of, truncated
+    from tercet.data.files.texts import read_texts, spread
+    from tercet.models.kept import require_settings, save_ranges
+    from tercet.rank.quantized import PRECISIONS, Ranges, bytes_of, truncated
 
     folder = zoo.resolve(model, say)
     if save:
@@ -117,9 +117,9 @@ def sizes(
 
     Example: tercet sizes runs/mine/model test.jsonl --dims 256 --plot sizes.png
     """
-    from tercet.evaluate.prompts import known_task, task_names
-    from tercet.evaluate.retention import retention
-    from tercet.evaluate.retrieval import RetrievalSet, depth_of
+    from tercet.evaluate.measures.prompts import known_task, task_names
+    from tercet.evaluate.measures.retention import retention
+    from tercet.evaluate.sets.retrieval_set import RetrievalSet, depth_of
 
     depth_of(metric)  # refuses an unknown one before the work
     if split is not None and not data.is_dir():
@@ -201,7 +201,7 @@ def _write(
 
 
 def _draw(path: Path, found: "Sequence[Retained]", metric: str, seed: int) -> None:
-    from tercet.evaluate.figures import Point, curves, drawing, write_png
+    from tercet.evaluate.report.figures import Point, curves, drawing, write_png
 
     lines: dict[str, list[Point]] = {}
     for each in found:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from tercet import distributed
-from tercet.data.folders import open_sources
-from tercet.data.scan import EXAMPLES, Kind, Progress
-from tercet.data.sources import Source
+from tercet.data.files.folders import open_sources
+from tercet.data.files.scan import EXAMPLES, Kind, Progress
+from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
-from tercet.progress import bar
+from tercet.files.progress import bar
 
 Number = TypeVar("Number", int, float)
 

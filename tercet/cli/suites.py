@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tercet.console import columns, results, say
 from tercet.errors import RecipeError
-from tercet.files import replacing_file
+from tercet.files.atomic import replacing_file
+from tercet.files.console import columns, results, say
 
 if TYPE_CHECKING:
-    from tercet.evaluate.averages import Averages
-    from tercet.evaluate.intervals import Interval
-    from tercet.evaluate.kept_scores import KeptScores
-    from tercet.evaluate.languages import Place, SetScores
-    from tercet.evaluate.retention import Stored
+    from tercet.evaluate.measures.retention import Stored
+    from tercet.evaluate.report.intervals import Interval
+    from tercet.evaluate.suites.averages import Averages
+    from tercet.evaluate.suites.kept_scores import KeptScores
+    from tercet.evaluate.suites.languages import Place, SetScores
 
 _MAIN: Final = "ndcg@10"
 
@@ -63,14 +63,14 @@ class Table:
 
     def difference(self, one: "SetScores", name: str) -> "Interval":
         """By how much the first system is better than another on a set."""
-        from tercet.evaluate.intervals import paired_difference
+        from tercet.evaluate.report.intervals import paired_difference
 
         other = next(each for each in self.scores[name] if each.name == one.name)
         return paired_difference(one.scores[_MAIN], other.scores[_MAIN], seed=self.wanted.seed)
 
     def averages(self) -> "Iterator[tuple[str, dict[str, Averages], dict[str, Averages]]]":
         """Each group and axis, with each system's averages, and the first one's differences."""
-        from tercet.evaluate.averages import averages, by_axis, cells_of, differences
+        from tercet.evaluate.suites.averages import averages, by_axis, cells_of, differences
 
         how = {"seed": self.wanted.seed}
         seen = self.wanted.languages_seen
@@ -94,7 +94,7 @@ def sets_in(data: Path) -> "list[Place]":
     Raises:
         DataError: for two sets of one name.
     """
-    from tercet.evaluate.languages import places_in
+    from tercet.evaluate.suites.languages import places_in
 
     return places_in(data)
 
@@ -121,9 +121,9 @@ def measure_suite(
         DataError: at the first set that cannot be read.
         RecipeError: for a model whose queries would get no prompt, though it learned some.
     """
-    from tercet.evaluate.conditions import conditions
-    from tercet.evaluate.languages import BASELINES, measure_sets, measure_words
-    from tercet.evaluate.prompts import drop_prompts
+    from tercet.evaluate.measures.conditions import conditions
+    from tercet.evaluate.measures.prompts import drop_prompts
+    from tercet.evaluate.suites.languages import BASELINES, measure_sets, measure_words
 
     table = Table({}, wanted)
     for name in names:
@@ -149,8 +149,8 @@ def measure_suite(
 
 def _kept(folder: Path | None, embedder: Any, asked: dict[str, Any]) -> "KeptScores | None":
     """Where sets are found that this model was measured on in this way."""
-    from tercet.evaluate.conditions import conditions
-    from tercet.evaluate.kept_scores import KeptScores
+    from tercet.evaluate.measures.conditions import conditions
+    from tercet.evaluate.suites.kept_scores import KeptScores
 
     if folder is None:
         return None
@@ -173,7 +173,7 @@ def _show(table: Table) -> None:
 
 
 def _show_sets(table: Table) -> None:
-    from tercet.evaluate.intervals import interval
+    from tercet.evaluate.report.intervals import interval
 
     head = ("set", "axis", "languages", "queries", "nDCG@10", "Recall@100")
     shown = columns(*head, *(f"minus {name}" for name in table.others))
@@ -218,7 +218,7 @@ def _show_bias(table: Table, mixed: Sequence[str]) -> None:
 
 
 def _bias_row(each: "SetScores", lang: str | None, seed: int) -> list[str]:
-    from tercet.evaluate.averages import language_bias
+    from tercet.evaluate.suites.averages import language_bias
 
     row = [each.name, lang or "all"]
     found = language_bias(each, _MAIN, lang=lang, seed=seed)
@@ -234,7 +234,7 @@ def _signed(value: "Interval") -> str:
 
 def record_of(table: Table) -> dict[str, Any]:
     """All that was measured and how, for a file."""
-    from tercet.evaluate.conditions import versions
+    from tercet.evaluate.measures.conditions import versions
 
     wanted = table.wanted
     axes = {
@@ -257,8 +257,8 @@ def record_of(table: Table) -> dict[str, Any]:
 
 
 def _set_record(table: Table, one: "SetScores") -> dict[str, Any]:
-    from tercet.evaluate.averages import cells_of
-    from tercet.evaluate.intervals import interval
+    from tercet.evaluate.report.intervals import interval
+    from tercet.evaluate.suites.averages import cells_of
 
     seed = table.wanted.seed
     systems = {
@@ -288,7 +288,7 @@ def _set_record(table: Table, one: "SetScores") -> dict[str, Any]:
 
 
 def _bias_record(each: "SetScores", seed: int) -> dict[str, Any]:
-    from tercet.evaluate.averages import language_bias
+    from tercet.evaluate.suites.averages import language_bias
 
     found = {
         lang or "all": language_bias(each, _MAIN, lang=lang, seed=seed)
@@ -309,7 +309,7 @@ def _write(path: Path, table: Table) -> None:
 
 
 def _draw(path: Path, table: Table) -> None:
-    from tercet.evaluate.figures import dots, drawing, write_png
+    from tercet.evaluate.report.figures import dots, drawing, write_png
 
     panels = {
         label: {lang: {n: each.languages[lang] for n, each in figures.items()} for lang in one}

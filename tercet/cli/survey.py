@@ -8,11 +8,11 @@ from pathlib import Path
 import typer
 
 from tercet.cli.sources import shown_progress
-from tercet.console import columns, results, say
+from tercet.data.files.texts import text_key
 from tercet.data.survey import Counting, CountTokens, Lengths, SourceReport, Survey, survey
-from tercet.data.texts import text_key
 from tercet.errors import RecipeError
-from tercet.files import replacing_file
+from tercet.files.atomic import replacing_file
+from tercet.files.console import columns, results, say
 from tercet.types import Role
 
 
@@ -57,9 +57,9 @@ def check_sources(path: Path, asked: Asked) -> None:
 
 def _token_counter(model: str) -> CountTokens:
     """Counts with the prompts that the model puts before a text."""
-    from tercet.data.tokens import Tokenizer, load_tokenizer
-    from tercet.nn.settings import known_settings
-    from tercet.zoo import resolve
+    from tercet.models.settings import known_settings
+    from tercet.models.tokens import Tokenizer, load_tokenizer
+    from tercet.models.zoo.zoo import resolve
 
     place = resolve(model)
     tokenizer, settings = Tokenizer(load_tokenizer(place)), known_settings(model, Path(place))
@@ -72,7 +72,7 @@ def _token_counter(model: str) -> CountTokens:
 
 def _keys(path: Path) -> dict[str, set[int]]:
     """The keys of the texts of an evaluation set, or of each in a folder of them, by name."""
-    from tercet.curate.decontaminate import evaluation_texts
+    from tercet.curate.convert.decontaminate import evaluation_texts
 
     sets = [path]
     if path.is_dir() and not (path / "corpus.jsonl").is_file():
@@ -126,8 +126,8 @@ def _write_json(path: Path, found: Survey, asked: Asked) -> None:
 
 
 def _draw(path: Path, reports: Sequence[SourceReport]) -> None:
-    from tercet.evaluate.figures import drawing, write_png
-    from tercet.evaluate.mixture_figure import mixture_bars
+    from tercet.evaluate.report.figures import drawing, write_png
+    from tercet.evaluate.report.mixture_figure import mixture_bars
 
     shares: dict[str, dict[str, float]] = {}
     for each in reports:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tercet.cli.loading import Precision, load
-from tercet.console import columns, one_line, results, say, shortened
-from tercet.data.documents import read_documents
+from tercet.cli.options import Precision, load
+from tercet.data.files.documents import read_documents
 from tercet.errors import RecipeError
+from tercet.files.console import columns, one_line, results, say, shortened
 
 if TYPE_CHECKING:
-    from tercet.curate.synthesize import SynthesisReport
+    from tercet.curate.synthesis.synthesize import SynthesisReport
 
 _SHOWN_FAILURES = 5
 
@@ -73,13 +73,13 @@ def synthesize(
 
     Example: tercet synthesize docs.jsonl --model smollm2 --check minilm --out questions.jsonl
     """
-    from tercet.curate.asking import Asking
-    from tercet.curate.consistency import Consistency
-    from tercet.curate.generators import Drawing
-    from tercet.curate.passages import Sampling
-    from tercet.curate.synthesize import Synthesis, log_path
-    from tercet.curate.synthesize import synthesize as run_synthesis
-    from tercet.data.records import known_suffix
+    from tercet.curate.synthesis.asking import Asking
+    from tercet.curate.synthesis.consistency import Consistency
+    from tercet.curate.synthesis.generators import Drawing
+    from tercet.curate.synthesis.passages import Sampling
+    from tercet.curate.synthesis.synthesize import Synthesis, log_path
+    from tercet.curate.synthesis.synthesize import synthesize as run_synthesis
+    from tercet.files.records import known_suffix
 
     known_suffix(out)
     if file.resolve() in (out.resolve(), log_path(out).resolve()):
@@ -113,7 +113,7 @@ def _generator(
     """The endpoint where there is a URL, and else the model on this machine."""
     url, key_variable = where.pop("url"), where.pop("key_variable")
     if url is not None:
-        from tercet.curate.endpoint import Calls, EndpointGenerator
+        from tercet.curate.synthesis.endpoint import Calls, EndpointGenerator
 
         calls = Calls(**where)
         return EndpointGenerator(url, model, drawing, key_variable=key_variable, calls=calls)
@@ -121,7 +121,7 @@ def _generator(
         raise RecipeError("--key-variable is for an endpoint; give its --url as well")
     import torch
 
-    from tercet.curate.generators import LocalGenerator
+    from tercet.curate.synthesis.generators import LocalGenerator
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, precision)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import typer
 
 from tercet.cli.ablate import sources_of
-from tercet.cli.loading import whole_numbers
-from tercet.console import columns, results, say
+from tercet.cli.options import whole_numbers
+from tercet.files.console import columns, results, say
 
 
 def transfer(
@@ -75,11 +75,11 @@ def transfer(
     Example: tercet transfer runs/pretrained --data mined.jsonl --eval test/ --seen en,de,fr
     --out runs/transfer --finetuning-steps 100 --queries 300
     """
-    from tercet.ablation.languages import Budget, open_languages
-    from tercet.ablation.run import Bench
-    from tercet.ablation.transfer import Transfer, checkpoints_of, reference_of, run_transfer
-    from tercet.ablation.transfer_tables import NOTE, by_heading, transfer_table, write_transfer
-    from tercet.files import sole_writer
+    from tercet.files.atomic import sole_writer
+    from tercet.studies.languages import Budget, open_languages
+    from tercet.studies.run import Bench
+    from tercet.studies.transfer import Transfer, checkpoints_of, reference_of, run_transfer
+    from tercet.studies.transfer_tables import NOTE, by_heading, transfer_table, write_transfer
     from tercet.train.run import Run
 
     drawn = whole_numbers("seeds", seeds)

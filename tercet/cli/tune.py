@@ -5,10 +5,10 @@ from typing import Annotated, Final
 
 import typer
 
-from tercet import zoo
-from tercet.cli.loading import KindsOption, Precision, kinds_of, load
-from tercet.console import columns, results, say
+from tercet.cli.options import KindsOption, Precision, kinds_of, load
 from tercet.errors import RecipeError
+from tercet.files.console import columns, results, say
+from tercet.models.zoo import zoo
 from tercet.vectors import KINDS, Weights
 
 _BY: Final = {
@@ -52,10 +52,10 @@ def tune_weights(
 
     Example: tercet tune-weights runs/mine/model dev.jsonl --save
     """
-    from tercet.evaluate.embedders import dev_candidates
-    from tercet.evaluate.prompts import task_names
-    from tercet.evaluate.retrieval import RetrievalSet, depth_of
-    from tercet.evaluate.weights import require_settings, save_weights, tune
+    from tercet.evaluate.measures.prompts import task_names
+    from tercet.evaluate.measures.retrieval import dev_candidates
+    from tercet.evaluate.measures.tuned_weights import require_settings, save_weights, tune
+    from tercet.evaluate.sets.retrieval_set import RetrievalSet, depth_of
 
     depth_of(metric)  # refuses an unknown one before the work
     folder = zoo.resolve(model, say)

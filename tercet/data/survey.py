@@ -8,14 +8,14 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from tercet.data.examples import parse_example
-from tercet.data.folders import Group, Shard, find_groups
-from tercet.data.mixture import batches_of
-from tercet.data.records import parsed
-from tercet.data.scan import Progress, example_records
-from tercet.data.sources import in_language
-from tercet.data.texts import text_key
+from tercet.data.batches.mixture import batches_of
+from tercet.data.files.examples import parse_example
+from tercet.data.files.folders import Group, Shard, find_groups
+from tercet.data.files.scan import Progress, example_records
+from tercet.data.files.sources import in_language
+from tercet.data.files.texts import text_key
 from tercet.errors import DataError
+from tercet.files.records import parsed
 from tercet.types import Example, Role
 
 MOST_ERRORS: Final = 20  # enough to mend at a time

@@ -1,6 +1,6 @@
 """One loss over all kinds of vectors, in which their sum teaches each of them.
 
-As in :mod:`tercet.losses.contrastive`, a block of queries holds its whole rows of scores, of every
+As in :mod:`tercet.losses.info_nce`, a block of queries holds its whole rows of scores, of every
 kind. So its losses, its teacher and all its gradients are finished at once, and it is dropped.
 """
 
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tercet.losses.contrastive import Pairs, Rows, loss_and_gradient
 from tercet.losses.finished import finished
-from tercet.losses.ranked import group_distillation, listwise
-from tercet.scoring import scores_of
+from tercet.losses.info_nce import Pairs, Rows, loss_and_gradient
+from tercet.losses.listwise import group_distillation, listwise
+from tercet.rank.scoring import scores_of
 from tercet.types import IGNORED
 from tercet.vectors import Kind, Vectors, Weights
 
@@ -71,7 +71,7 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
         loss = (L + d L') / (1 + d)
 
     (arXiv 2402.03216, equations 1 to 6, with d = 1). InfoNCE is that of
-    :func:`tercet.losses.contrastive.info_nce`; the softmaxes are over all documents that are not
+    :func:`tercet.losses.info_nce.info_nce`; the softmaxes are over all documents that are not
     IGNORED. A single kind has no sum, and nothing to be taught.
 
     Dense vectors come as they are and are scaled here; with ``dims`` their losses are means over

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tercet.data.collate import Batch, Collator, Policy
-from tercet.data.sampler import BatchRows
-from tercet.data.sources import Source
+from tercet.data.batches.collate import Batch, Collator, Policy
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.files.sources import Source
 from tercet.distributed import gather_rows
 from tercet.errors import RecipeError
-from tercet.losses.contrastive import info_nce
-from tercet.nn.chunked import Chunks, Losses, backward_in_chunks
-from tercet.nn.embedder import Embedder
+from tercet.losses.info_nce import info_nce
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.vectors import Kind, Vectors
 
 _AGAINST: Final[Mapping[Policy, str]] = {

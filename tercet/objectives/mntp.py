@@ -14,15 +14,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tercet.data.blocks import Blocks, blocks_of
-from tercet.data.collate import Collator
-from tercet.data.masking import Masking, MaskToken, add_mask_token, mask_id
-from tercet.data.sampler import BatchRows
-from tercet.data.sources import Source
+from tercet.data.batches.blocks import Blocks, blocks_of
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.masking import Masking, MaskToken, add_mask_token, mask_id
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.files.sources import Source
 from tercet.distributed import gather_ints
 from tercet.errors import RecipeError
-from tercet.losses.language import Head, next_token_loss
-from tercet.nn.chunked import (
+from tercet.losses.tokens import Head, next_token_loss
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import (
     Chunks,
     Losses,
     as_many_as_others,
@@ -30,8 +31,7 @@ from tercet.nn.chunked import (
     one_token,
     own_random_state,
 )
-from tercet.nn.embedder import Embedder
-from tercet.nn.language import load_head
+from tercet.objectives.lm_head import load_head
 from tercet.segments import offsets_of
 from tercet.types import Packed
 

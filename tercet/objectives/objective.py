@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from tercet.data.collate import Collator
-from tercet.data.sampler import BatchRows, Drawable
-from tercet.data.sources import Source
-from tercet.nn.chunked import Chunks, Losses
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.sampler import BatchRows, Drawable
+from tercet.data.files.sources import Source
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks, Losses
 from tercet.types import Packed
 
 

@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tercet.data.blocks import Blocks, blocks_of
-from tercet.data.collate import Collator
-from tercet.data.masking import Masking, mask_id
-from tercet.data.sampler import BatchRows
-from tercet.data.sources import Source
-from tercet.data.whole_words import marked_pieces, unmarked
+from tercet.data.batches.blocks import Blocks, blocks_of
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.masking import Masking, mask_id
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.batches.whole_words import marked_pieces, unmarked
+from tercet.data.files.sources import Source
 from tercet.distributed import gather_ints
 from tercet.errors import ModelError, RecipeError
-from tercet.losses.language import next_token_loss
-from tercet.nn.chunked import Chunks, Losses, chunks_of, own_random_state
-from tercet.nn.decoding import Decoder
-from tercet.nn.embedder import Embedder
-from tercet.nn.masked_head import MaskedHead, find_masked_head
-from tercet.nn.pooling import POOLINGS
+from tercet.losses.tokens import next_token_loss
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks, Losses, chunks_of, own_random_state
+from tercet.models.network.pooling import POOLINGS
+from tercet.objectives.masked_head import MaskedHead, find_masked_head
+from tercet.objectives.retromae_decoder import Decoder
 from tercet.segments import offsets_of
 from tercet.types import Packed
 

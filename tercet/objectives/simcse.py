@@ -6,11 +6,11 @@ from typing import Final
 
 import torch
 
-from tercet.data.collate import Collator
-from tercet.data.sources import Source
-from tercet.data.tokens import Tokens
+from tercet.data.batches.collate import Collator
+from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
+from tercet.models.tokens import Tokens
 from tercet.objectives.contrastive import Contrastive, PairsAtWork
 from tercet.types import Role
 

@@ -7,13 +7,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from tercet.data.collate import Batch, Collator
-from tercet.data.sources import Source
+from tercet.data.batches.collate import Batch, Collator
+from tercet.data.files.sources import Source
 from tercet.distributed import gather_ints, gather_rows
 from tercet.errors import RecipeError
 from tercet.losses.unified import Lesson, Mixture, unified_loss
-from tercet.nn.chunked import Losses
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Losses
 from tercet.objectives.contrastive import Contrastive, PairsAtWork, pairs_of
 from tercet.segments import offsets_of
 from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors, Weights

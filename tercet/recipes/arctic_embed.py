@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TypeAlias
 
-from tercet.curate.mine import Mining
-from tercet.curate.rules import MiningRule
-from tercet.nn.backbone import Attention
-from tercet.nn.pooling import PoolingName
+from tercet.curate.mining.mine import Mining
+from tercet.curate.mining.rules import MiningRule
+from tercet.models.network.backbone import Attention
+from tercet.models.network.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.recipe import Lora, Model, Recipe, Refresh, Stage, chosen
 from tercet.train.schedule import ScheduleName

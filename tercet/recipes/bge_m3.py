@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Final, Literal, TypeAlias
 
-from tercet.data.shuffling import CutName
+from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.losses.unified import Lesson
-from tercet.nn.backbone import Attention
-from tercet.nn.pooling import PoolingName
+from tercet.models.network.backbone import Attention
+from tercet.models.network.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified

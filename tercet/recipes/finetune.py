@@ -7,9 +7,9 @@ small models; each is a flag.
 
 from typing import Annotated, Literal
 
-from tercet.data.collate import Policy
-from tercet.nn.backbone import Attention
-from tercet.nn.pooling import PoolingName
+from tercet.data.batches.collate import Policy
+from tercet.models.network.backbone import Attention
+from tercet.models.network.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.recipe import Lora, Model, Recipe, Stage
 

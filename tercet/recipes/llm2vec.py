@@ -8,9 +8,9 @@ on pairs with instructions.
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
-from tercet.data.masking import Masking, MaskToken
-from tercet.nn.backbone import Attention, Window
-from tercet.nn.pooling import PoolingName
+from tercet.data.batches.masking import Masking, MaskToken
+from tercet.models.network.backbone import Attention, Window
+from tercet.models.network.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
 from tercet.objectives.simcse import SimCSE

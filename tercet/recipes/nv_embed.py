@@ -9,12 +9,12 @@ too (arXiv 2405.17428, sec. 3.2).
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal, TypeAlias
 
-from tercet.data.collate import Policy
-from tercet.data.instructions import as_prompt
-from tercet.data.sampler import Mixing
-from tercet.nn.backbone import Attention
-from tercet.nn.layer import Layer
-from tercet.nn.pooling import PoolingName
+from tercet.data.batches.collate import Policy
+from tercet.data.batches.sampler import Mixing
+from tercet.models.formats.instructions import as_prompt
+from tercet.models.network.backbone import Attention
+from tercet.models.network.latent_attention import Layer
+from tercet.models.network.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.recipe import Lora, Model, Recipe, Stage, chosen
 

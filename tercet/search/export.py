@@ -10,15 +10,15 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from tercet.data.documents import Document
-from tercet.data.examples import shown
-from tercet.data.stored import NAMES, GrowingArray, VectorWriter
+from tercet.data.files.documents import Document
+from tercet.data.files.examples import shown
 from tercet.errors import DataError, ModelError, RecipeError
-from tercet.files import clear_about, replacing_file, replacing_folder
-from tercet.interop.engines import TAKEN, EngineRow, FormatName, json_line, lines_of, parts_of
-from tercet.nn.embedder import Embedder
-from tercet.progress import Bars, bar
+from tercet.files.arrays import NAMES, GrowingArray, VectorWriter
+from tercet.files.atomic import clear_about, replacing_file, replacing_folder
+from tercet.files.progress import Bars, bar
+from tercet.models.embedder import Embedder
 from tercet.search.indexing import bytes_of
+from tercet.search.rows import TAKEN, EngineRow, FormatName, json_line, lines_of, parts_of
 from tercet.segments import row_of
 from tercet.types import Role
 from tercet.vectors import KINDS, Kind, Vectors
@@ -61,7 +61,7 @@ def write_vectors(
     *,
     bars: Bars = bar,
 ) -> Written:
-    """Write a folder of arrays (``tercet.data.stored``), which appears whole or not at all.
+    """Write a folder of arrays (``tercet.files.arrays``), which appears whole or not at all.
 
     Raises:
         ModelError: when a vector is not finite.
@@ -92,7 +92,7 @@ def write_dense(
 ) -> Written:
     """Write the dense vectors as one .npy file of float32 rows, which appears whole or not at all.
 
-    They are those of :meth:`tercet.nn.embedder.Embedder.encode`, which sorts so many texts at a
+    They are those of :meth:`tercet.models.embedder.Embedder.encode`, which sorts so many texts at a
     time by length.
 
     Raises:
@@ -127,7 +127,7 @@ def write_rows(
     wanted: Wanted,
     total: int | None = None,
 ) -> Written:
-    """Write a file of rows for an engine (``tercet.interop.engines``), whole or not at all.
+    """Write a file of rows for an engine (``tercet.search.rows``), whole or not at all.
 
     Raises:
         DataError: for a document with a field that has the name of another part of its row, or

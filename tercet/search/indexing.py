@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-from tercet import quantized
-from tercet.data.documents import Document
-from tercet.data.texts import spread
-from tercet.nn.embedder import Embedder
-from tercet.progress import bar
-from tercet.quantized import Ranges, Stored
-from tercet.search.engine import Engine, Record
+from tercet.data.files.documents import Document
+from tercet.data.files.texts import spread
+from tercet.files.progress import bar
+from tercet.models.embedder import Embedder
+from tercet.rank import quantized
+from tercet.rank.quantized import Ranges, Stored
+from tercet.search.engine.engine import Engine, Record
 from tercet.vectors import KINDS, Kind, Vectors
 
 DOCUMENTS_AT_ONCE: Final = 256  # so many a kill may cost

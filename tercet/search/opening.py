@@ -16,12 +16,12 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from uuid import uuid4
 
 from tercet.errors import IndexFolderError, RecipeError, TercetError
-from tercet.files import recover_folder, replacing_file, replacing_folder, sole_writer
-from tercet.quantized import STORED, Stored
-from tercet.search.engine import Engine
-from tercet.search.exact_engine import ExactEngine
-from tercet.search.qdrant import check_stored
-from tercet.search.qdrant_engine import QdrantEngine
+from tercet.files.atomic import recover_folder, replacing_file, replacing_folder, sole_writer
+from tercet.rank.quantized import STORED, Stored
+from tercet.search.engine.engine import Engine
+from tercet.search.exact.exact_engine import ExactEngine
+from tercet.search.qdrant.points import check_stored
+from tercet.search.qdrant.qdrant_engine import QdrantEngine
 from tercet.vectors import KINDS
 
 EngineName: TypeAlias = Literal["exact", "qdrant", "cluster"]
@@ -254,13 +254,13 @@ def _place_of(about: About) -> tuple[str | None, ...]:
 
 def _edge_store() -> Any:
     """The class; a MissingExtraError where its package is not installed."""
-    from tercet.search.qdrant_edge import EdgeStore
+    from tercet.search.qdrant.edge import EdgeStore
 
     return EdgeStore
 
 
 def _store_of(about: About) -> Any:
-    from tercet.search.qdrant_cluster import ClusterStore
+    from tercet.search.qdrant.server import ClusterStore
 
     if about.url is None or about.collection is None or about.mark is None:
         raise RecipeError("an index on a server needs its URL, its collection's name and its mark")

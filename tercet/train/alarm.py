@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Final
 
-from tercet.evaluate.kinds import EMPTY
+from tercet.evaluate.measures.kinds import EMPTY
 
 _RECENT: Final = 32  # batches over which the share is averaged: few texts make a restless number
 _FEW: Final = 32  # batches whose mean says nothing yet, neither that it is low nor high
@@ -51,7 +51,7 @@ class SparseAlarm:
             self._compare(step, "documents in training", self.recent, rise)
 
     def after_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Look at what was measured on a dev set; see ``tercet.evaluate.embedders.dev_score``."""
+        """Look at what ``tercet.evaluate.measures.retrieval.dev_score`` measured."""
         for role in ("query", "document"):
             if (share := figures.get(f"dev_{role}_empty")) is not None:
                 self._compare(step, f"{role} texts of the dev set", share, EMPTY)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from tercet import distributed
-from tercet.data.collate import Collator, PromptOf
-from tercet.data.sampler import BatchPlan, Drawable, Sampler
-from tercet.data.sources import Source
-from tercet.data.tokens import Tokens
+from tercet.data.batches.collate import Collator, PromptOf
+from tercet.data.batches.sampler import BatchPlan, Drawable, Sampler
+from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
+from tercet.models.tokens import Tokens
 from tercet.train.lengths import PRESETS, Costs, Groups, Shape, fitted, usual_edges
 from tercet.train.memory import Room
 from tercet.train.recipe import Stage

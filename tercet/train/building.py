@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tercet.data.sources import Source
+from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder, Settings
-from tercet.nn.fingerprints import fingerprint_of
-from tercet.nn.folders import known_kinds
-from tercet.nn.positions import extend_positions
+from tercet.models.embedder import Embedder, Settings
+from tercet.models.formats.tercet_folder import known_kinds
+from tercet.models.network.fingerprints import fingerprint_of
+from tercet.models.network.positions import extend_positions
 from tercet.train.recipe import Model
 from tercet.vectors import KINDS, Kind
 

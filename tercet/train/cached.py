@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tercet.data.collate import Collator
-from tercet.data.sources import Source
-from tercet.data.token_cache import CachedTokens, shelves_of
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.token_cache import CachedTokens, shelves_of
+from tercet.data.files.sources import Source
+from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.unified import Unified
 from tercet.train.batches import max_tokens_of

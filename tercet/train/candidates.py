@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from tercet import distributed
-from tercet.data.sources import Source
+from tercet.data.files.sources import Source
 from tercet.train.lengths import Groups
 from tercet.train.recipe import Stage
 from tercet.types import Example

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet.errors import RecipeError
-from tercet.files import replacing_file
+from tercet.files.atomic import replacing_file
 from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, get_args
 
 from tercet.errors import RecipeError
-from tercet.nn.attention import KEPT_LENGTH
+from tercet.models.network.attention import KEPT_LENGTH
 from tercet.train.memory import COPIES, Room
 
 Batching: TypeAlias = Literal["fit", "bge-m3-pairs-80gb", "bge-m3-finetune-80gb"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.errors import MissingExtraError
-from tercet.files import clear_about, replacing_file
+from tercet.files.atomic import clear_about, replacing_file
 
 
 class Log:

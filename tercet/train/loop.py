@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from tercet import distributed
-from tercet.data.collate import PromptOf
-from tercet.files import sole_writer
-from tercet.nn.embedder import Embedder, Settings
+from tercet.data.batches.collate import PromptOf
+from tercet.files.atomic import sole_writer
+from tercet.models.embedder import Embedder, Settings
 from tercet.train.building import build, fingerprint_of_base, with_prompts_of
-from tercet.train.job import (
+from tercet.train.plan import (
     Data,
     Job,
     by_stage,
@@ -28,7 +28,7 @@ from tercet.train.job import (
 )
 from tercet.train.recipe import Recipe, Stage
 from tercet.train.run import Run
-from tercet.train.series import STEPS, Series
+from tercet.train.snapshots import STEPS, Series
 from tercet.train.trainer import Score, Trainer
 from tercet.types import Role
 from tercet.vectors import Kind

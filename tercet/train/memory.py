@@ -7,10 +7,10 @@ from typing import Final
 import torch
 
 from tercet import distributed
-from tercet.nn.attention import KEPT_LENGTH, keeps_weights
-from tercet.nn.backbone import Backbone
-from tercet.nn.embedder import Embedder
-from tercet.nn.layer import Layer
+from tercet.models.embedder import Embedder
+from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
+from tercet.models.network.backbone import Backbone
+from tercet.models.network.latent_attention import Layer
 from tercet.types import Packed
 from tercet.vectors import Kind
 
@@ -45,7 +45,7 @@ class Room:
     def graph_tokens(self, texts: Packed) -> int:
         """Tokens of the shortest texts whose graphs fit beside the vectors of all of them.
 
-        The shortest ones, since it is their graphs that are kept (``tercet.nn.chunked``); where
+        The shortest ones, since their graphs are kept (``tercet.models.network.chunked``); where
         attention weights are kept as well, a token costs more in one text than in another.
         """
         left = self.total - COPIES * self.vectors(len(texts), len(texts.ids))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.sharding import is_sharded, kept_by_main, part_of
 from tercet.train import checkpoint
 from tercet.train.recipe import Stage

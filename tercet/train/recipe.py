@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Final, Literal, get_args
 
-from tercet.curate.mine import Mining
-from tercet.curate.rules import MiningRule
-from tercet.data.collate import Policy
-from tercet.data.sampler import Mixing
-from tercet.data.shuffling import CutName
+from tercet.curate.mining.mine import Mining
+from tercet.curate.mining.rules import MiningRule
+from tercet.data.batches.collate import Policy
+from tercet.data.batches.sampler import Mixing
+from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
-from tercet.nn.backbone import Attention, Window
-from tercet.nn.layer import Layer
-from tercet.nn.pooling import PoolingName
+from tercet.models.network.backbone import Attention, Window
+from tercet.models.network.latent_attention import Layer
+from tercet.models.network.pooling import PoolingName
 from tercet.objectives.objective import Objective
 from tercet.train.lengths import LEAST, Batching
 from tercet.train.schedule import ScheduleName

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 
 from tercet import distributed
-from tercet.curate import corpus
-from tercet.curate.corpus import text_key
-from tercet.curate.mine import Miner, Mining
-from tercet.data.documents import read_documents
-from tercet.data.examples import parse_example
-from tercet.data.records import readable
-from tercet.data.sources import Source, open_source, write_examples
+from tercet.curate.mining import documents as corpus
+from tercet.curate.mining.documents import text_key
+from tercet.curate.mining.mine import Miner, Mining
+from tercet.data.files.documents import read_documents
+from tercet.data.files.examples import parse_example
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import DataError, RecipeError
-from tercet.files import clear_about, replacing_file
-from tercet.nn.embedder import Embedder
-from tercet.progress import Bars, bar
+from tercet.files.atomic import clear_about, replacing_file
+from tercet.files.progress import Bars, bar
+from tercet.files.records import readable
+from tercet.models.embedder import Embedder
 from tercet.train.recipe import Refresh
 from tercet.types import Example
 

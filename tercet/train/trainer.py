@@ -14,36 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from tercet import distributed
-from tercet.data.sampler import BatchRows, Sampler
+from tercet.data.batches.sampler import BatchRows, Sampler
 from tercet.errors import RecipeError, TrainingError
-from tercet.files import replacing_file
-from tercet.nn.chunked import Chunks, Losses
-from tercet.nn.embedder import Embedder
-from tercet.nn.layers import recomputable, recomputed
-from tercet.nn.precision import warning_of
+from tercet.files.atomic import replacing_file
+from tercet.files.progress import Advance, bar, notes
+from tercet.models.embedder import Embedder
+from tercet.models.network.checkpointing import recomputable, recomputed
+from tercet.models.network.chunked import Chunks, Losses
+from tercet.models.network.precision import warning_of
 from tercet.objectives.contrastive import PairsAtWork
 from tercet.objectives.objective import TextBatch
-from tercet.progress import Advance, bar, notes
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.train import checkpoint, optimizer, schedule
 from tercet.train.alarm import SparseAlarm
 from tercet.train.batches import collator_of, groups_of, sampler_of
 from tercet.train.cached import with_cached_tokens
 from tercet.train.candidates import Candidates
-from tercet.train.job import (
+from tercet.train.lengths import Groups
+from tercet.train.log import Log
+from tercet.train.memory import room_of
+from tercet.train.plan import (
     CHECKPOINT,
     MADE_WITH,
     Job,
     identity,
     is_refreshed,
 )
-from tercet.train.lengths import Groups
-from tercet.train.log import Log
-from tercet.train.memory import room_of
 from tercet.train.recipe import Stage
 from tercet.train.refresh import Refresher
-from tercet.train.series import Series
-from tercet.train.spread import Spread, require_in_step
+from tercet.train.sharded import Spread, require_in_step
+from tercet.train.snapshots import Series
 
 BEST: Final = "best.pt"
 

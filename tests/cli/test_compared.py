@@ -5,10 +5,10 @@ from dataclasses import asdict
 
 import pytest
 
-from tercet.evaluate.bm25 import by_tokens_of
-from tercet.evaluate.embedders import measure_bm25, measure_kinds
-from tercet.evaluate.retrieval import METRICS, RetrievalSet
-from tercet.nn.embedder import Embedder
+from tercet.evaluate.measures.bm25 import by_tokens_of
+from tercet.evaluate.measures.retrieval import measure_bm25, measure_kinds
+from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
+from tercet.models.embedder import Embedder
 from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES

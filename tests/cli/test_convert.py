@@ -1,6 +1,6 @@
 import pytest
 
-from tercet.data.sources import iter_examples
+from tercet.data.files.sources import iter_examples
 from tests.cli.lines import cells, table, write
 
 HOW = ("--task", "t", "--instruction", "Sort.")

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.vectors import KINDS
 from tests.cli.lines import write
 from tests.toy import SENTENCES

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from tercet.data.examples import shown
-from tercet.data.stored import read_vectors, stored_kinds
-from tercet.nn.embedder import Embedder
+from tercet.data.files.examples import shown
+from tercet.files.arrays import read_vectors, stored_kinds
+from tercet.models.embedder import Embedder
 from tercet.search import export
 from tercet.vectors import KINDS, Kind
 from tests.cli.lines import write

@@ -1,7 +1,7 @@
 import pytest
 
-from tercet.data.sources import iter_examples, write_examples
-from tercet.interop.arctic import batch_folders, read_batch
+from tercet.curate.convert.arctic_batches import batch_folders, read_batch
+from tercet.data.files.sources import iter_examples, write_examples
 from tercet.types import Example
 from tests.cli.lines import cells
 

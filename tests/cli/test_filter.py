@@ -4,8 +4,8 @@ import os
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.data.folders import open_sources
-from tercet.data.sources import iter_examples
+from tercet.data.files.folders import open_sources
+from tercet.data.files.sources import iter_examples
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -66,7 +66,7 @@ def test_pairs_are_written_counted_and_ready_for_a_training(tercet, start, tmp_p
 
 def test_a_finished_command_says_so_and_loads_nothing(tercet, start, tmp_path, monkeypatch):
     first = tercet(*start, "--out", tmp_path / "out")
-    monkeypatch.setattr("tercet.curate.judging.Judge.load", None)
+    monkeypatch.setattr("tercet.curate.filtering.judge.Judge.load", None)
     again = tercet(*start, "--out", tmp_path / "out")
     assert (again.status, again.out) == (0, first.out)
     assert f"{tmp_path / 'out'}: is finished already" in again.err
@@ -78,7 +78,7 @@ def test_another_k_takes_another_folder_and_the_ranks_that_are_there(
     tercet(*start, "--out", tmp_path / "out")
     said = refused(*start, "--out", tmp_path / "out", "--k", "1")
     assert said.startswith(f"{tmp_path / 'out'}: was made from other k (20); choose another --out")
-    monkeypatch.setattr("tercet.curate.judging.Vectors.shard", None)
+    monkeypatch.setattr("tercet.curate.filtering.judge.Vectors.shard", None)
     assert tercet(*start, "--out", tmp_path / "more", "--k", "1").status == 0
 
 

@@ -3,11 +3,11 @@ from typing import cast
 
 import pytest
 
-from tercet.curate.mine import Mining, mine
-from tercet.curate.nearness import By
-from tercet.curate.rules import MiningRule
-from tercet.data.sources import iter_examples, open_source
-from tercet.nn.embedder import Embedder
+from tercet.curate.mining.mine import Mining, mine
+from tercet.curate.mining.nearness import By
+from tercet.curate.mining.rules import MiningRule
+from tercet.data.files.sources import iter_examples, open_source
+from tercet.models.embedder import Embedder
 from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES

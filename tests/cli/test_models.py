@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tests.cli.lines import cells, table, write
 from tests.toy import SENTENCES
 

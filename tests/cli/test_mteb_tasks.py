@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from tercet.evaluate import mteb as ours
-from tercet.evaluate.mteb import TaskScore
+from tercet.evaluate.suites import mteb as ours
+from tercet.evaluate.suites.mteb import TaskScore
 
 
 @pytest.fixture

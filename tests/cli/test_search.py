@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from tercet.nn.embedder import Embedder
-from tercet.quantized import Ranges
-from tercet.scoring import scores_of, weighted_scores
+from tercet.models.embedder import Embedder
+from tercet.rank.quantized import Ranges
+from tercet.rank.scoring import scores_of, weighted_scores
 from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
@@ -236,7 +236,7 @@ def server(monkeypatch):
     pytest.importorskip("qdrant_client")
     from qdrant_client import QdrantClient
 
-    from tercet.search import qdrant_cluster
+    from tercet.search.qdrant import server as qdrant_cluster
 
     local = QdrantClient(":memory:")
     with monkeypatch.context() as patched:

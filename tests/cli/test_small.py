@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.vectors import KINDS
 from tests.cli.lines import cells, write
 

@@ -3,10 +3,10 @@ import math
 
 import pytest
 
-from tercet.evaluate.averages import averages, cells_of, language_bias
-from tercet.evaluate.intervals import paired_difference
-from tercet.evaluate.languages import measure_sets, places_in
-from tercet.nn.embedder import Embedder
+from tercet.evaluate.report.intervals import paired_difference
+from tercet.evaluate.suites.averages import averages, cells_of, language_bias
+from tercet.evaluate.suites.languages import measure_sets, places_in
+from tercet.models.embedder import Embedder
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 

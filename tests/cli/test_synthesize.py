@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tercet.data.sources import iter_examples
+from tercet.data.files.sources import iter_examples
 from tests.answering import Reply, completion, endpoint, written
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES

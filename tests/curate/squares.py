@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tercet.curate.bulk import DoUnit, Report, Unit, run_units
-from tercet.curate.runners import Runner
+from tercet.curate.jobs.job import DoUnit, Report, Unit, run_units
+from tercet.curate.jobs.runners import Runner
 from tercet.errors import DataError
-from tercet.files import replacing_file
+from tercet.files.atomic import replacing_file
 
 
 def units(count: int) -> list[Unit]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tercet.curate import runners
-from tercet.curate.bulk import run_units
+from tercet.curate.jobs import runners
+from tercet.curate.jobs.job import run_units
 from tests.curate.driving import ended, start, wait_for, wait_until_quiet
 from tests.curate.squares import Squares, files, log_of, units
 from tests.processes import ROOT

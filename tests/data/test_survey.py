@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 
-from tercet.data.mixture import batches_of, by_language, shares_of
-from tercet.data.sampler import BatchPlan, Sampler
-from tercet.data.sources import write_examples
+from tercet.data.batches.mixture import batches_of, by_language, shares_of
+from tercet.data.batches.sampler import BatchPlan, Sampler
+from tercet.data.files.sources import write_examples
+from tercet.data.files.texts import text_key
 from tercet.data.survey import Counting, survey
-from tercet.data.texts import text_key
 from tercet.types import Example
-from tests.data.test_mixture import NEWS, NQ
-from tests.data.test_sampler import batches_of as drawn
-from tests.data.test_sampler import source_of
+from tests.data.batches.test_mixture import NEWS, NQ
+from tests.data.batches.test_sampler import batches_of as drawn
+from tests.data.batches.test_sampler import source_of
 
 
 @pytest.fixture

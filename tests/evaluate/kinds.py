@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tercet.evaluate.retrieval import RetrievalSet
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.metrics import Judgements
 from tercet.segments import offsets_of
 from tercet.vectors import Terms, TokenRows, Vectors

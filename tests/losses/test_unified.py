@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.data.relation import Relation, relation_of
+from tercet.data.batches.relation import Relation, relation_of
 from tercet.losses.unified import Lesson, Mixture, unified_loss
 from tercet.segments import offsets_of
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tercet.data.collate import Collator
-from tercet.data.sampler import BatchRows
-from tercet.nn.chunked import Chunks
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.sampler import BatchRows
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
 from tercet.objectives.retromae import RetroMAE, RetroMAEAtWork
 from tests.toy import save_model
 

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 import transformers as t
 
-from tercet.data.collate import Collator
-from tercet.data.masking import Masking
-from tercet.data.sampler import BatchRows
-from tercet.data.texts import open_texts
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.masking import Masking
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.files.texts import open_texts
 from tercet.errors import ModelError, RecipeError
-from tercet.nn.chunked import Chunks
-from tercet.nn.embedder import Embedder
-from tercet.nn.language import load_head
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
+from tercet.objectives.lm_head import load_head
 from tercet.objectives.mntp import MNTP, NO_LABEL, BlocksAtWork
 from tests.toy import DECODERS, SENTENCES, byte_bpe
 

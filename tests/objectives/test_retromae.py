@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from tercet import distributed
-from tercet.data.collate import Collator
-from tercet.data.sources import open_source, write_examples
-from tercet.data.texts import open_texts
+from tercet.data.batches.collate import Collator
+from tercet.data.files.sources import open_source, write_examples
+from tercet.data.files.texts import open_texts
 from tercet.errors import RecipeError
-from tercet.nn import decoding
-from tercet.nn.chunked import Chunks
-from tercet.nn.embedder import Embedder
-from tercet.nn.pooling import POOLINGS
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
+from tercet.models.network.pooling import POOLINGS
+from tercet.objectives import retromae_decoder as decoding
 from tercet.objectives.retromae import NO_LABEL, HiddenBatch, RetroMAE
 from tercet.types import Example
 from tests.objectives.retromaes import ALL, KINDS, at_work, gradients, quiet_model, rows

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers as t
 
-from tercet.data.texts import open_texts
+from tercet.data.files.texts import open_texts
 from tercet.errors import ModelError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tests.objectives.retromaes import ALL, at_work, gradients, quiet_model, rows
 from tests.toy import SENTENCES
 

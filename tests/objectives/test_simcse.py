@@ -3,12 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tercet.data.collate import Collator
-from tercet.data.sampler import BatchRows
-from tercet.data.texts import open_texts
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.files.texts import open_texts
 from tercet.errors import RecipeError
-from tercet.nn.chunked import Chunks, own_random_state
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks, own_random_state
 from tercet.objectives.simcse import SimCSE
 from tests.toy import SENTENCES, pack
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tercet.data.sources import Source, open_source, write_examples
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.losses.unified import Mixture, unified_loss
-from tercet.nn.chunked import Chunks, Losses
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks, Losses
 from tercet.objectives.contrastive import PairsAtWork
 from tercet.objectives.unified import Unified
 from tercet.recipes.bge_m3 import bge_m3

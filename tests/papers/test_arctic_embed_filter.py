@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tercet.curate.paired import Block, paired_ranks
+from tercet.curate.filtering.pair_scores import Block, paired_ranks
 
 BLOCKS = [Block(8, 8), Block(16, 64), Block(64, 64), Block(512, 2048)]
 

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.interop import arctic
-from tercet.interop.arctic import TokenBatch, read_batch, write_batch
+from tercet.curate.convert import arctic_batches as arctic
+from tercet.curate.convert.arctic_batches import TokenBatch, read_batch, write_batch
 
 
 def batch_of(pairs, *, queries, documents, first=0) -> TokenBatch:

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.curate import catalog, corpus
-from tercet.curate.corpus import Pool, Texts
-from tercet.curate.mine import Mining, mine
-from tercet.curate.rules import ABSENT, LEFT, TOO_CLOSE, MiningRule, judge
-from tercet.data.relation import relation_of
-from tercet.data.sources import iter_examples, open_source, write_examples
+from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import relevant as catalog
+from tercet.curate.mining.documents import Pool, Texts
+from tercet.curate.mining.mine import Mining, mine
+from tercet.curate.mining.rules import ABSENT, LEFT, TOO_CLOSE, MiningRule, judge
+from tercet.data.batches.relation import relation_of
+from tercet.data.files.sources import iter_examples, open_source, write_examples
 from tercet.errors import RecipeError
-from tercet.losses import contrastive
-from tercet.nn.embedder import Embedder
-from tercet.search import exact
+from tercet.losses import info_nce as contrastive
+from tercet.models.embedder import Embedder
+from tercet.rank import exact
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, Example
 
 NAIVE = MiningRule(kind="naive")

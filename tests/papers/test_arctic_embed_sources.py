@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from tercet.data import sources as files
-from tercet.data.folders import open_sources
-from tercet.data.sampler import BatchPlan, Sampler
-from tercet.data.sources import write_examples
-from tercet.data.token_cache import CachedTokens, shelves_of
-from tercet.data.tokens import Tokens
+from tercet.data.batches.sampler import BatchPlan, Sampler
+from tercet.data.batches.token_cache import CachedTokens, shelves_of
+from tercet.data.files import sources as files
+from tercet.data.files.folders import open_sources
+from tercet.data.files.sources import write_examples
 from tercet.errors import DataError, RecipeError
+from tercet.models.tokens import Tokens
 from tercet.types import Example
 
 

@@ -1,7 +1,7 @@
 """Training traps of Arctic-Embed, by their numbers. As a script, this file is one of two processes.
 
-A14, A15 and A19 are looked at elsewhere; A8, A16 and A17 in ``tests/data/test_relation.py`` and
-``tests/losses/test_contrastive.py``.
+A14, A15 and A19 are looked at elsewhere; A8, A16 and A17 in
+``tests/data/batches/test_relation.py`` and ``tests/losses/test_info_nce.py``.
 """
 
 import sys
@@ -18,17 +18,17 @@ import transformers as t
 from torch import Tensor
 
 from tercet import distributed
-from tercet.data.collate import Batch, Collator
-from tercet.data.relation import relation_of
-from tercet.data.sampler import BatchRows
-from tercet.data.sources import open_source, write_examples
-from tercet.losses.contrastive import info_nce
-from tercet.nn.chunked import Chunks
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Batch, Collator
+from tercet.data.batches.relation import relation_of
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.files.sources import open_source, write_examples
+from tercet.losses.info_nce import info_nce
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
 from tercet.objectives.contrastive import Contrastive, PairsAtWork
 from tercet.types import NEGATIVE, POSITIVE, Example
 from tests import toy
-from tests.losses.test_contrastive import (
+from tests.losses.test_info_nce import (
     Dense,
     assert_same_loss_and_gradients,
     dense,

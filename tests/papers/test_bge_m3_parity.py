@@ -1,6 +1,6 @@
 """BGE-M3 (arXiv 2402.03216): vectors, scores, losses and gradients of FlagEmbedding 1.4.2.
 
-What it made of a tiny XLM-R is in ``tests/interop/fixtures/flagembedding``; the script beside it
+What it made of a tiny XLM-R is in ``tests/fixtures/flagembedding``; the script beside it
 says how. Tests carry the ids of the traps that they are about: B1, B2, B15, B16.
 """
 
@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tercet.data.relation import Relation, relation_of
+from tercet.data.batches.relation import Relation, relation_of
 from tercet.errors import ModelError
-from tercet.interop.flagembedding import lexical_weights, terms_of
 from tercet.losses.unified import Mixture, unified_loss
-from tercet.nn.embedder import Embedder
-from tercet.scoring import late_interaction, lexical_scores, scores_of
+from tercet.models.embedder import Embedder
+from tercet.models.formats.bge_m3_files import lexical_weights, terms_of
+from tercet.rank.scoring import late_interaction, lexical_scores, scores_of
 from tercet.types import InBatch, Packed
 from tercet.vectors import KINDS, Kind, TokenRows, Vectors
 from tests.toy import pack
 
-FIXTURE = Path(__file__).parents[1] / "interop/fixtures/flagembedding"
+FIXTURE = Path(__file__).parents[1] / "fixtures/flagembedding"
 MODEL = FIXTURE / "model"
 RECORD = json.loads((FIXTURE / "recorded.json").read_text(encoding="utf-8"))
 TEXTS: list[str] = RECORD["texts"]

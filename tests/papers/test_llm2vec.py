@@ -17,20 +17,20 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from tercet.data.masking import mask_id
-from tercet.data.tokens import Form, Tokenizer
+from tercet.data.batches.masking import mask_id
 from tercet.errors import ModelError
-from tercet.evaluate.lookahead import direction_map, prefix_sensitivity, read_triples
-from tercet.interop.llm2vec import read_llm2vec
-from tercet.nn.backbone import Backbone
-from tercet.nn.embedder import Embedder, Settings
-from tercet.nn.llm2vec import Llm2VecEncoder
-from tercet.nn.merge import lineage, load_adapters
-from tercet.nn.pooling import POOLINGS
-from tercet.nn.words import Words, word_means
+from tercet.evaluate.insight.lookahead import direction_map, prefix_sensitivity, read_triples
+from tercet.models.embedder import Embedder, Settings
+from tercet.models.formats.llm2vec import Llm2VecEncoder
+from tercet.models.formats.llm2vec_files import read_llm2vec
+from tercet.models.formats.merge import lineage, load_adapters
+from tercet.models.network.backbone import Backbone
+from tercet.models.network.pooling import POOLINGS
+from tercet.models.network.words import Words, word_means
+from tercet.models.tokens import Form, Tokenizer
 from tests.toy import DECODERS, SENTENCES, byte_bpe, pack, random_model, random_texts
 
-FIXTURE = Path(__file__).parents[1] / "interop" / "fixtures" / "llm2vec"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "llm2vec"
 PROMPT = "find it: "
 HARD = ("7 days", "\nline", "für äöü", "한국어 文字", "a small server")  # after a prompt
 

@@ -16,13 +16,13 @@ import transformers as t
 from torch import Tensor
 
 from tercet import distributed
-from tercet.data.collate import Collator
-from tercet.data.masking import Masking
-from tercet.data.sampler import BatchRows
-from tercet.data.texts import open_texts
-from tercet.losses.language import Head, next_token_loss
-from tercet.nn.chunked import Chunks
-from tercet.nn.embedder import Embedder
+from tercet.data.batches.collate import Collator
+from tercet.data.batches.masking import Masking
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.files.texts import open_texts
+from tercet.losses.tokens import Head, next_token_loss
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
 from tercet.objectives.mntp import MNTP, NO_LABEL
 from tercet.objectives.simcse import SimCSE
 from tests.processes import run_together

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from tercet.curate.conversion import Wanted
-from tercet.curate.decontaminate import EvaluationTexts, Found, Removal, decontaminate
-from tercet.curate.labelled import convert_labelled
-from tercet.curate.scored import convert_similarity
-from tercet.data.labelled import LabelledText
-from tercet.data.similarity import SimilaritySet
+from tercet.curate.convert.classification import convert_labelled
+from tercet.curate.convert.decontaminate import EvaluationTexts, Found, Removal, decontaminate
+from tercet.curate.convert.settings import Wanted
+from tercet.curate.convert.similarity import convert_similarity
+from tercet.data.files.labelled import LabelledText
+from tercet.data.files.similarity import SimilaritySet
 from tercet.types import Example
 
 WANTED = Wanted(task="moods", instruction="Name the mood.", negatives=3, seed=5)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tercet.data.instructions import as_prompt
-from tercet.interop.nv_embed import our_name, published_name
-from tercet.nn.backbone import Backbone
-from tercet.nn.embedder import Embedder, Settings
-from tercet.nn.layer import Layer
-from tercet.nn.nv_embed import NvEmbedEncoder, load_nv_embed
+from tercet.models.embedder import Embedder, Settings
+from tercet.models.formats.instructions import as_prompt
+from tercet.models.formats.nv_embed import NvEmbedEncoder, load_nv_embed
+from tercet.models.formats.nv_embed_files import our_name, published_name
+from tercet.models.network.backbone import Backbone
+from tercet.models.network.latent_attention import Layer
 from tests.published import (
     CONFIG,
     INSTRUCTION,

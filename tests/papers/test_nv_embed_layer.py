@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tercet.nn.folded import Folded, folding_pays
-from tercet.nn.layer import Layer, build_layer
-from tercet.nn.pooling import mean
+from tercet.models.network.folded import Folded, folding_pays
+from tercet.models.network.latent_attention import Layer, build_layer
+from tercet.models.network.pooling import mean
 from tests.toy import pack, random_texts
 
 HIDDEN, LATENTS, HEADS = 24, 7, 3

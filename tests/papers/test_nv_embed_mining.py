@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tercet.curate.rules import LEFT, POSITIVE, REASONS, MiningRule, choose, judge
+from tercet.curate.mining.rules import LEFT, POSITIVE, REASONS, MiningRule, choose, judge
 
 # The score of the (lowest) positive, and those of six candidates, best first. P is a known
 # positive, whatever it scores. The third query has two positives, at 0.9 and 0.5: 0.5 is anchor.

@@ -13,10 +13,10 @@ import transformers as t
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from tercet.data.instructions import as_prompt
-from tercet.data.tokens import Form, Tokenizer
-from tercet.nn.backbone import Backbone
-from tercet.nn.embedder import Embedder, Settings
+from tercet.models.embedder import Embedder, Settings
+from tercet.models.formats.instructions import as_prompt
+from tercet.models.network.backbone import Backbone
+from tercet.models.tokens import Form, Tokenizer
 from tests.toy import DECODERS, SENTENCES, byte_bpe, random_model
 
 SPACED = as_prompt("find the package")  # the published form: its end is a space

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from tercet import distributed
-from tercet.data.relation import Relation, relation_of
-from tercet.data.sampler import BatchPlan, Sampler
-from tercet.data.sources import Source, open_source, write_examples
-from tercet.losses.contrastive import info_nce
+from tercet.data.batches.relation import Relation, relation_of
+from tercet.data.batches.sampler import BatchPlan, Sampler
+from tercet.data.files.sources import Source, open_source, write_examples
+from tercet.losses.info_nce import info_nce
 from tercet.recipes.nv_embed import nv_embed
 from tercet.train import loop, trainer
 from tercet.train.loop import train

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tercet.data.sources import Source, open_source, write_examples
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.train.loop import train

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from tercet.cli.training import EXAMPLES, PAIRS_OR_DATA, TEXTS_OR_DATA, _data
-from tercet.data.sources import open_source, write_examples
+from tercet.cli.train import EXAMPLES, PAIRS_OR_DATA, TEXTS_OR_DATA, _data
+from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError
-from tercet.evaluate.weights import save_weights
-from tercet.nn.embedder import Embedder
-from tercet.nn.kept import save_ranges
+from tercet.evaluate.measures.tuned_weights import save_weights
+from tercet.models.embedder import Embedder
+from tercet.models.kept import save_ranges
 from tercet.objectives.retromae import RetroMAE
 from tercet.objectives.unified import Unified
-from tercet.quantized import Ranges
+from tercet.rank.quantized import Ranges
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.train.log import read
 from tercet.train.loop import train

@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers as t
 
-from tercet.data.masking import Masking
-from tercet.data.sources import open_source, write_examples
-from tercet.data.texts import open_texts
+from tercet.data.batches.masking import Masking
+from tercet.data.files.sources import open_source, write_examples
+from tercet.data.files.texts import open_texts
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.objectives import mntp
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
@@ -228,7 +228,7 @@ def test_without_lora_every_weight_is_trained(base, data, tmp_path):
 
 def test_smollm2_learns_from_real_texts(tmp_path):
     """Two steps on a real model: the path from texts to a model, not its quality."""
-    from tercet import zoo
+    from tercet.models.zoo import zoo
 
     if not zoo.installed("smollm2"):
         pytest.skip("smollm2 is not installed")

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tercet.data.instructions import as_prompt
-from tercet.data.sources import Source, open_source, write_examples
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import ModelError, RecipeError
-from tercet.nn.backbone import Backbone
-from tercet.nn.embedder import Embedder, Settings
-from tercet.nn.layer import Layer
-from tercet.nn.manifest import manifest
-from tercet.nn.merge import load_adapters
+from tercet.models.embedder import Embedder, Settings
+from tercet.models.formats.instructions import as_prompt
+from tercet.models.formats.manifest import manifest
+from tercet.models.formats.merge import load_adapters
+from tercet.models.network.backbone import Backbone
+from tercet.models.network.latent_attention import Layer
 from tercet.recipes.finetune import finetune
 from tercet.recipes.nv_embed import nv_embed
 from tercet.train.log import read

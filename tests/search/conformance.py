@@ -13,9 +13,17 @@ from typing import Final
 
 import torch
 
-from tercet.quantized import Ranges, Stored, codes_of
-from tercet.search.engine import Engine, Fusion, Hit, ReciprocalRank, Record, Rerank, Weighted
-from tercet.search.exact_engine import ExactEngine
+from tercet.rank.quantized import Ranges, Stored, codes_of
+from tercet.search.engine.engine import (
+    Engine,
+    Fusion,
+    Hit,
+    ReciprocalRank,
+    Record,
+    Rerank,
+    Weighted,
+)
+from tercet.search.exact.exact_engine import ExactEngine
 from tercet.segments import offsets_of
 from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors, Weights
 
@@ -73,15 +81,15 @@ def _coded(folder: Path, stored: Stored) -> Engine:
 
 
 def qdrant_edge(folder: Path) -> Engine:
-    from tercet.search.qdrant_edge import EdgeStore
-    from tercet.search.qdrant_engine import QdrantEngine
+    from tercet.search.qdrant.edge import EdgeStore
+    from tercet.search.qdrant.qdrant_engine import QdrantEngine
 
     return QdrantEngine(EdgeStore(folder, threads=1))
 
 
 def qdrant_edge_coded(folder: Path) -> Engine:  # which scores by what was given to it
-    from tercet.search.qdrant_edge import EdgeStore
-    from tercet.search.qdrant_engine import QdrantEngine
+    from tercet.search.qdrant.edge import EdgeStore
+    from tercet.search.qdrant.qdrant_engine import QdrantEngine
 
     return QdrantEngine(EdgeStore(folder, threads=1, stored="int4"))
 
@@ -89,8 +97,8 @@ def qdrant_edge_coded(folder: Path) -> Engine:  # which scores by what was given
 def qdrant_client(folder: Path) -> Engine:  # its local mode, in memory, stands in for a server
     from qdrant_client import QdrantClient
 
-    from tercet.search.qdrant_cluster import ClusterStore
-    from tercet.search.qdrant_engine import QdrantEngine
+    from tercet.search.qdrant.qdrant_engine import QdrantEngine
+    from tercet.search.qdrant.server import ClusterStore
 
     return QdrantEngine(ClusterStore(QdrantClient(":memory:"), folder.name))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tercet.errors import DataError, ModelError, RecipeError
-from tercet.search.engine import Engine, ReciprocalRank, Record, Rerank, Weighted
+from tercet.search.engine.engine import Engine, ReciprocalRank, Record, Rerank, Weighted
 from tercet.segments import offsets_of
 from tercet.vectors import KINDS, Terms, TokenRows, Vectors, Weights
 from tests.search import conformance as c

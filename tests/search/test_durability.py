@@ -20,7 +20,7 @@ WRITER = """
 import sys
 from itertools import count
 from pathlib import Path
-from tercet.search.engine import Record
+from tercet.search.engine.engine import Record
 from tests.search import conformance as c
 from {module} import {function} as opened
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tercet.data.documents import Document
+from tercet.data.files.documents import Document
 from tercet.search import indexing
-from tercet.search.exact_engine import ExactEngine
+from tercet.search.exact.exact_engine import ExactEngine
 from tercet.search.indexing import Indexed, bytes_of, expected_bytes, index_documents
 from tercet.vectors import Vectors
 from tests.search import conformance as c
@@ -86,7 +86,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.search import test_indexing as t
-from tercet.search.exact_engine import ExactEngine
+from tercet.search.exact.exact_engine import ExactEngine
 
 t.indexing.DOCUMENTS_AT_ONCE = 4
 

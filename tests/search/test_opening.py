@@ -5,9 +5,9 @@ from contextlib import closing
 import pytest
 
 from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
-from tercet.search.exact_engine import ExactEngine
+from tercet.search.exact.exact_engine import ExactEngine
 from tercet.search.opening import About, about_index, make_engine, open_engine, require, write_about
-from tercet.search.qdrant_engine import QdrantEngine
+from tercet.search.qdrant.qdrant_engine import QdrantEngine
 from tests.search import conformance as c
 
 ABOUT = About(settings={"model": "m", "fingerprint": "abc"})

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from tercet.curate import catalog, corpus
-from tercet.curate.mine import Mining
-from tercet.curate.rules import MiningRule
-from tercet.data.sources import Source, open_source, write_examples
+from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import relevant as catalog
+from tercet.curate.mining.mine import Mining
+from tercet.curate.mining.rules import MiningRule
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.recipes.finetune import finetune
 from tercet.train.recipe import Recipe, Refresh
 from tercet.train.run import Run

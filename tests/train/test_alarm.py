@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from tercet.data.sources import open_source, write_examples
+from tercet.data.files.sources import open_source, write_examples
 from tercet.objectives import contrastive
 from tercet.recipes.finetune import finetune
 from tercet.train.alarm import SparseAlarm

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tercet import distributed
-from tercet.data.sources import Source, open_source, write_examples
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.batches import bytes_per_token, groups_of, in_tokens, sampler_of, shape_of
 from tercet.train.lengths import Groups

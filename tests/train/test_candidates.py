@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from tercet import distributed
-from tercet.data.sources import open_source, write_examples
+from tercet.data.files.sources import open_source, write_examples
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.candidates import Candidates
 from tercet.train.lengths import Groups

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.data.sources import open_source, write_examples
+from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError, StorageError, TrainingError
-from tercet.files import sole_writer
-from tercet.nn.embedder import Embedder
+from tercet.files.atomic import sole_writer
+from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune

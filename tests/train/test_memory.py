@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig, Gemma2Config
 
-from tercet.nn.attention import KEPT_LENGTH
-from tercet.nn.chunked import _first_kept, chunks_of
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
+from tercet.models.network.attention import KEPT_LENGTH
+from tercet.models.network.chunked import _first_kept, chunks_of
 from tercet.train.memory import COPIES, Room, graph_bytes, pair_bytes
 from tercet.types import Packed
 from tercet.vectors import Terms, TokenRows, Vectors

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from tercet import distributed
-from tercet.curate.rules import MiningRule
-from tercet.data.sources import Source, iter_examples, open_source, write_examples
-from tercet.data.texts import normal_form, open_texts
+from tercet.curate.mining.rules import MiningRule
+from tercet.data.files.sources import Source, iter_examples, open_source, write_examples
+from tercet.data.files.texts import normal_form, open_texts
 from tercet.errors import DataError, RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.train import refresh as refreshing
 from tercet.train.recipe import Refresh
 from tercet.train.refresh import Refresher

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tercet.curate.mine import Mining, mine
-from tercet.curate.nearness import By
-from tercet.curate.rules import MiningRule
-from tercet.data.sources import Source, iter_examples
+from tercet.curate.mining.mine import Mining, mine
+from tercet.curate.mining.nearness import By
+from tercet.curate.mining.rules import MiningRule
+from tercet.data.files.sources import Source, iter_examples
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.objectives.unified import Unified
 from tercet.train.loop import train
 from tercet.train.recipe import Refresh

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from tercet.curate import corpus
-from tercet.curate.mine import Miner
-from tercet.data.sources import open_source
+from tercet.curate.mining import documents as corpus
+from tercet.curate.mining.mine import Miner
+from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import PairsAtWork
 from tercet.train import refresh as refreshing

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tercet import distributed
-from tercet.data.sampler import BatchRows
-from tercet.data.sources import open_source
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError, TrainingError
-from tercet.nn.backbone import Backbone
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
+from tercet.models.network.backbone import Backbone
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
@@ -25,7 +25,7 @@ from tercet.sharding import whole_of
 from tercet.train import loop
 from tercet.train.recipe import Lora, Model, Recipe
 from tercet.train.run import Run
-from tercet.train.spread import blocks_of, require_in_step
+from tercet.train.sharded import blocks_of, require_in_step
 from tercet.train.trainer import Trainer
 from tests import toy
 from tests.objectives import retromaes

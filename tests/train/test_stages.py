@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tercet.data.sources import Source, open_source, write_examples
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
-from tercet.nn.embedder import Embedder
-from tercet.nn.layer import Layer
+from tercet.models.embedder import Embedder
+from tercet.models.network.latent_attention import Layer
 from tercet.recipes.finetune import finetune
 from tercet.train.loop import train
 from tercet.train.recipe import Recipe

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tercet import distributed
-from tercet.data.sampler import BatchRows
-from tercet.data.sources import open_source, write_examples
+from tercet.data.batches.sampler import BatchRows
+from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError, TrainingError
-from tercet.nn.embedder import Embedder
+from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.unified import Unified

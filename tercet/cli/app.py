@@ -1,0 +1,84 @@
+"""All verbs under one name, and what happens to their errors."""
+
+import logging
+import sys
+import warnings
+from typing import Final
+
+import typer
+
+from tercet.cli.ablate import ablations
+from tercet.cli.ablate_languages import arctic_embed, english_gap
+from tercet.cli.convert import convert, decontaminate
+from tercet.cli.data import check, demo
+from tercet.cli.encode import encode
+from tercet.cli.evaluate import diagnose, evaluate, probe
+from tercet.cli.exchange import (
+    from_arctic,
+    from_arctic_batches,
+    split_arctic_batches,
+    to_arctic,
+    to_arctic_batches,
+)
+from tercet.cli.filter import filter_pairs
+from tercet.cli.mine import mine
+from tercet.cli.models import inspect, merge, models, retokenize
+from tercet.cli.search import index, search
+from tercet.cli.small import calibrate, sizes
+from tercet.cli.synthesize import synthesize
+from tercet.cli.train import recipes
+from tercet.cli.transfer import transfer
+from tercet.cli.tune import tune_weights
+from tercet.errors import TercetError
+from tercet.files.console import Notes, say
+
+INTERRUPTED: Final = 130  # what typer ends with at Ctrl-C
+
+app = typer.Typer(
+    help="Make a text embedder of your own: train, measure, search.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(recipes, name="train")
+app.add_typer(ablations, name="ablate")
+convert.command("arctic")(from_arctic)
+convert.command("to-arctic")(to_arctic)
+convert.command("arctic-batches")(from_arctic_batches)
+convert.command("to-arctic-batches")(to_arctic_batches)
+convert.command("arctic-split")(split_arctic_batches)
+ablations.command("arctic-embed")(arctic_embed)
+ablations.command("english-gap")(english_gap)
+app.add_typer(convert, name="convert")
+for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge, retokenize):
+    app.command()(verb)
+for verb in (encode, index, search, diagnose, probe, calibrate, sizes, transfer):
+    app.command()(verb)
+app.command("eval")(evaluate)
+app.command("filter")(filter_pairs)
+app.command("tune-weights")(tune_weights)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a verb, and exit: 0 when done, 2 when the user can fix what went wrong."""
+    logging.getLogger("tercet").handlers = [Notes()]
+    _quiet_libraries()
+    try:
+        app(argv, prog_name="tercet")
+    except TercetError as error:
+        say(f"tercet: {error}")
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            say("tercet: stopped; a training goes on when the same command is given again")
+        raise
+
+
+def _quiet_libraries() -> None:
+    """Our own progress is enough, and their warnings of what will change are not for users."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

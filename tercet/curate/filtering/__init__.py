@@ -1,0 +1,1 @@
+"""Filtering of pairs."""

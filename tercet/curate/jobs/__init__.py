@@ -1,0 +1,1 @@
+"""Work in units that are done once, in one process or many."""

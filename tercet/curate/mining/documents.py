@@ -1,0 +1,283 @@
+"""The documents that are mined: distinct texts on disk, and a teacher's vectors of them.
+
+Nothing here holds all texts or all vectors. A document costs about 120 bytes of memory.
+"""
+
+import hashlib
+import os
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int, Int64, UInt64
+
+from tercet import distributed
+from tercet.data.files.examples import shown
+from tercet.data.files.texts import text_key
+from tercet.errors import ModelError
+from tercet.files.atomic import replacing_file
+from tercet.files.progress import Advance
+from tercet.files.records import readable
+from tercet.models.embedder import Embedder
+from tercet.models.settings import Settings
+from tercet.rank.exact import Hits, check_queries
+from tercet.rank.topk import Best
+from tercet.search.export import first_broken
+from tercet.types import Role
+from tercet.vectors import Vectors as KindVectors
+
+SHARD: Final = 4096  # texts that are encoded between two points where a killed run goes on
+_VERSION: Final = 1  # of what the name of a shard says
+_TOGETHER: Final = 1024  # queries that meet a shard of documents together
+_PAIRS: Final = 8192  # pairs of a query and a document that are scored together
+
+
+class Texts:
+    """Texts in a file without a name, gone when the process is; 8 bytes a text in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)
+        weakref.finalize(self, self._file.close)  # a worker of a job is never told to close
+        self._ends = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, text: str) -> None:
+        """Put a text behind the others."""
+        content = text.encode()
+        self._file.write(content)
+        self._ends.append(self._ends[-1] + len(content))
+
+    def read(self, rows: Iterable[int]) -> list[str]:
+        """The texts of these rows."""
+        self._file.flush()
+        number, ends = self._file.fileno(), self._ends
+        return [os.pread(number, ends[row + 1] - ends[row], ends[row]).decode() for row in rows]
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        self._file.close()
+
+
+@dataclass(eq=False)
+class Pool:
+    """Distinct documents that are encoded after one prompt. Of equal ones the first one counts."""
+
+    prompt: str
+    texts: Texts
+    rows: dict[int, int] = field(default_factory=dict)  # the key of a text, to its row
+    shards: list[Path] = field(default_factory=list)  # vectors of SHARD rows each
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, text: str) -> None:
+        """Take a document in; blank ones are none."""
+        if not text or text.isspace():
+            return
+        row = len(self.rows)
+        if self.rows.setdefault(text_key(text), row) == row:
+            self.texts.add(text)
+
+    @cached_property
+    def keys(self) -> UInt64[np.ndarray, "docs"]:
+        """The keys of all documents, by row; not before the last one is there."""
+        return np.fromiter(self.rows, np.uint64, len(self.rows))
+
+    def search(self, queries: Float32[np.ndarray, "queries dim"], k: int) -> Hits:
+        """The ``k`` documents of largest score for each query; each shard is read once.
+
+        Some queries meet a shard at a time: their scores are 16 MB, whatever there is to search.
+        """
+        k = min(k, len(self))
+        if k < 1 or not len(queries):
+            shape = (len(queries), max(k, 0))
+            return Hits(np.zeros(shape, np.float32), np.zeros(shape, np.int64))
+        check_queries(queries, _opened(self.shards[0]).shape[1])
+        parts = torch.from_numpy(np.ascontiguousarray(queries)).split(_TOGETHER)
+        best = [Best(len(part), k) for part in parts]
+        product = torch.empty(_TOGETHER * SHARD)
+        for number, path in enumerate(self.shards):
+            docs = torch.from_numpy(np.array(_opened(path)))
+            for part, found in zip(parts, best, strict=True):
+                # Torch's product: faster by a tenth and more than numpy's. Into the same memory:
+                # to get 16 MB afresh for each costs half as much again.
+                scores = product[: len(part) * len(docs)].view(len(part), len(docs))
+                torch.mm(part, docs.T, out=scores)
+                found.add(scores.numpy(), number * SHARD)
+        hits = [found.hits() for found in best]
+        return Hits(*(np.concatenate(some) for some in zip(*hits, strict=True)))
+
+    def vectors(self, rows: Int[np.ndarray, "wanted"]) -> Float32[np.ndarray, "wanted dim"]:
+        """The vectors of these rows; each shard that holds one is opened once."""
+        shards = rows // SHARD
+        found = np.empty((len(rows), _opened(self.shards[0]).shape[1]), np.float32)
+        for number in np.unique(shards).tolist():
+            here = shards == number
+            found[here] = _opened(self.shards[number])[rows[here] - number * SHARD]
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vectors:
+    """A teacher's vectors, kept in a folder: the same texts are encoded once.
+
+    The name of a shard is a hash of all that its vectors hang on: teacher, role, prompts and
+    texts. So a run that was killed goes on with the shards that are there, another threshold costs
+    no encoding, and what a changed teacher or file had left is never read. Float32: halves would
+    save half of the disk, and would be converted again for each block of queries.
+    """
+
+    teacher: Embedder
+    folder: Path
+
+    def shard(self, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Path:
+        """The file with the vectors of these texts, each after its prompt.
+
+        Raises:
+            ModelError: when a vector is not finite.
+            StorageError: when the disk refuses.
+        """
+        path = self.folder / f"{shard_name(self.teacher, texts, role, prompts)}.npy"
+        if not _is_whole(path, (len(texts), self.teacher.dim)):
+            with replacing_file(path) as fresh:
+                vectors = self._encode(texts, role, prompts)
+                with fresh.open("wb") as opened:
+                    np.save(opened, vectors)
+        return path
+
+    def queries(
+        self, texts: Sequence[str], prompts: Sequence[str]
+    ) -> Float32[np.ndarray, "queries dim"]:
+        """The vectors of queries."""
+        return np.array(_opened(self.shard(texts, "query", prompts)))
+
+    def fill(self, pool: Pool, advance: Advance) -> None:
+        """Encode the documents of a pool; of several processes, which all call this, each some."""
+        shards_of(pool, self.shard, advance)
+
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Encode one shard of a pool, whose rows are from ``start`` on."""
+        one_shard(pool, self.shard, start)
+
+    @property
+    def settings(self) -> Settings:
+        """The teacher's, which say what is put before texts."""
+        return self.teacher.settings
+
+    def nearest(self, queries: Float32[np.ndarray, "queries dim"], pool: Pool, k: int) -> Hits:
+        """The documents of largest score for each query."""
+        return pool.search(queries, k)
+
+    def scores(
+        self,
+        queries: Float32[np.ndarray, "queries dim"],
+        owners: Int64[np.ndarray, "pairs"],
+        pool: Pool,
+        rows: Int64[np.ndarray, "pairs"],
+    ) -> Float32[np.ndarray, "pairs"]:
+        """The score of query ``owners[i]`` with document ``rows[i]``, for each ``i``."""
+        found = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _PAIRS):
+            part = slice(start, start + _PAIRS)
+            found[part] = (queries[owners[part]] * pool.vectors(rows[part])).sum(axis=1)
+        return found
+
+    def close(self) -> None:
+        """What was encoded stays for the next mining."""
+
+    def _encode(
+        self, texts: Sequence[str], role: Role, prompts: Sequence[str]
+    ) -> Float[np.ndarray, "texts dim"]:
+        found = np.empty((len(texts), self.teacher.dim), np.float32)
+        rows_of: dict[str, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(prompt, []).append(row)
+        for prompt, rows in rows_of.items():
+            with prompted(self.teacher, role, prompt):
+                found[rows] = self.teacher.encode([texts[row] for row in rows], role)
+        check_finite(KindVectors(torch.from_numpy(found)), texts)
+        return found
+
+
+def shards_of(
+    pool: Pool, shard: Callable[[Sequence[str], Role, Sequence[str]], Path], advance: Advance
+) -> None:
+    """Give a pool its shards; of several processes, which all call this, each makes some."""
+    starts = range(0, len(pool), SHARD)
+    found: dict[int, Path] = {}
+    own = starts[distributed.rank() :: distributed.world()]
+    for part in (own, starts):
+        for start in part:
+            if start not in found:
+                found[start] = one_shard(pool, shard, start)
+                advance(min(SHARD, len(pool) - start))
+        distributed.barrier()  # what others have encoded is found
+    pool.shards += [found[start] for start in starts]
+
+
+def one_shard(
+    pool: Pool, shard: Callable[[Sequence[str], Role, Sequence[str]], Path], start: int
+) -> Path:
+    """The shard of the documents from a row on, encoded when it is not there."""
+    rows = range(start, min(start + SHARD, len(pool)))
+    return shard(pool.texts.read(rows), "document", [pool.prompt] * len(rows))
+
+
+def shard_name(teacher: Embedder, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> str:
+    """A hash of all that a teacher's vectors of these texts hang on."""
+    backbone = teacher.backbone
+    kind = next(backbone.parameters()).dtype
+    about = (_VERSION, teacher.fingerprint(), backbone.attention, backbone.window, kind)
+    digest = hashlib.blake2b(repr((*about, role, len(texts))).encode(), digest_size=16)
+    for text in (*prompts, *texts):
+        content = text.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def check_finite(vectors: KindVectors, texts: Sequence[str]) -> None:
+    """Refuse vectors of these texts that hold NaN or infinity.
+
+    Raises:
+        ModelError: naming the first such text.
+    """
+    if (row := first_broken(vectors)) is not None:
+        raise ModelError(
+            f"the teacher's vector of {shown(texts[row])} holds NaN or infinity; the model is "
+            "broken, or it was run in a precision too low for it"
+        )
+
+
+@contextmanager
+def prompted(teacher: Embedder, role: Role, prompt: str) -> Iterator[None]:
+    """For a while the teacher's prompt for this role is another one."""
+    settings = teacher.settings
+    teacher.settings = replace(settings, prompts={**settings.prompts, role: prompt})
+    try:
+        yield
+    finally:
+        teacher.settings = settings
+
+
+def _opened(path: Path) -> np.ndarray:
+    # Opened for each use: a thousand files that stay open are more than a process may have.
+    with readable(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
+    try:
+        found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # absent, or cut short by a copy
+        return False
+    return found.shape == shape and found.dtype == np.float32

@@ -1,0 +1,261 @@
+"""The nearest documents of queries, with all that a rule has to know about them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int8, Int64, UInt64
+
+from tercet.curate.mining.documents import Pool, text_key
+from tercet.curate.mining.nearness import Finder
+from tercet.curate.mining.relevant import Catalog
+from tercet.curate.mining.rules import (
+    ABSENT,
+    ALREADY,
+    LEFT,
+    POSITIVE,
+    QUERY,
+    MiningRule,
+    choose,
+    judge,
+)
+from tercet.models.settings import Settings
+from tercet.types import Example, Role
+
+_PAIRS: Final = 8192  # of a query and a text that are looked for among candidates together
+_DECIMALS: Final = 6  # of scores; those after differ between kernels and batches
+
+
+def prompt_for(
+    settings: Settings | None, example: Example, role: Role, first: Literal["row", "teacher"]
+) -> str:
+    """The prompt that a teacher reads a text of this example after.
+
+    The row's own, unless the teacher's go ``first``; then the teacher's for the row's task, if it
+    knows that, or its usual one. Without settings of a teacher there is none.
+    """
+    if settings is None:
+        return ""
+    own = example.query_prompt if role == "query" else example.document_prompt
+    if first == "row" and own is not None:
+        return own
+    task = example.task if example.task in settings.task_prompts else None
+    return settings.prompt(role, task)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranked:
+    """Some examples and the nearest documents of their queries, best first, before any rule."""
+
+    places: list[int]  # of these examples in their block
+    examples: list[Example]
+    pool: Pool
+    keys: UInt64[np.ndarray, "queries"]
+    rows: Int64[np.ndarray, "queries ranks"]  # of the pool; -1 where there is none
+    scores: Float64[np.ndarray, "queries ranks"]
+    barred: Int8[np.ndarray, "queries ranks"]  # verdicts that do not hang on scores
+    positives: list[list[float]]  # their scores
+    found: list[list[bool]]  # whether each is among the candidates of its query
+    own: list[list[tuple[str, float]]]  # negatives that stay, and their scores
+    refused: int  # own negatives that would stay, but are positives, repeats or blank
+
+    @property
+    def unfound(self) -> int:
+        """Positives that are not among the candidates of their query."""
+        return sum(row.count(False) for row in self.found)
+
+    def references(self, most: int | None) -> Float64[np.ndarray, "queries"]:
+        """The score that a rule compares with, of each query: that of its lowest positive.
+
+        With ``most``, the lowest of so many of its best among the candidates; NaN without any.
+        """
+        if most is None:
+            return np.array([min(scores) for scores in self.positives])
+        found = [
+            sorted(score for score, there in zip(*both, strict=True) if there)[-most:]
+            for both in zip(self.positives, self.found, strict=True)
+        ]
+        return np.array([scores[0] if scores else np.nan for scores in found], np.float64)
+
+    def judged(self, rule: MiningRule, negatives: int, most: int | None = None) -> "Judged":
+        """What a rule makes of them, where each row is to have so many negatives.
+
+        ``most`` is how many positives count for the rule; None: all of them.
+        """
+        lowest = self.references(most)
+        verdicts = judge(rule, self.scores, lowest, self.barred)
+        counts = np.array([max(0, negatives - len(own)) for own in self.own])
+        return Judged(
+            self, lowest, verdicts, choose(rule, self.scores, verdicts == LEFT, counts, self.keys)
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """Ranked documents, what became of each candidate, and which are taken."""
+
+    ranked: Ranked
+    references: Float64[np.ndarray, "queries"]  # positives' scores that the rule compared with
+    verdicts: Int8[np.ndarray, "queries ranks"]
+    chosen: Bool[np.ndarray, "queries ranks"]
+
+    def negatives(self, row: int) -> list[tuple[str, float]]:
+        """The negatives of a row and their scores: its own, then mined ones, best first."""
+        ranked, columns = self.ranked, np.flatnonzero(self.chosen[row])
+        texts = ranked.pool.texts.read(ranked.rows[row, columns].tolist())
+        return [*ranked.own[row], *zip(texts, ranked.scores[row, columns].tolist(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranker:
+    """Finds the nearest documents of examples in a catalog whose pools are ready."""
+
+    finder: Finder
+    catalog: Catalog
+    depth: int
+    keep: bool  # an example's own negatives
+    prompts: Literal["row", "teacher"]
+
+    def ranked(self, block: Sequence[Example]) -> Iterator[Ranked]:
+        """The examples of a block, those that share a pool together."""
+        for places, pool in self._by_pool(block):
+            examples = [block[place] for place in places]
+            queries = self._queries(examples)
+            found = self.finder.nearest(queries, pool, self.depth)
+            absent = found.rows < 0
+            candidates = np.where(absent, np.uint64(0), pool.keys[found.rows])
+            keys = np.array([text_key(example.query) for example in examples], np.uint64)
+            answers = [list(map(text_key, example.positives)) for example in examples]
+            own, kept = self._own(examples, keys, pool, queries)
+            yield Ranked(
+                places=places,
+                examples=examples,
+                pool=pool,
+                keys=keys,
+                rows=found.rows,
+                scores=_rounded(found.scores),
+                barred=np.where(absent, np.int8(ABSENT), self._barred(candidates, keys, kept)),
+                positives=self._scores(queries, pool, answers),
+                found=_found(candidates, answers),
+                own=own,
+                refused=_refused(examples, own) if self.keep else 0,
+            )
+
+    def lowest_positives(self, block: Sequence[Example]) -> list[float]:
+        """For each example the score of its lowest positive; nothing is searched for."""
+        found: list[float] = []
+        for places, pool in self._by_pool(block):
+            examples = [block[place] for place in places]
+            answers = [list(map(text_key, example.positives)) for example in examples]
+            scores = self._scores(self._queries(examples), pool, answers)
+            found += [min(some) for some in scores]
+        return found
+
+    def _by_pool(self, block: Sequence[Example]) -> Iterator[tuple[list[int], Pool]]:
+        places: dict[str, list[int]] = {}
+        for place, example in enumerate(block):
+            places.setdefault(self.prompt(example, "document"), []).append(place)
+        for prompt, some in places.items():
+            yield some, self.catalog.pools[prompt]
+
+    def prompt(self, example: Example, role: Role) -> str:
+        """The prompt of this example's texts."""
+        return prompt_for(self.finder.settings, example, role, self.prompts)
+
+    def _queries(self, examples: Sequence[Example]) -> Any:
+        prompts = [self.prompt(example, "query") for example in examples]
+        return self.finder.queries([example.query for example in examples], prompts)
+
+    def _own(
+        self,
+        examples: Sequence[Example],
+        keys: UInt64[np.ndarray, "queries"],
+        pool: Pool,
+        queries: Any,
+    ) -> tuple[list[list[tuple[str, float]]], list[list[int]]]:
+        """The negatives that each example keeps, and their keys: none that answers its query."""
+        texts: list[list[str]] = [[] for _ in examples]
+        kept: list[list[int]] = [[] for _ in examples]
+        if not self.keep:
+            return [[] for _ in examples], kept
+        for row, example in enumerate(examples):
+            query = int(keys[row])
+            seen = {query, *self.catalog.known.of(query).tolist()}
+            for text in example.negatives:
+                key = text_key(text)
+                if key in pool.rows and key not in seen:  # a blank one is in no pool
+                    seen.add(key)
+                    kept[row].append(key)
+                    texts[row].append(text)
+        scores = self._scores(queries, pool, kept)
+        return [list(zip(*pair, strict=True)) for pair in zip(texts, scores, strict=True)], kept
+
+    def _scores(self, queries: Any, pool: Pool, keys: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The score of each query with each of its texts, which are in the pool, by their keys."""
+        owners = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
+        rows = np.array([pool.rows[key] for some in keys for key in some], np.int64)
+        flat = iter(_rounded(self.finder.scores(queries, owners, pool, rows)).tolist())
+        return [list(islice(flat, len(some))) for some in keys]
+
+    def _barred(
+        self,
+        candidates: UInt64[np.ndarray, "queries ranks"],
+        keys: UInt64[np.ndarray, "queries"],
+        kept: Sequence[Sequence[int]],
+    ) -> Int8[np.ndarray, "queries ranks"]:
+        barred = np.full(candidates.shape, LEFT, np.int8)
+        _mark(barred, candidates, *_pairs(kept), verdict=ALREADY)
+        barred[candidates == keys[:, None]] = QUERY
+        _mark(barred, candidates, *self.catalog.known.among(keys), verdict=POSITIVE)
+        return barred
+
+
+def _pairs(
+    keys: Sequence[Sequence[int]],
+) -> tuple[Int64[np.ndarray, "pairs"], UInt64[np.ndarray, "pairs"]]:
+    """The place of each query, and a key of its own, for all of them."""
+    places = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
+    return places, np.array([key for some in keys for key in some], np.uint64)
+
+
+def _where(
+    candidates: UInt64[np.ndarray, "queries ranks"],
+    places: Int64[np.ndarray, "pairs"],
+    keys: UInt64[np.ndarray, "pairs"],
+) -> Bool[np.ndarray, "pairs ranks"]:
+    """Which candidate of its query each text is, if it is one."""
+    return candidates[places] == keys[:, None]
+
+
+def _found(
+    candidates: UInt64[np.ndarray, "queries ranks"], answers: Sequence[Sequence[int]]
+) -> list[list[bool]]:
+    """Whether each text is among the candidates of its query."""
+    there = np.asarray(_where(candidates, *_pairs(answers)).any(axis=1))
+    flat = iter([bool(hit) for hit in there])
+    return [list(islice(flat, len(some))) for some in answers]
+
+
+def _mark(
+    barred: Int8[np.ndarray, "queries ranks"],
+    candidates: UInt64[np.ndarray, "queries ranks"],
+    places: Int64[np.ndarray, "pairs"],
+    keys: UInt64[np.ndarray, "pairs"],
+    *,
+    verdict: int,
+) -> None:
+    """Give the candidates that are these texts a verdict."""
+    for start in range(0, len(places), _PAIRS):  # a query may have very many answers
+        part = slice(start, start + _PAIRS)
+        pair, column = np.nonzero(_where(candidates, places[part], keys[part]))
+        barred[places[part][pair], column] = verdict
+
+
+def _refused(examples: Sequence[Example], own: Sequence[Sequence[tuple[str, float]]]) -> int:
+    return sum(len(e.negatives) - len(kept) for e, kept in zip(examples, own, strict=True))
+
+
+def _rounded(scores: np.ndarray) -> np.ndarray:
+    return np.round(scores.astype(np.float64), _DECIMALS)

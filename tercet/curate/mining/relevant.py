@@ -1,0 +1,120 @@
+"""What there is to mine in files of examples: all their documents, and who answers whom."""
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from tercet.curate.mining.documents import SHARD, Pool, Texts, text_key
+from tercet.data.files.sources import Source
+from tercet.files.atomic import clear_about
+from tercet.files.progress import Bars, bar
+from tercet.types import Example
+
+
+class Known:
+    """Which texts answer which query, over all rows; 16 bytes a pair, both as keys."""
+
+    def __init__(self) -> None:
+        self._queries, self._documents = array("Q"), array("Q")
+
+    def add(self, query: int, document: int) -> None:
+        """Note an answer. Not after the first question."""
+        self._queries.append(query)
+        self._documents.append(document)
+
+    def of(self, query: int) -> UInt64[np.ndarray, "known"]:
+        """The keys of all texts that answer this query in some row."""
+        queries, documents = self._by_query
+        wanted = np.uint64(query)
+        start = np.searchsorted(queries, wanted, side="left")
+        return documents[start : np.searchsorted(queries, wanted, side="right")]
+
+    def among(
+        self, queries: UInt64[np.ndarray, "queries"]
+    ) -> tuple[Int64[np.ndarray, "pairs"], UInt64[np.ndarray, "pairs"]]:
+        """All answers of these queries at once: the place of the query, and the key of the text."""
+        known, documents = self._by_query
+        starts = np.searchsorted(known, queries, side="left")
+        counts = np.searchsorted(known, queries, side="right") - starts
+        places = np.repeat(np.arange(len(queries)), counts)
+        inside = np.arange(len(places)) - np.repeat(counts.cumsum() - counts, counts)
+        return places, documents[starts[places] + inside]
+
+    @cached_property
+    def _by_query(self) -> tuple[np.ndarray, np.ndarray]:
+        queries = np.frombuffer(self._queries, np.uint64)
+        documents = np.frombuffer(self._documents, np.uint64)
+        order = np.argsort(queries, kind="stable")
+        return queries[order], documents[order]
+
+
+@dataclass(slots=True, eq=False)
+class Catalog:
+    """All documents, by the prompt that they are encoded after, and who answers whom."""
+
+    pools: dict[str, Pool] = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
+
+    def close(self) -> None:
+        """Give the disk space of the texts back."""
+        for pool in self.pools.values():
+            pool.texts.close()
+
+
+def read_catalog(
+    sources: Sequence[Source],
+    corpus: Iterable[str],
+    prompt_of: Callable[[Example], str],
+    folder: Path,
+    *,
+    bars: Bars = bar,
+) -> Catalog:
+    """The documents of all examples and of the corpus.
+
+    A document is mined for the examples whose documents have the same prompt as its own
+    (``prompt_of``); one of the corpus for all of them.
+
+    Raises:
+        StorageError: when there is no room for the texts in ``folder``.
+        DataError: when a source has changed since it was opened.
+    """
+    catalog = Catalog()
+    with clear_about(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with clear_about(folder), bars("read", sum(map(len, sources))) as advance:
+            for source in sources:
+                for examples in blocks(source):
+                    for example in examples:
+                        _add(catalog, example, prompt_of(example), folder)
+                    advance(len(examples))
+            for text in corpus:
+                for pool in catalog.pools.values():
+                    pool.add(text)
+    except BaseException:
+        catalog.close()
+        raise
+    return catalog
+
+
+def blocks(source: Source) -> Iterator[list[Example]]:
+    """The examples of a source, a shard's worth at a time."""
+    for start in range(0, len(source), SHARD):
+        yield source.examples(range(start, min(start + SHARD, len(source))))
+
+
+def _add(catalog: Catalog, example: Example, prompt: str, folder: Path) -> None:
+    pool = catalog.pools.get(prompt)
+    if pool is None:
+        pool = catalog.pools[prompt] = Pool(prompt, Texts(folder))
+    query = text_key(example.query)
+    for text in example.positives:
+        pool.add(text)
+        catalog.known.add(query, text_key(text))
+    for text in example.negatives:
+        pool.add(text)

@@ -1,0 +1,98 @@
+"""Whether a question finds the document that it was asked about, among others."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from tercet.curate.mining.documents import SHARD, Vectors
+from tercet.errors import RecipeError
+from tercet.files.progress import bar
+from tercet.models.embedder import Embedder
+
+WORK: Final = Path("runs/mining")  # that of mining: vectors are named by what they are made of
+_QUERIES: Final = 256  # that are scored at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Consistency:
+    """A question stays when its document is one of the ``top`` that a model finds for it.
+
+    Round-trip consistency (arXiv 2209.11755, sec. 3.2), among a shard of documents. A document is
+    as near as the nearest of its drawn passages; or as its text, as far as the model reads.
+
+    Raises:
+        RecipeError: for numbers that keep or ask nothing.
+    """
+
+    embedder: Embedder
+    top: int = 1
+    among: int = 1000  # documents, where there are so many: others join those that were asked about
+    against: Literal["passages", "documents"] = "passages"
+    work: Path = WORK  # where vectors stay
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top < self.among:
+            raise RecipeError(
+                f"the {self.top} best of {self.among} documents tell nothing; look for the best 1 "
+                "or more among more documents"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A document as it is looked for: its texts, and the questions that should find it."""
+
+    name: str
+    texts: Sequence[str]  # one or more
+    questions: Sequence[str] = ()
+
+
+def ranks(
+    candidates: Iterable[Candidate], check: Consistency, total: int | None = None
+) -> Iterator[tuple[str, list[int]]]:
+    """Each document's name, and its rank, from 1, for each of its questions, among its shard.
+
+    A document counts as many places down as there are others of a larger score.
+    """
+    vectors = Vectors(check.embedder, check.work)
+    waiting = iter(candidates)
+    with bar("check", total) as advance:
+        while shard := list(islice(waiting, SHARD)):
+            yield from _ranks_in(shard, vectors)
+            advance(len(shard))
+
+
+def _ranks_in(shard: Sequence[Candidate], vectors: Vectors) -> Iterator[tuple[str, list[int]]]:
+    settings = vectors.teacher.settings
+    texts = [text for candidate in shard for text in candidate.texts]
+    starts = np.cumsum([0, *(len(candidate.texts) for candidate in shard[:-1])])
+    questions = [question for candidate in shard for question in candidate.questions]
+    owners = np.repeat(np.arange(len(shard)), [len(each.questions) for each in shard])
+    found: list[int] = []
+    if questions:
+        path = vectors.shard(texts, "document", [settings.prompt("document")] * len(texts))
+        docs = np.load(path, mmap_mode="r", allow_pickle=False)
+        queries = vectors.queries(questions, [settings.prompt("query")] * len(questions))
+        for start in range(0, len(questions), _QUERIES):
+            part = slice(start, start + _QUERIES)
+            found += _places(queries[part], docs, starts, owners[part]).tolist()
+    places = iter(found)
+    for candidate in shard:
+        yield candidate.name, list(islice(places, len(candidate.questions)))
+
+
+def _places(
+    queries: Float32[np.ndarray, "queries dim"],
+    docs: Float32[np.ndarray, "texts dim"],
+    starts: Int64[np.ndarray, "docs"],
+    owners: Int64[np.ndarray, "queries"],
+) -> Int64[np.ndarray, "queries"]:
+    """The rank of each query's own document; ``starts`` says where a document's texts begin."""
+    best = np.maximum.reduceat(queries @ docs.T, starts, axis=1)  # [queries, docs]
+    own = best[np.arange(len(best)), owners]
+    return 1 + (best > own[:, None]).sum(axis=1)

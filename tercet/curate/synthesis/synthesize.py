@@ -1,0 +1,308 @@
+"""Training examples for long documents: a model writes questions about drawn passages.
+
+As in arXiv 2402.03216, sec. 3.1 and appendix A.2: a passage is drawn from a long document, a
+language model asks one question about it, and the pair is (question, *whole* document). What the
+paper leaves open is ours: the parser, the check of consistency, and the positions of passages.
+"""
+
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import pyarrow as pa
+
+from tercet.curate.synthesis.answers import AnswerLog, answer_log
+from tercet.curate.synthesis.asking import Asking
+from tercet.curate.synthesis.consistency import Candidate, Consistency, ranks
+from tercet.curate.synthesis.generators import Answer, Generator, Prompt
+from tercet.curate.synthesis.passages import (
+    THIRDS,
+    Passage,
+    Sampling,
+    draw_documents,
+    draw_passages,
+    seed_of,
+)
+from tercet.curate.synthesis.questions import REASONS, parse_question, question_form
+from tercet.data.files.documents import Document
+from tercet.data.files.examples import example_record
+from tercet.data.files.sources import write_records
+from tercet.errors import ModelError, RecipeError
+from tercet.files.progress import bar
+from tercet.files.records import known_suffix
+from tercet.types import Example
+
+FAILING: Final = 20  # calls in a row that fail: then none is made any more
+CROWD: Final = 10  # times as many documents as pass: fewer make a check easy
+
+# Where each example comes from. Never a column "prompt": FlagEmbedding's files mean something else.
+PROVENANCE: Final[Mapping[str, pa.DataType]] = {
+    "document_id": pa.string(),
+    "passage_start": pa.int64(),
+    "passage_end": pa.int64(),
+    "passage_position": pa.float64(),
+    "generator": pa.string(),
+    "prompt_digest": pa.string(),
+    "seed": pa.int64(),
+}
+
+_notes = logging.getLogger("tercet")
+
+Documents: TypeAlias = Callable[[], Iterator[Document]]
+"""Reads the documents from the first on; called once for each pass over them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synthesis:
+    """What is asked, about what, and the task of the examples."""
+
+    task: str
+    sampling: Sampling = field(default_factory=Sampling)
+    asking: Asking = field(default_factory=Asking)
+    check: Consistency | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class SynthesisReport:
+    """What became of each passage.
+
+    ``passages`` = failed + refused + duplicates + inconsistent + kept; a passage that failed has
+    no answer yet, and the same command asks again.
+    """
+
+    documents: int = 0  # that were drawn
+    unusable: int = 0  # of these, without a passage of prose
+    passages: int = 0
+    answered_before: int = 0
+    answered: int = 0  # by this run
+    failed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    duplicates: int = 0
+    inconsistent: int = 0
+    checked_among: int = 0  # documents; 0 without a check
+    kept: int = 0
+    asked_thirds: list[int] = field(default_factory=lambda: [0] * THIRDS)
+    kept_thirds: list[int] = field(default_factory=lambda: [0] * THIRDS)
+    seconds: float = 0.0  # that asking took
+
+    def count(self, answer: Answer) -> None:
+        """Count what a generator gave."""
+        if answer.failure is None:
+            self.answered += 1
+        else:
+            self.failed += 1
+            self.failures[answer.failure] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    text: str
+    passage: Passage
+
+
+def log_path(out: Path) -> Path:
+    """Where the raw answers for an output file are."""
+    return out.with_suffix(".log.jsonl")
+
+
+def synthesize(
+    documents: Documents, out: Path, generator: Generator, synthesis: Synthesis
+) -> SynthesisReport:
+    """Write examples of questions and the whole documents that they were asked about.
+
+    Raw answers stand in ``OUT.log.jsonl``, from where a run goes on that was killed; another
+    check or more documents cost no answer twice. Of questions that agree but for case, spaces and
+    marks the first one stays. When no question is left, no file is written.
+
+    Raises:
+        RecipeError: when no passage can be drawn, or the log's answers hang on something else.
+        DataError: when a document cannot be read.
+        ModelError: when the generator does not work.
+        StorageError: when the disk refuses; answers so far are kept.
+    """
+    known_suffix(out)
+    sampling = synthesis.sampling
+    about = {
+        "generator": dict(generator.about),
+        "prompt_digest": synthesis.asking.digest,
+        "seed": sampling.seed,
+        "shortest_passage": sampling.least,
+        "longest_passage": sampling.most,
+    }
+    report = SynthesisReport()
+    plan = _Plan.of(documents, synthesis)
+    plan.count(report)
+    with answer_log(log_path(out), about) as log:
+        _ask(plan, generator, log, report)
+        questions = _parsed(plan, log, report)
+        if synthesis.check is not None:
+            questions = _consistent(plan, questions, synthesis.check, report)
+        for question in questions:
+            report.kept += 1
+            report.kept_thirds[question.passage.third] += 1
+        if questions:
+            records = _records(plan, questions, str(generator.about["model"]))
+            write_records(out, records, PROVENANCE)
+    return report
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """The drawn documents and passages. Each pass reads the documents anew, and holds one."""
+
+    documents: Documents
+    synthesis: Synthesis
+    ranks: Mapping[str, int]  # of the drawn documents, by id
+
+    @classmethod
+    def of(cls, documents: Documents, synthesis: Synthesis) -> "_Plan":
+        sampling, check = synthesis.sampling, synthesis.check
+        count = sampling.documents
+        if count is not None and check is not None:
+            count = max(count, check.among)
+        return cls(documents, synthesis, draw_documents(documents(), sampling, count))
+
+    def each(self) -> Iterator[tuple[Document, list[Passage], bool]]:
+        """Each drawn document, its passages, and whether they are asked about."""
+        sampling = self.synthesis.sampling
+        for document in self.documents():
+            rank = self.ranks.get(document.id)
+            if rank is not None:
+                asked = sampling.documents is None or rank < sampling.documents
+                yield document, draw_passages(document, sampling, rank), asked
+
+    def passages(self) -> Iterator[Passage]:
+        """The passages that are asked about."""
+        for _, passages, asked in self.each():
+            if asked:
+                yield from passages
+
+    def count(self, report: SynthesisReport) -> None:
+        """Count documents and passages that are asked about."""
+        with bar("draw", len(self.ranks)) as advance:
+            for _, passages, asked in self.each():
+                advance()
+                report.documents += asked
+                report.unusable += asked and not passages
+                for passage in passages if asked else ():
+                    report.passages += 1
+                    report.asked_thirds[passage.third] += 1
+        if not report.passages:
+            sampling = self.synthesis.sampling
+            raise RecipeError(
+                f"no document has a passage of {sampling.least} to {sampling.most} characters of "
+                "prose; ask for shorter ones, or give longer documents"
+            )
+
+
+def _ask(plan: _Plan, generator: Generator, log: AnswerLog, report: SynthesisReport) -> None:
+    """Ask about each passage that has no answer yet."""
+    report.answered_before = sum(log.get(passage) is not None for passage in plan.passages())
+    waiting: dict[int, Passage] = {}
+
+    def prompts() -> Iterator[Prompt]:
+        missing = (passage for passage in plan.passages() if log.get(passage) is None)
+        for number, passage in enumerate(missing):
+            waiting[number] = passage
+            seed = seed_of(plan.synthesis.sampling.seed, passage.document, passage.start)
+            yield Prompt(plan.synthesis.asking.text(passage), seed)
+
+    model, started = generator.about["model"], time.monotonic()
+    in_a_row = 0
+    with (
+        bar("ask", report.passages, report.answered_before) as advance,
+        closing(generator.answers(prompts())) as answers,
+    ):
+        for number, answer in answers:
+            log.add(waiting.pop(number), answer)
+            report.count(answer)
+            advance(note=f"{report.failed:,} failed" if report.failed else "")
+            in_a_row = 0 if answer.failure is None else in_a_row + 1
+            if in_a_row == FAILING:
+                raise ModelError(
+                    f"{model}: {FAILING} calls in a row failed, the last one with: "
+                    f"{answer.failure}; answers so far are kept in {log.path}: mend it, and give "
+                    "the same command again"
+                )
+    report.seconds = time.monotonic() - started
+
+
+def _parsed(plan: _Plan, log: AnswerLog, report: SynthesisReport) -> list[_Question]:
+    """The questions that can be used, each once."""
+    found: dict[str, _Question] = {}
+    for passage in plan.passages():
+        answer = log.get(passage)
+        if answer is None:
+            continue
+        parsed = parse_question(answer, passage.text)
+        if parsed.refusal:
+            report.refused[parsed.refusal] += 1
+        elif question_form(parsed.question) in found:
+            report.duplicates += 1
+        else:
+            found[question_form(parsed.question)] = _Question(parsed.question, passage)
+    return list(found.values())
+
+
+def _consistent(
+    plan: _Plan, questions: Sequence[_Question], check: Consistency, report: SynthesisReport
+) -> list[_Question]:
+    """The questions that find their document."""
+    of_document = _by_document(questions)
+    found: list[_Question] = []
+
+    def candidates() -> Iterator[Candidate]:
+        for document, passages, asked in plan.each():
+            mine = of_document.get(document.id, []) if asked else []
+            whole = check.against == "documents"
+            texts = [document.text] if whole else [passage.text for passage in passages]
+            if passages:
+                report.checked_among += 1
+                yield Candidate(document.id, texts, [question.text for question in mine])
+
+    for name, places in ranks(candidates(), check, len(plan.ranks)):
+        for question, place in zip(of_document.get(name, []), places, strict=True):
+            if place <= check.top:
+                found.append(question)
+            else:
+                report.inconsistent += 1
+    if report.checked_among < CROWD * check.top:
+        _notes.warning(
+            f"questions were checked among {report.checked_among} documents only, of which the "
+            f"{check.top} best pass; give more documents, or a smaller --top"
+        )
+    return found
+
+
+def _records(
+    plan: _Plan, questions: Sequence[_Question], generator: str
+) -> Iterator[dict[str, Any]]:
+    of_document = _by_document(questions)
+    synthesis = plan.synthesis
+    for document, _, _ in plan.each():
+        for question in of_document.get(document.id, []):
+            passage = question.passage
+            example = Example(question.text, (document.text,), task=synthesis.task)
+            yield {
+                **example_record(example),
+                "document_id": document.id,
+                "passage_start": passage.start,
+                "passage_end": passage.end,
+                "passage_position": round(passage.position, 4),
+                "generator": generator,
+                "prompt_digest": synthesis.asking.digest,
+                "seed": synthesis.sampling.seed,
+            }
+
+
+def _by_document(questions: Sequence[_Question]) -> dict[str, list[_Question]]:
+    found: dict[str, list[_Question]] = defaultdict(list)
+    for question in questions:
+        found[question.passage.document].append(question)
+    return dict(found)

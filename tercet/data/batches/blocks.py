@@ -1,0 +1,169 @@
+"""Texts as tokens, in blocks of a size that a training step is counted in."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from tercet.data.batches.relation import hash_of
+from tercet.data.files.sources import Source
+from tercet.distributed import is_main
+from tercet.errors import DataError
+from tercet.files.progress import bar
+from tercet.types import Example
+
+Ids: TypeAlias = Callable[[Sequence[str]], list[np.ndarray]]
+"""Texts to their token ids, special tokens included."""
+
+SHORTEST: Final = 2  # tokens of a text: the first one is predicted by none
+TEXTS_AT_ONCE: Final = 4_096
+LINES_TOGETHER: Final = 1_000  # lines that the reference code lays end to end
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """The texts of a source as blocks of tokens, readable in any order. Four bytes a token.
+
+    A block holds whole texts, each of which is read alone, and as many as fit. A text that is
+    longer than a block is cut into several.
+    """
+
+    name: str
+    weight: float | int
+    ids: np.ndarray  # [tokens] int32, of all texts end to end
+    pieces: np.ndarray  # [pieces + 1] int64, where each text or part of one begins in ids
+    bounds: np.ndarray  # [blocks + 1] int64, where each block begins in pieces
+    fingerprint: str  # of the source and of how it was cut
+    skipped: int  # texts with less than two tokens
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each block."""
+        return np.diff(self.pieces[self.bounds]).astype(np.int32)
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """All of it is cheap to read in any order."""
+        return np.zeros(1, np.int64)
+
+    @property
+    def window(self) -> int:
+        """As above."""
+        return 1
+
+    def read(self, rows: Sequence[int]) -> list[list[np.ndarray]]:
+        """The texts of these blocks."""
+        return [
+            [
+                self.ids[self.pieces[i] : self.pieces[i + 1]]
+                for i in range(self.bounds[row], self.bounds[row + 1])
+            ]
+            for row in rows
+        ]
+
+
+def blocks_of(
+    source: Source,
+    ids_of: Ids,
+    max_tokens: int,
+    *,
+    concatenated: bool = False,
+    every_text: bool = False,
+) -> Blocks:
+    """The texts of a source in blocks of at most ``max_tokens``.
+
+    The texts are the queries of its examples, as files of plain texts have them. ``every_text``
+    takes the documents too, and each text once.
+
+    ``concatenated`` is how LLM2Vec's scripts do it: a thousand lines at a time are laid end to
+    end and cut into blocks without regard to where a text ends, and what is left over is dropped.
+
+    Raises:
+        DataError: when no text has two tokens, or not one block gets full.
+    """
+    texts, skipped = [], 0
+    for ids in _tokens(source, ids_of, every_text=every_text):
+        if len(ids) >= SHORTEST or concatenated:
+            texts.append(ids)
+        else:
+            skipped += 1
+    if concatenated:
+        pieces = list(_laid_end_to_end(texts, max_tokens))
+        counts = [1] * len(pieces)
+    else:
+        pieces = [part for ids in texts for part in _cut(ids, max_tokens)]
+        counts = list(_filled([len(piece) for piece in pieces], max_tokens))
+    if not pieces:
+        why = (
+            f"its texts do not fill one block of {max_tokens} tokens; give more or longer texts"
+            if concatenated
+            else "no text has two tokens; there is nothing to predict"
+        )
+        raise DataError(source.path, None, why)
+    lengths = [len(piece) for piece in pieces]
+    made = f"{source.fingerprint} {max_tokens} {concatenated} {sum(lengths)}"
+    made += " every text" if every_text else ""
+    return Blocks(
+        name=source.name,
+        weight=source.weight,
+        ids=np.concatenate(pieces).astype(np.int32, copy=False),
+        pieces=np.concatenate(([0], np.cumsum(lengths))),
+        bounds=np.concatenate(([0], np.cumsum(counts))),
+        fingerprint=hashlib.blake2b(made.encode(), digest_size=16).hexdigest(),
+        skipped=skipped,
+    )
+
+
+def _tokens(source: Source, ids_of: Ids, *, every_text: bool) -> Iterator[np.ndarray]:
+    read: set[int] = set()  # hashes of texts
+    with bar(f"tokenize {source.name}", len(source), shown=is_main()) as advance:
+        for start in range(0, len(source), TEXTS_AT_ONCE):
+            rows = range(start, min(start + TEXTS_AT_ONCE, len(source)))
+            examples = source.examples(rows)
+            texts = [example.query for example in examples]
+            if every_text:
+                texts = list(_unread(examples, read))
+            yield from ids_of(texts)
+            advance(len(rows))
+
+
+def _unread(examples: Sequence[Example], read: set[int]) -> Iterator[str]:
+    """All texts of the examples but those that were read before."""
+    for example in examples:
+        for text in (example.query, *example.positives, *example.negatives):
+            key = hash_of(text)
+            if key not in read:
+                read.add(key)
+                yield text
+
+
+def _cut(ids: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(ids), max_tokens):
+        part = ids[start : start + max_tokens]
+        if len(part) >= SHORTEST:
+            yield part
+
+
+def _filled(lengths: Sequence[int], max_tokens: int) -> Iterator[int]:
+    """How many pieces each block holds, in order."""
+    count = room = 0
+    for length in lengths:
+        if count and length > room:
+            yield count
+            count = 0
+        room = (room if count else max_tokens) - length
+        count += 1
+    if count:
+        yield count
+
+
+def _laid_end_to_end(texts: Sequence[np.ndarray], max_tokens: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(texts), LINES_TOGETHER):
+        row = np.concatenate(texts[start : start + LINES_TOGETHER])
+        for first in range(0, len(row) - max_tokens + 1, max_tokens):
+            yield row[first : first + max_tokens]

@@ -1,0 +1,88 @@
+"""Texts as tokens that remember where words begin, for masks that hide whole words.
+
+A token and its mark share one number, twice the id plus one for the first token of a word, so
+that a source's tokens stay one array.
+"""
+
+from typing import Final
+
+import numpy as np
+from jaxtyping import Bool, Int, Integer
+from tokenizers import Encoding
+
+from tercet.models.tokens import Tokenizer
+
+# First and last character of scripts that put no space between words: Thai and Lao, Myanmar,
+# Khmer, Japanese kana, Chinese characters.
+_UNSPACED: Final = (
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x3040, 0x30FF),
+    (0x3400, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
+)
+
+
+def marked_pieces(
+    tokenizer: Tokenizer, texts: list[str], max_tokens: int
+) -> list[Int[np.ndarray, "tokens"]]:
+    """The texts as marked tokens, in pieces of at most ``max_tokens``, in the order of the texts.
+
+    Each piece stands between the tokenizer's special tokens: what is too long is not cut off but
+    is another text. A text without a token is left out.
+    """
+    head, tail = (_marked_special(ids) for ids in tokenizer.around)
+    room = max(1, max_tokens - len(head) - len(tail))
+    pieces = []
+    for text, encoding in zip(texts, tokenizer.bare(texts), strict=True):
+        body = 2 * np.array(encoding.ids, np.int32) + word_starts(text, encoding)
+        for start in range(0, len(body), room):
+            part = body[start : start + room]
+            pieces.append(np.concatenate([head, part, tail]).astype(np.int32))
+    return pieces
+
+
+def unmarked(
+    marked: Integer[np.ndarray, "tokens"],
+) -> tuple[Integer[np.ndarray, "tokens"], Int[np.ndarray, "tokens"]]:
+    """Token ids, and which word each token is part of, counted from zero."""
+    return marked >> 1, np.cumsum(marked & 1) - 1
+
+
+def word_starts(text: str, encoding: Encoding) -> Bool[np.ndarray, "tokens"]:
+    """Which tokens begin a word.
+
+    A word is what the tokenizer's own first cut leaves together, and never goes across white
+    space. Where a script has no spaces, each of its tokens is a word: a sentence would be one
+    otherwise, and hidden as a whole.
+    """
+    words = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
+    spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    starts = np.ones(len(words), dtype=bool)
+    if len(words) < 2 or not text:
+        return starts
+    letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    space = np.fromiter((letter.isspace() for letter in text), bool, len(text))
+    spaces = np.concatenate(([0], space.cumsum()))  # before each character
+    begin, end = np.minimum(spans, len(text)).T
+    blank = spaces[end] - spaces[begin] == end - begin  # tokens of nothing else
+    at, before = np.minimum(begin, len(text) - 1), np.maximum(begin - 1, 0)
+    after_space = space[before][1:] & (begin[1:] > 0) & ~blank[:-1]
+    unspaced = _unspaced(letters)
+    alone = unspaced[at][1:] | unspaced[np.maximum(end - 1, 0)][:-1]
+    new = begin[1:] >= end[:-1]  # false for the next byte of a character
+    starts[1:] = (words[1:] != words[:-1]) | (new & (space[at][1:] | after_space | alone))
+    return starts
+
+
+def _unspaced(letters: np.ndarray) -> Bool[np.ndarray, "letters"]:
+    found = np.zeros(len(letters), dtype=bool)
+    for low, high in _UNSPACED:
+        found |= (letters >= low) & (letters <= high)
+    return found
+
+
+def _marked_special(ids: list[int]) -> Int[np.ndarray, "tokens"]:
+    return 2 * np.array(ids, np.int32) + 1

@@ -1,0 +1,1 @@
+"""Files of examples, texts and documents."""

@@ -1,0 +1,223 @@
+"""Folders of training data: each file or sub-folder a source, and each language one of its own.
+
+A file ``news.parquet`` of a folder is the source ``news``, and so is a folder ``news`` with shards
+in it, at any depth. The language of a row is its field ``lang``, or else that of a part of its
+path such as ``lang=de``. The rows of a language are the source ``news/de``; those without one are
+``news``. The pair of source and language is what batches are made of, and what is counted.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from tercet.data.files.readers import WINDOW_BLOCKS, ShardReader, stamp_of
+from tercet.data.files.remembered import joined_sizes, scanned
+from tercet.data.files.scan import EXAMPLES, Kind, Part, Piece, Progress, Told
+from tercet.data.files.sources import Source, in_language, iter_examples
+from tercet.errors import DataError
+from tercet.files.records import readable
+from tercet.types import Example
+
+LANGUAGE: Final = "lang="  # begins the part of a path that names a language
+SHOWN: Final = 3  # files that are not read, in a message
+
+log = logging.getLogger("tercet")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of a source."""
+
+    path: Path
+    source: str  # the name of the source, without a language
+    lang: str = ""  # of its path; that of a row goes before it
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The files of one source, in the order of their names."""
+
+    name: str
+    path: Path  # of the source: its file, or its folder
+    shards: tuple[Shard, ...]
+
+
+def find_groups(path: Path | str, suffixes: Sequence[str] = EXAMPLES.suffixes) -> list[Group]:
+    """The sources that a file or a folder holds, by name; nothing is opened.
+
+    Each direct child of a folder is a source: a file, or a folder with files at any depth. A
+    folder whose children are ``lang=de``, ``lang=fr`` is one source. Names that begin with a dot or
+    an underscore are left alone.
+
+    Raises:
+        DataError: where there is no file to read, or two sources would have one name.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [Group(path.stem, path, (Shard(path, path.stem),))]
+    unread: list[Path] = []
+    with readable(path):
+        groups = [_group(*named, suffixes, unread) for named in _named_children(path)]
+    groups = sorted((group for group in groups if group.shards), key=lambda group: group.name)
+    if not groups:
+        kinds = " or ".join(suffixes)
+        raise DataError(path, None, f"is a folder that holds no {kinds} file; put data into it")
+    if unread:
+        names = ", ".join(str(each.relative_to(path)) for each in unread[:SHOWN])
+        more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
+        log.warning("%s: not read, being no data: %s%s", path, names, more)
+    for one, other in pairwise(groups):
+        if one.name == other.name:
+            raise DataError(
+                path,
+                None,
+                f"two sources are called {one.name!r}; rename one of them: "
+                f"{one.path.name}, {other.path.name}",
+            )
+    return groups
+
+
+def open_sources(
+    path: Path | str,
+    *,
+    weight: float | int = 1.0,
+    progress: Progress | None = None,
+    kind: Kind = EXAMPLES,
+) -> list[Source]:
+    """The sources of a file or a folder, one for each language of each, checked and readable.
+
+    Every file is read once from end to end. ``progress`` is told the part that is done, up to 1.
+
+    Raises:
+        DataError: at the first record that is not an example, naming file and line, and where a
+            folder holds nothing to read.
+    """
+    groups = find_groups(path, kind.suffixes)
+    sizes = {shard.path: stamp_of(shard.path)[0] for group in groups for shard in group.shards}
+    total, done = max(sum(sizes.values()), 1), 0
+    sources: list[Source] = []
+    for group in groups:
+        found: dict[str, list[Piece]] = {}
+        for shard in group.shards:
+            share = sizes[shard.path] / total
+            tell = None if progress is None else _part_of(progress, done / total, share)
+            told = Told(group.name, shard.lang, by_language=True)
+            for piece in scanned(shard.path, kind, told, tell).pieces(kind):
+                found.setdefault(piece.part.lang, []).append(piece)
+            done += sizes[shard.path]
+        sources += [_joined(group, found[lang], kind, weight) for lang in sorted(found)]
+    return sources
+
+
+def iter_rows(path: Path | str) -> Iterator[Example]:
+    """The examples of a file, or of all files of a folder, from first to last.
+
+    Each says its task and its language, as those of :func:`open_sources` do.
+
+    Raises:
+        DataError: at the first record that is not an example, naming file and line.
+    """
+    for group in find_groups(path):
+        for shard in group.shards:
+            yield from shard_examples(shard)
+
+
+def shard_examples(shard: Shard) -> Iterator[Example]:
+    """The examples of one file of a source."""
+    for example in iter_examples(shard.path, shard.source):
+        yield in_language(example, shard.lang)
+
+
+def _joined(group: Group, pieces: Sequence[Piece], kind: Kind, weight: float | int) -> Source:
+    """The rows of one language, of all shards one after the other."""
+    parts = [piece.part for piece in pieces]
+    lang = parts[0].lang
+    reader, blocks, window = pieces[0].reader, pieces[0].blocks, pieces[0].window
+    sizes, fingerprint = parts[0].sizes, parts[0].fingerprint
+    if len(pieces) > 1:
+        firsts = np.cumsum([0, *(len(part.sizes) for part in parts[:-1])], dtype=np.int64)
+        reader = ShardReader(tuple(piece.reader for piece in pieces), firsts)
+        blocks = np.concatenate([p.blocks + first for p, first in zip(pieces, firsts, strict=True)])
+        # A file that is one block says nothing of how many blocks are cheap to read in turns.
+        window = min((p.window for p in pieces if len(p.blocks) > 1), default=WINDOW_BLOCKS)
+        joined = " ".join(part.fingerprint for part in parts)
+        fingerprint = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
+        sizes = joined_sizes([part.sizes for part in parts], fingerprint)
+    return Source(
+        path=group.path,
+        name=f"{group.name}/{lang}" if lang else group.name,
+        weight=weight,
+        sizes=sizes,
+        blocks=blocks,
+        window=window,
+        fingerprint=fingerprint,
+        reader=reader,
+        parse=kind.parse,
+        prompts=_prompts(parts),
+        without_negatives=sum(part.without_negatives for part in parts),
+        lang=lang,
+        task=group.name,
+    )
+
+
+def _prompts(parts: Sequence[Part]) -> dict[str, dict[str, str]]:
+    """Of each task and role the first prompt, an empty one last."""
+    found: dict[str, dict[str, str]] = {}
+    for part in parts:
+        for task, prompts in part.prompts.items():
+            known = found.setdefault(task, {})
+            known.update({role: text for role, text in prompts.items() if not known.get(role)})
+    return found
+
+
+def _named_children(folder: Path) -> list[tuple[str, Path]]:
+    """What is a source of its own, by name; the folder itself where its children are languages."""
+    children = sorted(child for child in folder.iterdir() if not _is_hidden(child))
+    if any(child.name.startswith(LANGUAGE) for child in children):
+        return [(folder.resolve().name, folder)]
+    return [(child.name if child.is_dir() else child.stem, child) for child in children]
+
+
+def _group(name: str, path: Path, suffixes: Sequence[str], unread: list[Path]) -> Group:
+    """The files of a source; those that cannot be read are noted."""
+    files = [path] if path.is_file() else sorted(_files(path))
+    unread += [file for file in files if file.suffix not in suffixes]
+    return Group(
+        name,
+        path,
+        tuple(
+            Shard(file, name, _language(file.relative_to(path.parent)))
+            for file in files
+            if file.suffix in suffixes
+        ),
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for child in folder.iterdir():
+        if _is_hidden(child):
+            continue
+        if child.is_dir():
+            yield from _files(child)
+        else:
+            yield child
+
+
+def _language(path: Path) -> str:
+    """What the innermost ``lang=de`` of a path says."""
+    named = [part for part in path.parts if part.startswith(LANGUAGE)]
+    return named[-1].removeprefix(LANGUAGE).partition(".")[0] if named else ""
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith((".", "_"))
+
+
+def _part_of(progress: Progress, begin: float, share: float) -> Progress:
+    return lambda done: progress(begin + done * share)

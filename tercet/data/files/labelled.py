@@ -1,0 +1,116 @@
+"""Labelled texts: one text a record, and the classes or topics that people gave it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tercet.data.files.examples import as_object, given, nonblank, shown, text_of
+from tercet.errors import DataError
+from tercet.files.records import begins_with, iter_records, parsed, readable
+
+TEXT: Final = "text"
+LABELS: Final = ("label", "labels")  # two names of one field: one label, or a list of them
+SPLIT: Final = "split"
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text and its labels: one class, several topics, or none where nobody gave any."""
+
+    text: str
+    labels: tuple[str, ...]  # each once
+    split: str | None = None
+
+
+def read_labelled_texts(
+    path: Path | str,
+    *,
+    text_field: str | Sequence[str] = TEXT,
+    label_field: str = LABELS[0],
+    label_prefix: str = "",
+) -> Iterator[LabelledText]:
+    """The labelled texts of a .jsonl or .parquet file, in order.
+
+    Several text fields, such as title and abstract, are joined by spaces; all but the first may
+    be absent. A label is a text or a whole number, or a list of them; ``labels`` is read where
+    ``label`` is asked for. With ``label_prefix`` only labels that begin so count, without it.
+
+    Raises:
+        DataError: at the first record that is no labelled text, naming file and line.
+    """
+    path = Path(path)
+    fields = (text_field,) if isinstance(text_field, str) else tuple(text_field)
+    names = LABELS if label_field == LABELS[0] else (label_field,)
+    for record in iter_records(path, (*fields, *names, SPLIT), needs=(fields[:1], names)):
+        yield parsed(path, record, lambda it: _labelled(it.value, fields, names, label_prefix))
+
+
+def read_label_texts(path: Path | str) -> dict[str, str]:
+    """The words of labels, from a file with one JSON object: ``{"0": "sadness", "1": "joy"}``.
+
+    Raises:
+        DataError: when the file is no such object.
+    """
+    path = Path(path)
+    with readable(path):
+        content = path.read_text(encoding="utf-8")
+    try:
+        words = as_object(json.loads(content))
+        return {label: nonblank(text_of(text, label), label) for label, text in words.items()}
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            path, None, f"is no object of labels and their words, {{...}}: {error}"
+        ) from error
+
+
+def is_labelled_file(path: Path | str) -> bool:
+    """Whether the first record of a file has a text and a label.
+
+    Raises:
+        DataError: when the file cannot be read at all, or is empty.
+    """
+    return begins_with(path, (TEXT,), LABELS)
+
+
+def _labelled(
+    record: object, text_fields: Sequence[str], label_names: Sequence[str], prefix: str
+) -> LabelledText:
+    fields = as_object(record)
+    parts = []
+    for name in text_fields:
+        value = fields.get(name)
+        if value is None and not parts:
+            raise ValueError(
+                f'"{name}" is missing; it holds the text; if another field does, name that'
+            )
+        parts.append("" if value is None else text_of(value, name))
+    text = " ".join(part for part in parts if part and not part.isspace())
+    split = fields.get(SPLIT)
+    return LabelledText(
+        text=nonblank(text, text_fields[0]),
+        labels=_labels(*given(fields, label_names), prefix),
+        split=None if split is None else text_of(split, SPLIT),
+    )
+
+
+def _labels(name: str, value: object, prefix: str) -> tuple[str, ...]:
+    if value is None:
+        raise ValueError(
+            f'"{name}" is missing; it holds the label, or a list of labels; '
+            "if another field does, name that"
+        )
+    labels = [_label(each, name) for each in (value if isinstance(value, list) else [value])]
+    kept = [label.removeprefix(prefix) for label in labels if label.startswith(prefix)]
+    return tuple(dict.fromkeys(kept))
+
+
+def _label(value: object, name: str) -> str:
+    if isinstance(value, int):  # a class by its number; of true and false, JSON's own words
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    if not isinstance(value, str):
+        raise ValueError(
+            f'"{name}" must hold a text or a whole number, or a list of them, got {shown(value)}'
+        )
+    return nonblank(text_of(value, name), name)

@@ -1,0 +1,201 @@
+"""Reading the records of some rows: lines of a file, row groups of another, shards of a folder.
+
+No reader holds an open file, so that it can be pickled, and read from several threads.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Final, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tercet.data.files.examples import EXAMPLE_FIELDS
+from tercet.errors import DataError
+from tercet.files.records import columns_of, open_parquet, readable
+
+CACHED_BYTES: Final = 1 << 28  # 256 MiB: two windows of one file's row groups fit into it
+KEPT_BYTES: Final = 1 << 30  # 1 GiB of row groups in memory, of all files; at least two groups
+WINDOW_BLOCKS: Final = 8  # so many are shuffled together, if two such windows fit in the cache
+LINES_BYTES: Final = 1 << 26  # 64 MiB of lines are a block of the shuffle
+
+Stamp: TypeAlias = tuple[int, int]
+"""What tells that a file was written to, without reading it: its size and its time."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Gives the records of some rows, in the order asked for."""
+
+    def read(self, rows: Sequence[int]) -> list[object]:
+        """The records of these rows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LineReader:
+    """Reads lines by seeking to where they begin."""
+
+    path: Path
+    stamp: Stamp
+    offsets: np.ndarray  # [rows] int64
+    decode: Callable[[str], object] = json.loads
+
+    def read(self, rows: Sequence[int]) -> list[object]:
+        """The records of these lines; read in the order of the file."""
+        check_stamp(self.path, self.stamp)
+        wanted = np.asarray(rows, np.int64)
+        lines = [b""] * len(wanted)
+        with readable(self.path), self.path.open("rb") as file:
+            for place in np.argsort(wanted, kind="stable").tolist():
+                file.seek(int(self.offsets[wanted[place]]))
+                lines[place] = file.readline()
+        try:
+            return [self.decode(line.decode("utf-8")) for line in lines]
+        except ValueError as error:
+            raise changed(self.path) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParquetReader:
+    """Reads row groups; all readers together keep those used last, up to 1 GiB of them."""
+
+    path: Path
+    stamp: Stamp
+    blocks: np.ndarray  # [row groups] int64, the first row of each
+    fields: Sequence[str] = EXAMPLE_FIELDS
+
+    def read(self, rows: Sequence[int]) -> list[object]:
+        """The records of these rows; each row group is touched once."""
+        check_stamp(self.path, self.stamp)
+        wanted = np.asarray(rows, np.int64)
+        groups = np.searchsorted(self.blocks, wanted, side="right") - 1
+        records: list[object] = [None] * len(wanted)
+        with readable(self.path):
+            for group in np.unique(groups).tolist():
+                places = np.flatnonzero(groups == group)
+                table = self._group(group)
+                found = table.take(pa.array(wanted[places] - self.blocks[group])).to_pylist()
+                for place, record in zip(places.tolist(), found, strict=True):
+                    records[place] = record
+        return records
+
+    def _group(self, group: int) -> pa.Table:
+        key = (self.path, self.stamp, tuple(self.fields), group)
+        return kept.get(key, lambda: self._load(group))
+
+    def _load(self, group: int) -> pa.Table:
+        with open_parquet(self.path) as file:
+            columns = columns_of(file, self.fields)
+            return file.read_row_group(group, columns=columns, use_threads=False)
+
+
+class _Kept:
+    """The row groups that were used last, of all files and for all threads of this process."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[object, ...], pa.Table] = OrderedDict()
+        self._bytes, self._lock = 0, Lock()
+
+    def get(self, key: tuple[object, ...], load: Callable[[], pa.Table]) -> pa.Table:
+        """A row group, read if it is not held; two threads may read the same one."""
+        with self._lock:
+            table = self._tables.get(key)
+        table = load() if table is None else table
+        with self._lock:
+            if key not in self._tables:
+                self._tables[key] = table
+                self._bytes += table.nbytes
+            self._tables.move_to_end(key)
+            while len(self._tables) > 2 and self._bytes > KEPT_BYTES:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+        return table
+
+    def groups_of(self, path: Path) -> list[object]:
+        """Which row groups of a file are held."""
+        return [key[-1] for key in self._tables if key[0] == path]
+
+
+kept: Final = _Kept()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChosenReader:
+    """Reads some of the rows of another reader, such as those of one language."""
+
+    whole: Reader
+    rows: np.ndarray  # [rows] of the other, ascending
+
+    def read(self, rows: Sequence[int]) -> list[object]:
+        """The records of these rows."""
+        return self.whole.read(self.rows[np.asarray(rows, np.int64)].tolist())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardReader:
+    """Reads several files as if they stood one after the other."""
+
+    parts: tuple[Reader, ...]
+    firsts: np.ndarray  # [parts] int64, the first row of each
+
+    def read(self, rows: Sequence[int]) -> list[object]:
+        """The records of these rows; each part is read once."""
+        wanted = np.asarray(rows, np.int64)
+        owners = np.searchsorted(self.firsts, wanted, side="right") - 1
+        records: list[object] = [None] * len(wanted)
+        for part in np.unique(owners).tolist():
+            places = np.flatnonzero(owners == part)
+            found = self.parts[part].read((wanted[places] - self.firsts[part]).tolist())
+            for place, record in zip(places.tolist(), found, strict=True):
+                records[place] = record
+        return records
+
+
+def row_groups(path: Path) -> tuple[np.ndarray, int]:
+    """The first row of each row group, and how many groups a window of the shuffle spans."""
+    with readable(path):
+        metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    first_rows = np.concatenate(([0], np.cumsum([group.num_rows for group in groups[:-1]])))
+    largest = max(group.total_byte_size for group in groups)
+    window = min(max(CACHED_BYTES // 2 // max(largest, 1), 1), WINDOW_BLOCKS)
+    return first_rows.astype(np.int64), window
+
+
+def line_blocks(offsets: np.ndarray) -> np.ndarray:
+    """The first row of each 64 MiB of lines; a file that is shorter is one block."""
+    ends = np.arange(0, int(offsets[-1]) + 1, LINES_BYTES)
+    return np.unique(np.searchsorted(offsets, ends)).astype(np.int64)
+
+
+def blocks_among(rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """The first of some ascending rows in each block, as its place among them."""
+    firsts = np.unique(np.searchsorted(rows, blocks))
+    return firsts[firsts < len(rows)].astype(np.int64)
+
+
+def stamp_of(path: Path) -> Stamp:
+    """The size and the time of a file."""
+    with readable(path):
+        status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def check_stamp(path: Path, stamp: Stamp) -> None:
+    """Stop where a file was written to.
+
+    Raises:
+        DataError: saying so.
+    """
+    if stamp_of(path) != stamp:
+        raise changed(path)
+
+
+def changed(path: Path) -> DataError:
+    """A file is no longer the one that was opened."""
+    return DataError(path, None, "has changed since it was opened; start the command again")

@@ -1,0 +1,188 @@
+"""Files of examples: checked once, read by row in any order, and written whole or not at all.
+
+A file is never held in memory. Opening it as a ``Source`` checks every record once and keeps
+eight bytes for where a record begins and four for its size.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tercet.data.files.examples import example_record, parse_example
+from tercet.data.files.readers import Reader, changed
+from tercet.data.files.scan import EXAMPLES, Kind, Parse, Progress, Told, example_records, scan
+from tercet.errors import DataError
+from tercet.files.atomic import replacing_file
+from tercet.files.records import known_suffix, parsed
+from tercet.types import Example
+
+ROWS_PER_GROUP: Final = 4096  # of a parquet file we write
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """Examples of one file, or of one language of a folder's shards, readable in any order.
+
+    All of them were checked. A source can be pickled, and read from several threads: a reader
+    holds no open file.
+    """
+
+    path: Path  # the file, or the folder of the shards
+    name: str  # what it is called in messages, weights and records: ``nq``, or ``nq/de``
+    weight: float | int  # how often each example is used an epoch
+    sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text; stands for its tokens
+    blocks: np.ndarray  # [blocks] int64, the first row of each block that is cheap to read whole
+    window: int  # blocks that are cheap to read in turns
+    fingerprint: str  # of what the records say
+    reader: Reader
+    parse: Parse
+    prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task, role: the first
+    without_negatives: int = 0  # examples that bring none
+    lang: str = ""  # of all its examples; empty: not told, or several
+    task: str = ""  # of examples that name none; empty: the name
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def examples(self, indices: Sequence[int]) -> list[Example]:
+        """The examples of these rows, in this order.
+
+        Raises:
+            DataError: if the file is no longer the one that was opened.
+        """
+        task = self.task or self.name
+        try:
+            found = [self.parse(record, task) for record in self.reader.read(indices)]
+        except ValueError as error:
+            raise changed(self.path) from error
+        return [in_language(example, self.lang) for example in found] if self.lang else found
+
+
+def in_language(example: Example, lang: str) -> Example:
+    """The example, in this language where it does not say its own."""
+    return example if example.lang or not lang else replace(example, lang=lang)
+
+
+def iter_examples(path: Path | str, task: str | None = None) -> Iterator[Example]:
+    """The examples of a file from first to last; ``task`` names those that name none.
+
+    Raises:
+        DataError: at the first record that is not an example, naming the line.
+    """
+    path = Path(path)
+    name = path.stem if task is None else task
+    for record in example_records(path):
+        yield parsed(path, record, lambda it: parse_example(it.value, name))
+
+
+def open_source(
+    path: Path | str,
+    *,
+    name: str | None = None,
+    weight: float | int = 1.0,
+    progress: Progress | None = None,
+    kind: Kind = EXAMPLES,
+) -> Source:
+    """Check every example of a .jsonl or .parquet file, and make them readable by row.
+
+    Reads the file once from end to end. ``progress`` is told the part that is done, up to 1.
+    Languages stay together: :func:`tercet.data.files.folders.open_sources` parts them, and opens
+    folders.
+    Files of another ``kind`` are opened by ``tercet.data.files.texts.open_texts``.
+
+    Raises:
+        DataError: at the first record that is not an example, naming the line.
+    """
+    path = Path(path)
+    name = path.stem if name is None else name
+    (piece,) = scan(path, kind, Told(name), progress).pieces(kind)
+    return Source(
+        path=path,
+        name=name,
+        weight=weight,
+        sizes=piece.part.sizes,
+        blocks=piece.blocks,
+        window=piece.window,
+        fingerprint=piece.part.fingerprint,
+        reader=piece.reader,
+        parse=kind.parse,
+        prompts=piece.part.prompts,
+        without_negatives=piece.part.without_negatives,
+    )
+
+
+def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
+    """Write a .jsonl or .parquet file that reads back as these examples.
+
+    The file appears under its name when it is complete, and not before.
+
+    Raises:
+        DataError: if an example could not be read back.
+        StorageError: when the disk refuses; what was there before is still there.
+    """
+    write_records(path, map(example_record, examples), {})
+
+
+def write_records(
+    path: Path | str,
+    records: Iterable[dict[str, Any]],
+    more: Mapping[str, pa.DataType],
+) -> None:
+    """Write records of examples, as :func:`write_examples` does, with ``more`` columns in each.
+
+    Raises:
+        DataError: if an example could not be read back.
+        StorageError: when the disk refuses; what was there before is still there.
+    """
+    path = Path(path)
+    write = partial(_write_parquet, more=more) if known_suffix(path) == ".parquet" else _write_jsonl
+    with replacing_file(path) as unfinished:
+        write(unfinished, _checked_records(path, records))
+
+
+def _checked_records(path: Path, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row, record in enumerate(records, start=1):
+        try:
+            parse_example(record, "")
+        except ValueError as error:
+            raise DataError(path, row, f"cannot be written: {error}") from error
+        yield record
+
+
+def _write_jsonl(path: Path, records: Iterator[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(
+    path: Path, records: Iterator[dict[str, Any]], more: Mapping[str, pa.DataType]
+) -> None:
+    text, number = pa.string(), pa.float64()
+    schema = pa.schema(
+        {
+            "query": text,
+            "positives": pa.list_(text),
+            "negatives": pa.list_(text),
+            "positive_scores": pa.list_(number),
+            "negative_scores": pa.list_(number),
+            "query_prompt": text,
+            "document_prompt": text,
+            "task": text,
+            "in_batch": text,
+            "lang": text,
+            **more,
+        }
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in records:
+            group = list(chain([first], islice(records, ROWS_PER_GROUP - 1)))
+            writer.write_table(pa.Table.from_pylist(group, schema))

@@ -1,0 +1,131 @@
+"""Files of plain texts: .txt with one text a line, .jsonl and .parquet with a field of text."""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from tercet.data.files.examples import as_object, nonblank, text_of
+from tercet.data.files.scan import Kind
+from tercet.data.files.sources import Source, open_source
+from tercet.errors import DataError
+from tercet.files.records import Record, decoded, iter_lines, iter_records, parsed
+from tercet.types import Example
+
+
+def read_texts(path: Path | str, field: str = "text") -> Iterator[str]:
+    """The texts of a .jsonl, .parquet or .txt file, in order and blank ones included.
+
+    A text stands for a row of the vectors made of it, so a blank line of a .txt file is a text.
+
+    Raises:
+        DataError: at the first record without such a text, naming the line.
+    """
+    path = Path(path)
+    for record in text_records(path, (field,), blank_lines=True):
+        yield parsed(path, record, lambda it: text_under(it.value, field))
+
+
+def open_texts(
+    path: Path | str,
+    *,
+    field: str = "text",
+    name: str | None = None,
+    weight: float | int = 1.0,
+    blank_lines: bool = False,
+) -> Source:
+    """Check a file of texts, and make them readable by row.
+
+    Each text is an example: its query and its one positive. Blank lines of a .txt file are texts
+    only with ``blank_lines``.
+
+    Raises:
+        DataError: at the first record without a text, naming the line.
+    """
+    return open_source(path, name=name, weight=weight, kind=text_kind(field, blank=blank_lines))
+
+
+def text_kind(field: str = "text", *, blank: bool = False) -> Kind:
+    """Files of texts, as :func:`open_texts` reads them."""
+    return Kind(
+        about=f"texts {field!r} {blank}",
+        records=partial(text_records, fields=(field,), blank_lines=blank),
+        parse=partial(_as_example, field=field, blank=blank),
+        fields=(field,),
+        plain=partial(_line_as_record, field=field),
+    )
+
+
+def text_records(
+    path: Path, fields: tuple[str, ...], *, blank_lines: bool = False
+) -> Iterator[Record]:
+    """The records of a file; a line of plain text is a record with the first field only.
+
+    Raises:
+        DataError: when the file cannot be read, is of an unknown kind, or holds no text.
+    """
+    if path.suffix in (".jsonl", ".parquet"):
+        yield from iter_records(path, fields, needs=(fields[:1],))
+        return
+    if path.suffix != ".txt":
+        kinds = "use .jsonl, .parquet or .txt"
+        raise DataError(path, None, f'unknown kind of file "{path.suffix}"; {kinds}')
+    empty = True
+    for number, offset, line in iter_lines(path):
+        try:
+            text, problem = decoded(line, offset), None
+        except ValueError as error:
+            text, problem = "?", str(error)
+        if blank_lines or (text and not text.isspace()):
+            empty = False
+            yield Record(number, offset, 0.0, line, {fields[0]: text}, problem)
+    if empty:
+        raise DataError(path, None, "holds no texts; write one text a line")
+
+
+def _as_example(record: object, task: str, *, field: str, blank: bool) -> Example:
+    text = text_under(record, field)
+    return Example(text if blank else nonblank(text, field), (text,), task=task)
+
+
+def _line_as_record(line: str, *, field: str) -> dict[str, str]:
+    return {field: line.removesuffix("\n").removesuffix("\r")}
+
+
+def text_under(record: object, field: str) -> str:
+    """The text of a record.
+
+    Raises:
+        ValueError: naming the field; the caller knows the file and the line and adds them.
+    """
+    value = as_object(record).get(field)
+    if value is None:
+        raise ValueError(
+            f'"{field}" is missing; it holds the text; if another field does, name that'
+        )
+    return text_of(value, field)
+
+
+def normal_form(text: str) -> str:
+    """The text in NFKC and lower case, with single spaces: two that agree in it are one text."""
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)  # ascii is in NFKC
+    return " ".join(plain.lower().split())
+
+
+def spread(texts: Iterable[str], most: int) -> list[str]:
+    """At most so many, at equal distances; no more than twice as many are ever in memory."""
+    kept: list[str] = []
+    step = 1
+    for number, text in enumerate(texts):
+        if number % step == 0:
+            kept.append(text)
+        if len(kept) > 2 * most:
+            kept, step = kept[::2], 2 * step
+    return kept[:: -(-len(kept) // most) or 1]
+
+
+def text_key(text: str) -> int:
+    """64 bits that are equal for texts that differ in case, spaces or Unicode form only."""
+    same = normal_form(text).encode()
+    return int.from_bytes(hashlib.blake2b(same, digest_size=8).digest(), "little")

@@ -1,0 +1,291 @@
+"""Models side by side: whether reading ahead helps them, and whether they need training for it."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import Float64
+
+from tercet.data.files.documents import read_documents
+from tercet.errors import RecipeError
+from tercet.evaluate.insight.lookahead import (
+    DirectionMap,
+    PrefixResult,
+    PrefixTriple,
+    direction_map,
+    prefix_sensitivity,
+    read_triples,
+)
+from tercet.evaluate.report.figures import (
+    HeatMap,
+    ScoreSample,
+    drawing,
+    heat_maps,
+    histograms,
+    write_png,
+)
+from tercet.evaluate.report.intervals import Interval, interval
+from tercet.evaluate.report.report import Drawing, RunReport, Section, write_report
+from tercet.files.atomic import replacing_file
+from tercet.models.embedder import Embedder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Reading: TypeAlias = Literal["causal", "echo", "bidirectional"]  # echo: causal, each text twice
+
+FILE: Final = "diagnosis.json"
+_TEXTS: Final = 5  # of a user's file that are mapped
+_DIGITS: Final = 6  # of a cosine in the JSON
+
+PARAGRAPHS: Final = (
+    "A lighthouse is a tower with a strong lamp at its top, built where a coast is dangerous to "
+    "ships. The first ones burned wood or coal in the open, and in rain they were hard to see. In "
+    "the nineteenth century, rings of ground glass began to gather the light of a small flame "
+    "into a beam that reached the horizon.",
+    "Bread rises because yeast eats the sugar in the dough and gives off gas. The gas would escape "
+    "if kneading had not joined the proteins of the flour into a net that holds it. In the oven "
+    "the bubbles grow once more, the net sets, and the crust turns brown.",
+    "The river begins as meltwater under a glacier and falls two thousand metres before it reaches "
+    "the plain. There it slows down, drops the sand that it has carried, and splits into arms that "
+    "move from year to year, so that no map of them stays right for long.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What one model showed."""
+
+    prefixes: Mapping[Reading, PrefixResult]  # of an encoder, "bidirectional" alone
+    maps: tuple[DirectionMap, ...]  # one a text; none of an encoder, which has one direction
+
+    def layer_means(self) -> Float64[np.ndarray, "layers"]:
+        """The mean of each layer over the tokens of all texts."""
+        return np.concatenate([each.cosines for each in self.maps], axis=1).mean(axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What the models are given to read, and where it is from."""
+
+    triples: Sequence[PrefixTriple]
+    texts: Sequence[str]
+    origin: Mapping[str, str]
+
+    @staticmethod
+    def read(triples: Path | None = None, text: Path | None = None) -> "Material":
+        """From a user's files; None takes those of the package. Of texts, the first five.
+
+        Raises:
+            DataError: at the first record that is no triple, or no text, naming the line.
+        """
+        own = "tercet's own"
+        texts = (
+            PARAGRAPHS if text is None else [d.text for d in islice(read_documents(text), _TEXTS)]
+        )
+        origin = {"triples": str(triples or own), "texts": str(text or own)}
+        return Material(read_triples(triples), texts, origin)
+
+
+def diagnose(
+    models: Iterable[tuple[str, Embedder]],
+    out: Path,
+    *,
+    material: Material | None = None,
+    seed: int = 0,
+) -> dict[str, Diagnosis]:
+    """Look at each model, and write what was found to the folder ``out``.
+
+    The first decoder is read in both directions, as a control: its causal cosines are 1, unless
+    it reads each text twice (echo). Those after it, such as later stages, are read both ways only.
+    ``models`` may load each when it is asked for: one at a time is in memory.
+
+    Raises:
+        MissingExtraError: when matplotlib is not installed.
+        RecipeError: when ``out`` is another run's folder, or the material does not fit a model.
+        StorageError: when the disk refuses.
+    """
+    with drawing():  # what stands in the way shows before the work
+        _refuse_other_report(out)
+    material = material or Material.read()
+    found: dict[str, Diagnosis] = {}
+    for name, embedder in models:
+        control = not any(each.maps for each in found.values())
+        found[name] = _diagnosis(embedder, material, control=control)
+        del embedder  # before the next is loaded
+    write_diagnosis(out, found, material, seed=seed)
+    return found
+
+
+def _diagnosis(embedder: Embedder, material: Material, *, control: bool) -> Diagnosis:
+    decoder = embedder.backbone.is_decoder
+    prefixes: dict[Reading, PrefixResult] = {}
+    if decoder and control:
+        prefixes["causal"] = prefix_sensitivity(embedder, material.triples, attention="causal")
+        prefixes["echo"] = prefix_sensitivity(
+            embedder, material.triples, attention="causal", echo=True
+        )
+    prefixes["bidirectional"] = prefix_sensitivity(
+        embedder, material.triples, attention="bidirectional"
+    )
+    maps = tuple(direction_map(embedder, text) for text in material.texts if decoder)
+    return Diagnosis(prefixes, maps)
+
+
+def write_diagnosis(
+    folder: Path, found: Mapping[str, Diagnosis], material: Material, *, seed: int = 0
+) -> None:
+    """Write ``diagnosis.json``, ``report.html`` and a PNG a figure; equal numbers, equal bytes.
+
+    Raises:
+        MissingExtraError: when matplotlib is not installed.
+        RecipeError: when the folder is another run's.
+        StorageError: when the disk refuses.
+    """
+    _refuse_other_report(folder)
+    section = diagnosis_section(found, seed=seed)
+    record = _record(found, material, seed)
+    with replacing_file(folder / FILE) as fresh:
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+        fresh.write_text(text + "\n", encoding="utf-8")
+    with drawing():
+        write_png(folder / "prefix_sensitivity.png", _prefix_figure(found))
+        if _mapped(found):
+            write_png(folder / "direction_map.png", heat_maps(_mapped(found)))
+    settings = {
+        "triples": f"{material.origin['triples']}: {len(material.triples)}",
+        "texts": f"{material.origin['texts']}: {len(material.texts)}",
+        "seed": str(seed),
+        "versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
+    }
+    title = f"Diagnosis of {', '.join(found)}"
+    write_report(
+        folder / "report.html", RunReport(title, (), {}, sections=[section], settings=settings)
+    )
+
+
+def _refuse_other_report(folder: Path) -> None:
+    if (folder / "report.html").exists() and not (folder / FILE).exists():
+        raise RecipeError(
+            f"{folder}: holds the report of another run, which would be lost; choose another folder"
+        )
+
+
+def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Section:
+    """The part of a report that shows models, such as the stages of one, side by side."""
+    drawings = [
+        Drawing(
+            partial(_prefix_figure, found),
+            "How alike a beginning is to itself when it goes on with the same meaning in other "
+            "words (blue) and with another meaning (orange). A causal model cannot see what "
+            "follows: all its cosines are 1, unless it reads each text twice (echo). The further "
+            "the blue hill lies to the right of the orange one, the better the model reads ahead.",
+        )
+    ]
+    if _mapped(found):
+        drawings.append(
+            Drawing(
+                partial(heat_maps, _mapped(found)),
+                "How alike a token's state is when the same weights read causally and both ways, "
+                "by layer, for the tokens of the first text; at the right the mean of each layer "
+                "over the tokens of all texts. Bright everywhere: reading both ways may work "
+                "without training. Dark: the model has to learn it.",
+            )
+        )
+    return Section(
+        "What the words after a text change",
+        [_map_summary(name, each) for name, each in found.items() if each.maps],
+        prefix_table(found, seed=seed),
+        drawings,
+    )
+
+
+def prefix_table(
+    found: Mapping[str, Diagnosis], *, seed: int = 0
+) -> dict[str, dict[str, Interval]]:
+    """A row for each model and way of reading, such as "smollm2 causal"."""
+    return {name: result.intervals(seed) for name, result in _readings(found).items()}
+
+
+def _readings(found: Mapping[str, Diagnosis]) -> dict[str, PrefixResult]:
+    return {
+        f"{name} {reading}": result
+        for name, each in found.items()
+        for reading, result in each.prefixes.items()
+    }
+
+
+def _map_summary(name: str, found: Diagnosis) -> str:
+    means = found.layer_means()[1:]
+    return (
+        f"{name}: read causally and both ways, its states have a mean cosine of {means.mean():.3f} "
+        f"over layers 1 to {len(means)}; the lowest is {means.min():.3f}, in layer "
+        f"{means.argmin() + 1}, and the last is {means[-1]:.3f}."
+    )
+
+
+def _prefix_figure(found: Mapping[str, Diagnosis]) -> "Figure":
+    samples = {
+        name: ScoreSample(result.positive.tolist(), result.negative.tolist())
+        for name, result in _readings(found).items()
+    }
+    names = ("same meaning", "other meaning")
+    return histograms(samples, names=names, score="cosine", counted="triples", bins=24)
+
+
+def _mapped(found: Mapping[str, Diagnosis]) -> dict[str, HeatMap]:
+    return {
+        name: HeatMap(each.maps[0].tokens, each.maps[0].cosines, each.layer_means())
+        for name, each in found.items()
+        if each.maps
+    }
+
+
+def _record(found: Mapping[str, Diagnosis], material: Material, seed: int) -> dict[str, Any]:
+    """All numbers, and what it takes to get them again."""
+    return {
+        "models": {
+            name: {
+                "prefix_sensitivity": {
+                    reading: _prefix_record(result, seed)
+                    for reading, result in each.prefixes.items()
+                },
+                "direction_map": _map_record(each) if each.maps else None,
+            }
+            for name, each in found.items()
+        },
+        "triples": {"from": material.origin["triples"], "count": len(material.triples)},
+        "texts": {"from": material.origin["texts"], "texts": list(material.texts)},
+        "seed": seed,
+        "versions": {name: version(name) for name in ("tercet", "torch", "transformers", "numpy")},
+    }
+
+
+def _prefix_record(result: PrefixResult, seed: int) -> dict[str, Any]:
+    gap = interval(result.gap, seed=seed)
+    return {
+        "triples": len(result.gap),
+        "skipped": result.skipped,
+        "mean_positive": float(result.positive.mean()),
+        "mean_negative": float(result.negative.mean()),
+        "gap": {"mean": gap.mean, "low": gap.low, "high": gap.high, "resamples": gap.resamples},
+        "accuracy": result.accuracy,
+        "positive": result.positive.round(_DIGITS).tolist(),
+        "negative": result.negative.round(_DIGITS).tolist(),
+    }
+
+
+def _map_record(found: Diagnosis) -> dict[str, Any]:
+    return {
+        "layer_means": found.layer_means().round(_DIGITS).tolist(),
+        "maps": [
+            {"tokens": list(each.tokens), "cosines": each.cosines.round(_DIGITS).tolist()}
+            for each in found.maps
+        ],
+    }

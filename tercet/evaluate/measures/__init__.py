@@ -1,0 +1,1 @@
+"""Measures of an embedder on one set."""

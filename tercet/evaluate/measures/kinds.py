@@ -1,0 +1,284 @@
+"""How well each kind of vectors finds documents, and how well every sum of their scores does.
+
+Three protocols (arXiv 2402.03216, section 4 and its code):
+
+- *exact*: every document gets its true score by every kind;
+- *paper*: dense and sparse look at all documents and their sum at both best 1,000; where token
+  vectors take part, the best 200 of dense are ranked anew. Scores that a list lacks are computed;
+- *reference*: as the paper's code has it: terms weigh whole hundredths, rounded up, and a document
+  that is missing in the list of a kind gets no score by it.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tercet.errors import RecipeError
+from tercet.evaluate.report.intervals import Interval, paired_difference
+from tercet.evaluate.sets.retrieval_set import (
+    RetrievalResult,
+    RetrievalSet,
+    depth_of,
+    evaluate_hits,
+)
+from tercet.rank.hybrid import Blocks, Ranked, pair_scores, ranked
+from tercet.types import Role
+from tercet.vectors import KINDS, Kind, Terms, Vectors, Weights
+
+ProtocolName: TypeAlias = Literal["exact", "paper", "reference"]
+
+DEPTH: Final = 1_000  # of the lists of dense and sparse in the paper's protocol
+RERANKED: Final = 200  # of dense, where token vectors take part
+EXACT_WORK: Final = 1e14  # multiplications of token vectors: an hour of one core, more or less
+EMPTY: Final = 0.05  # share of texts without a term above which the sparse head may be dying
+_BLOCK: Final = 1_024  # documents scored together
+
+log = logging.getLogger("tercet")
+
+
+@dataclass(frozen=True, slots=True)
+class TermCounts:
+    """How many terms the sparse vectors of some texts have."""
+
+    texts: int
+    empty: float  # share of texts without any
+    mean: float
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> "TermCounts":
+        """From the number of terms of each text."""
+        counts = lengths.double()
+        if not len(counts):
+            return cls(0, 0.0, 0.0)
+        return cls(len(counts), float((counts == 0).double().mean()), float(counts.mean()))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} terms each, {self.empty:.1%} of {self.texts:,} have none"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KindsResult:
+    """What every kind and every sum found, and how it was searched."""
+
+    results: Mapping[str, RetrievalResult]  # "dense", "sparse", ..., "dense+sparse+multi"
+    weights: Weights
+    protocol: ProtocolName
+    terms: Mapping[Role, TermCounts]  # empty where there are no sparse vectors
+
+    @property
+    def total(self) -> str:
+        """The name of the sum of all kinds that count."""
+        return "+".join(kind for kind in KINDS if kind in self.results and self.weights.of(kind))
+
+    def minus(self, name: str, other: str, metric: str, seed: int = 0) -> Interval:
+        """By how much one is better than another on the same queries."""
+        after, before = (self.results[each].scores[metric] for each in (name, other))
+        return paired_difference(after, before, seed=seed)
+
+    def how(self) -> str:
+        """How documents were searched, for people."""
+        if self.protocol == "exact":
+            return "every document scored by every kind"
+        known = f"best {DEPTH:,} of dense and of sparse; with multi, best {RERANKED} of dense"
+        zero = "; a score that a list lacks is zero" if self.protocol == "reference" else ""
+        return f"{known}{zero}"
+
+
+def sums_of(kinds: Sequence[Kind], weights: Weights) -> dict[str, Weights]:
+    """Each kind by itself, then every sum of the kinds that have a weight, the fullest one last."""
+    alone = {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in kinds}
+    counted: list[Kind] = [kind for kind in kinds if weights.of(kind)]
+    several = {
+        "+".join(some): weights.only(some)
+        for size in range(2, len(counted) + 1)
+        for some in combinations(counted, size)
+    }
+    return {**alone, **several}
+
+
+def evaluate_kinds(
+    data: RetrievalSet,
+    queries: Vectors,
+    docs: Vectors,
+    *,
+    weights: Weights | None = None,
+    protocol: ProtocolName | None = None,
+    names: Sequence[str] | None = None,
+) -> KindsResult:
+    """Search by every kind that both sides have and by every sum, and score the rankings.
+
+    ``protocol`` None is *exact*, unless that takes token vectors more than ``EXACT_WORK``
+    multiplications: then *paper*.
+
+    Raises:
+        ModelError: when a score is not a number.
+        RecipeError: for a metric that does not exist, or where there is no kind of vectors.
+    """
+    assert len(queries) == len(data.queries), "vectors of each query"
+    assert len(docs) == len(data.documents), "vectors of each document"
+    kinds: tuple[Kind, ...] = tuple(kind for kind in queries.kinds if kind in docs.kinds)
+    queries, docs = queries.only(kinds), docs.only(kinds)
+    rows = 0 if docs.multi is None else len(docs.multi.vectors)
+    corpus = InMemory(docs)
+    protocol = protocol or feasible(queries, rows)
+    return search_kinds(data, queries, corpus, weights=weights, protocol=protocol, names=names)
+
+
+def feasible(queries: Vectors, doc_tokens: int) -> ProtocolName:
+    """*exact* where comparing all token vectors is no great work, else *paper*."""
+    if queries.multi is None:
+        return "exact"
+    work = queries.multi.vectors.numel() * doc_tokens
+    return "exact" if work <= EXACT_WORK else "paper"
+
+
+@runtime_checkable
+class Corpus(Protocol):
+    """Documents whose vectors can be had block by block, as often as wanted."""
+
+    def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> Blocks:
+        """Vectors of these kinds of these documents, or of all."""
+        ...
+
+    def terms(self) -> Tensor | None:
+        """The number of terms of each document, once they are known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InMemory:
+    """Documents whose vectors are all there."""
+
+    vectors: Vectors
+
+    def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> Blocks:
+        """Vectors of these kinds of these documents, or of all."""
+        chosen = torch.arange(len(self.vectors)) if rows is None else rows
+        some = self.vectors.only(kinds)
+        for part in chosen.split(_BLOCK):
+            if len(part):
+                yield part, some.take(part)
+
+    def terms(self) -> Tensor | None:
+        """The number of terms of each document."""
+        return None if self.vectors.sparse is None else _lengths(self.vectors.sparse)
+
+
+def search_kinds(
+    data: RetrievalSet,
+    queries: Vectors,
+    corpus: Corpus,
+    *,
+    weights: Weights | None = None,
+    protocol: ProtocolName = "exact",
+    names: Sequence[str] | None = None,
+) -> KindsResult:
+    """Search a corpus whose vectors come in blocks; see :func:`evaluate_kinds`."""
+    kinds = queries.kinds
+    if not kinds:
+        raise RecipeError("queries and documents share no kind of vectors; name one that both have")
+    weights = weights or Weights()
+    if not any(weights.of(kind) for kind in kinds):
+        raise RecipeError(f"none of {', '.join(kinds)} has a weight; give one of them more than 0")
+    names = names or data.metrics
+    depth = max(map(depth_of, names))
+    sums = sums_of(kinds, weights)
+    first: Kind | None = next((kind for kind in kinds if kind != "multi"), None)
+    if protocol == "exact" or first is None:
+        protocol = "exact"
+        lists = ranked(queries, corpus.blocks(kinds), sums, depth)
+    else:
+        lists = _by_candidates(queries, corpus, first, sums, rounded=protocol == "reference")
+    results = {
+        name: evaluate_hits(data, lists[name].hits(sums[name], depth), names=names) for name in sums
+    }
+    counts: dict[Role, TermCounts] = {}
+    of_documents = corpus.terms()
+    if queries.sparse is not None and of_documents is not None:
+        counts = {
+            "query": TermCounts.of(_lengths(queries.sparse)),
+            "document": TermCounts.of(of_documents),
+        }
+    found = KindsResult(results, weights, protocol, counts)
+    warn_empty(found.terms)
+    return found
+
+
+def warn_empty(terms: Mapping[Role, TermCounts]) -> None:
+    """Say so where many texts have no term: they are found by no word of theirs."""
+    for role, counts in terms.items():
+        if counts.empty > EMPTY:
+            log.warning(
+                "%.1f %% of %s texts have no sparse term, so no word of theirs can be found; the "
+                "sparse head may be dying: give it less weight in the loss at first, or a lower "
+                "learning rate",
+                100 * counts.empty,
+                role,
+            )
+
+
+def _by_candidates(
+    queries: Vectors,
+    corpus: Corpus,
+    first: Kind,
+    sums: Mapping[str, Weights],
+    *,
+    rounded: bool,
+) -> dict[str, Ranked]:
+    """For each sum, the documents that it may rank: the paper's candidates."""
+    kinds = queries.kinds
+    single: tuple[Kind, ...] = tuple(kind for kind in kinds if kind != "multi")
+    alone = {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in single}
+    of_queries, blocks = queries.only(single), corpus.blocks(single)
+    if rounded:
+        of_queries = _hundredths(of_queries)
+        blocks = ((rows, _hundredths(docs)) for rows, docs in blocks)
+    lists = ranked(of_queries, blocks, alone, DEPTH)
+    union = Ranked.union([lists[kind] for kind in single])
+    few = lists[first].best(alone[first], RERANKED).by_row()
+    if rounded:
+        union, few = _without_missing(union, lists), _without_missing(few, lists)
+    if queries.multi is not None:
+        few = _with_multi(few, queries, corpus)
+    return {
+        name: few if weights.multi else lists[name] if name in lists else union
+        for name, weights in sums.items()
+    }
+
+
+def _with_multi(few: Ranked, queries: Vectors, corpus: Corpus) -> Ranked:
+    """The same documents with their scores by token vectors too."""
+    assert queries.multi is not None
+    needed = few.rows[few.rows >= 0].unique()
+    multi = torch.zeros(few.rows.shape)
+    for rows, docs in corpus.blocks(("multi",), needed):
+        assert docs.multi is not None
+        multi += pair_scores(queries.multi, docs.multi, rows, few.rows)
+    return Ranked((*few.kinds, "multi"), few.rows, torch.cat([few.parts, multi[None]]))
+
+
+def _without_missing(some: Ranked, lists: Mapping[str, Ranked]) -> Ranked:
+    """No score by a kind in whose list a document is not."""
+    parts = [
+        part * some.among(lists[kind]) for kind, part in zip(some.kinds, some.parts, strict=True)
+    ]
+    return Ranked(some.kinds, some.rows, torch.stack(parts))
+
+
+def _hundredths(vectors: Vectors) -> Vectors:
+    """Weights of terms rounded up to whole hundredths, as an index of whole numbers has them."""
+    terms = vectors.sparse
+    if terms is None:
+        return vectors
+    return replace(
+        vectors, sparse=Terms(terms.ids, (100 * terms.weights).ceil() / 100, terms.offsets)
+    )
+
+
+def _lengths(terms: Terms) -> Tensor:
+    return terms.merged().offsets.diff()

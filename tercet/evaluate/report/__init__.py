@@ -1,0 +1,1 @@
+"""Intervals, figures and reports."""

@@ -1,0 +1,403 @@
+"""The figures of our pages: plain matplotlib in one style, and the same bytes for the same numbers.
+
+Draw inside :func:`drawing`, which sets the style and says what to install where matplotlib is not.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from tercet.errors import MissingExtraError
+from tercet.evaluate.report.intervals import Interval
+from tercet.files.atomic import replacing_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's palette, which the colour-blind can tell apart; systems take them in this order.
+COLOURS: Final = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
+_POSITIVE, _NEGATIVE, _CURVE, _FAINT = "#0072B2", "#E69F00", "#0072B2", "#A9C9E2"
+_INK, GRID = "#222222", "#DDDDDD"
+_WIDTH: Final = 7.2  # inches of every figure; the page scales it
+_DPI: Final = 200  # of a PNG
+_POINTS: Final = 1_500  # of a curve; more cannot be seen and make the page heavy
+_TITLE_CHARACTERS: Final = 75  # that fit across a figure
+_LABELLED_TOKENS: Final = 80  # below a heat map; more labels cannot be read
+_STYLE: Final[dict[Any, Any]] = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": "#888888",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.axisbelow": True,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSample:
+    """Scores of relevant pairs, and of pairs that are not, by one model."""
+
+    positives: Sequence[float]
+    negatives: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeatMap:
+    """A number between 0 and 1 for each layer and token, and each layer's mean over more tokens."""
+
+    tokens: Sequence[str]
+    values: Float64[np.ndarray, "layers tokens"]
+    layer_means: Float64[np.ndarray, "layers"]
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Our style while figures are drawn; the user's own comes back after.
+
+    Raises:
+        MissingExtraError: when matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError("the report", "plot") from error
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def bars(results: Mapping[str, Mapping[str, Interval]]) -> "Figure":
+    """A group of bars a metric, a colour a system."""
+    figure = new_figure(height=3.2)
+    axes = figure.add_subplot()
+    names, width = metrics_of(results), 0.8 / len(results)
+    for number, (label, row) in enumerate(results.items()):
+        shown = [(place, row[name]) for place, name in enumerate(names) if name in row]
+        places = [place + (number - (len(results) - 1) / 2) * width for place, _ in shown]
+        means = np.array([value.mean for _, value in shown])
+        low = means - [value.low for _, value in shown]
+        high = [value.high for _, value in shown] - means
+        axes.bar(
+            places,
+            means,
+            width * 0.92,
+            label=label,
+            color=COLOURS[number % len(COLOURS)],
+            yerr=np.maximum([low, high], 0),
+            error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 3},
+        )
+        for place, (_, value) in zip(places, shown, strict=True):
+            axes.annotate(
+                f"{value.mean:.3f}",
+                (place, value.high),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+    axes.set_xticks(range(len(names)), names)
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylim(0, max(axes.get_ylim()[1] * 1.05, 0.1))
+    axes.set_ylabel("mean over queries")
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
+    _legend_above(axes, len(results))
+    return figure
+
+
+def loss_curve(
+    losses: Float64[np.ndarray, "steps"],
+    learning_rates: Float64[np.ndarray, "rates"],
+    steps_apart: int,
+) -> "Figure":
+    """Losses and their running mean; below them the learning rate, if it is given."""
+    with_rates = len(learning_rates) > 0
+    figure = new_figure(height=3.8 if with_rates else 2.8)
+    shares = {"height_ratios": [3, 1]} if with_rates else {}
+    grid = figure.subplots(1 + with_rates, 1, sharex=True, squeeze=False, gridspec_kw=shares)
+    axes = grid[0, 0]
+    steps = steps_apart * np.arange(1, len(losses) + 1)
+    every = _thinned(len(losses))
+    axes.plot(steps[every], losses[every], color=_FAINT, linewidth=0.8, label="each step")
+    smooth = running_mean(losses)[every]
+    axes.plot(steps[every], smooth, color=_CURVE, linewidth=1.8, label="running mean")
+    axes.set_ylabel("loss")
+    _legend_above(axes, 2)
+    if with_rates:
+        every = _thinned(len(learning_rates))
+        at = steps_apart * (1 + every)
+        grid[1, 0].plot(at, learning_rates[every], color=_INK, linewidth=1.2)
+        grid[1, 0].set_ylabel("learning rate")
+        grid[1, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        grid[1, 0].set_ylim(bottom=0)
+    grid[-1, 0].set_xlabel("step")
+    for each in grid[:, 0]:
+        each.grid(color=GRID, linewidth=0.7)
+    return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place of a curve, with its interval and what is written beside it."""
+
+    x: float
+    value: Interval
+    label: str = ""
+
+
+def curves(lines: Mapping[str, Sequence[Point]], *, x: str, y: str) -> "Figure":
+    """A curve a name over a logarithmic axis, with the interval of each point."""
+    figure = new_figure(height=3.8)
+    axes = figure.add_subplot()
+    for number, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda point: point.x)
+        means = [point.value.mean for point in points]
+        low = [point.value.mean - point.value.low for point in points]
+        high = [point.value.high - point.value.mean for point in points]
+        axes.errorbar(
+            [point.x for point in points],
+            means,
+            yerr=np.maximum([low, high], 0),
+            label=name,
+            color=COLOURS[number % len(COLOURS)],
+            marker="o",
+            linewidth=1.8,
+            elinewidth=0.8,
+            capsize=3,
+        )
+        for point in points:
+            place = (point.x, point.value.mean)
+            beside = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(point.label, place, **beside)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")  # at powers of two, which never collide
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color=GRID, linewidth=0.7)
+    _legend_above(axes, len(lines))
+    return figure
+
+
+def dots(
+    panels: Mapping[str, Mapping[str, Mapping[str, Interval]]], *, y: str = "nDCG@10"
+) -> "Figure":
+    """A panel a title, a place a language (or another name), a dot with its interval a system."""
+    figure = new_figure(height=0.6 + 2.2 * len(panels))
+    grid = figure.subplots(len(panels), 1, sharey=True, squeeze=False)[:, 0]
+    for axes, (title, rows) in zip(grid, panels.items(), strict=True):
+        systems = list(dict.fromkeys(system for row in rows.values() for system in row))
+        for number, system in enumerate(systems):
+            beside = (number - (len(systems) - 1) / 2) * 0.6 / len(systems)
+            shown = [(p + beside, row[system]) for p, row in enumerate(rows.values())]
+            ends = [[v.mean - v.low for _, v in shown], [v.high - v.mean for _, v in shown]]
+            axes.errorbar(
+                [place for place, _ in shown],
+                [value.mean for _, value in shown],
+                yerr=np.maximum(ends, 0),
+                label=system,
+                color=COLOURS[number % len(COLOURS)],
+                fmt="o",
+                markersize=4,
+                elinewidth=1,
+            )
+        axes.set_xticks(range(len(rows)), list(rows))
+        axes.set_xlim(-0.6, len(rows) - 0.4)
+        axes.set_ylabel(y)
+        axes.set_title(title, loc="left")
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+    grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
+    return figure
+
+
+def metrics_of(rows: Mapping[str, Mapping[str, Interval]]) -> list[str]:
+    """All metrics, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows.values() for name in row))
+
+
+def running_mean(values: Float64[np.ndarray, "steps"]) -> Float64[np.ndarray, "steps"]:
+    """The mean of the values around each, a thirtieth of all on either side, so it lags nowhere.
+
+    Values that are not finite are left out; where there are no others, it is NaN.
+    """
+    reach, finite = len(values) // 30, np.isfinite(values)
+    sums = np.concatenate([[0.0], np.where(finite, values, 0.0).cumsum()])
+    counts = np.concatenate([[0], finite.cumsum()])
+    place = np.arange(len(values))
+    first, end = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
+    number = counts[end] - counts[first]
+    nothing = np.full(len(values), np.nan)
+    return np.divide(sums[end] - sums[first], number, out=nothing, where=number > 0)
+
+
+def _thinned(count: int) -> Int64[np.ndarray, "points"]:
+    """Places of at most so many points as can be seen, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(np.int64))
+
+
+def histograms(
+    scores: Mapping[str, ScoreSample],
+    *,
+    names: tuple[str, str] = ("relevant", "other"),
+    score: str = "score",
+    counted: str = "pairs",
+    bins: int = 40,
+) -> "Figure":
+    """A panel a model on one scale, to compare them by; ``names`` are the hills'."""
+    rows = -(-len(scores) // 3)
+    columns = -(-len(scores) // rows)
+    figure = new_figure(height=0.6 + 2 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = grid.flat
+    edges = _edges(scores, bins)
+    for axes, (label, sample) in zip(panels, scores.items(), strict=False):
+        kinds = ((sample.negatives, _NEGATIVE, names[1]), (sample.positives, _POSITIVE, names[0]))
+        for values, colour, name in kinds:
+            weights = np.full(len(values), 100 / max(len(values), 1))
+            axes.hist(values, edges, weights=weights, color=colour, alpha=0.55, label=name)
+            axes.hist(values, edges, weights=weights, color=colour, histtype="step")
+        axes.set_title(fill(label, _TITLE_CHARACTERS // columns), loc="left")
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(f"% of {counted}")
+    for axes in grid.flat[len(scores) :]:
+        axes.set_visible(False)
+    for axes in grid.flat[max(len(scores) - columns, 0) : len(scores)]:  # nothing stands below
+        axes.set_xlabel(score)
+        axes.tick_params(labelbottom=True)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=9)
+    return figure
+
+
+def _edges(scores: Mapping[str, ScoreSample], bins: int) -> Float64[np.ndarray, "edges"]:
+    """Bins over all scores; a unit wide in all where the scores do not differ."""
+    everything = np.concatenate(
+        [np.r_[sample.positives, sample.negatives] for sample in scores.values()]
+    )
+    low, high = (everything.min(), everything.max()) if len(everything) else (0.0, 1.0)
+    if high - low < 1e-3:
+        low, high = low - 0.5, high + 0.5
+    return np.linspace(low, high, bins + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class MapLabels:
+    """What rows, columns, numbers and the curve of a heat map are called."""
+
+    row: str = "layer"
+    column: str = "token"
+    number: str = "cosine of the causal and the bidirectional state"
+    curve: str = "mean"
+
+
+def heat_maps(maps: Mapping[str, HeatMap], labels: MapLabels | None = None) -> "Figure":
+    """A row a model: layers upwards, tokens to the right, and each layer's mean beside them.
+
+    The numbers are cosines of states, or what ``labels`` say, all on one scale from 0 to 1. Tokens
+    stand below the last map, and below one whose tokens differ from those of the next.
+    """
+    labels = labels or MapLabels()
+    figure = new_figure(height=0.8 + 2.5 * len(maps))
+    shares = {"width_ratios": [5, 1]}
+    grid = figure.subplots(len(maps), 2, squeeze=False, sharey="row", gridspec_kw=shares)
+    every = list(maps.values())
+    image = None
+    for number, (label, shown) in enumerate(maps.items()):
+        left, right = grid[number]
+        image = left.imshow(
+            shown.values,
+            aspect="auto",
+            origin="lower",
+            interpolation="none",
+            vmin=0,
+            vmax=1,
+        )
+        left.set_title(fill(label, _TITLE_CHARACTERS), loc="left")
+        left.set_ylabel(labels.row)
+        left.locator_params(axis="y", integer=True)
+        if shown is every[-1] or shown.tokens != every[number + 1].tokens:
+            _name_tokens(left, shown.tokens, labels.column)
+        else:
+            left.set_xticks([])
+        right.plot(shown.layer_means, range(len(shown.layer_means)), color=_CURVE, linewidth=1.8)
+        right.set_xlim(0, 1.03)
+        right.set_title(labels.curve, loc="left")
+        right.grid(color=GRID, linewidth=0.7)
+    if image is not None:
+        bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.5, aspect=40, pad=0.02)
+        bar.set_label(labels.number, fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+    return figure
+
+
+def _name_tokens(axes: "Axes", tokens: Sequence[str], name: str) -> None:
+    if len(tokens) > _LABELLED_TOKENS:
+        axes.set_xlabel(name)
+        return
+    size = min(8.0, 330 / max(len(tokens), 1))  # points: as high as a column is wide
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=size)
+    axes.tick_params(axis="x", length=0, pad=2)
+
+
+def new_figure(height: float) -> "Figure":
+    """An empty figure as wide as all of ours, of this height in inches."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasSVG(figure)  # this figure only: the user's backend stays what it is
+    return figure
+
+
+def _legend_above(axes: "Axes", columns: int) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, fontsize=9)
+
+
+def as_svg(figure: "Figure", name: str) -> str:
+    """The drawing as part of a page, with a name for those who cannot see it."""
+    from matplotlib import rc_context
+
+    out = StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with rc_context({"svg.hashsalt": name}), _any_script():  # ids: the same in every run
+        figure.savefig(out, format="svg", metadata=nothing)
+    drawing = out.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    # Names such as axes_1 would stand in every drawing; nothing refers to them.
+    drawing = re.sub(r' id="([A-Za-z0-9.]+_\d+|image[0-9a-f]+)"', "", drawing)
+    drawing = re.sub(r' (width|height)="[\d.]+pt"', "", drawing, count=2)
+    return drawing.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
+
+
+def write_png(path: Path, figure: "Figure") -> None:
+    """Write the drawing as a file of its own, which appears whole or not at all.
+
+    Raises:
+        StorageError: when the disk refuses.
+    """
+    with replacing_file(path) as fresh, _any_script():
+        figure.savefig(fresh, format="png", dpi=_DPI, metadata={"Software": None})
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """A sign that matplotlib's font lacks becomes a box, and no warning a sign."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield

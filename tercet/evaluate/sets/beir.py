@@ -1,0 +1,279 @@
+"""Evaluation folders: documents, queries and judgements, as BEIR and FlagEmbedding lay them out.
+
+- BEIR: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv`` (or ``.jsonl``), or one file
+  ``qrels.jsonl`` or ``qrels.tsv`` whatever the split.
+- FlagEmbedding: ``corpus.jsonl``, ``SPLIT_queries.jsonl`` and ``SPLIT_qrels.jsonl``.
+
+Ids are ``_id`` or ``id``; judgements name them ``query-id`` or ``qid``, ``corpus-id`` or ``docid``,
+and their grade ``score`` or ``relevance``. In place of judged documents a query may have
+``answers``, texts of which one has to stand in a document: in its own record, or with its ``qid``
+in the file of judgements, as FlagEmbedding writes MKQA. Queries and documents may name their
+language, as ``lang``.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypeVar
+
+import numpy as np
+
+from tercet.data.files.examples import LANG, as_object, nonblank, shown, text_of
+from tercet.errors import DataError
+from tercet.files.records import Record, begins_with, decoded, iter_lines, iter_records, parsed
+
+_ID: Final = ("_id", "id")
+_QUERY_ID: Final = ("qid", "query-id", "query_id")
+_DOCUMENT_ID: Final = ("docid", "corpus-id", "doc_id")
+_GRADE: Final = ("relevance", "score")
+_ANSWERS: Final = ("answers",)
+_USUAL: Final = "test"  # split of BEIR's sets
+_HIGHEST: Final = 1_000_000  # grade; above it something else was meant
+
+_UNJUDGED: Final = (
+    f"has no judgements; write one of qrels/{_USUAL}.tsv, qrels.jsonl, qrels.tsv and "
+    f'{_USUAL}_qrels.jsonl, or give each query "answers"'
+)
+
+Grades: TypeAlias = dict[str, dict[int, int]]
+"""Of each query: row of a document -> grade."""
+Answers: TypeAlias = Mapping[str, tuple[str, ...]]
+"""Of each query: texts of which one has to stand in a document."""
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What a folder holds of one split. Queries that it does not judge are left out."""
+
+    documents: Mapping[str, str]  # by id, in the order of their file
+    queries: Mapping[str, str]
+    grades: Mapping[str, Mapping[int, int]]  # of a query's documents, by row
+    answers: Answers  # of every query, or of none
+    document_langs: tuple[str, ...]  # of each in turn; empty: not told
+    query_langs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files of one split."""
+
+    queries: Path
+    judgements: Path | None  # None: answers in the queries alone
+
+
+def read_folder(folder: Path | str, split: str | None = None) -> Folder:
+    """The documents of a folder, and the queries of a split with what is known of them.
+
+    A document is its title, a space, and its text. The split None is the only one there is, or of
+    several in BEIR's layout ``test``.
+
+    Raises:
+        DataError: where the split is missing or not clear, and at the first line that cannot be
+            read, or names an unknown id.
+    """
+    folder = Path(folder)
+    corpus = folder / "corpus.jsonl"
+    if not corpus.is_file():
+        raise DataError(corpus, None, "no such file; an evaluation folder has one")
+    files = _files_of(folder, split)
+    told = dict(_by_id(corpus, _ID, lambda it: (_document_text(it), _lang(it))))
+    documents = {name: text for name, (text, _) in told.items()}
+    read = dict(_by_id(files.queries, _ID, lambda it: (_query_text(it), _answers(it), _lang(it))))
+    texts = {name: text for name, (text, *_) in read.items()}
+    answers = {name: given for name, (_, given, _) in read.items() if given}
+    grades: Grades = {}
+    path = files.judgements
+    if path is not None and path.suffix == ".jsonl" and begins_with(path, _ANSWERS):
+        answers = dict(_by_id(path, _QUERY_ID, _needed_answers))
+        _refuse_unknown(path, answers, read, files.queries)
+    elif path is not None:
+        grades = _grades(path, files.queries, read, corpus, documents)
+    judged = grades or answers
+    if not judged:
+        raise DataError(folder, None, _UNJUDGED)
+    queries = {name: text for name, text in texts.items() if name in judged}
+    return Folder(
+        documents,
+        queries,
+        grades,
+        _of_all(answers, queries, files.queries),
+        tuple(lang for _, lang in told.values()),
+        tuple(read[name][2] for name in queries),
+    )
+
+
+def _files_of(folder: Path, split: str | None) -> _Files:
+    found = _splits(folder)
+    if split in found:
+        return found[split]
+    names = sorted(name for name in found if name is not None)
+    if not names:  # one file, whatever the split
+        return found[None]
+    if split is None:
+        if len(names) == 1:
+            return found[names[0]]
+        if (folder / "qrels").is_dir() and _USUAL in found:
+            return found[_USUAL]
+    known = ", ".join(names)
+    raise DataError(
+        folder,
+        None,
+        f"has the splits {known}; name one (--split), or leave one in the folder"
+        if split is None
+        else f"has no split {split!r}; name one of those there (--split): {known}",
+    )
+
+
+def _splits(folder: Path) -> dict[str | None, _Files]:
+    """The files of each split; None is what counts for all of them."""
+    found: dict[str | None, _Files] = {}
+    for part in ("queries", "qrels"):
+        for path in folder.glob(f"*_{part}.jsonl"):
+            split = path.name.removesuffix(f"_{part}.jsonl")
+            judgements = folder / f"{split}_qrels.jsonl"
+            queries = folder / f"{split}_queries.jsonl"
+            found[split] = _Files(queries, judgements if judgements.is_file() else None)
+    queries = folder / "queries.jsonl"
+    for suffix in (".tsv", ".jsonl"):
+        for path in folder.glob(f"qrels/*{suffix}"):
+            known = found.get(path.stem)
+            if known is None or known.judgements is None:
+                found[path.stem] = _Files(queries if known is None else known.queries, path)
+    for name in ("qrels.jsonl", "qrels.tsv"):
+        if (folder / name).is_file():
+            found.setdefault(None, _Files(queries, folder / name))
+    return found or {None: _Files(queries, None)}
+
+
+def _grades(
+    path: Path, queries: Path, known: Collection[str], corpus: Path, documents: Collection[str]
+) -> Grades:
+    """The judgements of a file, of which every id has to be known."""
+    row_of = {name: row for row, name in enumerate(documents)}
+    grades: Grades = {}
+    for line, query, document, grade in _judgements(path):
+        for name, names, file in ((query, known, queries), (document, row_of, corpus)):
+            if name not in names:
+                raise DataError(
+                    path, line, f"id {name!r} is not in {file.name}; add it or drop this line"
+                )
+        grades.setdefault(query, {})[row_of[document]] = grade
+    return grades
+
+
+def _refuse_unknown(path: Path, given: Collection[str], known: Collection[str], of: Path) -> None:
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise DataError(path, None, f"id {unknown!r} is not in {of.name}; add it or drop its line")
+
+
+def _of_all(answers: Answers, queries: Collection[str], path: Path) -> Answers:
+    """The answers of these queries: all have some, or none has."""
+    without = [name for name in queries if name not in answers]
+    if len(without) == len(queries):
+        return {}
+    if without:
+        raise DataError(
+            path,
+            None,
+            f'query {without[0]!r} has no "answers", and others have; give all some, or none',
+        )
+    return {name: answers[name] for name in queries}
+
+
+def _by_id(
+    path: Path, ids: Sequence[str], value: Callable[[Mapping[str, Any]], Value]
+) -> Iterator[tuple[str, Value]]:
+    """Ids and values of a file, each id once."""
+    seen: set[str] = set()
+
+    def entry(record: Record) -> tuple[str, Value]:
+        fields = as_object(record.value)
+        name = _id_of(fields, ids)
+        if name in seen:
+            raise ValueError(f"id {name!r} occurs twice; give each record its own")
+        seen.add(name)
+        return name, value(fields)
+
+    for record in iter_records(path, (), needs=()):
+        yield parsed(path, record, entry)
+
+
+def _document_text(fields: Mapping[str, Any]) -> str:
+    title = text_of(fields.get("title") or "", "title")
+    return f"{title} {text_of(fields.get('text'), 'text')}".strip()
+
+
+def _lang(fields: Mapping[str, Any]) -> str:
+    """The language that a record names; what is no text says nothing of it."""
+    named = (fields[name] for name in LANG if isinstance(fields.get(name), str))
+    return sys.intern(next(named, ""))
+
+
+def _query_text(fields: Mapping[str, Any]) -> str:
+    return nonblank(text_of(fields.get("text"), "text"), "text")
+
+
+def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    (name,) = _ANSWERS
+    given = fields.get(name)
+    if given is None:
+        return ()
+    if not isinstance(given, str | list):
+        raise ValueError(f'"{name}" must be a list of texts, got {shown(given)}')
+    texts = [given] if isinstance(given, str) else given
+    return tuple(nonblank(text_of(text, name), name) for text in texts)
+
+
+def _needed_answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    found = _answers(fields)
+    if not found:
+        raise ValueError('"answers" is missing or empty; give each query one or more')
+    return found
+
+
+def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
+    """Line, query id, document id and grade, from .jsonl or tab-separated columns."""
+    if path.suffix == ".jsonl":
+        for record in iter_records(path, (), needs=()):
+            yield record.line, *parsed(path, record, _judgement)
+        return
+    for number, offset, content in iter_lines(path):
+        try:
+            columns = decoded(content, offset).split("\t")
+            if not content.strip() or (number == 1 and columns[-1].strip() in _GRADE):
+                continue  # BEIR's files begin with the names of the columns
+            if len(columns) != 3:
+                raise ValueError(
+                    f"has {len(columns)} columns; write query id, document id and grade, "
+                    "with tabs between"
+                )
+            yield number, columns[0], columns[1], _grade(columns[2])
+        except ValueError as error:
+            raise DataError(path, number, str(error)) from error
+
+
+def _judgement(record: Record) -> tuple[str, str, int]:
+    fields = as_object(record.value)
+    grade = next((fields[name] for name in _GRADE if name in fields), None)
+    return _id_of(fields, _QUERY_ID), _id_of(fields, _DOCUMENT_ID), _grade(grade)
+
+
+def _id_of(fields: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The id, by the first of its names that is there; a whole number counts as its digits."""
+    value = next((fields[name] for name in names if fields.get(name) is not None), None)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return nonblank(text_of(value, names[0]), names[0])
+
+
+def _grade(value: object) -> int:
+    try:
+        number = float(value) if isinstance(value, str | int | float) else np.nan
+    except (ValueError, OverflowError):
+        number = np.nan
+    if not number.is_integer() or abs(number) > _HIGHEST:
+        raise ValueError(f'"{_GRADE[0]}" must be a whole number, got {shown(value)}')
+    return int(number)

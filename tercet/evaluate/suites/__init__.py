@@ -1,0 +1,1 @@
+"""Many sets at once."""

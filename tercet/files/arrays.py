@@ -1,0 +1,194 @@
+"""Vectors of texts in a folder: plain .npy files that grow text by text and are read mapped.
+
+- ``dense.npy``: float32, a row a text.
+- ``sparse_ids.npy`` and ``sparse_weights.npy``: int32 and float32, the terms of all texts end to
+  end, those of a text by ascending id.
+- ``multi.npy``: float16, a row a token, the texts' rows end to end.
+- ``sparse_offsets.npy`` and ``multi_offsets.npy``: int64. Text ``i`` has the terms or rows from
+  ``offsets[i]`` up to ``offsets[i + 1]``.
+
+Files of kinds that were not asked for are absent. ``numpy.load(path, mmap_mode="r")`` opens each.
+"""
+
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int64, Shaped
+from torch import Tensor
+
+from tercet.files.records import readable
+from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors
+
+_VALUES: Final[dict[Kind, tuple[str, ...]]] = {
+    "dense": ("dense",),
+    "sparse": ("sparse_ids", "sparse_weights"),
+    "multi": ("multi",),
+}
+_TYPES: Final = {
+    "dense": np.dtype(np.float32),
+    "sparse_ids": np.dtype(np.int32),
+    "sparse_weights": np.dtype(np.float32),
+    "multi": np.dtype(np.float16),  # of unit vectors: a dot product keeps three digits
+}
+_OFFSETS: Final = np.dtype(np.int64)
+NAMES: Final = frozenset(  # of all files that may be in such a folder
+    f"{name}.npy" for name in (*_TYPES, "sparse_offsets", "multi_offsets")
+)
+
+
+class VectorWriter:
+    """Writes the vectors of texts into an empty folder, some texts at a time.
+
+    It is used as a context, whose end finishes the files. What an error leaves there is of no use,
+    so that the folder should be one that appears whole (``tercet.files.atomic.replacing_folder``).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._files = folder, dict[str, GrowingArray]()
+        self._ends: dict[Kind, int] = {}
+        self._held = ExitStack()
+
+    def __enter__(self) -> "VectorWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held.__exit__(kind, error, trace)
+
+    def add(self, vectors: Vectors) -> None:
+        """Put the vectors of some texts behind those that are there, of the same kinds."""
+        if vectors.dense is not None:
+            self._grow("dense", vectors.dense)
+        if vectors.sparse is not None:
+            terms = vectors.sparse.merged()
+            self._grow("sparse_ids", terms.ids)
+            self._grow("sparse_weights", terms.weights)
+            self._grow_offsets("sparse", terms.offsets)
+        if vectors.multi is not None:
+            self._grow("multi", vectors.multi.vectors)
+            self._grow_offsets("multi", vectors.multi.offsets)
+
+    def _grow(self, name: str, values: Tensor) -> None:
+        found = values.detach().cpu().numpy()
+        if name not in self._files:
+            self._open(name, _TYPES[name], found.shape[1:])
+        self._files[name].add(found)
+
+    def _grow_offsets(self, kind: Kind, offsets: Tensor) -> None:
+        name, bounds = f"{kind}_offsets", offsets.cpu().numpy()
+        if name not in self._files:
+            self._open(name, _OFFSETS, ())
+            self._files[name].add(bounds[:1])
+        end = self._ends.get(kind, 0)
+        self._files[name].add(end + bounds[1:])
+        self._ends[kind] = end + int(bounds[-1])
+
+    def _open(self, name: str, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
+        file = GrowingArray(self._folder / f"{name}.npy", dtype, row)
+        self._files[name] = self._held.enter_context(file)
+
+
+def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Vectors:
+    """The vectors of one kind of these texts, in float32; nothing else is read.
+
+    Raises:
+        DataError: when a file is absent or damaged.
+    """
+    values = [_mapped(folder, name) for name in _VALUES[kind]]
+    if kind == "dense":
+        return Vectors(dense=torch.from_numpy(np.array(values[0][rows])))
+    places, bounds = _places(_mapped(folder, f"{kind}_offsets"), rows)
+    chosen = [np.array(each[places]) for each in values]
+    if kind == "sparse":
+        ids, weights = (torch.from_numpy(each) for each in chosen)
+        return Vectors(sparse=Terms(ids.long(), weights, bounds))
+    return Vectors(multi=TokenRows(torch.from_numpy(chosen[0].astype(np.float32)), bounds))
+
+
+def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
+    """Whether a folder holds the vectors of one kind of so many texts, not cut short by a copy."""
+    try:
+        values = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _VALUES[kind]]
+        if kind == "dense":
+            return len(values[0]) == texts
+        offsets = np.load(folder / f"{kind}_offsets.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return len(offsets) == texts + 1 and all(len(each) == offsets[-1] for each in values)
+
+
+def stored_kinds(folder: Path) -> tuple[Kind, ...]:
+    """The kinds of vectors that a folder holds."""
+    return tuple(kind for kind in KINDS if (folder / f"{_VALUES[kind][0]}.npy").exists())
+
+
+class GrowingArray:
+    """An array in a .npy file whose number of rows is written at the end.
+
+    It is used as a context; one that an error ends leaves a file that is said to hold no rows.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
+        self._dtype, self._row, self._rows = dtype, row, 0
+        self._file: BinaryIO = path.open("wb")
+        self._begin = self._write_header()
+
+    def __enter__(self) -> "GrowingArray":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            with self._file:
+                self._finish()
+        with suppress(OSError):  # the error that ended it is the one to tell
+            self._file.close()
+
+    def add(self, values: Shaped[np.ndarray, "..."]) -> None:
+        """Put rows behind those that are there."""
+        assert values.shape[1:] == self._row, "rows of one width"
+        self._file.write(np.ascontiguousarray(values, self._dtype).tobytes())
+        self._rows += len(values)
+
+    def _finish(self) -> None:
+        """Write how many rows there are; before that the file holds none."""
+        self._file.seek(0)
+        end = self._write_header()  # numpy leaves room in it for a number of rows that grows
+        assert end == self._begin, "a header of the same length"
+
+    def _write_header(self) -> int:
+        shape = (self._rows, *self._row)
+        descr = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        return self._file.tell()
+
+
+def _mapped(folder: Path, name: str) -> np.ndarray:
+    # Mapped for each use: a thousand files that stay open are more than a process may have.
+    path = folder / f"{name}.npy"
+    with readable(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _places(
+    offsets: Int64[np.ndarray, "bounds"], rows: Int[np.ndarray, "texts"]
+) -> tuple[Int64[np.ndarray, "values"], Int64[Tensor, "chosen_bounds"]]:
+    """Where the values of these texts are, and their offsets once they lie end to end."""
+    begins = np.asarray(offsets[rows])
+    lengths = np.asarray(offsets[rows + 1]) - begins
+    bounds = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
+    inside = np.arange(bounds[-1]) + np.repeat(begins - bounds[:-1], lengths)
+    return inside.astype(np.int64), torch.from_numpy(bounds)

@@ -1,0 +1,253 @@
+"""InfoNCE in one sweep over blocks of queries, never as a matrix of all queries and documents.
+
+A block of queries holds its whole rows of scores, hence its whole softmax. So its loss and all its
+gradients are finished at once, with three matrix products and nothing computed twice, and the
+block is dropped. What stays is as large as the embeddings.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+from typing import Final, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Int8
+from torch import Tensor
+
+from tercet.errors import RecipeError
+from tercet.losses.finished import finished
+from tercet.types import NEGATIVE, POSITIVE
+
+BLOCK_BYTES: Final = 32 << 20  # what the scores of one block may take
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """A relation written block by block, as ``tercet.data.batches.relation.Relation`` is."""
+
+    @property
+    def positives(self) -> int:
+        """POSITIVE pairs in the whole batch, over all processes."""
+        ...
+
+    def rows(
+        self, start: int, stop: int, device: torch.device | None = None
+    ) -> Int8[Tensor, "rows docs"]:
+        """The relation of these queries to all documents."""
+        ...
+
+
+def info_nce(
+    queries: Float[Tensor, "queries dim"],
+    docs: Float[Tensor, "docs dim"],
+    relation: Rows,
+    temperature: float,
+    *,
+    dims: Sequence[int] | Mapping[int, float] | None = None,
+    block: int | None = None,
+) -> Float[Tensor, ""]:
+    """InfoNCE of dot products, averaged over the positive pairs (arXiv 1807.03748, eq. 4).
+
+    For a query q, its document p and its negatives N, with s the scores and t the temperature:
+
+        loss = -log( e^(s[q,p]/t) / (e^(s[q,p]/t) + sum over n in N of e^(s[q,n]/t)) )
+
+    Each positive pair is a term of its own: a query's positives never compete with each other.
+    A query without negatives contributes zero. The mean is over ``relation.positives``; in a run
+    of several processes these are everybody's, so that the *sum* over the processes of this
+    value, and of its gradients, is that of the whole batch.
+
+    ``dims`` makes it a Matryoshka loss (arXiv 2205.13147): the mean over prefixes of these
+    lengths, or their sum with the weights of a mapping. Scores are then cosines of the prefixes:
+    the vectors need no unit length, and a prefix of zeros scores zero. All prefixes together cost
+    the matrix products of the longest one.
+
+    Computed in float32 whatever comes in, under autocast too; float64 stays float64. There are
+    no second derivatives: the first ones are finished here, and ``backward`` only scales them.
+    ``block`` is how many queries are held at a time; it changes memory, not the result.
+    """
+    if temperature <= 0:
+        raise RecipeError(f"temperature is {temperature}; it has to be above zero")
+    if relation.positives == 0:
+        warnings.warn("no query of this batch has a positive: its loss is zero", stacklevel=2)
+    weights = _weights_of(dims, queries.shape[1])
+    learns = torch.is_grad_enabled()
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        wide_queries, wide_docs = queries.to(wide), docs.to(wide)
+        sweep = _Sweep(
+            wide_queries,
+            wide_docs,
+            relation,
+            block or block_of(len(docs), len(weights)),
+            torch.zeros_like(wide_queries) if learns and queries.requires_grad else None,
+            torch.zeros_like(wide_docs) if learns and docs.requires_grad else None,
+        )
+        loss = sweep.prefixes(weights, temperature) if weights else sweep.whole(temperature)
+    return finished(loss, [queries, docs], [sweep.by_queries, sweep.by_docs])
+
+
+def block_of(docs: int, prefixes: int = 0) -> int:
+    """How many queries to hold at a time; a pair takes a number for its score and each prefix."""
+    held = prefixes + 3 if prefixes else 1
+    return min(max(BLOCK_BYTES // (4 * held * max(docs, 1)), 16), 1024)
+
+
+def _weights_of(dims: Sequence[int] | Mapping[int, float] | None, width: int) -> dict[int, float]:
+    """The weight of each prefix, shortest first."""
+    if dims is None:
+        return {}
+    given = dims if isinstance(dims, Mapping) else {dim: 1 / len(dims) for dim in dims}
+    if len(given) < len(dims):
+        raise RecipeError(f"prefixes of {list(dims)} dimensions; give each length once")
+    for dim in given:
+        if not 1 <= dim <= width:
+            raise RecipeError(
+                f"prefix of {dim} dimensions asked of vectors with {width}; "
+                f"give lengths from 1 to {width}"
+            )
+    return dict(sorted(given.items()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """A block of the relation in the form that the loss needs."""
+
+    row: Int[Tensor, "positives"]
+    column: Int[Tensor, "positives"]
+    hidden: Bool[Tensor, "rows docs"]  # whatever is not a negative
+
+    @classmethod
+    def of(cls, relation: Int8[Tensor, "rows docs"]) -> "Pairs":
+        """Those of a block of the relation."""
+        row, column = (relation == POSITIVE).nonzero(as_tuple=True)
+        return cls(row, column, relation != NEGATIVE)
+
+
+def loss_and_gradient(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Sum of the terms of a block, and its gradient, written over ``logits``.
+
+    With n the log-sum-exp of a row's negatives, the term of a positive p is
+
+        -log( e^p / (e^p + e^n) ) = log(1 + e^(n - p)),
+
+    so one softmax over the negatives serves all positives of its row.
+    """
+    positive = logits[pairs.row, pairs.column]
+    logits.masked_fill_(pairs.hidden, -inf)
+    # A row without negatives is all minus infinity, and so is its log-sum: its terms are zero.
+    highest = logits.amax(1).clamp_min(torch.finfo(logits.dtype).min)
+    total = logits.sub_(highest[:, None]).exp_().sum(1)
+    gap = (total.log() + highest)[pairs.row] - positive
+    pull = gap.sigmoid()  # how far this positive is from being solved
+    push = torch.zeros_like(total).index_add_(0, pairs.row, pull)
+    logits.mul_((push / total.clamp_min(1))[:, None])  # a row's largest term is one
+    logits[pairs.row, pairs.column] = -pull
+    return -F.logsigmoid(-gap).sum(), logits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sweep:
+    """One pass over blocks of queries that fills in the gradients as it goes.
+
+    A gradient that nobody wants is None, and its matrix product is left out.
+    """
+
+    queries: Float[Tensor, "queries dim"]
+    docs: Float[Tensor, "docs dim"]
+    relation: Rows
+    block: int
+    by_queries: Float[Tensor, "queries dim"] | None
+    by_docs: Float[Tensor, "docs dim"] | None
+
+    def whole(self, temperature: float) -> Tensor:
+        """The loss of plain dot products."""
+        loss = self.queries.new_zeros(())
+        for rows, pairs in self.blocks():
+            logits = (self.queries[rows] / temperature) @ self.docs.T
+            term, gradient = loss_and_gradient(logits, pairs)
+            loss += term
+            self.add(gradient, rows, slice(None))
+        return self.averaged(loss, by_logits=1 / temperature)
+
+    def prefixes(self, weights: dict[int, float], temperature: float) -> Tensor:
+        """The loss of the cosines of prefixes.
+
+        The dot product of a longer prefix is that of the shorter one plus that of the slice
+        between them, so all of them cost one product of whole vectors. Gradients are summed the
+        other way round: a slice is part of every prefix that reaches beyond it.
+        """
+        slices = [slice(low, high) for low, high in pairwise([0, *weights])]
+        of_queries, of_docs = _Prefixes(self.queries, weights), _Prefixes(self.docs, weights)
+        loss = self.queries.new_zeros(())
+        for rows, pairs in self.blocks():
+            dots = self.queries.new_zeros(rows.stop - rows.start, len(self.docs))
+            gradients: list[Tensor] = []
+            for i, weight in enumerate(weights.values()):
+                dots.addmm_(self.queries[rows, slices[i]], self.docs[:, slices[i]].T)
+                inverse = of_queries.inverse[i, rows, None] / temperature
+                logits = (dots * inverse).mul_(of_docs.inverse[i])
+                term, gradient = loss_and_gradient(logits.clone(), pairs)
+                loss += term * weight
+                gradient.mul_(weight)
+                along = logits.mul_(gradient)
+                of_queries.along[i, rows] = along.sum(1)
+                of_docs.along[i] += along.sum(0)
+                gradients.append(gradient.mul_(inverse).mul_(of_docs.inverse[i]))
+            self.add_longest_first(gradients, rows, slices)
+        of_queries.remove_along(self.by_queries)
+        of_docs.remove_along(self.by_docs)
+        return self.averaged(loss)
+
+    def blocks(self) -> Iterator[tuple[slice, Pairs]]:
+        """The queries of each block, and what they are to the documents."""
+        for start in range(0, len(self.queries) if len(self.docs) else 0, self.block):
+            stop = min(start + self.block, len(self.queries))
+            relation = self.relation.rows(start, stop, self.docs.device)
+            yield slice(start, stop), Pairs.of(relation)
+
+    def add(self, gradient: Tensor, rows: slice, part: slice) -> None:
+        """Pass the gradient by dot products of these rows on to this part of the vectors."""
+        if self.by_queries is not None:
+            self.by_queries[rows, part] = gradient @ self.docs[:, part]
+        if self.by_docs is not None:
+            self.by_docs[:, part].addmm_(gradient.T, self.queries[rows, part])
+
+    def add_longest_first(self, gradients: list[Tensor], rows: slice, slices: list[slice]) -> None:
+        """Pass the gradients of all prefixes on to the slices that they are made of."""
+        total = torch.zeros_like(gradients[-1])
+        for part, gradient in zip(reversed(slices), reversed(gradients), strict=True):
+            self.add(total.add_(gradient), rows, part)
+
+    def averaged(self, loss: Tensor, *, by_logits: float = 1.0) -> Tensor:
+        """The mean of the terms; scales the gradients to it."""
+        scale = 1 / max(self.relation.positives, 1)
+        for gradient in (self.by_queries, self.by_docs):
+            if gradient is not None:
+                gradient.mul_(scale * by_logits)
+        return loss * scale
+
+
+class _Prefixes:
+    """Lengths of the prefixes of some vectors, and the gradients along those prefixes.
+
+    A cosine does not change when a vector grows longer, so its gradient has no part along the
+    vector. That of the dot product has one, which is collected here and taken away in the end.
+    """
+
+    def __init__(self, vectors: Float[Tensor, "texts dim"], dims: Iterable[int]) -> None:
+        self.vectors, self.dims = vectors, list(dims)
+        lengths = torch.stack([vectors[:, :dim].norm(dim=1) for dim in self.dims])
+        self.inverse = lengths.reciprocal().masked_fill_(lengths == 0, 0)  # [prefixes, texts]
+        self.along = torch.zeros_like(lengths)  # sum over the pairs of gradient times cosine
+
+    def remove_along(self, gradient: Float[Tensor, "texts dim"] | None) -> None:
+        """Make the gradient by dot products over lengths one by cosines."""
+        if gradient is None:
+            return
+        for dim, along, inverse in zip(self.dims, self.along, self.inverse, strict=True):
+            shrink = (along * inverse.square())[:, None]
+            gradient[:, :dim].sub_(shrink * self.vectors[:, :dim])

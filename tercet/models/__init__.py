@@ -1,0 +1,1 @@
+"""Embedders: a network, its settings, and texts to vectors."""

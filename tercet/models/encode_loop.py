@@ -1,0 +1,111 @@
+"""Texts through a backbone batch by batch, and what is kept of the states of their tokens."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tercet.models.network.words import Words, word_means
+from tercet.models.tokens import Tokens
+from tercet.types import Packed
+from tercet.vectors import Vectors
+
+_WINDOW_OF_TEXTS: Final = 50_000  # texts tokenized and sorted by length at a time
+
+log = logging.getLogger("tercet")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One batch of texts, and the states of its tokens."""
+
+    rows: list[int]  # the places of these texts among all
+    texts: Packed
+    states: Float[Tensor, "tokens hidden"]
+    spans: list[np.ndarray]  # as in Tokens, of these texts; empty where not asked for
+    read: list[int]
+
+
+def batch_by_batch(
+    states_of: Callable[[Packed], Tensor],
+    device: torch.device,
+    texts: Sequence[str],
+    tokenize: Callable[[Sequence[str]], Tokens],
+    batch_tokens: int,
+    advance: Callable[[int], None] | None = None,
+) -> Iterator[Step]:
+    """The states of all texts, a batch of about one length at a time."""
+    for start in range(0, len(texts), _WINDOW_OF_TEXTS):
+        tokens = tokenize(texts[start : start + _WINDOW_OF_TEXTS])
+        for batch in _batches(tokens.lengths, batch_tokens):
+            packed = tokens.pack(batch).to(device)
+            yield Step(
+                [start + i for i in batch],
+                packed,
+                states_of(packed),
+                [tokens.spans[i] for i in batch] if tokens.spans else [],
+                [tokens.read[i] for i in batch] if tokens.read else [],
+            )
+            if advance is not None:
+                advance(len(batch))
+
+
+def text_vectors(
+    steps: Iterable[Step], finished: Callable[[Step], Vectors], nothing: Vectors
+) -> Vectors:
+    """The vectors of all texts in the order that they were given in, on the CPU.
+
+    ``nothing`` comes back where there is no text.
+    """
+    parts, rows = [], []
+    for step in steps:
+        parts.append(finished(step).to("cpu"))
+        rows += step.rows
+    return Vectors.join(parts).take(torch.tensor(rows).argsort()) if parts else nothing
+
+
+def token_states(steps: Iterable[Step], texts: int, width: int) -> list[np.ndarray]:
+    """The states of each text's pooled tokens."""
+    found: list[np.ndarray] = [np.empty((0, width), np.float32)] * texts
+    for step in steps:
+        states = step.states[:, :width].float().cpu().split(step.texts.lengths)
+        pooled = step.texts.pooled.cpu().split(step.texts.lengths)
+        for row, of_text, chosen in zip(step.rows, states, pooled, strict=True):
+            found[row] = of_text[chosen].numpy()
+    return found
+
+
+def word_states(
+    steps: Iterable[Step], words: Sequence[Words], width: int, *, predictor: bool = False
+) -> list[np.ndarray]:
+    """The mean state of each word of each text, as far as the text was not cut."""
+    found: list[np.ndarray] = [np.empty((0, width), np.float32)] * len(words)
+    for step in steps:
+        kept = [words[row].within(read) for row, read in zip(step.rows, step.read, strict=True)]
+        means = word_means(step.states[:, :width], step.spans, kept, predictor=predictor)
+        for row, of_text in zip(step.rows, means, strict=True):
+            found[row] = of_text.cpu().numpy()
+    every = sum(map(len, words))
+    lost = every - sum(map(len, found))
+    if lost:
+        log.warning("%d of %d words were cut off and have no vector", lost, every)
+    return found
+
+
+def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Texts in batches of at most ``max_tokens`` tokens, the longest first."""
+    batch: list[int] = []
+    size = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batch and size + lengths[i] > max_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(i)
+        size += lengths[i]
+    if batch:
+        yield batch

@@ -1,0 +1,84 @@
+"""What a model folder says of itself, without loading its weights."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tercet.errors import ModelError
+from tercet.models.settings import FILE, read_settings
+from tercet.models.zoo import zoo
+
+
+def manifest(source: str) -> dict[str, str]:
+    """How a model reads and what made it, as lines for people.
+
+    Raises:
+        ModelError: when the folder is no model, or its files are damaged.
+    """
+    place = Path(zoo.resolve(source))
+    if place.is_file():
+        raise ModelError(f"{source}: is a file; inspect reads folders and installed models")
+    if not place.is_dir():
+        raise ModelError(f"{source}: is not here; inspect reads folders and installed models")
+    config = _read(place / "config.json") or _read(place / "adapter_config.json")
+    saved = read_settings(place) if (place / FILE).exists() else None
+    return dict(_lines(place, config, saved))
+
+
+def _lines(
+    place: Path, config: dict[str, Any], saved: dict[str, Any] | None
+) -> Iterator[tuple[str, str]]:
+    yield "folder", str(place)
+    if "peft_type" in config:
+        yield "adapter of", str(config.get("base_model_name_or_path") or "not said")
+    else:
+        yield "architecture", ", ".join(config.get("architectures") or ["not said"])
+        turned = config.get("is_causal") is False or config.get("use_bidirectional_attention")
+        yield "config.json", "reads both ways" if turned else "says no direction"
+    if saved is None:
+        yield FILE, "none: tercet did not write this folder"
+        return
+    settings = saved["settings"]
+    yield "attention", f"{saved['attention']}, windows: {saved['window']}"
+    yield "pooling", settings.pooling + (", prompts pooled" if settings.pool_prompt else "")
+    if settings.layer is not None:
+        layer = settings.layer
+        size = f"{layer.latents} latents, " if layer.kind == "latent" else ""
+        yield "layer before pooling", f"{layer.kind}: {size}{layer.heads} heads"
+    if settings.ends:
+        yield "end-of-text token", "after every text"
+    yield "longest text", f"{settings.query_tokens} (query), {settings.document_tokens} (document)"
+    for role, prompt in settings.prompts.items():
+        yield f"prompt of a {role}", repr(prompt)
+    for task, prompts in settings.task_prompts.items():
+        for role, prompt in prompts.items():
+            yield f"prompt of a {role}, {task}", repr(prompt)
+    yield from _history(saved.get("about", {}))
+
+
+def _history(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The stages that made it, in order, or the adapters that were merged."""
+    for name in ("recipe", "base", "seed"):
+        if name in about:
+            yield name, str(about[name])
+    for number, stage in enumerate(about.get("stages", ()), start=1):
+        kind = "LoRA, merged" if stage["lora"] else "all weights"
+        yield (
+            f"stage {number}",
+            f"{stage['stage']}: {stage['steps']:,} steps of {stage['batch_size']}, "
+            f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} min, {kind}; "
+            f"weights {stage['weights'][:12]}",
+        )
+    for number, merged in enumerate(about.get("merged", ()), start=1):
+        yield f"adapter {number}", f"{merged['adapter']}; sha256 {merged['sha256'][:12]}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: is not JSON ({error}); is the download complete?") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,311 @@
+"""Attention inside each text of a packed row: one function, registered with transformers.
+
+A stock transformers model calls it in every layer in place of its own. The row of tokens is cut
+where texts begin, so no token ever sees another text, and there is nothing to mask but the future
+(when causal) and what lies outside a sliding window.
+
+On CPU, and on CUDA in float32, texts of one length are attended together, without a mask. On CUDA
+in 16 bits the kernel for rows of varying length does the whole row at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache
+from inspect import signature
+from itertools import groupby
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from tercet.errors import ModelError
+
+NAME: Final = "tercet"
+KEPT_LENGTH: Final = 512  # of a text whose attention weights may wait for the backward
+_PAIRS: Final = 1 << 23  # of tokens of longer texts, whose weights are there together
+_WIDEST: Final = 256  # columns of a head that the kernel for rows of varying length takes
+
+
+class Layout:
+    """Where the texts of a row begin. Texts of one length must be neighbours to run together.
+
+    It reaches :func:`attend` as a keyword of the model's forward. Some models do not hand keywords
+    down to their attention (StableLM, Nemotron); for these it is also ``in_force`` for a while.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        dropout: float | None = None,  # of attention weights in training; None: the model's own
+    ) -> None:
+        self.dropout = dropout
+        self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        self.sizes = [length * count for length, count in self.runs]
+        self.longest = max(lengths)
+        self._lengths = lengths
+        self._device = device
+        self._bounds: Tensor | None = None
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Attention that is given no layout takes this one."""
+        before = _IN_FORCE.set(self)
+        try:
+            yield
+        finally:
+            _IN_FORCE.reset(before)
+
+    @property
+    def bounds(self) -> Tensor:
+        """The first token of each text, and the end of the last: int32, on the row's device."""
+        if self._bounds is None:
+            lengths = torch.tensor(self._lengths, device=self._device, dtype=torch.int32)
+            self._bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return self._bounds
+
+
+_IN_FORCE: Final[ContextVar[Layout | None]] = ContextVar("layout", default=None)
+
+
+def layout_in_force() -> Layout | None:
+    """The one that attention takes where it is given none."""
+    return _IN_FORCE.get()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Who attends to whom inside a text, and how scores become weights."""
+
+    causal: bool
+    limit: int | None  # a token sees those at a distance smaller than this
+    scale: float | None
+    dropout: float
+    softcap: float | None = None
+    sinks: Tensor | None = None  # a learned logit for each head that takes weight from all tokens
+
+
+def attend(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads tokens width"],
+    key: Float[Tensor, "1 kv_heads tokens width"],
+    value: Float[Tensor, "1 kv_heads tokens v_width"],
+    attention_mask: object = None,
+    *,
+    layout: Layout | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "1 tokens heads v_width"], None]:
+    """What every layer of a packed model calls; tokens come first in the result.
+
+    ``layout`` None takes the one in force. ``options``
+    are those that transformers passes to any attention function: ``scaling``, ``dropout``,
+    ``sliding_window``, ``is_causal``, ``softcap``, ``s_aux``.
+    """
+    layout = layout or _IN_FORCE.get()
+    if layout is None:
+        raise ModelError(
+            f"{type(module).__name__} was called without a layout of texts; "
+            "call the model through tercet.models.network.backbone.Backbone"
+        )
+    rule = _rule_of(module, options, layout.dropout)
+    narrow = query.shape[-1] <= _WIDEST and query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and narrow and _plain(rule):
+        return _attend_row(query, key, value, layout, rule)[None], None
+    pieces = []
+    rows = zip(*(x[0].split(layout.sizes, dim=1) for x in (query, key, value)), strict=True)
+    for (length, count), (q, k, v) in zip(layout.runs, rows, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
+        states = _attend_run(q, k, v, rule)  # [texts, heads, length, width]
+        pieces.append(states.transpose(1, 2).flatten(0, 1))
+    return torch.cat(pieces)[None] if len(pieces) > 1 else pieces[0][None], None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing left to mask
+
+
+def _rule_of(module: nn.Module, options: dict[str, Any], dropout: float | None) -> _Rule:
+    for name in ("position_bias", "attention_bias", "block_mask"):
+        if options.get(name) is not None:
+            raise ModelError(f"this model adds {name!r} to its attention, which cannot be packed")
+    causal = options.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", False)
+    return _Rule(
+        causal=bool(causal),
+        limit=_window_limit(module, options.get("sliding_window"), bool(causal)),
+        scale=options.get("scaling"),
+        dropout=options.get("dropout", 0.0) if dropout is None or not module.training else dropout,
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+    )
+
+
+def _window_limit(module: nn.Module, sliding_window: int | None, causal: bool) -> int | None:
+    """The smallest distance that is out of sight.
+
+    Stock masks exclude the distance ``sliding_window`` when causal, and include it both ways;
+    Gemma 3's own bidirectional switch has already made its window exclusive.
+    """
+    if sliding_window is None:
+        return None
+    config: Any = module.config
+    if causal or getattr(config, "use_bidirectional_attention", False):
+        return sliding_window
+    return config.sliding_window + 1
+
+
+def _attend_run(
+    q: Float[Tensor, "texts heads length width"],
+    k: Float[Tensor, "texts kv_heads length width"],
+    v: Float[Tensor, "texts kv_heads length v_width"],
+    rule: _Rule,
+) -> Float[Tensor, "texts heads length v_width"]:
+    """Texts of one length, with a graph that does not grow with the square of a great length.
+
+    Where no fused kernel does the work, the weights of all pairs of tokens wait for the backward,
+    several times over and in float32. Those of long texts are computed a second time instead, with
+    the same dropout, some heads at a time.
+    """
+    bends = rule.softcap is not None or rule.sinks is not None
+    length = q.shape[2]
+    if length <= KEPT_LENGTH or not (bends or keeps_weights(q.device, rule.dropout)):
+        return _attend_equal(q, k, v, rule)
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
+    step = max(1, _PAIRS // (len(q) * group * length**2))  # also without a graph: one dropout
+    pieces = []
+    for low in range(0, kv_heads, step):
+        own, shared = slice(low * group, (low + step) * group), slice(low, low + step)
+        sinks = None if rule.sinks is None else rule.sinks[own]
+        given = q[:, own], k[:, shared], v[:, shared], replace(rule, sinks=sinks)
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(_attend_equal, *given, use_reentrant=False))
+        else:
+            pieces.append(_attend_equal(*given))
+    return torch.cat(pieces, dim=1)
+
+
+def keeps_weights(device: torch.device, dropout: float) -> bool:
+    """Whether attention weights of all pairs are kept: no kernel of a CPU knows dropout."""
+    return device.type == "cpu" and dropout > 0
+
+
+def _attend_equal(
+    q: Float[Tensor, "texts heads length width"],
+    k: Float[Tensor, "texts kv_heads length width"],
+    v: Float[Tensor, "texts kv_heads length v_width"],
+    rule: _Rule,
+) -> Float[Tensor, "texts heads length v_width"]:
+    """Texts of one length: no padding, and a mask only where a window cuts a text."""
+    length, mask = q.shape[2], None
+    if rule.limit is not None and length > rule.limit:
+        place = torch.arange(length, device=q.device)
+        distance = place[:, None] - place[None, :]
+        past = distance >= 0 if rule.causal else distance > -rule.limit
+        mask = (distance < rule.limit) & past
+    if rule.softcap is not None or rule.sinks is not None:
+        return _attend_explicit(q, k, v, mask, rule)
+    unmasked = mask is None and not rule.causal and rule.dropout == 0
+    if unmasked and _products_are_faster(q):
+        return _attend_by_products(q, k, v, rule.scale)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=rule.causal and mask is None,
+        scale=rule.scale,
+        dropout_p=rule.dropout,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+
+
+def _products_are_faster(q: Tensor) -> bool:
+    """In bfloat16 on a CPU three plain calls beat the fused kernel, by 1.2 to 2 for most lengths.
+
+    Only for inference: training has to take one way with a graph and without, and the fused
+    kernel keeps less for the backward pass. Only while the scores of a head stay in the cache.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
+        return False
+    return torch.is_inference_mode_enabled()
+
+
+def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """The formula as batched products; heads that share a key are rows of one product."""
+    texts, heads, length, width = q.shape
+    k, v = (x.reshape(-1, length, x.shape[-1]) for x in (k, v))  # [texts * kv_heads, length, _]
+    q = q.reshape(len(k), -1, width)  # [texts * kv_heads, group * length, width]
+    scores = torch.baddbmm(
+        q.new_empty(()).expand(*q.shape[:2], length),
+        q,
+        k.transpose(1, 2),
+        beta=0,
+        alpha=width**-0.5 if scale is None else scale,
+    )
+    return torch.bmm(scores.softmax(-1), v).view(texts, heads, length, -1)
+
+
+def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: _Rule) -> Tensor:
+    """The formula written out, for models that bend the scores (Gemma 2) or leak weight (sinks)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scale = q.shape[-1] ** -0.5 if rule.scale is None else rule.scale
+    scores = q @ k.transpose(-1, -2) * scale  # [texts, heads, length, length]
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    if mask is None and rule.causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if rule.sinks is not None:
+        sinks = rule.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
+    else:
+        weights = scores.softmax(-1, dtype=torch.float32)
+    return F.dropout(weights.to(v.dtype), rule.dropout, training=rule.dropout > 0) @ v
+
+
+def _plain(rule: _Rule) -> bool:
+    """Whether the varying-length kernel knows everything that the rule asks for."""
+    return rule.dropout == 0 and rule.softcap is None and rule.sinks is None and _varlen_takes()
+
+
+@cache
+def _varlen_takes() -> bool:
+    """Whether this torch has the kernel, with windows and grouped heads (2.11 may lack some)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa", "scale"} <= set(signature(varlen_attn).parameters)
+
+
+def _attend_row(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: _Rule) -> Tensor:
+    """All the texts in one CUDA kernel; its window counts neighbours: one less than the limit."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach = -1 if rule.limit is None else rule.limit - 1
+    rows, keys, values = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    states = varlen_attn(
+        rows,
+        keys,
+        values,
+        layout.bounds,
+        layout.bounds,
+        layout.longest,
+        layout.longest,
+        scale=rule.scale,
+        window_size=(reach, 0 if rule.causal else reach),
+        enable_gqa=k.shape[1] != q.shape[1],
+    )
+    assert isinstance(states, Tensor)
+    return states

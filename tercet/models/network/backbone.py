@@ -1,0 +1,411 @@
+"""A stock transformers model that reads packed texts, one way or both ways, and proves it.
+
+Whether a decoder is really bidirectional cannot be seen from its settings: flags are ignored in
+some places, forgotten on reload in others. So the flags are all set, and then :func:`probe`
+changes a token and looks at what moves.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from tercet.errors import ModelError
+from tercet.models.network.allocator import keep_freed_memory
+from tercet.models.network.attention import NAME, Layout
+from tercet.models.network.loading import loading
+from tercet.models.zoo import zoo
+from tercet.segments import offsets_of
+from tercet.types import Packed
+
+Attention: TypeAlias = Literal["causal", "bidirectional"]
+Window: TypeAlias = Literal["keep", "full"]
+
+
+class Backbone(nn.Module):
+    """From packed tokens to one hidden state a token.
+
+    ``attention`` None keeps the model's own direction: that of its config where it says one.
+    ``window`` is about models with sliding-window layers: "keep" leaves the window, "full" lets
+    every layer see the whole text. None means "keep", except for a decoder turned both ways whose
+    layers are all windowed (Mistral): those are opened, as LLM2Vec and NV-Embed do.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        attention: Attention | None = None,
+        window: Window | None = None,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        _switch_to_packed(model)
+        self._proved: set[Attention] = set()  # directions that the probe has seen
+        self.is_decoder = _is_decoder(model)
+        self.attention: Attention = _direction(model, attention)
+        self.attention_dropout: float | None = None  # in training; None: the model's own
+        self.window: Window = window or _usual_window(model, self.attention)
+        self.position_offset = _position_offset(model)
+        _set_direction(model, self.attention)
+        if self.window == "full":
+            _open_windows(model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.train(model.training)
+
+    @staticmethod
+    def load(
+        source: str | Path,
+        *,
+        attention: Attention | None = None,
+        window: Window | None = None,
+        dtype: torch.dtype = torch.float32,
+        keep_layers: int | None = None,
+    ) -> "Backbone":
+        """Load a zoo name, a local folder, a GGUF file or a hub id, and probe it.
+
+        With ``keep_layers`` only so many of its layers are there, the first ones: a smaller and
+        worse model, for experiments on small machines.
+
+        Raises:
+            ModelError: when files are missing or the model cannot be packed, with the reason.
+        """
+        model = _load_model(str(source), dtype, keep_layers)
+        backbone = Backbone(model, attention=attention, window=window)
+        backbone.prove()
+        return backbone
+
+    def prove(self) -> None:
+        """Probe the direction in force, once.
+
+        Raises:
+            ModelError: see :func:`probe`.
+        """
+        if self.attention not in self._proved:
+            probe(self)
+            self._proved.add(self.attention)
+
+    @property
+    def config(self) -> Any:
+        """The transformers config, with the direction written into it."""
+        return self.model.config
+
+    @property
+    def hidden(self) -> int:
+        """The width of a hidden state."""
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the model has positions for."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit or 1_000_000) - self.position_offset
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def forward(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
+        """The last hidden states, in the order of the tokens. Needs at least one text.
+
+        Inside, texts are sorted by length, so that those of one length are attended together.
+        """
+        return self._run(texts, lambda output: output.last_hidden_state)[0]
+
+    def layer_states(self, texts: Packed) -> Float[Tensor, "layers tokens hidden"]:
+        """The states that go into the first layer, and those that come out of each."""
+        states = self._run(
+            texts, lambda output: torch.cat(output.hidden_states), output_hidden_states=True
+        )
+        return states
+
+    def _run(self, texts: Packed, states_of: Callable[[Any], Tensor], **options: Any) -> Tensor:
+        """What ``states_of`` takes from the model's output: [anything, tokens, hidden]."""
+        lengths, device = texts.lengths, texts.ids.device
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        ids, place = texts.ids, None
+        if order != list(range(len(lengths))):
+            bounds = texts.offsets.tolist()
+            place = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order]).to(device)
+            ids, lengths = ids[place], [lengths[i] for i in order]
+        positions = torch.cat([torch.arange(length) for length in lengths]) + self.position_offset
+        if hasattr(self.config, "use_cache"):
+            options["use_cache"] = False
+        layout = Layout(lengths, device, dropout=self.attention_dropout)
+        with layout.in_force():
+            output = self.model(
+                input_ids=ids[None],
+                position_ids=positions.to(device)[None],
+                layout=layout,
+                **options,
+            )
+        states = states_of(output)
+        if place is None:
+            return states
+        back = torch.empty_like(place)
+        back[place] = torch.arange(len(place), device=device)
+        return states[:, back]
+
+    @contextmanager
+    def reading(self, attention: Attention | None) -> Iterator[None]:
+        """Read in this direction for a while; None leaves it as it is. Weights stay the same.
+
+        Raises:
+            ModelError: for an encoder asked to be causal, or a decoder that fails the probe.
+        """
+        before = self.attention
+        if attention is None or attention == before:
+            yield
+            return
+        if not self.is_decoder:
+            raise ModelError(
+                f"{type(self.model).__name__} is an encoder; it reads both ways and has no causal "
+                "form"
+            )
+        try:
+            self._turn(attention)
+            self.prove()
+            yield
+        finally:
+            self._turn(before)
+
+    def _turn(self, attention: Attention) -> None:
+        self.attention = attention
+        _set_direction(self.model, attention)
+
+    def freeze_embeddings(self) -> None:
+        """Leave the token table as it is: most of a small multilingual model's weights."""
+        self.model.get_input_embeddings().weight.requires_grad_(False)
+
+    def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
+        """Freeze all weights and add trainable low-rank updates to every linear layer (peft)."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"
+        )
+        self.model = get_peft_model(self.model, config)
+
+    def merge_lora(self) -> None:
+        """Add the low-rank updates to the weights they belong to, in float32, and drop them."""
+        if not self.has_lora:
+            return
+        dtype = next(self.model.parameters()).dtype
+        self.model = self.model.float().merge_and_unload().to(dtype)
+        _set_direction(self.model, self.attention)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether low-rank updates sit on the model, not yet merged."""
+        return hasattr(self.model, "merge_and_unload")
+
+
+@torch.no_grad()
+def probe(backbone: Backbone) -> None:
+    """Prove by numbers that texts are read alone, in the promised direction, as stock code would.
+
+    Raises:
+        ModelError: naming what is wrong, when a neighbour or the future leaks in, when a
+            bidirectional model is causal all the same, or when states differ from the stock
+            attention's.
+    """
+    training = backbone.training
+    backbone.eval()
+    vocabulary = backbone.config.get_text_config().vocab_size
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(10, vocabulary // 2), vocabulary, (32,), generator=draw)
+    text, changed, others = ids[:12], ids[:12].clone(), (ids[12:19], ids[19:])
+    changed[-1] = ids[-1] if ids[-1] != text[-1] else ids[-2]
+
+    alone = _states(backbone, text)
+    size = alone.abs().max().item()
+    stock = _stock_states(backbone, text, "eager")
+    close = 1e-4
+    if next(backbone.parameters()).dtype != torch.float32:
+        # Rounding grows from layer to layer, in some models to half of a state. So the measure is
+        # how far two implementations of transformers' own are from each other.
+        other = _stock_states(backbone, text, "sdpa")
+        noise = 0.0 if stock is None or other is None else _gap(other, stock)
+        close = max(5e-2, 4 * noise)
+    name = type(backbone.model).__name__
+
+    between = _states(backbone, others[0], text, others[1])[len(others[0]) :][: len(text)]
+    if _gap(between, alone) > close:
+        raise ModelError(
+            f"{name}: a text's states depend on its neighbours, so it cannot be packed; choose a "
+            "model whose layers all have a standard attention"
+        )
+    moved = (_states(backbone, changed) - alone).abs().amax(1) / size  # [tokens]
+    if backbone.attention == "causal" and moved[:-1].max() > 1e-5:
+        raise ModelError(f"{name}: asked to be causal, but a token sees the one after it")
+    if backbone.attention == "bidirectional" and moved[-2] < 1e-5:
+        raise ModelError(
+            f"{name}: asked to read both ways, but no token sees the one after it; "
+            "this architecture has no bidirectional path"
+        )
+    if stock is not None and _gap(stock, alone) > close:
+        raise ModelError(
+            f"{name}: packed states differ from the model's own by {_gap(stock, alone):.0%}"
+        )
+    backbone.train(training)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The length of the difference as a share of the length of ``b``."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def _states(backbone: Backbone, *texts: Tensor) -> Tensor:
+    ids = torch.cat(texts)
+    offsets = offsets_of(torch.tensor([len(text) for text in texts]))
+    packed = Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
+    return backbone(packed.to(backbone.device)).float()
+
+
+def _stock_states(backbone: Backbone, text: Tensor, attention: str) -> Tensor | None:
+    """The states of one text by an attention of transformers' own; None where it has none."""
+    model = backbone.model
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError:
+        return None
+    try:
+        return model(input_ids=text[None].to(backbone.device)).last_hidden_state[0].float()
+    finally:
+        model.set_attn_implementation(NAME)
+
+
+def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None) -> PreTrainedModel:
+    place = str(zoo.resolve(source))
+    with loading(f"{source}: cannot be loaded", _hint(source)):
+        config = AutoConfig.from_pretrained(place)
+        if keep_layers is not None:
+            _cut_layers(config.get_text_config(), keep_layers, source)
+        model, report = AutoModel.from_pretrained(
+            place, config=config, dtype=dtype, output_loading_info=True
+        )
+    lost = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if lost:
+        raise ModelError(
+            f"{source}: {len(lost)} weights are missing, such as {lost[0]}; "
+            "the folder is incomplete or holds another architecture; copy or download it again"
+        )
+    if any("pooler" in key for key in report["missing_keys"]):
+        model.pooler = None
+    return model
+
+
+def _cut_layers(config: Any, kept: int, source: str) -> None:
+    if not 1 <= kept <= config.num_hidden_layers:
+        raise ModelError(
+            f"{source}: has {config.num_hidden_layers} layers, and {kept} should be kept; give a "
+            "number from 1 up to that"
+        )
+    config.num_hidden_layers = kept
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:kept]
+
+
+def _hint(source: str) -> str:
+    if Path(source).exists():
+        return "; is it a complete transformers folder (config.json, model.safetensors, tokenizer)?"
+    return f"; {source!r} is no local folder, nor one of {', '.join(m.name for m in zoo.MODELS)}"
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config object that a part of the model looks at."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _is_decoder(model: nn.Module) -> bool:
+    return any(getattr(module, "is_causal", None) is True for module in model.modules())
+
+
+def _direction(model: Any, wanted: Attention | None) -> Attention:
+    decoder = _is_decoder(model)
+    if wanted == "causal" and not decoder:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder; it reads both ways and has no causal form"
+        )
+    if wanted is not None:
+        return wanted
+    config = model.config
+    turned = getattr(config, "is_causal", None) is False
+    turned = turned or bool(getattr(config, "use_bidirectional_attention", False))
+    return "causal" if decoder and not turned else "bidirectional"
+
+
+def _set_direction(model: nn.Module, attention: Attention) -> None:
+    """Set both switches: some architectures obey the config, some the module (spec: traps)."""
+    for module in model.modules():
+        if isinstance(getattr(module, "is_causal", None), bool):
+            module.is_causal = attention == "causal"  # pyright: ignore
+    for config in _configs(model):
+        if not getattr(config, "use_bidirectional_attention", False):  # Gemma's own switch, enough
+            config.is_causal = attention == "causal"
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+
+
+def _switch_to_packed(model: PreTrainedModel) -> None:
+    try:
+        model.set_attn_implementation(NAME)
+        taken = model.config._attn_implementation == NAME
+    except (ValueError, KeyError):
+        taken = False
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if "chunked_attention" in kinds:
+        raise ModelError(
+            f"{type(model).__name__} attends in chunks of a text in some layers, which has no form "
+            "that reads both ways and cannot be packed; use another model"
+        )
+    standard = any(isinstance(getattr(m, "is_causal", None), bool) for m in model.modules())
+    if not (taken and standard):
+        why = "does not let its attention be replaced" if standard else "has no standard attention"
+        raise ModelError(
+            f"{type(model).__name__} {why}, so it cannot be packed, nor be turned both ways; use a "
+            "model with a standard transformers attention in every layer"
+        )
+
+
+def _usual_window(model: Any, attention: Attention) -> Window:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    all_slide = getattr(config, "sliding_window", None) is not None and (
+        kinds <= {"sliding_attention"}
+    )
+    return "full" if attention == "bidirectional" and _is_decoder(model) and all_slide else "keep"
+
+
+def _open_windows(model: nn.Module) -> None:
+    """Make every window as wide as any text. Layer types stay: rotary bases hang on them."""
+    for config in _configs(model):
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit and getattr(config, "local_attention", None):
+            config.local_attention = 2 * limit
+        elif limit and getattr(config, "sliding_window", None) is not None:
+            config.sliding_window = limit
+    for module in model.modules():
+        if isinstance(getattr(module, "sliding_window", None), int):
+            config: Any = getattr(module, "config", None)
+            module.sliding_window = config.sliding_window  # pyright: ignore
+
+
+def _position_offset(model: nn.Module) -> int:
+    """RoBERTa and its kin count positions from the padding id plus one."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return int(getattr(module, "padding_idx", 0) or 0) + 1
+    return 0

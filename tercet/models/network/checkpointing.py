@@ -1,0 +1,68 @@
+"""The layers of a network: where they are, and how to keep less of them for the backward."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tercet.errors import RecipeError
+from tercet.models.network.attention import layout_in_force
+from tercet.models.network.backbone import Backbone
+
+
+def layers_of(backbone: Backbone) -> list[nn.Module]:
+    """Its layers, first to last; none where one layer is run several times, as in ALBERT."""
+    count = backbone.config.get_text_config().num_hidden_layers
+    lists = [list(m) for m in backbone.model.modules() if isinstance(m, nn.ModuleList)]
+    return next((found for found in lists if len(found) == count == len({*found})), [])
+
+
+def recomputable(backbone: Backbone) -> list[nn.Module]:
+    """The layers that :func:`recomputed` can run again.
+
+    Raises:
+        RecipeError: when there are none.
+    """
+    layers = layers_of(backbone)
+    if not layers:
+        raise RecipeError(
+            f"{type(backbone.model).__name__} has no list of layers that could be computed again; "
+            "leave checkpoint_activations out"
+        )
+    return layers
+
+
+@contextmanager
+def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep a layer's input alone for the backward, and run the layer again there.
+
+    Known as activation checkpointing. It costs one more forward, with the same dropout masks and
+    the same gradient. A layer of a token then takes as many numbers as its state has, until the
+    backward reaches it.
+    """
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+
+
+def _recomputed(forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*given, **named)
+    layout = layout_in_force()  # by the time of the backward it no longer is
+
+    def run(*given: Any, **named: Any) -> Any:
+        with nullcontext() if layout is None else layout.in_force():
+            return forward(*given, **named)
+
+    return checkpoint(run, *given, use_reentrant=False, **named)

@@ -1,0 +1,170 @@
+"""From the states of tokens to the kinds of vectors that are more than one a text.
+
+Two linear layers beside the pooling (arXiv 2402.03216, section 3.2). Their files in a model's
+folder have the names and the content that FlagEmbedding gives them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tercet.errors import ModelError
+from tercet.files.atomic import replacing_file
+from tercet.segments import offsets_of, row_of
+from tercet.types import Packed
+from tercet.vectors import Kind, Terms, TokenRows
+
+FILES: Final[Mapping[Kind, str]] = {"sparse": "sparse_linear.pt", "multi": "colbert_linear.pt"}
+_FIRST_WEIGHT: Final = 0.1  # of every token, before anything is learned
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialIds:
+    """Token ids that no text is made of: what a tokenizer puts around it."""
+
+    never_terms: tuple[int, ...]  # start, end, padding, unknown: no term of a sparse vector
+    starts: tuple[int, ...]  # where one of them begins a text, it has no row among its tokens'
+    inserted: int | None = None  # the start token again inside of a text; has no row either
+
+    @staticmethod
+    def of(tokenizer: Any, *, inserted: bool = False) -> "SpecialIds":
+        """Those of a transformers tokenizer; ``inserted``: start tokens stand inside texts too."""
+        names = ("cls", "bos", "eos", "sep", "pad", "unk")
+        ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in names}
+        known = {name: int(number) for name, number in ids.items() if number is not None}
+        starts = list(dict.fromkeys(known[name] for name in ("cls", "bos") if name in known))
+        inner = starts[0] if inserted and starts else None
+        return SpecialIds(tuple(sorted(set(known.values()))), tuple(starts), inner)
+
+
+class Heads(nn.Module):
+    """The linear layers of a model's sparse and multi vectors; either may be missing.
+
+    A new sparse head gives every token the same weight, so that it starts as the overlap of words;
+    a new multi head turns or projects the states without stretching them.
+    """
+
+    def __init__(self, hidden: int, kinds: Sequence[Kind], multi_dim: int | None = None) -> None:
+        super().__init__()
+        self.sparse = nn.Linear(hidden, 1) if "sparse" in kinds else None
+        self.multi = nn.Linear(hidden, multi_dim or hidden) if "multi" in kinds else None
+        if self.sparse is not None:
+            nn.init.zeros_(self.sparse.weight)
+            nn.init.constant_(self.sparse.bias, _FIRST_WEIGHT)
+        if self.multi is not None:
+            nn.init.orthogonal_(self.multi.weight)
+            nn.init.zeros_(self.multi.bias)
+        self.drawn: tuple[Kind, ...] = tuple(kind for kind in FILES if kind in kinds)  # untrained
+
+    @property
+    def width(self) -> int | None:
+        """Of a token's vector."""
+        return None if self.multi is None else self.multi.out_features
+
+    def terms(
+        self, states: Float[Tensor, "tokens hidden"], texts: Packed, special: SpecialIds
+    ) -> Terms:
+        """A weight for each pooled token that is not special, in at least float32.
+
+        w = relu(W h + b)
+        """
+        assert self.sparse is not None, "a model with a sparse head"
+        kept = texts.pooled & ~_among(texts, special.never_terms)
+        weights = self.sparse(states[kept]).squeeze(1).relu()
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        return Terms(texts.ids[kept], weights, _offsets_of_kept(texts, kept))
+
+    def rows(
+        self, states: Float[Tensor, "tokens hidden"], texts: Packed, special: SpecialIds
+    ) -> TokenRows:
+        """A vector of unit length for each pooled token but the start token.
+
+        A text with no other token keeps all of its tokens. In at least float32.
+        """
+        assert self.multi is not None, "a model with a multi head"
+        first = torch.zeros_like(texts.pooled)
+        first[texts.offsets[:-1]] = True
+        kept = texts.pooled & ~(first & _among(texts, special.starts))
+        if special.inserted is not None:
+            kept &= texts.ids != special.inserted
+        some = torch.zeros(len(texts), dtype=torch.bool, device=kept.device)
+        some[row_of(texts.offsets)[kept]] = True
+        if not bool(some.all()):
+            kept |= ~some[row_of(texts.offsets)]
+        rows = self.multi(states[kept])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return TokenRows(F.normalize(rows, dim=1), _offsets_of_kept(texts, kept))
+
+
+def _among(texts: Packed, ids: Sequence[int]) -> Bool[Tensor, "tokens"]:
+    return torch.isin(texts.ids, torch.tensor(ids, dtype=torch.int64, device=texts.ids.device))
+
+
+def _offsets_of_kept(texts: Packed, kept: Bool[Tensor, "tokens"]) -> Tensor:
+    before = offsets_of(kept.to(torch.int64))
+    return before[texts.offsets]
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def heads_in(folder: Path) -> tuple[Kind, ...]:
+    """The kinds whose layers are in a folder."""
+    return tuple(kind for kind, name in FILES.items() if (folder / name).is_file())
+
+
+def save_heads(folder: Path, heads: Heads, kinds: Sequence[Kind]) -> None:
+    """Write a file for the layer of each of these kinds: a mapping of ``weight`` and ``bias``."""
+    for kind, name in FILES.items():
+        layer = getattr(heads, kind)
+        if layer is not None and kind in kinds:
+            plain = {
+                key: value.detach().cpu().contiguous() for key, value in layer.state_dict().items()
+            }
+            with replacing_file(folder / name) as fresh:
+                torch.save(plain, fresh)
+
+
+def load_heads(folder: Path, kinds: Sequence[Kind], hidden: int) -> Heads:
+    """The trained layers of a folder.
+
+    Raises:
+        ModelError: where one is missing, damaged, or of another model's width. A missing layer is
+            never drawn at random.
+    """
+    states = {kind: _read(folder, name, hidden) for kind, name in FILES.items() if kind in kinds}
+    width = len(states["multi"]["weight"]) if "multi" in states else None
+    heads = Heads(hidden, kinds, width)
+    for kind, state in states.items():
+        getattr(heads, kind).load_state_dict(state)
+    heads.drawn = ()
+    return heads
+
+
+def _read(folder: Path, name: str, hidden: int) -> dict[str, Tensor]:
+    path = folder / name
+    if not path.is_file():
+        raise ModelError(
+            f"{folder}: the model makes sparse and multi vectors, and {name} is not here; copy or "
+            "download the model again, whole, or load it for fewer kinds of vectors"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch say many things
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path}: cannot be read ({line}); copy the model again") from error
+    fits = isinstance(state, Mapping) and {"weight", "bias"} <= set(state)
+    if not fits or state["weight"].ndim != 2 or state["weight"].shape[1] != hidden:
+        raise ModelError(
+            f"{path}: is not a layer for states of {hidden} numbers; is it of another model?"
+        )
+    rows = 1 if name == FILES["sparse"] else len(state["weight"])
+    if state["weight"].shape[0] != rows or state["bias"].shape != (rows,):
+        raise ModelError(f"{path}: its weight and bias do not fit together; copy the model again")
+    return {key: state[key].float() for key in ("weight", "bias")}

@@ -1,0 +1,97 @@
+"""Room for longer texts in an encoder that learned its positions from a table.
+
+BERT and its kin have a vector for each place in a text, and none beyond the last. The table is made
+longer, to be trained further on long texts; before that, new places are made of old ones. The paper
+does not say how BGE-M3's were (arXiv 2402.03216; XLM-RoBERTa from 512 to 8,192 tokens).
+"""
+
+import inspect
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tercet.errors import ModelError, RecipeError
+from tercet.models.network.backbone import Backbone, probe
+
+Fill: TypeAlias = Literal["cyclic", "interpolated"]
+"""Old positions again from the first, or the old ones stretched over the new length."""
+
+_BUFFERS: Final = ("position_ids", "token_type_ids")  # one number a place, where there are any
+
+
+@torch.no_grad()
+def extend_positions(backbone: Backbone, max_tokens: int, *, fill: Fill = "cyclic") -> None:
+    """Give the backbone's table of positions room for texts of ``max_tokens``, in place.
+
+    With ``cyclic`` a text that was short enough before has the states that it had, to the last
+    bit; ``interpolated`` moves those of every text. Call it before an optimizer is made. The
+    config is changed too, so a saved folder is a usual one. RoBERTa and its kin never use the
+    slots up to the padding id: theirs has two more than tokens.
+
+    Raises:
+        RecipeError: when there is room for as many already, or ``fill`` is unknown.
+        ModelError: when the model has no such table: rotary positions need none.
+    """
+    if fill not in get_args(Fill):
+        raise RecipeError(f"fill is {fill!r}; choose from {', '.join(get_args(Fill))}")
+    name, layer = type(backbone.model).__name__, _layer_with_table(backbone.model)
+    if layer is None:
+        raise ModelError(
+            f"{name}: has no table of positions that could be made longer; where they are rotary, "
+            "max_position_embeddings in its config.json is the limit, and may be raised there"
+        )
+    if max_tokens <= backbone.max_tokens:
+        raise RecipeError(
+            f"{name}: has room for {backbone.max_tokens} tokens already; give more than that"
+        )
+    old, unused = layer.position_embeddings, backbone.position_offset
+    rows = torch.cat([old.weight[:unused], _filled(old.weight[unused:], max_tokens, fill)])
+    layer.position_embeddings = _as(old, rows)
+    for buffer in _BUFFERS:
+        if isinstance(getattr(layer, buffer, None), Tensor):
+            setattr(layer, buffer, _longer(getattr(layer, buffer), len(rows), buffer))
+    backbone.config.get_text_config().max_position_embeddings = len(rows)
+    probe(backbone)
+
+
+def input_layer(backbone: Backbone) -> Any | None:
+    """The module that adds positions to embeddings and normalises them, as BERT's; None: no such.
+
+    It is called with ``inputs_embeds`` and ``position_ids``.
+    """
+    layer = _layer_with_table(backbone.model)
+    takes = () if layer is None else inspect.signature(layer.forward).parameters
+    return layer if {"inputs_embeds", "position_ids"} <= set(takes) else None
+
+
+def _layer_with_table(model: nn.Module) -> Any | None:
+    found = (getattr(module, "position_embeddings", None) for module in model.modules())
+    tables = zip(model.modules(), found, strict=True)
+    return next((module for module, table in tables if isinstance(table, nn.Embedding)), None)
+
+
+def _filled(
+    rows: Float[Tensor, "places hidden"], count: int, fill: Fill
+) -> Float[Tensor, "more hidden"]:
+    if fill == "cyclic":
+        return rows[torch.arange(count, device=rows.device) % len(rows)]
+    wide = rows.T[None].to(torch.promote_types(rows.dtype, torch.float32))
+    stretched = F.interpolate(wide, count, mode="linear", align_corners=True)
+    return stretched[0].T.to(rows.dtype)
+
+
+def _as(old: nn.Embedding, rows: Tensor) -> nn.Embedding:
+    """A table with these rows that is otherwise as the old one."""
+    table = nn.Embedding(len(rows), rows.shape[1], old.padding_idx, _weight=rows.contiguous())
+    table.weight.requires_grad_(old.weight.requires_grad)
+    return table.train(old.training)
+
+
+def _longer(buffer: Tensor, size: int, name: str) -> Tensor:
+    """A row of numbers, [1, places]: the places themselves, or the type of a text's only part."""
+    if name == "position_ids":
+        return torch.arange(size, device=buffer.device).expand(1, -1)
+    return buffer.new_zeros(1, size)

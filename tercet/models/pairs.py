@@ -1,0 +1,80 @@
+"""How well pairs of texts match, by each kind of vectors of a model and by every sum of them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tercet.errors import DataError
+from tercet.models.embedder import Embedder
+from tercet.rank.scoring import paired_scores
+from tercet.types import Role
+from tercet.vectors import KINDS, Kind, Vectors, Weights
+
+PAIRS_AT_ONCE: Final = 256  # token vectors of long texts are large
+
+
+def score_pairs(
+    embedder: Embedder,
+    queries: Sequence[str],
+    documents: Sequence[str],
+    *,
+    weights: Weights | None = None,
+    task: str | None = None,
+    divided: bool = False,
+) -> dict[str, Float[Tensor, "pairs"]]:
+    """The scores of each query with the document of the same place: ``dense``, ``sparse``, ...
+
+    One entry for each kind that the model makes, and one for the weighted sum of every two or more
+    kinds that have a weight, such as ``dense+sparse`` and ``dense+sparse+multi``. ``weights`` None
+    takes those that were tuned for the task or the model. ``divided`` divides each sum by the sum
+    of its weights, as FlagEmbedding's ``compute_score`` does; it calls them ``sparse+dense`` and
+    ``colbert+sparse+dense``. Scores are on the CPU in float32.
+
+    Raises:
+        DataError: where there are more queries than documents, or fewer.
+        RecipeError: for an unknown task.
+        TypeError: when either is one string.
+    """
+    if isinstance(queries, str) or isinstance(documents, str):
+        raise TypeError("score_pairs takes lists of texts; put a single text into a list")
+    if len(queries) != len(documents):
+        raise DataError(
+            "pairs",
+            None,
+            f"there are {len(queries)} queries and {len(documents)} documents; give a document "
+            "for each query",
+        )
+    tuned = embedder.settings.weights
+    weights = weights or tuned.get(task or "", tuned.get("", Weights()))
+    parts: list[dict[str, Tensor]] = []
+    for start in range(0, max(len(queries), 1), PAIRS_AT_ONCE):
+        part = slice(start, start + PAIRS_AT_ONCE)
+        both = (
+            _encoded(embedder, queries[part], "query", task),
+            _encoded(embedder, documents[part], "document", task),
+        )
+        parts.append({kind: paired_scores(kind, *both) for kind in embedder.kinds})
+    found = {kind: torch.cat([part[kind] for part in parts]) for kind in embedder.kinds}
+    return {**found, **_sums(found, weights, divided=divided)}
+
+
+def _encoded(embedder: Embedder, texts: Sequence[str], role: Role, task: str | None) -> Vectors:
+    """The vectors of texts, each of which is read once: a query may stand before many documents."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    vectors = embedder.encode_vectors(list(places), role, task=task)
+    return vectors.take([places[text] for text in texts])
+
+
+def _sums(scores: Mapping[str, Tensor], weights: Weights, *, divided: bool) -> dict[str, Tensor]:
+    """The weighted sums of two or more of these kinds that count."""
+    counted: list[Kind] = [kind for kind in KINDS if kind in scores and weights.of(kind)]
+    return {
+        "+".join(some): torch.stack([scores[kind] * weights.of(kind) for kind in some]).sum(0)
+        / (sum(map(weights.of, some)) if divided else 1)
+        for size in range(2, len(counted) + 1)
+        for some in combinations(counted, size)
+    }

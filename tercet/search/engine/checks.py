@@ -1,0 +1,118 @@
+"""What no engine takes: vectors of other kinds or widths, values that are no numbers, equal ids."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from tercet.errors import DataError, ModelError, RecipeError
+from tercet.search.engine.engine import Record
+from tercet.segments import row_of
+from tercet.vectors import Kind, Vectors
+
+Widths = Mapping[Kind, int]  # of each kind of vectors; 0 for terms, which have none
+
+BROKEN_MODEL: Final = "the model is broken, or it was run in a precision too low for it"
+
+
+def require_same(place: object, kind: Kind, there: str, wanted: str | None) -> None:
+    """Refuse another way to store vectors than there is; None wants no other.
+
+    Raises:
+        RecipeError: naming both.
+    """
+    if wanted not in (None, there):
+        what = {"multi": "token"}.get(kind, kind)
+        raise RecipeError(
+            f"{place}: holds {what} vectors in {there}, not {wanted}; choose another place for "
+            "these, or leave the precision as it is"
+        )
+
+
+def widths_of(vectors: Vectors) -> dict[Kind, int]:
+    """The kinds that are there, with their widths."""
+    found: dict[Kind, int] = {}
+    if vectors.dense is not None:
+        found["dense"] = vectors.dense.shape[1]
+    if vectors.sparse is not None:
+        found["sparse"] = 0
+    if vectors.multi is not None:
+        found["multi"] = vectors.multi.vectors.shape[1]
+    return found
+
+
+def check_records(records: Sequence[Record], vectors: Vectors, widths: Widths) -> None:
+    """Refuse what an engine of these kinds and widths cannot hold; of none yet, it takes any.
+
+    Raises:
+        DataError: when counts differ, two records share an id, or a text cannot be written.
+        ModelError: when the vectors have other kinds or widths, or hold a value that is no number.
+    """
+    if len(records) != len(vectors):
+        raise DataError("records", None, f"{len(records)} records but {len(vectors)} vectors")
+    seen: set[str] = set()
+    for number, record in enumerate(records, start=1):
+        if record.id in seen:
+            raise DataError("records", number, f"id {record.id!r} occurs twice; give each its own")
+        seen.add(record.id)
+        try:
+            f"{record.id}{record.title}{record.text}".encode()
+        except UnicodeEncodeError as error:
+            problem = f"the texts of {record.id!r} are no Unicode: {error.reason}"
+            raise DataError("records", number, problem) from error
+    found = widths_of(vectors)
+    if widths and set(found) != set(widths):
+        raise ModelError(
+            f"the engine holds vectors of {', '.join(widths)}, and these are of "
+            f"{', '.join(found)}; encode all records with the same model and kinds"
+        )
+    _check_widths(found, widths, "these records")
+    broken = unusable(vectors)
+    if broken.any():
+        record = records[int(broken.int().argmax())]
+        raise ModelError(
+            f"the vectors of {record.id!r} hold NaN, infinity or a negative weight; {BROKEN_MODEL}"
+        )
+
+
+def check_queries(queries: Vectors, widths: Widths) -> None:
+    """Refuse queries that an engine cannot compare with what it holds.
+
+    Raises:
+        ModelError: when a width differs, or a value is no number.
+    """
+    _check_widths(widths_of(queries), widths, "the queries")
+    broken = unusable(queries)
+    if broken.any():
+        raise ModelError(
+            f"the vectors of query {int(broken.int().argmax())} hold NaN, infinity or a negative "
+            f"weight; {BROKEN_MODEL}"
+        )
+
+
+def unusable(vectors: Vectors) -> Bool[Tensor, "texts"]:
+    """Which texts have a value that is not finite, or a weight below zero."""
+    bad = torch.zeros(len(vectors), dtype=torch.bool)
+    if vectors.dense is not None:
+        bad |= ~vectors.dense.isfinite().all(dim=1)
+    if vectors.sparse is not None:
+        weights = vectors.sparse.weights
+        _mark(bad, ~weights.isfinite() | (weights < 0), vectors.sparse.offsets)
+    if vectors.multi is not None:
+        _mark(bad, ~vectors.multi.vectors.isfinite().all(dim=1), vectors.multi.offsets)
+    return bad
+
+
+def _mark(bad: Tensor, values: Tensor, offsets: Tensor) -> None:
+    bad[row_of(offsets)[values]] = True
+
+
+def _check_widths(found: Widths, widths: Widths, what: str) -> None:
+    for kind, width in found.items():
+        if kind in widths and widths[kind] != width:
+            raise ModelError(
+                f"the {kind} vectors of {what} have {width} dimensions, and those in the engine "
+                f"{widths[kind]}; encode both with the same model and the same number of dimensions"
+            )

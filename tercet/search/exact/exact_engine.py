@@ -1,0 +1,385 @@
+"""The exact engine: every score is the true one, and nothing has to be built before a search.
+
+The oracle for every other engine, and the engine of choice up to some ten thousand records. Vectors
+are mapped into memory, and records are read for the hits alone: opening is instant, and an index
+may be larger than memory.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from math import isfinite
+from pathlib import Path
+from threading import RLock
+from typing import Final
+
+import numpy as np
+from jaxtyping import Int64
+
+from tercet.errors import IndexFolderError, ModelError, RecipeError
+from tercet.files.atomic import sole_writer
+from tercet.rank.quantized import Ranges, Stored
+from tercet.search.engine.checks import check_queries, check_records, require_same, widths_of
+from tercet.search.engine.engine import Fusion, Hit, Record, Stats, Weighted, Where, counted
+from tercet.search.exact import manifest as manifests
+from tercet.search.exact.manifest import Manifest, Precision
+from tercet.search.exact.merging import Part, merged_in_memory, part_of, segment_of, write_merged
+from tercet.search.exact.ranking import Ranked, rank
+from tercet.search.exact.scanning import View, blocks_of_queries
+from tercet.search.exact.segment import damaged
+from tercet.vectors import KINDS, Kind, Vectors
+
+MEMORY: Final = 256 << 20  # bytes of vectors that wait for a flush in memory; more wait on the disk
+MERGED: Final = 65_536  # records of a segment that a flush leaves alone
+_ATTEMPTS: Final = 5  # to open for reading while another process writes
+
+
+class ExactEngine:
+    """Records and vectors in a folder; see :class:`tercet.search.engine.engine.Engine`.
+
+    ``precision`` is that of token vectors, by far the largest part: half precision moves a score
+    of unit vectors by less than 0.001. Dense vectors may be ``stored`` in codes of 8, 4 or 1 bits,
+    learned from the first documents that come, unless ``settle`` says what they stand for; then
+    the true score is that with what the finest codes of a document stand for. Both are settled when
+    the folder is made. With ``read_only`` any number of processes may search what was flushed
+    before they opened it.
+
+    It may be searched from several threads. Equal scores are ranked by order of upserting.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        precision: Precision | None = None,
+        stored: Stored | None = None,
+        read_only: bool = False,
+    ) -> None:
+        """Open a folder, or make one.
+
+        Raises:
+            IndexFolderError: when the folder is damaged, holds other things, or is not there to
+                be read.
+            RecipeError: when another process writes in it, or it stores vectors otherwise.
+        """
+        self.folder = Path(folder)
+        self.read_only = read_only
+        self._open = ExitStack()
+        self._lock = RLock()  # of what follows
+        self._places: dict[str, tuple[Part, int]] | None = None  # of each id, once they are needed
+        self._changed = False  # since the last commit
+        if read_only:
+            self._manifest, self._parts = _read(self.folder)
+        else:
+            made = Manifest(precision=precision or "float16", stored=stored or "float32")
+            self._start(made)
+        try:
+            require_same(self.folder, "multi", self._manifest.precision, precision)
+            require_same(self.folder, "dense", self._manifest.stored, stored)
+        except RecipeError:
+            self._open.close()
+            raise
+        # Names count up from here: segments may be ahead of the commits, and are never overwritten.
+        self._written = max(
+            [self._manifest.number, *map(manifests.number_of, self._manifest.names)]
+        )
+
+    def _start(self, made: Manifest) -> None:
+        """Open for writing, and sweep away what a killed writer left."""
+        if manifests.read(self.folder) is None:
+            manifests.check_place(self.folder)
+        self._open.enter_context(sole_writer(self.folder))
+        try:
+            found = manifests.read(self.folder)
+            if found is None:
+                found = manifests.commit(self.folder, made, [])
+            manifests.sweep(self.folder, found)
+            self._manifest = found
+            self._parts = manifests.open_parts(self.folder, found)
+        except BaseException:
+            self._open.close()
+            raise
+
+    @property
+    def widths(self) -> dict[Kind, int]:
+        """The kinds that are held, with their widths; 0 for terms, which have none."""
+        widths = self._manifest.widths
+        return {kind: widths[kind] for kind in KINDS if kind in widths}
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known what codes stand for; float32 stands for itself."""
+        return self._manifest.stored == "float32" or self._manifest.ranges is not None
+
+    # ---- what changes it -------------------------------------------------------------------------
+
+    def settle(self, ranges: Ranges) -> None:
+        """Say what codes of dense vectors stand for, unless that is known already."""
+        self._writing()
+        with self._lock:
+            if not self.is_settled:
+                self._manifest = replace(self._manifest, ranges=ranges)
+                self._changed = True
+
+    def upsert(self, records: Sequence[Record], vectors: Vectors) -> None:
+        """Add records, or replace those of the same ids; see :class:`Engine`.
+
+        They wait in memory for ``flush``, and many of them on the disk.
+        """
+        self._writing()
+        vectors = vectors.to("cpu")
+        with self._lock:
+            check_records(records, vectors, self._manifest.widths)
+            if not records:
+                return
+            found = self._manifest
+            widths = found.widths or widths_of(vectors)
+            found = replace(found, widths=widths, ranges=self._ranges_for(vectors))
+            part = part_of(segment_of(records, vectors, found.precision, found.coding))
+            self._manifest = found
+            self._forget([record.id for record in records])
+            self._parts.append(part)
+            places = self._by_id()
+            for row, record in enumerate(records):
+                places[record.id] = part, row
+            self._changed = True
+            self._settle()
+
+    def _ranges_for(self, vectors: Vectors) -> Ranges | None:
+        """What codes stand for: what is settled, or what the first vectors say."""
+        settled, dense = self._manifest.ranges, vectors.dense
+        if dense is None or self._manifest.stored == "float32":
+            return settled
+        if settled is None:
+            return Ranges.learned(dense.detach().float().numpy())
+        if len(settled.centre) != dense.shape[1]:
+            raise ModelError(
+                f"codes are settled for {len(settled.centre)} dimensions, and these vectors have "
+                f"{dense.shape[1]}; encode with as many, or settle them for these"
+            )
+        return settled
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove records; how many there were of these."""
+        self._writing()
+        with self._lock:
+            return self._forget(ids)
+
+    def flush(self) -> None:
+        """Commit: small segments become larger ones, and one rename makes all of it count."""
+        self._writing()
+        with self._lock:
+            if not self._changed:
+                return
+            first = next((i for i, p in enumerate(self._parts) if p.folder is None), None)
+            if first is not None:
+                self._write(self._tail(first))
+            self._commit()
+
+    def optimize(self) -> None:
+        """Make one segment of all, without what was deleted, and commit it."""
+        self._writing()
+        with self._lock:
+            untidy = any(part.folder is None or not part.alive.all() for part in self._parts)
+            if untidy or len(self._parts) > 1:
+                self._write(0)
+            if self._changed:
+                self._commit()
+
+    def close(self) -> None:
+        """Flush, and let another process open it."""
+        with self._lock:
+            try:
+                if not self.read_only:
+                    self.flush()
+            finally:
+                self._open.close()
+                self.read_only, self._parts, self._places = True, [], {}
+
+    def __enter__(self) -> "ExactEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _writing(self) -> None:
+        if self.read_only:
+            raise RecipeError(
+                f"{self.folder}: is closed, or was opened for reading only; open it to write"
+            )
+
+    def _by_id(self) -> dict[str, tuple[Part, int]]:
+        """Where each id is; read when the first change or look-up needs it."""
+        if self._places is None:
+            self._places = {}
+            for part in self._parts:
+                self._place(part)
+        return self._places
+
+    def _place(self, part: Part) -> None:
+        assert self._places is not None
+        for row, name in enumerate(part.segment.documents.ids()):
+            if part.alive[row]:
+                self._places[name] = part, row
+
+    def _forget(self, ids: Sequence[str]) -> int:
+        places, gone = self._by_id(), 0
+        for name in ids:
+            if name in places:
+                part, row = places.pop(name)
+                part.alive[row] = False
+                gone += 1
+        self._changed = self._changed or gone > 0
+        return gone
+
+    def _settle(self) -> None:
+        """Keep few segments in memory, and none that are large."""
+        waiting = [part for part in self._parts if part.folder is None]
+        if sum(part.segment.bytes for part in waiting) > MEMORY:
+            self._write(self._parts.index(waiting[0]))  # counts from the next commit on
+        elif len(waiting) > 1:
+            start = self._tail(len(self._parts) - 1, self._parts.index(waiting[0]))
+            if start < len(self._parts) - 1:  # the last one was just made: something is alive
+                self._replace(start, part_of(merged_in_memory(self._parts[start:])))
+
+    def _tail(self, start: int, lowest: int = 0) -> int:
+        """Where to begin, so that a segment is copied only into one at least twice as large."""
+        size = sum(map(len, self._parts[start:]))
+        while start > lowest and len(self._parts[start - 1]) <= min(size, MERGED):
+            start -= 1
+            size += len(self._parts[start])
+        return start
+
+    def _write(self, start: int) -> None:
+        """Make one segment on the disk of all from this one on."""
+        if not any(map(len, self._parts[start:])):
+            self._replace(start, None)
+            return
+        self._written += 1
+        folder = self.folder / f"segment-{self._written}"
+        self._replace(start, part_of(write_merged(folder, self._parts[start:]), folder))
+
+    def _replace(self, start: int, part: Part | None) -> None:
+        self._parts[start:] = [] if part is None else [part]
+        self._changed = True
+        if part is not None and self._places is not None:
+            self._place(part)
+
+    def _commit(self) -> None:
+        self._manifest = manifests.commit(self.folder, self._manifest, self._parts)
+        self._written = max(self._written, self._manifest.number)
+        self._changed = False
+        manifests.sweep(self.folder, self._manifest)
+
+    # ---- what reads it ---------------------------------------------------------------------------
+
+    def search(
+        self, queries: Vectors, k: int, *, fusion: Fusion | None = None, where: Where | None = None
+    ) -> list[list[Hit]]:
+        """The best records of each query, best first; see :class:`Engine`."""
+        fusion = Weighted() if fusion is None else fusion
+        queries = queries.to("cpu")
+        with self._lock:
+            check_queries(queries, self._manifest.widths)
+            views = self._views(where or {})
+        if not views or k < 1:
+            return [[] for _ in range(len(queries))]
+        present: list[Kind] = [kind for kind in queries.kinds if kind in self._manifest.widths]
+        kinds = counted(fusion, present)
+        found: list[list[Ranked]] = []
+        queries = _as_compared(queries.only(present))
+        for block in blocks_of_queries(queries, views):
+            found += rank(queries.take(block), views, fusion, kinds, k)
+        rows = np.unique(np.array([hit.row for hits in found for hit in hits], np.int64))
+        records = dict(zip(rows.tolist(), _records(views, rows), strict=True))
+        self._check_scores(hit.score for hits in found for hit in hits)
+        return [[Hit(records[hit.row], hit.score, hit.scores) for hit in hits] for hits in found]
+
+    def _check_scores(self, scores: Iterable[float]) -> None:
+        """Only numbers were stored and asked for: another score means that files have changed."""
+        if not all(map(isfinite, scores)):
+            raise damaged(self.folder, "its vectors hold NaN or infinity")
+
+    def fetch(self, ids: Sequence[str]) -> list[Record | None]:
+        """The records of these ids; None for one that is not there."""
+        with self._lock:
+            places = self._by_id()
+            views = self._views({})
+            begins = {id(view.segment): view.begin for view in views}
+            rows = {
+                name: begins[id(places[name][0].segment)] + places[name][1]
+                for name in ids
+                if name in places
+            }
+        wanted = np.unique(np.array(list(rows.values()), np.int64))
+        records = dict(zip(wanted.tolist(), _records(views, wanted), strict=True))
+        return [records[rows[name]] if name in rows else None for name in ids]
+
+    def scan(self, where: Where | None = None) -> Iterator[Record]:
+        """All records as they are now, in order of upserting."""
+        with self._lock:
+            views = self._views(where or {})
+        for view in views:
+            start = 0
+            for table in view.segment.documents.blocks():
+                records = view.segment.documents.records_of(table)
+                for row, record in enumerate(records, start):
+                    if view.allowed is None or view.allowed[row]:
+                        yield record
+                start += len(table)
+
+    def stats(self) -> Stats:
+        """What is in it."""
+        with self._lock:
+            parts = self._parts
+            size = sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+            return Stats(
+                records=sum(map(len, parts)),
+                kinds=tuple(self.widths),
+                disk_bytes=size,
+                pending=sum(len(p) for i, p in enumerate(parts) if i or p.folder is None),
+            )
+
+    def _views(self, where: Where) -> list[View]:
+        """The segments, and which of their rows may be found; not changed by later changes."""
+        views, begin = [], 0
+        for part in self._parts:
+            allowed = None if part.alive.all() else part.alive.copy()
+            if where:
+                allowed = part.alive & part.segment.fulfilling(where)
+            views.append(View(part.segment, allowed, begin))
+            begin += len(part.segment)
+        return views
+
+
+def _as_compared(queries: Vectors) -> Vectors:
+    """In float32, each token once."""
+    queries = queries.with_tensors([tensor.detach().float() for tensor in queries.tensors()])
+    return queries if queries.sparse is None else replace(queries, sparse=queries.sparse.merged())
+
+
+def _records(views: Sequence[View], rows: Int64[np.ndarray, "rows"]) -> list[Record]:
+    """The records of these rows, which ascend."""
+    found = []
+    for view in views:
+        low, high = np.searchsorted(rows, [view.begin, view.begin + len(view.segment)])
+        if low < high:
+            found += view.segment.documents.read(rows[low:high] - view.begin)
+    return found
+
+
+def _read(folder: Path) -> tuple[Manifest, list[Part]]:
+    """The last commit; another process may replace it while we read."""
+    look = partial(manifests.read, folder)
+    for _ in range(_ATTEMPTS):
+        found = look()
+        if found is None:
+            what = "is not an index" if folder.exists() else "no such folder"
+            raise IndexFolderError(f"{folder}: {what}; build one with: tercet index")
+        try:
+            return found, manifests.open_parts(folder, found)
+        except IndexFolderError:
+            if look() == found:
+                raise
+    raise IndexFolderError(f"{folder}: changes while it is read; try again in a moment")

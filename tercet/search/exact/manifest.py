@@ -1,0 +1,201 @@
+"""What an exact engine's folder holds at its last commit, and how a commit is made.
+
+A commit is one rename of ``manifest.json``. Segments and lists of deleted rows are written before
+it under names that were never used, and what no manifest names is swept away by the next writer.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from tercet.errors import IndexFolderError
+from tercet.files.atomic import replacing_file
+from tercet.rank.quantized import STORED, Ranges, Stored
+from tercet.search.exact.coding import Coding
+from tercet.search.exact.merging import Part, mapped, open_segment
+from tercet.search.exact.segment import damaged
+from tercet.vectors import KINDS, Kind
+
+FILE: Final = "manifest.json"
+VERSION: Final = 2
+OURS: Final = ("segment-", "deleted-")
+
+Precision: TypeAlias = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One commit."""
+
+    number: int = 0  # of the commit
+    widths: Mapping[Kind, int] = field(default_factory=dict)  # of each kind; 0 for terms
+    precision: Precision = "float16"  # of token vectors
+    stored: Stored = "float32"  # the dense vectors
+    ranges: Ranges | None = None  # of their codes; None: no vector has come yet, or in float32
+    segments: Sequence[str] = ()
+    deleted: str | None = None  # the file of rows, counted over all segments
+    version: int = VERSION
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files and folders that it is made of."""
+        return [*self.segments, *([] if self.deleted is None else [self.deleted])]
+
+    @property
+    def coding(self) -> Coding | None:
+        """How dense vectors become codes; None where they do not, or nothing is settled yet."""
+        return None if self.ranges is None else Coding.by(self.stored, self.ranges)
+
+
+def read(folder: Path) -> Manifest | None:
+    """The last commit of a folder; None where there is no engine.
+
+    Raises:
+        IndexFolderError: when it cannot be read, or is of another version.
+    """
+    try:
+        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise damaged(folder, f"{FILE} cannot be read: {error}") from error
+    if not isinstance(about, dict) or about.get("version") != VERSION:
+        raise damaged(folder, f"{FILE} is not of version {VERSION}")
+    about = {"stored": "float32", "ranges": None} | about  # older ones say nothing of codes
+    if not _is_sound(about):
+        raise damaged(folder, f"{FILE} does not say what it should")
+    about["ranges"] = _ranges_of(folder, about)
+    return Manifest(**about)
+
+
+def _ranges_of(folder: Path, about: Mapping[str, Any]) -> Ranges | None:
+    """The ranges of codes, which have to be there where vectors are in codes."""
+    record, dims = about["ranges"], about["widths"].get("dense")
+    if record is None:
+        if about["stored"] != "float32" and about["segments"] and dims is not None:
+            raise damaged(folder, f"{FILE} does not say what its codes stand for")
+        return None
+    try:
+        found = Ranges.read(record)
+    except ValueError as error:
+        raise damaged(folder, f"the ranges of codes in {FILE} cannot be: {error}") from error
+    if about["stored"] == "float32" or dims not in (None, len(found.centre)):
+        raise damaged(folder, f"the ranges of codes in {FILE} are of other vectors")
+    return found
+
+
+def _is_sound(about: Mapping[str, Any]) -> bool:
+    kinds = {"number": int, "widths": dict, "precision": str, "segments": list}
+    return (
+        set(about) == set(asdict(Manifest()))
+        and all(isinstance(about[name], kind) for name, kind in kinds.items())
+        and set(about["widths"]) <= set(KINDS)
+        and all(isinstance(width, int) for width in about["widths"].values())
+        and about["precision"] in get_args(Precision)
+        and about["stored"] in STORED
+        and all(_is_ours(name) for name in about["segments"])
+        and len(set(about["segments"])) == len(about["segments"])
+        and (about["deleted"] is None or _is_ours(about["deleted"]))
+    )
+
+
+def _is_ours(name: object) -> bool:
+    if not isinstance(name, str) or not name.startswith(OURS):
+        return False
+    return Path(name).stem.rpartition("-")[2].isdecimal() and "/" not in name
+
+
+def number_of(name: str) -> int:
+    """The number in the name of a segment or of a list of deletions."""
+    return int(Path(name).stem.rpartition("-")[2])
+
+
+def open_parts(folder: Path, manifest: Manifest) -> list[Part]:
+    """The segments of a commit, and which of their rows are alive.
+
+    Raises:
+        IndexFolderError: when a file is missing or damaged.
+    """
+    kinds = tuple(manifest.widths)
+    parts = []
+    for name in manifest.segments:
+        segment = open_segment(folder / name, kinds, manifest.coding)
+        widths = {kind: w for kind, w in segment.widths.items() if manifest.widths[kind] != w}
+        if widths:
+            raise damaged(folder / name, f"its vectors have widths {widths}")
+        if segment.multi is not None and segment.multi.vectors.dtype != manifest.precision:
+            raise damaged(folder / name, f"its token vectors are not in {manifest.precision}")
+        parts.append(Part(segment, np.ones(len(segment), dtype=np.bool_), folder / name))
+    if manifest.deleted is not None:
+        _mark(folder / manifest.deleted, parts)
+    return parts
+
+
+def _mark(path: Path, parts: Sequence[Part]) -> None:
+    rows = mapped(path)
+    if rows.ndim != 1 or rows.dtype != np.int64 or not (rows[1:] > rows[:-1]).all():
+        raise damaged(path.parent, f"{path.name} holds other things")
+    if len(rows) and not 0 <= rows[0] <= rows[-1] < sum(len(part.segment) for part in parts):
+        raise damaged(path.parent, f"{path.name} names rows that are not there")
+    begin = 0
+    for part in parts:
+        end = begin + len(part.segment)
+        part.alive[rows[(rows >= begin) & (rows < end)] - begin] = False
+        begin = end
+
+
+def commit(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> Manifest:
+    """Make these parts, all of them in the folder, what the next one to open it finds.
+
+    Raises:
+        StorageError: when the disk refuses; the commit before it stands.
+    """
+    number = manifest.number + 1
+    gone = np.concatenate([np.zeros(0, np.bool_), *(~part.alive for part in parts)])
+    deleted = None
+    if gone.any():
+        deleted = f"deleted-{number}.npy"
+        with replacing_file(folder / deleted) as fresh, fresh.open("wb") as file:
+            np.save(file, gone.nonzero()[0])
+    names = [part.folder.name for part in parts if part.folder is not None]
+    made = replace(
+        manifest, number=number, widths=dict(manifest.widths), segments=names, deleted=deleted
+    )
+    with replacing_file(folder / FILE) as fresh:
+        fresh.write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
+    return made
+
+
+def sweep(folder: Path, manifest: Manifest, keep: Sequence[str] = ()) -> None:
+    """Delete what a killed writer or an older commit left; a reader keeps what it has open."""
+    named = {*manifest.segments, manifest.deleted, *keep}
+    for path in sorted(folder.iterdir()):
+        if path.name.lstrip(".").startswith(OURS) and path.name not in named:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder that holds other things.
+
+    Raises:
+        IndexFolderError: when it is a file, or files of another kind are in it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(_foreign(folder))):
+        raise IndexFolderError(
+            f"{folder}: is not an index and would be overwritten; choose another folder"
+        )
+
+
+def _foreign(folder: Path) -> list[Path]:
+    known = (".lock", f".{FILE}", *OURS, *(f".{name}" for name in OURS))
+    return [path for path in folder.iterdir() if not path.name.startswith(known)]

@@ -1,0 +1,346 @@
+"""Segments made of records, and one segment made of several, in memory or in a folder.
+
+A folder holds ``records.parquet`` and an ``.npy`` file an array. What has been deleted is left out,
+and the order of the records is kept.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Int64, Shaped
+
+from tercet.errors import ModelError
+from tercet.files.atomic import replacing_folder
+from tercet.search.engine.engine import Record
+from tercet.search.exact.coding import Coding, Dense, arrays_of, coding_of, dense_of
+from tercet.search.exact.segment import (
+    ROWS_PER_GROUP,
+    SCHEMA,
+    Documents,
+    Postings,
+    Rows,
+    Segment,
+    damaged,
+)
+from tercet.segments import row_of
+from tercet.vectors import Kind, Terms, TokenRows, Vectors
+
+_RECORDS: Final = "records.parquet"
+_BLOCK: Final = 65_536  # rows of vectors that are copied at a time
+_ARRAYS: Final[dict[Kind, tuple[str, ...]]] = {
+    "dense": ("dense",),  # unless they are in codes
+    "sparse": ("tokens", "token_offsets", "token_rows", "token_weights"),
+    "multi": ("multi", "multi_offsets"),
+}
+_CODES: Final = ("codes", "finer")
+_TYPES: Final = {
+    "dense": ("float32",),
+    "codes": ("uint8",),
+    "finer": ("uint8",),
+    "tokens": ("int64",),
+    "token_offsets": ("int64",),
+    "token_rows": ("int32",),
+    "token_weights": ("float32",),
+    "multi": ("float16", "float32"),
+    "multi_offsets": ("int64",),
+}
+_UNREADABLE: Final = (  # what numpy raises at a file that is not what it was
+    *(OSError, EOFError, ValueError, SyntaxError, TypeError),
+    *(OverflowError, MemoryError, RecursionError, TokenError),
+)
+_FILES: Final = {name: f"{name}.npy" for name in _TYPES}
+_TABLES: Final = ("dense", *_CODES, "multi")  # a row a vector; other files have a number a row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A segment, and which of its rows have not been deleted; the mask is changed in place."""
+
+    segment: Segment
+    alive: Bool[np.ndarray, "docs"]
+    folder: Path | None = None  # None: in memory
+
+    def __len__(self) -> int:
+        """The records that are alive."""
+        return int(self.alive.sum())
+
+
+def part_of(segment: Segment, folder: Path | None = None) -> Part:
+    """The segment with all of its rows alive."""
+    return Part(segment, np.ones(len(segment), dtype=np.bool_), folder)
+
+
+def segment_of(
+    records: Sequence[Record], vectors: Vectors, precision: str, coding: Coding | None = None
+) -> Segment:
+    """These records in memory; ``precision`` is that of the token vectors.
+
+    Raises:
+        ModelError: when a value is too large for the precision.
+    """
+    dense, sparse, multi = vectors.dense, vectors.sparse, vectors.multi
+    return Segment(
+        Documents.of(records),
+        None if dense is None else _coded(dense.detach().float().numpy(), coding),
+        None if sparse is None else _postings(sparse.merged()),
+        None if multi is None else _rows(multi, precision),
+    )
+
+
+def _coded(dense: np.ndarray, coding: Coding | None) -> Dense:
+    return dense if coding is None else coding.coded(dense)
+
+
+def _rows(multi: TokenRows, precision: str) -> Rows:
+    with np.errstate(over="ignore"):
+        vectors = multi.vectors.detach().float().numpy().astype(precision)
+    if not np.isfinite(vectors).all():
+        raise ModelError(
+            f"token vectors hold values too large for {precision}; make them of unit length, "
+            "or make the index in float32"
+        )
+    return Rows(vectors, multi.offsets.long().numpy())
+
+
+def _postings(terms: Terms) -> Postings:
+    rows = row_of(terms.offsets).numpy().astype(np.int32)
+    return _sorted(terms.ids.long().numpy(), rows, terms.weights.detach().float().numpy())
+
+
+def _sorted(tokens: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Postings:
+    """Inverted lists of (token, row, weight) whose rows ascend for each token."""
+    order = np.argsort(tokens, kind="stable")
+    words, counts = np.unique(tokens, return_counts=True)
+    offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+    return Postings(words.astype(np.int64), offsets, rows[order], weights[order])
+
+
+def merged_in_memory(parts: Sequence[Part]) -> Segment:
+    """One segment of what is alive in these."""
+    tables = list(_tables(parts))
+    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    first = parts[0].segment
+    return Segment(
+        Documents(table.combine_chunks()),
+        None if first.dense is None else _merged_dense(first.dense, parts),
+        None if first.sparse is None else _merged_postings(parts),
+        None
+        if first.multi is None
+        else Rows(np.concatenate(list(_multi(parts))), _multi_offsets(parts)),
+    )
+
+
+def write_merged(folder: Path, parts: Sequence[Part]) -> Segment:
+    """Write one segment of what is alive in these, and open it.
+
+    Vectors are copied block by block and need not fit in memory; lists of terms have to.
+
+    Raises:
+        StorageError: when the disk refuses; the folder is not there then.
+    """
+    first = parts[0].segment
+    with replacing_folder(folder) as fresh:
+        with pq.ParquetWriter(
+            fresh / _RECORDS, SCHEMA, compression="zstd", write_page_checksum=True
+        ) as writer:
+            for table in _regrouped(_tables(parts)):
+                writer.write_table(table)
+        if first.dense is not None:
+            names = _names("dense", coding_of(first.dense))
+            for place, (name, array) in enumerate(zip(names, arrays_of(first.dense), strict=True)):
+                shape = (sum(map(len, parts)), array.shape[1])
+                _write(fresh, name, _dense(parts, place), shape, array.dtype)
+        if first.sparse is not None:
+            lists = _merged_postings(parts)
+            arrays = (lists.tokens, lists.offsets, lists.rows, lists.weights)
+            for name, array in zip(_ARRAYS["sparse"], arrays, strict=True):
+                _write(fresh, name, [array], array.shape, array.dtype)
+        if first.multi is not None:
+            offsets = _multi_offsets(parts)
+            shape = (int(offsets[-1]), first.multi.vectors.shape[1])
+            _write(fresh, "multi", _multi(parts), shape, first.multi.vectors.dtype)
+            _write(fresh, "multi_offsets", [offsets], offsets.shape, offsets.dtype)
+    kinds: tuple[Kind, ...] = tuple(kind for kind in _ARRAYS if _has(first, kind))
+    return open_segment(folder, kinds, coding_of(first.dense))
+
+
+def open_segment(folder: Path, kinds: Sequence[Kind], coding: Coding | None = None) -> Segment:
+    """The segment of a folder, its vectors mapped into memory; ``coding`` is that of dense ones.
+
+    What says where things are is checked: a wrong offset would be a wrong answer, or a crash. The
+    vectors are not read.
+
+    Raises:
+        IndexFolderError: when a file is missing, damaged, or disagrees with another.
+    """
+    documents = Documents(_records_file(folder), folder)
+    names = [name for kind in kinds for name in _names(kind, coding)]
+    arrays = {name: mapped(folder / _FILES[name]) for name in names}
+    for name, array in arrays.items():
+        if array.ndim != (2 if name in _TABLES else 1) or array.dtype.name not in _TYPES[name]:
+            raise damaged(folder, f"{_FILES[name]} holds other things")
+    count = len(documents)
+    dense = [arrays[name] for name in _names("dense", coding)] if "dense" in kinds else []
+    for array in dense:
+        if len(array) != count:
+            raise damaged(folder, f"{len(array)} dense vectors of {count} records")
+    if dense and coding and tuple(array.shape[1] for array in dense) != coding.bytes:
+        raise damaged(folder, "the codes of its dense vectors are of another length")
+    if "multi" in kinds:
+        bounds = arrays["multi_offsets"]
+        if len(bounds) != count + 1 or not _are_bounds(bounds, len(arrays["multi"])):
+            raise damaged(folder, f"the token vectors are not those of {count} records")
+    lists = Postings(*(arrays[name] for name in _ARRAYS["sparse"])) if "sparse" in kinds else None
+    if lists is not None and not _are_lists(lists, count):
+        raise damaged(folder, f"the terms are not those of {count} records")
+    multi = Rows(arrays["multi"], arrays["multi_offsets"]) if "multi" in kinds else None
+    return Segment(documents, dense_of(dense, coding) if dense else None, lists, multi)
+
+
+def _records_file(folder: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(folder / _RECORDS, page_checksum_verification=True)
+        same = file.schema_arrow.equals(SCHEMA)
+        about = file.metadata
+        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise damaged(folder, str(error)) from error
+    if not same or min(sizes, default=1) < 1 or sum(sizes) != about.num_rows:
+        raise damaged(folder, f"{_RECORDS} has other columns or rows")
+    return file
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The array of a file, of which nothing is read before it is needed.
+
+    Raises:
+        IndexFolderError: when it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():  # numpy would guess at a header that is not quite right
+            warnings.simplefilter("error")
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (*_UNREADABLE, Warning) as error:
+        raise damaged(path.parent, f"{path.name} cannot be read: {error}") from error
+
+
+def _are_bounds(bounds: np.ndarray, end: int) -> bool:
+    """Whether runs that begin and end at these are all of ``end`` things, in order."""
+    if not len(bounds) or bounds[0] != 0 or bounds[-1] != end:
+        return False
+    return bool((bounds[1:] >= bounds[:-1]).all())
+
+
+def _are_lists(lists: Postings, count: int) -> bool:
+    rows, tokens = lists.rows, lists.tokens
+    return (
+        len(lists.weights) == len(rows)
+        and len(lists.offsets) == len(tokens) + 1
+        and _are_bounds(lists.offsets, len(rows))
+        and bool((tokens[1:] > tokens[:-1]).all())
+        and (not len(rows) or bool(0 <= rows.min() and rows.max() < count))
+    )
+
+
+def _has(segment: Segment, kind: Kind) -> bool:
+    return getattr(segment, kind) is not None
+
+
+def _write(folder: Path, name: str, blocks: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """A .npy file of blocks of rows, whose number is known before."""
+    with (folder / _FILES[name]).open("wb") as file:
+        _write_header(file, shape, dtype)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype=dtype.newbyteorder("<")).data)
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    kind = np.lib.format.dtype_to_descr(dtype.newbyteorder("<"))
+    header = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _names(kind: Kind, coding: Coding | None) -> tuple[str, ...]:
+    """The files of a kind."""
+    if kind == "dense" and coding is not None:
+        return _CODES[: len(coding.quantizers)]
+    return _ARRAYS[kind]
+
+
+def _merged_dense(first: Dense, parts: Sequence[Part]) -> Dense:
+    places = range(len(arrays_of(first)))
+    merged = [np.concatenate(list(_dense(parts, place))) for place in places]
+    return dense_of(merged, coding_of(first))
+
+
+def _dense(parts: Sequence[Part], place: int) -> Iterator[Shaped[np.ndarray, "docs width"]]:
+    """Of each vector what is alive; ``place`` tells coarse codes from finer ones."""
+    for part in parts:
+        assert part.segment.dense is not None
+        vectors = arrays_of(part.segment.dense)[place]
+        for start in range(0, len(vectors), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            yield vectors[block][part.alive[block]]
+
+
+def _multi(parts: Sequence[Part]) -> Iterator[Shaped[np.ndarray, "rows width"]]:
+    for part in parts:
+        rows = part.segment.multi
+        assert rows is not None
+        alive = np.repeat(part.alive, np.diff(rows.offsets))
+        yield rows.vectors[:0]  # of a segment without any, too
+        for start in range(0, len(alive), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            yield rows.vectors[block][alive[block]]
+
+
+def _multi_offsets(parts: Sequence[Part]) -> Int64[np.ndarray, "bounds"]:
+    lengths = [
+        np.diff(part.segment.multi.offsets)[part.alive]
+        for part in parts
+        if part.segment.multi is not None
+    ]
+    return np.concatenate([[0], np.concatenate(lengths).cumsum()]).astype(np.int64)
+
+
+def _merged_postings(parts: Sequence[Part]) -> Postings:
+    tokens, rows, weights, before = [], [], [], 0
+    for part in parts:
+        lists = part.segment.sparse
+        assert lists is not None
+        renumbered = before + part.alive.cumsum() - 1
+        kept = part.alive[lists.rows]
+        tokens.append(np.repeat(lists.tokens, np.diff(lists.offsets))[kept])
+        rows.append(renumbered[lists.rows[kept]].astype(np.int32))
+        weights.append(lists.weights[kept])
+        before += len(part)
+    return _sorted(np.concatenate(tokens), np.concatenate(rows), np.concatenate(weights))
+
+
+def _tables(parts: Sequence[Part]) -> Iterator[pa.Table]:
+    """The records that are alive, as they were read."""
+    for part in parts:
+        start = 0
+        for table in part.segment.documents.blocks():
+            yield table.filter(pa.array(part.alive[start : start + len(table)]))
+            start += len(table)
+
+
+def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of one size, so that a hit is as cheap to read after every merge."""
+    rest = SCHEMA.empty_table()
+    for table in tables:
+        rest = pa.concat_tables([rest, table])
+        full = len(rest) - len(rest) % ROWS_PER_GROUP
+        for start in range(0, full, ROWS_PER_GROUP):
+            yield rest.slice(start, ROWS_PER_GROUP)
+        rest = rest.slice(full).combine_chunks()
+    if len(rest):
+        yield rest

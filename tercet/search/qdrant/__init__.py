@@ -1,0 +1,1 @@
+"""The engine over Qdrant, in a folder or on a server."""

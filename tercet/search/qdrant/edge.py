@@ -1,0 +1,392 @@
+"""Qdrant Edge: an approximate engine inside this process, for more documents than are scanned.
+
+A query holds Python's global lock while it runs, and one process at a time opens a folder: a server
+keeps it in one process of its own. What was upserted is scanned until ``optimize()`` has built a
+graph of the dense vectors. Dense vectors may have codes of 8, 4 or 1 bits, Qdrant's own, by which
+candidates are found; they are scored again by the vectors themselves, which stay on the disk and
+take as much of it as before: codes save memory and time. Token vectors have no graph: they rank
+candidates. They are stored in float16, since in ``Uint8`` this version scores them wrong, without a
+word.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final, cast
+from uuid import UUID
+
+from tercet.errors import IndexFolderError, MissingExtraError, StorageError
+from tercet.files.atomic import (
+    clear_about,
+    recover_folder,
+    replacing_file,
+    replacing_folder,
+    sole_writer,
+)
+from tercet.rank.coded import FACTOR
+from tercet.rank.quantized import STORED, Stored
+from tercet.search.engine.checks import Widths, require_same
+from tercet.search.qdrant.points import Facts, Part, Point, TermRow, batches_of, check_stored
+from tercet.search.qdrant.qdrant_engine import Payload
+from tercet.search.qdrant.queries import Ask, Found, Ranks, Stage
+from tercet.vectors import KINDS, Kind
+
+try:
+    import qdrant_edge as edge
+except ImportError as error:
+    raise MissingExtraError("Qdrant Edge", "qdrant") from error
+
+_BATCH_NUMBERS: Final = 2_000_000  # of vectors in one update: 8 MB
+_POINTS, _SHARD, _PENDING = "points", "shard", "pending.json"
+_WIDTHS, _STORED = "widths.json", "stored.json"
+_NO_GRAPH: Final = 0  # edges a node
+
+
+class EdgeStore:
+    """Points in a folder, found by Qdrant Edge inside this process."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        threads: int | None = None,
+        ef: int | None = None,
+        stored: Stored | None = None,
+    ) -> None:
+        """Open a folder, or make a new one.
+
+        ``ef`` is how many dense neighbours the graph search keeps in view: more is slower and
+        misses fewer. None is the engine's own choice. ``stored`` says which codes dense vectors
+        get; None: those that they have there, or none.
+
+        Raises:
+            RecipeError: when another process has it open, or it has other codes.
+            IndexFolderError: when the folder is damaged.
+        """
+        check_stored(stored)
+        self._folder = Path(folder)
+        self._stored: Stored = stored or "float32"
+        self._threads, self._ef = threads, ef
+        self._opened: edge.EdgeShard | None = None  # none before ``create``
+        self._closed = False
+        self._widths: dict[Kind, int] = {}
+        self._held = ExitStack()
+        self._held.enter_context(sole_writer(self._folder))
+        try:
+            self._open()
+            if self._opened is not None:
+                require_same(self._folder, "dense", self._stored, stored)
+        except BaseException:
+            if self._opened is not None:
+                self._opened.close()
+            self._held.close()
+            raise
+
+    @property
+    def place(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    @property
+    def widths(self) -> Widths:
+        """Of the vectors that it takes; none before ``create``."""
+        return self._widths
+
+    @property
+    def _shard(self) -> edge.EdgeShard:
+        assert not self._closed, "an engine is not used after it is closed"
+        assert self._opened is not None, "it has been created"
+        return self._opened
+
+    def _open(self) -> None:
+        points = self._folder / _POINTS
+        recover_folder(points)
+        self._pending = _read_pending(self._folder / _PENDING)
+        if not points.exists():
+            return
+        with self._reading():
+            self._widths = _read_widths(points / _WIDTHS)
+            self._stored = _read_stored(points / _STORED)
+            self._opened = edge.EdgeShard.load(str(points / _SHARD))
+
+    def create(self, widths: Widths) -> None:
+        """Make an empty store for vectors of these kinds and widths; whole or not at all."""
+        points = self._folder / _POINTS
+        with replacing_folder(points) as fresh:
+            shard = edge.EdgeShard.create(
+                str(fresh / _SHARD), _config(widths, self._threads, self._stored)
+            )
+            shard.update(
+                edge.UpdateOperation.create_field_index("facts", edge.PayloadSchemaType.Keyword)
+            )
+            shard.flush()
+            shard.close()
+            (fresh / _WIDTHS).write_text(json.dumps(widths), encoding="utf-8")
+            (fresh / _STORED).write_text(json.dumps(self._stored), encoding="utf-8")
+        self._open()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Name the folder when the disk refuses."""
+        try:
+            with clear_about(self._folder):
+                yield
+        except BaseException as error:
+            if not _is_the_engine_s(error):
+                raise
+            raise StorageError(self._folder, str(error)) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name the folder and the remedy when its files are not what they were."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise self._damaged(str(error)) from error
+        except BaseException as error:
+            if not _is_the_engine_s(error):
+                raise
+            raise self._damaged(str(error)) from error
+
+    def _damaged(self, problem: str) -> IndexFolderError:
+        return IndexFolderError(
+            f"{self._folder}: Qdrant Edge cannot read it ({' '.join(problem.split())}); the index "
+            "is damaged; build it again with: tercet index --fresh"
+        )
+
+    def put(self, points: Sequence[Point]) -> None:
+        """Add points, or replace those of the same numbers."""
+        shard = self._shard
+        self._pending += len(points)
+        with self._writing():
+            for batch in batches_of(points, _BATCH_NUMBERS):
+                shard.update(edge.UpdateOperation.upsert_points([_point(p) for p in batch]))
+
+    def drop(self, ids: Sequence[UUID]) -> None:
+        """Remove points."""
+        numbers: list[Any] = list(ids)
+        with self._writing():
+            self._shard.update(edge.UpdateOperation.delete_points(numbers))
+
+    def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
+        """Those that are there, with what is stored beside their vectors where that is asked."""
+        numbers: list[Any] = list(ids)
+        with self._reading():
+            found = self._shard.retrieve(numbers, with_payload=with_payload, with_vector=False)
+        return {_uuid(point): point.payload or {} for point in found}
+
+    def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
+        """At most so many points that fulfil a filter, and where the next page starts, or None."""
+        request = edge.ScrollRequest(
+            offset=start, limit=size, filter=_filter(facts), with_payload=True, with_vector=False
+        )
+        with self._reading():
+            points, following = self._shard.scroll(request)
+        return [point.payload or {} for point in points], following
+
+    def ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
+        """The points that each search finds."""
+        if not asks:
+            return []
+        requests = [_request(ask, self._ef) for ask in asks]
+        with self._reading():
+            answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
+        return [
+            [Found(_uuid(point), point.score, point.payload or {}) for point in points]
+            for points in answers
+        ]
+
+    def count(self) -> int:
+        """How many points there are."""
+        with self._reading():
+            return self._shard.count(edge.CountRequest(exact=True))
+
+    def optimize(self) -> None:
+        """Build the graph of dense vectors, merge what is small, drop what was deleted."""
+        with self._writing():
+            self._shard.optimize()
+        self._pending = 0
+        self.flush()
+
+    def flush(self) -> None:
+        """Put everything on the disk; after it a kill loses nothing."""
+        if self._opened is None:
+            return
+        with self._writing():
+            self._shard.flush()
+        path = self._folder / _PENDING
+        if self._pending != _read_pending(path):
+            with replacing_file(path) as fresh:
+                fresh.write_text(json.dumps(self._pending), encoding="utf-8")
+
+    def usage(self) -> tuple[int, int]:
+        """Bytes on the disk, and how many points wait to be optimized."""
+        files = (path for path in self._folder.rglob("*") if path.is_file())
+        used = sum(path.stat().st_blocks * 512 for path in files)  # its files have holes
+        return used, self._pending
+
+    def close(self) -> None:
+        """Flush, and let another process open it."""
+        if self._closed:
+            return
+        try:
+            self.flush()
+            if self._opened is not None:
+                with self._writing():
+                    self._opened.close()
+        finally:
+            self._closed = True
+            self._held.close()
+
+
+def _is_the_engine_s(error: BaseException) -> bool:
+    """Whether the engine raised it: all its errors are of the plainest kind, or panics."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+def _uuid(point: Any) -> UUID:
+    return point.id
+
+
+def _read_widths(path: Path) -> dict[Kind, int]:
+    """The kinds of vectors, with their widths.
+
+    Raises:
+        ValueError: when the file does not say.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    numbers = found.values() if isinstance(found, dict) and set(found) <= set(KINDS) else [None]
+    if not found or not all(type(number) is int for number in numbers):
+        raise ValueError(f"{path.name} does not say what it should")
+    return {kind: found[kind] for kind in KINDS if kind in found}
+
+
+def _read_stored(path: Path) -> Stored:
+    """How dense vectors are stored; older folders do not say, and have no codes.
+
+    Raises:
+        ValueError: when the file says what cannot be.
+    """
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else "float32"
+    if found not in STORED:
+        raise ValueError(f"{path.name} does not say what it should")
+    return found
+
+
+def _read_pending(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # never flushed, or damaged: nothing hangs on it
+        return 0
+
+
+def _config(widths: Widths, threads: int | None, stored: Stored) -> Any:
+    dense: dict[str, Any] = {}
+    if "dense" in widths:
+        dense["dense"] = edge.EdgeVectorParams(
+            widths["dense"],
+            edge.Distance.Dot,
+            quantization_config=_quantization(stored),
+            memory=None if stored == "float32" else edge.Memory.Cold,
+        )
+    if "multi" in widths:
+        dense["multi"] = edge.EdgeVectorParams(
+            widths["multi"],
+            edge.Distance.Dot,
+            multivector_config=edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim),
+            datatype=edge.VectorStorageDatatype.Float16,
+            hnsw_config=edge.HnswIndexConfig(_NO_GRAPH, 100, 10_000),
+        )
+    sparse = {"sparse": edge.EdgeSparseVectorParams()} if "sparse" in widths else None
+    return edge.EdgeConfig(
+        vectors=dense or None,
+        sparse_vectors=sparse,
+        optimizers=edge.EdgeOptimizersConfig(deleted_threshold=0.01, vacuum_min_vector_number=100),
+        max_search_threads=threads,
+    )
+
+
+def _quantization(stored: Stored) -> Any:
+    if stored == "int8":
+        return edge.ScalarQuantizationConfig(edge.ScalarType.Int8, memory=edge.Memory.Cached)
+    if stored == "int4":
+        bits = edge.TurboQuantBitSize.Bits4
+        return edge.TurboQuantQuantizationConfig(bits=bits, memory=edge.Memory.Cached)
+    if stored == "binary":
+        query = edge.BinaryQuantizationQueryEncoding.Scalar8Bits
+        return edge.BinaryQuantizationConfig(query_encoding=query, memory=edge.Memory.Cached)
+    return None
+
+
+def _point(point: Point) -> Any:
+    vectors = {kind: _vector(part) for kind, part in point.parts.items()}
+    return edge.Point(point.id, vectors, point.payload)
+
+
+def _vector(part: Part) -> Any:
+    if isinstance(part, TermRow):
+        ids, weights = cast("Any", part.ids), cast("Any", part.weights)  # it takes arrays as well
+        return edge.SparseVector(ids, weights)
+    return part
+
+
+def _request(ask: Ask, ef: int | None) -> Any:
+    if ask.fuse is None:
+        (stage,) = ask.stages
+        return edge.QueryRequest(
+            ask.limit,
+            query=_nearest(stage),
+            filter=_filter(ask.facts, ask.only),
+            params=_params(stage, ef),
+            with_payload=ask.with_payload,
+        )
+    if isinstance(ask.fuse, Ranks):
+        query: Any = edge.Fusion.Rrf(ask.fuse.k + 1)  # its ranks begin with 0
+    else:
+        query = _formula(ask.fuse.weights)
+    return edge.QueryRequest(
+        ask.limit,
+        query=query,
+        prefetches=[_prefetch(stage, ask, ef) for stage in ask.stages],
+        with_payload=ask.with_payload,
+    )
+
+
+def _prefetch(stage: Stage, ask: Ask, ef: int | None) -> Any:
+    """A stage; the filter stands where points are first found."""
+    return edge.Prefetch(
+        stage.limit,
+        query=_nearest(stage),
+        prefetches=[_prefetch(source, ask, ef) for source in stage.among] or None,
+        filter=None if stage.among else _filter(ask.facts, ask.only),
+        params=_params(stage, ef),
+    )
+
+
+def _nearest(stage: Stage) -> Any:
+    return edge.Query.Nearest(_vector(stage.query), using=stage.kind)
+
+
+def _params(stage: Stage, ef: int | None) -> Any:
+    """Exact stages go by the vectors as they are; others by codes, if there are, and then these."""
+    rescoring = edge.QuantizationSearchParams(rescore=True, oversampling=float(FACTOR))
+    return edge.SearchParams(exact=stage.exact, hnsw_ef=ef, quantization=rescoring)
+
+
+def _formula(weights: Sequence[float]) -> Any:
+    names = [f"$score[{number}]" for number in range(len(weights))]
+    terms = [
+        edge.Expression.Mult([edge.Expression.Constant(weight), edge.Expression.Variable(name)])
+        for weight, name in zip(weights, names, strict=True)
+    ]
+    return edge.Formula(edge.Expression.Sum(terms), defaults=dict.fromkeys(names, 0.0))
+
+
+def _filter(facts: Sequence[Sequence[str]], only: frozenset[UUID] | None = None) -> Any:
+    conditions: list[Any] = [
+        edge.FieldCondition("facts", match=edge.MatchAny(list(group))) for group in facts
+    ]
+    if only is not None:
+        conditions.append(edge.HasIdCondition(set(only)))
+    return edge.Filter(must=conditions) if conditions else None

@@ -1,0 +1,179 @@
+"""The engine that both Qdrants are: records become points, and a store keeps these.
+
+The store is a folder that Qdrant Edge writes inside this process
+(:class:`tercet.search.qdrant.edge.EdgeStore`), or a collection on a server
+(:class:`tercet.search.qdrant.server.ClusterStore`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
+from uuid import UUID
+
+from tercet.errors import IndexFolderError
+from tercet.search.engine.checks import Widths, widths_of
+from tercet.search.engine.engine import Fusion, Hit, Record, Stats, Where
+from tercet.search.qdrant.points import Facts, Point, facts_of, points_of, record_of, uuid_of
+from tercet.search.qdrant.queries import Ask, Found, batched, search
+from tercet.vectors import KINDS, Kind, Vectors
+
+POINTS_AT_ONCE: Final = 1_000  # looked up, deleted or scanned by one call into the store
+
+Payload: TypeAlias = Mapping[str, Any]
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Where points are kept. It is asked for no more of them together than one call may name."""
+
+    @property
+    def place(self) -> str:
+        """What to call it in a message."""
+        ...
+
+    @property
+    def widths(self) -> Widths:
+        """Of the vectors that it takes; none before ``create``."""
+        ...
+
+    def create(self, widths: Widths) -> None:
+        """Make it ready for vectors of these kinds and widths."""
+        ...
+
+    def put(self, points: Sequence[Point]) -> None:
+        """Add points, or replace those of the same numbers; these may be any many."""
+        ...
+
+    def drop(self, ids: Sequence[UUID]) -> None:
+        """Remove points, all of which are there."""
+        ...
+
+    def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
+        """Those that are there, with what is stored beside their vectors where that is asked."""
+        ...
+
+    def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
+        """At most so many points that fulfil a filter, and where the next page starts, or None."""
+        ...
+
+    def ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
+        """The points that each search finds."""
+        ...
+
+    def count(self) -> int:
+        """How many points there are."""
+        ...
+
+    def optimize(self) -> None:
+        """Build what is searched fast."""
+        ...
+
+    def flush(self) -> None:
+        """Put everything on the disk."""
+        ...
+
+    def usage(self) -> tuple[int, int]:
+        """Bytes on this machine's disk, and how many points wait to be optimized."""
+        ...
+
+    def close(self) -> None:
+        """Flush, and let go of it."""
+        ...
+
+
+class QdrantEngine:
+    """Records in a store of points; see :class:`tercet.search.engine.engine.Engine`."""
+
+    def __init__(self, store: Store) -> None:
+        """Take a store that is open; ``close`` closes it."""
+        self.store = store
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of vectors that it holds; none before the first upsert."""
+        return tuple(kind for kind in KINDS if kind in self.store.widths)
+
+    def upsert(self, records: Sequence[Record], vectors: Vectors) -> None:
+        """Add records, or replace those of the same ids; see :class:`Engine`."""
+        points = points_of(records, vectors, self.store.widths)
+        if not points:
+            return
+        if not self.store.widths:
+            self.store.create(widths_of(vectors))
+        self.store.put(points)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove records; how many there were of these."""
+        gone = 0
+        for some in self._numbers(ids):
+            there = list(self.store.look_up(some, with_payload=False))
+            if there:
+                self.store.drop(there)
+            gone += len(there)
+        return gone
+
+    def search(
+        self, queries: Vectors, k: int, *, fusion: Fusion | None = None, where: Where | None = None
+    ) -> list[list[Hit]]:
+        """The best records of each query; dense candidates may miss some that are as near."""
+        if not self.store.widths:
+            return [[] for _ in range(len(queries))]
+        return search(
+            self.store.ask,
+            queries,
+            self.store.widths,
+            records=self.store.count(),
+            k=k,
+            fusion=fusion,
+            where=where,
+            record_of=self._record,
+        )
+
+    def fetch(self, ids: Sequence[str]) -> list[Record | None]:
+        """The records of these ids; None for one that is not there."""
+        there: dict[UUID, Record] = {}
+        for some in self._numbers(ids):
+            found = self.store.look_up(some, with_payload=True)
+            there.update((number, self._record(payload)) for number, payload in found.items())
+        return [there.get(uuid_of(name)) for name in ids]
+
+    def scan(self, where: Where | None = None) -> Iterator[Record]:
+        """All records, by the numbers of their points."""
+        facts, start = facts_of(where), None
+        while self.store.widths:
+            payloads, start = self.store.page(facts, start, POINTS_AT_ONCE)
+            yield from map(self._record, payloads)
+            if start is None:
+                break
+
+    def optimize(self) -> None:
+        """Build what is searched fast, and drop what was deleted."""
+        if self.store.widths:
+            self.store.optimize()
+
+    def flush(self) -> None:
+        """Put everything on the disk; after it a kill loses nothing."""
+        self.store.flush()
+
+    def stats(self) -> Stats:
+        """What is in it."""
+        records = self.store.count() if self.store.widths else 0
+        used, pending = self.store.usage()
+        return Stats(records, self.kinds, used, min(pending, records))
+
+    def close(self) -> None:
+        """Flush, and let another process open it."""
+        self.store.close()
+
+    def _numbers(self, ids: Sequence[str]) -> Iterator[Sequence[UUID]]:
+        """The numbers of their points, each once; none where nothing is stored."""
+        numbers = list(dict.fromkeys(map(uuid_of, ids))) if self.store.widths else []
+        return batched(numbers, POINTS_AT_ONCE)
+
+    def _record(self, payload: Payload) -> Record:
+        try:
+            return record_of(payload)
+        except (KeyError, TypeError, ValueError) as error:
+            raise IndexFolderError(
+                f"{self.store.place}: a point holds no record of ours ({error!r}): something else "
+                "wrote it, or it is damaged; build the index again with: tercet index --fresh"
+            ) from error

@@ -1,0 +1,220 @@
+"""What both Qdrant engines ask for when they search.
+
+They ask twice. First for the best points, fused inside the engine: one list a kind, each over the
+same candidates, so that a document missing among the best of one kind gets its true score by it.
+Then for the scores of these few by each kind.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias, TypeVar
+from uuid import UUID
+
+import numpy as np
+
+from tercet.search.engine.checks import Widths, check_queries
+from tercet.search.engine.engine import (
+    Fusion,
+    Hit,
+    ReciprocalRank,
+    Record,
+    Weighted,
+    Where,
+    counted,
+)
+from tercet.search.engine.fusion import proposing, wanted, weighted_sum
+from tercet.search.qdrant.points import Facts, Part, Parts, facts_of, parts_of
+from tercet.vectors import Kind, Vectors, Weights
+
+ASKED_TOGETHER: Final = 32  # queries of one call into the engine
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The best points by one kind, of all or of those that other stages found."""
+
+    kind: Kind
+    query: Part
+    limit: int
+    exact: bool = False
+    among: tuple["Stage", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Rank by a weighted sum of the stages' scores; a point that is not in one scores zero there.
+
+    That is its true score if every stage looks at all candidates: what is left out then has no
+    such vector, or no term of the query.
+    """
+
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Rank by the sum of 1 / (k + rank) over the stages, where ranks begin with 1."""
+
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One search of the engine: stages and how they are fused; None for a single one."""
+
+    stages: tuple[Stage, ...]
+    limit: int
+    fuse: Sum | Ranks | None = None
+    facts: Facts = ()
+    only: frozenset[UUID] | None = None
+    with_payload: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A point and what it scored."""
+
+    id: UUID
+    score: float
+    payload: Mapping[str, Any]
+
+
+Asking: TypeAlias = Callable[[Sequence[Ask]], list[list[Found]]]
+Reading: TypeAlias = Callable[[Mapping[str, Any]], Record]
+
+
+def search(  # noqa: PLR0913 (a search, and where it takes place)
+    asking: Asking,
+    queries: Vectors,
+    widths: Widths,
+    *,
+    records: int,
+    k: int,
+    fusion: Fusion | None,
+    where: Where | None,
+    record_of: Reading,
+) -> list[list[Hit]]:
+    """The best records of each query, with their scores by each kind that counts.
+
+    ``record_of`` makes a record of what is stored beside a point's vectors.
+
+    Raises:
+        ModelError: when the queries' vectors are of other widths than the store's, or NaN.
+        RecipeError: when no kind counts.
+    """
+    fusion = fusion or Weighted()
+    present: tuple[Kind, ...] = tuple(kind for kind in queries.kinds if kind in widths)
+    check_queries(queries.only(present), widths)
+    kinds = counted(fusion, present)
+    by = proposing(fusion, present)
+    if not records or k < 1:
+        return [[] for _ in range(len(queries))]
+    planner = _Planner(fusion, kinds, by, records, facts_of(where))
+    found: list[list[Hit]] = []
+    for several in batched(parts_of(queries.only(present)), ASKED_TOGETHER):
+        found += _search_several(asking, several, planner, min(k, records), record_of)
+    return found
+
+
+def batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Runs of at most so many."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """Turns the vectors of a query into what the engine is asked."""
+
+    fusion: Fusion
+    kinds: tuple[Kind, ...]  # that count
+    by: tuple[Kind, ...]  # that propose candidates; none: all records are
+    records: int
+    facts: Facts
+
+    def __call__(self, parts: Parts, k: int) -> Ask | None:
+        """None where the query has nothing to be found by."""
+        limit = min(wanted(self.fusion, k), self.records)
+        proposed = tuple(Stage(kind, parts[kind], limit) for kind in self.by if kind in parts)
+        if self.by and not proposed:
+            return None
+        if isinstance(self.fusion, ReciprocalRank):
+            return Ask(proposed, k, Ranks(self.fusion.k), self.facts, with_payload=True)
+        over = min(limit * len(proposed), self.records) if self.by else self.records
+        stages = tuple(
+            Stage(kind, parts[kind], over, exact=True, among=proposed)
+            for kind in self.kinds
+            if kind in parts
+        )
+        weights = tuple(weight_of(stage, self.fusion.weights) for stage in stages)
+        return Ask(stages, k, Sum(weights), self.facts, with_payload=True) if stages else None
+
+
+def weight_of(stage: Stage, weights: Weights) -> float:
+    """The weight of a stage's score: by several vectors it is a sum, and ours is a mean."""
+    return weights.of(stage.kind) / _terms(stage.kind, stage.query)
+
+
+def _terms(kind: Kind, query: Part) -> int:
+    """By how much the engine's score is larger than ours: the tokens of the query."""
+    return len(query) if kind == "multi" and isinstance(query, np.ndarray) else 1
+
+
+def _search_several(
+    asking: Asking, several: Sequence[Parts], planner: _Planner, k: int, record_of: Reading
+) -> list[list[Hit]]:
+    asks = [planner(parts, k) for parts in several]
+    answers = iter(asking([ask for ask in asks if ask is not None]))
+    found = [next(answers) if ask is not None else [] for ask in asks]
+    scores = _scores_by_kind(asking, several, found, planner.kinds)
+    return [
+        _hits(points, by_kind, planner.fusion, record_of)
+        for points, by_kind in zip(found, scores, strict=True)
+    ]
+
+
+def _scores_by_kind(
+    asking: Asking,
+    several: Sequence[Parts],
+    found: Sequence[Sequence[Found]],
+    kinds: tuple[Kind, ...],
+) -> list[dict[Kind, dict[UUID, float]]]:
+    """What the points that were found score by each kind, query by query."""
+    scores: list[dict[Kind, dict[UUID, float]]] = [{kind: {} for kind in kinds} for _ in several]
+    places: list[tuple[int, Kind]] = [
+        (number, kind)
+        for number, parts in enumerate(several)
+        for kind in kinds
+        if kind in parts and found[number]
+    ]
+    asks = [
+        Ask(
+            (Stage(kind, several[number][kind], len(found[number]), exact=True),),
+            len(found[number]),
+            only=frozenset(point.id for point in found[number]),
+        )
+        for number, kind in places
+    ]
+    for (number, kind), points in zip(places, asking(asks), strict=True):
+        scale = _terms(kind, several[number][kind])
+        scores[number][kind] = {point.id: point.score / scale for point in points}
+    return scores
+
+
+def _hits(
+    points: Sequence[Found],
+    by_kind: Mapping[Kind, Mapping[UUID, float]],
+    fusion: Fusion,
+    record_of: Reading,
+) -> list[Hit]:
+    hits: list[Hit] = []
+    for point in points:
+        scores: dict[Kind, float] = {
+            kind: found.get(point.id, 0.0) for kind, found in by_kind.items()
+        }
+        total = point.score
+        if not isinstance(fusion, ReciprocalRank):
+            total = weighted_sum(scores, fusion.weights)
+        hits.append(Hit(record_of(point.payload), total, scores))
+    return sorted(hits, key=lambda hit: -hit.score)  # stable: equal ones stay as they were found

@@ -1,0 +1,384 @@
+"""A collection of a Qdrant server or cluster, reached by its URL.
+
+The data model is that of the embedded engine, so any Qdrant client reads what is here. The server
+writes what it was given to its log before it answers: nothing is left to flush. It optimizes by
+itself; ``optimize()`` waits until it has done so.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, TypeAlias
+from uuid import UUID
+
+from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
+from tercet.rank.coded import FACTOR
+from tercet.rank.quantized import Stored
+from tercet.search.engine.checks import Widths, require_same
+from tercet.search.qdrant.points import Facts, Part, Point, TermRow, batches_of, check_stored
+from tercet.search.qdrant.qdrant_engine import Payload
+from tercet.search.qdrant.queries import Ask, Found, Ranks, Stage
+from tercet.vectors import KINDS
+
+try:
+    from qdrant_client import QdrantClient
+    from qdrant_client import models as api
+    from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
+except ImportError as error:
+    raise MissingExtraError("a Qdrant server", "qdrant") from error
+
+Params: TypeAlias = Callable[[Stage], api.SearchParams | None]
+_BATCH_NUMBERS: Final = 500_000  # of vectors in one request: some 10 MB of JSON; a server takes 32
+_MARK: Final = "tercet"  # where a collection says whose it is
+_CODES_OF: Final[Mapping[Any, Stored]] = {
+    api.ScalarQuantization: "int8",
+    api.TurboQuantization: "int4",
+    api.BinaryQuantization: "binary",
+}
+_PAUSE_SECONDS: Final = 0.5  # between two looks at a server that optimizes
+
+
+class ClusterStore:
+    """Points in a collection of a Qdrant server."""
+
+    def __init__(  # noqa: PLR0913 (each is a choice of its own, with a default)
+        self,
+        server: str | QdrantClient,
+        collection: str,
+        *,
+        mark: str | None = None,
+        api_key: str | None = None,
+        timeout_seconds: int = 60,
+        ef: int | None = None,
+        stored: Stored | None = None,
+    ) -> None:
+        """Look for the collection; if there is none, ``create`` makes one.
+
+        ``server`` is a URL, or a client that stays open. With a ``mark``, a collection that is
+        made carries it, and one that carries another or none is left alone. ``ef`` is how many
+        dense neighbours the graph search keeps in view; None is the server's own choice.
+        ``stored`` says which codes dense vectors get beside them; None: those that they have there,
+        or none.
+
+        Raises:
+            IndexFolderError: when no server answers, or the collection is not one of ours or of
+                another mark.
+            RecipeError: when it has other codes.
+        """
+        check_stored(stored)
+        self._ours = isinstance(server, str)
+        self._name, self._mark = collection, mark
+        self._place = f"{server if isinstance(server, str) else 'Qdrant'}, collection {collection}"
+        self._timeout, self._ef = timeout_seconds, ef
+        self._stored: Stored = stored or "float32"
+        self._widths: Widths = {}
+        if isinstance(server, str):
+            with self._named():
+                self._client = QdrantClient(
+                    url=server,
+                    api_key=api_key,
+                    timeout=timeout_seconds,
+                    check_compatibility=False,  # it would warn of a server that does not answer
+                )
+        else:
+            self._client = server
+        try:
+            with self._named():
+                if self._client.collection_exists(collection):
+                    self._widths = self._widths_there()
+                    self._check_mark()
+                    require_same(self._place, "dense", self._stored_there(), stored)
+        except (IndexFolderError, RecipeError):
+            self.close()
+            raise
+
+    @property
+    def place(self) -> str:
+        """The server and the collection."""
+        return self._place
+
+    @property
+    def widths(self) -> Widths:
+        """Of the vectors that it takes; none before ``create``."""
+        return self._widths
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the server and the remedy when it does not answer or refuses."""
+        try:
+            yield
+        except (ApiException, OSError) as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise IndexFolderError(
+                f"{self._place}: the server does not answer, or refuses ({problem}); "
+                "see that it runs, and that address and key are right"
+            ) from error
+        except ValueError as error:  # a URL that is none
+            raise IndexFolderError(
+                f"{self._place}: {error}; give an address such as http://localhost:6333"
+            ) from error
+
+    def _widths_there(self) -> Widths:
+        """The kinds that the collection holds."""
+        params = self._client.get_collection(self._name).config.params
+        dense, sparse = params.vectors, params.sparse_vectors or {}
+        named = dense if isinstance(dense, Mapping) else {"": dense} if dense else {}
+        strange = (set(named) - {"dense", "multi"}) | (set(sparse) - {"sparse"})
+        if strange or any(vector.distance != api.Distance.DOT for vector in named.values()):
+            raise IndexFolderError(
+                f"{self._place}: it is not one of ours, whose vectors are dense, sparse and multi, "
+                "compared by dot product; choose another name"
+            )
+        sizes = {name: vector.size for name, vector in named.items()} | dict.fromkeys(sparse, 0)
+        return {kind: sizes[kind] for kind in KINDS if kind in sizes}
+
+    def _stored_there(self) -> Stored:
+        """Which codes its dense vectors have."""
+        vectors = self._client.get_collection(self._name).config.params.vectors
+        dense = vectors.get("dense") if isinstance(vectors, Mapping) else None
+        there = None if dense is None else dense.quantization_config
+        return _CODES_OF.get(type(there), "float32")
+
+    def _mark_there(self) -> object:
+        return (self._client.get_collection(self._name).config.metadata or {}).get(_MARK)
+
+    def _check_mark(self) -> None:
+        if self._mark is None or (found := self._mark_there()) == self._mark:
+            return
+        made = "no index of tercet" if found is None else "another index"
+        raise IndexFolderError(
+            f"{self._place}: {made} made this collection, and it is left as it is; choose another "
+            "name with --collection, or delete it on the server first"
+        )
+
+    def create(self, widths: Widths) -> None:
+        """Make the collection."""
+        about: dict[str, Any] | None = None if self._mark is None else {_MARK: self._mark}
+        with self._named():
+            try:
+                config = _config(widths, self._stored)
+                self._client.create_collection(self._name, **config, metadata=about)
+            except UnexpectedResponse as error:
+                if self._stored == "int4" and error.status_code in (400, 422):
+                    raise RecipeError(
+                        f"{self._place}: the server refuses codes of 4 bits, which it calls "
+                        "TurboQuant; take a newer Qdrant, or int8 or binary"
+                    ) from error
+                raise
+            if not self._is_local:  # which scans anyway, and warns
+                self._client.create_payload_index(
+                    self._name, "facts", api.PayloadSchemaType.KEYWORD
+                )
+            if self._mark is not None and self._mark_there() != self._mark:
+                self._client.delete_collection(self._name)
+                raise IndexFolderError(
+                    f"{self._place}: the server does not keep what a collection says of itself, by "
+                    "which its index is told from others; use Qdrant 1.17 or newer"
+                )
+        self._widths = widths
+
+    def clear(self) -> None:
+        """Delete the collection, if there is one, with all that is in it."""
+        if self._widths:
+            with self._named():
+                self._client.delete_collection(self._name)
+        self._widths = {}
+
+    def put(self, points: Sequence[Point]) -> None:
+        """Add points, or replace those of the same numbers."""
+        with self._named():
+            for batch in batches_of(points, _BATCH_NUMBERS):
+                self._client.upsert(self._name, [_point(point) for point in batch], wait=True)
+
+    def drop(self, ids: Sequence[UUID]) -> None:
+        """Remove points."""
+        selected = api.PointIdsList(points=[str(uuid) for uuid in ids])
+        with self._named():
+            self._client.delete(self._name, selected, wait=True)
+
+    def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
+        """Those that are there, with what is stored beside their vectors where that is asked."""
+        numbers = [str(uuid) for uuid in ids]
+        with self._named():
+            found = self._client.retrieve(self._name, numbers, with_payload=with_payload)
+        return {_number(point.id): point.payload or {} for point in found}
+
+    def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
+        """At most so many points that fulfil a filter, and where the next page starts, or None."""
+        with self._named():
+            points, following = self._client.scroll(
+                self._name,
+                scroll_filter=_filter(facts),
+                limit=size,
+                offset=start,
+                with_payload=True,
+            )
+        return [point.payload or {} for point in points], following
+
+    def ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
+        """The points that each search finds."""
+        if not asks:
+            return []
+        requests = [_request(ask, self._params) for ask in asks]
+        with self._named():
+            answers = self._client.query_batch_points(self._name, requests)
+        return [
+            [Found(_number(point.id), point.score, point.payload or {}) for point in answer.points]
+            for answer in answers
+        ]
+
+    def count(self) -> int:
+        """How many points there are."""
+        with self._named():
+            return self._client.count(self._name, exact=True).count
+
+    def optimize(self) -> None:
+        """Wait until the server has built what it builds.
+
+        Raises:
+            IndexFolderError: when it has not done so in time.
+        """
+        end = time.monotonic() + self._timeout
+        while True:
+            with self._named():
+                status = self._client.get_collection(self._name).status
+            if status != api.CollectionStatus.YELLOW:
+                break
+            if time.monotonic() > end:
+                raise IndexFolderError(
+                    f"{self._place}: not optimized after {self._timeout} seconds; it can be "
+                    "searched meanwhile; wait longer with a larger timeout_seconds"
+                )
+            time.sleep(_PAUSE_SECONDS)
+
+    def flush(self) -> None:
+        """Nothing to do: the server answers when it has written."""
+
+    def usage(self) -> tuple[int, int]:
+        """Nothing on this machine's disk; what waits is the server's affair."""
+        return 0, 0
+
+    def close(self) -> None:
+        """Close the connection, unless the client is another's."""
+        if self._ours:
+            self._client.close()
+
+    @property
+    def _is_local(self) -> bool:
+        """Whether the client stands in for a server, inside this process."""
+        said = self._client.init_options
+        return said.get("location") == ":memory:" or bool(said.get("path"))
+
+    def _params(self, stage: Stage) -> api.SearchParams | None:
+        if self._is_local:  # it scans, and warns of parameters
+            return None
+        rescoring = api.QuantizationSearchParams(rescore=True, oversampling=FACTOR)
+        return api.SearchParams(exact=stage.exact, hnsw_ef=self._ef, quantization=rescoring)
+
+
+def _number(identity: Any) -> UUID:
+    """The number of a point; others than ours may be plain integers."""
+    return UUID(int=identity) if isinstance(identity, int) else UUID(str(identity))
+
+
+def _config(widths: Widths, stored: Stored) -> dict[str, Any]:
+    dense: dict[str, api.VectorParams] = {}
+    if "dense" in widths:
+        dense["dense"] = api.VectorParams(
+            size=widths["dense"],
+            distance=api.Distance.DOT,
+            quantization_config=_quantization(stored),
+            on_disk=None if stored == "float32" else True,
+        )
+    if "multi" in widths:
+        dense["multi"] = api.VectorParams(
+            size=widths["multi"],
+            distance=api.Distance.DOT,
+            datatype=api.Datatype.FLOAT16,
+            multivector_config=api.MultiVectorConfig(comparator=api.MultiVectorComparator.MAX_SIM),
+            hnsw_config=api.HnswConfigDiff(m=0),  # no graph: they rank candidates
+        )
+    sparse = {"sparse": api.SparseVectorParams()} if "sparse" in widths else None
+    return {"vectors_config": dense, "sparse_vectors_config": sparse}
+
+
+def _quantization(stored: Stored) -> Any:
+    """Codes in memory, beside vectors on the disk."""
+    if stored == "int8":
+        scalar = api.ScalarQuantizationConfig(type=api.ScalarType.INT8, always_ram=True)
+        return api.ScalarQuantization(scalar=scalar)
+    if stored == "int4":
+        turbo = api.TurboQuantQuantizationConfig(bits=api.TurboQuantBitSize.BITS4, always_ram=True)
+        return api.TurboQuantization(turbo=turbo)
+    if stored == "binary":
+        query = api.BinaryQuantizationQueryEncoding.SCALAR8BITS
+        binary = api.BinaryQuantizationConfig(always_ram=True, query_encoding=query)
+        return api.BinaryQuantization(binary=binary)
+    return None
+
+
+def _point(point: Point) -> api.PointStruct:
+    vectors = {kind: _vector(part) for kind, part in point.parts.items()}
+    return api.PointStruct(id=str(point.id), vector=vectors, payload=point.payload)
+
+
+def _vector(part: Part) -> Any:
+    if isinstance(part, TermRow):
+        return api.SparseVector(indices=part.ids.tolist(), values=part.weights.tolist())
+    return part.tolist()
+
+
+def _request(ask: Ask, params: Params) -> api.QueryRequest:
+    if ask.fuse is None:
+        (stage,) = ask.stages
+        return api.QueryRequest(
+            query=api.NearestQuery(nearest=_vector(stage.query)),
+            using=stage.kind,
+            filter=_filter(ask.facts, ask.only),
+            params=params(stage),
+            limit=ask.limit,
+            with_payload=ask.with_payload,
+        )
+    if isinstance(ask.fuse, Ranks):
+        query = api.RrfQuery(rrf=api.Rrf(k=ask.fuse.k + 1))  # its ranks begin with 0
+    else:
+        query = _formula(ask.fuse.weights)
+    return api.QueryRequest(
+        query=query,
+        prefetch=[_prefetch(stage, ask, params) for stage in ask.stages],
+        limit=ask.limit,
+        with_payload=ask.with_payload,
+    )
+
+
+def _prefetch(stage: Stage, ask: Ask, params: Params) -> api.Prefetch:
+    """A stage; the filter stands where points are first found."""
+    return api.Prefetch(
+        query=api.NearestQuery(nearest=_vector(stage.query)),
+        using=stage.kind,
+        prefetch=[_prefetch(source, ask, params) for source in stage.among] or None,
+        filter=None if stage.among else _filter(ask.facts, ask.only),
+        params=params(stage),
+        limit=stage.limit,
+    )
+
+
+def _formula(weights: Sequence[float]) -> api.FormulaQuery:
+    names = [f"$score[{number}]" for number in range(len(weights))]
+    terms: list[Any] = [
+        api.MultExpression(mult=[weight, name]) for weight, name in zip(weights, names, strict=True)
+    ]
+    return api.FormulaQuery(
+        formula=api.SumExpression(sum=terms), defaults=dict.fromkeys(names, 0.0)
+    )
+
+
+def _filter(
+    facts: Sequence[Sequence[str]], only: frozenset[UUID] | None = None
+) -> api.Filter | None:
+    conditions: list[Any] = [
+        api.FieldCondition(key="facts", match=api.MatchAny(any=list(group))) for group in facts
+    ]
+    if only is not None:
+        conditions.append(api.HasIdCondition(has_id=[str(uuid) for uuid in only]))
+    return api.Filter(must=conditions) if conditions else None

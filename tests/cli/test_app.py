@@ -1,0 +1,181 @@
+import logging
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tercet.models.embedder import Embedder
+from tests.cli.lines import cells
+from tests.toy import SENTENCES
+
+VERBS = [
+    *("demo", "check", "models", "inspect", "merge", "encode", "index", "search"),
+    *("eval", "diagnose", "probe", "mine", "decontaminate", "convert", "ablate"),
+    *("train", "train finetune", "train llm2vec", "train nv-embed", "ablate nv-embed"),
+    *("convert classification", "convert clustering", "convert similarity"),
+]
+ROOT = Path(__file__).parents[2]
+
+
+def test_train_eval_index_search_and_encode_follow_each_other(
+    tercet, train, encoder_folder, files, tmp_path
+):
+    out = tmp_path / "run"
+    dev = files / "pairs.jsonl"
+    ended = tercet(*train(out, "--epochs", "2", "--dev", dev, "--eval-steps", "3"))
+    assert (ended.status, ended.out) == (0, f"{out}/model\n")
+    assert "contrastive: 6 steps of 8 examples" in ended.err
+    assert re.search(
+        r"dev set: 0\.\d+ before training, 0\.\d+ at best, after step \d of 6", ended.err
+    )
+    assert f"next: tercet index {out}/model docs.jsonl --out {out}/index\n" in ended.err
+
+    ended = tercet("eval", out / "model", dev, "--against", encoder_folder)
+    lines = ended.out.splitlines()
+    assert lines[0] == "22 queries, 24 documents"  # two sentences end in the same word
+    assert cells(lines[1]) == ["model", "ndcg@10", "recall@100", "mrr@10", "map@100"]
+    models = [str(encoder_folder), "BM25"]
+    assert [cells(line)[0] for line in lines[2:5]] == [str(out / "model"), *models]
+    assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", cells(lines[2])[1])
+    assert [cells(line)[0] for line in lines[5:]] == [f"{out}/model minus", *models]
+
+    ended = tercet("index", out / "model", files / "docs.jsonl", "--out", out / "index")
+    assert (ended.status, ended.out) == (0, f"{out}/index: 12 documents\n")
+    estimate, size, hint = ended.err.splitlines()
+    assert size.startswith("dense vectors") and "256 bytes" in size  # 64 coordinates of 4 bytes
+    assert estimate == "12 documents; their vectors will take about 3.07 KB: dense 3.07 KB"
+    assert hint == f'search it: tercet search {out}/index "your question"'
+
+    ended = tercet("search", out / "index", SENTENCES[3], "music", "-k", "2")
+    assert (ended.status, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert [cells(line) for line in lines[:3]] == [
+        [SENTENCES[3]],
+        ["score", "id", "title"],
+        ["1.000", "d3", SENTENCES[3][:12]],
+    ]
+    assert lines[4] == "music" and len(lines) == 8
+
+    ended = tercet("encode", out / "model", files / "texts.txt", "--out", tmp_path / "v.npy")
+    assert (ended.status, ended.out) == (0, f"{tmp_path}/v.npy: 12 vectors of 64 dimensions\n")
+    vectors = np.load(tmp_path / "v.npy")
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(
+        vectors, Embedder.load(out / "model").encode(SENTENCES), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb_shows_an_example(tercet, verb):
+    ended = tercet(*verb.split(), "--help")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.lstrip().startswith(f"Usage: tercet {verb} ")
+    assert f"Example: tercet {verb}" in " ".join(ended.out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "about"),
+    [
+        (["search", "index", "q", "--k", "0"], "'--k'"),
+        (["search", "index", "q", "--k", "many"], "'--k'"),
+        (["search", "index"], "'queries'"),
+        (["encode", "model", "a.txt", "--out", "v.npy", "--role", "title"], "'--role'"),
+        (["train", "finetune", "--out", "run"], "'--data'"),
+        (["train", "simcse"], "'simcse'"),
+        (["serach", "index", "q"], "'serach'"),
+    ],
+)
+def test_a_slip_in_the_words_of_a_command_is_named(tercet, words, about):
+    ended = tercet(*words)
+    assert ended.status == 2 and ended.out == "" and "Traceback" not in ended.err
+    assert about in ended.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", ["encode", "index", "eval"])
+def test_a_missing_or_empty_file_is_named_by_every_verb(
+    refused, encoder_folder, files, tmp_path, verb
+):
+    out = [] if verb == "eval" else ["--out", tmp_path / "out"]
+    said = refused(verb, encoder_folder, files / "missing.jsonl", *out)
+    assert said == f"{files}/missing.jsonl: no such file"
+    assert "holds no records" in refused(verb, encoder_folder, files / "empty.jsonl", *out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dims_that_the_model_does_not_have_are_refused(refused, encoder_folder, files, tmp_path):
+    texts, docs, pairs = (files / name for name in ("texts.txt", "docs.jsonl", "pairs.jsonl"))
+    expected = "dims is 65, but the model's vectors have 64 coordinates"
+    out = ["--out", tmp_path / "out", "--dims", "65"]
+    assert refused("encode", encoder_folder, texts, *out) == expected
+    assert refused("index", encoder_folder, docs, *out) == expected
+    assert refused("eval", encoder_folder, pairs, "--dims", "65") == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_work(
+    refused, train, encoder_folder, files, tmp_path, monkeypatch
+):
+    blocked = files / "texts.txt"
+    inside = blocked / "inside"
+    said = refused(*train(blocked))
+    assert said.startswith(f"{blocked}: could not be written: a file is where a folder has to be")
+    assert refused(*train(inside)).startswith(f"{inside}: could not be written")
+    said = refused("index", encoder_folder, files / "docs.jsonl", "--out", blocked)
+    assert "is not an index and would be overwritten" in said
+    monkeypatch.setattr(Embedder, "encode", None)
+    said = refused("encode", encoder_folder, blocked, "--out", tmp_path)
+    assert said.startswith(f"{tmp_path}: could not be written: it is no file")
+    said = refused("encode", encoder_folder, blocked, "--out", inside)
+    assert said.startswith(f"{blocked}: could not be written: a file is where")
+
+
+def test_a_long_path_is_not_broken_over_lines(refused, tercet, encoder_folder, files, tmp_path):
+    deep = tmp_path / "/".join(["a_rather_long_name_of_a_folder"] * 8)
+    assert refused("check", deep / "pairs.jsonl") == f"{deep}/pairs.jsonl: no such file"
+    ended = tercet("index", encoder_folder, files / "docs.jsonl", "--out", deep)
+    assert ended.out == f"{deep}: 12 documents\n"
+    assert ended.err.endswith(f'search it: tercet search {deep} "your question"\n')
+
+
+def test_remarks_are_plain_lines(tercet, encoder_folder, tmp_path):
+    (tmp_path / "long.txt").write_text("music " * 300 + "\nshort\n")
+    ended = tercet("encode", encoder_folder, tmp_path / "long.txt", "--out", tmp_path / "v.npy")
+    assert re.fullmatch(r"tercet: note: 1 of 2 .*texts were cut to 128 tokens\n", ended.err)
+
+
+def test_warnings_of_what_will_change_elsewhere_are_not_for_users(tercet):
+    tercet("models")
+    warnings.warn("this will be gone", FutureWarning, stacklevel=1)  # an error in other tests
+
+
+def test_the_loggers_of_other_packages_are_left_alone(tercet):
+    before = list(logging.getLogger().handlers)
+    tercet("models")
+    assert logging.getLogger().handlers == before
+    assert len(logging.getLogger("tercet").handlers) == 1
+
+
+def test_an_interrupted_command_says_so_with_status_130(tercet, files, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tercet.cli.data.check_examples", interrupted)
+    ended = tercet("check", files / "pairs.jsonl")
+    assert ended.status == 130 and ended.err.startswith("tercet: stopped; ")
+
+
+def test_as_a_program_it_prints_its_results_and_nothing_else_to_a_pipe(files):
+    command = [sys.executable, "-m", "tercet.cli", "search", str(files / "index"), SENTENCES[1]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, "-k1"], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [cells(line) for line in ended.stdout.splitlines()] == [
+        [SENTENCES[1]],
+        ["score", "id", "title"],
+        ["1.000", "d1", SENTENCES[1][:12]],
+    ]

@@ -1,0 +1,295 @@
+import json
+
+import pytest
+import torch
+import transformers as t
+
+from tercet.models.embedder import Embedder
+from tests.cli.lines import table, write
+from tests.toy import DECODERS, SENTENCES, byte_bpe
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """A tiny decoder that still has its head."""
+    folder = tmp_path_factory.mktemp("language-model")
+    torch.manual_seed(3)
+    t.LlamaForCausalLM(DECODERS["llama"]).save_pretrained(folder)  # pyright: ignore
+    byte_bpe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def llm2vec(language_model):
+    """The words of a short training of all stages that are asked for."""
+
+    def words(out, *more, base=language_model):
+        numbers = {"mntp-steps": 2, "mntp-batch-size": 4, "block-tokens": 32, "simcse-steps": 3}
+        sizes = {"simcse-batch-size": 6, "supervised-steps": 2, "batch-size": 4, "lora-rank": 2}
+        flags = [f"--{name}={number}" for name, number in {**numbers, **sizes}.items()]
+        return [*("train", "llm2vec", "--base", base, "--out", out, "--device=cpu"), *flags, *more]
+
+    return words
+
+
+def test_the_flags_of_a_recipe_are_its_parameters(tercet):
+    out = tercet("train", "finetune", "--help").out
+    for flag in ("--base", "--temperature", "--length-edges", "--token-budget", "--lora-rank"):
+        assert flag in out
+    assert "--save-steps" in out  # of a run
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("missing.jsonl", "no such file"),
+        ("empty.jsonl", "holds no records; write one JSON object a line"),
+        ("pairs.csv", 'unknown kind of file ".csv"; use .jsonl or .parquet'),
+        ("folder", "is a folder that holds no .jsonl or .parquet file; put data into it"),
+        ("pairs.jsonl:x", "no such file"),
+        ("docs.jsonl", '"query" is missing'),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_named(refused, train, files, tmp_path, name, problem):
+    said = refused(*train(tmp_path / "run", "--data", files / name))
+    assert said.startswith(str(files / name)) and problem in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_there_or_incomplete_is_named(refused, train, files, tmp_path):
+    out = tmp_path / "run"
+    said = refused(*train(out, base=tmp_path / "lost"))
+    assert said.startswith(f"{tmp_path}/lost: no such folder or file; check the path, or use one")
+    assert "has no config.json" in refused(*train(out, base=files / "folder"))
+    assert "is it a complete transformers folder" in refused(*train(out, base=files / "incomplete"))
+    said = refused("eval", tmp_path / "lost", files / "pairs.jsonl")
+    assert said.startswith(f"{tmp_path}/lost: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--dims", "65"], "dims are [65], but the model's vectors have 64"),
+        (["--dims", "8", "--dims", "8"], "dims are (8, 8); give lengths of 1 or more, each once"),
+        (["--batch-size", "1"], "batch_size is 1; give at least 2"),
+        (["--learning-rate", "-1"], "learning_rate is -1.0; give a number above 0"),
+        (["--temperature", "0"], "temperature is 0.0; give a number above 0"),
+        (["--lora-rank", "0"], "rank is 0; give 1 or more"),
+        (["--save-steps", "0"], "save_steps is 0; give 1 or more"),
+        (["--token-budget", "0"], "token_budget is 0; give 1 or more"),
+        (["--device", "tpu"], "the device 'tpu' cannot be used here"),
+        (["--attention", "causal"], "BertModel is an encoder"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(refused, train, tmp_path, flags, problem):
+    assert refused(*train(tmp_path / "run", *flags)).startswith(problem)
+    assert not (tmp_path / "run/recipe.json").exists()
+
+
+def test_a_run_folder_of_other_settings_is_refused_and_the_same_command_goes_on(
+    refused, tercet, train, tmp_path
+):
+    out = tmp_path / "run"
+    assert tercet(*train(out)).status == 0
+    said = refused(*train(out, "--temperature", "0.1"))
+    assert said.startswith(f"{out} holds a run with other settings (objective.temperature was ")
+    assert said.endswith("another --out, or delete that folder")
+    ended = tercet(*train(out))
+    assert ended.status == 0 and "this stage is finished already" in ended.err
+
+
+def test_lora_flags_train_a_model_that_loads_without_peft(tercet, train, tmp_path):
+    ended = tercet(*train(tmp_path / "run", "--lora-rank", "2"))
+    assert ended.status == 0
+    assert not list((tmp_path / "run/model").glob("adapter*"))
+    assert Embedder.load(tmp_path / "run/model").encode(["music"]).shape == (1, 64)
+
+
+def test_a_weight_behind_a_file_says_how_often_its_examples_are_used(
+    tercet, train, files, tmp_path
+):
+    pairs = files / "pairs.jsonl"
+    for weight, steps in (("", 3), (":2", 6), (":0.5", 2)):
+        ended = tercet(*train(tmp_path / f"run{weight[1:]}", "--data", f"{pairs}{weight}"))
+        assert f"contrastive: {steps} steps of 8 examples" in ended.err
+
+
+def test_a_file_whose_name_ends_like_a_weight_is_that_file(tercet, train, files, tmp_path):
+    named = tmp_path / "pairs:2.jsonl"
+    named.write_bytes((files / "pairs.jsonl").read_bytes())
+    ended = tercet(*train(tmp_path / "run", "--data", named))
+    assert "contrastive: 3 steps" in ended.err
+
+
+def test_weights_and_counts_are_given_by_source_and_language(tercet, train, tmp_path):
+    folder = tmp_path / "sources"
+    (folder / "news").mkdir(parents=True)
+    for lang in ("de", "en"):
+        rows = [{"query": f"{lang} {i}", "positives": [f"a {i}"], "lang": lang} for i in range(24)]
+        write(folder / "news" / f"{lang}.jsonl", *rows)
+    write(folder / "nq.jsonl", *rows)
+    for number, (flags, steps) in enumerate(
+        [
+            ([], 9),
+            (["--weight", "news=2"], 15),
+            (["--weight", "news=2", "--weight", "news/de=0.5"], 11),
+            (["--count", "news=16", "--weight", "nq=0"], 2),
+            (["--count", "news/de=8"], 7),
+        ]
+    ):
+        ended = tercet(*train(tmp_path / f"run{number}", "--data", folder, *flags))
+        assert f"contrastive: {steps} steps of 8 examples" in ended.err, ended.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--weight", "news=2"], "there is no source 'news'; those given are pairs"),
+        (["--weight", "pairs"], "--weight is 'pairs'; write NAME=NUMBER, as in news/de=2"),
+        (["--count", "pairs=1.5"], "--count is 'pairs=1.5'; write NAME=NUMBER"),
+        (["--weight", "pairs=-1"], "source 'pairs' is given -1.0; give 0 or a number above it"),
+        (["--weight", "pairs=1", "--weight", "pairs=2"], "--weight names 'pairs' twice; leave one"),
+        (["--weight", "pairs=1", "--count", "pairs=9"], "source 'pairs' is given a weight and a"),
+        (["--weight", "pairs=0"], "the stage contrastive reads pairs, and none are given"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(refused, train, files, tmp_path, flags, problem):
+    said = refused(*train(tmp_path / "run", "--data", files / "pairs.jsonl", *flags))
+    assert said.startswith(problem)
+
+
+def test_cached_tokens_train_the_same_model_and_the_mixture_is_written(
+    tercet, train, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
+    losses = []
+    for number, flags in enumerate([[], ["--cache-tokens"]]):
+        out = tmp_path / f"run{number}"
+        assert tercet(*train(out, *flags)).status == 0
+        log = (out / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert len(list((tmp_path / "cache/tokens").glob("*/ids.npy"))) == 2  # queries and documents
+    mixture = json.loads((tmp_path / "run1/mixture.json").read_text())["contrastive"]
+    (pairs,) = mixture["sources"]
+    assert (pairs["name"], pairs["rows"], pairs["share"], pairs["batches"]) == ("pairs", 24, 1, 3)
+
+
+def test_length_flags_are_in_tokens(tercet, train, tmp_path):
+    flags = ["--length-edges", "8", "--length-edges", "10", "--token-budget", "24"]
+    ended = tercet(*train(tmp_path / "run", *flags))
+    assert ended.status == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert sum(record["examples"] for record in log) >= 22  # one alone is left out
+    assert max(record["examples"] for record in log) <= 24 // 5
+
+
+def test_texts_that_were_cut_are_told_once(tercet, train, tmp_path):
+    long = [{"query": f"music {i}", "positives": [f"{i} " + "music " * 300]} for i in range(16)]
+    file = write(tmp_path / "long.jsonl", *long)
+    ended = tercet(*train(tmp_path / "run", "--data", file))
+    assert ended.err.count("was cut") == 1
+    assert "16 times a text was longer than the model takes, and its end was cut" in ended.err
+
+
+# --- llm2vec ----------------------------------------------------------------------------------
+
+
+def test_llm2vec_trains_its_stages_and_a_finished_run_is_left_alone(
+    tercet, llm2vec, files, tmp_path
+):
+    out = tmp_path / "run"
+    words = llm2vec(out, "--data", files / "texts.txt")
+    ended = tercet(*words)
+    assert (ended.status, ended.out) == (0, f"{out}/model\n")
+    assert "mntp: 2 steps of 4 blocks of 32 tokens" in ended.err
+    assert "simcse: 3 steps of 6 texts" in ended.err
+    said = table(tercet("inspect", out / "model").out)
+    assert said["recipe"] == "llm2vec" and said["attention"].startswith("bidirectional")
+    assert said["stage 1"].startswith("mntp: 2 steps of 4")
+    assert said["stage 2"].startswith("simcse: 3 steps of 6")
+    before = (out / "model/model.safetensors").read_bytes()
+    ended = tercet(*words)
+    assert (ended.status, ended.err.count("this stage is finished already")) == (0, 2)
+    assert (out / "model/model.safetensors").read_bytes() == before
+
+
+def test_each_stage_of_llm2vec_reads_the_data_of_its_flag(tercet, llm2vec, files, tmp_path):
+    texts = write(tmp_path / "texts.jsonl", *({"body": text} for text in SENTENCES))
+    sentences = write(tmp_path / "sentences.jsonl", *({"body": f"{i} maps"} for i in range(7)))
+    data = ["--data", texts, "--sentences", sentences, "--pairs", files / "pairs.jsonl"]
+    stages = ["--stages", "mntp,simcse,supervised", "--text-field", "body"]
+    ended = tercet(*llm2vec(tmp_path / "run", *data, *stages))
+    assert ended.status == 0, ended.err
+    started = [line.split(":")[0] for line in ended.err.splitlines() if "in training" in line]
+    assert started == ["mntp", "simcse", "supervised"]
+    seen = [
+        sum(json.loads(line)["tokens"] for line in (folder / "log.jsonl").read_text().splitlines())
+        for folder in (tmp_path / "run/2-simcse", tmp_path / "run/1-mntp")
+    ]
+    assert seen[0] < 3 * 12 * 8 < 2 * seen[1]  # SimCSE saw the short ones
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("mntp,simcse", "the stage mntp needs --data"),
+        ("mntp --sentences {}/texts.txt", "the stage mntp needs --data"),
+        ("simcse", "the stage simcse needs --sentences"),
+        ("mntp,supervised --data {}/texts.txt", "the stage supervised needs --pairs"),
+        (
+            "mntp,simcse --data {0}/texts.txt --pairs {0}/pairs.jsonl",
+            "--pairs is given, but no stage reads it",
+        ),
+        (
+            "mntp --data {0}/texts.txt --sentences {0}/texts.txt",
+            "--sentences is given, but no stage reads it",
+        ),
+        (
+            "supervised --data {0}/texts.txt --pairs {0}/pairs.jsonl",
+            "--data is given, but no stage reads it",
+        ),
+        ("mntp,simsce --data {}/texts.txt", "stages are 'mntp,simsce'; choose from mntp, simcse"),
+    ],
+)
+def test_data_that_is_missing_or_too_much_is_named_by_its_flag(
+    refused, llm2vec, files, tmp_path, flags, problem
+):
+    words = llm2vec(tmp_path / "run", "--stages", *flags.format(files).split())
+    assert refused(*words).startswith(problem)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.txt", b"", "a.txt: holds no texts"),
+        ("a.txt", b"\n \n", "a.txt: holds no texts"),
+        ("a.txt", bytes(range(256)), "a.txt:2: invalid UTF-8"),
+        ("a.txt", b"a\nb\n", "a.txt: no text has two tokens"),
+        ("a.jsonl", b'{"body": "a small web server"}\n', '"text" is missing'),
+    ],
+)
+def test_texts_that_cannot_be_trained_on_are_named(
+    refused, llm2vec, tmp_path, name, content, problem
+):
+    (tmp_path / name).write_bytes(content)
+    words = llm2vec(tmp_path / "run", "--data", tmp_path / name, "--stages", "mntp")
+    assert problem in refused(*words)
+
+
+def test_a_base_that_llm2vec_cannot_turn_is_refused(
+    refused, llm2vec, files, decoder_folder, encoder_folder, tmp_path
+):
+    data = ["--data", files / "texts.txt"]
+    assert "is an encoder, which" in refused(*llm2vec(tmp_path, *data, base=encoder_folder))
+    said = refused(*llm2vec(tmp_path / "run", *data, base=decoder_folder))
+    assert said.startswith(f"{decoder_folder}: the weights of its language-model head are missing")
+
+
+def test_models_at_saves_models_on_the_way(tercet, refused, train, tmp_path):
+    assert tercet(*train(tmp_path / "run", "--models-at", "0,2")).status == 0
+    assert sorted(path.name for path in (tmp_path / "run/steps").iterdir()) == ["0", "2"]
+    for wrong in ("2,2", "1.5", "", "-1"):
+        said = refused(*train(tmp_path / "other", f"--models-at={wrong}"))
+        assert said.startswith(f"--models-at {wrong}: give whole numbers from 0 up")

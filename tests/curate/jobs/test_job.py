@@ -1,0 +1,80 @@
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tercet.curate.jobs.job import DoUnit, Report, Unit, run_units
+
+UNITS = [Unit(f"numbers/{n}", {"number": n}) for n in range(4)]
+
+
+@dataclass
+class Squares:
+    """Writes the square of a number into a file; stops at one of them."""
+
+    out: Path
+    power: int = 2
+    breaks_at: int | None = None
+    opened: int = 0
+    done: list[int] = field(default_factory=list)
+    name: str = "squares"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"power": self.power}
+
+    def open(self) -> DoUnit:
+        self.opened += 1
+        return self._do
+
+    def _do(self, unit: Unit) -> Report:
+        number = unit.reads["number"]
+        if number == self.breaks_at:
+            raise KeyboardInterrupt
+        self.done.append(number)
+        (self.out / str(number)).write_text(str(number**self.power))
+        return {"result": number**self.power}
+
+
+def results(job: Squares) -> list[int]:
+    return [report["result"] for _, report in run_units(job, UNITS, job.out / "manifest")]
+
+
+def test_all_units_are_done_in_order_and_the_model_is_loaded_once(tmp_path: Path):
+    job = Squares(tmp_path)
+    assert results(job) == [0, 1, 4, 9]
+    assert job.opened == 1
+
+
+def test_a_stopped_job_goes_on_with_what_is_missing(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        results(Squares(tmp_path, breaks_at=2))
+    again = Squares(tmp_path)
+    assert results(again) == [0, 1, 4, 9]
+    assert again.done == [2, 3]
+
+
+def test_a_finished_job_loads_nothing(tmp_path: Path):
+    results(Squares(tmp_path))
+    again = Squares(tmp_path)
+    assert results(again) == [0, 1, 4, 9]
+    assert again.opened == 0
+
+
+def test_other_settings_and_other_input_are_done_again(tmp_path: Path):
+    results(Squares(tmp_path))
+    assert results(Squares(tmp_path, power=3)) == [0, 1, 8, 27]
+    changed = Squares(tmp_path, power=3)
+    units = [*UNITS[:3], Unit("numbers/3", {"number": 5})]
+    assert [r["result"] for _, r in run_units(changed, units, tmp_path / "manifest")][3] == 125
+    assert changed.done == [5]
+
+
+def test_a_damaged_record_counts_as_none(tmp_path: Path):
+    results(Squares(tmp_path))
+    (tmp_path / "manifest/numbers/1.json").write_text("{")
+    again = Squares(tmp_path)
+    assert results(again) == [0, 1, 4, 9]
+    assert again.done == [1]

@@ -1,0 +1,56 @@
+from dataclasses import replace
+
+import pytest
+
+from tercet.data.batches.mixture import weighed
+from tercet.data.batches.sampler import BatchPlan, Sampler
+from tercet.errors import RecipeError
+from tests.data.batches.test_sampler import batches_of, source_of
+
+
+def of_language(task, lang, rows, **more):
+    return replace(source_of(f"{task}/{lang}", [5] * rows, **more), task=task, lang=lang)
+
+
+NEWS = [of_language("news", "de", 30), of_language("news", "en", 10)]
+NQ = source_of("nq", [5] * 20, weight=0.5)
+
+
+def weights_of(weights, counts=()):
+    return {it.name: it.weight for it in weighed([*NEWS, NQ], weights, dict(counts))}
+
+
+def test_a_source_that_is_not_named_keeps_its_weight():
+    assert weights_of({}) == {"news/de": 1, "news/en": 1, "nq": 0.5}
+
+
+def test_a_name_holds_for_all_languages_and_one_with_a_language_goes_before_it():
+    assert weights_of({"news": 2, "news/en": 3, "nq": 1}) == {"news/de": 2, "news/en": 3, "nq": 1}
+    assert weights_of({"news/en": 3, "news": 2}) == {"news/de": 2, "news/en": 3, "nq": 0.5}
+
+
+def test_a_count_is_that_of_the_examples_an_epoch_shared_in_proportion():
+    assert weights_of({}, {"nq": 30}) == {"news/de": 1, "news/en": 1, "nq": 1.5}
+    found = weighed([*NEWS, NQ], {"nq": 0}, {"news": 8})
+    assert [len(it) * it.weight for it in found] == [6, 2]
+    batches = batches_of(Sampler(found, BatchPlan(batch_size=2, seed=0, epochs=5)))
+    assert len(batches) == 5 * 4
+
+
+def test_weight_zero_leaves_a_source_out():
+    assert list(weights_of({"news": 0, "news/en": 1})) == ["news/en", "nq"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts", "problem"),
+    [
+        ({"news/fr": 2}, {}, "there is no source 'news/fr'; those given are news, news/de, news/e"),
+        ({"nq": 1}, {"nq": 5}, "source 'nq' is given a weight and a count; give one of them"),
+        ({"nq": float("nan")}, {}, "source 'nq' is given nan; give 0 or a number above it"),
+        ({}, {"nq": -1}, "source 'nq' is given -1; give 0 or a number above it"),
+    ],
+)
+def test_names_and_numbers_that_cannot_be_are_refused(weights, counts, problem):
+    with pytest.raises(RecipeError) as caught:
+        weights_of(weights, counts)
+    assert str(caught.value).startswith(problem)

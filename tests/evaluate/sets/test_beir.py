@@ -1,0 +1,224 @@
+"""Folders of both layouts: what is read, which split, and what is said of what is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tercet.errors import DataError, RecipeError
+from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet, evaluate_hits
+from tercet.rank.exact import Hits
+from tests.cli.lines import write
+
+
+def write_beir(folder, *, corpus=None, queries=None, qrels=None, at="qrels/test.tsv"):
+    def lines(records):
+        return "".join(json.dumps(record) + "\n" for record in records)
+
+    corpus = corpus or [
+        {"_id": "a", "title": "Title", "text": "one"},
+        {"_id": "b", "title": "", "text": "two"},
+        {"_id": 3, "text": "three"},
+    ]
+    queries = queries or [{"_id": "x", "text": "qx"}, {"_id": "y", "text": "qy"}]
+    (folder / "corpus.jsonl").write_text(lines(corpus))
+    (folder / "queries.jsonl").write_text(lines(queries))
+    (folder / at).parent.mkdir(exist_ok=True)
+    (folder / at).write_text(qrels or "query-id\tcorpus-id\tscore\ny\tb\t2\ny\t3\t0\n")
+    return folder
+
+
+@pytest.mark.parametrize("at", ["qrels/test.tsv", "qrels.tsv", "qrels.jsonl"])
+def test_a_beir_folder_is_read(tmp_path, at):
+    jsonl = '{"qid": "y", "docid": "b", "relevance": 2}\n{"qid": "y", "docid": 3, "score": 0.0}\n'
+    write_beir(tmp_path, at=at, qrels=jsonl if at.endswith("jsonl") else None)
+    data = RetrievalSet.from_folder(tmp_path)
+    assert data.documents == ("Title one", "two", "three")
+    assert data.document_ids == ("a", "b", "3")
+    assert (data.queries, data.query_ids) == (("qy",), ("y",))
+    assert data.judgements.docs.tolist() == [1, 2]
+    assert data.judgements.grades.tolist() == [2, 0]
+    assert data.name == tmp_path.name
+
+
+def test_queries_of_a_beir_folder_keep_the_order_of_their_file(tmp_path):
+    data = RetrievalSet.from_folder(write_beir(tmp_path, qrels="y\ta\t1\nx\tb\t1\n"))
+    assert data.query_ids == ("x", "y")
+    assert data.judgements.docs.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"corpus": [{"_id": "a", "text": "t"}] * 2}, r"corpus.jsonl:2: id 'a' occurs twice"),
+        ({"corpus": [{"_id": "a"}]}, r'corpus.jsonl:1: "text" must be a text, got None'),
+        ({"corpus": [{"text": "a"}]}, r'corpus.jsonl:1: "_id" must be a text, got None'),
+        ({"corpus": [["a"]]}, r"corpus.jsonl:1: expected an object"),
+        ({"queries": [{"_id": "x", "text": " "}]}, r'queries.jsonl:1: "text" holds a blank text'),
+        ({"qrels": "x\ta\n"}, r"test.tsv:1: has 2 columns; write query id, document id and grade"),
+        ({"qrels": "x\ta\t1\nx\tb\t1.5\n"}, r'test.tsv:2: "relevance" must be a whole number'),
+        ({"qrels": "x\ta\thigh\n"}, r"test.tsv:1: .* must be a whole number, got 'high'"),
+        ({"qrels": "x\ta\tinf\n"}, r"test.tsv:1: .* must be a whole number, got 'inf'"),
+        ({"qrels": "x\ta\t1e300\n"}, r"test.tsv:1: .* must be a whole number, got '1e300'"),
+        (
+            {
+                "qrels": f'{{"qid": "x", "docid": "a", "score": 1{400 * "0"}}}\n',
+                "at": "qrels.jsonl",
+            },
+            r"qrels.jsonl:1: .* must be a whole number",
+        ),
+        ({"qrels": "x\tnone\t1\n"}, r"test.tsv:1: id 'none' is not in corpus.jsonl; add it"),
+        ({"qrels": "none\ta\t1\n"}, r"test.tsv:1: id 'none' is not in queries.jsonl"),
+        ({"qrels": '{"qid": "x"}\n', "at": "qrels.jsonl"}, r'qrels.jsonl:1: "docid" must be a'),
+        ({"at": "elsewhere/test.tsv"}, r"has no judgements; write one of qrels/test.tsv"),
+        (
+            {"queries": [{"_id": "x", "text": "t", "answers": 3}]},
+            r'jsonl:1: "answers" must be a list',
+        ),
+        (
+            {"queries": [{"_id": "x", "text": "t", "answers": [" "]}]},
+            r'"answers" holds a blank text',
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_beir_folder_is_named_with_its_line(tmp_path, parts, message):
+    with pytest.raises(DataError, match=message):
+        RetrievalSet.from_folder(write_beir(tmp_path, **parts))
+
+
+def test_a_beir_folder_without_corpus_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"corpus.jsonl: no such file"):
+        RetrievalSet.from_folder(tmp_path)
+
+
+# ---- FlagEmbedding's layout ----------------------------------------------------------------------
+
+
+def write_flag(folder, *splits, answers=False):
+    """Each split asks for another document."""
+    corpus = [{"id": "a", "title": "T", "text": "one"}, {"id": 7, "text": "two"}]
+    write(folder / "corpus.jsonl", *corpus)
+    for row, split in enumerate(splits):
+        asked = [{"id": f"{split}{i}", "text": f"{split} {i}"} for i in range(2)]
+        write(folder / f"{split}_queries.jsonl", *asked)
+        judged = {"docid": ("a", 7)[row % 2], "relevance": 1}
+        given = {"answers": ["two"]} if answers else judged
+        write(folder / f"{split}_qrels.jsonl", {"qid": f"{split}1", **given})
+    return folder
+
+
+def test_a_folder_of_flagembedding_is_read_and_its_only_split_needs_no_name(tmp_path):
+    data = RetrievalSet.from_folder(write_flag(tmp_path, "dev"))
+    assert (data.documents, data.document_ids) == (("T one", "two"), ("a", "7"))
+    assert (data.queries, data.query_ids) == (("dev 1",), ("dev1",))
+    assert (data.judgements.docs.tolist(), data.judgements.grades.tolist()) == ([0], [1])
+    assert (data.answers, data.metrics) == ((), METRICS)
+
+
+def test_of_several_splits_one_has_to_be_named(tmp_path):
+    folder = write_flag(tmp_path, "dev", "test")
+    with pytest.raises(DataError, match=r"has the splits dev, test; name one \(--split\)"):
+        RetrievalSet.from_folder(folder)
+    with pytest.raises(
+        DataError, match=r"has no split 'train'; name one of those there .*dev, test"
+    ):
+        RetrievalSet.from_folder(folder, "train")
+    for row, split in enumerate(("dev", "test")):
+        data = RetrievalSet.from_folder(folder, split)
+        assert (data.query_ids, data.judgements.docs.tolist()) == ((f"{split}1",), [row])
+
+
+def test_a_split_without_its_queries_or_its_judgements_is_told(tmp_path):
+    folder = write_flag(tmp_path, "dev")
+    (folder / "dev_qrels.jsonl").rename(folder / "test_qrels.jsonl")
+    with pytest.raises(DataError, match=r"test_queries.jsonl: no such file"):
+        RetrievalSet.from_folder(folder, "test")
+    with pytest.raises(DataError, match="has no judgements"):
+        RetrievalSet.from_folder(folder, "dev")
+
+
+def test_of_beirs_splits_the_usual_one_is_test_and_others_can_be_named(tmp_path):
+    folder = write_beir(tmp_path, qrels="x\ta\t1\n")
+    (folder / "qrels/dev.tsv").write_text("y\tb\t1\n")
+    assert RetrievalSet.from_folder(folder).query_ids == ("x",)
+    assert RetrievalSet.from_folder(folder, "dev").query_ids == ("y",)
+    (folder / "qrels/test.tsv").rename(folder / "qrels/train.tsv")
+    with pytest.raises(DataError, match="has the splits dev, train"):
+        RetrievalSet.from_folder(folder)
+    (folder / "qrels/train.tsv").unlink()
+    assert RetrievalSet.from_folder(folder).query_ids == ("y",)
+    with pytest.raises(DataError, match="has no split 'test'"):
+        RetrievalSet.from_folder(folder, "test")
+    (folder / "qrels.tsv").write_text("x\ta\t1\n")  # of whatever split, but not of a wrong one
+    with pytest.raises(DataError, match="has no split 'devv'"):
+        RetrievalSet.from_folder(folder, "devv")
+
+
+def test_queries_of_one_layout_and_judgements_of_the_other_go_together(tmp_path):
+    folder = write_beir(tmp_path, qrels="x\ta\t1\n")
+    (folder / "queries.jsonl").rename(folder / "test_queries.jsonl")
+    assert RetrievalSet.from_folder(folder, "test").query_ids == ("x",)
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def answered(first, second):
+    """What the queries of BEIR's folder carry beside their texts."""
+    queries = ({"_id": "x", "text": "qx"}, first), ({"_id": "y", "text": "qy"}, second)
+    return [{**query, **({} if given is None else {"answers": given})} for query, given in queries]
+
+
+def test_answers_stand_in_for_judgements(tmp_path):
+    write_beir(tmp_path, queries=answered(["one"], "two"), at="elsewhere/test.tsv")
+    data = RetrievalSet.from_folder(tmp_path)
+    assert data.answers == (("one",), ("two",)) and len(data.judgements.docs) == 0
+    assert data.metrics == ("answer@20", "answer@100")
+    rows = np.array([[2, 1, 0], [0, 1, -1]])
+    found = evaluate_hits(data, Hits(np.zeros(rows.shape, np.float32), rows))
+    assert list(found.scores) == ["answer@20", "answer@100"]
+    first = evaluate_hits(data, found.hits, names=["answer@1", "answer@2", "answer@3"])
+    assert [scores.tolist() for scores in first.scores.values()] == [[0, 0], [0, 1], [1, 1]]
+    with pytest.raises(RecipeError, match="no judged documents, which tuning needs"):
+        data.require_judgements("tuning")
+
+
+def test_queries_without_answers_do_not_count_where_answers_judge(tmp_path):
+    write_beir(tmp_path, queries=answered(None, ["two"]), at="elsewhere/test.tsv")
+    data = RetrievalSet.from_folder(tmp_path)
+    assert (data.query_ids, data.answers) == (("y",), (("two",),))
+
+
+def test_answers_beside_judgements_are_measured_too(tmp_path):
+    write_beir(tmp_path, queries=answered(["one"], ["two"]), qrels="y\ta\t1\nx\ta\t1\n")
+    data = RetrievalSet.from_folder(tmp_path)
+    assert data.metrics == (*METRICS, "answer@20", "answer@100")
+    data.require_judgements("tuning")
+    rows = np.array([[0], [0]])
+    found = evaluate_hits(data, Hits(np.zeros(rows.shape, np.float32), rows))
+    assert found.scores["ndcg@10"].tolist() == [1, 1]
+    assert found.scores["answer@20"].tolist() == [1, 0]
+    write_beir(tmp_path, queries=answered(["one"], None), qrels="y\ta\t1\nx\ta\t1\n")
+    with pytest.raises(DataError, match="query 'y' has no \"answers\", and others have"):
+        RetrievalSet.from_folder(tmp_path)
+
+
+def test_answers_in_the_file_of_judgements_are_read_as_flagembedding_writes_mkqa(tmp_path):
+    folder = write_flag(tmp_path, "test", answers=True)
+    data = RetrievalSet.from_folder(folder)
+    assert (data.query_ids, data.answers) == (("test1",), (("two",),))
+    assert data.metrics == ("answer@20", "answer@100")
+    lost = {"qid": "lost", "answers": ["one"]}
+    write(folder / "test_qrels.jsonl", lost)
+    with pytest.raises(DataError, match=r"id 'lost' is not in test_queries.jsonl"):
+        RetrievalSet.from_folder(folder)
+    write(folder / "test_qrels.jsonl", lost, {"qid": "test1"})
+    with pytest.raises(DataError, match=r"test_qrels.jsonl:2: \"answers\" is missing or empty"):
+        RetrievalSet.from_folder(folder)
+
+
+def test_a_metric_of_answers_needs_some(tmp_path):
+    data = RetrievalSet.from_folder(write_beir(tmp_path))
+    hits = Hits(np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int64))
+    with pytest.raises(RecipeError, match='its queries have no "answers" to look for'):
+        evaluate_hits(data, hits, names=["answer@20"])

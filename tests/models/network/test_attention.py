@@ -1,0 +1,53 @@
+"""Attention of long texts, whose weights are not kept for the backward."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tercet.models.network import attention
+from tercet.models.network.attention import _attend_equal, _attend_run, _Rule
+
+RULES = {
+    "dropout": _Rule(causal=False, limit=None, scale=None, dropout=0.3),
+    "causal dropout": _Rule(causal=True, limit=None, scale=0.5, dropout=0.3),
+    "soft cap": _Rule(causal=False, limit=3, scale=None, dropout=0.0, softcap=2.0),
+    "sinks": _Rule(causal=True, limit=None, scale=None, dropout=0.0, sinks=torch.arange(4.0)),
+}
+
+
+def run(way, rule: _Rule, *, learns: bool = True) -> tuple[Tensor, list[Tensor]]:
+    """States of three texts of five tokens, and gradients; four heads, of which pairs share."""
+    torch.manual_seed(0)
+    shapes = [(3, 4, 5, 6), (3, 2, 5, 6), (3, 2, 5, 7)]
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    torch.manual_seed(1)
+    with torch.set_grad_enabled(learns):
+        states = way(*given, rule)
+    if not learns:
+        return states, []
+    torch.manual_seed(2)
+    return states, list(torch.autograd.grad((states * torch.randn_like(states)).sum(), given))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_weights_that_are_computed_again_give_the_same_states_and_gradients(name, monkeypatch):
+    plain, gradients = run(_attend_equal, RULES[name])
+    monkeypatch.setattr(attention, "KEPT_LENGTH", 4)
+    again, their_gradients = run(_attend_run, RULES[name])
+    torch.testing.assert_close(again, plain)
+    for found, expected in zip(their_gradients, gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_heads_that_are_taken_in_turn_have_one_dropout_with_a_graph_and_without(name, monkeypatch):
+    plain, gradients = run(_attend_equal, RULES[name])
+    monkeypatch.setattr(attention, "KEPT_LENGTH", 4)
+    monkeypatch.setattr(attention, "_PAIRS", 1)
+    states, their_gradients = run(_attend_run, RULES[name])
+    without, _ = run(_attend_run, RULES[name], learns=False)
+    assert torch.equal(states, without)
+    if not RULES[name].dropout:
+        torch.testing.assert_close(states, plain)
+        for found, expected in zip(their_gradients, gradients, strict=True):
+            torch.testing.assert_close(found, expected)
