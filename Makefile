@@ -7,6 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Torch first: a small CPU build where one is offered, and nothing pulls another one after it.
 TORCH := torch==2.13.0
+TYPES := --jaxtyping-packages=tercet,beartype.beartype
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .PHONY: demo install test check fix bench clean
@@ -22,7 +23,7 @@ check: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 $(TYPES)
 
 install: .venv/.test
 
