@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import documents as mining_documents
 from tercet.curate.mining.documents import (
     Pool,
     check_finite,
-    one_shard,
+    encode_pool,
+    encode_shard,
     prompted,
     shard_name,
-    shards_of,
 )
 from tercet.files.arrays import VectorWriter, is_whole, read_vectors
 from tercet.files.atomic import clear_about, replacing_folder
@@ -214,17 +214,19 @@ class EncodedShelf:
             ModelError: when a vector is not finite.
             StorageError: when the disk refuses.
         """
-        shards_of(pool, self._shard, advance)
+        encode_pool(pool, self._shard, advance)
 
     def prepare(self, pool: Pool, start: int) -> None:
         """Encode one shard of a pool, whose rows are from ``start`` on."""
-        one_shard(pool, self._shard, start)
+        encode_shard(pool, self._shard, start)
 
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
         """The vectors of these documents; the rows rise."""
-        shards = rows // corpus.SHARD
+        shards = rows // mining_documents.SHARD
         parts = [
-            _read(pool.shards[number], rows[shards == number] - number * corpus.SHARD, kinds)
+            _read(
+                pool.shards[number], rows[shards == number] - number * mining_documents.SHARD, kinds
+            )
             for number in np.unique(shards).tolist()
         ]
         return Vectors.join(parts)
