@@ -31,6 +31,7 @@ from tercet.models.network.chunked import (
     own_random_state,
 )
 from tercet.objectives.lm_head import load_head
+from tercet.objectives.objective import Traits
 from tercet.segments import batches_by_length, offsets_of
 from tercet.types import Packed
 
@@ -62,9 +63,12 @@ class MNTP:
         if self.block_tokens < 4:
             raise RecipeError(f"block_tokens is {self.block_tokens}; give 4 or more")
 
-    def start(
-        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
-    ) -> "BlocksAtWork":
+    @property
+    def traits(self) -> Traits:
+        """No vectors are compared."""
+        return Traits(shardable=True)
+
+    def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "MNTPWork":
         """Set to work on texts. ``collate`` is not needed: nothing is contrasted.
 
         Raises:
@@ -79,7 +83,7 @@ class MNTP:
         if self.mask_token == "new" and add_mask_token(embedder.tokenizer.stock):
             embedder.tokenizer.refresh()
             _room_for_one_more(embedder)
-        work = BlocksAtWork(self, embedder, sources)
+        work = MNTPWork(self, embedder, sources)
         if self.train_head:
             embedder.add_module("language_head", nn.ParameterList(work.trained_head()))
         return work
@@ -94,7 +98,7 @@ class MaskedBatch:
     truncated: int = 0
 
 
-class BlocksAtWork:
+class MNTPWork:
     """The objective on an embedder and its data."""
 
     def __init__(self, objective: MNTP, embedder: Embedder, sources: Sequence[Source]) -> None:
