@@ -86,6 +86,17 @@ def write_npy_rows(
         file.write(np.ascontiguousarray(block, dtype).tobytes())
 
 
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays as an ``.npz`` file that appears whole or not at all.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    content: dict[str, Any] = dict(arrays)
+    with replacing_file(path) as fresh, fresh.open("wb") as file:
+        np.savez(file, **content)
+
+
 class KeptResults:
     """A folder of computed results, found again by all that they depend on.
 
@@ -117,6 +128,4 @@ class KeptResults:
         Raises:
             StorageError: if the disk refuses.
         """
-        content: dict[str, Any] = {_FACTS: np.array(json.dumps(facts)), **arrays}
-        with replacing_file(self.path(*key)) as fresh, fresh.open("wb") as file:
-            np.savez(file, **content)
+        write_arrays(self.path(*key), {_FACTS: np.array(json.dumps(facts)), **arrays})
