@@ -79,7 +79,7 @@ def with_layer(
     if "layer" not in changes:
         if trained is None and settings.layer is not None:
             raise ModelError(
-                f"{folder}: the model has a trained layer, and its folder (1_Layer) is missing; "
+                f"{folder}: the model has a trained layer, and its folder (1_Layer) is not here; "
                 "copy or download the model again, whole"
             )
         return replace(settings, layer=None if trained is None else trained.layer), trained
