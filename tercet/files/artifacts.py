@@ -104,6 +104,17 @@ def write_npy_rows(
         file.write(np.ascontiguousarray(block, dtype).tobytes())
 
 
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays as an ``.npz`` file that appears whole or not at all.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    content: dict[str, Any] = dict(arrays)
+    with replacing_file(path) as fresh, fresh.open("wb") as file:
+        np.savez(file, **content)
+
+
 class KeptResults:
     """A folder of computed results, found again by all that they depend on.
 
@@ -140,9 +151,7 @@ class KeptResults:
                     np.save(folder / f"{name}.npy", values)
                 (folder / _FACTS_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
             return
-        content: dict[str, Any] = {_FACTS: np.array(json.dumps(facts)), **arrays}
-        with replacing_file(self.path(*key)) as fresh, fresh.open("wb") as file:
-            np.savez(file, **content)
+        write_arrays(self.path(*key), {_FACTS: np.array(json.dumps(facts)), **arrays})
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

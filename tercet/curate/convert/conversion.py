@@ -8,7 +8,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from tercet.errors import RecipeError
-from tercet.models.formats.instructions import as_prompt
+from tercet.models.settings import as_prompt
 from tercet.types import Example
 
 Mode: TypeAlias = Literal["label", "example"]
