@@ -197,5 +197,6 @@ def _each(tokens: Tokens) -> list[_TokenizedText]:
 
 
 def _joined(texts: Sequence[_TokenizedText]) -> Tokens:
-    ids, skipped, left_out, cuts = ([text[part] for text in texts] for part in range(4))
-    return Tokens(ids, skipped, sum(cuts), left_out, cuts=cuts)
+    cuts = [cut for *_, cut in texts]
+    ids, skipped = [ids for ids, *_ in texts], [skipped for _, skipped, *_ in texts]
+    return Tokens(ids, skipped, sum(cuts), [left for _, _, left, _ in texts], cuts=cuts)
