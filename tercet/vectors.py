@@ -7,13 +7,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tercet.kinds import KINDS, Kind
 from tercet.segments import offsets_of, row_of
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-from tercet.cli import app
+from tercet.cli.app import app
 from tercet.data.files.examples import parse_example
 from tercet.data.files.sources import open_source
 from tercet.errors import DataError
@@ -69,8 +69,8 @@ def commands() -> Iterator[tuple[str, str]]:
 def test_every_command_shown_has_its_verb_and_flags(page, line):
     verb: Any = typer.main.get_command(app)
     words = [word for word in shlex.split(line) if word not in ("VERB", "...")]
-    while words and hasattr(verb, "commands") and not words[0].startswith("-"):
-        verb = verb.commands[words.pop(0)]
+    while words and hasattr(verb, "get_command") and not words[0].startswith("-"):
+        verb = verb.get_command(None, words.pop(0))
     known = {flag for option in verb.params for flag in (*option.opts, *option.secondary_opts)}
     assert {word for word in words if word.startswith("-")} <= known | {"--help"}
 

@@ -11,7 +11,7 @@ import numpy as np
 from tercet.data.batches.mixture import batches_of
 from tercet.data.files.examples import parse_example
 from tercet.data.files.folders import Group, Shard, find_groups
-from tercet.data.files.scan import Progress, example_records
+from tercet.data.files.scan import ReportProgress, example_records
 from tercet.data.files.sources import in_language
 from tercet.data.files.texts import text_key
 from tercet.errors import DataError
@@ -89,7 +89,9 @@ class Counting:
         return self.query_tokens if role == "query" else self.document_tokens
 
 
-def survey(paths: Iterable[Path], counting: Counting, progress: Progress | None = None) -> Survey:
+def survey(
+    paths: Iterable[Path], counting: Counting, progress: ReportProgress | None = None
+) -> Survey:
     """Read files and folders of examples, and tell what each source holds in each language.
 
     Nothing is raised for bad data: up to 20 errors of all files are collected. Texts are not kept;

@@ -21,7 +21,8 @@ from jaxtyping import Int, Int64, Shaped
 from torch import Tensor
 
 from tercet.files.records import readable
-from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors
+from tercet.kinds import KINDS, Kind
+from tercet.vectors import Terms, TokenRows, Vectors
 
 _VALUES: Final[dict[Kind, tuple[str, ...]]] = {
     "dense": ("dense",),

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from tercet.errors import ModelError, RecipeError
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.formats.sentence_transformers import StFolder, read_modules
 from tercet.models.network.backbone import Attention, Window
 from tercet.models.network.heads import Heads, heads_in, load_heads
@@ -20,7 +21,6 @@ from tercet.models.tokens import Form
 from tercet.models.zoo import zoo
 from tercet.rank.quantized import Ranges
 from tercet.types import Role
-from tercet.vectors import KINDS, Kind, Weights
 
 log = logging.getLogger("tercet")
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tercet.data.batches.blocks import Blocks, blocks_of
+from tercet.data.batches.blocks import TokenBlocks, token_blocks
 from tercet.data.batches.collate import Collator
 from tercet.data.batches.masking import Masking, MaskToken, add_mask_token, mask_id
 from tercet.data.batches.sampler import BatchRows
@@ -115,15 +115,15 @@ class BlocksAtWork:
         return min(self.objective.block_tokens, self.embedder.backbone.max_tokens)
 
     @property
-    def drawn(self) -> Sequence[Blocks]:
+    def drawn(self) -> Sequence[TokenBlocks]:
         """Blocks of tokens of each source."""
         return self._blocks
 
     @cached_property
-    def _blocks(self) -> list[Blocks]:
+    def _blocks(self) -> list[TokenBlocks]:
         """Tokenizes all texts, once, when the first batch is asked for."""
         return [
-            blocks_of(
+            token_blocks(
                 source, self._ids_of, self._block_tokens, concatenated=self.objective.concatenated
             )
             for source in self.sources

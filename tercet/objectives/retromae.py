@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tercet.data.batches.blocks import Blocks, blocks_of
+from tercet.data.batches.blocks import TokenBlocks, token_blocks
 from tercet.data.batches.collate import Collator
 from tercet.data.batches.masking import Masking, mask_id
 from tercet.data.batches.sampler import BatchRows
@@ -142,7 +142,7 @@ class RetroMAEAtWork:
         return f"blocks of {self._max_tokens} tokens"
 
     @property
-    def drawn(self) -> Sequence[Blocks]:
+    def drawn(self) -> Sequence[TokenBlocks]:
         """Blocks of tokens of each source."""
         return self._blocks
 
@@ -155,10 +155,10 @@ class RetroMAEAtWork:
         return self.embedder.backbone.model.get_input_embeddings().weight
 
     @cached_property
-    def _blocks(self) -> list[Blocks]:
+    def _blocks(self) -> list[TokenBlocks]:
         """All texts of the data, tokenized once; each token with the mark of its word's start."""
         return [
-            blocks_of(source, self._marked, self._max_tokens, every_text=True)
+            token_blocks(source, self._marked, self._max_tokens, every_text=True)
             for source in self.sources
         ]
 

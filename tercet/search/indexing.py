@@ -10,13 +10,14 @@ from itertools import islice
 from typing import Any, Final
 
 from tercet.data.files.documents import Document
-from tercet.data.files.texts import spread
+from tercet.data.files.texts import evenly_spaced
 from tercet.files.progress import bar
+from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
 from tercet.rank import quantized
 from tercet.rank.quantized import Ranges, Stored
 from tercet.search.engine.engine import Engine, Record
-from tercet.vectors import KINDS, Kind, Vectors
+from tercet.vectors import Vectors
 
 DOCUMENTS_AT_ONCE: Final = 256  # so many a kill may cost
 CHARACTERS_AT_ONCE: Final = 200_000  # long documents have many token vectors
@@ -123,7 +124,7 @@ def learned_ranges(documents: Iterable[Document], encode: Encode, count: int) ->
         ModelError: when no two of their vectors differ.
     """
     most = min(max(_LEARNED[0], count // _SHARE), _LEARNED[1])
-    texts = spread((document.text for document in documents), most)
+    texts = evenly_spaced((document.text for document in documents), most)
     dense = encode(texts).dense
     assert dense is not None, "codes are of dense vectors"
     return Ranges.learned(dense.numpy()), len(texts)

@@ -7,12 +7,12 @@ from typing import Final
 import torch
 
 from tercet import distributed
+from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.latent_attention import Layer
 from tercet.types import Packed
-from tercet.vectors import Kind
 
 SHARE: Final = 0.5  # of free memory
 COPIES: Final = 6  # of a batch's vectors: by chunk, joined, in order, as queries; and gradients
@@ -154,6 +154,6 @@ def _free_bytes(device: torch.device) -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024 // distributed.beside()
+        return int(fields["MemAvailable"].split()[0]) * 1024 // distributed.local_world_size()
     except (OSError, KeyError):  # not Linux: assume that half of the memory is free
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tercet.cli.app import main
+from tercet.cli import main
 from tercet.data.files.sources import write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.retrieval import measure_bm25, measure_kinds
 from tercet.evaluate.report.intervals import interval, paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.evaluate.suites.suite import COLUMNS, open_kinds_set, open_sets
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.objectives.unified import Unified
 from tercet.studies.cells import FULL, M3_CELLS, bge_m3_cells
 from tercet.studies.kinds_tables import kinds_tables, of_column
 from tercet.studies.tables import AVERAGE, Found
 from tercet.types import Example
-from tercet.vectors import KINDS
 from tests.toy import SENTENCES, save_model
 
 SIZES = {"steps": 1, "retromae_steps": 1, "contrastive_steps": 1}

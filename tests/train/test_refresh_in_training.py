@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import documents as mining_documents
 from tercet.curate.mining.mine import Miner
 from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError
@@ -108,7 +108,7 @@ def dying(monkeypatch, where: Any, name: str, after: int) -> None:
 
 # Mining writes three parts, each with a file of counts, about.json before and refresh.json after.
 KILLS = {
-    "while documents are encoded": (corpus, "replacing_file", 2),
+    "while documents are encoded": (mining_documents, "replacing_file", 2),
     "between two parts": (refreshing, "write_examples", 1),
     "before it is done": (refreshing, "_write_json", 4),
     "before the one before is deleted": (Refresher, "_sweep", 1),

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from tercet.data.files.examples import as_object, nonblank, text_of
-from tercet.data.files.scan import Kind
+from tercet.data.files.scan import RecordFormat
 from tercet.data.files.sources import Source, open_source
 from tercet.errors import DataError
 from tercet.files.records import Record, decoded, iter_lines, iter_records, parsed
@@ -43,12 +43,14 @@ def open_texts(
     Raises:
         DataError: at the first record without a text, naming the line.
     """
-    return open_source(path, name=name, weight=weight, kind=text_kind(field, blank=blank_lines))
+    return open_source(
+        path, name=name, weight=weight, record_format=text_format(field, blank=blank_lines)
+    )
 
 
-def text_kind(field: str = "text", *, blank: bool = False) -> Kind:
+def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
     """Files of texts, as :func:`open_texts` reads them."""
-    return Kind(
+    return RecordFormat(
         about=f"texts {field!r} {blank}",
         records=partial(text_records, fields=(field,), blank_lines=blank),
         parse=partial(_as_example, field=field, blank=blank),
@@ -113,7 +115,7 @@ def normal_form(text: str) -> str:
     return " ".join(plain.lower().split())
 
 
-def spread(texts: Iterable[str], most: int) -> list[str]:
+def evenly_spaced(texts: Iterable[str], most: int) -> list[str]:
     """At most so many, at equal distances; no more than twice as many are ever in memory."""
     kept: list[str] = []
     step = 1

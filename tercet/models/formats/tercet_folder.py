@@ -9,6 +9,7 @@ from typing import Any
 
 from tercet.errors import ModelError
 from tercet.files.atomic import replacing_folder
+from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.models.formats.lora_adapters import merge_adapter
 from tercet.models.formats.nv_embed_files import is_nv_embed
@@ -30,7 +31,6 @@ from tercet.models.settings import (
 )
 from tercet.models.tokens import Form, load_tokenizer
 from tercet.models.zoo import zoo
-from tercet.vectors import Kind
 
 log = logging.getLogger("tercet")
 

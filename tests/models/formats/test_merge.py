@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tercet.errors import ModelError
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.models.formats.llm2vec import Llm2VecEncoder
 from tercet.models.formats.llm2vec_files import read_llm2vec
 from tercet.models.formats.merge import lineage, load_adapters
-from tercet.vectors import KINDS
 from tests import toy
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "llm2vec"
