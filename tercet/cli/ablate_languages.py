@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tercet.cli.ablate import How, show, sources_of, trained
+from tercet.cli.ablate import How, ablations, show, sources_of, trained
 from tercet.errors import RecipeError
 from tercet.files.console import say
 
@@ -221,3 +221,7 @@ def _level(named: str) -> tuple[str, Path]:
     if not (equals and name and where) or "/" in name:
         raise RecipeError(f"--filtered {named}: give NAME=FOLDER, such as 10=runs/filtered-10")
     return name, Path(where)
+
+
+ablations.command("arctic-embed")(arctic_embed)
+ablations.command("english-gap")(english_gap)

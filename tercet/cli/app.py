@@ -53,7 +53,7 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     ),
     "calibrate": LazyCommand("tercet.cli.small:calibrate", "Choose the ranges of int8 and int4."),
     "sizes": LazyCommand("tercet.cli.small:sizes", "Measure what smaller vectors cost."),
-    "ablate": LazyCommand("tercet.cli.ablate:ablations", "Vary the parts of a recipe."),
+    "ablate": LazyCommand("tercet.cli.ablate_languages:ablations", "Vary the parts of a recipe."),
     "transfer": LazyCommand("tercet.cli.transfer:transfer", "Compare languages along a run."),
 }
 

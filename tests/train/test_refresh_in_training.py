@@ -19,7 +19,7 @@ from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
-from tercet.objectives.contrastive import PairsAtWork
+from tercet.objectives.contrastive import PairWork
 from tercet.train import refresh as refreshing
 from tercet.train import trainer
 from tercet.train.log import read
@@ -58,13 +58,13 @@ def test_training_reads_new_negatives_after_every_refresh_and_says_so(
     source, recipe, tmp_path, monkeypatch
 ):
     batches: list[list[Example]] = []
-    batch = PairsAtWork.batch
+    batch = PairWork.batch
 
-    def recorded(self: PairsAtWork, rows: Any, seed: Any) -> Any:
+    def recorded(self: PairWork, rows: Any, seed: Any) -> Any:
         batches.append(rows.examples(self.drawn))
         return batch(self, rows, seed)
 
-    monkeypatch.setattr(PairsAtWork, "batch", recorded)
+    monkeypatch.setattr(PairWork, "batch", recorded)
     said: list[str] = []
     train(recipe, [source], tmp_path / "run", run=QUIET, say=said.append)
     plain = replace(recipe, stages=(replace(recipe.stages[0], refresh=None),))

@@ -35,7 +35,7 @@ from tercet.models.settings import Settings
 from tercet.rank.exact import Hits
 from tercet.rank.hybrid import Ranked, pair_scores, ranked
 from tercet.rank.scoring import paired_scores
-from tercet.search.export import batches
+from tercet.search.indexing import document_batches
 from tercet.types import Role
 from tercet.vectors import Vectors
 
@@ -254,7 +254,7 @@ class EncodedShelf:
                 fresh = stack.enter_context(replacing_folder(_folder(shard, kind)))
                 writers[kind] = stack.enter_context(VectorWriter(fresh))
             done = 0
-            for batch in batches(texts):
+            for batch in document_batches(texts, len):
                 vectors = self._encode(batch, role, prompts[done : done + len(batch)], missing)
                 done += len(batch)
                 with clear_about(shard):
