@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tercet.errors import ModelError
 from tercet.kinds import Kind, Weights
-from tercet.rank.exact import Hits, largest
 from tercet.rank.scoring import late_interaction
+from tercet.rank.topk import Hits, largest
 from tercet.segments import offsets_of, row_of
 from tercet.vectors import Terms, TokenRows, Vectors
 

@@ -32,9 +32,9 @@ from tercet.files.progress import Advance
 from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
-from tercet.rank.exact import Hits
 from tercet.rank.hybrid import Ranked, pair_scores, ranked
 from tercet.rank.scoring import paired_scores
+from tercet.rank.topk import Hits
 from tercet.search.indexing import document_batches
 from tercet.types import Role
 from tercet.vectors import Vectors

@@ -9,7 +9,7 @@ from tercet.evaluate.measures import kinds as module
 from tercet.evaluate.measures.kinds import TermCounts, evaluate_kinds, feasible, sums_of
 from tercet.evaluate.sets.retrieval_set import evaluate_hits
 from tercet.kinds import Weights
-from tercet.rank.exact import Hits
+from tercet.rank.topk import Hits
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests.evaluate.kinds import drawn, judged, slow_scores
 
