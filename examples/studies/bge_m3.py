@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tercet.data.files.sources import Source
-from tercet.data.files.texts import text_kind
+from tercet.data.files.texts import text_format
 from tercet.evaluate.suites.suite import COLUMNS, EvaluationSet, open_kinds_set, open_sets
 from tercet.objectives.unified import Unified
 from tercet.recipes.bge_m3 import bge_m3
@@ -33,7 +33,7 @@ def study(
         "Examples, or a folder in the layout of BEIR or FlagEmbedding; may be repeated.",
     ],
     texts: Annotated[
-        list[Source] | None, "Texts for the stage retromae; None: those of --data.", text_kind()
+        list[Source] | None, "Texts for the stage retromae; None: those of --data.", text_format()
     ] = None,
     pairs: Annotated[
         list[Source] | None, "Examples for the stage contrastive; None: those of --data."

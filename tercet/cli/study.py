@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 import typer
 
 from tercet.cli.sources import opened, weighted
-from tercet.data.files.scan import EXAMPLES, Kind
+from tercet.data.files.scan import EXAMPLE_FORMAT, RecordFormat
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
@@ -122,9 +122,13 @@ def _opened(parameter: inspect.Parameter, value: Any) -> Any:
     kind, _, *holds = get_args(parameter.annotation)
     if kind not in _FLAG_TYPES or value is None:
         return value
-    rows: Kind = holds[0] if holds else EXAMPLES
+    record_format: RecordFormat = holds[0] if holds else EXAMPLE_FORMAT
     named = map(weighted, value)
-    return [each for path, weight in named for each in opened(path, weight=weight, kind=rows)]
+    return [
+        each
+        for path, weight in named
+        for each in opened(path, weight=weight, record_format=record_format)
+    ]
 
 
 def _is_path(value: Any) -> bool:
