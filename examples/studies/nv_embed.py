@@ -80,7 +80,7 @@ def report(sets: list[EvaluationSet], results: Results) -> Iterator[Table | Pict
     first, second = (columns_by_category(sets, stage=stage) for stage in (0, 1))
     attention = {f"both ways - causal, {name}": (BOTH_WAYS[name], CAUSAL[name]) for name in CAUSAL}
     latent = {f"latent - {name}": (BOTH_WAYS["latent"], BOTH_WAYS[name]) for name in CAUSAL}
-    leads = {name: pair for name, pair in (attention | latent).items() if pair[0] != pair[1]}
+    leads = attention | latent
     for stage, columns in (("stage 1 (retrieval)", first), ("stage 2 (blended)", second)):
         if results.has(*BOTH_WAYS.values(), *CAUSAL.values()):
             yield grid(f"Attention and pooling, after {stage}", results, columns)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 import typer
 
 from tercet.cli.sources import opened, weighted
-from tercet.data.files.scan import EXAMPLE_FORMAT, RecordFormat
+from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
@@ -35,7 +35,7 @@ def study(
     Example: tercet study examples/studies/bge_m3.py --data mined.jsonl --test test.jsonl
     --out runs/study --only full --only no-distillation --steps 200 --batch-size 24
     """
-    app_of(file)(context.args, prog_name=f"tercet study {file}", standalone_mode=False)
+    app_of(file)(context.args, prog_name=f"tercet study {file}")
 
 
 def app_of(file: Path) -> typer.Typer:
@@ -45,19 +45,21 @@ def app_of(file: Path) -> typer.Typer:
         RecipeError: if there is no such file, or no such function in it.
     """
     function = _function_of(file)
-    own = inspect.signature(function).parameters
+    own = dict(inspect.signature(function).parameters)
+    gets_out = own.pop("out", None) is not None
 
     def command(**flags: Any) -> None:
-        given = {name: flags[name] for name in own}
-        common = {name: value for name, value in flags.items() if name == "out" or name not in own}
-        opened_files = {name: _opened(own[name], value) for name, value in given.items()}
+        given = {name: flags.pop(name) for name in own}
+        values = {name: _opened(own[name], value) for name, value in given.items()}
+        if gets_out:
+            values["out"] = flags["out"]
         facts = {name: value for name, value in given.items() if not _is_path(value)}
-        _run(function(**opened_files), {"study": file.name, **facts}, **common)
+        _run(function(**values), {"study": file.name, **facts}, **flags)
 
     _, _, *common = inspect.signature(_run).parameters.values()
-    flags = [*(each for each in own.values() if each.name != "out"), *common]
-    command.__signature__ = inspect.Signature(list(map(_as_flag, flags)))  # pyright: ignore
-    command.__annotations__ = {flag.name: _as_flag(flag).annotation for flag in flags}
+    flags = [_as_flag(each) for each in (*own.values(), *common)]
+    command.__signature__ = inspect.Signature(flags)  # pyright: ignore
+    command.__annotations__ = {flag.name: flag.annotation for flag in flags}
     command.__doc__ = function.__doc__
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
@@ -119,10 +121,10 @@ def _as_flag(parameter: inspect.Parameter) -> inspect.Parameter:
 
 def _opened(parameter: inspect.Parameter, value: Any) -> Any:
     """Return the sources of files, each with the weight behind its name; other values as given."""
-    kind, _, *holds = get_args(parameter.annotation)
+    kind, _, *formats = get_args(parameter.annotation)
     if kind not in _FLAG_TYPES or value is None:
         return value
-    record_format: RecordFormat = holds[0] if holds else EXAMPLE_FORMAT
+    record_format = formats[0] if formats else EXAMPLE_FORMAT
     named = map(weighted, value)
     return [
         each

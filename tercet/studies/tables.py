@@ -142,7 +142,7 @@ class Results:
                     formatted = [NOTHING if isnan(each or 0) else f"{each:.3f}" for each in spreads]
                     rows.append([f"{label}, spread over seeds", *formatted])
         for label, (one, other) in (leads or {}).items():
-            if self.has(one, other):
+            if one != other and self.has(one, other):
                 rows.append([label, *(signed(self.lead(one, other, each)) for each in columns)])
         return Table(title, rows)
 

@@ -1,5 +1,6 @@
-"""A small study of toy models: run, killed, continued, changed, run in part."""
+"""The study of docs/extending.md on toy models: run, killed, continued, changed, in part."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +19,10 @@ from tercet.train.loop import train
 from tests.studies.toy_studies import QUIET, kept, rows, run
 from tests.toy import save_model
 
-STUDY = '''
-from pathlib import Path
-from typing import Annotated
-
-from tercet.data.files.sources import Source
-from tercet.evaluate.suites.suite import open_sets
-from tercet.recipes.finetune import finetune
-from tercet.studies.cells import Cell, Study, with_numbers_of
-from tercet.studies.tables import Column, leads_over
-
-
-@with_numbers_of(finetune, "temperature")
-def study(
-    data: Annotated[list[Source], "Examples."],
-    test: Annotated[list[Path], "Evaluation sets."],
-    base: Annotated[str, "A model."],
-    **numbers,
-) -> Study:
-    """How warm a loss should be."""
-    sets = open_sets(test)
-    cells = [
-        Cell("untrained", Path(base)),
-        Cell("warm", finetune(base=base, temperature=0.1, **numbers)),
-        Cell("cold", finetune(base=base, temperature=0.01, **numbers)),
-        Cell("colder", finetune(base=base, temperature=0.005, **numbers), after="warm"),
+DOCS = Path(__file__).parents[2] / "docs/extending.md"
+COLDER = """        Cell("colder", finetune(base=base, temperature=0.005, **numbers), after="warm"),
     ]
-
-    def report(results):
-        names = {cell.name: cell.name for cell in cells}
-        columns = [Column("nDCG@10", (tuple(results.sets),))]
-        yield results.table("Temperatures", names, columns, leads_over("warm", names), "cell")
-        yield results.bars("temperatures", names, columns)
-
-    return Study(cells=cells, sets=sets, report=report, data={"pairs": data})
-'''
+"""
 NUMBERS: dict[str, Any] = {"steps": 2, "batch_size": 6, "learning_rate": 1e-3}
 
 
@@ -60,7 +30,9 @@ NUMBERS: dict[str, Any] = {"steps": 2, "batch_size": 6, "learning_rate": 1e-3}
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     save_model(folder / "base", "bert")
-    (folder / "warmth.py").write_text(STUDY)
+    shown = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE)
+    (example,) = (block for block in shown if ") -> Study:" in block)
+    (folder / "temperatures.py").write_text(example.replace("    ]\n", COLDER))
     write_examples(folder / "pairs.jsonl", rows())
     write_examples(folder / "test.jsonl", rows(count=9))
     run_in(folder, "out")
@@ -69,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 def run_in(folder: Path, out: str, *words: Any, data: str = "pairs.jsonl", **more: Any) -> str:
     files = ["--data", folder / data, "--test", folder / "test.jsonl", "--base", folder / "base"]
-    return run(folder / "warmth.py", folder / out, *files, *words, **{**NUMBERS, **more})
+    return run(folder / "temperatures.py", folder / out, *files, *words, **{**NUMBERS, **more})
 
 
 def refuse_to_train(monkeypatch) -> None:
@@ -102,7 +74,7 @@ def test_a_finished_study_is_not_trained_again(folder, monkeypatch):
     refuse_to_train(monkeypatch)
     printed = run_in(folder, "out")
     assert printed.count("is done already") == 4
-    assert "warm" in printed and "cold - warm" in printed
+    assert "0.01" in printed and "cold - warm" in printed
 
 
 def test_another_number_weight_or_base_is_refused_with_what_to_do(folder, monkeypatch):
@@ -168,7 +140,7 @@ def test_each_seed_is_another_training_of_the_recipe(folder, tmp_path, monkeypat
     words = ("--only=warm", "--only=untrained", "--seeds=2", "--keep-models")
     printed = run_in(folder, str(tmp_path), *words)
     assert seeds == [0, 1]
-    assert "warm, spread over seeds" in printed and "cell 3 of 3: warm, seed 1" in printed
+    assert "0.1, spread over seeds" in printed and "cell 3 of 3: warm, seed 1" in printed
     assert np.array_equal(kept(tmp_path, "warm", "test"), kept(folder / "out", "warm", "test"))
     assert (tmp_path / "cells/warm/seed-1/model").is_dir()
     assert kept(tmp_path, "warm", "test", seed=1) is not None
@@ -202,7 +174,7 @@ def test_what_is_no_study_file_is_refused(tmp_path):
 
 
 def test_help_shows_the_studys_own_flags(folder):
-    printed = run(folder / "warmth.py", folder / "out", "--help")
-    assert "How warm a loss should be." in printed
+    printed = run(folder / "temperatures.py", folder / "out", "--help")
+    assert "How much the temperature of the loss matters." in printed
     assert "--batch-size" in printed and "--seeds" in printed and "--temperature" not in printed
     assert "No such option" in run_in(folder, "out", "--temperature=1", status=2)
