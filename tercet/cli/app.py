@@ -11,13 +11,6 @@ from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
 from tercet.cli.encode import encode
 from tercet.cli.evaluate import diagnose, evaluate, probe
-from tercet.cli.exchange import (
-    from_arctic,
-    from_arctic_batches,
-    split_arctic_batches,
-    to_arctic,
-    to_arctic_batches,
-)
 from tercet.cli.filter import filter_pairs
 from tercet.cli.mine import mine
 from tercet.cli.models import inspect, merge, models, retokenize
@@ -39,11 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipes, name="train")
-convert.command("arctic")(from_arctic)
-convert.command("to-arctic")(to_arctic)
-convert.command("arctic-batches")(from_arctic_batches)
-convert.command("to-arctic-batches")(to_arctic_batches)
-convert.command("arctic-split")(split_arctic_batches)
 app.add_typer(convert, name="convert")
 for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge, retokenize):
     app.command()(verb)
