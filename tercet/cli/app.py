@@ -23,7 +23,10 @@ class LazyCommand(NamedTuple):
 
     where: str
     summary: str
+    settings: Mapping[str, Any] = {}  # of its click context
 
+
+_REST: Final = {"allow_extra_args": True, "allow_interspersed_args": False}  # a file's own flags
 
 COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "demo": LazyCommand("tercet.cli.data:demo", "Train on real texts and measure, in minutes."),
@@ -53,8 +56,9 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     ),
     "calibrate": LazyCommand("tercet.cli.small:calibrate", "Choose the ranges of int8 and int4."),
     "sizes": LazyCommand("tercet.cli.small:sizes", "Measure what smaller vectors cost."),
-    "ablate": LazyCommand("tercet.cli.ablate_languages:ablations", "Vary the parts of a recipe."),
-    "transfer": LazyCommand("tercet.cli.transfer:transfer", "Compare languages along a run."),
+    "study": LazyCommand(
+        "tercet.cli.study:study", "Compare trainings that differ in one thing each.", _REST
+    ),
 }
 
 
@@ -70,11 +74,12 @@ class LazyGroup(TyperGroup):
         self.commands = dict.fromkeys(COMMANDS)  # pyright: ignore  # names for "did you mean"
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name].where.partition(":")
+        entry = COMMANDS[cmd_name]
+        module, _, attribute = entry.where.partition(":")
         found = getattr(import_module(module), attribute)
         if not isinstance(found, typer.Typer):
             single = typer.Typer(**_STYLE, add_completion=False)
-            single.command(cmd_name)(found)
+            single.command(cmd_name, context_settings=dict(entry.settings))(found)
             found = single
         command = typer.main.get_command(found)
         command.name = cmd_name
