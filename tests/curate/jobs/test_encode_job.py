@@ -95,7 +95,9 @@ def test_several_kinds_are_a_folder_of_arrays_for_each_file(encoder_folder, fold
 def test_vectors_of_parts_of_another_size_are_not_mixed_in(encoder_folder, folder, tmp_path):
     out = tmp_path / "out"
     encode_files(encoding(encoder_folder, folder, out), part=4)
-    with pytest.raises(RecipeError, match=r"out/a-00000\.npy: is of another file or another part size"):
+    with pytest.raises(
+        RecipeError, match=r"out/a-00000\.npy: is of another file or another part size"
+    ):
         encode_files(encoding(encoder_folder, folder, out), part=5000)
 
 

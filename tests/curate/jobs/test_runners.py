@@ -133,7 +133,10 @@ def test_a_worker_on_another_disk_is_noticed(tmp_path: Path, monkeypatch):
     [
         ({"workers": 0}, "workers must be at least 1; got 0"),
         ({"engine": "ray"}, "--runner ray needs --address"),
-        ({"engine": "daft", "address": "h:1"}, "--address is for a Ray cluster; got the runner daft"),
+        (
+            {"engine": "daft", "address": "h:1"},
+            "--address is for a Ray cluster; got the runner daft",
+        ),
         ({"engine": "loop", "workers": 2}, "--runner loop is one process; use --runner daft"),
     ],
 )
