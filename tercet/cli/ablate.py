@@ -195,7 +195,7 @@ class How:
     @property
     def run(self) -> dict[str, Any]:
         """For the record."""
-        from tercet.train.run import Run
+        from tercet.train.recipe import Run
 
         return asdict(Run(precision=self.precision))
 
@@ -221,7 +221,7 @@ def trained(
     """What all cells of every seed answer, and words; ``ran`` runs them, None: one by one."""
     from tercet.studies.run import Bench, baselines, run_cells
     from tercet.studies.tables import Found
-    from tercet.train.run import Run
+    from tercet.train.recipe import Run
 
     run = Run(precision=how.precision)
     found = []

@@ -80,7 +80,7 @@ def transfer(
     from tercet.studies.run import Bench
     from tercet.studies.transfer import Transfer, checkpoints_of, reference_of, run_transfer
     from tercet.studies.transfer_tables import NOTE, by_heading, transfer_table, write_transfer
-    from tercet.train.run import Run
+    from tercet.train.recipe import Run
 
     drawn = whole_numbers("seeds", seeds)
     series = checkpoints_of(checkpoints)

@@ -95,5 +95,6 @@ def _taught(recipe: Recipe, weight: float) -> Recipe:
     """The same, with another weight of self-distillation."""
     (stage,) = recipe.stages
     assert isinstance(stage.objective, Unified)
-    objective = replace(stage.objective, distilled=weight)
+    mixture = replace(stage.objective.mixture, distilled=weight)
+    objective = replace(stage.objective, mixture=mixture)
     return replace(recipe, stages=(replace(stage, objective=objective),))

@@ -29,7 +29,7 @@ from tercet.studies.kept import (
     kept_answers,
 )
 from tercet.train.loop import train
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 
 
 @dataclass(frozen=True, slots=True, eq=False)

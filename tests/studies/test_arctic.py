@@ -19,7 +19,7 @@ from tercet.models.embedder import Embedder
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.studies.arctic import FULL, Asked, arctic_cells, cells_by_part, require_bare
 from tercet.train.loop import train
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES, save_model
 

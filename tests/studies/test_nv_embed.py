@@ -16,7 +16,7 @@ from tercet.studies import run as ablation_run
 from tercet.studies.cells import cell_name, nv_embed_cells, schedule_cell
 from tercet.studies.run import Bench, baselines, run_cells
 from tercet.studies.tables import AVERAGE, Found, grid_table, tables, write_findings
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 

@@ -21,7 +21,7 @@ from tercet.studies.languages import Budget, Language, open_languages
 from tercet.studies.transfer import Transfer, checkpoints_of, reference_of
 from tercet.studies.transfer_tables import SEEN, UNSEEN, by_heading, transfer_table
 from tercet.train.loop import train
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES, save_model
 

@@ -247,7 +247,7 @@ class Miner:
 
     def examples(self, sources: Sequence[Source], reports: list[MiningReport]) -> Iterator[Example]:
         """The examples of these sources with their negatives; a report for each is appended."""
-        _ = self.ranker  # a bar of its own, and there may be one at a time
+        self.prepare()
         for source in sources:
             report = self.report(source)
             reports.append(report)
@@ -255,6 +255,10 @@ class Miner:
                 for block in blocks(source):
                     yield from self.mined(block, report)
                     advance(len(block))
+
+    def prepare(self) -> Ranker:
+        """Read and encode the documents, before another progress bar is shown."""
+        return self.ranker
 
     def report(self, source: Source) -> MiningReport:
         """An empty report on a source, with the rule that holds there."""
@@ -271,7 +275,7 @@ class Miner:
 
     def tried(self, source: Source, rules: Sequence[MiningRule]) -> list[MiningReport]:
         """What each rule would do with a source."""
-        ranker = self.ranker  # a bar of its own, and there may be one at a time
+        ranker = self.prepare()
         settled = [self._settled(rule, source) for rule in rules]
         reports = [MiningReport(source=source.name, rule=rule) for rule in settled]
         with self._bars(f"mine {source.name}", len(source)) as advance:
