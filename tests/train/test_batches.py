@@ -180,7 +180,7 @@ def test_the_shape_of_examples_is_that_of_what_a_stage_takes(tmp_path, embedder)
         ({"batch_sizes": (4, 4)}, "batch_sizes are (4, 4); give 1, of 2 or more"),
         ({"batch_sizes": (1,)}, "batch_sizes are (1,); give 1, of 2 or more"),
         ({"batching": "fit", "token_budget": 9}, "batching and token_budget each set the size"),
-        ({"batching": "bge-m3-pairs-80gb", "length_edges": (9,)}, "leave out length_edges"),
+        ({"batching": "bge-m3-pairs-80gb", "length_edges": (9,)}, "remove length_edges"),
         ({"shuffle_segments": 2.0}, "shuffle_segments is 2.0; give a share, from 0 to 1"),
     ],
 )
