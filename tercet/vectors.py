@@ -7,33 +7,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tercet.segments import offsets_of, row_of
-
-Kind: TypeAlias = Literal["dense", "sparse", "multi"]
-KINDS: Final[tuple[Kind, ...]] = ("dense", "sparse", "multi")
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """How much each kind counts in a sum of scores (arXiv 2402.03216, section 3.3)."""
-
-    dense: float = 1.0
-    sparse: float = 0.3
-    multi: float = 1.0
-
-    def of(self, kind: Kind) -> float:
-        """The weight of one kind."""
-        return {"dense": self.dense, "sparse": self.sparse, "multi": self.multi}[kind]
-
-    def only(self, kinds: Sequence[Kind]) -> "Weights":
-        """Zero for the kinds that are not named."""
-        return Weights(*(self.of(kind) if kind in kinds else 0.0 for kind in KINDS))
+from tercet.kinds import KINDS, Kind
+from tercet.segments import offsets_of, ragged_places, row_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +33,7 @@ class Terms:
 
     def take(self, texts: Int[Tensor, "chosen"]) -> "Terms":
         """These texts, in this order."""
-        places, offsets = _places(self.offsets, texts)
+        places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
         return Terms(self.ids[places], self.weights[places], offsets)
 
     def merged(self) -> "Terms":
@@ -80,7 +60,7 @@ class TokenRows:
 
     def take(self, texts: Int[Tensor, "chosen"]) -> "TokenRows":
         """These texts, in this order."""
-        places, offsets = _places(self.offsets, texts)
+        places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
         return TokenRows(self.vectors[places], offsets)
 
 
@@ -185,15 +165,6 @@ class Vectors:
             if multi
             else None,
         )
-
-
-def _places(offsets: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the values of these texts are, and their offsets once they lie end to end."""
-    begins = offsets[texts]
-    lengths = offsets[texts + 1] - begins
-    bounds = offsets_of(lengths)
-    inside = torch.arange(int(bounds[-1]), device=offsets.device)
-    return inside + (begins - bounds[:-1]).repeat_interleave(lengths), bounds
 
 
 def _joined(offsets: Sequence[Tensor]) -> Tensor:

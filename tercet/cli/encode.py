@@ -25,7 +25,7 @@ from tercet.data.files.texts import read_texts
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
 from tercet.files.console import results, say
-from tercet.vectors import Kind
+from tercet.kinds import Kind
 
 if TYPE_CHECKING:
     from tercet.curate.jobs.encode_job import Encoding

@@ -15,12 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.losses.info_nce import BlockwiseRelation, PairBlock, finished, loss_and_gradient
 from tercet.losses.listwise import group_distillation, listwise
 from tercet.models.network.chunked import Losses
 from tercet.rank.scoring import scores_of
 from tercet.types import IGNORED
-from tercet.vectors import KINDS, Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 BLOCK_BYTES: Final = 64 << 20  # of the scores of one block, at most
 Distillation: TypeAlias = Literal["none", "kl", "listwise"]

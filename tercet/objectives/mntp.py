@@ -27,13 +27,12 @@ from tercet.models.network.chunked import (
     Chunks,
     Losses,
     as_many_as_others,
-    chunks_of,
     one_token,
     own_random_state,
 )
 from tercet.objectives.lm_head import load_head
 from tercet.objectives.objective import Traits
-from tercet.segments import offsets_of
+from tercet.segments import batches_by_length, offsets_of
 from tercet.types import Packed
 
 NO_LABEL: Final = -1  # of a token that is not predicted
@@ -178,7 +177,7 @@ class MNTPWork:
         loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
         texts, labels = batch.texts.to(device), batch.labels.to(device)
         answers = Packed(labels, texts.offsets, texts.pooled)
-        every = chunks_of(texts.lengths, chunks.max_tokens)
+        every = batches_by_length(texts.lengths, chunks.max_tokens)
         every = as_many_as_others(every) if chunks.in_step else every
         for number, members in enumerate(every):
             tokens = answers.take(members).ids

@@ -28,12 +28,13 @@ from tercet.distributed import gather_ints
 from tercet.errors import ModelError, RecipeError
 from tercet.losses.tokens import next_token_loss
 from tercet.models.embedder import Embedder
-from tercet.models.network.chunked import Chunks, Losses, chunks_of, own_random_state
+from tercet.models.network.chunked import Chunks, Losses, own_random_state
 from tercet.models.network.pooling import POOLINGS
 from tercet.objectives.masked_head import MaskedHead, find_masked_head
 from tercet.objectives.mntp import NO_LABEL, end_to_end, packed
 from tercet.objectives.objective import Traits
 from tercet.objectives.retromae_decoder import Decoder
+from tercet.segments import batches_by_length
 from tercet.types import Packed
 
 Vocabulary: TypeAlias = Literal["all", "seen"]
@@ -202,7 +203,7 @@ class RetroMAEWork:
         # One gather of the table's rows a step: its gradient is as large as the table.
         rows = self._table if self._known is None else self._table[self._known]
         leaf = rows.detach().requires_grad_(rows.requires_grad)
-        for number, members in enumerate(chunks_of(lengths, chunks.max_tokens) if lengths else []):
+        for number, members in enumerate(batches_by_length(lengths, chunks.max_tokens)):
             with own_random_state(batch.texts, chunks.seed, number):
                 parts = self._losses(batch, members, leaf, totals)
             if parts[0].requires_grad:

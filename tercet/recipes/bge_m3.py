@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.losses.unified import Distillation, Mixture
 from tercet.models.network.pooling import PoolingName
 from tercet.objectives.contrastive import Contrastive
@@ -30,7 +31,6 @@ from tercet.recipes.flags import (
     prompts_by_role,
 )
 from tercet.train.recipe import RANKS_10_TO_210, Model, Recipe, Refresh, Stage, chosen
-from tercet.vectors import KINDS, Kind, Weights
 
 WARMUP: Final = 0.1  # share of a stage's steps
 

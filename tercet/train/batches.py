@@ -15,7 +15,7 @@ import torch
 from tercet import distributed
 from tercet.data.batches.collate import Collator, PromptOf
 from tercet.data.batches.sampler import BatchPlan, Drawable, Sampler
-from tercet.data.batches.token_cache import CachedTokens, shelves_of
+from tercet.data.batches.token_cache import CachedTokens, stored_tokens
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.artifacts import fingerprint
@@ -139,8 +139,8 @@ def with_cached_tokens(
         limit = max_tokens_of(stage, embedder, role)
         return f"{tokenizer} {embedder.settings.form(role)!r} {limit}"
 
-    shelves = shelves_of(sources, made_with, collate.tokenize, collate.prompt_of)
-    return replace(collate, tokenize=CachedTokens(collate.tokenize, shelves))
+    stored = stored_tokens(sources, made_with, collate.tokenize, collate.prompt_of)
+    return replace(collate, tokenize=CachedTokens(collate.tokenize, stored))
 
 
 def max_tokens_of(stage: Stage, embedder: Embedder, role: Role) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from tercet import distributed
 from tercet.files.atomic import sole_writer
+from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.train.plan import (
     Data,
@@ -32,7 +33,6 @@ from tercet.train.plan import (
 from tercet.train.recipe import Recipe, Run, Stage
 from tercet.train.snapshots import STEPS, Snapshots
 from tercet.train.trainer import Score, Trainer
-from tercet.vectors import Kind
 
 
 def train(

@@ -11,6 +11,7 @@ from tercet.data.batches.mixture import by_language, shares_of
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.artifacts import read_json, write_json
+from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder, Settings
 from tercet.models.formats.tercet_folder import known_kinds
 from tercet.models.network.fingerprints import fingerprint_of
@@ -19,7 +20,6 @@ from tercet.models.settings import FILE
 from tercet.train import checkpoint
 from tercet.train.recipe import Model, Recipe, Run, Stage
 from tercet.types import Role
-from tercet.vectors import KINDS, Kind
 
 log = logging.getLogger("tercet")
 

@@ -17,11 +17,11 @@ from tercet.data.batches.collate import Policy
 from tercet.data.batches.sampler import Mixing
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
+from tercet.kinds import Kind
 from tercet.models.network.backbone import Attention, Window
 from tercet.models.network.latent_attention import Layer
 from tercet.models.network.pooling import PoolingName
 from tercet.objectives.objective import Objective
-from tercet.vectors import Kind
 
 Batching: TypeAlias = Literal["fit", "bge-m3-pairs-80gb", "bge-m3-finetune-80gb"]
 """Where batch sizes come from: this machine's memory, or the paper's table for 80 GB devices."""

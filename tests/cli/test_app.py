@@ -15,8 +15,8 @@ from tests.toy import SENTENCES
 
 VERBS = [
     *("demo", "check", "models", "inspect", "merge", "encode", "index", "search"),
-    *("eval", "diagnose", "probe", "mine", "decontaminate", "convert", "ablate"),
-    *("train", "train finetune", "train llm2vec", "train nv-embed", "ablate nv-embed"),
+    *("eval", "diagnose", "probe", "mine", "decontaminate", "convert", "study"),
+    *("train", "train finetune", "train llm2vec", "train nv-embed"),
     *("convert classification", "convert clustering", "convert similarity"),
 ]
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def test_an_interrupted_command_says_so_with_status_130(tercet, files, monkeypat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tercet.cli.data.check_examples", interrupted)
+    monkeypatch.setattr("tercet.cli.data.check_data", interrupted)
     ended = tercet("check", files / "pairs.jsonl")
     assert ended.status == 130 and ended.err.startswith("tercet: stopped; ")
 

@@ -7,8 +7,8 @@ from tercet.curate.mining.mine import Mining, mine
 from tercet.curate.mining.nearness import By
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import iter_examples, open_source
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 

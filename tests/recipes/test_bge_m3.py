@@ -11,6 +11,7 @@ from tercet.cli.train import EXAMPLES, PAIRS_OR_DATA, TEXTS_OR_DATA, _data
 from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.tuned_weights import save_weights
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.kept import save_ranges
 from tercet.objectives.retromae import RetroMAE
@@ -21,7 +22,6 @@ from tercet.train.log import read
 from tercet.train.loop import train
 from tercet.train.recipe import Recipe, Refresh, Run
 from tercet.types import Example
-from tercet.vectors import KINDS, Weights
 from tests import toy
 
 QUIET = Run(device="cpu", show_progress=False, save_steps=1)
@@ -150,7 +150,7 @@ def test_negatives_are_refreshed_by_the_scores_that_are_asked_for(folder: Path):
 
 def test_a_rerankers_scores_and_refreshed_negatives_do_not_go_together(folder: Path):
     for lesson in ("kl", "listwise"):
-        with pytest.raises(RecipeError, match="the negatives of a refresh have none"):
+        with pytest.raises(RecipeError, match="a refresh mines have none"):
             small(folder, refresh_steps=100, teacher=lesson)
 
 

@@ -30,9 +30,9 @@ from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import by_tokens_of, by_words
 from tercet.files.progress import Bars, bar
 from tercet.files.records import known_suffix
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.types import Example
-from tercet.vectors import KINDS, Kind, Weights
 
 WORK: Final = Path("runs/mining")
 

@@ -7,12 +7,14 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int64, UInt64
 
 from tercet.curate.mining.documents import SHARD, Pool, TextStore, text_key
 from tercet.data.files.sources import Source
 from tercet.files.atomic import clear_about
 from tercet.files.progress import Bars, bar
+from tercet.segments import ragged_places, row_of
 from tercet.types import Example
 
 
@@ -40,10 +42,9 @@ class RelevantDocuments:
         """All answers of these queries at once: the place of the query, and the key of the text."""
         known, documents = self._by_query
         starts = np.searchsorted(known, queries, side="left")
-        counts = np.searchsorted(known, queries, side="right") - starts
-        places = np.repeat(np.arange(len(queries)), counts)
-        inside = np.arange(len(places)) - np.repeat(counts.cumsum() - counts, counts)
-        return places, documents[starts[places] + inside]
+        ends = np.searchsorted(known, queries, side="right")
+        places, offsets = ragged_places(torch.from_numpy(starts), torch.from_numpy(ends))
+        return row_of(offsets).numpy(), documents[places.numpy()]
 
     @cached_property
     def _by_query(self) -> tuple[np.ndarray, np.ndarray]:

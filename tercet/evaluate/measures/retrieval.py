@@ -26,10 +26,12 @@ from tercet.evaluate.sets.retrieval_set import (
     pair_scores,
 )
 from tercet.files.progress import Advance, bar
+from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.rank.hybrid import Ranked
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.segments import batches_within
+from tercet.vectors import Vectors
 
 DEPTH: Final = 100  # of the rankings that BM25 gives; as deep as the metrics look
 _BLOCK_LETTERS: Final = 200_000  # of documents whose token vectors are in memory together
@@ -118,7 +120,10 @@ class Encoding:
     ) -> Iterator[tuple[Tensor, Vectors]]:
         """Vectors of these kinds of these documents, or of all."""
         chosen = range(len(self.texts)) if rows is None else rows.tolist()
-        for block in self._cut(chosen):
+        limit = 8 * self.embedder.settings.document_tokens  # longer documents are truncated anyway
+        for block in batches_within(
+            chosen, _BLOCK_LETTERS, lambda row: min(len(self.texts[row]), limit), overshoot=True
+        ):
             texts = [self.texts[row] for row in block]
             found = self.embedder.encode_vectors(texts, "document", kinds=kinds, **self.how)
             if found.sparse is not None and rows is None:
@@ -137,20 +142,6 @@ class Encoding:
         some = self.texts[::step]
         lengths = self.embedder.tokenize(some, "document").lengths
         return sum(lengths) * len(self.texts) // max(len(some), 1)
-
-    def _cut(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Runs of documents of about so many letters together."""
-        limit = 8 * self.embedder.settings.document_tokens  # what is longer is cut anyway
-        block: list[int] = []
-        letters = 0
-        for row in rows:
-            block.append(row)
-            letters += min(len(self.texts[row]), limit)
-            if letters >= _BLOCK_LETTERS:
-                yield block
-                block, letters = [], 0
-        if block:
-            yield block
 
 
 def dev_candidates(

@@ -31,11 +31,6 @@ def answer_tokens(text: str) -> list[str]:
     return [token.lower() for token in parts.split()]
 
 
-def holds_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether the tokens of one of the answers occur in the text; an answer without any never."""
-    return _holds(_joined(text), [_joined(answer) for answer in answers])
-
-
 def with_answers(
     ranking: Int[np.ndarray, "queries ranks"],
     documents: Sequence[str],

@@ -8,7 +8,7 @@ whatever the values' types. Points are numbered by the UUID5 of the id.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha1
 from itertools import pairwise
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from tercet.errors import DataError, RecipeError
+from tercet.kinds import Kind
 from tercet.rank.quantized import Stored
 from tercet.search.engine.checks import Widths, check_records
 from tercet.search.engine.engine import Record, Value, Where
-from tercet.vectors import Kind, Vectors
+from tercet.vectors import Vectors
 
 _SHORT: Final = 200  # characters of a fact; a longer one is stored by its digest
 _INTEGERS: Final = range(-(2**63), 2**63)
@@ -193,17 +194,3 @@ def _fact(name: str, value: Value) -> str:
         value = int(value)
     word = json.dumps([name, value])
     return word if len(word) <= _SHORT else str(uuid_of(word))
-
-
-def batches_of(points: Sequence[Point], numbers: int) -> Iterator[list[Point]]:
-    """Runs of points whose vectors have at most so many numbers, or one larger point."""
-    batch: list[Point] = []
-    room = numbers
-    for point in points:
-        if batch and point.numbers > room:
-            yield batch
-            batch, room = [], numbers
-        batch.append(point)
-        room -= point.numbers
-    if batch:
-        yield batch

@@ -8,9 +8,9 @@ from tercet.curate.jobs.encode_job import Encoding, encode_files, open_files
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.errors import RecipeError
 from tercet.files.arrays import NAMES
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.search.export import Wanted
-from tercet.vectors import KINDS
 from tests.processes import ROOT
 from tests.toy import SENTENCES
 

@@ -16,9 +16,10 @@ from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import iter_examples, open_source, write_examples
 from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.measures.bm25 import bm25_scores, by_tokens_of, by_words
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.types import Example, Role
-from tercet.vectors import KINDS, TokenRows, Vectors, Weights
+from tercet.vectors import TokenRows, Vectors
 from tests.evaluate.kinds import slow_scores
 from tests.toy import SENTENCES
 

@@ -1,0 +1,112 @@
+"""A base and its adapters, merged in order, as one embedder."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from tercet.errors import ModelError
+from tercet.models.embedder import Embedder
+from tercet.models.formats.llm2vec import Llm2Vec, adapter_folder, read_llm2vec
+from tercet.models.formats.lora_adapters import merge_adapter
+from tercet.models.formats.parts import with_heads, with_layer
+from tercet.models.network.backbone import Attention, Backbone, probe
+from tercet.models.settings import FILE, Settings, read_settings
+from tercet.models.tokens import load_tokenizer
+from tercet.models.zoo import zoo
+
+Compat: TypeAlias = Literal["llm2vec"]
+
+
+def load_adapters(
+    adapters: Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    compat: Compat | None = None,
+    attention: Attention | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Embedder:
+    """Add adapters to the weights of a base, one after the other and in float32.
+
+    ``base`` None takes the one that the first adapter names. Direction and settings are those
+    that tercet saved with the last adapter. An adapter of another origin says no direction: give
+    ``attention``, and the settings are the usual ones; or ``compat="llm2vec"`` for one that
+    llm2vec trained, which reads both ways and brings its pooling, template and lengths.
+
+    Raises:
+        ModelError: when an adapter is incomplete, does not fit, or says no direction.
+    """
+    folders = [adapter_folder(adapter) for adapter in adapters]
+    if not folders:
+        raise ModelError("there is no adapter to merge; name at least one folder")
+    published = read_llm2vec(folders)
+    if compat == "llm2vec":
+        settings, window = _settings_of(published), None
+        attention, tokenizer = attention or "bidirectional", published.tokenizer
+    else:
+        saved = [read_settings(f) if (f / FILE).exists() else None for f in folders]
+        attention = attention or _direction(folders, saved)
+        first, last = saved[0] or {}, saved[-1] or {}
+        settings, window = last.get("settings", Settings()), last.get("window")
+        base = base or first.get("adapter_of")
+        tokenizer = next((f for f in folders[::-1] if (f / "tokenizer_config.json").exists()), None)
+    place = str(base or published.base)
+    if not place:
+        raise ModelError(f"{folders[0]}: does not name its base; say which model it goes onto")
+    backbone = Backbone.load(place, attention=attention, window=window)
+    for folder in folders:
+        merge_adapter(backbone, folder)
+    backbone.to(dtype).eval()
+    probe(backbone)
+    settings, layer = with_layer(folders[-1], settings, {}, backbone.hidden, dtype)
+    settings, heads = with_heads(folders[-1], settings, settings, backbone.hidden)
+    stock = load_tokenizer(tokenizer or zoo.resolve(place))
+    embedder = Embedder(backbone, stock, settings, layer, heads)
+    embedder.about = lineage(place, adapters)
+    return embedder
+
+
+def lineage(base: str, adapters: Sequence[str | Path]) -> dict[str, Any]:
+    """What a merged model is made of: names, and hashes of the adapters' weights, in order."""
+    return {"base": base, "merged": [{"adapter": str(a), "sha256": _hash(a)} for a in adapters]}
+
+
+def _hash(adapter: str | Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(adapter_folder(adapter).glob("adapter_model.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _direction(folders: Sequence[Path], saved: Sequence[dict[str, Any] | None]) -> Attention:
+    """The one in which all of these adapters were trained."""
+    for folder, record in zip(folders, saved, strict=True):
+        if record is None:
+            raise ModelError(
+                f"{folder}: does not say in which direction it was trained, and peft would load it "
+                "causal; give the attention, or compat for one that llm2vec trained"
+            )
+    directions = {record["attention"] for record in saved if record is not None}
+    if len(directions) > 1:
+        raise ModelError(
+            f"{', '.join(map(str, folders))}: were not all trained in one direction; "
+            "give the attention of the merged model"
+        )
+    return directions.pop()
+
+
+def _settings_of(published: Llm2Vec) -> Settings:
+    roles = ("query", "document")
+    return Settings(
+        pooling=published.pooling,
+        normalize=False,
+        prompts=dict.fromkeys(roles, published.before) if published.before else {},
+        suffixes=dict.fromkeys(roles, published.after) if published.after else {},
+        pool_suffix=True,
+        pool_prompt=published.pool_instruction,
+        pool_special=published.pool_instruction,
+        query_tokens=published.max_tokens,
+        document_tokens=published.max_tokens,
+    )
