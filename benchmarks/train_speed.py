@@ -33,6 +33,7 @@ from tercet.models.network.chunked import Chunks, backward_in_chunks
 from tercet.models.tokens import Tokens
 from tercet.models.zoo import zoo
 from tercet.objectives.contrastive import Contrastive
+from tercet.vectors import Vectors
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
 TEMPERATURE = 0.05
@@ -104,7 +105,9 @@ def our_step(case: Case, kept: float = 1.0) -> Callable[[], float]:
 
     def step() -> float:
         model.zero_grad()
-        found = backward_in_chunks(model, texts, lambda v: objective(v, batch), chunks=chunks)
+        found = backward_in_chunks(
+            model, texts, lambda v: objective.loss(Vectors(v), batch), chunks=chunks
+        )
         step.gradient = _gradient(model)  # pyright: ignore[reportFunctionMemberAccess]
         return float(found["loss"])
 

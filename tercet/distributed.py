@@ -57,7 +57,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def beside() -> int:
+def local_world_size() -> int:
     """How many processes share this machine, this one included."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
 

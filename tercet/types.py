@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tercet.segments import offsets_of
+from tercet.segments import ragged_places
 
 POSITIVE: Final = 1
 NEGATIVE: Final = -1
@@ -75,11 +75,8 @@ class Packed:
         if not len(texts):
             return Packed(self.ids[:0], self.offsets[:1], self.pooled[:0])
         chosen = torch.tensor(texts, device=self.offsets.device)
-        begins, ends = self.offsets[chosen], self.offsets[chosen + 1]
-        lengths = ends - begins
-        rows = [slice(*row) for row in zip(begins.tolist(), ends.tolist(), strict=True)]
-        ids = torch.cat([self.ids[row] for row in rows])
-        return Packed(ids, offsets_of(lengths), torch.cat([self.pooled[row] for row in rows]))
+        places, offsets = ragged_places(self.offsets[chosen], self.offsets[chosen + 1])
+        return Packed(self.ids[places], offsets, self.pooled[places])
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same texts on another device."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tercet.segments import offsets_of, row_of
+from tercet.segments import offsets_of, ragged_places, row_of
 
 Kind: TypeAlias = Literal["dense", "sparse", "multi"]
 KINDS: Final[tuple[Kind, ...]] = ("dense", "sparse", "multi")
@@ -53,7 +53,7 @@ class Terms:
 
     def take(self, texts: Int[Tensor, "chosen"]) -> "Terms":
         """These texts, in this order."""
-        places, offsets = _places(self.offsets, texts)
+        places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
         return Terms(self.ids[places], self.weights[places], offsets)
 
     def merged(self) -> "Terms":
@@ -80,7 +80,7 @@ class TokenRows:
 
     def take(self, texts: Int[Tensor, "chosen"]) -> "TokenRows":
         """These texts, in this order."""
-        places, offsets = _places(self.offsets, texts)
+        places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
         return TokenRows(self.vectors[places], offsets)
 
 
@@ -185,15 +185,6 @@ class Vectors:
             if multi
             else None,
         )
-
-
-def _places(offsets: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the values of these texts are, and their offsets once they lie end to end."""
-    begins = offsets[texts]
-    lengths = offsets[texts + 1] - begins
-    bounds = offsets_of(lengths)
-    inside = torch.arange(int(bounds[-1]), device=offsets.device)
-    return inside + (begins - bounds[:-1]).repeat_interleave(lengths), bounds
 
 
 def _joined(offsets: Sequence[Tensor]) -> Tensor:

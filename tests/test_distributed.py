@@ -132,7 +132,7 @@ def one_of_two(out: Path) -> None:
     facts: dict[str, Any] = {
         "world": distributed.world(),
         "is_main": distributed.is_main(),
-        "beside": distributed.beside(),
+        "beside": distributed.local_world_size(),
         "steps": {case: step(share, case[0], DIMS[case[1]]) for case in CASES},
         "rows": relation(share, "blended").gathered().rows(0, len(QUERIES[share])),
         "positives": relation(share, "blended").gathered().positives,
@@ -229,7 +229,7 @@ def test_everything_is_the_identity_for_one_process(monkeypatch):
     assert weight.grad.tolist() == [1, 1]
     assert distributed.broadcast_object("x") == "x"
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
-    assert distributed.beside() == 1
+    assert distributed.local_world_size() == 1
 
 
 def test_small_gradients_share_a_message_and_a_large_one_has_its_own(monkeypatch):

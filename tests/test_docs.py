@@ -6,17 +6,32 @@ import json
 import pkgutil
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
+from tercet import metrics
 from tercet.cli import app
 from tercet.data.files.examples import parse_example
-from tercet.data.files.sources import open_source
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import DataError
+from tercet.models.embedder import Embedder
+from tercet.models.network import pooling
+from tercet.recipes import finetune
+from tercet.train import log
+from tercet.train.loop import train
+from tercet.train.recipe import Model
+from tercet.train.run import Run
+from tercet.types import Example
+from tests.toy import SENTENCES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -90,6 +105,57 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "runs/mine/model/config.json").exists()
     assert "0." in capsys.readouterr().out
+
+
+EXTENDING = blocks(ROOT / "docs/extending.md", "python")
+
+
+def shown(beginning: str, **names: Any) -> dict[str, Any]:
+    """What the example that contains these words defines, run with these names known."""
+    (example,) = [block for block in EXTENDING if beginning in block]
+    module = ModuleType("shown")  # dataclasses look their module up
+    sys.modules[module.__name__] = module
+    module.__dict__.update(names)
+    exec(compile(example, "docs/extending.md", "exec"), module.__dict__)
+    return module.__dict__
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Source:
+    examples = [Example(f"{text} {i}", (text,)) for i, text in enumerate(SENTENCES)]
+    write_examples(tmp_path / "pairs.jsonl", examples)
+    return open_source(tmp_path / "pairs.jsonl")
+
+
+def test_the_objective_in_the_extending_page_trains(tmp_path, encoder_folder, pairs):
+    recipe = shown("stage = Stage", **shown("class Uniform"))["recipe"]
+    stage = replace(recipe.stages[0], steps=3, batch_size=6, learning_rate=1e-3)
+    small = replace(recipe, model=Model(base=str(encoder_folder)), stages=(stage,))
+    train(small, [pairs], tmp_path / "run", run=Run(device="cpu", show_progress=False))
+    losses = [record["loss"] for record in log.read(tmp_path / "run/log.jsonl")]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] < 0
+
+
+def test_the_other_objects_in_the_extending_page_work(encoder_folder):
+    embedder = Embedder.load(encoder_folder)
+    texts = embedder.tokenize(["one", "a longer text"], "document").pack()
+    vectors = shown("def maximum", **vars(pooling))["maximum"](embedder.states(texts), texts)
+    assert vectors.shape == (2, embedder.dim)
+    recipe = shown("def short_vectors", **vars(finetune))["short_vectors"]()
+    assert recipe.stages[0].objective.dims == (64, 128)
+    precision = shown("def precision", **vars(metrics))["precision"]
+    judgements = metrics.Judgements.of([{0: 1, 2: 1}, {1: 1}])
+    assert precision(np.array([[0, 1], [2, 0]]), judgements, 2).tolist() == [0.5, 0.0]
+
+
+def test_the_run_in_the_extending_page_runs(tmp_path, encoder_folder, pairs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "finetune", partial(finetune.finetune, str(encoder_folder)))
+    (example,) = [block for block in EXTENDING if "runs/mine" in block]
+    short = example.replace('base="minilm", steps=100', "steps=2")
+    exec(compile(short, "docs/extending.md", "exec"), {})
+    assert (tmp_path / "runs/mine/model/config.json").exists()
 
 
 def test_the_layout_in_the_architecture_names_every_module():

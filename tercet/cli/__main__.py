@@ -1,5 +1,5 @@
 """What ``python -m tercet.cli`` runs."""
 
-from tercet.cli import app as main
+from tercet.cli import main
 
 main()

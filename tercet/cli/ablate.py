@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tercet.cli.sources import opened, weighted
-from tercet.data.files.scan import EXAMPLES, Kind
+from tercet.data.files.scan import EXAMPLE_FORMAT, RecordFormat
 from tercet.data.files.sources import Source
 from tercet.files.console import columns, results, say
 
@@ -149,7 +149,7 @@ def bge_m3(
     Example: tercet ablate bge-m3 --data mined.jsonl --eval test.jsonl --out runs/ablation
     --part distillation --steps 200 --batch-size 24
     """
-    from tercet.data.files.texts import text_kind
+    from tercet.data.files.texts import text_format
     from tercet.evaluate.suites.suite import open_kinds_set, open_sets
     from tercet.studies.cells import bge_m3_cells
     from tercet.studies.kinds_tables import kinds_tables, write_kinds_findings
@@ -159,7 +159,7 @@ def bge_m3(
     mixtures = {
         "examples": examples,
         "pairs": sources_of(pairs) if pairs else examples,
-        "texts": sources_of(texts, text_kind()) if texts else examples,
+        "texts": sources_of(texts, text_format()) if texts else examples,
     }
     numbers = {
         "base": base,
@@ -200,10 +200,14 @@ class How:
         return asdict(Run(precision=self.precision))
 
 
-def sources_of(paths: Sequence[Path], kind: Kind = EXAMPLES) -> list[Source]:
+def sources_of(paths: Sequence[Path], record_format: RecordFormat = EXAMPLE_FORMAT) -> list[Source]:
     """The sources of files and folders, each with the weight behind its name."""
     named = map(weighted, paths)
-    return [each for path, weight in named for each in opened(path, weight=weight, kind=kind)]
+    return [
+        each
+        for path, weight in named
+        for each in opened(path, weight=weight, record_format=record_format)
+    ]
 
 
 def trained(

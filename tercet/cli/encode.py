@@ -20,7 +20,7 @@ from tercet.cli.options import (
     kinds_of,
     load,
 )
-from tercet.data.files.documents import read_documents
+from tercet.data.files.documents import Fields, read_documents
 from tercet.data.files.texts import read_texts
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
@@ -115,18 +115,14 @@ def encode(
         _check_rows(out, output, form, chosen)
     else:
         _check_arrays(out, output, as_folder=as_folder)
-    names: dict[str, Any] = {
-        "text_field": text_field,
-        "title_field": title_field,
-        "id_field": id_field,
-    }
+    fields = Fields(text=text_field, title=title_field, id=id_field)
     # The whole file is read once before the model is: a line that is wrong shows early.
-    texts = read_texts(file, text_field) if form is None else read_documents(file, **names)
+    texts = read_texts(file, text_field) if form is None else read_documents(file, fields)
     total = sum(1 for _ in texts)
     embedder = load(model, precision, **reading)
     if form is not None:
         held: tuple[Kind, ...] = tuple(kind for kind in HELD[form] if kind in embedder.kinds)
-        documents = read_documents(file, **names, keep_fields=True)
+        documents = read_documents(file, fields, keep_others=True)
         how = Wanted(kinds=chosen or held, **wanted)
         _tell(out, write_rows(embedder, documents, out, form, wanted=how, total=total))
     elif output != "texts":

@@ -18,7 +18,7 @@ from tercet.cli.options import (
     weights_of,
 )
 from tercet.cli.sources import opened
-from tercet.data.files.documents import read_documents
+from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
 
@@ -168,7 +168,7 @@ class _Texts:
 
     def __iter__(self) -> Iterator[str]:
         for file in self.files:
-            for document in read_documents(file, text_field=self.text_field):
+            for document in read_documents(file, Fields(text=self.text_field)):
                 yield document.text
 
 

@@ -18,7 +18,7 @@ from tercet.cli.options import (
     weights_of,
     where,
 )
-from tercet.data.files.documents import Document, read_documents
+from tercet.data.files.documents import Document, Fields, read_documents
 from tercet.errors import IndexFolderError, ModelError, RecipeError
 from tercet.files.console import columns, one_line, results, say, shortened
 from tercet.rank.quantized import Ranges, Stored, bytes_of
@@ -97,13 +97,8 @@ def index(
     chosen = _chosen(kinds, embedder.kinds, stored)
 
     def read() -> Iterator[Document]:
-        return read_documents(
-            file,
-            text_field=text_field,
-            title_field=title_field,
-            id_field=id_field,
-            keep_fields=True,
-        )
+        fields = Fields(text=text_field, title=title_field, id=id_field)
+        return read_documents(file, fields, keep_others=True)
 
     def encoded(texts: Sequence[str]) -> Vectors:
         return embedder.encode_vectors(texts, "document", kinds=chosen, task=task, dims=dims)

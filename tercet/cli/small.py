@@ -49,14 +49,14 @@ def calibrate(
 
     Example: tercet calibrate runs/mine/model documents.jsonl --dims 256 --save
     """
-    from tercet.data.files.texts import read_texts, spread
+    from tercet.data.files.texts import evenly_spaced, read_texts
     from tercet.models.kept import require_settings, save_ranges
     from tercet.rank.quantized import PRECISIONS, Ranges, bytes_of, truncated
 
     folder = zoo.resolve(model, say)
     if save:
         require_settings(folder, "ranges of codes")
-    taken = spread((text for text in read_texts(texts, text_field) if text.strip()), most)
+    taken = evenly_spaced((text for text in read_texts(texts, text_field) if text.strip()), most)
     if not taken:
         raise DataError(texts, None, "holds no text; give some thousands of documents")
     if len(taken) < _FEW:

@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 from tercet import distributed
 from tercet.data.files.folders import open_sources
-from tercet.data.files.scan import EXAMPLES, Kind, Progress
+from tercet.data.files.scan import EXAMPLE_FORMAT, RecordFormat, ReportProgress
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
@@ -17,14 +17,16 @@ Number = TypeVar("Number", int, float)
 _PARTS: Final = 1000  # of a bar
 
 
-def opened(path: Path, *, weight: float = 1.0, kind: Kind = EXAMPLES) -> list[Source]:
+def opened(
+    path: Path, *, weight: float = 1.0, record_format: RecordFormat = EXAMPLE_FORMAT
+) -> list[Source]:
     """The sources of a file or a folder; a bar shows how far they are read.
 
     Raises:
         DataError: at the first record that is not what it should be.
     """
     with shown_progress(f"read {path.name}") as progress:
-        return open_sources(path, weight=weight, progress=progress, kind=kind)
+        return open_sources(path, weight=weight, progress=progress, record_format=record_format)
 
 
 def weighted(path: Path) -> tuple[Path, float]:
@@ -59,7 +61,7 @@ def numbers_of(
 
 
 @contextmanager
-def shown_progress(label: str) -> Iterator[Progress]:
+def shown_progress(label: str) -> Iterator[ReportProgress]:
     """A bar for a job that tells the part of it that is done."""
     with bar(label, _PARTS, shown=distributed.is_main()) as advance:
         done = 0

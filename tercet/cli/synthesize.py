@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tercet.cli.options import Precision, load
-from tercet.data.files.documents import read_documents
+from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
 from tercet.files.console import columns, one_line, results, say, shortened
 
@@ -94,9 +94,9 @@ def synthesize(
     if check is not None:
         embedder = load(check, precision)
         found = Consistency(embedder=embedder, top=top, among=among, against=against, work=work)
-    fields = {"text_field": text_field, "title_field": title_field, "id_field": id_field}
+    fields = Fields(text=text_field, title=title_field, id=id_field)
     report = run_synthesis(
-        partial(read_documents, file, **fields, split=split),
+        partial(read_documents, file, fields, split=split),
         out,
         generator,
         Synthesis(task=task or out.stem, sampling=sampling, asking=asking, check=found),

@@ -15,9 +15,9 @@ import typer
 from tercet.cli.options import whole_numbers
 from tercet.cli.sources import numbers_of, opened, weighted
 from tercet.data.batches.mixture import names_some, refuse_unknown, weighed
-from tercet.data.files.scan import EXAMPLES as EXAMPLE_FILES
+from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
-from tercet.data.files.texts import text_kind
+from tercet.data.files.texts import text_format
 from tercet.errors import RecipeError
 from tercet.files.console import results, say
 from tercet.recipes.arctic_embed import arctic_embed
@@ -247,8 +247,8 @@ def _opened(
 ) -> list[Source]:
     if (named, texts) not in known:
         path, weight = weighted(named)
-        kind = text_kind(field) if texts else EXAMPLE_FILES
-        known[named, texts] = opened(path, weight=weight, kind=kind)
+        record_format = text_format(field) if texts else EXAMPLE_FORMAT
+        known[named, texts] = opened(path, weight=weight, record_format=record_format)
     return known[named, texts]
 
 

@@ -1,201 +1,309 @@
-"""What a file of training data holds, and what in it would spoil a training."""
+"""What files of training data hold, by source and language, and what would spoil a training."""
 
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
 
+from tercet.data.batches.mixture import batches_of
 from tercet.data.files.examples import parse_example
-from tercet.data.files.scan import example_records
+from tercet.data.files.folders import Shard, find_groups
+from tercet.data.files.scan import ReportProgress, example_records
+from tercet.data.files.sources import in_language
+from tercet.data.files.texts import EvenSample, text_key
 from tercet.errors import DataError
 from tercet.files.records import parsed
-from tercet.types import Example
+from tercet.types import Example, Role
 
-MOST_ERRORS: Final = 20  # enough to mend at a time
-SAMPLES: Final = 3
+MAX_ERRORS: Final = 20  # enough to repair at a time
+TOKEN_SAMPLE: Final = 1024  # at most: examples of a source whose tokens are counted
+SHOWN_SAMPLES: Final = 3
 QUANTILES: Final = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
-Quantiles: TypeAlias = tuple[float, ...]  # one number for each of QUANTILES; none for no texts
+CountTokens: TypeAlias = Callable[[Sequence[str], Role], list[int]]
+"""The number of tokens of each text, with its prompt and before truncation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long texts are. Words are parted by spaces, so they say little of Chinese or Thai."""
+    """Quantiles of the lengths of texts."""
 
-    words: Quantiles
-    characters: Quantiles
+    least: float | int
+    p25: float | int
+    median: float | int
+    p75: float | int
+    p95: float | int
+    most: float | int
+
+
+@dataclass(frozen=True, slots=True)
+class TextReport:
+    """How long the texts of one role are. Tokens are those of a sample, if they were counted."""
+
+    words: Lengths  # separated by spaces: they say little about Chinese or Thai
+    bytes: Lengths  # UTF-8
+    tokens: Lengths | None = None
+    truncated: float | int | None = None  # share of the sample that is longer than the limit
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """One source and language, or all of them. A pair is a query and one of its positives."""
+
+    source: str
+    lang: str
+    rows: int
+    share: float | int  # of all rows
+    batches: int  # per epoch, at the given batch size
+    pairs: int
+    duplicate_pairs: int  # exact, beyond the first of each
+    with_negatives: int  # rows that have mined negatives
+    distinct_queries: int
+    distinct_documents: int
+    queries_as_positive: int  # rows whose query is one of its positives
+    negatives_as_positive: int  # negatives that are a positive of the same row
+    blank_negatives: int
+    queries: TextReport
+    documents: TextReport  # positives and negatives
+    overlap: Mapping[str, int]  # evaluation set: rows whose query or a positive is in it
+
+    @property
+    def name(self) -> str:
+        """The source with its language, as weights name it."""
+        return f"{self.source}/{self.lang}" if self.lang else self.source
+
+    @property
+    def positives_per_query(self) -> float:
+        """The mean number of positives of a row."""
+        return self.pairs / self.rows
 
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What was found in a file. Where there are errors, the counts are of the good examples."""
+    """What was found; where there are errors, the counts are of the valid rows."""
 
-    examples: int
-    with_negatives: int  # examples that bring mined negatives
-    positives_per_query: float  # mean
-    distinct_queries: int
-    distinct_documents: int
-    duplicate_pairs: int  # (query, positive) pairs beyond the first of their kind
-    queries_as_positive: int  # examples whose query is one of its positives
-    negatives_as_positive: int  # negatives that are a positive of the same example
-    blank_negatives: int
-    query_lengths: Lengths
-    document_lengths: Lengths
-    samples: tuple[Example, ...]  # up to three, spread over the file
+    sources: tuple[SourceReport, ...]
+    total: SourceReport | None  # None if there is no valid row; without tokens
+    samples: tuple[Example, ...]  # up to three, from begin to end
     errors: tuple[str, ...]  # "file:line: problem", the first 20
-    warnings: tuple[str, ...]  # what to think about before training, in plain words
+    warnings: tuple[str, ...]  # what to think about before training
 
 
-def check_examples(path: Path | str) -> DataReport:
-    """Read a .jsonl or .parquet file of examples and tell what is in it, errors included.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckOptions:
+    """What is counted besides the rows themselves."""
 
-    Nothing is raised for bad data: up to 20 errors are collected, so that they can be mended in
-    one go. Texts are not kept, only 8 bytes of hash each.
+    batch_size: int = 256
+    tokens: CountTokens | None = None
+    query_tokens: int | None = None  # where queries will be truncated
+    document_tokens: int | None = None
+    against: Mapping[str, Collection[int]] = field(default_factory=dict)  # keys of texts by set
+
+    def limit(self, role: Role) -> int | None:
+        """Return the number of tokens at which texts of a role will be truncated."""
+        return self.query_tokens if role == "query" else self.document_tokens
+
+
+def check_data(
+    paths: Iterable[Path],
+    options: CheckOptions = CheckOptions(),
+    progress: ReportProgress | None = None,
+) -> DataReport:
+    """Read files and folders of examples and report what each source holds in each language.
+
+    Nothing is raised for invalid data: up to 20 errors of all files are collected, to be repaired
+    in one go. Texts are not kept: a text costs 16 bytes, a pair 8.
     """
-    path = Path(path)
-    tally = _Tally()
+    tallies: dict[tuple[str, str], _Tally] = {}
     errors: list[str] = []
+    samples = EvenSample[Example](8)
+    shards = _shards(paths, errors)
+    for number, shard in enumerate(shards):
+        if len(errors) >= MAX_ERRORS:
+            break
+        for row in _valid_rows(shard, errors):
+            tallies.setdefault((shard.source, row.lang), _Tally()).add(row, options)
+            samples.add(row)
+        if progress is not None:
+            progress((number + 1) / len(shards))
+    rows = sum(tally.rows for tally in tallies.values())
+    sources = tuple(tallies[key].report(key, rows, options) for key in sorted(tallies))
+    total = _total(list(tallies.values()), sources, options) if sources else None
+    places = np.linspace(0, len(samples.kept) - 1, min(SHOWN_SAMPLES, len(samples.kept))).round()
+    return DataReport(
+        sources=sources,
+        total=total,
+        samples=tuple(samples.kept[place] for place in places.astype(int).tolist()),
+        errors=tuple(errors),
+        warnings=tuple(_warnings(total, len(errors))),
+    )
+
+
+def _shards(paths: Iterable[Path], errors: list[str]) -> list[Shard]:
+    found: list[Shard] = []
+    for path in paths:
+        try:
+            found += [shard for group in find_groups(path) for shard in group.shards]
+        except DataError as error:
+            errors.append(str(error))
+    return found
+
+
+def _valid_rows(shard: Shard, errors: list[str]) -> Iterable[Example]:
     try:
-        for record in example_records(path):
+        for record in example_records(shard.path):
             try:
-                tally.add(parsed(path, record, lambda it: parse_example(it.value, path.stem)))
+                row = parsed(shard.path, record, lambda it: parse_example(it.value, shard.source))
             except DataError as error:
                 errors.append(str(error))
-            if len(errors) == MOST_ERRORS:
-                break
+                if len(errors) >= MAX_ERRORS:
+                    return
+                continue
+            yield in_language(row, shard.lang)
     except DataError as error:  # of the file as a whole: missing, damaged, empty
         errors.append(str(error))
-    return tally.report(errors)
 
 
 @dataclass(slots=True)
-class _Texts:
-    """Hashes and lengths of texts; 16 bytes each."""
+class _TextTally:
+    """Hashes and lengths of the texts of one role; 16 bytes per text."""
 
     hashes: array = field(default_factory=lambda: array("q"))
     words: array = field(default_factory=lambda: array("I"))
-    characters: array = field(default_factory=lambda: array("I"))
+    bytes: array = field(default_factory=lambda: array("I"))
 
     def add(self, texts: Iterable[str]) -> None:
         for text in texts:
             self.hashes.append(hash(text))
             self.words.append(len(text.split()))
-            self.characters.append(len(text))
+            self.bytes.append(len(text.encode()))
 
-    def distinct(self) -> int:
-        return _distinct(self.hashes)
-
-    def lengths(self) -> Lengths:
-        return Lengths(_quantiles(self.words), _quantiles(self.characters))
-
-
-@dataclass(slots=True)
-class _Spread:
-    """Examples evenly spread over a stream of unknown length: every ``step``-th, at most eight.
-
-    When there is no place left, every other one goes and the step doubles.
-    """
-
-    kept: list[Example] = field(default_factory=list)
-    step: int = 1
-    seen: int = 0
-
-    def add(self, example: Example) -> None:
-        if self.seen % self.step == 0:
-            self.kept.append(example)
-        if len(self.kept) > 8:
-            self.kept, self.step = self.kept[::2], self.step * 2
-        self.seen += 1
-
-    def samples(self) -> tuple[Example, ...]:
-        count = min(SAMPLES, len(self.kept))
-        places = np.linspace(0, len(self.kept) - 1, count).round().astype(int)
-        return tuple(self.kept[place] for place in places.tolist())
+    def report(self, sample: Sequence[str], role: Role, options: CheckOptions) -> TextReport:
+        known = TextReport(_lengths(self.words), _lengths(self.bytes))
+        if options.tokens is None or not sample:
+            return known
+        tokens, limit = np.asarray(options.tokens(sample, role)), options.limit(role)
+        truncated = None if limit is None else float((tokens > limit).mean())
+        return replace(known, tokens=_lengths(tokens), truncated=truncated)
 
 
 @dataclass(slots=True)
 class _Tally:
-    """Counts of the examples seen so far."""
+    """Counts of the rows of one source and language so far."""
 
-    examples: int = 0
+    rows: int = 0
     with_negatives: int = 0
     queries_as_positive: int = 0
     negatives_as_positive: int = 0
     blank_negatives: int = 0
-    queries: _Texts = field(default_factory=_Texts)
-    documents: _Texts = field(default_factory=_Texts)
+    queries: _TextTally = field(default_factory=_TextTally)
+    documents: _TextTally = field(default_factory=_TextTally)
     pairs: array = field(default_factory=lambda: array("q"))
-    spread: _Spread = field(default_factory=_Spread)
+    overlap: dict[str, int] = field(default_factory=dict)
+    sample: EvenSample[Example] = field(default_factory=lambda: EvenSample(TOKEN_SAMPLE))
 
-    def add(self, example: Example) -> None:
-        """Count one more example."""
-        self.examples += 1
-        self.with_negatives += bool(example.negatives)
-        self.queries_as_positive += example.query in example.positives
-        self.negatives_as_positive += sum(t in example.positives for t in example.negatives)
-        self.blank_negatives += sum(not text.strip() for text in example.negatives)
-        self.queries.add((example.query,))
-        self.documents.add((*example.positives, *example.negatives))
-        self.pairs.extend(hash((example.query, text)) for text in example.positives)
-        self.spread.add(example)
+    def add(self, row: Example, options: CheckOptions) -> None:
+        self.rows += 1
+        self.with_negatives += bool(row.negatives)
+        self.queries_as_positive += row.query in row.positives
+        self.negatives_as_positive += sum(text in row.positives for text in row.negatives)
+        self.blank_negatives += sum(not text.strip() for text in row.negatives)
+        self.queries.add((row.query,))
+        self.documents.add((*row.positives, *row.negatives))
+        self.pairs.extend(hash((row.query, text)) for text in row.positives)
+        if options.against:
+            keys = {text_key(text) for text in (row.query, *row.positives)}
+            for name, known in options.against.items():
+                self.overlap[name] = self.overlap.get(name, 0) + any(key in known for key in keys)
+        if options.tokens is not None:
+            self.sample.add(row)
 
-    def report(self, errors: list[str]) -> DataReport:
-        """What the counts amount to."""
-        return DataReport(
-            examples=self.examples,
-            with_negatives=self.with_negatives,
-            positives_per_query=len(self.pairs) / max(self.examples, 1),
-            distinct_queries=self.queries.distinct(),
-            distinct_documents=self.documents.distinct(),
+    def merge(self, other: "_Tally") -> None:
+        """Add the counts of another tally; token samples are left out."""
+        self.rows += other.rows
+        self.with_negatives += other.with_negatives
+        self.queries_as_positive += other.queries_as_positive
+        self.negatives_as_positive += other.negatives_as_positive
+        self.blank_negatives += other.blank_negatives
+        self.pairs.extend(other.pairs)
+        for mine, theirs in ((self.queries, other.queries), (self.documents, other.documents)):
+            mine.hashes.extend(theirs.hashes)
+            mine.words.extend(theirs.words)
+            mine.bytes.extend(theirs.bytes)
+        for name, rows in other.overlap.items():
+            self.overlap[name] = self.overlap.get(name, 0) + rows
+
+    def report(self, key: tuple[str, str], all_rows: int, options: CheckOptions) -> SourceReport:
+        queries = [row.query for row in self.sample.kept]
+        documents = [row.positives[0] for row in self.sample.kept]
+        return SourceReport(
+            source=key[0],
+            lang=key[1],
+            rows=self.rows,
+            share=self.rows / all_rows,
+            batches=batches_of(self.rows, 1.0, options.batch_size),
+            pairs=len(self.pairs),
             duplicate_pairs=len(self.pairs) - _distinct(self.pairs),
+            with_negatives=self.with_negatives,
+            distinct_queries=_distinct(self.queries.hashes),
+            distinct_documents=_distinct(self.documents.hashes),
             queries_as_positive=self.queries_as_positive,
             negatives_as_positive=self.negatives_as_positive,
             blank_negatives=self.blank_negatives,
-            query_lengths=self.queries.lengths(),
-            document_lengths=self.documents.lengths(),
-            samples=self.spread.samples(),
-            errors=tuple(errors),
-            warnings=tuple(self._warnings(len(errors))),
+            queries=self.queries.report(queries, "query", options),
+            documents=self.documents.report(documents, "document", options),
+            overlap=dict(self.overlap),
         )
 
-    def _warnings(self, errors: int) -> Iterable[str]:
-        if errors >= MOST_ERRORS:
-            yield (
-                f"reading stopped after {MOST_ERRORS} errors; mend them and check again, "
-                "the counts are of what came before"
-            )
-        if self.examples == 1:
-            yield "one example alone cannot form a batch; add examples"
-        if twice := len(self.pairs) - _distinct(self.pairs):
-            yield (
-                f"{twice} (query, positive) pairs are there more than once; remove the copies, "
-                "or they are trained on more often than the rest"
-            )
-        if self.queries_as_positive:
-            yield (
-                f"{self.queries_as_positive} queries are their own positive; remove those "
-                "examples, there is nothing to learn from equal texts"
-            )
-        if self.negatives_as_positive:
-            yield (
-                f"{self.negatives_as_positive} negatives equal a positive of the same example; "
-                "training ignores them, so remove them and mine others in their place"
-            )
-        if self.blank_negatives:
-            yield (
-                f"{self.blank_negatives} negatives are blank; remove them, they are told from a "
-                "positive without reading"
-            )
+
+def _total(
+    tallies: Sequence[_Tally], sources: Sequence[SourceReport], options: CheckOptions
+) -> SourceReport:
+    whole = _Tally()
+    for tally in tallies:
+        whole.merge(tally)
+    batches = sum(source.batches for source in sources)
+    return replace(whole.report(("all", ""), whole.rows, options), batches=batches)
+
+
+def _warnings(total: SourceReport | None, errors: int) -> Iterable[str]:
+    if errors >= MAX_ERRORS:
+        yield (
+            f"reading stopped after {MAX_ERRORS} errors; repair them and check again, "
+            "the counts are of the rows before"
+        )
+    if total is None:
+        return
+    if total.rows == 1:
+        yield "one example alone cannot form a batch; add examples"
+    if total.duplicate_pairs:
+        yield (
+            f"{total.duplicate_pairs} (query, positive) pairs are duplicates; remove them, "
+            "or they are trained on more often than the rest"
+        )
+    if total.queries_as_positive:
+        yield (
+            f"{total.queries_as_positive} queries are their own positive; remove those "
+            "examples, there is nothing to learn from equal texts"
+        )
+    if total.negatives_as_positive:
+        yield (
+            f"{total.negatives_as_positive} negatives equal a positive of the same example; "
+            "training ignores them, so remove them and mine others in their place"
+        )
+    if total.blank_negatives:
+        yield (
+            f"{total.blank_negatives} negatives are blank; remove them, a model learns nothing "
+            "from them"
+        )
 
 
 def _distinct(hashes: array) -> int:
-    return len(np.unique(np.frombuffer(hashes, np.int64))) if hashes else 0
+    return len(np.unique(np.frombuffer(hashes, np.int64)))
 
 
-def _quantiles(lengths: array) -> Quantiles:
-    if not lengths:
-        return ()
-    return tuple(np.quantile(np.frombuffer(lengths, np.uint32), QUANTILES).tolist())
+def _lengths(numbers: "array | np.ndarray") -> Lengths:
+    return Lengths(*np.quantile(np.asarray(numbers), QUANTILES).tolist())

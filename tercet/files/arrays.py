@@ -17,10 +17,11 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tercet.files.records import readable
+from tercet.segments import ragged_places
 from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors
 
 _VALUES: Final[dict[Kind, tuple[str, ...]]] = {
@@ -105,8 +106,10 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
     values = [_mapped(folder, name) for name in _VALUES[kind]]
     if kind == "dense":
         return Vectors(dense=torch.from_numpy(np.array(values[0][rows])))
-    places, bounds = _places(_mapped(folder, f"{kind}_offsets"), rows)
-    chosen = [np.array(each[places]) for each in values]
+    offsets = _mapped(folder, f"{kind}_offsets")
+    begins, ends = (torch.from_numpy(np.array(offsets[each])) for each in (rows, rows + 1))
+    places, bounds = ragged_places(begins, ends)
+    chosen = [np.array(each[places.numpy()]) for each in values]
     if kind == "sparse":
         ids, weights = (torch.from_numpy(each) for each in chosen)
         return Vectors(sparse=Terms(ids.long(), weights, bounds))
@@ -181,14 +184,3 @@ def _mapped(folder: Path, name: str) -> np.ndarray:
     path = folder / f"{name}.npy"
     with readable(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _places(
-    offsets: Int64[np.ndarray, "bounds"], rows: Int[np.ndarray, "texts"]
-) -> tuple[Int64[np.ndarray, "values"], Int64[Tensor, "chosen_bounds"]]:
-    """Where the values of these texts are, and their offsets once they lie end to end."""
-    begins = np.asarray(offsets[rows])
-    lengths = np.asarray(offsets[rows + 1]) - begins
-    bounds = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
-    inside = np.arange(bounds[-1]) + np.repeat(begins - bounds[:-1], lengths)
-    return inside.astype(np.int64), torch.from_numpy(bounds)

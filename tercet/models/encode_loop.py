@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tercet.models.network.words import Words, word_means
 from tercet.models.tokens import Tokens
+from tercet.segments import batches_by_length
 from tercet.types import Packed
 from tercet.vectors import Vectors
 
@@ -42,7 +43,7 @@ def batch_by_batch(
     """The states of all texts, a batch of about one length at a time."""
     for start in range(0, len(texts), _WINDOW_OF_TEXTS):
         tokens = tokenize(texts[start : start + _WINDOW_OF_TEXTS])
-        for batch in _batches(tokens.lengths, batch_tokens):
+        for batch in batches_by_length(tokens.lengths, batch_tokens):
             packed = tokens.pack(batch).to(device)
             yield Step(
                 [start + i for i in batch],
@@ -95,17 +96,3 @@ def word_states(
     if lost:
         log.warning("%d of %d words were cut off and have no vector", lost, every)
     return found
-
-
-def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Texts in batches of at most ``max_tokens`` tokens, the longest first."""
-    batch: list[int] = []
-    size = 0
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and size + lengths[i] > max_tokens:
-            yield batch
-            batch, size = [], 0
-        batch.append(i)
-        size += lengths[i]
-    if batch:
-        yield batch

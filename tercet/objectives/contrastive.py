@@ -7,8 +7,6 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from tercet.data.batches.collate import Batch, Collator, Policy
 from tercet.data.batches.sampler import BatchRows
@@ -18,6 +16,7 @@ from tercet.errors import RecipeError
 from tercet.losses.info_nce import info_nce
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
+from tercet.objectives.objective import Traits
 from tercet.vectors import Kind, Vectors
 
 _AGAINST: Final[Mapping[Policy, str]] = {
@@ -45,10 +44,19 @@ class Contrastive:
         if len(set(self.dims)) < len(self.dims) or min(self.dims, default=1) < 1:
             raise RecipeError(f"dims are {self.dims}; give lengths of 1 or more, each once")
 
-    def __call__(self, vectors: Float[Tensor, "texts dim"], batch: Batch) -> Losses:
-        """The loss under ``"loss"``: this process's share of it, where there are several."""
-        queries, documents = vectors[: batch.queries], vectors[batch.queries :]
-        width = vectors.shape[1]
+    @property
+    def traits(self) -> Traits:
+        """Dense vectors of queries and documents are compared."""
+        return Traits(
+            kinds=("dense",), dims=self.dims, contrasts=True, cacheable=True, shardable=True
+        )
+
+    def loss(self, vectors: Vectors, batch: Batch, step: int = 0) -> Losses:
+        """Return the loss of the dense vectors: this process's share, if there are several."""
+        dense = vectors.dense
+        assert dense is not None, "embedded as dense vectors"
+        queries, documents = dense[: batch.queries], dense[batch.queries :]
+        width = dense.shape[1]
         shorter = [dim for dim in self.dims if dim < width]
         if not shorter:  # scaled once, instead of every block of scores
             queries, documents = F.normalize(queries, dim=1), F.normalize(documents, dim=1)
@@ -61,9 +69,7 @@ class Contrastive:
         )
         return {"loss": loss}
 
-    def start(
-        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
-    ) -> "PairsAtWork":
+    def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "PairWork":
         """Set to work on examples.
 
         Raises:
@@ -74,12 +80,7 @@ class Contrastive:
                 f"dims are {list(self.dims)}, but the model's vectors have {embedder.dim} "
                 "coordinates; give lengths up to that"
             )
-        return PairsAtWork(self.of_vectors, embedder, sources, collate, pairs_of(collate))
-
-    def of_vectors(self, vectors: Vectors, batch: Batch, step: int = 0) -> Losses:
-        """The loss of the dense ones."""
-        assert vectors.dense is not None, "embedded as dense vectors"
-        return self(vectors.dense, batch)
+        return PairWork(self.loss, embedder, sources, collate, pairs_of(collate))
 
 
 def pairs_of(collate: Collator) -> str:
@@ -92,7 +93,7 @@ VectorLoss = Callable[[Vectors, Batch, int], Losses]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PairsAtWork:
+class PairWork:
     """A loss over the vectors of queries and documents, on an embedder and its data."""
 
     loss: VectorLoss

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tercet.data.batches.blocks import Blocks, blocks_of
+from tercet.data.batches.blocks import TokenBlocks, token_blocks
 from tercet.data.batches.collate import Collator
 from tercet.data.batches.masking import Masking, MaskToken, add_mask_token, mask_id
 from tercet.data.batches.sampler import BatchRows
@@ -27,12 +27,12 @@ from tercet.models.network.chunked import (
     Chunks,
     Losses,
     as_many_as_others,
-    chunks_of,
     one_token,
     own_random_state,
 )
 from tercet.objectives.lm_head import load_head
-from tercet.segments import offsets_of
+from tercet.objectives.objective import Traits
+from tercet.segments import batches_by_length, offsets_of
 from tercet.types import Packed
 
 NO_LABEL: Final = -1  # of a token that nobody has to guess
@@ -63,9 +63,12 @@ class MNTP:
         if self.block_tokens < 4:
             raise RecipeError(f"block_tokens is {self.block_tokens}; give 4 or more")
 
-    def start(
-        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
-    ) -> "BlocksAtWork":
+    @property
+    def traits(self) -> Traits:
+        """No vectors are compared."""
+        return Traits(shardable=True)
+
+    def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "MNTPWork":
         """Set to work on texts. ``collate`` is not needed: nothing is contrasted.
 
         Raises:
@@ -80,7 +83,7 @@ class MNTP:
         if self.mask_token == "new" and add_mask_token(embedder.tokenizer.stock):
             embedder.tokenizer.refresh()
             _room_for_one_more(embedder)
-        work = BlocksAtWork(self, embedder, sources)
+        work = MNTPWork(self, embedder, sources)
         if self.train_head:
             embedder.add_module("language_head", nn.ParameterList(work.trained_head()))
         return work
@@ -95,7 +98,7 @@ class MaskedBatch:
     truncated: int = 0
 
 
-class BlocksAtWork:
+class MNTPWork:
     """The objective on an embedder and its data."""
 
     def __init__(self, objective: MNTP, embedder: Embedder, sources: Sequence[Source]) -> None:
@@ -115,15 +118,15 @@ class BlocksAtWork:
         return min(self.objective.block_tokens, self.embedder.backbone.max_tokens)
 
     @property
-    def drawn(self) -> Sequence[Blocks]:
+    def drawn(self) -> Sequence[TokenBlocks]:
         """Blocks of tokens of each source."""
         return self._blocks
 
     @cached_property
-    def _blocks(self) -> list[Blocks]:
+    def _blocks(self) -> list[TokenBlocks]:
         """Tokenizes all texts, once, when the first batch is asked for."""
         return [
-            blocks_of(
+            token_blocks(
                 source, self._ids_of, self._block_tokens, concatenated=self.objective.concatenated
             )
             for source in self.sources
@@ -176,7 +179,7 @@ class BlocksAtWork:
         loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
         texts, labels = batch.texts.to(device), batch.labels.to(device)
         answers = Packed(labels, texts.offsets, texts.pooled)
-        every = chunks_of(texts.lengths, chunks.max_tokens)
+        every = batches_by_length(texts.lengths, chunks.max_tokens)
         every = as_many_as_others(every) if chunks.in_step else every
         for number, members in enumerate(every):
             tokens = answers.take(members).ids

@@ -1,6 +1,7 @@
-"""What an objective is: numbers in a recipe that can be set to work on an embedder and its data."""
+"""The interface between the training loop and an objective, which is all the loop knows of it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from tercet.data.batches.collate import Collator
@@ -9,11 +10,27 @@ from tercet.data.files.sources import Source
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses
 from tercet.types import Packed
+from tercet.vectors import Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """Facts about an objective that the training loop acts on.
+
+    The defaults are safe for every objective: they promise no ability.
+    """
+
+    kinds: tuple[Kind, ...] = ()  # vectors that its loss compares, and whose heads it trains
+    dims: tuple[int, ...] = ()  # shorter widths of dense vectors that it trains as well
+    contrasts: bool = False  # compares each query with the documents of its batch
+    needs_scores: bool = False  # learns scores of the examples' documents; mined ones have none
+    cacheable: bool = False  # takes its tokens from the collator, which may read them from disk
+    shardable: bool = False  # honours Chunks.in_step, and uses weights by running the network only
 
 
 @runtime_checkable
 class TextBatch(Protocol):
-    """A step's texts; what else is in it is between an objective and itself."""
+    """The texts of a step; an objective may add fields that only it reads."""
 
     @property
     def texts(self) -> Packed:
@@ -22,49 +39,54 @@ class TextBatch(Protocol):
 
     @property
     def truncated(self) -> int:
-        """Texts that were cut."""
+        """Number of texts that were cut."""
         ...
 
 
 @runtime_checkable
 class Work(Protocol):
-    """An objective at work: it makes batches, and adds their gradients to the weights."""
+    """An objective bound to an embedder and data: makes batches and computes their gradients."""
 
     @property
     def unit(self) -> str:
-        """What a batch is counted in, for people: examples, texts, blocks of 512 tokens."""
+        """What a batch is counted in, for messages: examples, texts, blocks of 512 tokens."""
         ...
 
     @property
     def drawn(self) -> Sequence[Drawable]:
-        """What batches are drawn of, one for each source."""
+        """The rows that batches are drawn from, one entry for each source."""
         ...
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> TextBatch:
-        """The share of a step that this process takes; the same for the same seed."""
+        """Return this process's share of a step; it depends on rows and seed only."""
         ...
 
     def backward(self, batch: Any, chunks: Chunks, step: int = 0) -> Losses:
-        """Add this process's share of the gradient to the weights; return that of the losses.
+        """Add this process's share of the gradient to the weights and return that of the losses.
 
-        The sum over the processes is the loss of the whole batch. ``step`` counts the optimizer
-        steps before this one, those before an interruption included.
+        The sum over the processes is the loss of the whole batch. ``step`` is the number of
+        optimizer steps before this one, including those before an interruption.
         """
         ...
 
     def finish(self) -> None:
-        """Leave the embedder as a user wants it."""
+        """Undo changes to the embedder that only training needs."""
         ...
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """A frozen dataclass of numbers; what it does begins with ``start``."""
+    """A frozen dataclass of numbers, which ``start`` binds to an embedder and data."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the training loop has to know before it calls ``start``."""
+        ...
 
     def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> Work:
-        """Set to work, before the optimizer is made.
+        """Bind the objective to an embedder and data, before the optimizer is made.
 
         Raises:
-            RecipeError: when the objective and the embedder or the data do not fit together.
+            RecipeError: if the objective does not fit the embedder or the data.
         """
         ...

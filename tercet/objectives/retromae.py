@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tercet.data.batches.blocks import Blocks, blocks_of
+from tercet.data.batches.blocks import TokenBlocks, token_blocks
 from tercet.data.batches.collate import Collator
 from tercet.data.batches.masking import Masking, mask_id
 from tercet.data.batches.sampler import BatchRows
@@ -28,11 +28,12 @@ from tercet.distributed import gather_ints
 from tercet.errors import ModelError, RecipeError
 from tercet.losses.tokens import next_token_loss
 from tercet.models.embedder import Embedder
-from tercet.models.network.chunked import Chunks, Losses, chunks_of, own_random_state
+from tercet.models.network.chunked import Chunks, Losses, own_random_state
 from tercet.models.network.pooling import POOLINGS
 from tercet.objectives.masked_head import MaskedHead, find_masked_head
+from tercet.objectives.objective import Traits
 from tercet.objectives.retromae_decoder import Decoder
-from tercet.segments import offsets_of
+from tercet.segments import batches_by_length, offsets_of
 from tercet.types import Packed
 
 Vocabulary: TypeAlias = Literal["all", "seen"]
@@ -82,9 +83,14 @@ class RetroMAE:
             known = ", ".join(get_args(Vocabulary))
             raise RecipeError(f"vocabulary is {self.vocabulary!r}; choose from {known}")
 
+    @property
+    def traits(self) -> Traits:
+        """No vectors are compared; the token table is read outside the network as well."""
+        return Traits()
+
     def start(
         self, embedder: Embedder, sources: Sequence[Source], collate: Collator
-    ) -> "RetroMAEAtWork":
+    ) -> "RetroMAEWork":
         """Set to work on all texts of the data. ``collate`` is not needed: nothing is contrasted.
 
         Tokenizes the data, and adds the decoder and the transform to the embedder, to be trained.
@@ -94,7 +100,7 @@ class RetroMAE:
             ModelError: for a tokenizer without a mask token, or a ``head`` that is needed and
                 cannot be used.
         """
-        return RetroMAEAtWork(self, embedder, sources)
+        return RetroMAEWork(self, embedder, sources)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +119,7 @@ class HiddenBatch:
         return HiddenBatch(self.texts.to(device), labels, originals, self.seeds, self.truncated)
 
 
-class RetroMAEAtWork:
+class RetroMAEWork:
     """The objective on an embedder and its data."""
 
     def __init__(self, objective: RetroMAE, embedder: Embedder, sources: Sequence[Source]) -> None:
@@ -142,7 +148,7 @@ class RetroMAEAtWork:
         return f"blocks of {self._max_tokens} tokens"
 
     @property
-    def drawn(self) -> Sequence[Blocks]:
+    def drawn(self) -> Sequence[TokenBlocks]:
         """Blocks of tokens of each source."""
         return self._blocks
 
@@ -155,10 +161,10 @@ class RetroMAEAtWork:
         return self.embedder.backbone.model.get_input_embeddings().weight
 
     @cached_property
-    def _blocks(self) -> list[Blocks]:
+    def _blocks(self) -> list[TokenBlocks]:
         """All texts of the data, tokenized once; each token with the mark of its word's start."""
         return [
-            blocks_of(source, self._marked, self._max_tokens, every_text=True)
+            token_blocks(source, self._marked, self._max_tokens, every_text=True)
             for source in self.sources
         ]
 
@@ -201,7 +207,7 @@ class RetroMAEAtWork:
         # One gather of the table's rows a step: its gradient is as large as the table.
         rows = self._table if self._known is None else self._table[self._known]
         leaf = rows.detach().requires_grad_(rows.requires_grad)
-        for number, members in enumerate(chunks_of(lengths, chunks.max_tokens) if lengths else []):
+        for number, members in enumerate(batches_by_length(lengths, chunks.max_tokens)):
             with own_random_state(batch.texts, chunks.seed, number):
                 parts = self._losses(batch, members, leaf, totals)
             if parts[0].requires_grad:

@@ -11,7 +11,8 @@ from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.models.tokens import Tokens
-from tercet.objectives.contrastive import Contrastive, PairsAtWork
+from tercet.objectives.contrastive import Contrastive, PairWork
+from tercet.objectives.objective import Traits
 from tercet.types import Role
 
 TRIED: Final = 4  # texts that are looked at twice before the training begins
@@ -39,9 +40,12 @@ class SimCSE:
         if self.max_tokens < 4:
             raise RecipeError(f"max_tokens is {self.max_tokens}; give 4 or more")
 
-    def start(
-        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
-    ) -> PairsAtWork:
+    @property
+    def traits(self) -> Traits:
+        """Dense vectors are compared; tokens are not the collator's, since prompts are left out."""
+        return Traits(kinds=("dense",), contrasts=True, shardable=True)
+
+    def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> PairWork:
         """Set to work on texts, each of which is an example with itself as the answer.
 
         Raises:
@@ -56,14 +60,14 @@ class SimCSE:
 
         embedder.backbone.attention_dropout = self.attention_dropout
         bare = replace(collate, tokenize=tokenize, prompt_of=lambda role, task: "", in_batch="all")
-        loss = Contrastive(temperature=self.temperature).of_vectors
-        work = PairsAtWork(loss, embedder, sources, bare, "texts, in two views each", finish)
+        loss = Contrastive(temperature=self.temperature).loss
+        work = PairWork(loss, embedder, sources, bare, "texts, in two views each", finish)
         _require_two_views(embedder, work)
         return work
 
 
 @torch.no_grad()
-def _require_two_views(embedder: Embedder, work: PairsAtWork) -> None:
+def _require_two_views(embedder: Embedder, work: PairWork) -> None:
     examples = work.drawn[0].examples(range(min(TRIED, len(work.drawn[0]))))
     texts = work.collate(examples, [0]).texts.to(embedder.device)
     training = embedder.training

@@ -14,7 +14,8 @@ from tercet.errors import RecipeError
 from tercet.losses.unified import Lesson, Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Losses
-from tercet.objectives.contrastive import Contrastive, PairsAtWork, pairs_of
+from tercet.objectives.contrastive import Contrastive, PairWork, pairs_of
+from tercet.objectives.objective import Traits
 from tercet.segments import offsets_of
 from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors, Weights
 
@@ -59,9 +60,19 @@ class Unified:
         if self.dims and "dense" not in self.kinds:
             raise RecipeError("dims are of dense vectors, which this stage does not train")
 
-    def start(
-        self, embedder: Embedder, sources: Sequence[Source], collate: Collator
-    ) -> PairsAtWork:
+    @property
+    def traits(self) -> Traits:
+        """Vectors of all ``kinds`` are compared."""
+        return Traits(
+            kinds=self.kinds,
+            dims=self.dims,
+            contrasts=True,
+            needs_scores=self.lesson != "none",
+            cacheable=True,
+            shardable=True,
+        )
+
+    def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> PairWork:
         """Set to work on examples.
 
         Raises:
@@ -78,9 +89,9 @@ class Unified:
                 "coordinates; give lengths up to that"
             )
         unit = f"{pairs_of(collate)}, by {' and '.join(self.kinds)} vectors"
-        return PairsAtWork(self.of_vectors, embedder, sources, collate, unit, kinds=self.kinds)
+        return PairWork(self.loss, embedder, sources, collate, unit, kinds=self.kinds)
 
-    def of_vectors(self, vectors: Vectors, batch: Batch, step: int = 0) -> Losses:
+    def loss(self, vectors: Vectors, batch: Batch, step: int = 0) -> Losses:
         """The losses after so many steps: this process's share, where there are several."""
         queries, docs = vectors.take(slice(batch.queries)), vectors.take(slice(batch.queries, None))
         relation = batch.relation.gathered()

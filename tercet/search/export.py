@@ -1,12 +1,12 @@
 """Texts into files of vectors, some texts at a time: arrays in a folder, or rows for an engine."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 
@@ -17,17 +17,13 @@ from tercet.files.arrays import NAMES, GrowingArray, VectorWriter
 from tercet.files.atomic import clear_about, replacing_file, replacing_folder
 from tercet.files.progress import Bars, bar
 from tercet.models.embedder import Embedder
-from tercet.search.indexing import bytes_of
+from tercet.search.indexing import bytes_of, document_batches
 from tercet.search.rows import TAKEN, EngineRow, FormatName, json_line, lines_of, parts_of
 from tercet.segments import row_of
 from tercet.types import Role
 from tercet.vectors import KINDS, Kind, Vectors
 
-TEXTS_AT_ONCE: Final = 256
-CHARACTERS_AT_ONCE: Final = 200_000  # long texts have many token vectors
 WINDOW_OF_TEXTS: Final = 50_000  # of dense vectors alone: those that encode sorts by length
-
-Thing = TypeVar("Thing", str, Document)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +69,7 @@ def write_vectors(
     written = Written()
     with replacing_folder(out) as fresh, bars("encode", total) as advance:
         with VectorWriter(fresh) as writer:
-            for batch in batches(texts):
+            for batch in document_batches(texts, len):
                 vectors = _encoded(embedder, batch, wanted)
                 writer.add(vectors)
                 written.texts += len(batch)
@@ -138,7 +134,7 @@ def write_rows(
     written = Written()
     with replacing_file(out) as fresh, bar("encode", total) as advance:
         with clear_about(out), fresh.open("wb") as opened:
-            for batch in batches(documents):
+            for batch in document_batches(documents, lambda document: len(document.text)):
                 rows = [_row_of(document) for document in batch]
                 vectors = _encoded(embedder, [row.text for row in rows], wanted)
                 for row, parts in zip(rows, parts_of(form, vectors), strict=True):
@@ -221,17 +217,3 @@ def _refuse_other_files(out: Path) -> None:
             f"{out}: holds {shown(other.name)}, which is no array of vectors of texts, and would "
             "be replaced as a whole; name another folder"
         )
-
-
-def batches(things: Iterable[Thing]) -> Iterator[list[Thing]]:
-    """Runs of texts or documents whose vectors of every kind fit in memory together."""
-    batch: list[Thing] = []
-    characters = 0
-    for thing in things:
-        batch.append(thing)
-        characters += len(thing if isinstance(thing, str) else thing.text)
-        if len(batch) == TEXTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -10,12 +10,13 @@ from itertools import islice
 from typing import Any, Final
 
 from tercet.data.files.documents import Document
-from tercet.data.files.texts import spread
+from tercet.data.files.texts import evenly_spaced
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.rank import quantized
 from tercet.rank.quantized import Ranges, Stored
 from tercet.search.engine.engine import Engine, Record
+from tercet.segments import Item, batches_within
 from tercet.vectors import KINDS, Kind, Vectors
 
 DOCUMENTS_AT_ONCE: Final = 256  # so many a kill may cost
@@ -73,7 +74,8 @@ def index_documents(
     seen: set[str] = set()
     encoded = removed = 0
     with bar("index", total) as advance:
-        for batch in _batches(documents):
+        records = (Record(each.id, each.text, each.title, each.fields) for each in documents)
+        for batch in document_batches(records, lambda record: len(record.text)):
             seen.update(record.id for record in batch)
             there = engine.fetch([record.id for record in batch])
             new = [record for record, old in zip(batch, there, strict=True) if record != old]
@@ -123,7 +125,7 @@ def learned_ranges(documents: Iterable[Document], encode: Encode, count: int) ->
         ModelError: when no two of their vectors differ.
     """
     most = min(max(_LEARNED[0], count // _SHARE), _LEARNED[1])
-    texts = spread((document.text for document in documents), most)
+    texts = evenly_spaced((document.text for document in documents), most)
     dense = encode(texts).dense
     assert dense is not None, "codes are of dense vectors"
     return Ranges.learned(dense.numpy()), len(texts)
@@ -147,14 +149,10 @@ def bytes_of(vectors: Vectors, stored: Stored = "float32") -> dict[Kind, int]:
     return found
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    characters = 0
-    for document in documents:
-        batch.append(Record(document.id, document.text, document.title, document.fields))
-        characters += len(document.text)
-        if len(batch) == DOCUMENTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def document_batches(
+    documents: Iterable[Item], characters_of: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """Cut documents or texts into batches whose vectors of every kind fit into memory."""
+    return batches_within(
+        documents, CHARACTERS_AT_ONCE, characters_of, most=DOCUMENTS_AT_ONCE, overshoot=True
+    )

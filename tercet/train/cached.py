@@ -8,8 +8,6 @@ from tercet.data.batches.collate import Collator
 from tercet.data.batches.token_cache import CachedTokens, shelves_of
 from tercet.data.files.sources import Source
 from tercet.models.embedder import Embedder
-from tercet.objectives.contrastive import Contrastive
-from tercet.objectives.unified import Unified
 from tercet.train.batches import max_tokens_of
 from tercet.train.recipe import Stage
 from tercet.types import Role
@@ -26,7 +24,7 @@ def with_cached_tokens(
     Raises:
         StorageError: when the disk refuses.
     """
-    if not isinstance(stage.objective, Contrastive | Unified):
+    if not stage.objective.traits.cacheable:
         return collate
     tokenizer = embedder.tokenizer.stock.backend_tokenizer.to_str()
     digest = hashlib.blake2b(tokenizer.encode(), digest_size=16).hexdigest()

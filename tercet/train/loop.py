@@ -86,7 +86,7 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
             torch.manual_seed(recipe.seed + number)
             embedder.backbone.add_lora(lora.rank, lora.alpha, lora.dropout)
             embedder.to(device)
-        untrained -= {*getattr(stage.objective, "kinds", ())}
+        untrained -= {*stage.objective.traits.kinds}
         made: tuple[Kind, ...] = tuple(kind for kind in kinds if kind not in untrained)
         embedder.settings = replace(embedder.settings, kinds=made)
         warn_of_idle_heads(stage, recipe.model, made)
@@ -121,7 +121,7 @@ def _describe_model(
     record: Mapping[str, Any],
 ) -> None:
     """Give an embedder the widths that a stage trains, and say how it was made."""
-    dims = getattr(stage.objective, "dims", ())
+    dims = stage.objective.traits.dims
     if short := {dim for dim in dims if dim < embedder.dim}:
         known = {*embedder.settings.dims, *short}
         embedder.settings = replace(embedder.settings, dims=tuple(sorted(known)))

@@ -154,6 +154,6 @@ def _free_bytes(device: torch.device) -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024 // distributed.beside()
+        return int(fields["MemAvailable"].split()[0]) * 1024 // distributed.local_world_size()
     except (OSError, KeyError):  # not Linux: assume that half of the memory is free
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

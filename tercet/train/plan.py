@@ -107,7 +107,7 @@ def require_widths(recipe: Recipe, dim: int) -> None:
         RecipeError: when one of them is longer than the model's vectors.
     """
     for stage in recipe.stages:
-        dims = getattr(stage.objective, "dims", ())
+        dims = stage.objective.traits.dims
         if max(dims, default=0) > dim:
             raise RecipeError(
                 f"dims are {list(dims)}, but the model's vectors have {dim} coordinates; give "
@@ -117,7 +117,7 @@ def require_widths(recipe: Recipe, dim: int) -> None:
 
 def warn_of_idle_heads(stage: Stage, model: Model, made: Sequence[Kind]) -> None:
     """Say which heads stay as they are while the network below them is trained."""
-    trained = getattr(stage.objective, "kinds", ("dense",))
+    trained = stage.objective.traits.kinds
     idle = [kind for kind in made if kind != "dense" and kind not in trained]
     if idle and not model.freeze_backbone:
         log.warning(

@@ -135,6 +135,11 @@ class Stage:
     patience: int | None = None  # evaluations without a better result until it stops
 
     def __post_init__(self) -> None:
+        if not isinstance(self.objective, Objective):
+            raise RecipeError(
+                f"the stage {self.name} has a {type(self.objective).__name__} for its objective, "
+                "which must have a property `traits` and a method `start` (see docs/extending.md)"
+            )
         choices_of = {"in_batch": Policy, "mixing": Mixing, "shuffle_at": CutName}
         choices_of |= {} if self.batching is None else {"batching": Batching}
         for name, choices in choices_of.items():
@@ -175,11 +180,10 @@ class Stage:
             )
 
     def _check_refresh(self) -> None:
-        lesson = getattr(self.objective, "lesson", "none")
-        if self.refresh is not None and lesson != "none":
+        if self.refresh is not None and self.objective.traits.needs_scores:
             raise RecipeError(
-                f"the stage {self.name} learns a reranker's scores (lesson {lesson!r}), and the "
-                "negatives of a refresh have none; leave one of them out"
+                f"the stage {self.name} learns the scores of a reranker, and the negatives that a "
+                "refresh mines have none; remove the refresh or that part of the objective"
             )
 
 

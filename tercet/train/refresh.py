@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from tercet import distributed
-from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import documents as mining_documents
 from tercet.curate.mining.documents import text_key
 from tercet.curate.mining.mine import Miner, Mining
 from tercet.data.files.documents import read_documents
@@ -226,7 +226,7 @@ class _Part:
 
 
 def _parts(sources: Sequence[Source]) -> list[_Part]:
-    size = corpus.SHARD
+    size = mining_documents.SHARD
     return [
         _Part(number, range(start, min(start + size, len(source))))
         for number, source in enumerate(sources)

@@ -10,10 +10,8 @@ from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.checkpointing import layers_of
-from tercet.objectives.contrastive import PairsAtWork
-from tercet.objectives.mntp import BlocksAtWork
-from tercet.objectives.objective import Work
 from tercet.sharding import Sharded
+from tercet.train.recipe import Stage
 
 
 class Spread:
@@ -66,17 +64,15 @@ def blocks_of(backbone: Backbone) -> list[nn.Module]:
     return [backbone.model.get_input_embeddings(), *layers] if layers else []
 
 
-def require_in_step(name: str, work: Work) -> None:
-    """Refuse an objective whose processes do not run through the network equally often.
-
-    RetroMAE is one: it reads the token table from outside as well.
+def require_shardable(stage: Stage) -> None:
+    """Refuse a stage whose objective cannot be trained with sharded weights.
 
     Raises:
-        RecipeError: when the stage of this name has one.
+        RecipeError: if the objective says that it is not ``shardable``.
     """
-    if not isinstance(work, PairsAtWork | BlocksAtWork):
+    if not stage.objective.traits.shardable:
         raise RecipeError(
-            f"the stage {name} cannot be trained with shard_weights: it needs the token table "
-            "whole, and its processes do not run in step; train it in a run of its own without, "
-            "and give its model to the other stages as their base"
+            f"the stage {stage.name} cannot be trained with shard_weights, which "
+            f"{type(stage.objective).__name__} does not support; train it in a separate run "
+            "without, and use its model as the base of the other stages"
         )

@@ -22,7 +22,6 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.checkpointing import recomputable, recomputed
 from tercet.models.network.chunked import Chunks, Losses
 from tercet.models.network.precision import warning_of
-from tercet.objectives.contrastive import PairsAtWork
 from tercet.objectives.objective import TextBatch
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.train import checkpoint, optimizer, schedule
@@ -42,7 +41,7 @@ from tercet.train.plan import (
 )
 from tercet.train.recipe import Stage
 from tercet.train.refresh import Refresher
-from tercet.train.sharded import Spread, require_in_step
+from tercet.train.sharded import Spread, require_shardable
 from tercet.train.snapshots import Series
 
 BEST: Final = "best.pt"
@@ -81,7 +80,7 @@ class Trainer:
         self.work = stage.objective.start(embedder, self.sources, collate)
         self.spread = None
         if run.shards_weights:
-            require_in_step(stage.name, self.work)
+            require_shardable(stage)
             self.spread = Spread(embedder, run.find_device())
         self.recomputed = recomputable(embedder.backbone) if run.checkpoint_activations else []
         self.optimizer = optimizer.adamw(embedder, stage)
@@ -89,7 +88,7 @@ class Trainer:
         self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
         self.room = room_of(
             embedder,
-            getattr(self.work, "kinds", ()),
+            stage.objective.traits.kinds,
             run.memory_gb,
             half=run.precision == "bfloat16",
             recomputed=bool(self.recomputed),
@@ -413,7 +412,7 @@ class Trainer:
         kind = getattr(torch, self.options.precision)
         if (warning := warning_of(kind, self.embedder.device)) is not None:
             self.say(f"tercet: note: {warning}")
-        if isinstance(self.work, PairsAtWork):
+        if self.stage.objective.traits.contrasts:
             groups = self.groups or Groups((), (min(self.stage.batch_size, rows),))
             self.say(Candidates.of(self.stage, self.sources).told(groups))
 

@@ -164,7 +164,7 @@ def test_an_interrupted_command_says_so_with_status_130(tercet, files, monkeypat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tercet.cli.data.check_examples", interrupted)
+    monkeypatch.setattr("tercet.cli.data.check_data", interrupted)
     ended = tercet("check", files / "pairs.jsonl")
     assert ended.status == 130 and ended.err.startswith("tercet: stopped; ")
 

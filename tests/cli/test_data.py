@@ -54,7 +54,7 @@ def test_check_tells_a_folder_source_by_source(tercet, sources, encoder_folder, 
     lines = [cells(line) for line in ended.out.splitlines()]
     assert ["news", "de", "9", "37.5%", "2", "0.0%"] in lines
     assert ["nq", "-", "6", "25.0%", "2", "0.0%"] in lines
-    assert ["all", "24", "100.0%", "6"] in lines
+    assert ["all", "-", "24", "100.0%", "6", "0.0%"] in lines
     assert ["news", "de", "1"] in lines and ["nq", "-", "0"] in lines
     first = json.loads(report.read_text())["sources"][0]
     assert (first["source"], first["lang"], first["overlap"]) == ("news", "de", {"test.jsonl": 1})

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tercet.curate.jobs.job import DoUnit, Report, Unit, run_units
+from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import Runner
 from tercet.errors import DataError
 from tercet.files.atomic import replacing_file
 
 
-def units(count: int) -> list[Unit]:
-    return [Unit(f"numbers/{number}", {"number": number}) for number in range(count)]
+def units(count: int) -> list[WorkUnit]:
+    return [WorkUnit(f"numbers/{number}", {"number": number}) for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Squares:
         self._tell("opened")
         return self._do
 
-    def _do(self, unit: Unit) -> Report:
+    def _do(self, unit: WorkUnit) -> UnitReport:
         number = unit.reads["number"]
         self._tell(f"begun {number}")
         time.sleep(self.pause)

@@ -10,7 +10,7 @@ from tercet.data.batches.collate import Collator
 from tercet.data.batches.sampler import BatchRows
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
-from tercet.objectives.retromae import RetroMAE, RetroMAEAtWork
+from tercet.objectives.retromae import RetroMAE, RetroMAEWork
 from tests.toy import save_model
 
 KINDS = ["bert", "xlm-roberta", "modernbert", "llama"]
@@ -26,7 +26,7 @@ def quiet_model(folder: Path, kind: str) -> Path:
     return folder
 
 
-def at_work(folder, source, **numbers) -> tuple[Embedder, RetroMAEAtWork]:
+def at_work(folder, source, **numbers) -> tuple[Embedder, RetroMAEWork]:
     embedder = Embedder.load(folder, attention="bidirectional", pooling="first").double()
     objective = RetroMAE(**{"max_tokens": 32, **numbers})
     collate = Collator(tokenize=embedder.tokenize, prompt_of=lambda role, task: "")

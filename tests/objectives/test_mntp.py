@@ -16,7 +16,7 @@ from tercet.errors import ModelError, RecipeError
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
 from tercet.objectives.lm_head import load_head
-from tercet.objectives.mntp import MNTP, NO_LABEL, BlocksAtWork
+from tercet.objectives.mntp import MNTP, NO_LABEL, MNTPWork
 from tests.toy import DECODERS, SENTENCES, byte_bpe
 
 
@@ -45,13 +45,13 @@ def collator(embedder):
     return Collator(tokenize=embedder.tokenize, prompt_of=lambda role, task: "")
 
 
-def at_work(folder, source, **numbers) -> tuple[Embedder, BlocksAtWork]:
+def at_work(folder, source, **numbers) -> tuple[Embedder, MNTPWork]:
     embedder = Embedder.load(folder, attention="bidirectional")
     objective = MNTP(**{"head": str(folder), "block_tokens": 32, **numbers})
     return embedder, objective.start(embedder, [source], collator(embedder))
 
 
-def rows(work: BlocksAtWork, *chosen: int) -> BatchRows:
+def rows(work: MNTPWork, *chosen: int) -> BatchRows:
     return BatchRows(np.zeros(len(chosen), np.int16), np.array(chosen))
 
 

@@ -14,7 +14,7 @@ from tercet.errors import RecipeError
 from tercet.losses.unified import Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses
-from tercet.objectives.contrastive import PairsAtWork
+from tercet.objectives.contrastive import PairWork
 from tercet.objectives.unified import Unified
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.train.log import read
@@ -70,7 +70,7 @@ def data(folder: Path, name: str = "plain") -> dict[str, list[Source]]:
     return {"examples": [open_source(folder / f"{name}.jsonl")]}
 
 
-def at_work(folder: Path, base: str, objective: Unified, name: str = "plain") -> PairsAtWork:
+def at_work(folder: Path, base: str, objective: Unified, name: str = "plain") -> PairWork:
     from tercet.train.loop import build, prompts_of
     from tercet.train.trainer import collator_of
 
@@ -84,7 +84,7 @@ def at_work(folder: Path, base: str, objective: Unified, name: str = "plain") ->
     return objective.start(embedder, sources, collate)
 
 
-def gradients(work: PairsAtWork, chunks: Chunks, step: int = 0) -> tuple[Losses, dict[str, Tensor]]:
+def gradients(work: PairWork, chunks: Chunks, step: int = 0) -> tuple[Losses, dict[str, Tensor]]:
     batch = work.collate(work.drawn[0].examples(range(6)), [0, step])
     work.embedder.zero_grad()
     losses = work.backward(batch, chunks, step)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.curate.mining import documents as corpus
-from tercet.curate.mining import relevant as catalog
-from tercet.curate.mining.documents import Pool, Texts
+from tercet.curate.mining import documents as mining_documents
+from tercet.curate.mining import relevant as mining_relevant
+from tercet.curate.mining.documents import Pool, TextStore
 from tercet.curate.mining.mine import Mining, mine
 from tercet.curate.mining.rules import ABSENT, LEFT, TOO_CLOSE, MiningRule, judge
 from tercet.data.batches.relation import relation_of
@@ -29,18 +29,18 @@ def random():
 
 
 def small_shards(patch: pytest.MonkeyPatch, size: int) -> None:
-    for module in (corpus, catalog):
+    for module in (mining_documents, mining_relevant):
         patch.setattr(module, "SHARD", size)
 
 
 def pool_of(folder: Path, vectors: np.ndarray) -> Pool:
-    pool = Pool("", Texts(folder))
+    pool = Pool("", TextStore(folder))
     for row in range(len(vectors)):
         pool.add(f"text {row}")
     pool.texts.close()
-    for start in range(0, len(vectors), corpus.SHARD):
+    for start in range(0, len(vectors), mining_documents.SHARD):
         pool.shards.append(folder / f"{start}.npy")
-        np.save(pool.shards[-1], vectors[start : start + corpus.SHARD])
+        np.save(pool.shards[-1], vectors[start : start + mining_documents.SHARD])
     return pool
 
 
@@ -209,7 +209,7 @@ def test_a16_equal_texts_of_a_batch_are_ignored_whichever_example_brought_them()
 
 def test_a17_no_product_of_mining_is_larger_than_its_block(random, tmp_path, monkeypatch):
     small_shards(monkeypatch, 4)
-    monkeypatch.setattr(corpus, "_TOGETHER", 3)
+    monkeypatch.setattr(mining_documents, "_TOGETHER", 3)
     sizes: list[int] = []
     stock = torch.mm
 
@@ -225,7 +225,7 @@ def test_a17_no_product_of_mining_is_larger_than_its_block(random, tmp_path, mon
 
 
 def test_a17_blocks_of_scores_stay_below_two_to_the_31():
-    assert corpus._TOGETHER * corpus.SHARD < 2**31
+    assert mining_documents._TOGETHER * mining_documents.SHARD < 2**31
     assert exact._QUERY_BLOCK * 16_384 < 2**31
     # 131,072 queries against as many documents are 2 ** 34 scores, and 4 bytes each.
     assert contrastive.block_of(131_072) * 131_072 * 4 <= contrastive.BLOCK_BYTES < 2**31

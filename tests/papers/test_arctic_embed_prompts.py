@@ -40,7 +40,7 @@ def test_a19_documents_get_no_prefix(saved, bare):
 def test_a19_an_evaluation_uses_the_prompts_of_the_folder_and_drops_them_by_force_alone(
     saved, encoder_folder, tmp_path, capsys
 ):
-    from tercet.cli import app as main
+    from tercet.cli import main
 
     file = tmp_path / "de.jsonl"
     rows = ({"query": text.split()[-1], "positives": [text]} for text in SENTENCES)

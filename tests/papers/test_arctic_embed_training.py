@@ -25,7 +25,7 @@ from tercet.data.files.sources import open_source, write_examples
 from tercet.losses.info_nce import info_nce
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
-from tercet.objectives.contrastive import Contrastive, PairsAtWork
+from tercet.objectives.contrastive import Contrastive, PairWork
 from tercet.types import NEGATIVE, POSITIVE, Example
 from tests import toy
 from tests.losses.test_info_nce import (
@@ -70,7 +70,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def at_work(base: Path) -> tuple[Embedder, PairsAtWork]:
+def at_work(base: Path) -> tuple[Embedder, PairWork]:
     """In float64 and without dropout."""
     embedder = Embedder.load(base, pooling="first").double().eval()
     collate = Collator(

@@ -173,10 +173,10 @@ def test_a_run_killed_in_any_stage_ends_with_the_bits_of_one_that_was_not(
 
         return step
 
-    from tercet.objectives.contrastive import PairsAtWork
+    from tercet.objectives.contrastive import PairWork
 
     with monkeypatch.context() as patch:
-        for work in (mntp.BlocksAtWork, PairsAtWork):
+        for work in (mntp.MNTPWork, PairWork):
             patch.setattr(work, "backward", dying(work.backward))
         with pytest.raises(Killed):
             train(small(base), data, tmp_path / "killed", run=QUIET)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tercet.cli import app as main
+from tercet.cli import main
 from tercet.data.files.sources import write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.report.intervals import paired_difference

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tercet.cli import app as main
+from tercet.cli import main
 from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import DataError, RecipeError
 from tercet.evaluate.measures.retrieval import measure

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tercet.curate.mining import documents as corpus
-from tercet.curate.mining import relevant as catalog
+from tercet.curate.mining import documents as mining_documents
+from tercet.curate.mining import relevant as mining_relevant
 from tercet.curate.mining.mine import Mining
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import Source, open_source, write_examples
@@ -24,8 +24,8 @@ PART = 10  # rows that are mined together
 
 
 def small_parts(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(corpus, "SHARD", PART)
-    patch.setattr(catalog, "SHARD", PART)
+    patch.setattr(mining_documents, "SHARD", PART)
+    patch.setattr(mining_relevant, "SHARD", PART)
 
 
 def rows() -> list[Example]:

@@ -212,16 +212,16 @@ def test_a_finished_run_is_not_run_again(data, recipe, tmp_path):
 def test_a_loss_that_is_not_a_number_stops_names_the_batch_and_keeps_the_checkpoint(
     data, recipe, tmp_path, monkeypatch
 ):
-    normal = Contrastive.__call__
+    normal = Contrastive.loss
     calls = []
 
-    def broken(self, vectors, batch):
+    def broken(self, vectors, batch, step):
         calls.append(1)
         losses = normal(self, vectors, batch)
         return {"loss": losses["loss"] * (float("nan") if len(calls) == 5 else 1.0)}
 
     with monkeypatch.context() as patch:
-        patch.setattr(Contrastive, "__call__", broken)
+        patch.setattr(Contrastive, "loss", broken)
         with pytest.raises(TrainingError) as caught:
             train(recipe, [data], tmp_path / "run", run=QUIET)
     message = str(caught.value)

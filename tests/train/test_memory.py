@@ -8,7 +8,8 @@ from transformers import BertConfig, Gemma2Config
 
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH
-from tercet.models.network.chunked import _first_kept, chunks_of
+from tercet.models.network.chunked import _first_kept
+from tercet.segments import batches_by_length
 from tercet.train.memory import COPIES, Room, graph_bytes, pair_bytes
 from tercet.types import Packed
 from tercet.vectors import Terms, TokenRows, Vectors
@@ -73,7 +74,7 @@ def test_the_graphs_that_are_kept_take_no_more_than_there_is(seed):
     for share in (0.02, 0.3, 0.6, 0.9, 1.0):
         room = replace(sparse, total=beside + share * graph_of_all)
         for max_tokens in (1, 2048):
-            members = chunks_of(texts.lengths, max_tokens)
+            members = batches_by_length(texts.lengths, max_tokens)
             sizes = [sum(lengths[text] for text in chunk) for chunk in members]
             first = _first_kept(sizes, room.graph_tokens(texts))
             kept = [lengths[text] for chunk in members[first:] for text in chunk]

@@ -48,6 +48,14 @@ def test_so_do_the_other_parts(kind, name, value):
         kind(**{name: value})
 
 
+def test_an_object_that_is_not_an_objective_is_refused():
+    class WithoutTraits:
+        def start(self, embedder, sources, collate): ...
+
+    with pytest.raises(RecipeError, match=r"a WithoutTraits for its objective, which must have a"):
+        Stage(name="toy", objective=WithoutTraits())  # pyright: ignore[reportArgumentType]
+
+
 def test_a_text_cannot_be_cut_to_its_special_tokens():
     with pytest.raises(RecipeError, match=r"^query_tokens is 3; give 4 or more"):
         Model(base="minilm", query_tokens=3)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import documents as mining_documents
 from tercet.curate.mining.mine import Miner
 from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
-from tercet.objectives.contrastive import PairsAtWork
+from tercet.objectives.contrastive import PairWork
 from tercet.train import refresh as refreshing
 from tercet.train import trainer
 from tercet.train.log import read
@@ -58,13 +58,13 @@ def test_training_reads_new_negatives_after_every_refresh_and_says_so(
     source, recipe, tmp_path, monkeypatch
 ):
     batches: list[list[Example]] = []
-    batch = PairsAtWork.batch
+    batch = PairWork.batch
 
-    def recorded(self: PairsAtWork, rows: Any, seed: Any) -> Any:
+    def recorded(self: PairWork, rows: Any, seed: Any) -> Any:
         batches.append(rows.examples(self.drawn))
         return batch(self, rows, seed)
 
-    monkeypatch.setattr(PairsAtWork, "batch", recorded)
+    monkeypatch.setattr(PairWork, "batch", recorded)
     said: list[str] = []
     train(recipe, [source], tmp_path / "run", run=QUIET, say=said.append)
     plain = replace(recipe, stages=(replace(recipe.stages[0], refresh=None),))
@@ -108,7 +108,7 @@ def dying(monkeypatch, where: Any, name: str, after: int) -> None:
 
 # Mining writes three parts, each with a file of counts, about.json before and refresh.json after.
 KILLS = {
-    "while documents are encoded": (corpus, "replacing_file", 2),
+    "while documents are encoded": (mining_documents, "replacing_file", 2),
     "between two parts": (refreshing, "write_examples", 1),
     "before it is done": (refreshing, "_write_json", 4),
     "before the one before is deleted": (Refresher, "_sweep", 1),

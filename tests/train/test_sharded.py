@@ -14,21 +14,20 @@ from torch.distributed.tensor import DTensor
 
 from tercet import distributed
 from tercet.data.batches.sampler import BatchRows
-from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError, TrainingError
 from tercet.models.embedder import Embedder
 from tercet.models.network.backbone import Backbone
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
+from tercet.objectives.retromae import RetroMAE
 from tercet.sharding import whole_of
 from tercet.train import loop
-from tercet.train.recipe import Lora, Model, Recipe
+from tercet.train.recipe import Lora, Model, Recipe, Stage
 from tercet.train.run import Run
-from tercet.train.sharded import blocks_of, require_in_step
+from tercet.train.sharded import blocks_of, require_shardable
 from tercet.train.trainer import Trainer
 from tests import toy
-from tests.objectives import retromaes
 from tests.processes import run_together
 from tests.train import test_two_processes as two
 
@@ -158,15 +157,15 @@ def resumed(folder: Path, out: str, run: Run) -> dict[str, Any]:
 
 def complaint_about_nan(folder: Path) -> str:
     """What is said when the second process alone has a bad loss, at step 2."""
-    normal, calls = Contrastive.__call__, []
+    normal, calls = Contrastive.loss, []
 
-    def broken(self: Contrastive, vectors: Tensor, batch: Any) -> dict[str, Tensor]:
+    def broken(self: Contrastive, vectors: Any, batch: Any, step: int) -> dict[str, Tensor]:
         calls.append(1)
         bad = len(calls) == 2 and distributed.rank() == 1
         return {"loss": normal(self, vectors, batch)["loss"] * (float("nan") if bad else 1.0)}
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as caught:
-        patch.setattr(Contrastive, "__call__", broken)
+        patch.setattr(Contrastive, "loss", broken)
         two.trained(folder, "two nan", two.recipe(folder), SHARDED)
     return str(caught.value)
 
@@ -304,10 +303,10 @@ def test_one_process_holds_all_weights_whatever_was_asked(folder):
     two.trained(folder, "one sharded", two.recipe(folder, steps=1), SHARDED)
 
 
-def test_an_objective_that_does_not_run_in_step_is_refused(folder):
-    _, work = retromaes.at_work(folder / "base", open_source(folder / "pairs.jsonl"))
-    with pytest.raises(RecipeError, match="the stage retromae cannot be trained with shard_wei"):
-        require_in_step("retromae", work)
+def test_an_objective_that_is_not_shardable_is_refused():
+    stage = Stage(name="retromae", objective=RetroMAE())
+    with pytest.raises(RecipeError, match="shard_weights, which RetroMAE does not support"):
+        require_shardable(stage)
 
 
 @pytest.mark.parametrize("kind", [*toy.ENCODERS, *toy.DECODERS])

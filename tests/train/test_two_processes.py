@@ -160,15 +160,15 @@ def killed(folder: Path, out: str) -> None:
 
 def complaint_about_nan(folder: Path, out: str) -> str:
     """What is said when the second process alone has a bad loss, at step 3."""
-    normal, calls = Contrastive.__call__, []
+    normal, calls = Contrastive.loss, []
 
-    def broken(self: Contrastive, vectors: Tensor, batch: Any) -> dict[str, Tensor]:
+    def broken(self: Contrastive, vectors: Any, batch: Any, step: int) -> dict[str, Tensor]:
         calls.append(1)
         bad = len(calls) == 3 and distributed.rank() == 1
         return {"loss": normal(self, vectors, batch)["loss"] * (float("nan") if bad else 1.0)}
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError) as caught:
-        patch.setattr(Contrastive, "__call__", broken)
+        patch.setattr(Contrastive, "loss", broken)
         trained(folder, out, recipe(folder))
     return str(caught.value)
 

@@ -26,7 +26,7 @@ from tercet.curate.convert.arctic_batches import (
     TokenBatch,
     check_columns,
 )
-from tercet.curate.mining.documents import Texts
+from tercet.curate.mining.documents import TextStore
 from tercet.data.batches.relation import hash_of
 from tercet.data.files.examples import nonblank, shown, text_of
 from tercet.errors import DataError
@@ -73,7 +73,7 @@ def examples_of_tables(
     path = folder / "documents.parquet"
     with clear_about(work):
         work.mkdir(parents=True, exist_ok=True)
-        texts = Texts(work)
+        texts = TextStore(work)
     with closing(texts):
         ids = array("Q")
         with clear_about(work):
@@ -95,7 +95,7 @@ def examples_of_tables(
 
 
 def _rows_of_queries(
-    path: Path, right: "_Pairs", wrong: "_Pairs", texts: Texts, report: TablesReport
+    path: Path, right: "_Pairs", wrong: "_Pairs", texts: TextStore, report: TablesReport
 ) -> Iterator[Example]:
     seen = array("Q")
     for row, values in _rows(path, (QUERY_ID, QUERY_TEXT)):

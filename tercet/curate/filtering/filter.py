@@ -16,7 +16,7 @@ from tercet.curate.filtering.judge import Judge, Judging, Places, write_verdicts
 from tercet.curate.filtering.pair_rules import RANK
 from tercet.curate.filtering.passing import LEVELS, Filtering, Shard, shards_of
 from tercet.curate.filtering.screen import Screened, Screening, screened
-from tercet.curate.jobs.job import Report, Unit, run_units
+from tercet.curate.jobs.job import UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
@@ -49,7 +49,7 @@ def filter_sources(
         judge=judge, fingerprint=fingerprint, sources=named, filtering=filtering, places=places
     )
     reports: dict[str, dict[str, Any]] = {}
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     of_unit: list[str] = []
     for found in screened(screening, places.work / "manifest", runner):
         _write_dropped(found, places.out)
@@ -97,7 +97,7 @@ def _begun(found: Screened, shards: int) -> dict[str, Any]:
     }
 
 
-def _add(report: dict[str, Any], of_shard: Report) -> None:
+def _add(report: dict[str, Any], of_shard: UnitReport) -> None:
     report["k"] = max(report["k"], of_shard["k"])
     report["dropped"][RANK] += of_shard["pairs"] - of_shard["kept"]
     report["score"] += of_shard["score_total"] / report["ranked"]

@@ -19,8 +19,8 @@ from tercet.curate.filtering.pair_rules import KEPT, RANK
 from tercet.curate.filtering.pair_scores import paired_ranks
 from tercet.curate.filtering.passing import LEVELS, Filtering, Shard, save_arrays
 from tercet.curate.filtering.screen import Key
-from tercet.curate.jobs.job import DoUnit, Report, Unit
-from tercet.curate.mining.documents import SHARD, Vectors
+from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit
+from tercet.curate.mining.documents import SHARD, StoredVectors
 from tercet.data.files.examples import example_record
 from tercet.data.files.sources import Source, write_records
 from tercet.files.atomic import replacing_file
@@ -101,7 +101,7 @@ class Judging:
         """The model is loaded when a shard is met that has no ranks yet."""
         return _Worker(self).do
 
-    def unit(self, key: Key, number: int, shard: Shard) -> Unit:
+    def unit(self, key: Key, number: int, shard: Shard) -> WorkUnit:
         """A unit for a shard, whose pairs are written for the process that does it."""
         source = self.sources[key.source]
         reads = {
@@ -110,12 +110,12 @@ class Judging:
             "to": f"{key.folder}/{number:04}.parquet",
             "pairs": shard.digest,
         }
-        unit = Unit(f"{key.folder}/{number:04}", reads, size=len(shard.rows))
+        unit = WorkUnit(f"{key.folder}/{number:04}", reads, size=len(shard.rows))
         if not (path := self.folder(unit) / "pairs.npz").exists():
             shard.write(path)
         return unit
 
-    def folder(self, unit: Unit) -> Path:
+    def folder(self, unit: WorkUnit) -> Path:
         """Where the pairs of a shard, its vectors for a while, and its ranks are."""
         told = json.dumps([self._of_ranks, unit.reads["source"], unit.reads["pairs"]])
         name = hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
@@ -133,7 +133,7 @@ class _Worker:
         """The model, loaded when it is first needed."""
         return self.job.judge.load()
 
-    def do(self, unit: Unit) -> Report:
+    def do(self, unit: WorkUnit) -> UnitReport:
         """Rank a shard, and write its verdicts and the pairs that are kept."""
         job, to = self.job, unit.reads["to"]
         shard = Shard.read(job.folder(unit) / "pairs.npz")
@@ -157,7 +157,7 @@ class _Worker:
         }
 
     def _ranks(
-        self, unit: Unit, shard: Shard
+        self, unit: WorkUnit, shard: Shard
     ) -> tuple[Int32[np.ndarray, "pairs"], Float32[np.ndarray, "pairs"]]:
         folder, keep = self.job.folder(unit), self.job.places.keep_vectors
         path = folder / "ranks.npz"
@@ -190,7 +190,7 @@ class _Worker:
         name: str,
     ) -> tuple["_Files", "_Files"]:
         """Vectors of the queries and of the documents, in files of 4,096 rows: a kill loses one."""
-        vectors, settings = Vectors(self.embedder, folder), self.embedder.settings
+        vectors, settings = StoredVectors(self.embedder, folder), self.embedder.settings
         prompts = settings.prompt("query"), settings.prompt("document")
         files: tuple[list[Path], list[Path]] = [], []
         with bar(f"embed {name}", len(rows)) as advance:

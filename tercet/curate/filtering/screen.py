@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int8, Int32, Int64, UInt64
 
 from tercet.curate.filtering.pair_rules import DUPLICATE, KEPT, RULES, PairRules
-from tercet.curate.jobs.job import DoUnit, Report, Unit, run_units
+from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.curate.mining.documents import text_key
 from tercet.data.files.sources import Source
@@ -91,10 +91,10 @@ class Screening:
         return self._screen
 
     @property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[WorkUnit]:
         """Runs of rows of each source."""
         return [
-            Unit(
+            WorkUnit(
                 f"{name}/{start // ROWS:06}",
                 {"source": source.fingerprint, "start": start, "of": name},
                 size=min(ROWS, len(source) - start),
@@ -103,13 +103,13 @@ class Screening:
             for start in range(0, len(source), ROWS)
         ]
 
-    def path(self, unit: Unit) -> Path:
+    def path(self, unit: WorkUnit) -> Path:
         """Where the verdicts of a unit are."""
         told = json.dumps([self.settings, unit.reads], sort_keys=True)
         digest = hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
         return self.work / "rules" / f"{digest}.npz"
 
-    def _screen(self, unit: Unit) -> Report:
+    def _screen(self, unit: WorkUnit) -> UnitReport:
         source, langs = self.sources[unit.reads["of"]], dict[str, int]()
         columns: dict[str, list[int]] = {name: [] for name in _TYPES}
         start = unit.reads["start"]
@@ -151,7 +151,7 @@ def screened(screening: Screening, manifest: Path, runner: Runner = LOOP) -> Ite
         DataError: when a source has changed since it was opened.
         StorageError: when the disk refuses.
     """
-    waiting: list[tuple[Unit, Report]] = []
+    waiting: list[tuple[WorkUnit, UnitReport]] = []
     for unit, report in run_units(screening, screening.units, manifest, runner=runner):
         if waiting and waiting[0][0].reads["of"] != unit.reads["of"]:
             yield from _of_source(screening, waiting)
@@ -161,7 +161,9 @@ def screened(screening: Screening, manifest: Path, runner: Runner = LOOP) -> Ite
         yield from _of_source(screening, waiting)
 
 
-def _of_source(screening: Screening, units: Sequence[tuple[Unit, Report]]) -> Iterator[Screened]:
+def _of_source(
+    screening: Screening, units: Sequence[tuple[WorkUnit, UnitReport]]
+) -> Iterator[Screened]:
     langs: dict[str, int] = {}
     parts: dict[str, list[np.ndarray]] = {name: [] for name in _TYPES}
     for unit, report in units:

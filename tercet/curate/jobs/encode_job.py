@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from tercet.curate.jobs.job import DoUnit, Report, Unit, forget, run_units
+from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, forget, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.data.files.texts import open_texts
@@ -47,23 +47,23 @@ class Encoding:
         """The model is loaded."""
         return partial(self._do, self.load())
 
-    def units(self, part: int) -> list[Unit]:
+    def units(self, part: int) -> list[WorkUnit]:
         """Parts of so many texts."""
-        units: list[Unit] = []
+        units: list[WorkUnit] = []
         for name, source in self.sources.items():
             starts = range(0, len(source), part)
             for number, start in enumerate(starts):
                 stop = min(start + part, len(source))
                 reads = {"of": name, "texts": source.fingerprint, "rows": [start, stop]}
                 label = name if len(starts) == 1 else f"{name}-{number:05}"
-                units.append(Unit(label, reads, size=stop - start))
+                units.append(WorkUnit(label, reads, size=stop - start))
         return units
 
-    def place(self, unit: Unit) -> Path:
+    def place(self, unit: WorkUnit) -> Path:
         """Where the vectors of a part are."""
         return self.out / (unit.name if self.arrays else f"{unit.name}.npy")
 
-    def _do(self, embedder: Embedder, unit: Unit) -> Report:
+    def _do(self, embedder: Embedder, unit: WorkUnit) -> UnitReport:
         texts = _texts(self.sources[unit.reads["of"]], *unit.reads["rows"])
         if self.arrays:
             hidden = partial(bar, shown=False)
@@ -132,7 +132,7 @@ def _texts(source: Source, start: int, stop: int) -> Iterator[str]:
         yield from (example.query for example in source.examples(rows))
 
 
-def _refuse_others(job: Encoding, units: Sequence[Unit]) -> None:
+def _refuse_others(job: Encoding, units: Sequence[WorkUnit]) -> None:
     """Vectors of an earlier command with other files or parts would pass for some of these."""
     own = {job.place(unit) for unit in units}
     for path in sorted(job.out.rglob("*.npy")) if job.out.is_dir() else ():

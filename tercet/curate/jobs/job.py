@@ -24,10 +24,10 @@ from tercet.errors import RecipeError, TercetError
 from tercet.files.atomic import replacing_file, sole_writer
 from tercet.files.progress import Advance, bar
 
-Report: TypeAlias = dict[str, Any]
+UnitReport: TypeAlias = dict[str, Any]
 """What a unit tells of itself: plain values that JSON can hold."""
 
-DoUnit: TypeAlias = Callable[["Unit"], Report]
+DoUnit: TypeAlias = Callable[["WorkUnit"], UnitReport]
 
 _LOSSES: Final = 3  # engines in a row that broke before a unit was done
 
@@ -35,7 +35,7 @@ log = logging.getLogger("tercet")
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WorkUnit:
     """A part of a job that is done by one process, again from its beginning if that is killed."""
 
     name: str  # of its record, unique in the job, such as "news.de/0003"
@@ -44,7 +44,7 @@ class Unit:
 
 
 @runtime_checkable
-class Job(Protocol):
+class BulkJob(Protocol):
     """Work on units. It is sent to other processes, so it can be pickled and holds no model."""
 
     @property
@@ -63,8 +63,8 @@ class Job(Protocol):
 
 
 def run_units(
-    job: Job, units: Sequence[Unit], manifest: Path, *, runner: Runner = LOOP
-) -> Iterator[tuple[Unit, Report]]:
+    job: BulkJob, units: Sequence[WorkUnit], manifest: Path, *, runner: Runner = LOOP
+) -> Iterator[tuple[WorkUnit, UnitReport]]:
     """Do the units that are not done yet; all of them with their reports, in order.
 
     Where they are done makes no difference to what is written. On a cluster the folders lie on a
@@ -84,8 +84,8 @@ def run_units(
 
 
 def _one_by_one(
-    job: Job, units: Sequence[Unit], manifest: Path, advance: Advance
-) -> Iterator[tuple[Unit, Report]]:
+    job: BulkJob, units: Sequence[WorkUnit], manifest: Path, advance: Advance
+) -> Iterator[tuple[WorkUnit, UnitReport]]:
     do: DoUnit | None = None
     for unit in units:
         report = recorded(job, unit, manifest)
@@ -98,11 +98,11 @@ def _one_by_one(
 
 
 def _spread_out(
-    job: Job, units: Sequence[Unit], manifest: Path, runner: Runner, advance: Advance
-) -> Iterator[tuple[Unit, Report]]:
+    job: BulkJob, units: Sequence[WorkUnit], manifest: Path, runner: Runner, advance: Advance
+) -> Iterator[tuple[WorkUnit, UnitReport]]:
     """An engine does what is missing, in any order; when it breaks, a new one does the rest."""
     bench = _Bench(job, manifest, _mark(manifest), Path.cwd())
-    reports: dict[str, Report] = {}
+    reports: dict[str, UnitReport] = {}
     losses = 0
     while missing := _missing(job, units, manifest, reports, advance):
         before = len(reports)
@@ -124,10 +124,14 @@ def _spread_out(
 
 
 def _missing(
-    job: Job, units: Sequence[Unit], manifest: Path, reports: dict[str, Report], advance: Advance
-) -> list[Unit]:
+    job: BulkJob,
+    units: Sequence[WorkUnit],
+    manifest: Path,
+    reports: dict[str, UnitReport],
+    advance: Advance,
+) -> list[WorkUnit]:
     """Units without a record; the reports of others are put to the rest."""
-    missing: list[Unit] = []
+    missing: list[WorkUnit] = []
     for unit in units:
         if unit.name not in reports:
             report = recorded(job, unit, manifest)
@@ -139,7 +143,7 @@ def _missing(
     return missing
 
 
-def recorded(job: Job, unit: Unit, manifest: Path) -> Report | None:
+def recorded(job: BulkJob, unit: WorkUnit, manifest: Path) -> UnitReport | None:
     """The report of a unit that is done, with the settings and the input of today."""
     try:
         found = json.loads(_path(manifest, unit).read_text(encoding="utf-8"))
@@ -148,23 +152,23 @@ def recorded(job: Job, unit: Unit, manifest: Path) -> Report | None:
         return None
 
 
-def record(job: Job, unit: Unit, manifest: Path, report: Report) -> None:
+def record(job: BulkJob, unit: WorkUnit, manifest: Path, report: UnitReport) -> None:
     """Note that a unit is done; its files are in place by now."""
     content = {"of": _digest(job, unit), "report": report}
     with replacing_file(_path(manifest, unit)) as fresh:
         fresh.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def forget(unit: Unit, manifest: Path) -> None:
+def forget(unit: WorkUnit, manifest: Path) -> None:
     """Take it that a unit is not done."""
     _path(manifest, unit).unlink(missing_ok=True)
 
 
-def _path(manifest: Path, unit: Unit) -> Path:
+def _path(manifest: Path, unit: WorkUnit) -> Path:
     return manifest / f"{unit.name}.json"
 
 
-def _digest(job: Job, unit: Unit) -> str:
+def _digest(job: BulkJob, unit: WorkUnit) -> str:
     told = json.dumps([job.settings, unit.name, unit.reads], sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
@@ -177,7 +181,7 @@ class _Bench:
     back as the same error; anything else as the text of its traceback.
     """
 
-    job: Job
+    job: BulkJob
     manifest: Path
     mark: str  # what the driver's lock says, so that another disk of the same path is noticed
     folder: Path  # where the driver stands: paths may be relative to it
@@ -191,7 +195,7 @@ class _Bench:
 
         def answer(told: str) -> str:
             nonlocal do
-            unit = Unit(**json.loads(told))
+            unit = WorkUnit(**json.loads(told))
             try:
                 if do is None:
                     self._check_disk()
@@ -214,7 +218,7 @@ class _Bench:
             )
 
 
-def _read_answer(answer: str) -> tuple[str, int, Report]:
+def _read_answer(answer: str) -> tuple[str, int, UnitReport]:
     """The name and size of a unit that is done, and its report.
 
     Raises:

@@ -32,7 +32,7 @@ from tercet.rank.exact import Hits, check_queries
 from tercet.rank.topk import Best
 from tercet.search.export import first_broken
 from tercet.types import Role
-from tercet.vectors import Vectors as KindVectors
+from tercet.vectors import Vectors
 
 SHARD: Final = 4096  # texts that are encoded between two points where a killed run goes on
 _VERSION: Final = 1  # of what the name of a shard says
@@ -40,7 +40,7 @@ _TOGETHER: Final = 1024  # queries that meet a shard of documents together
 _PAIRS: Final = 8192  # pairs of a query and a document that are scored together
 
 
-class Texts:
+class TextStore:
     """Texts in a file without a name, gone when the process is; 8 bytes a text in memory."""
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +73,7 @@ class Pool:
     """Distinct documents that are encoded after one prompt. Of equal ones the first one counts."""
 
     prompt: str
-    texts: Texts
+    texts: TextStore
     rows: dict[int, int] = field(default_factory=dict)  # the key of a text, to its row
     shards: list[Path] = field(default_factory=list)  # vectors of SHARD rows each
 
@@ -128,7 +128,7 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Vectors:
+class StoredVectors:
     """A teacher's vectors, kept in a folder: the same texts are encoded once.
 
     The name of a shard is a hash of all that its vectors hang on: teacher, role, prompts and
@@ -163,11 +163,11 @@ class Vectors:
 
     def fill(self, pool: Pool, advance: Advance) -> None:
         """Encode the documents of a pool; of several processes, which all call this, each some."""
-        shards_of(pool, self.shard, advance)
+        encode_pool(pool, self.shard, advance)
 
     def prepare(self, pool: Pool, start: int) -> None:
         """Encode one shard of a pool, whose rows are from ``start`` on."""
-        one_shard(pool, self.shard, start)
+        encode_shard(pool, self.shard, start)
 
     @property
     def settings(self) -> Settings:
@@ -205,11 +205,11 @@ class Vectors:
         for prompt, rows in rows_of.items():
             with prompted(self.teacher, role, prompt):
                 found[rows] = self.teacher.encode([texts[row] for row in rows], role)
-        check_finite(KindVectors(torch.from_numpy(found)), texts)
+        check_finite(Vectors(torch.from_numpy(found)), texts)
         return found
 
 
-def shards_of(
+def encode_pool(
     pool: Pool, shard: Callable[[Sequence[str], Role, Sequence[str]], Path], advance: Advance
 ) -> None:
     """Give a pool its shards; of several processes, which all call this, each makes some."""
@@ -219,13 +219,13 @@ def shards_of(
     for part in (own, starts):
         for start in part:
             if start not in found:
-                found[start] = one_shard(pool, shard, start)
+                found[start] = encode_shard(pool, shard, start)
                 advance(min(SHARD, len(pool) - start))
         distributed.barrier()  # what others have encoded is found
     pool.shards += [found[start] for start in starts]
 
 
-def one_shard(
+def encode_shard(
     pool: Pool, shard: Callable[[Sequence[str], Role, Sequence[str]], Path], start: int
 ) -> Path:
     """The shard of the documents from a row on, encoded when it is not there."""
@@ -245,7 +245,7 @@ def shard_name(teacher: Embedder, texts: Sequence[str], role: Role, prompts: Seq
     return digest.hexdigest()
 
 
-def check_finite(vectors: KindVectors, texts: Sequence[str]) -> None:
+def check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
     """Refuse vectors of these texts that hold NaN or infinity.
 
     Raises:

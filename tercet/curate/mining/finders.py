@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import documents as mining_documents
 from tercet.curate.mining.documents import (
     Pool,
     check_finite,
-    one_shard,
+    encode_pool,
+    encode_shard,
     prompted,
     shard_name,
-    shards_of,
 )
 from tercet.files.arrays import VectorWriter, is_whole, read_vectors
 from tercet.files.atomic import clear_about, replacing_folder
@@ -34,7 +34,7 @@ from tercet.models.settings import Settings
 from tercet.rank.exact import Hits
 from tercet.rank.hybrid import Ranked, pair_scores, ranked
 from tercet.rank.scoring import paired_scores
-from tercet.search.export import batches
+from tercet.search.indexing import document_batches
 from tercet.types import Role
 from tercet.vectors import Kind, Vectors, Weights
 
@@ -214,17 +214,19 @@ class EncodedShelf:
             ModelError: when a vector is not finite.
             StorageError: when the disk refuses.
         """
-        shards_of(pool, self._shard, advance)
+        encode_pool(pool, self._shard, advance)
 
     def prepare(self, pool: Pool, start: int) -> None:
         """Encode one shard of a pool, whose rows are from ``start`` on."""
-        one_shard(pool, self._shard, start)
+        encode_shard(pool, self._shard, start)
 
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
         """The vectors of these documents; the rows rise."""
-        shards = rows // corpus.SHARD
+        shards = rows // mining_documents.SHARD
         parts = [
-            _read(pool.shards[number], rows[shards == number] - number * corpus.SHARD, kinds)
+            _read(
+                pool.shards[number], rows[shards == number] - number * mining_documents.SHARD, kinds
+            )
             for number in np.unique(shards).tolist()
         ]
         return Vectors.join(parts)
@@ -251,7 +253,7 @@ class EncodedShelf:
                 fresh = stack.enter_context(replacing_folder(_folder(shard, kind)))
                 writers[kind] = stack.enter_context(VectorWriter(fresh))
             done = 0
-            for batch in batches(texts):
+            for batch in document_batches(texts, len):
                 vectors = self._encode(batch, role, prompts[done : done + len(batch)], missing)
                 done += len(batch)
                 with clear_about(shard):

@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Bool
 
 from tercet.curate.mining.counts import CountedShelf
-from tercet.curate.mining.documents import Vectors
+from tercet.curate.mining.documents import StoredVectors
 from tercet.curate.mining.finders import ByVectors, EncodedShelf
 from tercet.curate.mining.nearness import COSINES, By, Finder
-from tercet.curate.mining.ranks import Judged, Ranker, prompt_for
-from tercet.curate.mining.relevant import Catalog, blocks, read_catalog
+from tercet.curate.mining.ranks import JudgedExamples, Ranker, prompt_for
+from tercet.curate.mining.relevant import Collection, blocks, read_collection
 from tercet.curate.mining.rules import ABSENT, REASONS, MiningRule
 from tercet.data.files.sources import Source, write_examples
 from tercet.errors import RecipeError
@@ -136,7 +136,7 @@ class MiningReport:
         both = self.positive_score and self.negatives
         return self.negative_score / self.positive_score if both else math.nan
 
-    def count(self, found: Judged, mining: Mining) -> Bool[np.ndarray, "queries"]:
+    def count(self, found: JudgedExamples, mining: Mining) -> Bool[np.ndarray, "queries"]:
         """Count some rows; which of them are to be written."""
         ranked = found.ranked
         self.rows += len(ranked.examples)
@@ -236,14 +236,14 @@ class Miner:
         self.teacher, self.finder = teacher, finder_of(mining, teacher, work)
         self._work = work
         self.sources, self.mining, self.corpus, self._bars = sources, mining, corpus, bars
-        self._catalog: Catalog | None = None
+        self._collection: Collection | None = None
         self._foreign = False  # whether the rows bring prompts to a teacher that has none
 
     def close(self) -> None:
         """Give the disk space of the texts back."""
         self.finder.close()
-        if self._catalog is not None:
-            self._catalog.close()
+        if self._collection is not None:
+            self._collection.close()
 
     def examples(self, sources: Sequence[Source], reports: list[MiningReport]) -> Iterator[Example]:
         """The examples of these sources with their negatives; a report for each is appended."""
@@ -286,32 +286,34 @@ class Miner:
         return reports
 
     @property
-    def catalog(self) -> Catalog:
+    def collection(self) -> Collection:
         """The documents, read when they are first asked for."""
-        if self._catalog is None:
-            self._catalog = self._read()
-        return self._catalog
+        if self._collection is None:
+            self._collection = self._read()
+        return self._collection
 
-    def _read(self) -> Catalog:
-        catalog = read_catalog(self.sources, self.corpus, self._prompt, self._work, bars=self._bars)
+    def _read(self) -> Collection:
+        collection = read_collection(
+            self.sources, self.corpus, self._prompt, self._work, bars=self._bars
+        )
         if self._foreign:
             log.warning(
                 "rows bring prompts, and the teacher has none of its own, so it may not know what "
                 "they mean; with prompts from the teacher they are not read"
             )
-        return catalog
+        return collection
 
     @cached_property
     def ranker(self) -> Ranker:
         """The documents, read and encoded."""
-        catalog = self.catalog
-        with self._bars("documents", sum(map(len, catalog.pools.values()))) as advance:
-            for pool in catalog.pools.values():
+        collection = self.collection
+        with self._bars("documents", sum(map(len, collection.pools.values()))) as advance:
+            for pool in collection.pools.values():
                 self.finder.fill(pool, advance)
         mining = self.mining
-        return Ranker(self.finder, catalog, mining.depth, mining.keep, mining.prompts)
+        return Ranker(self.finder, collection, mining.depth, mining.keep, mining.prompts)
 
-    def _with_negatives(self, judged: Judged, row: int) -> Example:
+    def _with_negatives(self, judged: JudgedExamples, row: int) -> Example:
         negatives = judged.negatives(row)
         found = replace(
             judged.ranked.examples[row],
@@ -353,7 +355,7 @@ def finder_of(mining: Mining, teacher: Embedder | None, work: Path) -> Finder:
     if teacher is None:
         raise RecipeError(f"mining by {mining.by} needs a teacher; name one, or mine by bm25")
     if mining.by == "dense":
-        return Vectors(teacher, work)
+        return StoredVectors(teacher, work)
     weights = _weights(mining, mining.by, teacher)
     kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if weights.of(kind))
     return ByVectors(EncodedShelf(teacher, work, kinds), weights, kinds)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from tercet.curate.jobs.job import DoUnit, Report, Unit, run_units
+from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import Runner
 from tercet.curate.mining.documents import SHARD
 from tercet.curate.mining.mine import WORK, Miner, Mining, MiningReport, outputs_of
@@ -59,8 +59,8 @@ class EncodingDocuments:
         """The documents are read."""
         return partial(self._do, self.shared.miner())
 
-    def _do(self, miner: Miner, unit: Unit) -> Report:
-        miner.finder.prepare(miner.catalog.pools[unit.reads["prompt"]], unit.reads["start"])
+    def _do(self, miner: Miner, unit: WorkUnit) -> UnitReport:
+        miner.finder.prepare(miner.collection.pools[unit.reads["prompt"]], unit.reads["start"])
         return {}
 
 
@@ -78,10 +78,10 @@ class MiningBlocks:
         """The documents are read, and their vectors found."""
         return partial(self._do, self.shared.miner())
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[WorkUnit]:
         """The blocks of all sources, in order."""
         return [
-            Unit(
+            WorkUnit(
                 f"{number}/{start:012}",
                 {"source": number, "rows": [start, min(start + SHARD, len(source))]},
                 size=min(SHARD, len(source) - start),
@@ -90,11 +90,11 @@ class MiningBlocks:
             for start in range(0, len(source), SHARD)
         ]
 
-    def part(self, unit: Unit) -> Path:
+    def part(self, unit: WorkUnit) -> Path:
         """Where the mined rows of a block are."""
         return self.parts / f"{unit.name}.jsonl"
 
-    def _do(self, miner: Miner, unit: Unit) -> Report:
+    def _do(self, miner: Miner, unit: WorkUnit) -> UnitReport:
         number = unit.reads["source"]
         source = self.shared.sources[number]
         report = MiningReport(source=source.name, rule=self.rules[number])
@@ -148,23 +148,23 @@ def mine_together(shared: Shared, out: Path, runner: Runner) -> list[MiningRepor
     return reports
 
 
-def _shards(miner: Miner) -> list[Unit]:
+def _shards(miner: Miner) -> list[WorkUnit]:
     """All shards of documents; their texts hang on the sources, which the settings name."""
     return [
-        Unit(
+        WorkUnit(
             f"{number}/{start:012}",
             {"prompt": prompt, "start": start},
             size=min(SHARD, len(pool) - start),
         )
-        for number, (prompt, pool) in enumerate(miner.catalog.pools.items())
+        for number, (prompt, pool) in enumerate(miner.collection.pools.items())
         for start in range(0, len(pool), SHARD)
     ]
 
 
 def _settings(shared: Shared, miner: Miner) -> dict[str, Any]:
-    """What the mined rows hang on; the catalog stands for the texts of the corpus too."""
+    """What the mined rows hang on; the collection stands for the texts of the corpus too."""
     digest = hashlib.blake2b(digest_size=16)
-    for pool in miner.catalog.pools.values():
+    for pool in miner.collection.pools.values():
         digest.update(pool.keys.tobytes())
     teacher, about = miner.teacher, None
     if teacher is not None:
@@ -180,12 +180,12 @@ def _settings(shared: Shared, miner: Miner) -> dict[str, Any]:
     }
 
 
-def _all(units: Iterator[tuple[Unit, Report]]) -> None:
+def _all(units: Iterator[tuple[WorkUnit, UnitReport]]) -> None:
     for _ in units:
         pass
 
 
-def _add(report: MiningReport, found: Report) -> None:
+def _add(report: MiningReport, found: UnitReport) -> None:
     for name, value in found.items():
         if name == "dropped":
             for reason, count in value.items():

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float64, Int8, Int64, UInt64
 
 from tercet.curate.mining.documents import Pool, text_key
 from tercet.curate.mining.nearness import Finder
-from tercet.curate.mining.relevant import Catalog
+from tercet.curate.mining.relevant import Collection
 from tercet.curate.mining.rules import (
     ABSENT,
     ALREADY,
@@ -46,7 +46,7 @@ def prompt_for(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ranked:
+class RankedExamples:
     """Some examples and the nearest documents of their queries, best first, before any rule."""
 
     places: list[int]  # of these examples in their block
@@ -79,7 +79,7 @@ class Ranked:
         ]
         return np.array([scores[0] if scores else np.nan for scores in found], np.float64)
 
-    def judged(self, rule: MiningRule, negatives: int, most: int | None = None) -> "Judged":
+    def judged(self, rule: MiningRule, negatives: int, most: int | None = None) -> "JudgedExamples":
         """What a rule makes of them, where each row is to have so many negatives.
 
         ``most`` is how many positives count for the rule; None: all of them.
@@ -87,16 +87,16 @@ class Ranked:
         lowest = self.references(most)
         verdicts = judge(rule, self.scores, lowest, self.barred)
         counts = np.array([max(0, negatives - len(own)) for own in self.own])
-        return Judged(
+        return JudgedExamples(
             self, lowest, verdicts, choose(rule, self.scores, verdicts == LEFT, counts, self.keys)
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Judged:
-    """Ranked documents, what became of each candidate, and which are taken."""
+class JudgedExamples:
+    """RankedExamples documents, what became of each candidate, and which are taken."""
 
-    ranked: Ranked
+    ranked: RankedExamples
     references: Float64[np.ndarray, "queries"]  # positives' scores that the rule compared with
     verdicts: Int8[np.ndarray, "queries ranks"]
     chosen: Bool[np.ndarray, "queries ranks"]
@@ -110,15 +110,15 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranker:
-    """Finds the nearest documents of examples in a catalog whose pools are ready."""
+    """Finds the nearest documents of examples in a collection whose pools are ready."""
 
     finder: Finder
-    catalog: Catalog
+    collection: Collection
     depth: int
     keep: bool  # an example's own negatives
     prompts: Literal["row", "teacher"]
 
-    def ranked(self, block: Sequence[Example]) -> Iterator[Ranked]:
+    def ranked(self, block: Sequence[Example]) -> Iterator[RankedExamples]:
         """The examples of a block, those that share a pool together."""
         for places, pool in self._by_pool(block):
             examples = [block[place] for place in places]
@@ -129,7 +129,7 @@ class Ranker:
             keys = np.array([text_key(example.query) for example in examples], np.uint64)
             answers = [list(map(text_key, example.positives)) for example in examples]
             own, kept = self._own(examples, keys, pool, queries)
-            yield Ranked(
+            yield RankedExamples(
                 places=places,
                 examples=examples,
                 pool=pool,
@@ -158,7 +158,7 @@ class Ranker:
         for place, example in enumerate(block):
             places.setdefault(self.prompt(example, "document"), []).append(place)
         for prompt, some in places.items():
-            yield some, self.catalog.pools[prompt]
+            yield some, self.collection.pools[prompt]
 
     def prompt(self, example: Example, role: Role) -> str:
         """The prompt of this example's texts."""
@@ -182,7 +182,7 @@ class Ranker:
             return [[] for _ in examples], kept
         for row, example in enumerate(examples):
             query = int(keys[row])
-            seen = {query, *self.catalog.known.of(query).tolist()}
+            seen = {query, *self.collection.relevant.of(query).tolist()}
             for text in example.negatives:
                 key = text_key(text)
                 if key in pool.rows and key not in seen:  # a blank one is in no pool
@@ -208,7 +208,7 @@ class Ranker:
         barred = np.full(candidates.shape, LEFT, np.int8)
         _mark(barred, candidates, *_pairs(kept), verdict=ALREADY)
         barred[candidates == keys[:, None]] = QUERY
-        _mark(barred, candidates, *self.catalog.known.among(keys), verdict=POSITIVE)
+        _mark(barred, candidates, *self.collection.relevant.among(keys), verdict=POSITIVE)
         return barred
 
 

@@ -7,16 +7,18 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Int64, UInt64
 
-from tercet.curate.mining.documents import SHARD, Pool, Texts, text_key
+from tercet.curate.mining.documents import SHARD, Pool, TextStore, text_key
 from tercet.data.files.sources import Source
 from tercet.files.atomic import clear_about
 from tercet.files.progress import Bars, bar
+from tercet.segments import ragged_places, row_of
 from tercet.types import Example
 
 
-class Known:
+class RelevantDocuments:
     """Which texts answer which query, over all rows; 16 bytes a pair, both as keys."""
 
     def __init__(self) -> None:
@@ -40,10 +42,9 @@ class Known:
         """All answers of these queries at once: the place of the query, and the key of the text."""
         known, documents = self._by_query
         starts = np.searchsorted(known, queries, side="left")
-        counts = np.searchsorted(known, queries, side="right") - starts
-        places = np.repeat(np.arange(len(queries)), counts)
-        inside = np.arange(len(places)) - np.repeat(counts.cumsum() - counts, counts)
-        return places, documents[starts[places] + inside]
+        ends = np.searchsorted(known, queries, side="right")
+        places, offsets = ragged_places(torch.from_numpy(starts), torch.from_numpy(ends))
+        return row_of(offsets).numpy(), documents[places.numpy()]
 
     @cached_property
     def _by_query(self) -> tuple[np.ndarray, np.ndarray]:
@@ -54,11 +55,11 @@ class Known:
 
 
 @dataclass(slots=True, eq=False)
-class Catalog:
+class Collection:
     """All documents, by the prompt that they are encoded after, and who answers whom."""
 
     pools: dict[str, Pool] = field(default_factory=dict)
-    known: Known = field(default_factory=Known)
+    relevant: RelevantDocuments = field(default_factory=RelevantDocuments)
 
     def close(self) -> None:
         """Give the disk space of the texts back."""
@@ -66,14 +67,14 @@ class Catalog:
             pool.texts.close()
 
 
-def read_catalog(
+def read_collection(
     sources: Sequence[Source],
     corpus: Iterable[str],
     prompt_of: Callable[[Example], str],
     folder: Path,
     *,
     bars: Bars = bar,
-) -> Catalog:
+) -> Collection:
     """The documents of all examples and of the corpus.
 
     A document is mined for the examples whose documents have the same prompt as its own
@@ -83,7 +84,7 @@ def read_catalog(
         StorageError: when there is no room for the texts in ``folder``.
         DataError: when a source has changed since it was opened.
     """
-    catalog = Catalog()
+    collection = Collection()
     with clear_about(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -91,15 +92,15 @@ def read_catalog(
             for source in sources:
                 for examples in blocks(source):
                     for example in examples:
-                        _add(catalog, example, prompt_of(example), folder)
+                        _add(collection, example, prompt_of(example), folder)
                     advance(len(examples))
             for text in corpus:
-                for pool in catalog.pools.values():
+                for pool in collection.pools.values():
                     pool.add(text)
     except BaseException:
-        catalog.close()
+        collection.close()
         raise
-    return catalog
+    return collection
 
 
 def blocks(source: Source) -> Iterator[list[Example]]:
@@ -108,13 +109,13 @@ def blocks(source: Source) -> Iterator[list[Example]]:
         yield source.examples(range(start, min(start + SHARD, len(source))))
 
 
-def _add(catalog: Catalog, example: Example, prompt: str, folder: Path) -> None:
-    pool = catalog.pools.get(prompt)
+def _add(collection: Collection, example: Example, prompt: str, folder: Path) -> None:
+    pool = collection.pools.get(prompt)
     if pool is None:
-        pool = catalog.pools[prompt] = Pool(prompt, Texts(folder))
+        pool = collection.pools[prompt] = Pool(prompt, TextStore(folder))
     query = text_key(example.query)
     for text in example.positives:
         pool.add(text)
-        catalog.known.add(query, text_key(text))
+        collection.relevant.add(query, text_key(text))
     for text in example.negatives:
         pool.add(text)

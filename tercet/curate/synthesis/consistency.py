@@ -9,7 +9,7 @@ from typing import Final, Literal
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from tercet.curate.mining.documents import SHARD, Vectors
+from tercet.curate.mining.documents import SHARD, StoredVectors
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
@@ -59,7 +59,7 @@ def ranks(
 
     A document counts as many places down as there are others of a larger score.
     """
-    vectors = Vectors(check.embedder, check.work)
+    vectors = StoredVectors(check.embedder, check.work)
     waiting = iter(candidates)
     with bar("check", total) as advance:
         while shard := list(islice(waiting, SHARD)):
@@ -67,7 +67,9 @@ def ranks(
             advance(len(shard))
 
 
-def _ranks_in(shard: Sequence[Candidate], vectors: Vectors) -> Iterator[tuple[str, list[int]]]:
+def _ranks_in(
+    shard: Sequence[Candidate], vectors: StoredVectors
+) -> Iterator[tuple[str, list[int]]]:
     settings = vectors.teacher.settings
     texts = [text for candidate in shard for text in candidate.texts]
     starts = np.cumsum([0, *(len(candidate.texts) for candidate in shard[:-1])])

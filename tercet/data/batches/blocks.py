@@ -14,7 +14,7 @@ from tercet.errors import DataError
 from tercet.files.progress import bar
 from tercet.types import Example
 
-Ids: TypeAlias = Callable[[Sequence[str]], list[np.ndarray]]
+TokenIds: TypeAlias = Callable[[Sequence[str]], list[np.ndarray]]
 """Texts to their token ids, special tokens included."""
 
 SHORTEST: Final = 2  # tokens of a text: the first one is predicted by none
@@ -23,7 +23,7 @@ LINES_TOGETHER: Final = 1_000  # lines that the reference code lays end to end
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Blocks:
+class TokenBlocks:
     """The texts of a source as blocks of tokens, readable in any order. Four bytes a token.
 
     A block holds whole texts, each of which is read alone, and as many as fit. A text that is
@@ -67,14 +67,14 @@ class Blocks:
         ]
 
 
-def blocks_of(
+def token_blocks(
     source: Source,
-    ids_of: Ids,
+    ids_of: TokenIds,
     max_tokens: int,
     *,
     concatenated: bool = False,
     every_text: bool = False,
-) -> Blocks:
+) -> TokenBlocks:
     """The texts of a source in blocks of at most ``max_tokens``.
 
     The texts are the queries of its examples, as files of plain texts have them. ``every_text``
@@ -108,7 +108,7 @@ def blocks_of(
     lengths = [len(piece) for piece in pieces]
     made = f"{source.fingerprint} {max_tokens} {concatenated} {sum(lengths)}"
     made += " every text" if every_text else ""
-    return Blocks(
+    return TokenBlocks(
         name=source.name,
         weight=source.weight,
         ids=np.concatenate(pieces).astype(np.int32, copy=False),
@@ -119,7 +119,7 @@ def blocks_of(
     )
 
 
-def _tokens(source: Source, ids_of: Ids, *, every_text: bool) -> Iterator[np.ndarray]:
+def _tokens(source: Source, ids_of: TokenIds, *, every_text: bool) -> Iterator[np.ndarray]:
     read: set[int] = set()  # hashes of texts
     with bar(f"tokenize {source.name}", len(source), shown=is_main()) as advance:
         for start in range(0, len(source), TEXTS_AT_ONCE):

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, Int8
 from torch import Tensor
 
 from tercet.distributed import gather_ints, rank, world
-from tercet.segments import offsets_of
+from tercet.segments import ragged_places, row_of
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
 
 # What a query takes from other examples, in numbers.
@@ -39,12 +39,8 @@ class Repeats:
         """The rows, counted from ``start``, and the columns of all runs of these queries."""
         first, last = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
         begins, rows = self.begins[first:last], self.rows[first:last] - start
-        lengths = self.ends[first:last] - begins
-        bounds = offsets_of(lengths)
-        # The i-th pair is at i - bounds[run] in its run, and that run starts at begins[run].
-        shift = (begins - bounds[:-1]).repeat_interleave(lengths)
-        places = torch.arange(int(bounds[-1])) + shift
-        return rows.repeat_interleave(lengths), self.columns[places]
+        places, offsets = ragged_places(begins, self.ends[first:last])
+        return rows[row_of(offsets)], self.columns[places]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

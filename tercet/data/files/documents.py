@@ -1,4 +1,4 @@
-"""Documents to search in: one a record, or one a line of plain text."""
+"""Documents to search in: one per record, or one per line of plain text."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,97 +10,106 @@ from tercet.data.files.texts import text_records, text_under
 from tercet.errors import DataError
 from tercet.files.records import Record, open_parquet, parsed, readable
 
-_PLAIN: Final = (str, bool, int, float)
+_SCALARS: Final = (str, bool, int, float)
+_SPLIT: Final = "split"
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that can be found, and what to call it."""
+    """A text that can be found, with its id and title."""
 
     id: str
     text: str
     title: str = ""
-    fields: Mapping[str, Any] = field(default_factory=dict)  # what else is known of it
+    fields: Mapping[str, Any] = field(default_factory=dict)  # other fields of its record
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The names that text, title and id have in the records of a file."""
+
+    text: str = "text"
+    title: str = "title"
+    id: str = "id"
+
+    def document(self, record: Record, *, keep_others: bool = False) -> Document:
+        """Return the document that a record holds.
+
+        Raises:
+            ValueError: if it holds none, naming the field.
+        """
+        values = as_object(record.value)
+        title = values.get(self.title)
+        named = (self.text, self.title, self.id)
+        return Document(
+            id=_id_of(values.get(self.id), self.id, record.line),
+            text=nonblank(text_under(values, self.text), self.text),
+            title="" if title is None else text_of(title, self.title),
+            fields={n: v for n, v in values.items() if n not in named and _can_be_filtered(v)}
+            if keep_others
+            else {},
+        )
 
 
 def read_documents(
     path: Path | str,
+    fields: Fields = Fields(),
     *,
-    text_field: str = "text",
-    title_field: str = "title",
-    id_field: str = "id",
     split: str | None = None,
-    keep_fields: bool = False,
+    keep_others: bool = False,
 ) -> Iterator[Document]:
-    """The documents of a .jsonl, .parquet or .txt file (one text a line, blank lines are none).
+    """Yield the documents of a .jsonl, .parquet or .txt file (one text per line).
 
-    The title may be absent. An absent id becomes the number of the line, or of the parquet row.
-    With a ``split``, only records whose field of that name says so are documents.
-    With ``keep_fields`` a document has the record's other fields that hold a text, a number, a
-    truth value, or a list of these.
+    Blank lines are skipped. The title may be absent. An absent id becomes the number of the line,
+    or of the parquet row. With ``split``, only records with that value in their field "split" are
+    read. With ``keep_others``, a document keeps the record's other fields that hold a text, a
+    number, a truth value, or a list of these.
 
     Raises:
-        DataError: at the first record that is no document or has the id of an earlier one,
-            naming the line.
+        DataError: at the first record that is not a document or repeats an id, naming the line.
     """
     path = Path(path)
-    names = (text_field, title_field, id_field, "split")
-    if keep_fields and path.suffix == ".parquet":
+    columns = (fields.text, fields.title, fields.id, _SPLIT)
+    if keep_others and path.suffix == ".parquet":
         with readable(path), open_parquet(path) as file:
-            names = (*names, *(set(file.schema_arrow.names) - set(names)))
-
-    def document_of(record: Record) -> Document:
-        fields = as_object(record.value)
-        return Document(
-            id=_id_of(fields.get(id_field), id_field, record.line),
-            text=nonblank(text_under(fields, text_field), text_field),
-            title=_title(fields.get(title_field), title_field),
-            fields=_others(fields, {text_field, title_field, id_field}) if keep_fields else {},
-        )
-
-    # Ids are kept as 8-byte hashes. Where two are equal, the file is read again up to here, which
-    # finds the first line, and tells two ids of one hash apart.
-    seen: set[int] = set()
-    for record in text_records(path, names):
+            columns = (*columns, *(set(file.schema_arrow.names) - set(columns)))
+    seen: set[int] = set()  # ids as 8-byte hashes
+    for record in text_records(path, columns):
         if split is not None and parsed(path, record, _split_of) != split:
             continue
-        document = parsed(path, record, document_of)
+        document = parsed(path, record, lambda it: fields.document(it, keep_others=keep_others))
         if hash(document.id) in seen:
-            for earlier in text_records(path, names):
-                if earlier.line == record.line:
-                    break
-                if document_of(earlier).id == document.id:
-                    raise DataError(
-                        path,
-                        record.line,
-                        f'"{id_field}" {shown(document.id)} is that of line {earlier.line} '
-                        "already; give each document an id of its own",
-                    )
+            _refuse_repeated_id(path, columns, fields, document.id, record.line)
         seen.add(hash(document.id))
         yield document
     if not seen:
         raise DataError(path, None, f'has no record whose "split" is {shown(split)}')
 
 
+def _refuse_repeated_id(
+    path: Path, columns: tuple[str, ...], fields: Fields, repeated: str, line: int
+) -> None:
+    """Read the file again to find the first line with this id; two ids may share a hash."""
+    for earlier in text_records(path, columns):
+        if earlier.line == line:
+            return
+        if fields.document(earlier).id == repeated:
+            raise DataError(
+                path,
+                line,
+                f'"{fields.id}" {shown(repeated)} is already on line {earlier.line}; '
+                "give each document a unique id",
+            )
+
+
 def _split_of(record: Record) -> object:
-    return as_object(record.value).get("split")
+    return as_object(record.value).get(_SPLIT)
 
 
-def _others(fields: Mapping[str, Any], named: set[str]) -> dict[str, Any]:
-    """The fields that a filter can ask for."""
-    return {
-        name: value
-        for name, value in fields.items()
-        if name not in named and (isinstance(value, _PLAIN) or _is_list_of_plain(value))
-    }
-
-
-def _is_list_of_plain(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(member, _PLAIN) for member in value)
-
-
-def _title(value: object, field: str) -> str:
-    return "" if value is None else text_of(value, field)
+def _can_be_filtered(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(member, _SCALARS) for member in value)
+    return isinstance(value, _SCALARS)
 
 
 def _id_of(value: object, field: str, line: int) -> str:

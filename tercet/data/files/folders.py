@@ -18,7 +18,7 @@ import numpy as np
 
 from tercet.data.files.readers import WINDOW_BLOCKS, ShardReader, stamp_of
 from tercet.data.files.remembered import joined_sizes, scanned
-from tercet.data.files.scan import EXAMPLES, Kind, Part, Piece, Progress, Told
+from tercet.data.files.scan import EXAMPLE_FORMAT, Part, Piece, RecordFormat, ReportProgress, Told
 from tercet.data.files.sources import Source, in_language, iter_examples
 from tercet.errors import DataError
 from tercet.files.records import readable
@@ -48,7 +48,7 @@ class Group:
     shards: tuple[Shard, ...]
 
 
-def find_groups(path: Path | str, suffixes: Sequence[str] = EXAMPLES.suffixes) -> list[Group]:
+def find_groups(path: Path | str, suffixes: Sequence[str] = EXAMPLE_FORMAT.suffixes) -> list[Group]:
     """The sources that a file or a folder holds, by name; nothing is opened.
 
     Each direct child of a folder is a source: a file, or a folder with files at any depth. A
@@ -87,8 +87,8 @@ def open_sources(
     path: Path | str,
     *,
     weight: float | int = 1.0,
-    progress: Progress | None = None,
-    kind: Kind = EXAMPLES,
+    progress: ReportProgress | None = None,
+    record_format: RecordFormat = EXAMPLE_FORMAT,
 ) -> list[Source]:
     """The sources of a file or a folder, one for each language of each, checked and readable.
 
@@ -98,7 +98,7 @@ def open_sources(
         DataError: at the first record that is not an example, naming file and line, and where a
             folder holds nothing to read.
     """
-    groups = find_groups(path, kind.suffixes)
+    groups = find_groups(path, record_format.suffixes)
     sizes = {shard.path: stamp_of(shard.path)[0] for group in groups for shard in group.shards}
     total, done = max(sum(sizes.values()), 1), 0
     sources: list[Source] = []
@@ -108,10 +108,10 @@ def open_sources(
             share = sizes[shard.path] / total
             tell = None if progress is None else _part_of(progress, done / total, share)
             told = Told(group.name, shard.lang, by_language=True)
-            for piece in scanned(shard.path, kind, told, tell).pieces(kind):
+            for piece in scanned(shard.path, record_format, told, tell).pieces(record_format):
                 found.setdefault(piece.part.lang, []).append(piece)
             done += sizes[shard.path]
-        sources += [_joined(group, found[lang], kind, weight) for lang in sorted(found)]
+        sources += [_joined(group, found[lang], record_format, weight) for lang in sorted(found)]
     return sources
 
 
@@ -134,7 +134,9 @@ def shard_examples(shard: Shard) -> Iterator[Example]:
         yield in_language(example, shard.lang)
 
 
-def _joined(group: Group, pieces: Sequence[Piece], kind: Kind, weight: float | int) -> Source:
+def _joined(
+    group: Group, pieces: Sequence[Piece], record_format: RecordFormat, weight: float | int
+) -> Source:
     """The rows of one language, of all shards one after the other."""
     parts = [piece.part for piece in pieces]
     lang = parts[0].lang
@@ -158,7 +160,7 @@ def _joined(group: Group, pieces: Sequence[Piece], kind: Kind, weight: float | i
         window=window,
         fingerprint=fingerprint,
         reader=reader,
-        parse=kind.parse,
+        parse=record_format.parse,
         prompts=_prompts(parts),
         without_negatives=sum(part.without_negatives for part in parts),
         lang=lang,
@@ -219,5 +221,5 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith((".", "_"))
 
 
-def _part_of(progress: Progress, begin: float, share: float) -> Progress:
+def _part_of(progress: ReportProgress, begin: float, share: float) -> ReportProgress:
     return lambda done: progress(begin + done * share)

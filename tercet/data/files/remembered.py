@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from tercet.data.files.readers import stamp_of
-from tercet.data.files.scan import Kind, Part, Progress, Scan, Told, scan
+from tercet.data.files.scan import Part, RecordFormat, ReportProgress, Scan, Told, scan
 from tercet.errors import StorageError
 from tercet.files.atomic import replacing_file, replacing_folder
 from tercet.files.records import readable
@@ -31,19 +31,21 @@ _ABOUT: Final = "about.json"
 log = logging.getLogger("tercet")
 
 
-def scanned(path: Path, kind: Kind, told: Told, progress: Progress | None = None) -> Scan:
+def scanned(
+    path: Path, record_format: RecordFormat, told: Told, progress: ReportProgress | None = None
+) -> Scan:
     """What :func:`tercet.data.files.scan.scan` tells, from the cache where the file is known.
 
     Raises:
         DataError: at the first record that is not what it should be, naming the line.
     """
     if stamp_of(path)[0] < LARGE_BYTES:
-        return scan(path, kind, told, progress)
-    named = repr((_VERSION, str(path.resolve()), kind.about, asdict(told)))
+        return scan(path, record_format, told, progress)
+    named = repr((_VERSION, str(path.resolve()), record_format.about, asdict(told)))
     folder = cache_folder() / "sources" / _digest(named.encode())
     found = _read(folder, path)
     if found is None:
-        found = scan(path, kind, told, progress)
+        found = scan(path, record_format, told, progress)
         try:
             _write(folder, found)
         except StorageError as error:  # it is a cache: what was read is here

@@ -35,7 +35,7 @@ MAX_LANGUAGES: Final = 1000  # of one file
 Parse: TypeAlias = Callable[[object, str], Example]
 """A record and the task of one that names none, to the example it holds, or a ValueError."""
 
-Progress: TypeAlias = Callable[[float], None]
+ReportProgress: TypeAlias = Callable[[float], None]
 """Is told the part that is done, up to 1."""
 
 
@@ -45,7 +45,7 @@ def example_records(path: Path) -> Iterator[Record]:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class RecordFormat:
     """What the records of a file are, and how they are read."""
 
     about: str = "examples"  # differs where another kind would make other examples of a file
@@ -64,7 +64,7 @@ class Kind:
         return json.loads if self.plain is None or path.suffix != ".txt" else self.plain
 
 
-EXAMPLES: Final = Kind()
+EXAMPLE_FORMAT: Final = RecordFormat()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,12 +87,12 @@ class Scan:
     stamp: Stamp
     parts: tuple[Part, ...]  # by language
 
-    def pieces(self, kind: Kind) -> "list[Piece]":
+    def pieces(self, record_format: RecordFormat) -> "list[Piece]":
         """Each part with what reads it."""
         if self.path.suffix != ".parquet":
-            return [_lines(self, part, kind) for part in self.parts]
+            return [_lines(self, part, record_format) for part in self.parts]
         blocks, window = row_groups(self.path)
-        whole = ParquetReader(self.path, self.stamp, blocks, kind.fields)
+        whole = ParquetReader(self.path, self.stamp, blocks, record_format.fields)
         if len(self.parts) == 1:
             return [Piece(self.parts[0], whole, blocks, window)]
         return [
@@ -111,9 +111,9 @@ class Piece:
     window: int  # blocks that are cheap to read in turns
 
 
-def _lines(found: Scan, part: Part, kind: Kind) -> Piece:
+def _lines(found: Scan, part: Part, record_format: RecordFormat) -> Piece:
     blocks = line_blocks(part.where)
-    reader = LineReader(found.path, found.stamp, part.where, kind.decode(found.path))
+    reader = LineReader(found.path, found.stamp, part.where, record_format.decode(found.path))
     return Piece(part, reader, blocks, 1 if len(blocks) == 1 else WINDOW_BLOCKS)
 
 
@@ -154,7 +154,9 @@ class Told:
     by_language: bool = False  # whether each language is a part of its own
 
 
-def scan(path: Path, kind: Kind, told: Told, progress: Progress | None = None) -> Scan:
+def scan(
+    path: Path, record_format: RecordFormat, told: Told, progress: ReportProgress | None = None
+) -> Scan:
     """Read a file once and check every record.
 
     Raises:
@@ -163,8 +165,8 @@ def scan(path: Path, kind: Kind, told: Told, progress: Progress | None = None) -
     stamp = stamp_of(path)
     growing: dict[str, _Growing] = {}
     rows, is_parquet = 0, path.suffix == ".parquet"
-    for record in kind.records(path):
-        example = parsed(path, record, lambda it: kind.parse(it.value, told.task))
+    for record in record_format.records(path):
+        example = parsed(path, record, lambda it: record_format.parse(it.value, told.task))
         lang = (example.lang or told.lang) if told.by_language else ""
         if lang not in growing:
             _check_language(path, record, lang, len(growing))

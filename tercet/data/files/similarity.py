@@ -30,7 +30,7 @@ _LEAST_TAGS: Final = 3  # of fewer, an overlap has hardly any values
 _STEPS: Final = 10  # of the range of scores, each with as many pairs where there are so many
 _PAIRS_A_TEXT: Final = 10  # at most, or the alikest pairs would be those of one large family
 
-Unit: TypeAlias = Literal["pairs", "texts"]
+BootstrapUnit: TypeAlias = Literal["pairs", "texts"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +78,7 @@ class SimilaritySet:
         return data
 
     @property
-    def unit(self) -> Unit:
+    def unit(self) -> BootstrapUnit:
         """What a bootstrap should draw: pairs, or texts where each stands in several pairs.
 
         Pairs that share a text are not independent: a text that the model misreads spoils all of
@@ -87,7 +87,7 @@ class SimilaritySet:
         """
         return "texts" if len(self.pairs) > len(self.texts) else "pairs"
 
-    def count(self, unit: Unit) -> int:
+    def count(self, unit: BootstrapUnit) -> int:
         """How many there are to draw."""
         return len(self.pairs) if unit == "pairs" else len(self.texts)
 

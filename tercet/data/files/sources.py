@@ -18,7 +18,15 @@ import pyarrow.parquet as pq
 
 from tercet.data.files.examples import example_record, parse_example
 from tercet.data.files.readers import Reader, changed
-from tercet.data.files.scan import EXAMPLES, Kind, Parse, Progress, Told, example_records, scan
+from tercet.data.files.scan import (
+    EXAMPLE_FORMAT,
+    Parse,
+    RecordFormat,
+    ReportProgress,
+    Told,
+    example_records,
+    scan,
+)
 from tercet.errors import DataError
 from tercet.files.atomic import replacing_file
 from tercet.files.records import known_suffix, parsed
@@ -88,22 +96,22 @@ def open_source(
     *,
     name: str | None = None,
     weight: float | int = 1.0,
-    progress: Progress | None = None,
-    kind: Kind = EXAMPLES,
+    progress: ReportProgress | None = None,
+    record_format: RecordFormat = EXAMPLE_FORMAT,
 ) -> Source:
     """Check every example of a .jsonl or .parquet file, and make them readable by row.
 
     Reads the file once from end to end. ``progress`` is told the part that is done, up to 1.
     Languages stay together: :func:`tercet.data.files.folders.open_sources` parts them, and opens
     folders.
-    Files of another ``kind`` are opened by ``tercet.data.files.texts.open_texts``.
+    Files of another ``record_format`` are opened by ``tercet.data.files.texts.open_texts``.
 
     Raises:
         DataError: at the first record that is not an example, naming the line.
     """
     path = Path(path)
     name = path.stem if name is None else name
-    (piece,) = scan(path, kind, Told(name), progress).pieces(kind)
+    (piece,) = scan(path, record_format, Told(name), progress).pieces(record_format)
     return Source(
         path=path,
         name=name,
@@ -113,7 +121,7 @@ def open_source(
         window=piece.window,
         fingerprint=piece.part.fingerprint,
         reader=piece.reader,
-        parse=kind.parse,
+        parse=record_format.parse,
         prompts=piece.part.prompts,
         without_negatives=piece.part.without_negatives,
     )

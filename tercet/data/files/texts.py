@@ -5,13 +5,16 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from tercet.data.files.examples import as_object, nonblank, text_of
-from tercet.data.files.scan import Kind
+from tercet.data.files.scan import RecordFormat
 from tercet.data.files.sources import Source, open_source
 from tercet.errors import DataError
 from tercet.files.records import Record, decoded, iter_lines, iter_records, parsed
 from tercet.types import Example
+
+Value = TypeVar("Value")
 
 
 def read_texts(path: Path | str, field: str = "text") -> Iterator[str]:
@@ -43,12 +46,14 @@ def open_texts(
     Raises:
         DataError: at the first record without a text, naming the line.
     """
-    return open_source(path, name=name, weight=weight, kind=text_kind(field, blank=blank_lines))
+    return open_source(
+        path, name=name, weight=weight, record_format=text_format(field, blank=blank_lines)
+    )
 
 
-def text_kind(field: str = "text", *, blank: bool = False) -> Kind:
+def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
     """Files of texts, as :func:`open_texts` reads them."""
-    return Kind(
+    return RecordFormat(
         about=f"texts {field!r} {blank}",
         records=partial(text_records, fields=(field,), blank_lines=blank),
         parse=partial(_as_example, field=field, blank=blank),
@@ -113,16 +118,28 @@ def normal_form(text: str) -> str:
     return " ".join(plain.lower().split())
 
 
-def spread(texts: Iterable[str], most: int) -> list[str]:
-    """At most so many, at equal distances; no more than twice as many are ever in memory."""
-    kept: list[str] = []
-    step = 1
-    for number, text in enumerate(texts):
-        if number % step == 0:
-            kept.append(text)
-        if len(kept) > 2 * most:
-            kept, step = kept[::2], 2 * step
-    return kept[:: -(-len(kept) // most) or 1]
+class EvenSample(Generic[Value]):
+    """Values at equal distances in a stream of unknown length: at most ``limit`` of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.kept: list[Value] = []
+        self._limit, self._step, self._seen = limit, 1, 0
+
+    def add(self, value: Value) -> None:
+        """Keep the value if its turn has come; when there are too many, drop every other one."""
+        if self._seen % self._step == 0:
+            self.kept.append(value)
+        if len(self.kept) > self._limit:
+            self.kept, self._step = self.kept[::2], self._step * 2
+        self._seen += 1
+
+
+def evenly_spaced(texts: Iterable[str], limit: int) -> list[str]:
+    """Return at most ``limit`` texts at equal distances; twice as many are held in memory."""
+    sample = EvenSample[str](2 * limit)
+    for text in texts:
+        sample.add(text)
+    return sample.kept[:: -(-len(sample.kept) // limit) or 1]
 
 
 def text_key(text: str) -> int:

@@ -14,6 +14,7 @@ from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.progress import Advance, bar
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
+from tercet.segments import batches_within
 from tercet.vectors import Kind, Vectors, Weights
 
 _BLOCK_LETTERS: Final = 200_000  # of documents whose token vectors are in memory together
@@ -67,7 +68,11 @@ class CorpusEncoder:
         self, kinds: Sequence[Kind], rows: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Vectors]]:
         """Yield vectors of these kinds, of the documents ``rows`` or of all."""
-        for block in self._cut(range(len(self.texts)) if rows is None else rows.tolist()):
+        chosen = range(len(self.texts)) if rows is None else rows.tolist()
+        limit = 8 * self.embedder.settings.document_tokens  # longer documents are truncated anyway
+        for block in batches_within(
+            chosen, _BLOCK_LETTERS, lambda row: min(len(self.texts[row]), limit), overshoot=True
+        ):
             texts = [self.texts[row] for row in block]
             found = self.embedder.encode_vectors(
                 texts, "document", kinds=kinds, task=self.task, dims=self.dims
@@ -87,21 +92,6 @@ class CorpusEncoder:
         some = self.texts[:: max(1, len(self.texts) // _SAMPLE)]
         lengths = self.embedder.tokenize(some, "document").lengths
         return sum(lengths) * len(self.texts) // max(len(some), 1)
-
-    def _cut(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Cut rows into runs of documents with about ``_BLOCK_LETTERS`` letters together."""
-        limit = 8 * self.embedder.settings.document_tokens  # longer documents are cut anyway
-        block: list[int] = []
-        letters = 0
-        for row in rows:
-            block.append(row)
-            letters += min(len(self.texts[row]), limit)
-            if letters >= _BLOCK_LETTERS:
-                yield block
-                block, letters = [], 0
-        if block:
-            yield block
-
 
 def tuned_weights(settings: Settings, tasks: Sequence[str]) -> Weights:
     """Return the weights that the model was tuned to for the first known task, or its usual ones."""

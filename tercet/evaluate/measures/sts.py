@@ -6,7 +6,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from tercet.data.files.similarity import SimilaritySet, Unit
+from tercet.data.files.similarity import BootstrapUnit, SimilaritySet
 from tercet.errors import ModelError
 from tercet.evaluate.measures.bm25 import words
 from tercet.evaluate.measures.prompts import encode_alike
@@ -39,7 +39,7 @@ class SimilarityResult:
         self,
         metric: Metric = "spearman",
         *,
-        unit: Unit | None = None,
+        unit: BootstrapUnit | None = None,
         resamples: int = RESAMPLES,
         seed: int = 0,
     ) -> Interval:
@@ -60,7 +60,7 @@ class SimilarityResult:
         other: "SimilarityResult",
         metric: Metric = "spearman",
         *,
-        unit: Unit | None = None,
+        unit: BootstrapUnit | None = None,
         resamples: int = RESAMPLES,
         seed: int = 0,
     ) -> Interval:
@@ -138,7 +138,7 @@ def measure_overlap(data: SimilaritySet) -> SimilarityResult:
 
 
 def _resampled(
-    result: SimilarityResult, metric: Correlation, unit: Unit, resamples: int, seed: int
+    result: SimilarityResult, metric: Correlation, unit: BootstrapUnit, resamples: int, seed: int
 ) -> Float64[np.ndarray, "resamples"]:
     """Return the correlation of each draw; equal seeds give equal draws for all models of a set."""
     data, random = result.data, np.random.default_rng(seed)
@@ -160,7 +160,7 @@ def _percentiles(
 
 
 def _drawn(
-    data: SimilaritySet, unit: Unit, draws: int, random: np.random.Generator
+    data: SimilaritySet, unit: BootstrapUnit, draws: int, random: np.random.Generator
 ) -> Int64[np.ndarray, "draws pairs"]:
     """Return how often each draw contains each pair."""
     if unit == "pairs":

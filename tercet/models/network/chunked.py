@@ -6,7 +6,7 @@ carries its own on into the backbone (GradCache, arXiv 2101.06983). A chunk whos
 does so at once; the others are embedded a second time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tercet.distributed import gather_ints
+from tercet.segments import batches_by_length
 from tercet.types import Packed
 from tercet.vectors import Vectors
 
@@ -30,19 +31,6 @@ class Chunks:
     graph_tokens: int | None = None  # whose graphs may wait for the loss; None: all of them
     seed: int = 0  # of the dropout masks; give another one to each step and each process
     in_step: bool = False  # all processes run as many chunks; needed where weights are sharded
-
-
-def chunks_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Texts in chunks of at most ``max_tokens`` tokens, longest first; a longer text is alone."""
-    chunks: list[list[int]] = []
-    room = 0
-    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        if not chunks or lengths[text] > room:
-            chunks.append([])
-            room = max_tokens
-        chunks[-1].append(text)
-        room -= lengths[text]
-    return chunks
 
 
 def backward_in_chunks(
@@ -66,7 +54,7 @@ def backward_in_chunks(
     fewer chunks embeds a token and drops it: the others need its answer.
     """
     lengths = texts.lengths
-    members = chunks_of(lengths, chunks.max_tokens)
+    members = batches_by_length(lengths, chunks.max_tokens)
     sizes = [sum(lengths[text] for text in chunk) for chunk in members]
     first_kept = _first_kept(sizes, chunks.graph_tokens)
     if chunks.in_step:

@@ -27,9 +27,10 @@ from tercet.files.atomic import (
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.checks import Widths, require_same
-from tercet.search.qdrant.points import Facts, Part, Point, TermRow, batches_of, check_stored
+from tercet.search.qdrant.points import Facts, Part, Point, TermRow, check_stored
 from tercet.search.qdrant.qdrant_engine import Payload
 from tercet.search.qdrant.queries import Ask, Found, Ranks, Stage
+from tercet.segments import batches_within
 from tercet.vectors import KINDS, Kind
 
 try:
@@ -160,7 +161,7 @@ class EdgeStore:
         shard = self._shard
         self._pending += len(points)
         with self._writing():
-            for batch in batches_of(points, _BATCH_NUMBERS):
+            for batch in batches_within(points, _BATCH_NUMBERS, lambda point: point.numbers):
                 shard.update(edge.UpdateOperation.upsert_points([_point(p) for p in batch]))
 
     def drop(self, ids: Sequence[UUID]) -> None:

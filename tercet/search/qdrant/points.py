@@ -8,7 +8,7 @@ whatever the values' types. Points are numbered by the UUID5 of the id.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha1
 from itertools import pairwise
@@ -193,17 +193,3 @@ def _fact(name: str, value: Value) -> str:
         value = int(value)
     word = json.dumps([name, value])
     return word if len(word) <= _SHORT else str(uuid_of(word))
-
-
-def batches_of(points: Sequence[Point], numbers: int) -> Iterator[list[Point]]:
-    """Runs of points whose vectors have at most so many numbers, or one larger point."""
-    batch: list[Point] = []
-    room = numbers
-    for point in points:
-        if batch and point.numbers > room:
-            yield batch
-            batch, room = [], numbers
-        batch.append(point)
-        room -= point.numbers
-    if batch:
-        yield batch

@@ -15,9 +15,10 @@ from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import Stored
 from tercet.search.engine.checks import Widths, require_same
-from tercet.search.qdrant.points import Facts, Part, Point, TermRow, batches_of, check_stored
+from tercet.search.qdrant.points import Facts, Part, Point, TermRow, check_stored
 from tercet.search.qdrant.qdrant_engine import Payload
 from tercet.search.qdrant.queries import Ask, Found, Ranks, Stage
+from tercet.segments import batches_within
 from tercet.vectors import KINDS
 
 try:
@@ -187,7 +188,7 @@ class ClusterStore:
     def put(self, points: Sequence[Point]) -> None:
         """Add points, or replace those of the same numbers."""
         with self._named():
-            for batch in batches_of(points, _BATCH_NUMBERS):
+            for batch in batches_within(points, _BATCH_NUMBERS, lambda point: point.numbers):
                 self._client.upsert(self._name, [_point(point) for point in batch], wait=True)
 
     def drop(self, ids: Sequence[UUID]) -> None:

@@ -118,7 +118,7 @@ def test_an_example_keeps_the_positives_that_pass_and_their_scores(run, tmp_path
 
 def test_another_k_embeds_nothing_again(run, source, tmp_path, monkeypatch):
     run(source)
-    monkeypatch.setattr(judging.Vectors, "shard", None)  # a call of it would break
+    monkeypatch.setattr(judging.StoredVectors, "shard", None)  # a call of it would break
     again = run(source, out="more", k=5)
     assert again["en"]["kept"] == again["en"]["levels"]["5"]
     assert len(written(tmp_path / "more", "en")) == again["en"]["kept"]
@@ -134,7 +134,7 @@ def test_a_run_that_was_killed_goes_on_with_the_vectors_that_are_there(
     run, source, tmp_path, monkeypatch
 ):
     made: list[str] = []
-    shard = judging.Vectors.shard
+    shard = judging.StoredVectors.shard
 
     def stopping(self, texts, role, prompts):
         if len(made) == 3:
@@ -144,7 +144,7 @@ def test_a_run_that_was_killed_goes_on_with_the_vectors_that_are_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(judging, "SHARD", 16)
-        patch.setattr(judging.Vectors, "shard", stopping)
+        patch.setattr(judging.StoredVectors, "shard", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(source)
     assert len(list((tmp_path / "work").rglob("*.npy"))) == 3

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tercet.curate.jobs.job import DoUnit, Report, Unit, run_units
+from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 
-UNITS = [Unit(f"numbers/{n}", {"number": n}) for n in range(4)]
+UNITS = [WorkUnit(f"numbers/{n}", {"number": n}) for n in range(4)]
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Squares:
         self.opened += 1
         return self._do
 
-    def _do(self, unit: Unit) -> Report:
+    def _do(self, unit: WorkUnit) -> UnitReport:
         number = unit.reads["number"]
         if number == self.breaks_at:
             raise KeyboardInterrupt
@@ -67,7 +67,7 @@ def test_other_settings_and_other_input_are_done_again(tmp_path: Path):
     results(Squares(tmp_path))
     assert results(Squares(tmp_path, power=3)) == [0, 1, 8, 27]
     changed = Squares(tmp_path, power=3)
-    units = [*UNITS[:3], Unit("numbers/3", {"number": 5})]
+    units = [*UNITS[:3], WorkUnit("numbers/3", {"number": 5})]
     assert [r["result"] for _, r in run_units(changed, units, tmp_path / "manifest")][3] == 125
     assert changed.done == [5]
 

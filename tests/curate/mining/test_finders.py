@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import documents as mining_documents
 from tercet.curate.mining import finders as kinds
-from tercet.curate.mining import relevant as catalog
+from tercet.curate.mining import relevant as mining_relevant
 from tercet.curate.mining.mine import Mining, MiningReport, mine
 from tercet.curate.mining.nearness import COSINES, By
 from tercet.curate.mining.rules import MiningRule
@@ -113,7 +113,7 @@ def lists(scores: dict[str, np.ndarray], by: str, query: int) -> list[int]:
     [("sparse", 4096), ("multi", 4096), ("hybrid", 6), ("bm25", 6), ("bm25 tokens", 4096)],
 )
 def test_mining_equals_loops_over_all_documents(teacher, pairs, monkeypatch, by, size):
-    for module in (corpus, catalog):
+    for module in (mining_documents, mining_relevant):
         monkeypatch.setattr(module, "SHARD", size)
     for name in ("QUERIES", "DOCS", "QUERIES_OF_TOKENS", "DOCS_OF_TOKENS"):
         monkeypatch.setattr(kinds, name, min(size - 1, 4))
@@ -210,7 +210,7 @@ def encoded(monkeypatch):
 def test_a_killed_run_goes_on_and_another_sum_costs_only_the_kinds_that_are_new(
     teacher, pairs, monkeypatch, encoded
 ):
-    for module in (corpus, catalog):
+    for module in (mining_documents, mining_relevant):
         monkeypatch.setattr(module, "SHARD", 8)
     seen, limit = encoded
     limit[0] = 2

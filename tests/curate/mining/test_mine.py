@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tercet.curate.mining import documents as corpus
-from tercet.curate.mining import relevant as catalog
+from tercet.curate.mining import documents as mining_documents
+from tercet.curate.mining import relevant as mining_relevant
 from tercet.curate.mining.mine import Mining, MiningReport, mine, sweep
 from tercet.curate.mining.rules import REASONS, MiningRule
 from tercet.data.files.sources import iter_examples, open_source, write_examples
@@ -60,7 +60,7 @@ def shards_of(monkeypatch):
     """Set how many texts are a shard."""
 
     def set_to(size: int) -> None:
-        for module in (corpus, catalog):
+        for module in (mining_documents, mining_relevant):
             monkeypatch.setattr(module, "SHARD", size)
 
     return set_to
@@ -135,8 +135,8 @@ def test_mining_equals_loops_over_all_texts(teacher, pairs, shards_of, size, rul
 
 def test_case_spaces_and_unicode_forms_make_no_other_document():
     same = ["A caf\u00e9 map", " a  CAFE\u0301\tmap\n", "\uff41 caf\u00e9 map"]
-    assert len({corpus.text_key(text) for text in same}) == 1
-    assert corpus.text_key("a cafe map") != corpus.text_key(same[0])
+    assert len({mining_documents.text_key(text) for text in same}) == 1
+    assert mining_documents.text_key("a cafe map") != mining_documents.text_key(same[0])
 
 
 def test_the_report_sums_up_what_was_written(teacher, pairs):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tercet.curate.jobs.runners import LOOP, Runner
-from tercet.curate.mining import documents as corpus
+from tercet.curate.mining import documents as mining_documents
 from tercet.curate.mining import mine_together as together
 from tercet.curate.mining.mine import Mining, mine
 from tercet.curate.mining.mine_together import Shared
@@ -19,7 +19,7 @@ from tests.toy import SENTENCES
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(corpus, "SHARD", 4)
+    monkeypatch.setattr(mining_documents, "SHARD", 4)
     monkeypatch.setattr(together, "SHARD", 4)
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tercet.data.batches.blocks import Blocks, blocks_of
+from tercet.data.batches.blocks import TokenBlocks, token_blocks
 from tercet.data.files.texts import open_texts
 from tercet.errors import DataError
 
@@ -11,13 +11,13 @@ def ids_of(texts):
     return [np.array([ord(c) for c in text], np.int32) for text in texts]
 
 
-def made(tmp_path, *texts, size=6, **options) -> Blocks:
+def made(tmp_path, *texts, size=6, **options) -> TokenBlocks:
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(texts) + "\n")
-    return blocks_of(open_texts(path, **options.pop("reading", {})), ids_of, size, **options)
+    return token_blocks(open_texts(path, **options.pop("reading", {})), ids_of, size, **options)
 
 
-def read(blocks: Blocks):
+def read(blocks: TokenBlocks):
     return [["".join(map(chr, ids)) for ids in block] for block in blocks.read(range(len(blocks)))]
 
 

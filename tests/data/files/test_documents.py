@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tercet.data.files import documents
-from tercet.data.files.documents import Document, read_documents
+from tercet.data.files.documents import Document, Fields, read_documents
 from tercet.data.files.texts import read_texts
 from tercet.errors import DataError
 
@@ -43,7 +43,7 @@ def test_documents_have_an_id_a_text_and_a_title(tmp_path):
 
 def test_fields_may_have_other_names(tmp_path):
     path = written(tmp_path, '{"package": "vim", "long": "editor", "short": "vi"}\n')
-    found = read_documents(path, text_field="long", title_field="short", id_field="package")
+    found = read_documents(path, Fields(text="long", title="short", id="package"))
     assert list(found) == [Document("vim", "editor", "vi")]
 
 
@@ -86,15 +86,15 @@ def test_a_message_says_file_line_and_problem(tmp_path, line, problem):
 def test_two_documents_of_one_id_are_refused_with_both_lines(tmp_path):
     path = written(tmp_path, '{"text": "a", "id": "x"}\n' * 1 + '\n{"text": "b", "id": "x"}\n')
     assert problem_of(path) == (
-        ":3: \"id\" 'x' is that of line 1 already; give each document an id of its own"
+        ":3: \"id\" 'x' is already on line 1; give each document a unique id"
     )
 
 
 def test_an_id_may_not_be_that_of_a_document_named_by_its_line(tmp_path):
     path = written(tmp_path, '{"text": "a"}\n{"text": "b", "id": "1"}\n')
-    assert problem_of(path).startswith(":2: \"id\" '1' is that of line 1 already")
+    assert problem_of(path).startswith(":2: \"id\" '1' is already on line 1")
     path = written(tmp_path, '{"text": "a", "id": 2}\n{"text": "b"}\n')
-    assert problem_of(path).startswith(":2: \"id\" '2' is that of line 1 already")
+    assert problem_of(path).startswith(":2: \"id\" '2' is already on line 1")
 
 
 def test_ids_of_equal_hash_are_not_taken_for_equal(tmp_path, monkeypatch):
@@ -148,11 +148,11 @@ def test_other_fields_are_kept_on_request_where_a_filter_can_ask_for_them(tmp_pa
         '"none": null, "nested": {"a": 1}, "deep": [[1]]}\n'
     )
     fields = {"section": "web", "year": 1999, "free": False, "tags": ["a", 2]}
-    (found,) = read_documents(written(tmp_path, line), keep_fields=True)
+    (found,) = read_documents(written(tmp_path, line), keep_others=True)
     assert found == Document("x", "t", fields=fields)
     path = tmp_path / "docs.parquet"
     pq.write_table(pa.table({"text": ["t"], "year": [1999], "bytes": [b"\x00"]}), path)
-    (found,) = read_documents(path, keep_fields=True)
+    (found,) = read_documents(path, keep_others=True)
     assert found == Document("1", "t", fields={"year": 1999})
     (plain,) = read_documents(path)
     assert plain == Document("1", "t")

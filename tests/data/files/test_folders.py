@@ -8,7 +8,7 @@ import pytest
 from tercet.data.files import readers, sources
 from tercet.data.files.folders import find_groups, iter_rows, open_sources
 from tercet.data.files.sources import open_source, write_examples
-from tercet.data.files.texts import text_kind
+from tercet.data.files.texts import text_format
 from tercet.errors import DataError
 from tercet.types import Example
 
@@ -216,7 +216,7 @@ def test_texts_are_opened_from_folders_too(tmp_path):
     (tmp_path / "t" / "books" / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "t" / "books" / "b.jsonl").write_text('{"text": "three"}\n')
     pq.write_table(pa.table({"text": ["four"]}), tmp_path / "t" / "web.parquet")
-    books, web = open_sources(tmp_path / "t", kind=text_kind())
+    books, web = open_sources(tmp_path / "t", record_format=text_format())
     assert [it.query for it in books.examples(range(3))] == ["one", "two", "three"]
     assert [it.query for it in web.examples([0])] == ["four"]
     assert books.sizes.dtype == np.int32

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.data.files.texts import open_texts, spread
+from tercet.data.files.texts import evenly_spaced, open_texts
 from tercet.errors import DataError
 from tercet.types import Example
 
@@ -70,7 +70,7 @@ def test_a_file_that_changed_since_it_was_opened_is_refused(file):
 
 @pytest.mark.parametrize(("count", "most"), [(0, 3), (3, 3), (7, 3), (1_000, 10), (21, 20)])
 def test_texts_are_taken_from_all_over_a_file(count, most):
-    texts = spread((str(i) for i in range(count)), most)
+    texts = evenly_spaced((str(i) for i in range(count)), most)
     numbers = [int(text) for text in texts]
     assert min(count, most) / 2 <= len(numbers) <= most
     assert len({after - before for before, after in pairwise(numbers)}) <= 1

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tercet.data.batches.relation import relation_of
 from tercet.losses.info_nce import info_nce
-from tercet.models.network.chunked import Chunks, backward_in_chunks, chunks_of
+from tercet.models.network.chunked import Chunks, backward_in_chunks
 from tercet.segments import total
 from tercet.types import Packed
 from tests.toy import pack, random_texts
@@ -68,24 +68,6 @@ def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "expected"),
-    [
-        (1, [[1], [2], [0], [3]]),
-        (6, [[1], [2], [0, 3]]),
-        (9, [[1], [2, 0], [3]]),
-        (17, [[1, 2, 0], [3]]),
-        (18, [[1, 2, 0, 3]]),
-    ],
-)
-def test_chunks_are_whole_texts_longest_first(max_tokens: int, expected: list[list[int]]):
-    assert chunks_of([4, 8, 5, 1], max_tokens) == expected
-
-
-def test_no_texts_make_no_chunks():
-    assert chunks_of([], 10) == []
 
 
 @pytest.mark.parametrize("objective", [loss_of, matryoshka])

@@ -14,7 +14,6 @@ from tercet.rank.scoring import weighted_scores
 from tercet.search.engine.engine import Record, Weighted
 from tercet.search.qdrant.points import (
     TermRow,
-    batches_of,
     facts_of,
     parts_of,
     payload_of,
@@ -97,13 +96,6 @@ def test_a_text_has_no_part_of_a_kind_that_it_has_nothing_of():
     assert set(second) == {"dense", "multi"}
     assert isinstance(second["multi"], np.ndarray)
     assert second["multi"].shape == (2, 4)
-
-
-def test_batches_hold_as_many_points_as_fit_or_one_that_is_larger():
-    points = points_of(records(5), Vectors(torch.ones(5, 10)), {"dense": 10})
-    assert [len(batch) for batch in batches_of(points, 25)] == [2, 2, 1]
-    assert [len(batch) for batch in batches_of(points, 3)] == [1] * 5
-    assert [point for batch in batches_of(points, 30) for point in batch] == points
 
 
 def test_the_weight_of_a_sum_over_query_tokens_is_divided_by_their_number():
@@ -250,13 +242,14 @@ def test_a_closed_engine_does_not_begin_anew_over_what_is_there(tmp_path):
         assert again.stats().records == 8
 
 
-@pytest.mark.parametrize("package", ["qdrant_edge", "qdrant_client"])
-def test_without_the_extra_the_error_names_it(monkeypatch, package):
-    module = {"qdrant_edge": "qdrant_edge", "qdrant_client": "qdrant_cluster"}[package]
+@pytest.mark.parametrize(
+    ("package", "module"), [("qdrant_edge", "edge"), ("qdrant_client", "server")]
+)
+def test_without_the_extra_the_error_names_it(monkeypatch, package, module):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"tercet.search.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"tercet.search.qdrant.{module}", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'tercet\[qdrant\]'"):
-        __import__(f"tercet.search.{module}")
+        __import__(f"tercet.search.qdrant.{module}")
 
 
 def test_a_panic_of_the_engine_is_an_error_like_others(tmp_path):
