@@ -12,7 +12,7 @@ from tercet.cli.ablate_languages import arctic_embed, english_gap
 from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
 from tercet.cli.encode import encode
-from tercet.cli.evaluate import diagnose, evaluate, probe
+from tercet.cli.evaluate import diagnose, evaluate, probe, sizes, tune_weights
 from tercet.cli.exchange import (
     from_arctic,
     from_arctic_batches,
@@ -22,13 +22,11 @@ from tercet.cli.exchange import (
 )
 from tercet.cli.filter import filter_pairs
 from tercet.cli.mine import mine
-from tercet.cli.models import inspect, merge, models, retokenize
+from tercet.cli.models import calibrate, inspect, merge, models, retokenize
 from tercet.cli.search import index, search
-from tercet.cli.small import calibrate, sizes
 from tercet.cli.synthesize import synthesize
 from tercet.cli.train import recipes
 from tercet.cli.transfer import transfer
-from tercet.cli.tune import tune_weights
 from tercet.errors import TercetError
 from tercet.files.console import Notes, say
 

@@ -7,10 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from tercet.evaluate.report.figures import Point, drawing, write_png
+from tercet.evaluate.report.figures import CurvePoint, Curves, drawing, panels, write_png
 from tercet.evaluate.report.intervals import Interval
-from tercet.evaluate.report.panels import Panel, panels
-from tercet.evaluate.report.report import Drawing, RunReport, Section, write_report
+from tercet.evaluate.report.page import PageFigure, RunReport, Section, write_report
 from tercet.files.atomic import replacing_file
 from tercet.studies.tables import Table
 from tercet.studies.transfer import JUDGED, Group, Judged, Transfer
@@ -106,7 +105,7 @@ def _report(found: Transfer, facts: Mapping[str, Any]) -> RunReport:
         shown = {heading: drawn[heading]}
         caption = f"nDCG@10 over steps; the dotted line is the reference, step {step}."
         drawings = [
-            Drawing(
+            PageFigure(
                 lambda shown=shown: panels(shown, x="step", y="nDCG@10", marked=float(step)),
                 caption,
             )
@@ -121,17 +120,17 @@ def _report(found: Transfer, facts: Mapping[str, Any]) -> RunReport:
     )
 
 
-def _drawn(found: Transfer) -> dict[str, dict[str, Panel]]:
+def _drawn(found: Transfer) -> dict[str, dict[str, Curves]]:
     return {
         heading: {group.title: _curves(found, group) for group in groups}
         for heading, groups in by_heading(found).items()
     }
 
 
-def _curves(found: Transfer, group: Group) -> Panel:
+def _curves(found: Transfer, group: Group) -> Curves:
     return {
         NAMES[judged]: [
-            Point(float(step), found.figure(judged, place, group))
+            CurvePoint(float(step), found.figure(judged, place, group))
             for place, step in enumerate(found.steps)
         ]
         for judged in JUDGED

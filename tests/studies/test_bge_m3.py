@@ -10,7 +10,8 @@ import pytest
 from tercet.cli import main
 from tercet.data.files.sources import write_examples
 from tercet.errors import RecipeError
-from tercet.evaluate.measures.retrieval import measure_bm25, measure_kinds
+from tercet.evaluate.measures.embedder_kinds import measure_kinds
+from tercet.evaluate.measures.retrieval import measure_bm25
 from tercet.evaluate.report.intervals import interval, paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.evaluate.suites.suite import COLUMNS, open_kinds_set, open_sets

@@ -93,8 +93,9 @@ class CorpusEncoder:
         lengths = self.embedder.tokenize(some, "document").lengths
         return sum(lengths) * len(self.texts) // max(len(some), 1)
 
+
 def tuned_weights(settings: Settings, tasks: Sequence[str]) -> Weights:
-    """Return the weights that the model was tuned to for the first known task, or its usual ones."""
+    """Return the weights tuned for the first task that has some, or the model's usual ones."""
     known = (settings.weights[name] for name in (*tasks, "") if name in settings.weights)
     return next(known, Weights())
 

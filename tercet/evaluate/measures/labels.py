@@ -117,7 +117,7 @@ def measure_classification(
     dims: int | None = None,
     progress: bool = False,
 ) -> ClassificationResult:
-    """Encode all texts as queries, with the prompt of the ``task`` or the default one, and classify.
+    """Encode all texts as queries, with the prompt of the task or the default one, and classify.
 
     Raises:
         RecipeError: if the model has no prompts for the task, or the train texts have one label.

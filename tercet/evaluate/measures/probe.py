@@ -48,7 +48,7 @@ def settle(model: "LogisticRegression", features: Any, labels: np.ndarray) -> No
 def vector_probe(
     model: "LogisticRegression", vectors: Float32[np.ndarray, "rows hidden"], labels: np.ndarray
 ) -> Callable[[Float32[np.ndarray, "_ hidden"]], np.ndarray]:
-    """Return a function from vectors to labels, learned from these; coordinates are standardised."""
+    """Return a function from vectors to labels, learned from these vectors, standardised."""
     mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
     features = vectors - mean
     deviation = np.sqrt(np.einsum("wh,wh->h", features, features) / len(features))

@@ -5,6 +5,7 @@ codes are learned from the documents of the set, as someone who builds an index 
 its queries or judgements.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -38,6 +39,8 @@ from tercet.rank.quantized import (
     codes_of,
     truncated,
 )
+
+log = logging.getLogger("tercet")
 
 QueryVectors: TypeAlias = Float[np.ndarray, "queries dims"]
 DocumentVectors: TypeAlias = Float[np.ndarray, "docs dims"]
@@ -162,6 +165,25 @@ class StoredDocuments:
         if dims not in self.settings.ranges:
             return Quantizer.learned(self.documents, precision).codes(self.documents)
         return quantizer_of(self.settings, precision, dims).codes(self.documents)
+
+
+def chosen_dims(embedder: Embedder, dims: Sequence[int] | None) -> list[int]:
+    """Return ``dims``, or the full dimension and those that the model was trained for, falling.
+
+    Raises:
+        RecipeError: if one is out of range.
+    """
+    trained = {embedder.dim, *embedder.settings.dims}
+    wanted = sorted(set(dims or trained), reverse=True)
+    if wrong := [kept for kept in wanted if not 0 < kept <= embedder.dim]:
+        raise RecipeError(f"--dims must be between 1 and {embedder.dim}; got {wrong[0]}")
+    if untrained := set(wanted) - trained:
+        numbers = ", ".join(map(str, sorted(untrained)))
+        log.warning(
+            "the model was not trained to be cut to %s coordinates; that costs more quality",
+            numbers,
+        )
+    return wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class SimilarityResult:
     data: SimilaritySet
     cosines: Float64[np.ndarray, "pairs"]
 
-    def correlation(self, metric: Metric = "spearman") -> float:
+    def correlation(self, metric: Correlation = "spearman") -> float:
         """Return the correlation with people's scores: of ranks (Spearman) or values (Pearson).
 
         Equal values share their mean rank. NaN if all cosines are equal, or below two pairs.
@@ -37,7 +37,7 @@ class SimilarityResult:
 
     def interval(
         self,
-        metric: Metric = "spearman",
+        metric: Correlation = "spearman",
         *,
         unit: BootstrapUnit | None = None,
         resamples: int = RESAMPLES,
@@ -58,7 +58,7 @@ class SimilarityResult:
     def minus(
         self,
         other: "SimilarityResult",
-        metric: Metric = "spearman",
+        metric: Correlation = "spearman",
         *,
         unit: BootstrapUnit | None = None,
         resamples: int = RESAMPLES,

@@ -33,7 +33,7 @@ from tercet.models.settings import Settings
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import Stored
 
-Axis: TypeAlias = Literal["monolingual", "cross-lingual", "mixed", "not told"]
+Axis: TypeAlias = Literal["monolingual", "cross-lingual", "mixed", "unknown"]
 METRICS: Final = ("ndcg@10", "recall@100")
 BASELINES: Final[Mapping[str, WordsOf]] = {"BM25": by_words, "BM25 of 3 letters": by_letters}
 """Systems without a model: by common words, and by common character trigrams."""
@@ -134,9 +134,8 @@ def keep_scores(kept: KeptResults, found: SetScores, *key: str) -> None:
 def _restored(facts: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> SetScores:
     scores = {name: arrays[f"scores {name}"] for name in facts.pop("metrics")}
     langs = tuple(facts.pop("langs"))
-    return SetScores(
-        **facts, langs=langs, scores=scores, **{name: arrays[name] for name in _ARRAYS}
-    )
+    own = {name: arrays[name] for name in _ARRAYS}
+    return SetScores(langs=langs, scores=scores, **facts, **own)  # pyright: ignore[reportArgumentType]
 
 
 def _documents_first(location: SetLocation) -> tuple[str, str, str]:
@@ -207,7 +206,7 @@ def axis_of(data: RetrievalSet) -> tuple[Axis, str]:
         list(dict.fromkeys(langs)) for langs in (data.query_langs, data.document_langs)
     )
     if "" in of_queries or "" in of_documents:
-        return "not told", "?"
+        return "unknown", "?"
     if len(of_documents) > 1:
         return "mixed", f"{len(of_queries)} -> {len(of_documents)} languages"
     if of_queries == of_documents:

@@ -214,7 +214,7 @@ def _by_vectors(
     options: ComparisonOptions,
     task: str | None,
 ) -> tuple[dict[str, Result], dict[str, Any]]:
-    """Measure a model in codes, or by every kind of its vectors; also return how it was searched."""
+    """Measure a model in codes, or by every kind of vectors; also return how it was searched."""
     assert isinstance(examined.data, RetrievalSet)
     if options.precision is not None:
         _require_dense(name, embedder.kinds, options)
@@ -288,7 +288,9 @@ def _say_ignored(name: str, kinds: Sequence[Kind], options: ComparisonOptions) -
     }
     if ignored := [flag for flag, is_ignored in given.items() if is_ignored]:
         have = "have" if len(ignored) > 1 else "has"
-        say(f"{name}: measured by {kinds[0]} vectors only: {' and '.join(ignored)} {have} no effect")
+        say(
+            f"{name}: measured by {kinds[0]} vectors only: {' and '.join(ignored)} {have} no effect"
+        )
 
 
 # ---- a folder of sets ------------------------------------------------------------------------
