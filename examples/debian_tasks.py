@@ -23,7 +23,7 @@ from tercet.data.files.texts import normal_form
 from tercet.files.atomic import replacing_file
 from tercet.files.console import columns, results
 from tercet.files.records import iter_records
-from tercet.models.formats.instructions import as_prompt
+from tercet.models.settings import as_prompt
 from tercet.types import Example
 
 # What a model is told to do; a file of a task bears its name, and so does what it is tested with.

@@ -13,13 +13,6 @@ from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
 from tercet.cli.encode import encode
 from tercet.cli.evaluate import diagnose, evaluate, probe, sizes, tune_weights
-from tercet.cli.exchange import (
-    from_arctic,
-    from_arctic_batches,
-    split_arctic_batches,
-    to_arctic,
-    to_arctic_batches,
-)
 from tercet.cli.filter import filter_pairs
 from tercet.cli.mine import mine
 from tercet.cli.models import calibrate, inspect, merge, models, retokenize
@@ -40,11 +33,6 @@ app = typer.Typer(
 )
 app.add_typer(recipes, name="train")
 app.add_typer(ablations, name="ablate")
-convert.command("arctic")(from_arctic)
-convert.command("to-arctic")(to_arctic)
-convert.command("arctic-batches")(from_arctic_batches)
-convert.command("to-arctic-batches")(to_arctic_batches)
-convert.command("arctic-split")(split_arctic_batches)
 ablations.command("arctic-embed")(arctic_embed)
 ablations.command("english-gap")(english_gap)
 app.add_typer(convert, name="convert")

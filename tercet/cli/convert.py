@@ -1,4 +1,4 @@
-"""Verbs that make training rows of other data, and keep the texts of a test out of them."""
+"""Verbs that convert other data to training rows, and remove the texts of a test from them."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,65 +25,67 @@ def _about_conversions() -> None:
     """
 
 
-Out = Annotated[Path, typer.Option(help="The rows: a .jsonl or .parquet file.")]
-TaskName = Annotated[str, typer.Option(help="Name of the set, kept in each row.")]
-Instruction = Annotated[
+OutOption = Annotated[Path, typer.Option(help="The rows: a .jsonl or .parquet file.")]
+TaskOption = Annotated[str, typer.Option(help="Name of the set, kept in each row.")]
+InstructionOption = Annotated[
     str, typer.Option(help="What to do with a text, in words; becomes the prompt.")
 ]
-Against = Annotated[
+AgainstOption = Annotated[
     list[Path] | None,
     typer.Option(help="A test file or folder whose texts are left out; may be repeated."),
 ]
-Threshold = Annotated[
+ThresholdOption = Annotated[
     float, typer.Option(help="Overlap from which two texts count as near duplicates.")
 ]
-Negatives = Annotated[int, typer.Option(min=1, help="Of each row, at most.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
-Labelled = Annotated[Path, typer.Argument(help="A .jsonl or .parquet file of labelled texts.")]
-TextFields = Annotated[
+NegativesOption = Annotated[int, typer.Option(min=1, help="Of each row, at most.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
+LabelledArgument = Annotated[
+    Path, typer.Argument(help="A .jsonl or .parquet file of labelled texts.")
+]
+TextFieldsOption = Annotated[
     list[str] | None,
     typer.Option("--text-field", help='Where the text is ("text"); repeated, they are joined.'),
 ]
-LabelField = Annotated[str, typer.Option(help="Where the label is, or the list of labels.")]
-LabelPrefix = Annotated[str, typer.Option(help="Only labels that begin so, without it.")]
-LabelTexts = Annotated[
+LabelFieldOption = Annotated[str, typer.Option(help="Where the label is, or the list of labels.")]
+LabelPrefixOption = Annotated[str, typer.Option(help="Only labels that begin so, without it.")]
+LabelTextsOption = Annotated[
     Path | None, typer.Option(help='The words of labels: {"0": "sadness", ...}; None: the labels.')
 ]
 ModeOption = Annotated[
     Literal["label", "example"] | None,
     typer.Option(help="What answers a text; None: example for more than two labels, else label."),
 ]
-Rows = Annotated[
+RowsOption = Annotated[
     int | None, typer.Option(min=1, help="At most, and balanced by label; None: a row a text.")
 ]
-Split = Annotated[str | None, typer.Option(help='Only records with this "split".')]
-Lonely = Annotated[
+SplitOption = Annotated[str | None, typer.Option(help='Only records with this "split".')]
+LonelyOption = Annotated[
     Literal["label", "skip"],
     typer.Option(help="A text whose label has no other gets the words of its label, or no row."),
 ]
 
 
 def labelled(
-    file: Labelled,
-    task: TaskName,
-    instruction: Instruction,
-    out: Out,
+    file: LabelledArgument,
+    task: TaskOption,
+    instruction: InstructionOption,
+    out: OutOption,
     mode: ModeOption = None,
-    rows: Rows = None,
-    negatives: Negatives = 7,
-    text_field: TextFields = None,
-    label_field: LabelField = "label",
-    label_prefix: LabelPrefix = "",
-    label_texts: LabelTexts = None,
-    lonely: Lonely = "label",
-    split: Split = None,
-    against: Against = None,
-    threshold: Threshold = 0.8,
-    seed: Seed = 0,
+    rows: RowsOption = None,
+    negatives: NegativesOption = 7,
+    text_field: TextFieldsOption = None,
+    label_field: LabelFieldOption = "label",
+    label_prefix: LabelPrefixOption = "",
+    label_texts: LabelTextsOption = None,
+    lonely: LonelyOption = "label",
+    split: SplitOption = None,
+    against: AgainstOption = None,
+    threshold: ThresholdOption = 0.8,
+    seed: SeedOption = 0,
 ) -> None:
     """Write a row for each text of a file, and say what became of it."""
     from tercet.curate.convert.classification import convert_labelled
-    from tercet.curate.convert.settings import Wanted
+    from tercet.curate.convert.conversion import Conversion
     from tercet.data.files.labelled import read_label_texts, read_labelled_texts
 
     _check_place(out, file, *(against or []))
@@ -97,9 +99,9 @@ def labelled(
     texts = (text for text in every if split is None or text.split == split)
     if against:
         texts = _withheld(texts, lambda text: [text.text], against, threshold)
-    wanted = Wanted(task=task, instruction=instruction, negatives=negatives, seed=seed)
+    conversion = Conversion(task=task, instruction=instruction, negatives=negatives, seed=seed)
     converted = convert_labelled(
-        texts, wanted, mode=mode, rows=rows, lonely=lonely, label_texts=words
+        texts, conversion, mode=mode, rows=rows, lonely=lonely, label_texts=words
     )
     _write(out, converted)
 
@@ -133,18 +135,18 @@ def similarity(
     file: Annotated[
         Path, typer.Argument(help="A .jsonl or .parquet file with text1, text2 and score.")
     ],
-    task: TaskName,
-    instruction: Instruction,
-    out: Out,
+    task: TaskOption,
+    instruction: InstructionOption,
+    out: OutOption,
     scale: Annotated[
         tuple[float, float] | None,
         typer.Option(help="Lowest and highest score, mapped to 0 and 5; None: as they are."),
     ] = None,
     alike: Annotated[float, typer.Option(help="Least score of a pair that becomes rows.")] = 4.0,
     unlike: Annotated[float, typer.Option(help="Highest known score of a negative.")] = 2.5,
-    negatives: Negatives = 7,
-    against: Against = None,
-    threshold: Threshold = 0.8,
+    negatives: NegativesOption = 7,
+    against: AgainstOption = None,
+    threshold: ThresholdOption = 0.8,
 ) -> None:
     """Make rows of pairs of texts with a score, in both directions.
 
@@ -154,8 +156,8 @@ def similarity(
     Example: tercet convert similarity pairs.jsonl --task sts
     --instruction "Retrieve semantically similar text." --out rows.jsonl
     """
-    from tercet.curate.convert.settings import Wanted
-    from tercet.curate.convert.similarity import convert_similarity
+    from tercet.curate.convert.conversion import Conversion
+    from tercet.curate.convert.scored_pairs import convert_similarity
     from tercet.data.files.similarity import SimilaritySet
 
     _check_place(out, file, *(against or []))
@@ -166,8 +168,8 @@ def similarity(
         scored = [(texts[first], texts[second], score) for (first, second), score in pairs]
         kept = list(_withheld(scored, lambda pair: pair[:2], against, threshold))
         data = SimilaritySet.of(data.name, kept)
-    wanted = Wanted(task=task, instruction=instruction, negatives=negatives)
-    _write(out, convert_similarity(data, wanted, alike=alike, unlike=unlike, rescale=scale))
+    conversion = Conversion(task=task, instruction=instruction, negatives=negatives)
+    _write(out, convert_similarity(data, conversion, alike=alike, unlike=unlike, rescale=scale))
 
 
 @convert.command()
@@ -175,7 +177,7 @@ def flagembedding(
     places: Annotated[
         list[Path], typer.Argument(help="Files of rows, or folders of them; several are one set.")
     ],
-    out: Out,
+    out: OutOption,
     prompt: Annotated[
         str, typer.Option(help="Before queries of rows that have none of their own.")
     ] = "",
@@ -189,7 +191,7 @@ def flagembedding(
     drop: Annotated[
         int, typer.Option(min=0, help="That task is left out where it has fewer rows.")
     ] = 0,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Make rows of FlagEmbedding's, with what its names of files and its flags say in each row.
 
@@ -197,14 +199,14 @@ def flagembedding(
 
     Example: tercet convert flagembedding data/sts data/nq_no_in_batch_neg --out rows.jsonl
     """
-    from tercet.curate.convert.flagembedding import Limits, convert_flag_rows, flag_set
+    from tercet.curate.convert.flagembedding import FileLimits, convert_flag_rows, flag_set
     from tercet.data.files.sources import write_examples
     from tercet.files.progress import bar
     from tercet.models.formats.bge_m3_files import FlagRows
 
     _check_place(out, *places)
     how = FlagRows(prompt=prompt, form=form.replace("\\n", "\n"), seed=seed)
-    limits = Limits(rows=rows, small=small, drop=drop)
+    limits = FileLimits(rows=rows, small=small, drop=drop)
     chosen = flag_set(places, limits)
     tasks: Counter[str] = Counter()
 
@@ -223,28 +225,46 @@ def flagembedding(
         say(f"tercet: note: left out: {count:,} {reason}")
 
 
-@convert.command("flagembedding-command")
-def flagembedding_command(
-    script: Annotated[
-        Path, typer.Argument(help="A file with the command, such as a shell script of the project.")
+@convert.command("arctic")
+def from_arctic(
+    folder: Annotated[
+        Path, typer.Argument(help="With queries.parquet, documents.parquet and labels.parquet.")
     ],
+    out: OutOption,
+    mined: Annotated[
+        Path | None, typer.Option(help="A table with RELEVANCE; below 0 are negatives.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Where texts wait on the disk meanwhile.")] = Path(
+        "runs/convert"
+    ),
 ) -> None:
-    """Say how tercet does the fine-tuning that a command of FlagEmbedding asks for.
+    """Make rows of Arctic-Embed's tables of queries, documents and labels.
 
-    Nothing is run. What has no counterpart is told.
-
-    Example: tercet convert flagembedding-command m3.sh
+    Example: tercet convert arctic tables/ --mined tables/mined.parquet --out rows.parquet
     """
-    from tercet.curate.convert.flag_command import translated
+    from tercet.curate.convert.arctic import TablesReport, examples_of_tables
+    from tercet.data.files.sources import write_examples
 
-    try:
-        text = script.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{script}: cannot be read ({error}); give a text file") from error
-    found = translated(text)
-    results().print(found.command, soft_wrap=True, markup=False, highlight=False)
-    for note in found.notes:
-        say(f"tercet: note: {note}")
+    report = TablesReport()
+    write_examples(out, examples_of_tables(folder, report, work=work, mined=mined))
+    _show_tables(report)
+
+
+@convert.command()
+def to_arctic(
+    files: Annotated[list[Path], typer.Argument(help="Rows: .jsonl or .parquet files.")],
+    out: Annotated[Path, typer.Option(help="A folder.")],
+) -> None:
+    """Write rows as Arctic-Embed's tables of queries, documents, labels and mined documents.
+
+    Example: tercet convert to-arctic rows.parquet --out tables/
+    """
+    from tercet.curate.convert.arctic import write_tables
+    from tercet.data.files.sources import iter_examples
+
+    if out.is_file() or any(each.resolve().is_relative_to(out.resolve()) for each in files):
+        raise RecipeError(f"{out}: is an input, or a file; give another folder with --out")
+    _show_tables(write_tables(out, chain.from_iterable(map(iter_examples, files))))
 
 
 def decontaminate(
@@ -258,8 +278,8 @@ def decontaminate(
             "may be repeated."
         ),
     ],
-    out: Out,
-    threshold: Threshold = 0.8,
+    out: OutOption,
+    threshold: ThresholdOption = 0.8,
 ) -> None:
     """Take the texts of a test, and what is nearly the same, out of training rows.
 
@@ -285,14 +305,14 @@ def decontaminate(
             if first is not None:
                 write_examples(path, _counted(chain([first], clean), advance))
             elif len(outputs) > 1:
-                say(f"tercet: note: {path}: no row is left, so it is not written")
+                say(f"tercet: note: {path}: not written: no row is left")
     if not removal.kept:
-        raise DataError(file, None, "has no row without a text of the test; nothing is left")
+        raise DataError(file, None, "every row has a text of the test; nothing is left")
     _show_removal(removal)
 
 
 def _cleaned_files(source: Path, out: Path) -> list[tuple[Path, list[Any]]]:
-    """Each file to write, and the shards whose rows go into it."""
+    """Return each file to write, with the shards whose rows go into it."""
     from tercet.data.files.folders import find_groups
 
     shards = [shard for group in find_groups(source) for shard in group.shards]
@@ -308,18 +328,18 @@ def _counted(rows: Iterable[Any], advance: Any) -> Iterator[Any]:
 
 
 def _check_place(out: Path, *inputs: Path) -> None:
-    """Stop before anything is read where the result would take the place of an input."""
+    """Raise, before anything is read, if the result would replace an input."""
     from tercet.files.records import known_suffix
 
     known_suffix(out)
     if out.resolve() in [each.resolve() for each in inputs]:
-        raise RecipeError(f"{out}: is read and cannot be written to as well; give another --out")
+        raise RecipeError(f"{out}: is an input; give another --out")
 
 
 def _withheld(
     items: Any, texts_of: Any, against: Sequence[Path], threshold: float
 ) -> Iterator[Any]:
-    """The items without a text of the tests; when all have passed, what was found is shown."""
+    """Yield the items without a text of the tests; at the end, show what was removed."""
     from tercet.curate.convert.decontaminate import EvaluationTexts, Removal, withhold
 
     removal = Removal()
@@ -334,14 +354,14 @@ def _write(out: Path, converted: Any) -> None:
     report = converted.report
     if not report.rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items())
-        raise RecipeError(f"no row came of {report.records:,} records: {reasons or 'none'}")
+        raise RecipeError(f"{report.records:,} records gave no row: {reasons or 'none'}")
     write_examples(out, converted.rows)
     table = columns("what", "count")
     table.add_row("records", f"{report.records:,}")
     for reason, count in report.skipped.items():
         table.add_row(f"no row: {reason}", f"{count:,}")
     table.add_row("rows", f"{report.rows:,}")
-    table.add_row("negatives per row", f"{report.negatives_per_row:.2f}")
+    table.add_row("negatives per row", f"{report.negatives / max(report.rows, 1):.2f}")
     if report.label_instead:
         table.add_row("rows with the label for want of another text", f"{report.label_instead:,}")
     results().print(table)
@@ -368,3 +388,10 @@ def _show_removal(removal: Any) -> None:
         say(f"tercet: note: {removal.without_negatives:,} of them had no negative left")
     if gone > removal.rows / 2:
         say("tercet: note: more than half went; is the test made of the same texts?")
+
+
+def _show_tables(report: Any) -> None:
+    table = columns("queries", "rows", "without a label", "negatives")
+    counts = (report.queries, report.rows, report.unanswered, report.negatives)
+    table.add_row(*(f"{count:,}" for count in counts))
+    results().print(table)

@@ -91,12 +91,12 @@ def check(
 
 def _token_counter(model: str) -> CountTokens:
     """Count tokens together with the prompts that the model puts before a text."""
-    from tercet.models.settings import known_settings
+    from tercet.models.formats.parts import settings_of
     from tercet.models.tokens import Tokenizer, load_tokenizer
     from tercet.models.zoo.zoo import resolve
 
     place = resolve(model)
-    tokenizer, settings = Tokenizer(load_tokenizer(place)), known_settings(model, Path(place))
+    tokenizer, settings = Tokenizer(load_tokenizer(place)), settings_of(model, Path(place))
 
     def count(texts: Sequence[str], role: Role) -> list[int]:
         return tokenizer(texts, 1_000_000, settings.prompt(role)).lengths

@@ -67,7 +67,7 @@ def merge(
 
     Example: tercet merge mntp-adapter simcse-adapter --base smollm2 --out merged
     """
-    from tercet.models.formats.merge import load_adapters
+    from tercet.models.merge import load_adapters
 
     _refuse_to_replace(out, "merging")
     embedder = load_adapters(adapters, base=base, compat=compat, attention=attention)
@@ -96,7 +96,7 @@ def retokenize(
     Example: tercet retokenize me5-small --tokenizer smollm2 --texts pairs.jsonl --out retokenized
     """
     from tercet.models.embedder import Embedder
-    from tercet.models.formats.retokenize import with_tokenizer
+    from tercet.models.retokenize import with_tokenizer
     from tercet.models.tokens import load_tokenizer
 
     _refuse_to_replace(out, "this")

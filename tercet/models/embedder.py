@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
 from tercet.models.encode_loop import Step, batch_by_batch, text_vectors, token_states, word_states
+from tercet.models.formats.parts import ModelParts
+from tercet.models.formats.sentence_transformer_module import as_sentence_transformer
+from tercet.models.formats.tercet_folder import load_parts, save_adapter, save_parts
 from tercet.models.network.backbone import Attention, Backbone, Window
 from tercet.models.network.fingerprints import add_weights
 from tercet.models.network.heads import Heads, SpecialIds
@@ -369,10 +372,31 @@ class Embedder(nn.Module):
         Raises:
             ModelError: when the folder is incomplete or the model cannot be packed.
         """
-        from tercet.models.formats.tercet_folder import load  # which makes an embedder
+        parts = load_parts(
+            source,
+            changes,
+            dtype=dtype,
+            attention=attention,
+            window=window,
+            keep_layers=keep_layers,
+        )
+        embedder = Embedder(
+            parts.backbone, parts.tokenizer, parts.settings, parts.layer, parts.heads
+        )
+        embedder.about = parts.about
+        return embedder.eval()
 
-        how = {"dtype": dtype, "attention": attention, "window": window}
-        return load(source, {**how, "keep_layers": keep_layers}, changes)
+    @property
+    def parts(self) -> ModelParts:
+        """What a folder of this model holds."""
+        return ModelParts(
+            backbone=self.backbone,
+            tokenizer=self.tokenizer.stock,
+            settings=self.settings,
+            layer=self.layer,
+            heads=self.heads,
+            about=self.about,
+        )
 
     def save(self, folder: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
         """Write a folder that tercet and sentence-transformers load; LoRA is merged first.
@@ -386,9 +410,7 @@ class Embedder(nn.Module):
             StorageError: when the disk refuses; what was there before is still there.
             ModelError: when the folder holds something that is not a model.
         """
-        from tercet.models.formats.tercet_folder import save  # which takes an embedder
-
-        save(self, Path(folder), self.about if about is None else about)
+        save_parts(self.parts, Path(folder), self.about if about is None else about)
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
         """Write the low-rank updates alone, with the direction that they were trained in.
@@ -397,9 +419,7 @@ class Embedder(nn.Module):
             ModelError: when the embedder has no LoRA, or is a decoder that reads both ways on a
                 base that does not say so: other libraries would read it one way again.
         """
-        from tercet.models.formats.tercet_folder import save_adapter  # which takes an embedder
-
-        save_adapter(self, Path(folder), base)
+        save_adapter(self.parts, Path(folder), base)
 
     def as_sentence_transformer(self) -> Any:
         """The same embedder as a ``SentenceTransformer``, with the same weights in memory.
@@ -407,11 +427,7 @@ class Embedder(nn.Module):
         It needs no ``trust_remote_code``; see
         ``tercet.models.formats.sentence_transformer_module``.
         """
-        from tercet.models.formats.sentence_transformer_module import (
-            as_sentence_transformer,  # which takes an embedder
-        )
-
-        return as_sentence_transformer(self)
+        return as_sentence_transformer(self.parts).train(self.training)
 
     def fingerprint(self) -> str:
         """Changes when weights or settings do: what an index remembers of its model.

@@ -1,32 +1,23 @@
 """How texts become vectors, apart from the weights: what is saved beside them."""
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-import torch
-
 from tercet.errors import ModelError, RecipeError
-from tercet.models.formats.sentence_transformers import StFolder, read_modules
 from tercet.models.network.backbone import Attention, Window
-from tercet.models.network.heads import Heads, heads_in, load_heads
-from tercet.models.network.latent_attention import AttentionLayer, Layer, build_layer, load_layer
+from tercet.models.network.latent_attention import Layer
 from tercet.models.network.pooling import POOLINGS, PoolingName
 from tercet.models.tokens import Form
-from tercet.models.zoo import zoo
 from tercet.rank.quantized import Ranges
 from tercet.types import Role
 from tercet.vectors import KINDS, Kind, Weights
 
-log = logging.getLogger("tercet")
-
 VERSION: Final = 1
 FILE: Final = "tercet.json"
-_M3_TOKENS: Final = 8_192  # of BGE-M3; a model with fewer positions takes as many as it has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,130 +253,6 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         raise ModelError(f"{path}: {error}; mend it, or save the model again") from error
 
 
-def known_settings(source: str | Path, folder: Path) -> Settings:
-    """Settings of a model without ``tercet.json``: sentence-transformers', the zoo's or usual.
-
-    A folder with a layer for sparse or multi vectors is a BGE-M3 of FlagEmbedding, which makes all
-    kinds and pools the first token.
-    """
-    stock = read_modules(folder) if folder.is_dir() else None
-    from_zoo = zoo.find(str(source))
-    if folder.is_dir() and heads_in(folder):
-        longest = _M3_TOKENS if stock is None else stock.max_tokens
-        return Settings(pooling="first", kinds=KINDS, query_tokens=longest, document_tokens=longest)
-    if stock is not None:
-        return Settings(
-            pooling=stock.pooling,
-            normalize=stock.normalize,
-            layer=Layer() if stock.layer else None,  # its sizes are beside its weights
-            **_read_prompts(stock.prompts),
-            pool_prompt=stock.include_prompt,
-            query_tokens=stock.max_tokens,
-            document_tokens=stock.max_tokens,
-        )
-    if from_zoo is not None:
-        return Settings(
-            pooling=from_zoo.pooling,
-            prompts=dict(from_zoo.prompts),
-            query_tokens=from_zoo.max_tokens,
-            document_tokens=from_zoo.max_tokens,
-        )
-    return Settings()
-
-
-def with_layer(
-    folder: Path, settings: Settings, changes: Mapping[str, Any], hidden: int, dtype: torch.dtype
-) -> tuple[Settings, AttentionLayer | None]:
-    """The trained layer of a model's folder, unless ``changes`` ask for another one or for none.
-
-    The settings come back with the layer that is used. A layer of the same sizes is the trained
-    one, however it would be drawn anew.
-
-    Raises:
-        ModelError: when the settings tell of a layer that is not in the folder.
-    """
-    trained = load_layer(folder, hidden, dtype) if folder.is_dir() else None
-    if "layer" not in changes:
-        if trained is None and settings.layer is not None:
-            raise ModelError(
-                f"{folder}: the model has a trained layer, and its folder (1_Layer) is not here; "
-                "copy or download the model again, whole"
-            )
-        return replace(settings, layer=None if trained is None else trained.layer), trained
-    return replaced_layer(folder, settings, trained, hidden)
-
-
-def replaced_layer(
-    folder: Path, settings: Settings, trained: AttentionLayer | None, hidden: int
-) -> tuple[Settings, AttentionLayer | None]:
-    """The layer that the settings ask for: the trained one where sizes agree, or a new one."""
-    wanted = settings.layer
-    if trained is not None and wanted is not None and wanted.same_sizes(trained.layer, hidden):
-        return replace(settings, layer=trained.layer), trained
-    if trained is not None:
-        other = "left out" if wanted is None else f"replaced by a new one, {wanted}"
-        log.warning("%s: its trained layer, %s, is %s", folder, trained.layer, other)
-    return settings, None if wanted is None else build_layer(wanted, hidden)
-
-
-def with_heads(
-    folder: Path, known: Settings, settings: Settings, hidden: int
-) -> tuple[Settings, Heads | None]:
-    """The trained heads of a model's folder, and new ones for kinds that it did not know.
-
-    ``known`` are the settings that the folder has, ``settings`` those that are asked for; these
-    come back with the width of the heads that are used.
-
-    Raises:
-        ModelError: when the folder's own settings tell of a head that is not there.
-    """
-    wanted = settings.kinds
-    if not {"sparse", "multi"} & set(wanted):
-        return replace(settings, multi_dim=None), None
-    trained = load_heads(folder, [kind for kind in known.kinds if kind in wanted], hidden)
-    heads = Heads(hidden, wanted, settings.multi_dim or trained.width)
-    for kind in heads.drawn:
-        old = getattr(trained, kind)
-        if old is not None and old.weight.shape == getattr(heads, kind).weight.shape:
-            setattr(heads, kind, old)
-            heads.drawn = tuple(other for other in heads.drawn if other != kind)
-    if trained.width not in (None, heads.width):
-        log.warning(
-            "%s: its trained layer for multi vectors, %d wide, is replaced by a new one, %d wide",
-            folder,
-            trained.width,
-            heads.width,
-        )
-    if heads.drawn:
-        log.info("%s: new heads, to be trained: %s", folder, ", ".join(heads.drawn))
-    return replace(settings, multi_dim=heads.width), heads
-
-
-def as_st_folder(settings: Settings, dim: int) -> StFolder:
-    """What sentence-transformers' files say of these settings."""
-    return StFolder(
-        pooling=settings.pooling,
-        dim=dim,
-        max_tokens=max(settings.query_tokens, settings.document_tokens),
-        prompts=dict(named_prompts(settings)),
-        layer=settings.layer is not None,
-        include_prompt=settings.pool_prompt,
-        normalize=settings.normalize,
-    )
-
-
-def _read_prompts(named: Mapping[str, str]) -> dict[str, Any]:
-    """The other way round than ``named_prompts``; a prompt of another name is no role's."""
-    found: dict[str, Any] = {"prompts": {}, "task_prompts": {}}
-    for name, prompt in named.items():
-        task, dash, role = name.rpartition("-")
-        if dash and role in get_args(Role):
-            found["task_prompts"].setdefault(task, {})[role] = prompt
-        else:
-            found["prompts"][name] = prompt
-    return found
-
-
 def named_prompts(settings: Settings) -> Iterator[tuple[str, str]]:
     """Prompts by role, and those of tasks by names such as ``sections-query``, as mteb has them."""
     for role, prompt in settings.prompts.items():
@@ -395,3 +262,13 @@ def named_prompts(settings: Settings) -> Iterator[tuple[str, str]]:
         for role, prompt in prompts.items():
             if prompt:
                 yield f"{task}-{role}", prompt
+
+
+def as_prompt(instruction: str) -> str:
+    r"""Return the prompt of an instruction, ``Instruct: {instruction}\nQuery: ``; "" of "".
+
+    arXiv 2405.17428, section 3.3. The paper prints two spaces where the published models have a
+    line break; the line break is used.
+    """
+    instruction = instruction.strip()
+    return f"Instruct: {instruction}\nQuery: " if instruction else ""

@@ -11,10 +11,10 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.collate import Policy
 from tercet.data.batches.sampler import Mixing
-from tercet.models.formats.instructions import as_prompt
 from tercet.models.network.backbone import Attention
 from tercet.models.network.latent_attention import Layer
 from tercet.models.network.pooling import PoolingName
+from tercet.models.settings import as_prompt
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.recipe import Lora, Model, Recipe, Stage, chosen
 

@@ -1,6 +1,7 @@
 import pytest
 
-from tercet.data.files.sources import iter_examples
+from tercet.data.files.sources import iter_examples, write_examples
+from tercet.types import Example
 from tests.cli.lines import cells, table, write
 
 HOW = ("--task", "t", "--instruction", "Sort.")
@@ -103,7 +104,7 @@ def test_scored_pairs_become_rows(tercet, pairs, tmp_path):
     assert ["no row: score too low", "1"] in rows and ["rows", "2"] in rows
     assert [row.query for row in iter_examples(out)] == ["red cat sits", "red cat naps"]
     assert (
-        "no row came of 2 records"
+        "2 records gave no row"
         in tercet("convert", "similarity", pairs, *HOW, "--out", out, "--scale", 0, 10).err
     )
     test = write(tmp_path / "test.jsonl", {"text": "blue CAT sits"})
@@ -137,7 +138,7 @@ def test_when_nothing_is_left_nothing_is_written(tercet, tmp_path):
     out = tmp_path / "clean.jsonl"
     ended = tercet("decontaminate", file, "--against", file, "--out", out)
     assert ended.status == 2
-    assert "is read and cannot" not in ended.err and "nothing is left" in ended.err
+    assert "is an input" not in ended.err and "nothing is left" in ended.err
     assert not out.exists()
 
 
@@ -150,7 +151,7 @@ def test_a_folder_is_cleaned_shard_by_shard_or_into_one_file(tercet, tmp_path):
         write(path, *({"query": f"q{i}", "positives": [f"p{i}"]} for i in numbers))
     ended = tercet("decontaminate", folder, "--against", test, "--out", tmp_path / "clean")
     assert ended.status == 0 and "2 of 4 left out" in ended.err
-    assert f"{tmp_path}/clean/nq.jsonl: no row is left, so it is not written" in ended.err
+    assert f"{tmp_path}/clean/nq.jsonl: not written: no row is left" in ended.err
     found = sorted(path for path in (tmp_path / "clean").rglob("*") if path.is_file())
     assert found == [tmp_path / "clean/news" / name for name in ("2.jsonl", "lang=de/1.jsonl")]
     (row,) = iter_examples(found[1])
@@ -159,7 +160,7 @@ def test_a_folder_is_cleaned_shard_by_shard_or_into_one_file(tercet, tmp_path):
     assert tercet("decontaminate", folder, "--against", test, "--out", out).status == 0
     assert sorted(row.query for row in iter_examples(out)) == ["q0", "q2"]
     ended = tercet("decontaminate", folder, "--against", test, "--out", folder)
-    assert ended.status == 2 and "is read and cannot be written to as well" in ended.err
+    assert ended.status == 2 and "is an input; give another --out" in ended.err
 
 
 def test_an_input_is_never_overwritten(refused, labelled, pairs, tmp_path):
@@ -170,7 +171,7 @@ def test_an_input_is_never_overwritten(refused, labelled, pairs, tmp_path):
         (other, ("decontaminate", labelled, "--against", other, "--out", other)),
     ):
         before = file.read_bytes()
-        assert "is read and cannot be written to as well" in refused(*words)
+        assert "is an input; give another --out" in refused(*words)
         assert file.read_bytes() == before
 
 
@@ -210,29 +211,29 @@ def test_rows_of_flagembedding_become_ours_and_what_is_left_out_is_told(tercet, 
 def test_a_place_without_rows_of_flagembedding_ends_with_2(tercet, tmp_path):
     ended = tercet("convert", "flagembedding", tmp_path, "--out", tmp_path / "rows.jsonl")
     assert ended.status == 2
-    assert "holds no .jsonl file" in ended.err
+    assert "has no .jsonl file" in ended.err
     assert not (tmp_path / "rows.jsonl").exists()
 
 
-def test_a_command_of_flagembedding_becomes_one_whose_flags_all_exist(tercet, tmp_path):
-    script = tmp_path / "m3.sh"
-    script.write_text(
-        "torchrun -m FlagEmbedding.finetune.embedder.encoder_only.m3 --train_data a.jsonl "
-        "--model_name_or_path x --output_dir o --unified_finetuning True --use_self_distill True "
-        "--colbert_dim 8 --fix_encoder True --max_steps 3 --shuffle_ratio 0.1 --save_steps 9 "
-        "--bf16 --passage_instruction_for_retrieval p --query_instruction_for_retrieval q"
-    )
-    ended = tercet("convert", "flagembedding-command", script)
-    assert ended.status == 0
-    words = ended.out.split()
-    assert words[:3] == ["tercet", "train", "bge-m3"]
-    known = tercet("train", "bge-m3", "--help").out
-    flags = [word for word in words if word.startswith("--")]
-    assert len(flags) > 15
-    assert [flag for flag in flags if flag not in known] == []
+ROWS = [
+    Example("play music", ("a player of music",), ("read mail", "a map"), task="rows"),
+    Example("maps", ("a map", "make maps"), task="rows"),
+    Example("mail", ("read mail",), ("make maps",), task="rows"),
+]
 
 
-def test_a_script_that_is_not_there_ends_with_2(tercet, tmp_path):
-    ended = tercet("convert", "flagembedding-command", tmp_path / "none.sh")
-    assert ended.status == 2
-    assert "cannot be read" in ended.err
+def test_rows_go_to_tables_and_back(tercet, refused, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    write_examples(rows, ROWS)
+    tables, back = tmp_path / "tables", tmp_path / "back" / "rows.jsonl"
+    ended = tercet("convert", "to-arctic", rows, "--out", tables)
+    assert ended.status == 0 and ["3", "3", "0", "3"] in map(cells, ended.out.splitlines())
+    work = ("--work", tmp_path / "work")
+    mined = ("--mined", tables / "mined.parquet")
+    assert tercet("convert", "arctic", tables, *mined, "--out", back, *work).status == 0
+    assert list(iter_examples(back)) == ROWS
+    assert "is an input, or a file; give another" in refused("convert", "to-arctic", rows, "--out", tmp_path)  # noqa: E501  # fmt: skip
+    (tables / "labels.parquet").unlink()
+    said = refused("convert", "arctic", tables, "--out", tmp_path / "none.jsonl", *work)
+    assert said == f"{tables}/labels.parquet: no such file"
+    assert not (tmp_path / "none.jsonl").exists()

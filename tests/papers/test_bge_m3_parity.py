@@ -20,10 +20,11 @@ from tercet.data.batches.relation import Relation, relation_of
 from tercet.errors import ModelError
 from tercet.losses.unified import Mixture, unified_loss
 from tercet.models.embedder import Embedder
-from tercet.models.formats.bge_m3_files import lexical_weights, terms_of
+from tercet.models.formats.bge_m3_files import lexical_weights
 from tercet.rank.scoring import late_interaction, lexical_scores, scores_of
 from tercet.types import InBatch, Packed
 from tercet.vectors import KINDS, Kind, TokenRows, Vectors
+from tests.oracles import terms_of
 from tests.toy import pack
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/flagembedding"

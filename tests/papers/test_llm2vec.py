@@ -21,13 +21,13 @@ from tercet.data.batches.masking import mask_id
 from tercet.errors import ModelError
 from tercet.evaluate.insight.lookahead import direction_map, prefix_sensitivity, read_triples
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.llm2vec import Llm2VecEncoder
-from tercet.models.formats.llm2vec_files import read_llm2vec
-from tercet.models.formats.merge import lineage, load_adapters
+from tercet.models.formats.llm2vec import read_llm2vec
+from tercet.models.merge import lineage, load_adapters
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.pooling import POOLINGS
 from tercet.models.network.words import Words, word_means
 from tercet.models.tokens import Form, Tokenizer
+from tests.oracles import Llm2VecEncoder
 from tests.toy import DECODERS, SENTENCES, byte_bpe, pack, random_model, random_texts
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "llm2vec"

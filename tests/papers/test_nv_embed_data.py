@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from tercet.curate.convert.classification import convert_labelled
-from tercet.curate.convert.decontaminate import EvaluationTexts, Found, Removal, decontaminate
-from tercet.curate.convert.settings import Wanted
-from tercet.curate.convert.similarity import convert_similarity
+from tercet.curate.convert.conversion import Conversion
+from tercet.curate.convert.decontaminate import EvaluationTexts, Match, Removal, decontaminate
+from tercet.curate.convert.scored_pairs import convert_similarity
 from tercet.data.files.labelled import LabelledText
 from tercet.data.files.similarity import SimilaritySet
 from tercet.types import Example
 
-WANTED = Wanted(task="moods", instruction="Name the mood.", negatives=3, seed=5)
+WANTED = Conversion(task="moods", instruction="Name the mood.", negatives=3, seed=5)
 PROMPT = "Instruct: Name the mood.\nQuery: "
 SIZES = {"joy": 6, "fear": 4, "anger": 3, "awe": 1}
 CLASSES = [
@@ -154,7 +154,7 @@ SCORED = [
 
 
 def converted_pairs(pairs=SCORED, **how):
-    wanted = Wanted(task="sts", instruction="Retrieve similar text.", negatives=4)
+    wanted = Conversion(task="sts", instruction="Retrieve similar text.", negatives=4)
     return convert_similarity(SimilaritySet.of("sts", pairs), wanted, **how)
 
 
@@ -251,7 +251,7 @@ def against():
 def test_14_planted_duplicates_are_found_and_texts_of_the_same_topic_are_not(
     against, texts, likeness
 ):
-    expected = likeness and Found("test.jsonl", likeness)
+    expected = likeness and Match("test.jsonl", likeness)
     assert {text: against.find(text) for text in texts} == dict.fromkeys(texts, expected)
 
 

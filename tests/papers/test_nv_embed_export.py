@@ -12,11 +12,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.instructions import as_prompt
-from tercet.models.formats.nv_embed import NvEmbedEncoder, load_nv_embed
-from tercet.models.formats.nv_embed_files import our_name, published_name
+from tercet.models.formats.nv_embed import our_name, published_name
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.latent_attention import Layer
+from tercet.models.settings import as_prompt
+from tests.oracles import NvEmbedEncoder
 from tests.published import (
     CONFIG,
     INSTRUCTION,
@@ -119,7 +119,7 @@ def test_07_the_exact_mask_has_none_of_these_faults():
 
 
 def test_16_the_names_of_all_weights_go_there_and_back(tmp_path):
-    embedder = load_nv_embed(publish(tmp_path))
+    embedder = Embedder.load(publish(tmp_path))
     assert embedder.layer is not None
     ours: dict[str, torch.Tensor] = {
         **{f"backbone {n}": w for n, w in embedder.backbone.model.state_dict().items()},
@@ -211,7 +211,7 @@ def test_17_an_export_and_its_copy_load_where_tercet_is_not_installed(tmp_path):
 def test_17_a_published_model_is_exported_with_its_end_token_and_prompts(tmp_path):
     sizes = {**CONFIG["latent_attention_config"], "output_normalize": False}
     published = publish(tmp_path / "published", latent_attention_config=sizes)
-    embedder = load_nv_embed(published)
+    embedder = Embedder.load(published)
     embedder.save(tmp_path / "model")
     model = SentenceTransformer(str(tmp_path / "model"), device="cpu", trust_remote_code=True)
     texts = [text for text in TEXTS if text]

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.instructions import as_prompt
 from tercet.models.network.backbone import Backbone
+from tercet.models.settings import as_prompt
 from tercet.models.tokens import Form, Tokenizer
 from tests.toy import DECODERS, SENTENCES, byte_bpe, random_model
 

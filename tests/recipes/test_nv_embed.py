@@ -10,11 +10,11 @@ import pytest
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import ModelError, RecipeError
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.instructions import as_prompt
 from tercet.models.formats.manifest import manifest
-from tercet.models.formats.merge import load_adapters
+from tercet.models.merge import load_adapters
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.latent_attention import Layer
+from tercet.models.settings import as_prompt
 from tercet.recipes.finetune import finetune
 from tercet.recipes.nv_embed import nv_embed
 from tercet.train.log import read

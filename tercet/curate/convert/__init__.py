@@ -1,1 +1,1 @@
-"""Other data sets as training rows."""
+"""Conversion of other data sets to training rows, and removal of test texts from them."""

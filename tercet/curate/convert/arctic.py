@@ -1,14 +1,13 @@
-"""Tables of texts and batches of tokens as Arctic-Embed's code has them, and rows of tercet.
+"""Tables of texts in the layout of Arctic-Embed's training code, as rows of tercet and back.
 
 ``queries.parquet`` (QUERY_ID, QUERY_TEXT), ``documents.parquet`` (DOCUMENT_ID, DOCUMENT_TEXT) and
 ``labels.parquet`` (QUERY_ID, DOCUMENT_ID); a mined file adds RELEVANCE, below zero for a negative.
-Ids are numbers or texts. Texts are read a row group at a time and wait on the disk: in memory are 8
+Ids are numbers or strings. Documents are spooled to disk, a row group at a time; memory holds 8
 bytes for an id and 16 for a pair.
 """
 
-import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -19,39 +18,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tercet.curate.convert.arctic_batches import (
-    DOCUMENTS,
-    QUERIES,
-    RELATIONS,
-    TokenBatch,
-    check_columns,
-)
 from tercet.curate.mining.documents import TextStore
 from tercet.data.batches.relation import hash_of
 from tercet.data.files.examples import nonblank, shown, text_of
 from tercet.errors import DataError
+from tercet.files.artifacts import fingerprint_number
 from tercet.files.atomic import clear_about, replacing_folder
 from tercet.files.records import open_parquet, readable
-from tercet.types import Example, Role
+from tercet.types import Example
 
 QUERY_ID, QUERY_TEXT = "QUERY_ID", "QUERY_TEXT"
 DOCUMENT_ID, DOCUMENT_TEXT = "DOCUMENT_ID", "DOCUMENT_TEXT"
 RELEVANCE: Final = "RELEVANCE"
-ROWS: Final = 4096  # that are Python objects, or wait to be written, at the same time
+ROWS: Final = 4096  # rows that are Python objects, or wait to be written, at the same time
 
-_QUERIES: Final = pa.schema({QUERY_ID: pa.uint64(), QUERY_TEXT: pa.string()})
-_DOCUMENTS: Final = pa.schema({DOCUMENT_ID: pa.uint64(), DOCUMENT_TEXT: pa.string()})
 _LABELS: Final = pa.schema({QUERY_ID: pa.uint64(), DOCUMENT_ID: pa.uint64()})
-_MINED: Final = pa.schema([*_LABELS, pa.field(RELEVANCE, pa.int8())])
+_SCHEMAS: Final = {
+    "queries": pa.schema({QUERY_ID: pa.uint64(), QUERY_TEXT: pa.string()}),
+    "documents": pa.schema({DOCUMENT_ID: pa.uint64(), DOCUMENT_TEXT: pa.string()}),
+    "labels": _LABELS,
+    "mined": pa.schema([*_LABELS, pa.field(RELEVANCE, pa.int8())]),
+}
 
 
 @dataclass(slots=True)
 class TablesReport:
-    """What became of the queries of some tables."""
+    """Counts of a conversion from or to tables."""
 
     queries: int = 0
     rows: int = 0
-    unanswered: int = 0  # queries without a label; no row is made of them
+    unanswered: int = 0  # queries without a label; they give no row
     negatives: int = 0
 
 
@@ -61,16 +57,16 @@ class TablesReport:
 def examples_of_tables(
     folder: Path, report: TablesReport, *, work: Path, mined: Path | None = None
 ) -> Iterator[Example]:
-    """A row for each query that has a label, in the order of the queries.
+    """Yield a row for each query that has a label, in the order of the queries.
 
     Negatives are the documents of ``mined`` whose relevance is below zero, in its order; those
     above zero are positives like those of the labels.
 
     Raises:
-        DataError: for a missing file or column, an id that is there twice, or an unknown one.
-        StorageError: when there is no room for the texts in ``work``.
+        DataError: for a missing file or column, a repeated id, or an unknown one.
+        StorageError: if there is no room for the texts in ``work``.
     """
-    path = folder / "documents.parquet"
+    path, labels = folder / "documents.parquet", folder / "labels.parquet"
     with clear_about(work):
         work.mkdir(parents=True, exist_ok=True)
         texts = TextStore(work)
@@ -80,22 +76,26 @@ def examples_of_tables(
             for row, values in _rows(path, (DOCUMENT_ID, DOCUMENT_TEXT)):
                 ids.append(_key(values[0], path, row))
                 texts.add(_text(values[1], DOCUMENT_TEXT, path, row))
-        documents = _Ids.of(ids, path, DOCUMENT_ID)
-        right, wrong = _Pairs(documents), _Pairs(documents)
-        for row, values in _rows(folder / "labels.parquet", (QUERY_ID, DOCUMENT_ID)):
-            right.add(values[0], values[1], folder / "labels.parquet", row)
+        documents = _IdIndex.of(ids, path, DOCUMENT_ID)
+        right, wrong = _LabelledPairs(documents), _LabelledPairs(documents)
+        for row, values in _rows(labels, (QUERY_ID, DOCUMENT_ID)):
+            right.add(values[0], values[1], labels, row)
         if mined is not None:
             for row, values in _rows(mined, (QUERY_ID, DOCUMENT_ID, RELEVANCE)):
                 if values[2] is not None and values[2] != 0:
                     (right if values[2] > 0 else wrong).add(values[0], values[1], mined, row)
         yield from _rows_of_queries(folder / "queries.parquet", right, wrong, texts, report)
-        for pairs, place in ((right, folder / "labels.parquet"), (wrong, mined)):
+        for pairs, place in ((right, labels), (wrong, mined)):
             if place is not None:
                 pairs.check_used(place)
 
 
 def _rows_of_queries(
-    path: Path, right: "_Pairs", wrong: "_Pairs", texts: TextStore, report: TablesReport
+    path: Path,
+    right: "_LabelledPairs",
+    wrong: "_LabelledPairs",
+    texts: TextStore,
+    report: TablesReport,
 ) -> Iterator[Example]:
     seen = array("Q")
     for row, values in _rows(path, (QUERY_ID, QUERY_TEXT)):
@@ -111,48 +111,48 @@ def _rows_of_queries(
         report.rows += 1
         report.negatives += len(others)
         yield Example(query, tuple(texts.read(answers)), tuple(texts.read(others)))
-    _Ids.of(seen, path, QUERY_ID)
+    _IdIndex.of(seen, path, QUERY_ID)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Ids:
-    """Where each id of a table is."""
+class _IdIndex:
+    """The row of each id of a table."""
 
     ordered: np.ndarray
     rows: np.ndarray
 
     @classmethod
-    def of(cls, ids: array, path: Path, name: str) -> "_Ids":
+    def of(cls, ids: array, path: Path, name: str) -> "_IdIndex":
         found = np.frombuffer(ids, np.uint64)
         rows = np.argsort(found, kind="stable")
         ordered = found[rows]
-        if len(twice := np.flatnonzero(ordered[1:] == ordered[:-1])):
-            first, second = sorted(rows[twice[0] : twice[0] + 2].tolist())
+        if len(repeats := np.flatnonzero(ordered[1:] == ordered[:-1])):
+            first, second = sorted(rows[repeats[0] : repeats[0] + 2].tolist())
             raise DataError(
                 path,
                 second + 1,
-                f'"{name}" is that of row {first + 1} already; give each row an id of its own',
+                f'"{name}" repeats the id of row {first + 1}; give each row a unique id',
             )
         return cls(ordered, rows)
 
     def row(self, key: int) -> int | None:
-        """The row of an id."""
+        """Return the row of an id, if the table has it."""
         place = int(np.searchsorted(self.ordered, np.uint64(key)))
         known = place < len(self.ordered) and int(self.ordered[place]) == key
         return int(self.rows[place]) if known else None
 
 
-class _Pairs:
-    """Documents of queries, by row; 16 bytes a pair."""
+class _LabelledPairs:
+    """Rows of documents by query; 16 bytes a pair."""
 
-    def __init__(self, documents: _Ids) -> None:
+    def __init__(self, documents: _IdIndex) -> None:
         self._documents = documents
         self._queries, self._rows = array("Q"), array("q")
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
         self._used = 0
 
     def add(self, query: object, document: object, path: Path, line: int) -> None:
-        """Note a pair. Not after the first question."""
+        """Add a pair; all of them before the first call of ``of``."""
         row = self._documents.row(_key(document, path, line))
         if row is None:
             raise DataError(
@@ -165,7 +165,7 @@ class _Pairs:
         self._rows.append(row)
 
     def of(self, query: int) -> list[int]:
-        """The documents of a query, in the order in which they came."""
+        """Return the documents of a query, in the order in which they were added."""
         if self._sorted is None:
             queries = np.frombuffer(self._queries, np.uint64)
             order = np.argsort(queries, kind="stable")
@@ -178,19 +178,23 @@ class _Pairs:
         return found
 
     def check_used(self, path: Path) -> None:
-        """Refuse pairs of queries that never came."""
+        """Raise if some pairs belong to queries that were never asked for."""
         if lost := len(self._queries) - self._used:
             raise DataError(
                 path,
                 None,
-                f"{lost:,} rows are of queries that are not in queries.parquet; drop them",
+                f"{lost:,} rows name queries that are not in queries.parquet; drop them",
             )
 
 
 def _rows(path: Path, names: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """The number of each row, from 1, and its values."""
+    """Yield the number of each row, from 1, and its values."""
     with readable(path), open_parquet(path) as file:
-        check_columns(path, file.schema_arrow.names, list(names))
+        there = file.schema_arrow.names
+        for name in names:
+            if name not in there:
+                listed = ", ".join(f'"{each}"' for each in there)
+                raise DataError(path, None, f'has no column "{name}"; rename one of {listed} to it')
         row = 0
         for batch in file.iter_batches(ROWS, columns=list(names), use_threads=False):
             columns = [batch.column(name).to_pylist() for name in names]
@@ -200,13 +204,12 @@ def _rows(path: Path, names: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ..
 
 
 def _key(value: object, path: Path, row: int) -> int:
-    """64 bits for an id: the number itself, or a hash of its text."""
+    """Return 64 bits for an id: the number itself, or a hash of the string."""
     if isinstance(value, int) and 0 <= value < 1 << 64:
         return value
     if isinstance(value, str):
-        digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
-    raise DataError(path, row, f"an id is {shown(value)}; give a number of 0 or more, or a text")
+        return fingerprint_number(value)
+    raise DataError(path, row, f"an id must be a number from 0 or a string; got {shown(value)}")
 
 
 def _text(value: object, name: str, path: Path, row: int) -> str:
@@ -222,10 +225,10 @@ def _text(value: object, name: str, path: Path, row: int) -> str:
 def write_tables(folder: Path, examples: Iterable[Example]) -> TablesReport:
     """Write rows as four tables, ``mined.parquet`` among them; equal texts share an id.
 
-    Memory is a hash and a number for each distinct text.
+    Memory holds a hash and a number for each distinct text.
 
     Raises:
-        StorageError: when the disk refuses; what was there before is still there.
+        StorageError: if the disk refuses; an earlier folder is still there then.
     """
     report = TablesReport()
     waiting = iter(examples)
@@ -233,23 +236,23 @@ def write_tables(folder: Path, examples: Iterable[Example]) -> TablesReport:
     with replacing_folder(folder) as fresh, ExitStack() as stack:
         tables = {
             name: stack.enter_context(pq.ParquetWriter(fresh / f"{name}.parquet", schema))
-            for name, schema in (
-                ("queries", _QUERIES),
-                ("documents", _DOCUMENTS),
-                ("labels", _LABELS),
-                ("mined", _MINED),
-            )
+            for name, schema in _SCHEMAS.items()
         }
         while some := list(islice(waiting, ROWS)):
-            for name, table in _as_tables(some, ids, report).items():
-                tables[name].write_table(table)
+            for name, rows in _table_rows(some, ids, report).items():
+                columns = list(zip(*rows, strict=True)) or [() for _ in _SCHEMAS[name].names]
+                arrays = [
+                    pa.array(column, field.type)
+                    for column, field in zip(columns, _SCHEMAS[name], strict=True)
+                ]
+                tables[name].write_table(pa.table(arrays, schema=_SCHEMAS[name]))
     report.queries = len(ids[QUERY_ID])
     return report
 
 
-def _as_tables(
+def _table_rows(
     examples: Sequence[Example], ids: dict[str, dict[int, int]], report: TablesReport
-) -> dict[str, pa.Table]:
+) -> dict[str, Sequence[tuple[object, ...]]]:
     new: dict[str, list[tuple[int, str]]] = {QUERY_ID: [], DOCUMENT_ID: []}
 
     def id_of(kind: str, text: str) -> int:
@@ -268,57 +271,8 @@ def _as_tables(
         report.rows += 1
         report.negatives += len(example.negatives)
     return {
-        "queries": _table(new[QUERY_ID], _QUERIES),
-        "documents": _table(new[DOCUMENT_ID], _DOCUMENTS),
-        "labels": _table([pair[:2] for pair in pairs if pair[2] > 0], _LABELS),
-        "mined": _table(pairs, _MINED),
+        "queries": new[QUERY_ID],
+        "documents": new[DOCUMENT_ID],
+        "labels": [pair[:2] for pair in pairs if pair[2] > 0],
+        "mined": pairs,
     }
-
-
-def _table(rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) or [() for _ in schema.names]
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
-        schema=schema,
-    )
-
-
-# ---- rows and batches of tokens ------------------------------------------------------------------
-
-
-def token_batches(
-    examples: Iterable[Example],
-    tokenize: Callable[[Sequence[str], Role], Sequence[np.ndarray]],
-    size: int,
-) -> Iterator[TokenBatch]:
-    """Batches of so many rows, in their order; equal texts of a batch are one query or document."""
-    waiting = iter(examples)
-    while some := list(islice(waiting, size)):
-        queries = {text: i for i, text in enumerate(dict.fromkeys(e.query for e in some))}
-        texts = dict.fromkeys(t for e in some for t in (*e.positives, *e.negatives))
-        documents = {text: i for i, text in enumerate(texts)}
-        # A text that answers a query in one row is no negative of it in another.
-        pairs = {(queries[e.query], documents[t]): -1 for e in some for t in e.negatives}
-        pairs |= {(queries[e.query], documents[t]): 1 for e in some for t in e.positives}
-        yield TokenBatch(
-            _table(list(enumerate(tokenize(list(queries), "query"))), QUERIES),
-            _table(list(enumerate(tokenize(list(documents), "document"))), DOCUMENTS),
-            _table([(*pair, relevance) for pair, relevance in sorted(pairs.items())], RELATIONS),
-        )
-
-
-def examples_of_batch(
-    batch: TokenBatch, decode: Callable[[Sequence[int], Role], str]
-) -> Iterator[Example]:
-    """The rows of a batch, their texts decoded; a query without a positive gives none."""
-    texts = [decode(ids, "document") for ids in batch.documents[1].to_pylist()]
-    place = {name: row for row, name in enumerate(batch.documents[0].to_pylist())}
-    related: dict[int, tuple[list[str], list[str]]] = {}
-    for query, document, relevance in zip(*(c.to_pylist() for c in batch.relations), strict=True):
-        right, wrong = related.setdefault(query, ([], []))
-        if relevance:
-            (right if relevance > 0 else wrong).append(texts[place[document]])
-    for query, ids in zip(*(column.to_pylist() for column in batch.queries), strict=True):
-        right, wrong = related.get(query, ([], []))
-        if right:
-            yield Example(decode(ids, "query"), tuple(right), tuple(wrong))

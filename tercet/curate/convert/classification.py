@@ -1,4 +1,4 @@
-"""Labelled texts become training rows: of classes (one label a text) and of topics (several)."""
+"""Training rows from labelled texts: of classes (one label per text) and of topics (several)."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
-from tercet.curate.convert.settings import (
+from tercet.curate.convert.conversion import (
+    Conversion,
     ConversionReport,
     Converted,
     Mode,
-    Wanted,
     stratified,
 )
 from tercet.data.files.labelled import LabelledText
@@ -20,11 +20,11 @@ from tercet.errors import RecipeError
 from tercet.types import Example
 
 Lonely: TypeAlias = Literal["label", "skip"]
-"""What to do with a text whose label has no other: take the label's words, or leave it out."""
+"""What to do with a text that is alone with its label: use the label's words, or skip it."""
 
-_LABEL: Final = 1  # purposes of draws
+_LABEL: Final = 1  # purposes of random draws
 _TEXTS: Final = 2
-_TRIES: Final = 8  # of drawing negatives at random, before all texts are looked through
+_TRIES: Final = 8  # at drawing negatives at random, before all texts are searched
 
 _REPEATED = "repeats an earlier text"
 _UNLABELLED = "has no label"
@@ -36,28 +36,28 @@ _NOT_SAMPLED = "not drawn"
 
 def convert_labelled(
     texts: Iterable[LabelledText],
-    wanted: Wanted,
+    conversion: Conversion,
     *,
     mode: Mode | None = None,
     rows: int | None = None,
     lonely: Lonely = "label",
     label_texts: Mapping[str, str] | None = None,
 ) -> Converted:
-    """A row for each text, or for ``rows`` of them, balanced by label (arXiv 2405.17428, 4.2).
+    """Make a row of each text, or of ``rows`` texts balanced by label (arXiv 2405.17428, sec. 4.2).
 
-    In mode "label" the words of the label are the positive and those of other labels the
-    negatives: one negative where there are two labels. In mode "example" the positive is another
-    text of the label, and the negatives are texts that share no label with the query. Without a
-    mode: "example" for more than two labels, else "label".
+    In mode "label" the positive is the words of the label and the negatives those of other
+    labels: one negative if there are two labels. In mode "example" the positive is another text
+    of the label, and the negatives are texts that share no label with the query. The default is
+    "example" for more than two labels, else "label".
 
-    Of several labels of a text one is drawn, if it can one that has another text; the others are
-    never its negatives. Texts that are equal in ``normal_form`` are one text with the labels of
-    all of them. ``label_texts`` gives the words of a label, which are otherwise its name.
+    Of several labels of a text one is drawn, preferably one with another text; the others never
+    become negatives. Texts that are equal in ``normal_form`` count as one, with the labels of all.
+    ``label_texts`` gives the words of labels; by default, their names.
 
     Raises:
-        RecipeError: when all texts have the same label or none.
+        RecipeError: if there are fewer than two labels.
     """
-    pool = _Pool()
+    pool = _LabelledPool()
     skipped: Counter[str] = Counter()
     records = 0
     for text in texts:
@@ -66,12 +66,11 @@ def convert_labelled(
     skipped[_REPEATED] -= len(pool.texts)
     if len(pool.members) < 2:
         raise RecipeError(
-            f"the texts have {len(pool.members)} different labels; rows need two or more, "
-            "to tell texts of one from texts of the others"
+            f"the texts must have at least 2 different labels; got {len(pool.members)}"
         )
-    maker = _Maker(
+    maker = _RowMaker(
         pool,
-        wanted,
+        conversion,
         mode=mode or ("example" if len(pool.members) > 2 else "label"),
         words={label: (label_texts or {}).get(label, label) for label in pool.members},
     )
@@ -81,13 +80,13 @@ def convert_labelled(
         skipped[_LONELY] = len(drawn) - len(shared)
         drawn = shared
     places = list(drawn)
-    chosen = [places[i] for i in stratified(list(drawn.values()), rows, wanted)]
+    chosen = [places[i] for i in stratified(list(drawn.values()), rows, conversion)]
     skipped[_NOT_SAMPLED] = len(drawn) - len(chosen)
     return _convert(maker, {place: drawn[place] for place in chosen}, skipped, records)
 
 
 def _convert(
-    maker: "_Maker", drawn: Mapping[int, str], skipped: Counter[str], records: int
+    maker: "_RowMaker", drawn: Mapping[int, str], skipped: Counter[str], records: int
 ) -> Converted:
     made: list[Example] = []
     labels: Counter[str] = Counter()
@@ -112,8 +111,8 @@ def _convert(
     return Converted(tuple(made), report)
 
 
-class _Pool:
-    """Different texts with the labels of all their copies, and the texts of each label."""
+class _LabelledPool:
+    """Distinct texts with the labels of all their copies, and the texts of each label."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -122,7 +121,7 @@ class _Pool:
         self._place: dict[str, int] = {}
 
     def add(self, text: LabelledText) -> bool:
-        """Take the text in, unless it has no label: that nobody gave one says nothing of it."""
+        """Add a text and return True, or False if it has no label."""
         if not text.labels:
             return False
         place = self._place.setdefault(normal_form(text.text), len(self.texts))
@@ -137,11 +136,11 @@ class _Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Maker:
-    """Makes one row at a time; every draw hangs on the seed and the place of the text."""
+class _RowMaker:
+    """Makes one row at a time; every draw depends on the seed and the place of the text only."""
 
-    pool: _Pool
-    wanted: Wanted
+    pool: _LabelledPool
+    conversion: Conversion
     mode: Mode
     words: Mapping[str, str]  # of each label
 
@@ -151,11 +150,11 @@ class _Maker:
             labels = [each for each in labels if len(self.pool.members[each]) > 1] or labels
         if len(labels) == 1:
             return labels[0]
-        return labels[self.wanted.random(_LABEL, place).integers(len(labels))]
+        return labels[self.conversion.random(_LABEL, place).integers(len(labels))]
 
     def row(self, place: int, label: str) -> Example | str:
-        """The row of this text, or why there is none."""
-        random = self.wanted.random(_TEXTS, place)
+        """Return the row of this text, or the reason why it has none."""
+        random = self.conversion.random(_TEXTS, place)
         if self.mode == "example" and len(self.pool.members[label]) > 1:
             return self._example_row(place, label, random)
         return self._label_row(place, label, random)
@@ -163,16 +162,17 @@ class _Maker:
     def _example_row(self, place: int, label: str, random: np.random.Generator) -> Example | str:
         texts, members = self.pool.texts, self.pool.members[label]
         positive = members[random.integers(len(members) - 1)]
-        if positive == place:  # the last one stands in for the text itself: all others are alike
+        if positive == place:  # replaced by the last: so all others are equally likely
             positive = members[-1]
         negatives = [texts[other] for other in self._others(place, random)]
         if not negatives:
             return _NO_NEGATIVE
-        return self.wanted.row(texts[place], texts[positive], negatives, symmetric=True)
+        return self.conversion.row(texts[place], texts[positive], negatives, symmetric=True)
 
     def _others(self, place: int, random: np.random.Generator) -> Sequence[int]:
-        """Texts that share no label with this one, each equally likely."""
-        own, labels, count = self.pool.labels[place].keys(), self.pool.labels, self.wanted.negatives
+        """Draw texts that share no label with this one, each equally likely."""
+        labels, count = self.pool.labels, self.conversion.negatives
+        own = labels[place].keys()
         found: dict[int, None] = {}
         for _ in range(_TRIES):
             draws = random.integers(len(labels), size=2 * count).tolist()
@@ -195,5 +195,5 @@ class _Maker:
         if not others:
             return _NO_NEGATIVE
         words = list(others.values())
-        chosen = random.permutation(len(words))[: self.wanted.negatives].tolist()
-        return self.wanted.row(query, positive, [words[i] for i in chosen], symmetric=False)
+        chosen = random.permutation(len(words))[: self.conversion.negatives].tolist()
+        return self.conversion.row(query, positive, [words[i] for i in chosen], symmetric=False)

@@ -1,4 +1,4 @@
-"""Keeping the texts that a model will be measured on out of what it learns from."""
+"""Removing the texts of evaluation data from training data."""
 
 import unicodedata
 from collections import Counter
@@ -21,51 +21,50 @@ from tercet.files.records import begins_with
 from tercet.types import Example
 
 SHINGLE: Final = 4  # characters
-THRESHOLD: Final = 0.8  # of the Jaccard overlap |A & B| / |A | B| of two sets of shingles
+THRESHOLD: Final = 0.8  # Jaccard overlap |A & B| / |A | B| of two sets of shingles
 PERMUTATIONS: Final = 128  # of a MinHash
-RECALL: Final = 0.999  # least chance that a pair at the threshold becomes a candidate
-REMEMBERED: Final = 1 << 16  # texts whose answer is kept: a negative often serves many rows
+RECALL: Final = 0.999  # least probability that a pair at the threshold becomes a candidate
+CACHED: Final = 1 << 16  # texts whose result is cached: many rows often share a negative
 
 Likeness: TypeAlias = Literal["exact", "near"]
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """In which evaluation file a text was found, and how alike the two are."""
+class Match:
+    """The evaluation file that contains a text, and how alike the two texts are."""
 
     file: str
     likeness: Likeness
 
 
 class EvaluationTexts:
-    """The texts of evaluation files, and whether another text is one of them or nearly so.
+    """The texts of evaluation files, searched for exact and near duplicates of other texts.
 
-    Exact is equal in ``normal_form``. Near is a Jaccard overlap of the sets of shingles of at
-    least ``threshold``; candidates come from MinHash (128 permutations) and are checked exactly.
-    A shingle is four characters of the normal form, spaces included: that serves texts of four
-    words as well as of a thousand, and scripts without spaces. Three words at a time would miss
-    one changed word in any text of fewer than 29.
+    Exact duplicates are equal in ``normal_form``. Near duplicates have a Jaccard overlap of their
+    shingles of at least ``threshold``; candidates come from MinHash (128 permutations) and are
+    checked exactly. A shingle is four characters of the normal form, spaces included, which suits
+    texts of four words or a thousand, and scripts without spaces. Three words per shingle would
+    miss one changed word in any text of fewer than 29.
 
-    MinHash takes the place of the BM25 rule (score over the test text's own score, at least 0.8).
-    BM25 does not see the order of words, nor how much longer the training text is: a long one
-    that happens to hold all words of a short test text would go. And it scores each training
-    text against all test texts, where MinHash looks up a few.
+    MinHash replaces the BM25 rule (score over the test text's own score, at least 0.8). BM25
+    ignores word order and the length of the training text, so it would remove a long text that
+    happens to contain all words of a short test text. It also scores each training text against
+    all test texts, where MinHash looks up a few.
 
-    The evaluation side is held in memory, about 8 kB a text.
+    Memory holds all evaluation texts, about 8 kB each.
     """
 
     def __init__(self, threshold: float | int = THRESHOLD) -> None:
-        """Start without a text.
+        """Start without texts.
 
         Raises:
-            MissingExtraError: when datasketch is not installed.
-            RecipeError: when the threshold is no overlap of two texts that are alike.
+            MissingExtraError: if datasketch is not installed.
+            RecipeError: if the threshold is not between 0.3 and 1.
         """
         if not 0.3 <= threshold <= 1:
             raise RecipeError(
-                f"a threshold of {threshold:g} is no overlap of near duplicates; "
-                f"choose one from 0.3 to 1, such as {THRESHOLD:g}"
+                f"threshold must be between 0.3 and 1, such as {THRESHOLD:g}; got {threshold:g}"
             )
         try:
             from datasketch import MinHash, MinHashLSH
@@ -74,18 +73,18 @@ class EvaluationTexts:
         self.threshold = threshold
         self._empty = MinHash(PERMUTATIONS, hashfunc=lambda shingle: crc32(shingle.encode()))
         self._near: Any = MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
-        self._files: dict[str, str] = {}  # of each normal form, where it stands first
+        self._files: dict[str, str] = {}  # the first file that contains a normal form
         self._forms: list[str] = []
-        self._search = lru_cache(REMEMBERED)(self._find)
+        self._search = lru_cache(CACHED)(self._find)
 
     @classmethod
     def read(
         cls, files: Iterable[Path | str], threshold: float | int = THRESHOLD
     ) -> "EvaluationTexts":
-        """From files of any kind that ``evaluation_texts`` reads.
+        """Read files of any kind that ``evaluation_texts`` supports.
 
         Raises:
-            DataError: at the first record that cannot be read, naming file and line.
+            DataError: at the first record that cannot be read, with file and line.
         """
         texts = cls(threshold)
         for file in files:
@@ -96,7 +95,7 @@ class EvaluationTexts:
         return len(self._forms)
 
     def add(self, file: str, texts: Iterable[str]) -> None:
-        """Take in the texts of one more file; a text that is there already stays with its first."""
+        """Add the texts of a file; known texts stay with their first file."""
         self._search.cache_clear()
         for form in map(normal_form, texts):
             if form and form not in self._files:
@@ -104,30 +103,30 @@ class EvaluationTexts:
                 self._near.insert(len(self._forms), self._minhash(form))
                 self._forms.append(form)
 
-    def find(self, text: str) -> Found | None:
-        """Where the text stands, or one nearly like it."""
+    def find(self, text: str) -> Match | None:
+        """Return the first exact or near duplicate of a text."""
         return self._search(normal_form(text))
 
-    def _find(self, form: str) -> Found | None:
+    def _find(self, form: str) -> Match | None:
         if form in self._files:
-            return Found(self._files[form], "exact")
+            return Match(self._files[form], "exact")
         own = shingles(form)
         for place in sorted(self._near.query(self._minhash(form))):
             other = self._forms[place]
             if overlap(own, shingles(other)) >= self.threshold:
-                return Found(self._files[other], "near")
+                return Match(self._files[other], "near")
         return None
 
     def _minhash(self, form: str) -> Any:
-        found = self._empty.copy()  # drawing the permutations anew would take as long as the rest
+        found = self._empty.copy()  # drawing new permutations would take as long as the rest
         found.update_batch(shingles(form))
         return found
 
 
 def shingles(form: str) -> frozenset[str]:
-    """All runs of four characters; of a shorter text, the text itself.
+    """Return all runs of four characters; of a shorter text, the text itself.
 
-    A wide character (Chinese, Japanese, Korean) says as much as two letters, and stands twice.
+    A wide character (Chinese, Japanese, Korean) carries as much as two letters and is doubled.
     """
     if not form.isascii():
         wide = unicodedata.east_asian_width
@@ -136,21 +135,20 @@ def shingles(form: str) -> frozenset[str]:
 
 
 def overlap(first: frozenset[str], second: frozenset[str]) -> float:
-    """Jaccard's |A & B| / |A | B|, of two sets that are not both empty."""
+    """Return Jaccard's |A & B| / |A | B| of two sets that are not both empty."""
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)
 
 
 def evaluation_texts(path: Path | str) -> Iterator[str]:
-    """The texts of an evaluation file that must not be learned from.
+    """Yield the texts of an evaluation file that must not occur in training data.
 
-    Of a file of examples or a folder in BEIR's layout: the queries and the documents that answer
-    them. The other documents there say nothing of an answer, and are often those of the training
-    set too. Of pairs with a score: both texts. Of labelled or plain texts: each text, and no
-    label.
+    For a file of examples or a folder in BEIR's layout: the queries and their relevant documents.
+    The other documents reveal no answer, and are often part of the training set too. For scored
+    pairs: both texts. For labelled or plain texts: each text, without labels.
 
     Raises:
-        DataError: at the first record that cannot be read, naming file and line.
+        DataError: at the first record that cannot be read, with file and line.
     """
     path = Path(path)
     if path.is_dir():
@@ -169,25 +167,28 @@ def evaluation_texts(path: Path | str) -> Iterator[str]:
 
 @dataclass(slots=True)
 class Removal:
-    """What was taken out of training rows, counted while they pass."""
+    """Counts of what was removed from training rows."""
 
-    rows: int = 0  # that came
-    kept: int = 0  # rows that are left, with or without a text less
-    without_negatives: int = 0  # rows that went since no negative of their own was left
-    texts: Counter[tuple[str, str, Likeness]] = field(default_factory=Counter)
+    rows: int = 0  # read
+    kept: int = 0  # rows, whole or with some texts removed
+    without_negatives: int = 0  # rows removed because they had no negative left
+    texts: Counter[tuple[str, str, Likeness]] = field(default_factory=Counter)  # removed, by field
 
-    def count(self, found: Found, name: str) -> None:
-        """One more text of this field was found."""
-        self.texts[found.file, name, found.likeness] += 1
+    def matches(self, text: str, name: str, against: EvaluationTexts) -> bool:
+        """Return whether a text of this field has a duplicate; count it if so."""
+        found = against.find(text)
+        if found is not None:
+            self.texts[found.file, name, found.likeness] += 1
+        return found is not None
 
 
 def decontaminate(
     rows: Iterable[Example], against: EvaluationTexts, removal: Removal
 ) -> Iterator[Example]:
-    """The rows without texts of the evaluation, one by one; ``removal`` counts along.
+    """Yield the rows without texts of the evaluation; ``removal`` counts what is removed.
 
-    A row whose query is found goes, and one of whose positives none is left. A negative that is
-    found goes alone; if it was the last of a row that has no negatives but its own, the row goes.
+    A row is removed if its query is found or no positive is left. A negative is removed alone; a
+    row without in-batch negatives is removed with its last negative.
     """
     for row in rows:
         removal.rows += 1
@@ -204,21 +205,16 @@ def withhold(
     against: EvaluationTexts,
     removal: Removal,
 ) -> Iterator[Item]:
-    """The items of which no text is found; for what is yet to become rows."""
+    """Yield the items without texts of the evaluation; for data that is not yet rows."""
     for item in items:
         removal.rows += 1
-        found = next(filter(None, map(against.find, texts_of(item))), None)
-        if found is not None:
-            removal.count(found, "text")
-            continue
-        removal.kept += 1
-        yield item
+        if not any(removal.matches(text, "text", against) for text in texts_of(item)):
+            removal.kept += 1
+            yield item
 
 
 def _clean(row: Example, against: EvaluationTexts, removal: Removal) -> Example | None:
-    found = against.find(row.query)
-    if found is not None:
-        removal.count(found, "query")
+    if removal.matches(row.query, "query", against):
         return None
     fields = {
         "positives": (row.positives, row.positive_scores),
@@ -226,7 +222,7 @@ def _clean(row: Example, against: EvaluationTexts, removal: Removal) -> Example 
     }
     left: dict[str, Any] = {}
     for name, (texts, scores) in fields.items():
-        places = [i for i, text in enumerate(texts) if not _counted(text, name, against, removal)]
+        places = [i for i, text in enumerate(texts) if not removal.matches(text, name, against)]
         left[name] = tuple(texts[i] for i in places)
         left[f"{name[:-1]}_scores"] = scores and tuple(scores[i] for i in places)
         if name == "positives" and not places:
@@ -237,17 +233,11 @@ def _clean(row: Example, against: EvaluationTexts, removal: Removal) -> Example 
     return replace(row, **left)
 
 
-def _counted(text: str, name: str, against: EvaluationTexts, removal: Removal) -> bool:
-    found = against.find(text)
-    if found is not None:
-        removal.count(found, name)
-    return found is not None
-
-
 def _bands(threshold: float | int) -> tuple[int, int]:
-    """How many bands of how many hashes: as long bands as still find a pair at the threshold.
+    """Return the number of bands and the hashes per band: the longest bands that keep the recall.
 
-    Two texts of overlap j agree in one of b bands of r hashes with chance 1 - (1 - j^r)^b.
+    Two texts of overlap j agree in at least one of b bands of r hashes with probability
+    1 - (1 - j^r)^b.
     """
     fitting = [
         (PERMUTATIONS // r, r)

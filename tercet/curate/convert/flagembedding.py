@@ -1,7 +1,7 @@
-"""Training rows of FlagEmbedding, as rows of tercet: what files and flags said, in each row.
+"""Training rows of FlagEmbedding as rows of tercet.
 
-A row that has all it needs can be trained on as it is; this is for the rest: names that keep other
-rows' documents out, ``type``, prompts that came as flags, and the thresholds for small sets.
+What FlagEmbedding reads from file names and flags is written into each row: ``no_in_batch_neg``,
+``type``, prompts given as flags, and the thresholds for small data sets.
 """
 
 from collections import Counter
@@ -23,33 +23,36 @@ _REPORT_EVERY: Final = 1_000  # rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Which files are taken and how much of each; the reference's flags for the same."""
+class FileLimits:
+    """Which files are read and how many rows of each; FlagEmbedding's flags in brackets.
 
-    rows: int | None = None  # of a file at most, drawn by the seed (max_example_num_per_dataset)
+    Raises:
+        RecipeError: if rows is below 1.
+    """
+
+    rows: int | None = None  # per file at most, drawn by the seed (max_example_num_per_dataset)
     small: int = 0  # files with fewer rows become one task, named by folder (small_threshold)
-    drop: int = 0  # that task is left out where it has fewer rows (drop_threshold)
+    drop: int = 0  # that task is left out if it has fewer rows (drop_threshold)
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.rows < 1:
-            raise RecipeError(f"{self.rows} rows of a file are too few; ask for one or more")
+            raise RecipeError(f"rows per file must be at least 1; got {self.rows}")
 
 
 @dataclass(frozen=True, slots=True)
 class FlagSet:
-    """The files to convert, counted, and what is left out of them."""
+    """The files to convert, their numbers of rows, and the files that are left out."""
 
     files: tuple[FlagFile, ...]
     counts: Mapping[Path, int]  # rows of each file
     left_out: Counter[str]  # files, by reason
 
 
-def flag_set(places: Sequence[Path], limits: Limits) -> FlagSet:
-    """Count the rows of all files, and put small ones together.
+def flag_set(places: Sequence[Path], limits: FileLimits) -> FlagSet:
+    """Count the rows of all files, and group small files into one task.
 
     Raises:
-        DataError: for a place without files, a file that is damaged or holds no row, or where
-            nothing is left.
+        DataError: for a folder without files, a damaged or empty file, or if no file is left.
     """
     counts: dict[Path, int] = {}
     files: list[FlagFile] = []
@@ -57,7 +60,7 @@ def flag_set(places: Sequence[Path], limits: Limits) -> FlagSet:
     for place in places:
         found = flag_files(place)
         if not found:
-            raise DataError(place, None, "holds no .jsonl file; name the folder with the rows")
+            raise DataError(place, None, "has no .jsonl file; give the folder with the rows")
         for file in found:
             counts[file.path] = sum(1 for _ in iter_records(file.path, FIELDS, needs=_NEEDS))
         small = [file for file in found if place.is_dir() and counts[file.path] < limits.small]
@@ -65,19 +68,19 @@ def flag_set(places: Sequence[Path], limits: Limits) -> FlagSet:
         if sum(counts[file.path] for file in small) >= limits.drop:
             files += [FlagFile(file.path, place.name, file.own_group) for file in small]
         else:
-            left_out["small files that have too few rows together"] += len(small)
+            left_out["small files with too few rows together"] += len(small)
     if not files:
-        raise DataError(places[0], None, "has small files only, and all are left out; lower --drop")
+        raise DataError(places[0], None, "has only small files, all left out; lower --drop")
     return FlagSet(tuple(files), counts, left_out)
 
 
 def convert_flag_rows(
-    chosen: FlagSet, rows: FlagRows, limits: Limits, advance: Callable[[int], None]
+    chosen: FlagSet, rows: FlagRows, limits: FileLimits, advance: Callable[[int], None]
 ) -> Iterator[Example]:
-    """The rows of all files, in order, as examples; ``advance`` is told how many were read.
+    """Yield the rows of all files, in order; ``advance`` gets the number of rows read.
 
     Raises:
-        DataError: at the first row that cannot be read, naming file and line.
+        DataError: at the first row that cannot be read, with file and line.
     """
     for number, file in enumerate(chosen.files):
         count = chosen.counts[file.path]

@@ -12,17 +12,14 @@ The files of the two heads are read where the model is (``tercet.models.network.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 
 from tercet.errors import RecipeError
-from tercet.segments import offsets_of
 from tercet.vectors import Terms
 
 OWN_GROUP: Final = "no_in_batch_neg"  # a name that ends so: no negatives but a row's own
@@ -51,18 +48,6 @@ def lexical_weights(terms: Terms) -> list[dict[str, float]]:
         {str(token): weight for token, weight in zip(ids[a:b], weights[a:b], strict=True)}
         for a, b in pairwise(bounds)
     ]
-
-
-def terms_of(weights: Sequence[Mapping[str, float]]) -> Terms:
-    """The other way round: tokens in the order of each mapping."""
-    lengths = torch.tensor([len(each) for each in weights], dtype=torch.int64)
-    ids = [int(token) for each in weights for token in each]
-    values = [float(weight) for each in weights for weight in each.values()]
-    return Terms(
-        torch.tensor(ids, dtype=torch.int64),
-        torch.tensor(values, dtype=torch.float32),
-        offsets_of(lengths),
-    )
 
 
 # ---- training rows ---------------------------------------------------------------------------

@@ -1,90 +1,149 @@
-"""Encoding as llm2vec 0.2.3 does it, to the last quirk; tercet's own way is ``Embedder.encode``.
+"""What llm2vec 0.2.3 publishes: adapter folders, and the form that it gives a text.
 
-The package counts the tokens of the text alone and pools as many from the end of the whole input.
-Where a text alone is cut into other tokens than after its instruction, that is off by some; where
-the input was cut to its limit, it pools the end of the instruction. Vectors are not scaled.
+Nothing here imports llm2vec. A published model is a base, named but not contained, and one or two
+folders with adapters of it: the ``-mntp`` folder, which holds the tokenizer too, and on top of it
+one trained with SimCSE or on labelled pairs. What the last folder's ``llm2vec_config.json`` leaves
+open takes the package's own defaults.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
-import numpy as np
-import torch
-from jaxtyping import Float
+from huggingface_hub import snapshot_download
 
-from tercet.models.formats.llm2vec_files import SEPARATOR, Llm2Vec
-from tercet.models.network.backbone import Backbone
-from tercet.models.network.pooling import POOLINGS
-from tercet.models.tokens import load_tokenizer
-from tercet.segments import offsets_of
-from tercet.types import Packed
+from tercet.errors import ModelError
+from tercet.models.network.pooling import PoolingName
+from tercet.models.zoo import zoo
 
-_BATCH_TOKENS = 2_048
+POOLINGS: Final[Mapping[str, PoolingName]] = {
+    "mean": "mean",
+    "weighted_mean": "weighted_mean",
+    "eos_token": "last",
+    "last_token": "last",
+    "bos_token": "first",
+}
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "pooling_mode": "mean",
+    "max_length": 512,
+    "doc_max_length": 400,
+    "skip_instruction": True,
+}
+SEPARATOR: Final = "!@#$%^&*()"  # the package puts it before a text, and takes it out again
+
+# What goes around instruction and text, by the exact name of the base.
+_INST: Final = ("[INST] ", " [/INST]")
+_IM: Final = ("<|im_start|>user\n", "<|im_end|>")
+_LLAMA3: Final = "meta-llama/Meta-Llama-3-8B-Instruct"
+TEMPLATES: Final[Mapping[str, tuple[str, str]]] = {
+    _LLAMA3: ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "mistralai/Mistral-7B-Instruct-v0.2": _INST,
+    "meta-llama/Llama-2-7b-chat-hf": _INST,
+    "google/gemma-2-9b-it": ("<bos><start_of_turn>user\n", "<end_of_turn>"),
+    "Qwen/Qwen2-1.5B-Instruct": _IM,
+    "Qwen/Qwen2-7B-Instruct": _IM,
+}
+# With pooling_mode "eos_token": what ends a text, by kind of model.
+_ENDS: Final[Mapping[str, str]] = {
+    "llama": " </s>",
+    "mistral": " </s>",
+    "gemma": "<eos>",
+    "qwen2": "<|endoftext|>",
+}
+_FILES: Final = ("*.json", "*.model", "*.jinja", "adapter_model.*")
 
 
-class Llm2VecEncoder:
-    """A backbone with adapters merged, and texts read by the package's rules.
+@dataclass(frozen=True, slots=True)
+class Llm2Vec:
+    """What a published model says, apart from its weights."""
 
-    One thing is not repeated: the package pools the padding of a text without tokens, so that its
-    vector depends on the batch; here it is what the package gives for that text alone.
+    base: str  # the name of the model that the first adapter goes onto; "" if it does not say
+    tokenizer: Path  # the folder that holds it
+    pooling: PoolingName
+    max_tokens: int  # of instruction, text and template together
+    text_tokens: int  # a longer text loses words at its end
+    pool_instruction: bool
+    before: str  # the template
+    after: str  # read and pooled, as part of the text
+
+    def joined(self, instruction: str, text: str) -> str:
+        """The input with its separators, one of them right before the text."""
+        head = f"{instruction.strip()} " if instruction else ""
+        whole = f"{head}{SEPARATOR}{text}"
+        if not (self.before or self.after):
+            return whole
+        return f"{self.before}{whole.strip()}{self.after}"
+
+
+def adapter_folder(name: str | Path) -> Path:
+    """The local folder of an adapter, fetched from the hub if it is not one already.
+
+    Raises:
+        ModelError: when there is no such folder and the hub does not give it.
     """
+    place = zoo.resolve(name)
+    if isinstance(place, Path):
+        folder = place
+    else:
+        try:
+            folder = Path(snapshot_download(place, allow_patterns=list(_FILES)))
+        except (OSError, ValueError) as error:  # hub errors are one of the two
+            raise ModelError(
+                f"{name}: is no local folder, and could not be fetched from the hub "
+                f"({type(error).__name__}); give the folder it was downloaded to"
+            ) from error
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: has no adapter_config.json, so it is not an adapter; "
+            "a whole model is given as the base"
+        )
+    return folder
 
-    def __init__(self, backbone: Backbone, published: Llm2Vec) -> None:
-        self.backbone = backbone
-        self.published = published
-        self._tokenizer = load_tokenizer(published.tokenizer)
 
-    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> Packed:
-        """The tokens of instructions and texts, and which of them the package pools."""
-        rules = self.published
-        texts = self._shortened([text for _, text in pairs])
-        parts = [
-            rules.joined(instruction, text).split(SEPARATOR)
-            for (instruction, _), text in zip(pairs, texts, strict=True)
-        ]
-        ids = self._ids(["".join(part) for part in parts], special=True)
-        counts = [len(row) for row in self._ids([part[1] for part in parts], special=False)]
-        pooled = [
-            torch.arange(len(row)) >= (0 if rules.pool_instruction else len(row) - count)
-            for row, count in zip(ids, counts, strict=True)
-        ]
-        lengths = torch.tensor([len(row) for row in ids])
-        joined = torch.tensor([number for row in ids for number in row])
-        return Packed(joined, offsets_of(lengths), torch.cat(pooled))
+def read_llm2vec(folders: Sequence[Path]) -> Llm2Vec:
+    """What these adapter folders say, in the order in which they go onto the base.
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> Float[np.ndarray, "texts hidden"]:
-        """Vectors of instructions and texts, float32, in the order given."""
-        vectors = np.empty((len(pairs), self.backbone.hidden), dtype=np.float32)
-        if not pairs:
-            return vectors
-        texts = self.tokenize(pairs)
-        pool = POOLINGS[self.published.pooling]
-        self.backbone.eval()
-        order = np.argsort(texts.lengths, kind="stable")[::-1]
-        size = max(1, _BATCH_TOKENS // max(texts.lengths))
-        with torch.inference_mode():
-            for start in range(0, len(order), size):
-                rows = order[start : start + size].tolist()
-                batch = texts.take(rows).to(self.backbone.device)
-                vectors[rows] = pool(self.backbone(batch), batch).float().cpu().numpy()
-        return vectors
+    Raises:
+        ModelError: when a file is damaged, or asks for a pooling that the package does not have.
+    """
+    first, last = folders[0], folders[-1]
+    config = _read_object(first / "config.json") or {}
+    base = (_read_object(first / "adapter_config.json") or {}).get("base_model_name_or_path") or ""
+    named = config.get("_name_or_path") or base
+    path = last / "llm2vec_config.json"
+    settings = {**DEFAULTS, **(_read_object(path) or {})}
+    mode = settings["pooling_mode"]
+    if mode not in POOLINGS:
+        raise ModelError(f'{path}: pools by "{mode}"; llm2vec knows {", ".join(POOLINGS)}')
+    for key, default in DEFAULTS.items():
+        if type(settings[key]) is not type(default):
+            raise ModelError(f'{path}: "{key}" should be {default!r} or the like')
+    before, after = TEMPLATES.get(named, ("", ""))
+    if mode == "eos_token" and named != _LLAMA3:
+        plain = named == "meta-llama/Meta-Llama-3-8B"
+        after += "<|end_of_text|>" if plain else _ENDS.get(config.get("model_type", ""), "")
+    return Llm2Vec(
+        base=base or named,
+        tokenizer=next((f for f in folders if (f / "tokenizer_config.json").is_file()), first),
+        pooling=POOLINGS[mode],
+        max_tokens=settings["max_length"],
+        text_tokens=settings["doc_max_length"],
+        pool_instruction=not settings["skip_instruction"] or mode == "bos_token",
+        before=before,
+        after=after,
+    )
 
-    def _shortened(self, texts: Sequence[str]) -> list[str]:
-        """Texts of too many tokens lose the same share of their words, until they fit."""
-        limit, shortened = self.published.text_tokens, list(texts)
-        waiting = list(range(len(shortened)))
-        while waiting:
-            counts = [len(row) for row in self._ids([shortened[i] for i in waiting], special=False)]
-            long = [(i, n) for i, n in zip(waiting, counts, strict=True) if n > limit]
-            for i, count in long:
-                words = shortened[i].split()
-                shortened[i] = " ".join(words[: int(len(words) * (limit / count))])
-            waiting = [i for i, _ in long]
-        return shortened
 
-    def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        return self._tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.published.max_tokens,
-            add_special_tokens=special,
-        )["input_ids"]
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in this file; None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise ModelError(f"{path}: is not JSON ({error}); is the download complete?") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: should hold one JSON object; is the download complete?")
+    return content

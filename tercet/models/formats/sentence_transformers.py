@@ -16,16 +16,17 @@ old ones without a warning; other programs that serve embedders know the old one
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, get_args
 
 from tokenizers import Tokenizer
 
 from tercet.errors import ModelError
-
-PoolingName: TypeAlias = Literal["mean", "weighted_mean", "first", "last"]
+from tercet.models.network.latent_attention import Layer
+from tercet.models.network.pooling import PoolingName
+from tercet.models.settings import Settings, named_prompts
+from tercet.types import Role
 
 # Our name, their name, and the flag by which releases before 6 say the same.
 POOLINGS: Final[Mapping[str, tuple[PoolingName | None, str]]] = {
@@ -43,20 +44,7 @@ WRITTEN_AS: Final = "5.0.0"  # the release whose layout is written; readers comp
 REMEDY: Final = "load the model with sentence-transformers itself, or use another one"
 
 
-@dataclass(frozen=True, slots=True)
-class StFolder:
-    """What a sentence-transformers folder says about the way from token states to a vector."""
-
-    pooling: PoolingName
-    dim: int
-    max_tokens: int
-    prompts: dict[str, str]  # by name; "query" and "document" are used for these roles
-    include_prompt: bool  # whether tokens of the prompt are pooled
-    normalize: bool  # whether vectors have length one
-    layer: bool = False  # whether there is a trained layer before the pooling
-
-
-def write_modules(folder: Path, *, settings: StFolder) -> None:
+def write_modules(folder: Path, settings: Settings, dim: int) -> None:
     """Make a folder with weights and tokenizer one that ``SentenceTransformer(folder)`` loads.
 
     Attention both ways of a decoder is not said here but by ``is_causal`` in ``config.json``. The
@@ -65,7 +53,7 @@ def write_modules(folder: Path, *, settings: StFolder) -> None:
     """
     _mend_tokenizer(folder / "tokenizer_config.json")
     used = {"Transformer": True, "Pooling": True}
-    used |= {"Layer": settings.layer, "Normalize": settings.normalize}
+    used |= {"Layer": settings.layer is not None, "Normalize": settings.normalize}
     modules = [name for name in MODULES if used[name]]
     paths = {name: f"{i}_{name}" if i else "" for i, name in enumerate(modules)}
     _write(
@@ -82,16 +70,17 @@ def write_modules(folder: Path, *, settings: StFolder) -> None:
     )
     for path in paths.values():
         (folder / path).mkdir(exist_ok=True)
-    if settings.layer:
+    if settings.layer is not None:
         shutil.copyfile(LAYER_CODE, folder / LAYER_CODE.name)
         _write(folder / paths["Layer"] / "prompts.json", prompt_ids(folder, settings))
     modes = {flag: ours == settings.pooling for ours, flag in POOLINGS.values()}
-    dim = {"word_embedding_dimension": settings.dim}
-    include = {"include_prompt": settings.include_prompt}
-    _write(folder / paths["Pooling"] / "config.json", dim | modes | include)
     _write(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": settings.max_tokens, "do_lower_case": False},
+        folder / paths["Pooling"] / "config.json",
+        {"word_embedding_dimension": dim, **modes, "include_prompt": settings.pool_prompt},
+    )
+    longest = max(settings.query_tokens, settings.document_tokens)
+    _write(
+        folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}
     )
     _write(
         folder / "config_sentence_transformers.json",
@@ -102,7 +91,7 @@ def write_modules(folder: Path, *, settings: StFolder) -> None:
                 "transformers": version("transformers"),
                 "pytorch": version("torch"),
             },
-            "prompts": settings.prompts,
+            "prompts": dict(named_prompts(settings)),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
@@ -121,25 +110,25 @@ def _mend_tokenizer(path: Path) -> None:
         _write(path, mended)
 
 
-def prompt_ids(folder: Path, settings: StFolder) -> list[list[int]]:
+def prompt_ids(folder: Path, settings: Settings) -> list[list[int]]:
     """What a layer has to know of the prompts, where they are left out of the vectors.
 
     The token ids of each alone, with the special tokens before it and without the one after; the
     folder holds the tokenizer.
     """
-    if settings.include_prompt or not settings.prompts:
+    prompts = dict.fromkeys(prompt for _, prompt in named_prompts(settings))
+    if settings.pool_prompt or not prompts:
         return []
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    prompts = dict.fromkeys(prompt for prompt in settings.prompts.values() if prompt)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     found = [one.ids[: len(one.ids) - one.special_tokens_mask[-1]] for one in encoded if one.ids]
     return [ids for ids in found if ids]
 
 
-def read_modules(folder: Path) -> StFolder | None:
-    """What the folder says; None if it is not one of sentence-transformers.
+def read_modules(folder: Path) -> Settings | None:
+    """Return the settings in a sentence-transformers folder; None for any other folder.
 
     Raises:
         ModelError: a file is missing or damaged, or the model has a part that tercet has not.
@@ -147,15 +136,16 @@ def read_modules(folder: Path) -> StFolder | None:
     if not (folder / "modules.json").is_file():
         return None
     modules = _read_module_list(folder / "modules.json")
-    pooling, dim, include_prompt = _read_pooling(folder / modules["Pooling"] / "config.json")
-    return StFolder(
+    pooling, pool_prompt = _read_pooling(folder / modules["Pooling"] / "config.json")
+    max_tokens = _read_max_tokens(folder)
+    return Settings(
         pooling=pooling,
-        dim=dim,
-        max_tokens=_read_max_tokens(folder),
-        prompts=_read_prompts(folder / "config_sentence_transformers.json"),
-        include_prompt=include_prompt,
         normalize="Normalize" in modules,
-        layer="Layer" in modules,
+        layer=Layer() if "Layer" in modules else None,  # its sizes are beside its weights
+        **_read_prompts(folder / "config_sentence_transformers.json"),
+        pool_prompt=pool_prompt,
+        query_tokens=max_tokens,
+        document_tokens=max_tokens,
     )
 
 
@@ -189,8 +179,8 @@ def _read_module_list(path: Path) -> dict[str, str]:
     return subfolders
 
 
-def _read_pooling(path: Path) -> tuple[PoolingName, int, bool]:
-    """Pooling, width, and whether prompts are pooled: as release 6 says it, or as earlier ones."""
+def _read_pooling(path: Path) -> tuple[PoolingName, bool]:
+    """Return the pooling and whether prompts are pooled; release 6 and earlier ones differ."""
     config = _read_object(path)
     modes = config.get("pooling_mode")
     if modes is None:
@@ -202,10 +192,11 @@ def _read_pooling(path: Path) -> tuple[PoolingName, int, bool]:
         raise ModelError(
             f'{path}: pools by "{" + ".join(modes)}"; tercet knows {known}, one of them; {REMEDY}'
         )
-    dim = config.get("embedding_dimension", config.get("word_embedding_dimension"))
-    if not isinstance(dim, int):
+    if not isinstance(
+        config.get("embedding_dimension", config.get("word_embedding_dimension")), int
+    ):
         raise ModelError(f"{path}: says no embedding_dimension; is the download complete?")
-    return ours, dim, config.get("include_prompt", True)
+    return ours, config.get("include_prompt", True)
 
 
 def _read_max_tokens(folder: Path) -> int:
@@ -241,17 +232,24 @@ def _read_max_tokens(folder: Path) -> int:
     return min(known)
 
 
-def _read_prompts(path: Path) -> dict[str, str]:
-    """Prompts by name, the one for documents also under the name "document".
+def _read_prompts(path: Path) -> dict[str, Any]:
+    """Return prompts by role and by task, the one for documents also if it has another name.
 
     Authors call it "passage" or "corpus" as well. Release 6 then encodes documents without a
     prompt, because it adds an empty one called "document" and prefers it.
     """
-    prompts = _read_object(path).get("prompts") if path.is_file() else None
-    found = {name: prompt or "" for name, prompt in (prompts or {}).items()}
+    read = _read_object(path).get("prompts") if path.is_file() else None
+    named = {name: prompt or "" for name, prompt in (read or {}).items()}
     for name in ("passage", "corpus"):
-        if found.get(name) and not found.get("document"):
-            found["document"] = found[name]
+        if named.get(name) and not named.get("document"):
+            named["document"] = named[name]
+    found: dict[str, Any] = {"prompts": {}, "task_prompts": {}}
+    for name, prompt in named.items():
+        task, dash, role = name.rpartition("-")
+        if dash and role in get_args(Role):
+            found["task_prompts"].setdefault(task, {})[role] = prompt
+        else:
+            found["prompts"][name] = prompt
     return found
 
 

@@ -1,57 +1,70 @@
-"""Embedders in folders: what is written there, and how it becomes an embedder again."""
+"""The folder that tercet writes for a model, and how every kind of model folder is loaded."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tercet.errors import ModelError
+from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import replacing_folder
-from tercet.models.embedder import Embedder
 from tercet.models.formats.lora_adapters import merge_adapter
-from tercet.models.formats.nv_embed_files import is_nv_embed
-from tercet.models.formats.sentence_transformers import write_modules
-from tercet.models.network.backbone import Backbone, probe
-from tercet.models.network.heads import save_heads
-from tercet.models.network.latent_attention import save_layer
-from tercet.models.settings import (
-    FILE,
-    VERSION,
-    Settings,
-    as_st_folder,
-    changed,
-    known_settings,
-    named_prompts,
-    read_settings,
+from tercet.models.formats.nv_embed import is_nv_embed, load_nv_embed
+from tercet.models.formats.parts import (
+    ModelParts,
+    foreign_settings,
+    settings_of,
     with_heads,
     with_layer,
 )
-from tercet.models.tokens import Form, load_tokenizer
+from tercet.models.formats.sentence_transformers import write_modules
+from tercet.models.network.backbone import Attention, Backbone, Window, probe
+from tercet.models.network.heads import save_heads
+from tercet.models.network.latent_attention import save_layer
+from tercet.models.settings import FILE, VERSION, Settings, changed, named_prompts, read_settings
+from tercet.models.tokens import Form, Tokenizer, load_tokenizer
 from tercet.models.zoo import zoo
 from tercet.vectors import Kind
 
 log = logging.getLogger("tercet")
 
 
-def load(source: str | Path, how: Mapping[str, Any], changes: Mapping[str, Any]) -> Embedder:
-    """What :meth:`Embedder.load` promises; ``how`` are the arguments of ``Backbone.load``."""
+def load_parts(
+    source: str | Path,
+    changes: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    attention: Attention | None,
+    window: Window | None,
+    keep_layers: int | None,
+) -> ModelParts:
+    """Load the parts of a model, with some settings changed; see :meth:`Embedder.load`."""
     place = zoo.resolve(str(source))
     folder = Path(place)
     if is_nv_embed(folder):
-        return _load_nv_embed(source, folder, how, changes)
+        if keep_layers is not None:
+            raise ModelError(
+                f"{source}: a published NV-Embed folder is loaded whole; save it with tercet "
+                "first to keep some of its layers only"
+            )
+        return load_nv_embed(folder, dtype, attention=attention, window=window, changes=changes)
     saved = read_settings(folder) if folder.is_dir() else None
+    known = foreign_settings(source, folder) if saved is None else saved["settings"]
+    base, about = None, {}
     if saved is not None:
-        how = {**how, **{name: how[name] or saved[name] for name in ("attention", "window")}}
-    known = known_settings(source, folder) if saved is None else saved["settings"]
-    adapted = saved is not None and "adapter_of" in saved
-    backbone = Backbone.load(saved["adapter_of"] if saved and adapted else place, **how)
-    if adapted:
+        attention, window = attention or saved["attention"], window or saved["window"]
+        base, about = saved.get("adapter_of"), saved.get("about", {})
+    backbone = Backbone.load(
+        base or place, attention=attention, window=window, dtype=dtype, keep_layers=keep_layers
+    )
+    if base is not None:
         merge_adapter(backbone, folder)
     settings = changed(known, changes)
     for name in ("query_tokens", "document_tokens"):
-        # The usual number is a recipe's own; who asks for more wants to know.
+        # A recipe's default may exceed the model's limit; a larger number was asked for.
         if changes.get(name, 0) > max(backbone.max_tokens, getattr(Settings, name)):
             log.warning(
                 "%s: %s is %d, and the model has room for %d tokens; texts are cut to that",
@@ -60,62 +73,48 @@ def load(source: str | Path, how: Mapping[str, Any], changes: Mapping[str, Any])
                 changes[name],
                 backbone.max_tokens,
             )
-    settings, layer = with_layer(folder, settings, changes, backbone.hidden, how["dtype"])
+    settings, layer = with_layer(folder, settings, changes, backbone.hidden, dtype)
     settings, heads = with_heads(folder, known, settings, backbone.hidden)
-    tokenizer = load_tokenizer(folder if adapted else place)
-    embedder = Embedder(backbone, tokenizer, settings, layer, heads)
-    embedder.about = saved.get("about", {}) if saved is not None else {}
-    embedder.eval()
-    if adapted:
+    if base is not None:
         probe(backbone)
-    return embedder
+    return ModelParts(
+        backbone=backbone,
+        tokenizer=load_tokenizer(place if base is None else folder),
+        settings=settings,
+        layer=layer,
+        heads=heads,
+        about=about,
+    )
 
 
 def known_kinds(source: str | Path) -> tuple[Kind, ...]:
-    """The kinds of vectors that a model makes, told by its folder's settings alone."""
+    """Return the kinds of vectors that a model makes, read from its folder's settings alone."""
     folder = Path(zoo.resolve(str(source)))
-    if is_nv_embed(folder):
-        return Settings.kinds
-    saved = read_settings(folder) if folder.is_dir() else None
-    return (known_settings(source, folder) if saved is None else saved["settings"]).kinds
+    return Settings.kinds if is_nv_embed(folder) else settings_of(source, folder).kinds
 
 
-def _load_nv_embed(
-    source: str | Path, folder: Path, how: Mapping[str, Any], changes: Mapping[str, Any]
-) -> Embedder:
-    from tercet.models.formats.nv_embed import load_nv_embed  # heavy, and seldom needed
-
-    if how["keep_layers"] is not None:
-        raise ModelError(
-            f"{source}: a published NV-Embed folder is loaded whole; save it with tercet "
-            "first to keep some of its layers only"
-        )
-    attention, window = how["attention"], how["window"]
-    return load_nv_embed(folder, how["dtype"], attention=attention, window=window, changes=changes)
-
-
-def save(embedder: Embedder, folder: Path, about: Mapping[str, Any]) -> None:
-    """What :meth:`Embedder.save` promises."""
+def save_parts(parts: ModelParts, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a model's folder; LoRA is merged first. See :meth:`Embedder.save`."""
     holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if holds and not holds & {FILE, "config.json", "adapter_config.json"}:
         raise ModelError(
             f"{folder}: is not a model and would be overwritten; choose another folder"
         )
-    embedder.backbone.merge_lora()
-    unheard_of = embedder.settings.only_ours()
+    parts.backbone.merge_lora()
+    inexpressible = parts.settings.only_ours()
     with replacing_folder(folder) as fresh:
-        _write(embedder, fresh, {"about": dict(about)})
-        if unheard_of is None:
-            write_modules(fresh, settings=as_st_folder(embedder.settings, embedder.dim))
-    if unheard_of is not None:
+        _write(parts, fresh, {"about": dict(about)})
+        if inexpressible is None:
+            write_modules(fresh, parts.settings, parts.backbone.hidden)
+    if inexpressible is not None:
         log.warning(
             "%s: load it with tercet; sentence-transformers cannot express %s, so no "
             "modules.json was written",
             folder,
-            unheard_of,
+            inexpressible,
         )
         return
-    miscounted = _miscounted_prompts(embedder)
+    miscounted = _miscounted_prompts(parts)
     for name, prompt in miscounted[:1]:
         more = f" and {len(miscounted) - 1} more" if len(miscounted) > 1 else ""
         log.warning(
@@ -129,9 +128,9 @@ def save(embedder: Embedder, folder: Path, about: Mapping[str, Any]) -> None:
         )
 
 
-def save_adapter(embedder: Embedder, folder: Path, base: str) -> None:
-    """What :meth:`Embedder.save_adapter` promises."""
-    backbone = embedder.backbone
+def save_adapter(parts: ModelParts, folder: Path, base: str) -> None:
+    """Write the low-rank updates without their base. See :meth:`Embedder.save_adapter`."""
+    backbone = parts.backbone
     if not backbone.has_lora:
         raise ModelError("there is no LoRA on this model; save() writes it whole")
     turned = backbone.is_decoder and backbone.attention == "bidirectional"
@@ -145,35 +144,37 @@ def save_adapter(embedder: Embedder, folder: Path, base: str) -> None:
     for adapter in backbone.model.peft_config.values():
         adapter.base_model_name_or_path = base
     with replacing_folder(folder) as fresh:
-        _write(embedder, fresh, {"adapter_of": base})
+        _write(parts, fresh, {"adapter_of": base})
 
 
-def _write(embedder: Embedder, folder: Path, more: Mapping[str, Any]) -> None:
-    """The network, its tokenizer, what else is trained, and the settings."""
-    embedder.backbone.model.save_pretrained(folder)
-    embedder.tokenizer.stock.save_pretrained(folder)
-    if embedder.layer is not None:
-        save_layer(folder, embedder.layer)
-    save_heads(folder, embedder.heads, embedder.kinds)
+def _write(parts: ModelParts, folder: Path, more: Mapping[str, Any]) -> None:
+    """Write network, tokenizer, trained layers and settings."""
+    backbone, settings = parts.backbone, parts.settings
+    backbone.model.save_pretrained(folder)
+    parts.tokenizer.save_pretrained(folder)
+    if parts.layer is not None:
+        save_layer(folder, parts.layer)
+    if parts.heads is not None:
+        save_heads(folder, parts.heads, settings.kinds)
     record = {
         "version": VERSION,
-        "attention": embedder.backbone.attention,
-        "window": embedder.backbone.window,
-        "settings": asdict(embedder.settings),
+        "attention": backbone.attention,
+        "window": backbone.window,
+        "settings": asdict(settings),
         **more,
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / FILE, record)
 
 
-def _miscounted_prompts(embedder: Embedder) -> list[tuple[str, str]]:
-    """Prompts, with their names, that have other tokens alone than before a text.
+def _miscounted_prompts(parts: ModelParts) -> list[tuple[str, str]]:
+    """Return names and texts of prompts that have other tokens alone than before a text.
 
-    The code of a layer, which is saved with it, looks at the ids and does not miscount.
+    The code of a layer, which is saved with it, compares token ids and does not miscount.
     """
-    settings, tokenizer = embedder.settings, embedder.tokenizer
+    settings = parts.settings
     if settings.pool_prompt or settings.layer is not None:
         return []
+    tokenizer = Tokenizer(parts.tokenizer)
     off = []
     for name, prompt in named_prompts(settings):
         alone = tokenizer([prompt], 1 << 30, form=Form(pool_special=False))
@@ -186,9 +187,9 @@ def _miscounted_prompts(embedder: Embedder) -> list[tuple[str, str]]:
 
 
 def _says_bidirectional(source: str) -> bool:
-    """Whether a base's own config says that it reads both ways, for any library to see."""
+    """Whether the base's config.json says that it reads both ways, for any library to see."""
     path = Path(zoo.resolve(source)) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     parts = [config, config.get("text_config") or {}]
     return any(
         part.get("is_causal") is False or part.get("use_bidirectional_attention") for part in parts

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from tercet.curate.convert.classification import convert_labelled
-from tercet.curate.convert.settings import Wanted
+from tercet.curate.convert.conversion import Conversion
 from tercet.data.files.labelled import LabelledText
 from tercet.errors import RecipeError
 
-WANTED = Wanted(task="t", instruction="Sort.", negatives=3)
+WANTED = Conversion(task="t", instruction="Sort.", negatives=3)
 
 
 def made(*texts, **how):
@@ -30,7 +30,7 @@ def test_the_mode_follows_the_number_of_labels():
 def test_positives_of_a_label_are_equally_likely():
     counts = np.zeros((4, 4))
     for seed in range(600):
-        wanted = Wanted(task="t", instruction="", seed=seed)
+        wanted = Conversion(task="t", instruction="", seed=seed)
         for row in made(*FOUR, wanted=wanted).rows[:4]:
             counts[int(row.query[1]), int(row.positives[0][1])] += 1
     assert (np.diag(counts) == 0).all()
@@ -40,7 +40,7 @@ def test_positives_of_a_label_are_equally_likely():
 
 def test_negatives_are_equally_likely_even_where_nearly_all_texts_share_the_label():
     texts = [(f"a{i}", "a") for i in range(300)] + [("b0", "b"), ("b1", "b"), ("c0", "c")]
-    converted = made(*texts, ("c1", "c"), wanted=Wanted(task="t", instruction="", negatives=2))
+    converted = made(*texts, ("c1", "c"), wanted=Conversion(task="t", instruction="", negatives=2))
     seen = [negative for row in converted.rows[:300] for negative in row.negatives]
     assert all(len(set(row.negatives)) == 2 for row in converted.rows[:300])
     shares = [seen.count(name) for name in ("b0", "b1", "c0", "c1")]
@@ -99,7 +99,7 @@ def test_the_label_is_drawn_anew_for_each_text():
 
 
 def test_one_label_alone_is_refused():
-    with pytest.raises(RecipeError, match="have 1 different labels; rows need two or more"):
+    with pytest.raises(RecipeError, match="must have at least 2 different labels; got 1"):
         made(*FOUR[:4])
 
 
@@ -109,4 +109,4 @@ def test_the_report_counts_what_became_of_each_text():
     assert report.skipped == {"not drawn": 6}
     assert report.labels == {"a": 2, "d": 2, "b": 2, "c": 2, "e": 1}
     assert report.label_instead == 1
-    assert report.negatives_per_row == 3
+    assert report.negatives == 3 * report.rows

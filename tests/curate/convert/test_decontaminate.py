@@ -7,7 +7,7 @@ import pytest
 
 from tercet.curate.convert.decontaminate import (
     EvaluationTexts,
-    Found,
+    Match,
     Removal,
     decontaminate,
     evaluation_texts,
@@ -69,15 +69,15 @@ def test_a_text_that_is_blank_matches_nothing():
 def test_a_text_in_two_files_is_counted_for_the_first():
     index = indexed(TEST)
     index.add("other.jsonl", [TEST.upper(), "Something else entirely."])
-    assert index.find(TEST) == Found("test.jsonl", "exact")
-    assert index.find("something ELSE entirely.") == Found("other.jsonl", "exact")
+    assert index.find(TEST) == Match("test.jsonl", "exact")
+    assert index.find("something ELSE entirely.") == Match("other.jsonl", "exact")
 
 
 def test_an_answer_is_not_remembered_beyond_a_new_file():
     index = indexed("Something else entirely.")
     assert index.find(TEST) is None
     index.add("more.jsonl", [TEST])
-    assert index.find(TEST) == Found("more.jsonl", "exact")
+    assert index.find(TEST) == Match("more.jsonl", "exact")
 
 
 ROW = Example(
@@ -182,9 +182,9 @@ def test_of_a_beir_folder_the_queries_and_the_documents_that_answer_them_count(t
     assert list(evaluation_texts(tmp_path)) == ["one", "text 1", "text 3"]
 
 
-def test_a_threshold_that_is_no_near_duplicate_is_refused():
+def test_a_threshold_out_of_range_is_refused():
     for threshold in (0.2, 1.01):
-        with pytest.raises(RecipeError, match=f"a threshold of {threshold} is no overlap"):
+        with pytest.raises(RecipeError, match=f"between 0.3 and 1, such as 0.8; got {threshold}"):
             EvaluationTexts(threshold)
 
 

@@ -13,7 +13,7 @@ from tercet.evaluate.measures.prompts import (
     warn_unprompted,
 )
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.instructions import as_prompt
+from tercet.models.settings import as_prompt
 from tests.toy import SENTENCES
 
 ASK, TELL = as_prompt("find the package"), as_prompt("tell its section")

@@ -5,8 +5,9 @@ import torch
 
 from tercet.data.files.examples import parse_example
 from tercet.errors import RecipeError
-from tercet.models.formats.bge_m3_files import FlagRows, flag_files, lexical_weights, terms_of
+from tercet.models.formats.bge_m3_files import FlagRows, flag_files, lexical_weights
 from tercet.vectors import Terms
+from tests.oracles import terms_of
 
 ROW = {"query": "q", "pos": ["p"], "neg": ["n1", "n2", "n3"]}
 

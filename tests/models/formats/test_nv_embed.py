@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from tercet.errors import ModelError
 from tercet.models.embedder import Embedder
-from tercet.models.formats.instructions import as_prompt
-from tercet.models.formats.nv_embed import NvEmbedEncoder, load_nv_embed
+from tercet.models.formats.nv_embed import check_names, is_nv_embed, read_nv_embed, weight_files
+from tercet.models.settings import as_prompt
+from tests.oracles import NvEmbedEncoder
 from tests.published import CONFIG, INSTRUCTION, TEXT_CONFIG, TEXTS, publish, reference
 
 
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embedder(folder) -> Embedder:
-    return load_nv_embed(folder)
+    return Embedder.load(folder)
 
 
 @pytest.mark.parametrize("instruction", [INSTRUCTION, "Query:", ""])
@@ -60,7 +61,7 @@ def test_tercets_own_way_is_that_of_the_switches_off_and_differs_from_the_count(
 
 def test_loading_gives_no_warning(folder, caplog):
     with caplog.at_level(logging.WARNING):
-        load_nv_embed(folder)
+        Embedder.load(folder)
     assert caplog.records == []
 
 
@@ -87,7 +88,7 @@ def test_a_document_is_pooled_with_both_of_its_ends(embedder):
 def test_a_folder_whose_instructions_are_pooled_says_so(tmp_path):
     for name, value in {"is_mask_instruction": False, "padding_side": "left"}.items():
         changes: dict[str, Any] = {name: value}
-        embedder = load_nv_embed(publish(tmp_path / name, **changes))
+        embedder = Embedder.load(publish(tmp_path / name, **changes))
         assert embedder.settings.pool_prompt
         assert NvEmbedEncoder(embedder).tokenize(["maps"], INSTRUCTION).pooled.all()
 
@@ -103,9 +104,9 @@ def test_no_texts_give_no_vectors(embedder):
 
 
 def test_one_file_and_several_give_the_same_model_in_any_dtype(tmp_path, embedder):
-    one = load_nv_embed(publish(tmp_path / "one", shards=1))
+    one = Embedder.load(publish(tmp_path / "one", shards=1))
     np.testing.assert_array_equal(one.encode(TEXTS), embedder.encode(TEXTS))
-    rough = load_nv_embed(tmp_path / "one", torch.bfloat16)
+    rough = Embedder.load(tmp_path / "one", dtype=torch.bfloat16)
     assert {weight.dtype for weight in rough.parameters()} == {torch.bfloat16}
 
 
@@ -136,22 +137,22 @@ def test_weights_of_other_names_are_refused(tmp_path, renamed, message):
             weights[new] = weight
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=message):
-        load_nv_embed(tmp_path)
+        Embedder.load(tmp_path)
 
 
 def test_weights_of_another_size_or_kind_are_refused(tmp_path):
     sizes = {**CONFIG["latent_attention_config"], "num_latents_value": 9}
     publish(tmp_path, latent_attention_config=sizes)
     with pytest.raises(ModelError, match=r"latents is \(7, 32\) and should be \(9, 32\)"):
-        load_nv_embed(tmp_path)
+        Embedder.load(tmp_path)
     (tmp_path / "model-00001.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ModelError, match=r"model-00001.safetensors: cannot be read"):
-        load_nv_embed(tmp_path)
+        Embedder.load(tmp_path)
 
 
 def test_the_window_of_the_configuration_is_of_no_meaning(tmp_path, embedder):
     text = {**TEXT_CONFIG, "sliding_window": None}
-    wide = load_nv_embed(publish(tmp_path, text_config=text))
+    wide = Embedder.load(publish(tmp_path, text_config=text))
     np.testing.assert_allclose(wide.encode(TEXTS), embedder.encode(TEXTS), atol=1e-6)
     assert json.loads((tmp_path / "config.json").read_text())["text_config"] == text
 
@@ -166,3 +167,97 @@ def test_what_is_asked_of_a_published_folder_is_done_or_refused(folder, embedder
     assert not np.allclose(causal.encode(texts), embedder.encode(texts), atol=1e-3)
     with pytest.raises(ModelError, match="is loaded whole; save it with tercet first"):
         Embedder.load(folder, keep_layers=1)
+
+
+POOLER = CONFIG["latent_attention_config"]
+
+
+def test_a_folder_is_known_by_its_kind_of_model(tmp_path, decoder_folder):
+    assert is_nv_embed(publish(tmp_path / "published"))
+    assert not is_nv_embed(decoder_folder)
+    assert not is_nv_embed(tmp_path)
+
+
+def test_what_the_configuration_says_is_read(tmp_path):
+    said = read_nv_embed(publish(tmp_path))
+    assert (said.latents, said.heads, said.head_size) == (7, 3, 20)
+    assert (said.normalize, said.masks_instruction) == (True, True)
+    assert said.text_config["hidden_size"] == 32
+    assert not {"model_type", "architectures"} & {*said.text_config}
+    assert said.instructions == {
+        "Programs": {"query": "find the program"},
+        "Sections": {"query": "name the section", "document": "name the section"},
+    }
+
+
+def test_sizes_that_are_left_open_are_those_of_the_7b_model(tmp_path):
+    text = {name: value for name, value in TEXT_CONFIG.items() if name != "hidden_size"}
+    publish(tmp_path, text_config=text, latent_attention_config={"model_type": "latent_attention"})
+    (tmp_path / "instructions.json").unlink()
+    said = read_nv_embed(tmp_path)
+    assert (said.latents, said.heads, said.head_size, said.normalize) == (512, 8, 4096, True)
+    assert said.instructions == {}
+    publish(tmp_path, text_config=text, latent_attention_config=None)
+    assert read_nv_embed(tmp_path).heads == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": None}, "should hold a JSON object"),
+        ({"text_config": {"model_type": "llama"}}, "is not that of a Mistral"),
+        (
+            {"latent_attention_config": {**POOLER, "latent_dim": 40}},
+            "gives the width as 32, 40; hidden_dim",
+        ),
+        (
+            {"latent_attention_config": {**POOLER, "num_cross_heads": "3"}},
+            "\"num_cross_heads\" is '3'; it should be like 8",
+        ),
+        (
+            {"latent_attention_config": {**POOLER, "num_latents_value": 0}},
+            '"num_latents_value" is 0; it should be like 512',
+        ),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(tmp_path, changes, message):
+    with pytest.raises(ModelError, match=f"config.json: .*{message}"):
+        read_nv_embed(publish(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", ['{"A": 3}', '{"A": {"query": 3}}', "[]", "{"])
+def test_instructions_of_another_form_are_refused(tmp_path, content):
+    publish(tmp_path)
+    (tmp_path / "instructions.json").write_text(content)
+    with pytest.raises(ModelError, match=r"instructions.json: .*is the download complete"):
+        read_nv_embed(tmp_path)
+
+
+def test_a_missing_or_damaged_configuration_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"config.json: is missing"):
+        read_nv_embed(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config.json: is not JSON"):
+        is_nv_embed(tmp_path)
+
+
+def test_the_files_of_the_index_are_all_there_or_the_missing_one_is_named(tmp_path):
+    publish(tmp_path, shards=3)
+    names = [f"model-0000{i}.safetensors" for i in (1, 2, 3)]
+    assert [path.name for path in weight_files(tmp_path)] == names
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(ModelError, match=f"lacks {names[1]}; is the download complete"):
+        weight_files(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ModelError, match="lacks weights"):
+        weight_files(tmp_path)
+    index.unlink()
+    with pytest.raises(ModelError, match=r"lacks model.safetensors"):
+        weight_files(tmp_path)
+
+
+def test_of_many_wrong_names_three_are_shown(tmp_path):
+    check_names(tmp_path, ["a", "b"], ["b", "a"])
+    with pytest.raises(ModelError, match=r"4 are missing \(a, b, c, \.\.\.\) and 1 are unknown"):
+        check_names(tmp_path, ["x"], list("abcd"))

@@ -8,7 +8,6 @@ from sentence_transformers import SentenceTransformer
 
 from tercet.errors import MissingExtraError, ModelError
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.sentence_transformer_module import as_sentence_transformer
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.latent_attention import Layer
 from tests.toy import DECODERS, ENCODERS, SENTENCES, byte_bpe, random_model, wordpiece
@@ -32,7 +31,7 @@ def test_vectors_are_those_of_the_embedder_with_and_without_a_prompt(kind, layer
     embedder = embedder_of(
         kind, layer=layer, prompts={"query": "find it:\n"}, pool_prompt=False, append_end=True
     )
-    model = as_sentence_transformer(embedder)
+    model = embedder.as_sentence_transformer()
     queries, documents = model.encode_query(TEXTS), model.encode_document(TEXTS)
     np.testing.assert_allclose(queries, embedder.encode(TEXTS, "query"), atol=1e-5)
     np.testing.assert_allclose(documents, embedder.encode(TEXTS, "document"), atol=1e-5)
@@ -42,12 +41,11 @@ def test_vectors_are_those_of_the_embedder_with_and_without_a_prompt(kind, layer
 @pytest.mark.parametrize("prompt", ["find: ", "Instruct: play\nQuery: ", "find"])
 def test_with_a_layer_a_prompt_whose_end_joins_the_text_is_left_out_exactly(prompt):
     embedder = embedder_of("llama", layer=LAYERS[1], prompts={"query": prompt}, pool_prompt=False)
-    model = as_sentence_transformer(embedder)
+    model = embedder.as_sentence_transformer()
     expected = embedder.encode(TEXTS, "query")
     np.testing.assert_allclose(model.encode_query(TEXTS), expected, atol=1e-5)
-    pooled = as_sentence_transformer(
-        embedder_of("llama", layer=LAYERS[1], prompts={"query": prompt})
-    )
+    pooled = embedder_of("llama", layer=LAYERS[1], prompts={"query": prompt})
+    pooled = pooled.as_sentence_transformer()
     assert np.abs(pooled.encode_query(TEXTS) - expected).max() > 1e-3
 
 
@@ -56,7 +54,7 @@ def test_every_pooling_leaves_the_prompt_out_behind_a_layer(pooling):
     embedder = embedder_of(
         "llama", layer=LAYERS[1], prompts={"query": "find: "}, pool_prompt=False, pooling=pooling
     )
-    model = as_sentence_transformer(embedder)
+    model = embedder.as_sentence_transformer()
     for side in ("right", "left"):
         model.tokenizer.padding_side = side
         found = model.encode_query(TEXTS)
@@ -67,14 +65,14 @@ def test_an_unknown_prompt_is_counted_as_sentence_transformers_does():
     embedder = embedder_of("llama", layer=LAYERS[1], prompts={"query": "find: "}, pool_prompt=False)
     unknown = embedder_of("llama", layer=LAYERS[1], prompts={"query": "read:\n"}, pool_prompt=False)
     unknown.layer = embedder.layer
-    model = as_sentence_transformer(embedder)
+    model = embedder.as_sentence_transformer()
     found = model.encode(TEXTS, prompt="read:\n")  # as many tokens as the known one
     np.testing.assert_allclose(found, unknown.encode(TEXTS, "query"), atol=1e-5)
 
 
 def test_both_hold_the_same_parameters_so_that_one_learns_what_the_other_does():
     embedder = embedder_of("llama", layer=LAYERS[1])
-    model = as_sentence_transformer(embedder)
+    model = embedder.as_sentence_transformer()
     assert {id(p) for p in model.parameters()} == {id(p) for p in embedder.parameters()}
     before = model.encode(TEXTS)
     with torch.no_grad():
@@ -88,14 +86,14 @@ def test_frozen_parameters_stay_frozen():
     embedder = embedder_of("llama", layer=LAYERS[1])
     assert embedder.layer is not None
     embedder.layer.to_q.weight.requires_grad_(False)
-    model = as_sentence_transformer(embedder)
+    model = embedder.as_sentence_transformer()
     assert not model[1].to_q.weight.requires_grad
     assert model[1].to_kv.weight.requires_grad
 
 
 def test_what_it_saves_is_a_folder_like_the_embedders_own(tmp_path):
     embedder = embedder_of("llama", layer=LAYERS[1], prompts={"query": "find:\n"})
-    as_sentence_transformer(embedder).save(str(tmp_path / "theirs"), create_model_card=False)
+    embedder.as_sentence_transformer().save(str(tmp_path / "theirs"), create_model_card=False)
     theirs = SentenceTransformer(str(tmp_path / "theirs"), trust_remote_code=True, device="cpu")
     np.testing.assert_allclose(
         theirs.encode_query(TEXTS), embedder.encode(TEXTS, "query"), atol=1e-5
@@ -105,7 +103,7 @@ def test_what_it_saves_is_a_folder_like_the_embedders_own(tmp_path):
 
 def test_features_handed_in_stay_as_they_are():
     embedder = embedder_of("llama", layer=LAYERS[1], prompts={"query": "find: "}, pool_prompt=False)
-    layer = as_sentence_transformer(embedder)[1]
+    layer = embedder.as_sentence_transformer()[1]
     ids = torch.tensor([embedder.tokenize(["maps"], "query").ids[0].tolist()])
     features = {
         "token_embeddings": torch.randn(*ids.shape, 64),
@@ -121,7 +119,7 @@ def test_features_handed_in_stay_as_they_are():
 
 def test_texts_end_to_end_as_flash_attention_takes_them_give_the_same_states():
     for sizes in LAYERS[1:]:
-        layer = as_sentence_transformer(embedder_of("llama", layer=sizes))[1]
+        layer = embedder_of("llama", layer=sizes).as_sentence_transformer()[1]
         lengths, states = [3, 1, 5], torch.randn(9, 64)
         flat = {
             "token_embeddings": states[None],
@@ -140,23 +138,23 @@ def test_texts_end_to_end_as_flash_attention_takes_them_give_the_same_states():
 
 def test_what_it_cannot_express_is_refused():
     with pytest.raises(ModelError, match="cannot express echo; use encode"):
-        as_sentence_transformer(embedder_of("llama", echo=True))
+        embedder_of("llama", echo=True).as_sentence_transformer()
     embedder = embedder_of("llama")
     embedder.backbone.add_lora(rank=2, alpha=4, dropout=0.0)
     with pytest.raises(ModelError, match=r"not merged; call backbone.merge_lora\(\)"):
-        as_sentence_transformer(embedder)
+        embedder.as_sentence_transformer()
 
 
 def test_without_sentence_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(MissingExtraError, match="as_sentence_transformer needs an extra package"):
-        as_sentence_transformer(embedder_of("llama"))
+        embedder_of("llama").as_sentence_transformer()
 
 
 def test_nothing_is_printed_or_logged(caplog, capfd):
     embedder = embedder_of("llama", layer=LAYERS[1])
     capfd.readouterr()
     with caplog.at_level(logging.WARNING):
-        as_sentence_transformer(embedder)
+        embedder.as_sentence_transformer()
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")

@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,24 @@ from tercet.errors import ModelError
 from tercet.models.formats.sentence_transformers import (
     LAYER,
     POOLINGS,
-    StFolder,
     read_modules,
     write_modules,
 )
+from tercet.models.network.latent_attention import Layer
+from tercet.models.settings import Settings
 from tercet.models.zoo import zoo
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "query", ":", "passage"]
 WORDS = [*SPECIALS, "red", "green", "blue", "sk", "##y", "old", "tree", "##s"]
 TEXTS = ["red sky", "green trees blue sky old red tree", "old", "blue trees old sky"]
 PROMPTS = {"query": "query: ", "document": "passage: "}
+DIM = 24
 POOLING_NAMES = [ours for ours, _ in POOLINGS.values() if ours]
 
 
-def settings(**changes: Any) -> StFolder:
-    defaults = dict(pooling="mean", dim=24, max_tokens=16, prompts=PROMPTS, include_prompt=True)
-    return StFolder(**defaults | {"normalize": True} | changes)  # pyright: ignore[reportArgumentType]
+def settings(*, max_tokens: int = 16, **changes: Any) -> Settings:
+    lengths = {"query_tokens": max_tokens, "document_tokens": max_tokens}
+    return replace(Settings(prompts=PROMPTS), **lengths, **changes)
 
 
 def save_tokenizer(folder: Path, **kwargs: Any) -> None:
@@ -82,16 +85,16 @@ def llama(folder: Path, is_causal: bool) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def slow_embed(folder: Path, text: str, st: StFolder, *, prompt: str = "") -> torch.Tensor:
+def slow_embed(folder: Path, text: str, st: Settings, *, prompt: str = "") -> torch.Tensor:
     """One text alone, so nothing is padded; pooling written out."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(
-        prompt + text, return_tensors="pt", truncation=True, max_length=st.max_tokens
+        prompt + text, return_tensors="pt", truncation=True, max_length=st.document_tokens
     )
     with torch.no_grad():
         states = AutoModel.from_pretrained(folder).eval()(**inputs).last_hidden_state[0]
     excluded = 0
-    if prompt and not st.include_prompt:
+    if prompt and not st.pool_prompt:
         excluded = 1 + len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     positions = torch.arange(1, len(states) + 1, dtype=torch.float32)[excluded:]
     states = states[excluded:]
@@ -122,10 +125,10 @@ def test_sentence_transformers_gives_the_vectors_of_the_slow_formula(
     bert, tmp_path, pooling, include_prompt
 ):
     folder = copy(bert, tmp_path)
-    st = settings(pooling=pooling, include_prompt=include_prompt)
-    write_modules(folder, settings=st)
+    st = settings(pooling=pooling, pool_prompt=include_prompt)
+    write_modules(folder, st, DIM)
     model = load(folder)
-    assert model.max_seq_length == st.max_tokens
+    assert model.max_seq_length == st.document_tokens
     for prompt, vectors in [
         ("", model.encode(TEXTS)),
         (PROMPTS["query"], model.encode_query(TEXTS)),
@@ -139,7 +142,7 @@ def test_sentence_transformers_gives_the_vectors_of_the_slow_formula(
 def test_vectors_keep_their_length_where_normalize_is_off(bert, tmp_path):
     folder = copy(bert, tmp_path)
     st = settings(normalize=False)
-    write_modules(folder, settings=st)
+    write_modules(folder, st, DIM)
     expected = slow_embed(folder, TEXTS[0], st)
     assert expected.norm() > 1.5
     torch.testing.assert_close(torch.tensor(load(folder).encode(TEXTS)[0]), expected)
@@ -148,7 +151,7 @@ def test_vectors_keep_their_length_where_normalize_is_off(bert, tmp_path):
 def test_a_longer_text_is_cut_at_max_tokens(bert, tmp_path):
     folder = copy(bert, tmp_path)
     st = settings(max_tokens=5, prompts={})
-    write_modules(folder, settings=st)
+    write_modules(folder, st, DIM)
     model = load(folder)
     assert model.tokenize(TEXTS)["input_ids"].shape == (4, 5)
     expected = torch.stack([slow_embed(folder, text, st) for text in TEXTS])
@@ -164,8 +167,8 @@ def test_a_decoder_attends_as_its_config_says_and_padding_has_no_side(
     llama(tmp_path, is_causal)
     save_tokenizer(tmp_path, padding_side=side)
     assert json.loads((tmp_path / "config.json").read_text())["is_causal"] == is_causal
-    st = settings(pooling=pooling, include_prompt=False)
-    write_modules(tmp_path, settings=st)
+    st = settings(pooling=pooling, pool_prompt=False)
+    write_modules(tmp_path, st, DIM)
     model = load(tmp_path)
     assert model.tokenizer.padding_side == side
     expected = torch.stack([slow_embed(tmp_path, t, st, prompt="query: ") for t in TEXTS])
@@ -182,15 +185,16 @@ def test_a_decoder_attends_as_its_config_says_and_padding_has_no_side(
 @pytest.mark.parametrize("pooling", POOLING_NAMES)
 def test_what_is_written_is_read(tmp_path, pooling, normalize, include_prompt, layer):
     save_tokenizer(tmp_path)
-    st = settings(pooling=pooling, normalize=normalize, include_prompt=include_prompt, layer=layer)
-    write_modules(tmp_path, settings=st)
+    trained = Layer() if layer else None
+    st = settings(pooling=pooling, normalize=normalize, pool_prompt=include_prompt, layer=trained)
+    write_modules(tmp_path, st, DIM)
     assert read_modules(tmp_path) == st
     assert (tmp_path / "tercet_layer.py").exists() == layer
 
 
 def test_writing_again_over_a_folder_leaves_what_was_written_last(tmp_path):
-    write_modules(tmp_path, settings=settings())
-    write_modules(tmp_path, settings=settings(normalize=False, prompts={"query": "질문: "}))
+    write_modules(tmp_path, settings(), DIM)
+    write_modules(tmp_path, settings(normalize=False, prompts={"query": "질문: "}), DIM)
     assert read_modules(tmp_path) == settings(normalize=False, prompts={"query": "질문: "})
     assert "질문: " in (tmp_path / "config_sentence_transformers.json").read_text("utf-8")
 
@@ -199,8 +203,8 @@ def test_writing_again_over_a_folder_leaves_what_was_written_last(tmp_path):
 def test_a_folder_that_release_6_saves_is_read(bert, tmp_path, pooling):
     old = tmp_path / "old"
     old.mkdir()
-    st = settings(pooling=pooling, include_prompt=False)
-    write_modules(copy(bert, old), settings=st)
+    st = settings(pooling=pooling, pool_prompt=False)
+    write_modules(copy(bert, old), st, DIM)
     load(old).save(str(tmp_path / "new"), create_model_card=False)
     assert "pooling_mode_mean_tokens" not in (tmp_path / "new/1_Pooling/config.json").read_text()
     assert read_modules(tmp_path / "new") == st
@@ -208,7 +212,7 @@ def test_a_folder_that_release_6_saves_is_read(bert, tmp_path, pooling):
 
 def test_opening_a_folder_gives_no_warning(bert, tmp_path, caplog):
     folder = copy(bert, tmp_path)
-    write_modules(folder, settings=settings())
+    write_modules(folder, settings(), DIM)
     with caplog.at_level(logging.WARNING):
         load(folder)
     assert caplog.records == []
@@ -218,7 +222,7 @@ def test_opening_a_folder_gives_no_warning(bert, tmp_path, caplog):
 def test_minilm_says_mean_of_at_most_256_tokens_without_prompts():
     folder = zoo.resolve("minilm")
     assert isinstance(folder, Path)
-    assert read_modules(folder) == settings(dim=384, max_tokens=256, prompts={})
+    assert read_modules(folder) == settings(max_tokens=256, prompts={})
 
 
 def test_a_folder_of_transformers_alone_says_nothing(bert):
@@ -227,11 +231,11 @@ def test_a_folder_of_transformers_alone_says_nothing(bert):
 
 def test_a_layer_is_told_the_prompts_that_it_leaves_out(bert, tmp_path):
     folder = copy(bert, tmp_path)
-    write_modules(folder, settings=settings(layer=True))
+    write_modules(folder, settings(layer=Layer()), DIM)
     known = folder / "1_Layer" / "prompts.json"
     assert json.loads(known.read_text()) == []
     same = {"query": "query: ", "again": "query: ", "empty": "", "document": "passage: "}
-    write_modules(folder, settings=settings(layer=True, include_prompt=False, prompts=same))
+    write_modules(folder, settings(layer=Layer(), pool_prompt=False, prompts=same), DIM)
     cls, query, colon, passage = (WORDS.index(w) for w in ("[CLS]", "query", ":", "passage"))
     assert json.loads(known.read_text()) == [[cls, query, colon], [cls, passage, colon]]
 
@@ -240,7 +244,7 @@ def test_a_layer_is_told_the_prompts_that_it_leaves_out(bert, tmp_path):
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path, named):
     config = tmp_path / "tokenizer_config.json"
     config.write_text(f'{{"eos_token": "</s>"{named}}}')
-    write_modules(tmp_path, settings=settings())
+    write_modules(tmp_path, settings(), DIM)
     assert json.loads(config.read_text())["pad_token"] == ("<pad>" if named else "</s>")
 
 
@@ -255,7 +259,7 @@ def change(path: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def written(tmp_path):
-    write_modules(tmp_path, settings=settings())
+    write_modules(tmp_path, settings(), DIM)
     return tmp_path
 
 

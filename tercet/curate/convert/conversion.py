@@ -1,4 +1,4 @@
-"""What conversions share: which rows are wanted, how labels are balanced, what is reported."""
+"""What conversions share: the form of rows, balanced sampling of labels, the report."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,41 +8,41 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from tercet.errors import RecipeError
-from tercet.models.formats.instructions import as_prompt
+from tercet.models.settings import as_prompt
 from tercet.types import Example
 
 Mode: TypeAlias = Literal["label", "example"]
-"""What answers a text: the words of its label, or another text of the same label."""
+"""What is the positive of a text: the words of its label, or another text of the same label."""
 
-_SAMPLE: Final = 0  # purposes of draws, so that no two share random numbers
+_SAMPLE: Final = 0  # purposes of random draws, so that no two share random numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What the rows of a conversion are to be.
+class Conversion:
+    """Settings of the rows that a conversion makes.
 
     Raises:
-        RecipeError: when no negatives are wanted; the rows would have nothing to be told from.
+        RecipeError: if negatives is below 1.
     """
 
-    task: str  # the name of the set
+    task: str  # name of the data set
     instruction: str  # what to do with a query, in words; becomes the prompt
-    negatives: int = 7  # of each row, at most
+    negatives: int = 7  # per row, at most
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.negatives < 1:
             raise RecipeError(
-                f"{self.negatives} negatives a row: such rows have no negatives but their own; "
-                "ask for one or more"
+                f"negatives must be at least 1; got {self.negatives}: converted rows have no "
+                "in-batch negatives"
             )
 
     def row(
         self, query: str, positive: str, negatives: Sequence[str], *, symmetric: bool
     ) -> Example:
-        """A row with its prompt before the query, and before documents that are of its kind.
+        """Make a row with the prompt before its query and, if symmetric, before its documents.
 
-        Other rows' documents are never its negatives: they may be of its own label.
+        There are no in-batch negatives: other rows may have the same label.
         """
         prompt = as_prompt(self.instruction)
         return Example(
@@ -56,26 +56,21 @@ class Wanted:
         )
 
     def random(self, *purpose: int) -> np.random.Generator:
-        """Random numbers that hang on the seed and the purpose alone."""
+        """Return random numbers that depend on the seed and the purpose alone."""
         return np.random.default_rng([self.seed, *purpose])
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """What became of the records of a file."""
+    """Counts of a conversion."""
 
-    records: int  # that came in
-    rows: int  # that came out
+    records: int  # read
+    rows: int  # made
     negatives: int  # of all rows together
     skipped: Mapping[str, int]  # records that gave no row, by reason
     labels: Mapping[str, int]  # rows by the label of the positive, the largest first
     mode: Mode | None = None
-    label_instead: int = 0  # rows of the example mode whose label had no other example
-
-    @property
-    def negatives_per_row(self) -> float:
-        """The mean."""
-        return self.negatives / max(self.rows, 1)
+    label_instead: int = 0  # rows in example mode whose label had no other text
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +81,22 @@ class Converted:
     report: ConversionReport
 
 
-def stratified(labels: Sequence[str], rows: int | None, wanted: Wanted) -> list[int]:
-    """Which of the places to take, so that no label has more than its part; None: all of them.
+def stratified(labels: Sequence[str], rows: int | None, conversion: Conversion) -> list[int]:
+    """Return the sorted places of a sample balanced by label; of all if ``rows`` is None.
 
-    Of k labels each gives at most ceil(rows / k), without replacement. What a small label leaves
-    goes in equal parts to larger ones. In order of place.
+    Each of k labels gives at most ceil(rows / k), without replacement. What a small label lacks
+    is divided equally among larger ones.
     """
     if rows is not None and rows < 1:
-        raise RecipeError(f"{rows} rows are too few; ask for one or more")
+        raise RecipeError(f"rows must be at least 1; got {rows}")
     if rows is None or rows >= len(labels):
         return list(range(len(labels)))
     places: dict[str, list[int]] = defaultdict(list)
     for place, label in enumerate(labels):
         places[label].append(place)
-    random, left = wanted.random(_SAMPLE), rows
+    random, left = conversion.random(_SAMPLE), rows
     chosen: list[int] = []
-    # The smallest first: by then, what it cannot give is still to be given out.
+    # The smallest first, so that what it lacks can still be divided among the others.
     for waiting, label in enumerate(sorted(places, key=lambda each: (len(places[each]), each))):
         quota = min(len(places[label]), left // (len(places) - waiting))
         left -= quota

@@ -8,13 +8,13 @@ import torch
 
 from tercet.errors import ModelError
 from tercet.models.embedder import Embedder
-from tercet.models.formats.llm2vec import Llm2VecEncoder
-from tercet.models.formats.llm2vec_files import read_llm2vec
-from tercet.models.formats.merge import lineage, load_adapters
+from tercet.models.formats.llm2vec import read_llm2vec
+from tercet.models.merge import lineage, load_adapters
 from tercet.vectors import KINDS
 from tests import toy
+from tests.oracles import Llm2VecEncoder
 
-FIXTURE = Path(__file__).parents[2] / "fixtures" / "llm2vec"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "llm2vec"
 BASE, MNTP, SIMCSE = FIXTURE / "base", FIXTURE / "mntp", FIXTURE / "simcse"
 TEXTS = list(toy.SENTENCES[:5])
 

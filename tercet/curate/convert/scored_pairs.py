@@ -1,4 +1,4 @@
-"""Pairs of texts with a score of how alike they are become training rows."""
+"""Training rows from pairs of texts with a similarity score."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,15 @@ from typing import Final
 
 import numpy as np
 
-from tercet.curate.convert.settings import ConversionReport, Converted, Wanted
+from tercet.curate.convert.conversion import Conversion, ConversionReport, Converted
 from tercet.data.files.similarity import SimilaritySet
 from tercet.data.files.texts import normal_form
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import bm25_top_k
 from tercet.types import Example
 
-ALIKE: Final = 4.0  # least score of a pair that becomes rows, of 5
-UNLIKE: Final = 2.5  # highest recorded score of a query and its negative
+ALIKE: Final = 4.0  # lowest score, out of 5, of a pair that becomes rows
+UNLIKE: Final = 2.5  # highest known score of a query and its negative
 SCALE: Final = 5.0
 _ROUNDING: Final = 1e-9  # 3.4 on a scale from 1 to 4 is 4 on ours, and 3.9999999999999996 in floats
 
@@ -26,24 +26,23 @@ _NO_NEGATIVE = "no negative for either text"
 
 def convert_similarity(
     data: SimilaritySet,
-    wanted: Wanted,
+    conversion: Conversion,
     *,
     alike: float | int = ALIKE,
     unlike: float | int = UNLIKE,
     rescale: tuple[float | int, float | int] | None = None,
 ) -> Converted:
-    """Two rows, (a, b) and (b, a), of each pair with a score of ``alike`` or more.
+    """Make two rows, (a, b) and (b, a), of each pair with a score of at least ``alike``.
 
     Negatives are texts of the set by BM25 rank, from rank 2 on: the query itself is nearly always
-    the first. Left out are texts whose recorded score with the query is above ``unlike``, and
-    texts equal to it. A text without such a negative gives no row. Prompts stand on both sides.
+    the first. Texts whose known score with the query is above ``unlike``, and copies of the query,
+    are skipped. A text without negatives gives no row. The prompt stands before both texts.
 
-    Scores are on a scale from 0 to 5, or on that of ``rescale`` = (lowest, highest), which is
-    mapped to it.
+    Scores lie between 0 and 5, or between the two values of ``rescale``, which map to 0 and 5.
 
     Raises:
-        RecipeError: when the two ends of the scale are in the wrong order.
-        MissingExtraError: when bm25s is not installed.
+        RecipeError: if the first value of ``rescale`` is not below the second.
+        MissingExtraError: if bm25s is not installed.
     """
     scores = _on_scale(data.scores, rescale)
     forms = [normal_form(text) for text in data.texts]
@@ -64,11 +63,11 @@ def convert_similarity(
             seen.add(both)
             pairs[first, second] = None
     queries = sorted({text for pair in pairs for text in pair})
-    negatives = _negatives(data.texts, forms, queries, related, wanted.negatives)
+    negatives = _negatives(data.texts, forms, queries, related, conversion.negatives)
     rows: list[Example] = []
     for pair in pairs:
         made = [
-            wanted.row(data.texts[query], data.texts[positive], found, symmetric=True)
+            conversion.row(data.texts[query], data.texts[positive], found, symmetric=True)
             for query, positive in (pair, pair[::-1])
             if (found := negatives[query])
         ]
@@ -91,9 +90,9 @@ def _negatives(
     related: Mapping[str, set[str]],
     count: int,
 ) -> dict[int, list[str]]:
-    """Of each query, the first texts by BM25 that may be its negatives."""
+    """Return the negatives of each query: the first allowed texts by BM25."""
     copies = Counter(forms)
-    # Enough that, whichever texts a query may not have, the wanted number is left.
+    # Deep enough to leave ``count`` texts, whichever are not allowed.
     depth = (
         1
         + count * max(copies.values())
@@ -124,6 +123,6 @@ def _on_scale(scores: np.ndarray, rescale: tuple[float | int, float | int] | Non
     low, high = rescale
     if not low < high:
         raise RecipeError(
-            f"a scale from {low:g} to {high:g} has no room; give its lowest score, then its highest"
+            f"the scale must be given as lowest, then highest score; got {low:g}, {high:g}"
         )
     return (scores - low) / (high - low) * SCALE

@@ -1,6 +1,3 @@
-import json
-
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -8,17 +5,8 @@ import pytest
 from tercet.curate.convert import arctic as tables
 from tercet.curate.convert.arctic import (
     TablesReport,
-    examples_of_batch,
     examples_of_tables,
-    token_batches,
     write_tables,
-)
-from tercet.curate.convert.arctic_batches import (
-    BatchMetadata,
-    batch_folders,
-    read_batch,
-    read_metadata,
-    write_batches,
 )
 from tercet.errors import DataError
 from tercet.types import Example
@@ -83,7 +71,11 @@ def test_ids_may_be_texts_and_a_query_without_a_label_gives_no_row(folder):
 @pytest.mark.parametrize(
     ("name", "table", "said"),
     [
-        ("labels", {"QUERY_ID": ["x"]}, r'labels.parquet: has no column "DOCUMENT_ID"; rename one'),
+        (
+            "labels",
+            {"QUERY_ID": ["x"]},
+            r'labels.parquet: has no column "DOCUMENT_ID"; rename one of',
+        ),
         (
             "labels",
             {"QUERY_ID": ["x", "x"], "DOCUMENT_ID": ["1", "9"]},
@@ -92,61 +84,22 @@ def test_ids_may_be_texts_and_a_query_without_a_label_gives_no_row(folder):
         (
             "labels",
             {"QUERY_ID": ["x", "q"], "DOCUMENT_ID": ["1", "1"]},
-            r"labels.parquet: 1 rows are of queries that are not in queries.parquet; drop them",
+            r"labels.parquet: 1 rows name queries that are not in queries.parquet; drop them",
         ),
         (
             "documents",
             {"DOCUMENT_ID": ["1", "2", "1"], "DOCUMENT_TEXT": ["a", "b", "c"]},
-            r'documents.parquet:3: "DOCUMENT_ID" is that of row 1 already; give each row an id',
+            r'documents.parquet:3: "DOCUMENT_ID" repeats the id of row 1; give each',
         ),
         ("queries", {"QUERY_ID": ["x"], "QUERY_TEXT": [" "]}, r"queries.parquet:1: .* blank text"),
-        ("queries", {"QUERY_ID": [0.5], "QUERY_TEXT": ["a"]}, r"queries.parquet:1: an id is 0.5"),
+        (
+            "queries",
+            {"QUERY_ID": [0.5], "QUERY_TEXT": ["a"]},
+            r"queries.parquet:1: an id must be a number from 0 or a string; got 0.5",
+        ),
     ],
 )
 def test_tables_that_do_not_fit_together_are_refused(folder, name, table, said):
     write(folder, **{name: table})
     with pytest.raises(DataError, match=said):
         read(folder)
-
-
-def by_letters(texts, role):
-    return [np.array([*map(ord, text)]) for text in texts]
-
-
-def as_letters(ids, role):
-    return "".join(map(chr, ids))
-
-
-def test_rows_written_as_batches_read_back_as_the_same_rows(tmp_path):
-    metadata = BatchMetadata(tokenizer_huggingface_id="m", batch_size=2, max_seq_length=8)
-    assert write_batches(tmp_path, token_batches(ROWS, by_letters, 2), metadata) == 2
-    assert read_metadata(tmp_path) == metadata and read_metadata(tmp_path / "data") == metadata
-    folders = batch_folders(tmp_path)
-    assert [folder.name for folder in folders] == ["batch_00000000", "batch_00000001"]
-    batches = [read_batch(folder) for folder in folders]
-    assert [row for batch in batches for row in examples_of_batch(batch, as_letters)] == ROWS
-    assert len(batches[0].documents) == 4  # "c" is there once
-    with pytest.raises(DataError, match="batch_00000001: is of an earlier export; delete it"):
-        write_batches(tmp_path, token_batches(ROWS, by_letters, 3), metadata)
-
-
-def test_a_batch_that_does_not_fit_together_is_refused(tmp_path):
-    metadata = BatchMetadata(tokenizer_huggingface_id="m", batch_size=2, max_seq_length=8)
-    write_batches(tmp_path, token_batches(ROWS, by_letters, 3), metadata)
-    (folder,) = batch_folders(tmp_path)
-    relations = {"BATCH_QUERY_ID": [0, 0], "BATCH_DOCUMENT_ID": [0, 99], "RELEVANCE": [1.0, 1.0]}
-    write(folder, relations=relations)
-    said = r"relations.parquet:2: BATCH_DOCUMENT_ID 99 is not in documents.parquet; add it or drop"
-    with pytest.raises(DataError, match=said):
-        read_batch(folder)
-    write(folder, relations={"BATCH_QUERY_ID": [0]})
-    with pytest.raises(DataError, match=r'has no column "BATCH_DOCUMENT_ID"; rename one to it'):
-        read_batch(folder)
-    (folder / "relations.parquet").unlink()
-    with pytest.raises(DataError, match=r"relations.parquet: no such file; a batch has three"):
-        read_batch(folder)
-    (tmp_path / "metadata.json").write_text(json.dumps({"batch_size": 1}))
-    with pytest.raises(DataError, match="has no 'tokenizer_huggingface_id'; add it"):
-        read_metadata(tmp_path)
-    with pytest.raises(DataError, match=r"holds no data/batch_...; give the folder above data"):
-        batch_folders(folder)

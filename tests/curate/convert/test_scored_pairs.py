@@ -1,12 +1,12 @@
 import pytest
 
-from tercet.curate.convert.settings import Wanted
-from tercet.curate.convert.similarity import convert_similarity
+from tercet.curate.convert.conversion import Conversion
+from tercet.curate.convert.scored_pairs import convert_similarity
 from tercet.data.files.similarity import SimilaritySet
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import bm25_scores
 
-WANTED = Wanted(task="sts", instruction="Retrieve similar text.", negatives=2)
+WANTED = Conversion(task="sts", instruction="Retrieve similar text.", negatives=2)
 
 
 def made(*pairs, wanted=WANTED, **how):
@@ -67,5 +67,5 @@ def test_a_query_that_shares_no_word_with_any_text_gives_no_row():
 
 
 def test_a_scale_without_room_is_refused():
-    with pytest.raises(RecipeError, match="a scale from 5 to 1 has no room"):
+    with pytest.raises(RecipeError, match="lowest, then highest score; got 5, 1"):
         made(*PAIRS, rescale=(5, 1))

@@ -5,7 +5,7 @@ import torch
 
 from tercet.errors import ModelError
 from tercet.models.embedder import Embedder
-from tercet.models.formats.retokenize import with_tokenizer
+from tercet.models.retokenize import with_tokenizer
 from tests import toy
 
 

@@ -2,10 +2,10 @@ from collections import Counter
 
 import pytest
 
-from tercet.curate.convert.settings import Wanted, stratified
+from tercet.curate.convert.conversion import Conversion, stratified
 from tercet.errors import RecipeError
 
-WANTED = Wanted(task="mails", instruction="Sort the mail.")
+WANTED = Conversion(task="mails", instruction="Sort the mail.")
 
 
 def counts(labels, rows, wanted=WANTED):
@@ -36,12 +36,12 @@ def test_a_remainder_never_takes_a_label_above_its_part():
     assert sorted(found.values()) == [3, 3, 4]
 
 
-def test_places_are_taken_once_and_in_order_and_hang_on_the_seed():
+def test_places_are_taken_once_and_in_order_and_depend_on_the_seed():
     labels = list("aab") * 30
     first = stratified(labels, 20, WANTED)
     assert first == sorted(set(first))
     assert first == stratified(labels, 20, WANTED)
-    assert first != stratified(labels, 20, Wanted(task="mails", instruction="", seed=1))
+    assert first != stratified(labels, 20, Conversion(task="mails", instruction="", seed=1))
 
 
 def test_without_a_number_all_places_are_taken():
@@ -49,10 +49,10 @@ def test_without_a_number_all_places_are_taken():
 
 
 def test_no_rows_and_no_negatives_are_refused():
-    with pytest.raises(RecipeError, match="0 rows are too few"):
+    with pytest.raises(RecipeError, match="rows must be at least 1; got 0"):
         stratified(list("ab"), 0, WANTED)
-    with pytest.raises(RecipeError, match="0 negatives a row"):
-        Wanted(task="mails", instruction="", negatives=0)
+    with pytest.raises(RecipeError, match="negatives must be at least 1; got 0"):
+        Conversion(task="mails", instruction="", negatives=0)
 
 
 def test_a_row_carries_its_task_its_prompts_and_its_policy():

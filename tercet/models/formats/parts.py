@@ -1,0 +1,132 @@
+"""The parts of a model that its folder holds: settings, and layers beside the backbone."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from tercet.errors import ModelError
+from tercet.models.formats.sentence_transformers import read_modules
+from tercet.models.network.backbone import Backbone
+from tercet.models.network.heads import Heads, heads_in, load_heads
+from tercet.models.network.latent_attention import AttentionLayer, build_layer, load_layer
+from tercet.models.settings import Settings, read_settings
+from tercet.models.zoo import zoo
+from tercet.vectors import KINDS
+
+_M3_TOKENS: Final = 8_192  # BGE-M3's limit; a model with fewer positions takes as many as it has
+
+log = logging.getLogger("tercet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelParts:
+    """Everything that an embedder is made of and that its folder holds."""
+
+    backbone: Backbone
+    tokenizer: Any  # of transformers
+    settings: Settings
+    layer: AttentionLayer | None = None
+    heads: Heads | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)  # how it was made: stages, data, seed
+
+
+def settings_of(source: str | Path, folder: Path) -> Settings:
+    """Return a model's settings: from ``tercet.json``, or as :func:`foreign_settings`."""
+    saved = read_settings(folder) if folder.is_dir() else None
+    return foreign_settings(source, folder) if saved is None else saved["settings"]
+
+
+def foreign_settings(source: str | Path, folder: Path) -> Settings:
+    """Return the settings of a model without ``tercet.json``.
+
+    They come from the sentence-transformers files, else from the zoo, else they are the defaults. A
+    folder with a layer for sparse or multi vectors is a BGE-M3 of FlagEmbedding, which makes all
+    kinds and pools the first token.
+    """
+    found = read_modules(folder) if folder.is_dir() else None
+    if folder.is_dir() and heads_in(folder):
+        longest = _M3_TOKENS if found is None else found.document_tokens
+        return Settings(pooling="first", kinds=KINDS, query_tokens=longest, document_tokens=longest)
+    if found is not None:
+        return found
+    model = zoo.find(str(source))
+    if model is None:
+        return Settings()
+    return Settings(
+        pooling=model.pooling,
+        prompts=dict(model.prompts),
+        query_tokens=model.max_tokens,
+        document_tokens=model.max_tokens,
+    )
+
+
+def with_layer(
+    folder: Path, settings: Settings, changes: Mapping[str, Any], hidden: int, dtype: torch.dtype
+) -> tuple[Settings, AttentionLayer | None]:
+    """Return the folder's trained layer, unless ``changes`` ask for another one or for none.
+
+    The returned settings name the layer that is used. A trained layer of the wanted sizes is kept,
+    whatever ``init`` the changes ask for.
+
+    Raises:
+        ModelError: if the settings name a layer that is not in the folder.
+    """
+    trained = load_layer(folder, hidden, dtype) if folder.is_dir() else None
+    if "layer" not in changes:
+        if trained is None and settings.layer is not None:
+            raise ModelError(
+                f"{folder}: the model has a trained layer, and its folder (1_Layer) is not here; "
+                "copy or download the model again, whole"
+            )
+        return replace(settings, layer=None if trained is None else trained.layer), trained
+    return replaced_layer(folder, settings, trained, hidden)
+
+
+def replaced_layer(
+    folder: Path, settings: Settings, trained: AttentionLayer | None, hidden: int
+) -> tuple[Settings, AttentionLayer | None]:
+    """Return the layer that the settings ask for: the trained one if sizes agree, or a new one."""
+    wanted = settings.layer
+    if trained is not None and wanted is not None and wanted.same_sizes(trained.layer, hidden):
+        return replace(settings, layer=trained.layer), trained
+    if trained is not None:
+        other = "left out" if wanted is None else f"replaced by a new one, {wanted}"
+        log.warning("%s: its trained layer, %s, is %s", folder, trained.layer, other)
+    return settings, None if wanted is None else build_layer(wanted, hidden)
+
+
+def with_heads(
+    folder: Path, known: Settings, settings: Settings, hidden: int
+) -> tuple[Settings, Heads | None]:
+    """Return the folder's trained heads, and new ones for kinds that it does not have.
+
+    ``known`` are the folder's settings, ``settings`` the wanted ones; these are returned with the
+    width of the heads that are used.
+
+    Raises:
+        ModelError: if the folder's settings name a head that is not there.
+    """
+    wanted = settings.kinds
+    if not {"sparse", "multi"} & set(wanted):
+        return replace(settings, multi_dim=None), None
+    trained = load_heads(folder, [kind for kind in known.kinds if kind in wanted], hidden)
+    heads = Heads(hidden, wanted, settings.multi_dim or trained.width)
+    for kind in heads.drawn:
+        old = getattr(trained, kind)
+        if old is not None and old.weight.shape == getattr(heads, kind).weight.shape:
+            setattr(heads, kind, old)
+            heads.drawn = tuple(other for other in heads.drawn if other != kind)
+    if trained.width not in (None, heads.width):
+        log.warning(
+            "%s: its trained layer for multi vectors, %d wide, is replaced by a new one, %d wide",
+            folder,
+            trained.width,
+            heads.width,
+        )
+    if heads.drawn:
+        log.info("%s: new heads, to be trained: %s", folder, ", ".join(heads.drawn))
+    return replace(settings, multi_dim=heads.width), heads
