@@ -139,7 +139,7 @@ def test_a_test_text_that_is_learned_from_is_counted(tmp_path, caplog):
         (
             ("train", "test"),
             "ab",
-            r"the train texts have only one label, 'a'; at least two are needed",
+            r"the train texts have only one label, 'a'; at least two",
         ),
     ],
 )

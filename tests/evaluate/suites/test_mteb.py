@@ -169,11 +169,11 @@ def test_similarity_is_the_inner_product(model):
 def test_mteb_takes_it_for_an_encoder_and_writes_down_what_it_is(model):
     from mteb.models import CrossEncoderProtocol, EncoderProtocol, SearchProtocol
 
+    meta, embedder = model.mteb_model_meta, model.embedder
     assert isinstance(model, EncoderProtocol)
     assert not isinstance(model, SearchProtocol | CrossEncoderProtocol)
-    meta, settings = model.mteb_model_meta, model.embedder.settings
-    assert (meta.name, meta.revision) == ("tercet/runs_mine_model", model.embedder.fingerprint())
-    assert (meta.max_tokens, meta.embed_dim) == (settings.document_tokens, 4)
+    assert (meta.name, meta.revision) == ("tercet/runs_mine_model", embedder.fingerprint())
+    assert (meta.max_tokens, meta.embed_dim) == (embedder.settings.document_tokens, 4)
     assert meta.use_instructions
 
 
