@@ -7,8 +7,6 @@ from typing import Final
 
 import typer
 
-from tercet.cli.ablate import ablations
-from tercet.cli.ablate_languages import arctic_embed, english_gap
 from tercet.cli.convert import convert, decontaminate
 from tercet.cli.data import check, demo
 from tercet.cli.encode import encode
@@ -17,9 +15,9 @@ from tercet.cli.filter import filter_pairs
 from tercet.cli.mine import mine
 from tercet.cli.models import calibrate, inspect, merge, models, retokenize
 from tercet.cli.search import index, search
+from tercet.cli.study import study
 from tercet.cli.synthesize import synthesize
 from tercet.cli.train import recipes
-from tercet.cli.transfer import transfer
 from tercet.errors import TercetError
 from tercet.files.console import Notes, say
 
@@ -32,17 +30,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipes, name="train")
-app.add_typer(ablations, name="ablate")
-ablations.command("arctic-embed")(arctic_embed)
-ablations.command("english-gap")(english_gap)
 app.add_typer(convert, name="convert")
 for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge, retokenize):
     app.command()(verb)
-for verb in (encode, index, search, diagnose, probe, calibrate, sizes, transfer):
+for verb in (encode, index, search, diagnose, probe, calibrate, sizes):
     app.command()(verb)
 app.command("eval")(evaluate)
 app.command("filter")(filter_pairs)
 app.command("tune-weights")(tune_weights)
+_REST = {"allow_extra_args": True, "allow_interspersed_args": False}
+app.command(context_settings=_REST)(study)
 
 
 def main(argv: list[str] | None = None) -> None:

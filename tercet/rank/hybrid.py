@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tercet.errors import ModelError
-from tercet.rank.exact import Hits, largest
 from tercet.rank.scoring import late_interaction
+from tercet.rank.topk import Hits, largest
 from tercet.segments import offsets_of, row_of
 from tercet.vectors import Kind, Terms, TokenRows, Vectors, Weights
 

@@ -31,9 +31,9 @@ from tercet.files.atomic import clear_about, replacing_folder
 from tercet.files.progress import Advance
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
-from tercet.rank.exact import Hits
 from tercet.rank.hybrid import Ranked, pair_scores, ranked
 from tercet.rank.scoring import paired_scores
+from tercet.rank.topk import Hits
 from tercet.search.indexing import document_batches
 from tercet.types import Role
 from tercet.vectors import Kind, Vectors, Weights

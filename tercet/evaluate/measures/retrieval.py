@@ -18,8 +18,8 @@ from tercet.evaluate.report.intervals import Interval, interval, paired_differen
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
-from tercet.rank.exact import Hits, top_k
 from tercet.rank.quantized import Stored
+from tercet.rank.topk import Hits, top_k
 
 DEPTH: Final = 100  # of BM25's rankings: as deep as the metrics look
 _PACKAGES: Final = ("tercet", "torch", "transformers", "tokenizers", "numpy")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from tercet.rank.exact import Hits, largest, top_k
+from tercet.rank.topk import Hits, largest, top_k
 from tercet.search.exact.coding import Coded, Dense
 from tercet.search.exact.segment import Rows, Segment
 from tercet.segments import maximum, total

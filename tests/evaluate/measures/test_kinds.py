@@ -8,7 +8,7 @@ from tercet.errors import RecipeError
 from tercet.evaluate.measures import kinds as module
 from tercet.evaluate.measures.kinds import TermCounts, evaluate_kinds, feasible, sums_of
 from tercet.evaluate.measures.retrieval import evaluate_hits
-from tercet.rank.exact import Hits
+from tercet.rank.topk import Hits
 from tercet.vectors import Terms, TokenRows, Vectors, Weights
 from tests.evaluate.kinds import drawn, judged, slow_scores
 

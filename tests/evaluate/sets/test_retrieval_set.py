@@ -8,7 +8,7 @@ from tercet.evaluate.measures.bm25 import bm25_top_k
 from tercet.evaluate.measures.retrieval import evaluate_hits, evaluate_retrieval, pair_scores
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.metrics import Judgements
-from tercet.rank.exact import Hits
+from tercet.rank.topk import Hits
 from tercet.types import Example
 
 EXAMPLES = [

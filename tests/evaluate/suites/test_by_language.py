@@ -19,7 +19,7 @@ from tercet.evaluate.suites.by_language import (
 )
 from tercet.files.artifacts import KeptResults, fingerprint_of_file
 from tercet.models.embedder import Embedder
-from tercet.rank.exact import Hits
+from tercet.rank.topk import Hits
 from tercet.types import Example, Role
 from tests.toy import SENTENCES
 

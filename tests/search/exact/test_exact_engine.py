@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tercet.errors import DataError, IndexFolderError, ModelError, RecipeError, StorageError
-from tercet.rank.exact import top_k
+from tercet.rank.topk import top_k
 from tercet.search.engine.engine import ReciprocalRank, Record, Rerank, Weighted
 from tercet.search.exact import exact_engine, scanning
 from tercet.search.exact.exact_engine import ExactEngine
