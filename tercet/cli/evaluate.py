@@ -24,9 +24,8 @@ from tercet.cli.options import (
 from tercet.errors import RecipeError
 from tercet.files.artifacts import write_json
 from tercet.files.console import columns, results, say
+from tercet.kinds import KINDS, Weights
 from tercet.models.zoo import zoo
-from tercet.rank.quantized import PRECISIONS
-from tercet.vectors import KINDS, Weights
 
 if TYPE_CHECKING:
     from tercet.evaluate.insight.latents import LatentUse
@@ -155,6 +154,7 @@ def evaluate(
         compare_by_language,
     )
     from tercet.evaluate.suites.suite import open_set
+    from tercet.rank.quantized import PRECISIONS
 
     if task is not None and not prompts:
         raise RecipeError("--task and --no-prompts exclude each other; give one of them")

@@ -17,13 +17,13 @@ from tercet.evaluate.measures.retrieval import measure
 from tercet.evaluate.report.intervals import paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.evaluate.suites.suite import COLUMNS, open_sets
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.objectives.unified import Unified
 from tercet.recipes.arctic_embed import arctic_embed as arctic_recipe
 from tercet.recipes.finetune import finetune
 from tercet.studies.tables import Picture, Results, Table
 from tercet.train.loop import train
-from tercet.vectors import KINDS
 from tests.studies.toy_studies import QUIET, STUDIES, kept, rows, run, write_sets
 from tests.toy import SENTENCES, save_model
 

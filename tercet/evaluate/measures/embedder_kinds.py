@@ -12,10 +12,11 @@ from tercet.evaluate.measures.prompts import known_task, warn_unprompted
 from tercet.evaluate.measures.retrieval import encode_both, evaluate_retrieval
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.progress import Advance, bar
+from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.segments import batches_within
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 _BLOCK_LETTERS: Final = 200_000  # of documents whose token vectors are in memory together
 _SAMPLE: Final = 100  # documents whose tokens are counted, to estimate the total

@@ -28,10 +28,11 @@ from tercet.evaluate.measures.retrieval import depth_of, evaluate_hits
 from tercet.evaluate.report.intervals import Interval, interval, paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.progress import bar
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.kept import keep, require_settings
 from tercet.rank.hybrid import Ranked, ranked
-from tercet.vectors import KINDS, Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 TuningMethod: TypeAlias = Literal["usual", "grid", "logistic"]
 ScoresByWeights: TypeAlias = Callable[[Weights], Float64[np.ndarray, "queries"]]

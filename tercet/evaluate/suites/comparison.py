@@ -33,9 +33,9 @@ from tercet.evaluate.suites.by_language import (
 from tercet.evaluate.suites.suite import MAIN, EvaluationSet, Result
 from tercet.files.artifacts import KeptResults
 from tercet.files.console import say
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import Precision
-from tercet.vectors import KINDS, Kind, Weights
 
 Load: TypeAlias = Callable[[str], Embedder]
 Figures: TypeAlias = dict[str, dict[str, Interval]]

@@ -30,8 +30,8 @@ from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, re
 from tercet.evaluate.sets.location import format_of
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.artifacts import fingerprint_of_file
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS
 
 Category: TypeAlias = Literal["Retrieval", "Classification", "Clustering", "STS"]
 FIGURES: Final[Mapping[Category, str]] = {

@@ -13,10 +13,10 @@ from tercet.evaluate.measures.kinds import evaluate_kinds
 from tercet.evaluate.measures.retrieval import evaluate_retrieval, measure, measure_bm25
 from tercet.evaluate.measures.tuned_weights import dev_candidates
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.hybrid import kind_scores
 from tercet.types import Example
-from tercet.vectors import KINDS, Weights
 from tests.toy import SENTENCES
 
 PROMPTS = {"query": "a question about the moon: "}
