@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WORDS: Final = "words"  # named like a cell: the baseline of each set that needs no model
 NOTHING: Final = "-"  # in a table: the model makes no vectors of this kind
 
-Answers = Mapping[str, np.ndarray]
+AnswersBySet = Mapping[str, np.ndarray]
 """What a model answers to each evaluation set, by the set's name."""
 
 
@@ -62,7 +62,9 @@ class Results:
     """
 
     sets: Mapping[str, EvaluationSet]
-    answers: Mapping[str, Sequence[Sequence[Answers]]]  # by cell: of each seed, after each stage
+    answers: Mapping[
+        str, Sequence[Sequence[AnswersBySet]]
+    ]  # by cell: of each seed, after each stage
     seed: int = 0  # of the bootstrap
     computed: dict[tuple[str, str, Column, Column], Interval] = field(default_factory=dict)
     words: dict[str, np.ndarray] = field(default_factory=dict)  # computed when first needed
@@ -207,13 +209,15 @@ def write_results(
 ) -> list[Table]:
     """Write ``table.md``, ``results.json`` and the pictures; return the tables that have rows.
 
+    Of the facts, ``flags`` are for ``results.json`` alone.
+
     Raises:
         MissingExtraError: if matplotlib is not installed; the tables are written before.
     """
     parts = list(parts)
     tables = [part for part in parts if isinstance(part, Table) and len(part.rows) > 1]
-    flags = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-    text = f"{flags}\n\n" + "".join(map(_markdown, tables))
+    line = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "flags")
+    text = f"{line}\n\n" + "".join(map(_markdown, tables))
     with replacing_file(out / "table.md") as fresh:
         fresh.write_text(text, encoding="utf-8")
     record = {
