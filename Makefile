@@ -1,29 +1,35 @@
 # make demo      a first result on real texts
 # make install   .venv with everything that tests and benchmarks need
-# make test      the whole test suite
-# make check     what CI runs: format, lint, layers, types, tests
+# make test      the quick tests, in a few minutes
+# make check     what CI runs: format, lint, layers, types, all tests but the long ones
+# make check-long  the tests that take longer
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Torch first: a small CPU build where one is offered, and nothing pulls another one after it.
 TORCH := torch==2.13.0
 TYPES := --jaxtyping-packages=tercet,beartype.beartype
+# Tests of one file share costly fixtures, so they run in one process.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo install test check fix bench clean
+.PHONY: demo install test check check-long fix bench clean
 
 demo: .venv/.demo
 	$(BIN)/tercet demo
 
 test: .venv/.test
-	$(BIN)/pytest -n 2
+	$(PYTEST) -m "not slow and not ray and not long"
 
 check: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
-	$(BIN)/pytest -n 2 $(TYPES)
+	$(PYTEST) $(TYPES) -m "not long"
+
+check-long: .venv/.test
+	$(PYTEST) -m long
 
 install: .venv/.test
 
