@@ -127,7 +127,7 @@ def _about_recipes() -> None:
 
 def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Callable[..., None]:
     """A function that typer can turn into a verb: it trains by the recipe."""
-    from tercet.train.run import Run
+    from tercet.train.recipe import Run
 
     @wraps(recipe)
     def command(out: Path, dev: Path | None, **flags: Any) -> None:
