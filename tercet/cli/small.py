@@ -50,7 +50,7 @@ def calibrate(
     Example: tercet calibrate runs/mine/model documents.jsonl --dims 256 --save
     """
     from tercet.data.files.texts import evenly_spaced, read_texts
-    from tercet.models.kept import require_settings, save_ranges
+    from tercet.models.settings import require_settings, save_ranges
     from tercet.rank.quantized import PRECISIONS, Ranges, bytes_of, truncated
 
     folder = zoo.resolve(model, say)

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
+from tercet.models.choices import Attention, PoolingName, Window
 from tercet.models.encode_loop import Step, batch_by_batch, text_vectors, token_states, word_states
 from tercet.models.formats.parts import ModelParts
 from tercet.models.formats.sentence_transformer_module import as_sentence_transformer
 from tercet.models.formats.tercet_folder import load_parts, save_adapter, save_parts
-from tercet.models.network.backbone import Attention, Backbone, Window
+from tercet.models.network.backbone import Backbone
+from tercet.models.network.cpu import Prepacked
 from tercet.models.network.fingerprints import add_weights
 from tercet.models.network.heads import Heads, SpecialIds
 from tercet.models.network.latent_attention import AttentionLayer, build_layer
-from tercet.models.network.pooling import POOLINGS, PoolingName, cls_mean
-from tercet.models.network.prepacked import Prepacked
+from tercet.models.network.pooling import POOLINGS, cls_mean
 from tercet.models.network.words import Words
 from tercet.models.settings import Settings, changed
 from tercet.models.tokens import Form, Tokenizer, Tokens

@@ -11,8 +11,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.curate.mining.mine import Mining
 from tercet.curate.mining.rules import MiningRule
-from tercet.models.network.backbone import Attention
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.recipe import Lora, Model, Recipe, Refresh, Stage, chosen
 from tercet.train.schedule import ScheduleName

@@ -12,8 +12,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.losses.unified import Lesson
-from tercet.models.network.backbone import Attention
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified

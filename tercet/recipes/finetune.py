@@ -8,8 +8,7 @@ small models; each is a flag.
 from typing import Annotated, Literal
 
 from tercet.data.batches.collate import Policy
-from tercet.models.network.backbone import Attention
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.train.recipe import Lora, Model, Recipe, Stage
 

@@ -7,10 +7,10 @@ from typing import Final
 import torch
 
 from tercet import distributed
+from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.latent_attention import Layer
 from tercet.types import Packed
 from tercet.vectors import Kind
 
@@ -97,7 +97,7 @@ def room_of(
 def graph_bytes(
     backbone: Backbone,
     *,
-    layer: Layer | None = None,
+    layer: LayerSettings | None = None,
     half: bool = False,
     recomputed: bool = False,
 ) -> int:

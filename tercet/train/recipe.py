@@ -11,9 +11,7 @@ from tercet.data.batches.collate import Policy
 from tercet.data.batches.sampler import Mixing
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
-from tercet.models.network.backbone import Attention, Window
-from tercet.models.network.latent_attention import Layer
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.objectives.objective import Objective
 from tercet.train.lengths import LEAST, Batching
 from tercet.train.schedule import ScheduleName
@@ -41,7 +39,7 @@ class Model:
     pooling: PoolingName | None = None
     attention: Attention | None = None
     window: Window | None = None
-    layer: Layer | Literal["none"] | None = None  # trained, between states and pooling
+    layer: LayerSettings | Literal["none"] | None = None  # trained, between states and pooling
     keep_layers: int | None = None  # of the network, the first ones; None: all
     lora: Lora | None = None  # None: every weight is trained
     freeze_embeddings: bool = False  # leave the token table as it is

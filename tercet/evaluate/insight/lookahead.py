@@ -24,8 +24,8 @@ from tercet.data.files.examples import as_object, nonblank, text_of
 from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.report.intervals import Interval, interval
 from tercet.files.records import Record, iter_records, parsed
+from tercet.models.choices import Attention
 from tercet.models.embedder import Embedder
-from tercet.models.network.backbone import Attention
 from tercet.models.network.pooling import mean
 from tercet.models.tokens import Form
 from tercet.segments import offsets_of

@@ -23,8 +23,7 @@ from tercet.evaluate.sets.retrieval_set import (
     evaluate_retrieval,
 )
 from tercet.models.embedder import Embedder
-from tercet.models.kept import quantizer_of
-from tercet.models.settings import Settings
+from tercet.models.settings import Settings, quantizer_of
 from tercet.rank.coded import FACTOR, top_k_coded
 from tercet.rank.quantized import (
     STORED,

@@ -25,7 +25,7 @@ from tercet.errors import RecipeError
 from tercet.evaluate.measures.kinds import DEPTH, Corpus
 from tercet.evaluate.report.intervals import Interval, interval, paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet, depth_of, evaluate_hits
-from tercet.models.kept import keep, require_settings
+from tercet.models.settings import keep, require_settings
 from tercet.rank.hybrid import Ranked, ranked
 from tercet.vectors import KINDS, Kind, Vectors, Weights
 
