@@ -142,7 +142,7 @@ def _load_weights(
 def _fill(parts: Mapping[PartName, nn.Module], folder: Path, dtype: torch.dtype) -> None:
     """Load the weights of all files into modules whose parameters are on the meta device."""
     files = weight_files(folder)
-    places = {
+    places: dict[str, tuple[PartName, str, tuple[int, ...]]] = {
         published_name(part, name): (part, name, tuple(weight.shape))
         for part, module in parts.items()
         for name, weight in module.state_dict().items()

@@ -152,7 +152,7 @@ class Backbone(nn.Module):
         return states[:, back]
 
     @contextmanager
-    def reading(self, attention: Attention | None) -> Iterator[None]:
+    def direction(self, attention: Attention | None) -> Iterator[None]:
         """Read in this direction for a while; None leaves it as it is. Weights stay the same.
 
         Raises:
