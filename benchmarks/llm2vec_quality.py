@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.common import Row, write_results
-from tercet.data.files.similarity import debtags_similarity, lee_similarity
+from examples.similarity_sets import debtags_similarity, lee_similarity
 from tercet.data.files.sources import open_source, write_examples
 from tercet.data.files.texts import open_texts
 from tercet.evaluate.measures.similarity import evaluate_similarity

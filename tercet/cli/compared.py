@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.errors import RecipeError
 from tercet.files.console import say
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.rank.quantized import Precision
-from tercet.vectors import KINDS, Kind, Weights
 
 if TYPE_CHECKING:
     from tercet.evaluate.measures.kinds import KindsResult

@@ -1,4 +1,4 @@
-"""The verb that leaves out pairs that do not belong together."""
+"""The verb that filters pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -76,17 +76,16 @@ def filter_pairs(
 
     Example: tercet filter news.parquet faq.jsonl --model me5-small --out filtered
     """
-    from tercet.curate.filtering.filter import filter_sources
-    from tercet.curate.filtering.filter_folder import (
+    from tercet.curate.filtering.filter import (
         DRAWING,
+        filter_sources,
         finished,
         refuse_sources,
         settings_of,
         write_report,
     )
-    from tercet.curate.filtering.judge import Judge, Places
+    from tercet.curate.filtering.judge import PRESETS, FilterFolders, Judge
     from tercet.curate.filtering.pair_rules import PairRules
-    from tercet.curate.filtering.passing import PRESETS
     from tercet.curate.jobs.runners import Runner
 
     where = Runner(engine=runner, workers=workers, address=address)
@@ -118,11 +117,11 @@ def filter_pairs(
         reports = finished(out, settings)
         if reports is None:
             sources = [source for file in files for source in opened(file)]
-            places = Places(out=out, work=work, keep_vectors=keep_vectors)
-            reports = filter_sources(sources, judge, filtering, places, runner=where)
+            folders = FilterFolders(out=out, work=work, keep_vectors=keep_vectors)
+            reports = filter_sources(sources, judge, filtering, folders, runner=where)
             write_report(out, reports)
         else:
-            say(f"{out}: is finished already; this is its report")
+            say(f"{out}: has finished already; this is its report")
         _show(reports)
         _advise(reports, filtering.shard)
         if plot:
@@ -130,19 +129,20 @@ def filter_pairs(
 
 
 def _two(flag: str, text: str | None) -> tuple[int | None, int | None]:
-    """The numbers for a query and for a document that a flag gives."""
+    """Parse the numbers of a flag: for queries and for documents."""
     if text is None:
         return None, None
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise RecipeError(
-            f"--{flag} is {text!r}; give two whole numbers, for queries and documents: 2,10"
+            f"--{flag} must be two whole numbers, for queries and documents, as in 2,10; "
+            f"got {text!r}"
         )
     return int(parts[0]), int(parts[1])
 
 
 def _show(reports: Sequence[Mapping[str, Any]]) -> None:
-    """Two tables with a line for each source and language."""
+    """Print two tables with a line for each source and language."""
     rules = list(reports[0]["dropped"])
     levels = list(reports[0]["levels"])
     counts = columns("source", "lang", "pairs", *rules, "kept", "dropped")

@@ -8,8 +8,8 @@ import typer
 
 from tercet.errors import RecipeError
 from tercet.files.console import say
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.zoo import zoo
-from tercet.vectors import KINDS, Kind, Weights
 
 ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
 Precision = Annotated[

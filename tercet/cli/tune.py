@@ -8,8 +8,8 @@ import typer
 from tercet.cli.options import KindsOption, Precision, kinds_of, load
 from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
+from tercet.kinds import KINDS, Weights
 from tercet.models.zoo import zoo
-from tercet.vectors import KINDS, Weights
 
 _BY: Final = {
     "usual": "nobody: no others rank better than the usual weights",

@@ -1,13 +1,13 @@
 """Vectors of texts in a folder: plain .npy files that grow text by text and are read mapped.
 
-- ``dense.npy``: float32, a row a text.
+- ``dense.npy``: float32, one row per text.
 - ``sparse_ids.npy`` and ``sparse_weights.npy``: int32 and float32, the terms of all texts end to
   end, those of a text by ascending id.
-- ``multi.npy``: float16, a row a token, the texts' rows end to end.
+- ``multi.npy``: float16, one row per token, the rows of all texts end to end.
 - ``sparse_offsets.npy`` and ``multi_offsets.npy``: int64. Text ``i`` has the terms or rows from
   ``offsets[i]`` up to ``offsets[i + 1]``.
 
-Files of kinds that were not asked for are absent. ``numpy.load(path, mmap_mode="r")`` opens each.
+Files of other kinds are absent. ``numpy.load(path, mmap_mode="r")`` opens each.
 """
 
 from contextlib import ExitStack, suppress
@@ -20,9 +20,11 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from tercet.files.artifacts import write_npy_header
 from tercet.files.records import readable
+from tercet.kinds import Kind
 from tercet.segments import ragged_places
-from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors
+from tercet.vectors import Terms, TokenRows, Vectors
 
 _VALUES: Final[dict[Kind, tuple[str, ...]]] = {
     "dense": ("dense",),
@@ -44,8 +46,8 @@ NAMES: Final = frozenset(  # of all files that may be in such a folder
 class VectorWriter:
     """Writes the vectors of texts into an empty folder, some texts at a time.
 
-    It is used as a context, whose end finishes the files. What an error leaves there is of no use,
-    so that the folder should be one that appears whole (``tercet.files.atomic.replacing_folder``).
+    The end of its context finishes the files. After an error they are useless, so the folder
+    should be one that appears whole (``tercet.files.atomic.replacing_folder``).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +67,7 @@ class VectorWriter:
         self._held.__exit__(kind, error, trace)
 
     def add(self, vectors: Vectors) -> None:
-        """Put the vectors of some texts behind those that are there, of the same kinds."""
+        """Append the vectors of some texts, of the same kinds as those before."""
         if vectors.dense is not None:
             self._grow("dense", vectors.dense)
         if vectors.sparse is not None:
@@ -98,10 +100,10 @@ class VectorWriter:
 
 
 def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Vectors:
-    """The vectors of one kind of these texts, in float32; nothing else is read.
+    """Return the vectors of one kind of these texts, in float32; nothing else is read.
 
     Raises:
-        DataError: when a file is absent or damaged.
+        DataError: if a file is absent or damaged.
     """
     values = [_mapped(folder, name) for name in _VALUES[kind]]
     if kind == "dense":
@@ -117,7 +119,7 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
 
 
 def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
-    """Whether a folder holds the vectors of one kind of so many texts, not cut short by a copy."""
+    """Whether a folder holds vectors of one kind of this many texts, in files of full length."""
     try:
         values = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _VALUES[kind]]
         if kind == "dense":
@@ -128,15 +130,10 @@ def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
     return len(offsets) == texts + 1 and all(len(each) == offsets[-1] for each in values)
 
 
-def stored_kinds(folder: Path) -> tuple[Kind, ...]:
-    """The kinds of vectors that a folder holds."""
-    return tuple(kind for kind in KINDS if (folder / f"{_VALUES[kind][0]}.npy").exists())
-
-
 class GrowingArray:
-    """An array in a .npy file whose number of rows is written at the end.
+    """An array in a .npy file whose number of rows is written at the end of its context.
 
-    It is used as a context; one that an error ends leaves a file that is said to hold no rows.
+    After an error the file states that it holds no rows.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
@@ -156,31 +153,27 @@ class GrowingArray:
         if kind is None:
             with self._file:
                 self._finish()
-        with suppress(OSError):  # the error that ended it is the one to tell
+        with suppress(OSError):  # the first error is the one to report
             self._file.close()
 
     def add(self, values: Shaped[np.ndarray, "..."]) -> None:
-        """Put rows behind those that are there."""
+        """Append rows."""
         assert values.shape[1:] == self._row, "rows of one width"
         self._file.write(np.ascontiguousarray(values, self._dtype).tobytes())
         self._rows += len(values)
 
     def _finish(self) -> None:
-        """Write how many rows there are; before that the file holds none."""
         self._file.seek(0)
         end = self._write_header()  # numpy leaves room in it for a number of rows that grows
         assert end == self._begin, "a header of the same length"
 
     def _write_header(self) -> int:
-        shape = (self._rows, *self._row)
-        descr = np.lib.format.dtype_to_descr(self._dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
+        write_npy_header(self._file, (self._rows, *self._row), self._dtype)
         return self._file.tell()
 
 
 def _mapped(folder: Path, name: str) -> np.ndarray:
-    # Mapped for each use: a thousand files that stay open are more than a process may have.
+    # Mapped for each use: a process may not keep a thousand files open.
     path = folder / f"{name}.npy"
     with readable(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)

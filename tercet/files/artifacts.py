@@ -9,9 +9,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from tercet.files.atomic import replacing_file
+from tercet.files.atomic import replacing_file, replacing_folder
 
 _FACTS: Final = "facts"  # the name of a result's JSON part inside its .npz file
+_FACTS_FILE: Final = "about.json"  # and inside its folder
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -55,6 +56,15 @@ def fingerprint(*parts: Any, size: int = 16) -> str:
     A string or bytes count as they are, anything else by its ``repr``. Several parts are framed by
     their lengths, so that ``("ab", "c")`` and ``("a", "bc")`` differ.
     """
+    return _digest(parts, size).hex()
+
+
+def fingerprint_number(*parts: Any) -> int:
+    """Return a fingerprint as an unsigned 64-bit number."""
+    return int.from_bytes(_digest(parts, 8), "little")
+
+
+def _digest(parts: tuple[Any, ...], size: int) -> bytes:
     digest = hashlib.blake2b(digest_size=size)
     for part in parts:
         text = part if isinstance(part, str | bytes) else repr(part)
@@ -62,12 +72,7 @@ def fingerprint(*parts: Any, size: int = 16) -> str:
         if len(parts) > 1:
             digest.update(b"%d:" % len(content))
         digest.update(content)
-    return digest.hexdigest()
-
-
-def fingerprint_number(*parts: Any) -> int:
-    """Return a fingerprint as an unsigned 64-bit number."""
-    return int.from_bytes(bytes.fromhex(fingerprint(*parts, size=8)), "little")
+    return digest.digest()
 
 
 def fingerprint_of_file(path: Path) -> str:
@@ -76,38 +81,61 @@ def fingerprint_of_file(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def fingerprint_of_ends(path: Path, size: int) -> str:
+    """Return a fingerprint of the first and last ``size`` bytes of a file of any length."""
+    with path.open("rb") as file:
+        begin = file.read(size)
+        file.seek(max(0, path.stat().st_size - size))
+        return fingerprint(begin + file.read())
+
+
+def write_npy_header(file: BinaryIO, shape: tuple[int, ...], dtype: Any) -> None:
+    """Write the header of a ``.npy`` file; its length does not depend on the number of rows."""
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
 def write_npy_rows(
     file: BinaryIO, shape: tuple[int, ...], dtype: str, blocks: Iterable[np.ndarray]
 ) -> None:
     """Write blocks of rows as one ``.npy`` array of ``shape`` without holding it in memory."""
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+    write_npy_header(file, shape, dtype)
     for block in blocks:
         file.write(np.ascontiguousarray(block, dtype).tobytes())
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays as an ``.npz`` file that appears whole or not at all.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    content: dict[str, Any] = dict(arrays)
+    with replacing_file(path) as fresh, fresh.open("wb") as file:
+        np.savez(file, **content)
 
 
 class KeptResults:
     """A folder of computed results, found again by all that they depend on.
 
-    Each is an ``.npz`` file with arrays and one JSON object, and appears whole or not at all. Its
-    name is a fingerprint of its key, so a result for another key is never taken for it.
+    A result is arrays and one JSON object, and appears whole or not at all. Its name is a
+    fingerprint of its key, so a result for another key is never taken for it. It is an ``.npz``
+    file, or, if ``mapped``, a folder of ``.npy`` files that are read from disk when they are used.
     """
 
-    def __init__(self, folder: Path, *depends_on: Any) -> None:
-        self._folder = folder
-        self._depends_on = depends_on
+    def __init__(self, folder: Path, *depends_on: Any, mapped: bool = False) -> None:
+        self._folder, self._depends_on, self._mapped = folder, depends_on, mapped
 
     def path(self, *key: Any) -> Path:
-        """Return the file that holds the result of a key."""
-        return self._folder / f"{fingerprint((*self._depends_on, *key))}.npz"
+        """Return the file or folder that holds the result of a key."""
+        name = fingerprint((*self._depends_on, *key))
+        return self._folder / (name if self._mapped else f"{name}.npz")
 
     def find(self, *key: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """Return the JSON object and the arrays of a key; None if missing or damaged."""
+        path = self.path(*key)
         try:
-            # Opened here: numpy does not close a file that it cannot read.
-            with self.path(*key).open("rb") as file, np.load(file) as found:
-                arrays = {name: found[name] for name in found.files if name != _FACTS}
-                return json.loads(str(found[_FACTS])), arrays
+            return _map(path) if self._mapped else _load(path)
         except (OSError, ValueError, KeyError, BadZipFile, EOFError):
             return None
 
@@ -117,6 +145,23 @@ class KeptResults:
         Raises:
             StorageError: if the disk refuses.
         """
-        content: dict[str, Any] = {_FACTS: np.array(json.dumps(facts)), **arrays}
-        with replacing_file(self.path(*key)) as fresh, fresh.open("wb") as file:
-            np.savez(file, **content)
+        if self._mapped:
+            with replacing_folder(self.path(*key)) as folder:
+                for name, values in arrays.items():
+                    np.save(folder / f"{name}.npy", values)
+                (folder / _FACTS_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            return
+        write_arrays(self.path(*key), {_FACTS: np.array(json.dumps(facts)), **arrays})
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    # Opened here: numpy does not close a file that it cannot read.
+    with path.open("rb") as file, np.load(file) as found:
+        arrays = {name: found[name] for name in found.files if name != _FACTS}
+        return json.loads(str(found[_FACTS])), arrays
+
+
+def _map(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
+    facts = folder / _FACTS_FILE  # which a folder that was filled by its maker may lack
+    return read_json(facts) if facts.exists() or not arrays else {}, arrays

@@ -8,11 +8,11 @@ from typing import Any, Final, Literal, get_args
 
 from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import read_json, write_json
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.models.tokens import Form
 from tercet.rank.quantized import Precision, Quantizer, Ranges
 from tercet.types import Role
-from tercet.vectors import KINDS, Kind, Weights
 
 VERSION: Final = 1
 FILE: Final = "tercet.json"

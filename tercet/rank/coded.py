@@ -9,11 +9,10 @@ as it is. Equal scores are ranked by lower document row, with every block size.
 from typing import Final
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Float32, Int8, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int8, Int64
 
-from tercet.rank.exact import Hits, check_queries
 from tercet.rank.quantized import Codes, integer_product
+from tercet.rank.topk import Hits, TopK, check_queries
 
 FACTOR: Final = 4  # candidates for a place of the ranking
 
@@ -21,8 +20,7 @@ _QUERIES: Final = 256  # compared at a time
 _SCORES: Final = 1 << 20  # of a block of documents: 4 MB of whole numbers
 _CODES: Final = 1 << 24  # of such a block, unpacked: 16 MB
 _AGAIN: Final = 1 << 20  # coordinates of candidates that are scored again at a time: 4 MB
-_ROWS: Final = (1 << 32) - 1  # the lower half of a key
-_HIDDEN: Final = -(1 << 31)  # below every score
+_EXCLUDED: Final = -(1 << 31)  # below every score
 
 
 def top_k_coded(  # noqa: PLR0913 (each is a choice of its own, with a default)
@@ -112,50 +110,16 @@ def _candidates(
     count: int,
     allowed: Bool[np.ndarray, "docs"] | None = None,
 ) -> Int64[np.ndarray, "queries count"]:
-    """The rows of the best, in no order that matters; of the allowed ones there are so many.
-
-    A document's score and row make one number, which no two documents share: so there is nothing
-    to break ties of, of which whole numbers have many.
-    """
-    best = np.zeros((len(whole), 0), dtype=np.int64)  # ascending
+    """Return the rows of the best, in no particular order; as many are allowed at least."""
+    best = TopK(len(whole), count, np.int32)
     block = max(1, min(_SCORES // len(whole), _CODES // docs.dims))
     for start in range(0, len(docs), block):
         some = slice(start, start + block)
         scores = integer_product(whole, docs.take(some).integers())
         if allowed is not None:
-            scores[:, ~allowed[some]] = _HIDDEN
-        if best.shape[1] == count:
-            new = np.concatenate([best, _better(scores, start, best[:, 0])], axis=1)
-            best = np.sort(new, axis=1)[:, -count:]  # few: faster than to select
-            continue
-        new = np.concatenate([best, _keys(scores, start)], axis=1)
-        largest = torch.from_numpy(new).topk(min(count, new.shape[1]), dim=1).values
-        best = largest.flip(1).numpy()
-    return _ROWS - (best & _ROWS)
-
-
-def _keys(
-    scores: Int32[np.ndarray, "queries docs"], start: int
-) -> Int64[np.ndarray, "queries docs"]:
-    """Score and row in one number: the higher score, and of equal ones the lower row, is larger."""
-    rows = np.arange(start, start + scores.shape[1])
-    return (scores.astype(np.int64) << 32) | (_ROWS - rows)
-
-
-def _better(
-    scores: Int32[np.ndarray, "queries docs"], start: int, last: Int64[np.ndarray, "queries"]
-) -> Int64[np.ndarray, "queries most"]:
-    """The keys of scores above that of each query's last candidate; the smallest number elsewhere.
-
-    Few are, once some blocks were seen. An equal score is not better: its row is higher.
-    """
-    above = scores > (last >> 32).astype(np.int32)[:, None]
-    query, doc = np.divmod(np.flatnonzero(above), scores.shape[1])  # 9 times as fast as nonzero
-    counts = np.bincount(query, minlength=len(scores))
-    place = np.arange(len(query)) - np.repeat(counts.cumsum() - counts, counts)
-    found = np.full((len(scores), counts.max()), np.iinfo(np.int64).min)
-    found[query, place] = (scores[query, doc].astype(np.int64) << 32) | (_ROWS - start - doc)
-    return found
+            scores[:, ~allowed[some]] = _EXCLUDED
+        best.add(scores, start)
+    return best.hits()[1]
 
 
 def rescored(

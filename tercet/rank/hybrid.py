@@ -16,10 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tercet.errors import ModelError
-from tercet.rank.exact import Hits, largest
+from tercet.kinds import Kind, Weights
 from tercet.rank.scoring import late_interaction
+from tercet.rank.topk import Hits, largest
 from tercet.segments import offsets_of, row_of
-from tercet.vectors import Kind, Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 
 QUERY_TERMS: Final = 4_096  # of queries, terms or tokens, compared with a block of documents
 

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tercet.kinds import Kind, Weights
 from tercet.segments import row_of
-from tercet.vectors import Kind, Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 
 BLOCK_TOKENS: Final = 2_048  # of documents, compared at a time
 

@@ -11,11 +11,11 @@ from tercet.data.batches.collate import Policy
 from tercet.data.batches.sampler import Mixing
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
+from tercet.kinds import Kind
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.objectives.objective import Objective
 from tercet.train.lengths import LEAST, Batching
 from tercet.train.schedule import ScheduleName
-from tercet.vectors import Kind
 
 
 @dataclass(frozen=True, kw_only=True)

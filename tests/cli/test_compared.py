@@ -8,8 +8,8 @@ import pytest
 from tercet.evaluate.measures.bm25 import by_tokens_of
 from tercet.evaluate.measures.retrieval import measure_bm25, measure_kinds
 from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 

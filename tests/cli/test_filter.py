@@ -69,7 +69,7 @@ def test_a_finished_command_says_so_and_loads_nothing(tercet, start, tmp_path, m
     monkeypatch.setattr("tercet.curate.filtering.judge.Judge.load", None)
     again = tercet(*start, "--out", tmp_path / "out")
     assert (again.status, again.out) == (0, first.out)
-    assert f"{tmp_path / 'out'}: is finished already" in again.err
+    assert f"{tmp_path / 'out'}: has finished already" in again.err
 
 
 def test_another_k_takes_another_folder_and_the_ranks_that_are_there(
@@ -77,8 +77,10 @@ def test_another_k_takes_another_folder_and_the_ranks_that_are_there(
 ):
     tercet(*start, "--out", tmp_path / "out")
     said = refused(*start, "--out", tmp_path / "out", "--k", "1")
-    assert said.startswith(f"{tmp_path / 'out'}: was made from other k (20); choose another --out")
-    monkeypatch.setattr("tercet.curate.filtering.judge.Vectors.shard", None)
+    assert said.startswith(
+        f"{tmp_path / 'out'}: was made with different k (20); choose another --out"
+    )
+    monkeypatch.setattr("tercet.curate.filtering.judge.StoredVectors.shard", None)
     assert tercet(*start, "--out", tmp_path / "more", "--k", "1").status == 0
 
 
@@ -88,7 +90,7 @@ def test_a_report_is_drawn(tercet, start, tmp_path):
     assert ended.status == 0
     assert (tmp_path / "out/report.png").read_bytes()[:4] == b"\x89PNG"
     again = tercet(*start, "--out", tmp_path / "out", "--top-share", "0.3")
-    assert again.status == 0 and "is finished already" in again.err
+    assert again.status == 0 and "has finished already" in again.err
 
 
 def test_presets_are_those_of_the_papers(tercet, pairs, encoder_folder, tmp_path):
@@ -112,10 +114,13 @@ def test_rules_have_flags(tercet, start, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--k", "0"], "the 0 best of shards"),
-        (["--min-characters", "3"], "--min-characters is '3'; give two whole numbers"),
-        (["--without", "spam"], "there is no rule 'spam' to do without; choose of same, short"),
-        (["--top-share", "2"], "a share of 2 is none between 0 and 1"),
+        (["--k", "0"], "k and shard must be at least 1; got k=0"),
+        (["--min-characters", "3"], "--min-characters must be two whole numbers"),
+        (
+            ["--without", "spam"],
+            "without must name rules of same, short, long, letters, script, duplicate; got 'spam'",
+        ),
+        (["--top-share", "2"], "top_share must be between 0 and 1; got 2"),
         (["--letters", "1", "--min-characters", "99,99"], "no pair is left by the rules: short"),
     ],
 )
@@ -124,11 +129,13 @@ def test_what_cannot_be_is_refused_in_a_line(refused, start, tmp_path, words, sa
 
 
 def test_a_folder_that_is_read_or_holds_other_things_is_not_written_to(refused, start, tmp_path):
-    assert "which is read; choose another --out" in refused(*start, "--out", tmp_path)
+    assert "is or contains the input" in refused(*start, "--out", tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()
     said = refused(*start, "--out", tmp_path / "mine")
-    assert said.startswith(f"{tmp_path / 'mine'}: holds thesis.txt, which is not the filter's")
+    assert said.startswith(
+        f"{tmp_path / 'mine'}: contains thesis.txt, which this filter did not write"
+    )
 
 
 def test_a_model_or_a_file_that_is_not_there_is_named(refused, start, tmp_path):
@@ -141,7 +148,7 @@ def test_a_model_or_a_file_that_is_not_there_is_named(refused, start, tmp_path):
 def test_a_source_that_has_changed_asks_for_another_folder(tercet, refused, start, pairs, tmp_path):
     tercet(*start, "--out", tmp_path / "out")
     os.utime(pairs, (1, 1))
-    assert "was made from other files;" in refused(*start, "--out", tmp_path / "out")
+    assert "was made with different files;" in refused(*start, "--out", tmp_path / "out")
 
 
 def test_a_command_that_ranked_nothing_leaves_the_folder_to_the_next(tercet, start, tmp_path):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS
 from tests.cli.lines import cells, write
 
 

@@ -3,8 +3,8 @@ import re
 
 import pytest
 
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 

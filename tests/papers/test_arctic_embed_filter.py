@@ -1,11 +1,11 @@
-"""Arctic-Embed 2.0 (arXiv 2412.04506), test A11: the rank of a pair in its shard, by counting."""
+"""Arctic-Embed 2.0 (arXiv 2412.04506), trap A11: the rank of a pair in its shard, by counting."""
 
 import numpy as np
 import pytest
 
-from tercet.curate.filtering.pair_scores import Block, paired_ranks
+from tercet.curate.filtering.pair_scores import BlockSize, paired_ranks
 
-BLOCKS = [Block(8, 8), Block(16, 64), Block(64, 64), Block(512, 2048)]
+BLOCKS = [BlockSize(8, 8), BlockSize(16, 64), BlockSize(64, 64), BlockSize(512, 2048)]
 
 
 def unit(count: int, dim: int = 48, seed: int = 0) -> np.ndarray:
@@ -30,7 +30,7 @@ def by_sorting(queries: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> 
     return ranks
 
 
-def test_a11_the_rank_by_counting_is_that_of_a_full_sort():
+def test_the_rank_by_counting_is_that_of_a_full_sort():
     queries, documents = pairs()
     keys = np.arange(len(queries), dtype=np.uint64)
     ranks, scores = paired_ranks(queries, documents, keys)
@@ -40,7 +40,7 @@ def test_a11_the_rank_by_counting_is_that_of_a_full_sort():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a11_the_block_does_not_matter(block):
+def test_the_block_does_not_matter(block):
     queries, documents = pairs()
     keys = np.arange(len(queries), dtype=np.uint64)
     assert paired_ranks(queries, documents, keys, block=block)[0].tolist() == by_sorting(
@@ -49,7 +49,7 @@ def test_a11_the_block_does_not_matter(block):
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 63, 64, 65, 129])
-def test_a11_numbers_without_rounding_give_the_same_bits_in_each_block(count):
+def test_numbers_without_rounding_give_the_same_bits_in_each_block(count):
     g = np.random.default_rng(count)
     queries = g.integers(-3, 4, (count, 8)).astype(np.float32)
     documents = g.integers(-3, 4, (count, 8)).astype(np.float32)  # with many equal scores
@@ -60,17 +60,17 @@ def test_a11_numbers_without_rounding_give_the_same_bits_in_each_block(count):
         assert scores.tolist() == (queries * documents).sum(axis=1).tolist()
 
 
-def test_a11_a_pair_does_not_beat_itself_nor_do_documents_of_its_text():
+def test_a_pair_does_not_beat_itself_nor_do_documents_of_its_text():
     queries, documents = pairs(40)
     documents[:20] = documents[20:]  # every document is there twice
     keys = np.tile(np.arange(20, dtype=np.uint64), 2)
-    ranks, _ = paired_ranks(queries, documents, keys, block=Block(8, 16))
+    ranks, _ = paired_ranks(queries, documents, keys, block=BlockSize(8, 16))
     assert ranks.tolist() == by_sorting(queries, documents, keys)
     same = np.zeros(40, np.uint64)  # all of one text: nothing is left that could beat one
     assert paired_ranks(queries, documents, same)[0].tolist() == [1] * 40
 
 
-def test_a11_a_positive_score_of_its_own_would_beat_itself_and_ours_never_does():
+def test_a_positive_score_of_its_own_would_beat_itself_and_ours_never_does():
     """With a product of its own, the same number comes out higher or lower in the last bits."""
     queries, documents = pairs(2000)
     inside = np.diag(queries @ documents.T)

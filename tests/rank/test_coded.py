@@ -4,8 +4,8 @@ import pytest
 from tercet.errors import ModelError
 from tercet.rank import coded
 from tercet.rank.coded import rescored, top_k_coded
-from tercet.rank.exact import top_k
 from tercet.rank.quantized import PRECISIONS, Quantizer
+from tercet.rank.topk import top_k
 from tests.rank.test_quantized import unit
 
 

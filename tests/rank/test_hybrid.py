@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from tercet.errors import ModelError
+from tercet.kinds import Weights
 from tercet.rank import hybrid as module
 from tercet.rank.hybrid import Ranked, kind_scores, lexical_sums, pair_scores, ranked
 from tercet.rank.scoring import late_interaction, lexical_scores
-from tercet.vectors import Terms, Vectors, Weights
+from tercet.vectors import Terms, Vectors
 from tests.evaluate.kinds import drawn, slow_scores
 
 QUERIES, DOCS = drawn(7, 1, without_terms=(2,)), drawn(40, 2, without_terms=(0, 5))

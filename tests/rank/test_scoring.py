@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tercet.kinds import KINDS, Weights
 from tercet.rank.scoring import (
     late_interaction,
     lexical_scores,
@@ -12,7 +13,7 @@ from tercet.rank.scoring import (
     weighted_scores,
 )
 from tercet.segments import offsets_of
-from tercet.vectors import KINDS, Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 from tests.losses.test_unified import leaves, made, slow_scores
 
 

@@ -1,85 +1,109 @@
-"""The consistency filter: a pair stays when its document is near the top of a shard for its query.
+"""The consistency filter: keep pairs whose document ranks near the top of a shard for its query.
 
-arXiv 2412.04506, section 3.2: the pairs of each source and language are shuffled and cut into
-shards, a small model embeds them, and a pair is kept when its document is one of the ``k`` best of
-its shard for its query. Before that come rules that need no model
-(``tercet.curate.filtering.pair_rules``).
+arXiv 2412.04506, sec. 3.2: the pairs of each source and language are shuffled and cut into shards,
+a small model embeds them, and a pair is kept if its document is one of the ``k`` best of its shard
+for its query. Before that come rules that need no model (``tercet.curate.filtering.pair_rules``).
 """
 
-from collections.abc import Iterable, Sequence
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from tercet.curate.filtering.judge import Judge, Judging, Places, write_verdicts
+from tercet.curate.filtering.judge import (
+    LEVELS,
+    FilterFolders,
+    Filtering,
+    Judge,
+    JudgeJob,
+    PairShard,
+    shards_of,
+    write_verdicts,
+)
 from tercet.curate.filtering.pair_rules import RANK
-from tercet.curate.filtering.passing import LEVELS, Filtering, Shard, shards_of
-from tercet.curate.filtering.screen import Screened, Screening, screened
+from tercet.curate.filtering.screen import ScreenedPairs, ScreenJob, screen_sources
 from tercet.curate.jobs.job import UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
+from tercet.files.artifacts import json_text, read_json, write_json
+from tercet.models.zoo import zoo
+
+SETTINGS: Final = "filter.json"
+REPORT: Final = "report.json"
+DRAWING: Final = "report.png"
+_OURS: Final = ("pairs", "verdicts", "manifest", REPORT, SETTINGS, DRAWING)
 
 
 def filter_sources(
     sources: Sequence[Source],
     judge: Judge,
     filtering: Filtering,
-    places: Places,
+    folders: FilterFolders,
     *,
     runner: Runner = LOOP,
 ) -> list[dict[str, Any]]:
-    """Write the pairs of the sources that pass, and the verdict on each; a report for each key.
+    """Write the pairs that pass and a verdict on each; return a report per source and language.
 
-    A killed run goes on with the shards, and inside a shard with the vectors, that are missing.
+    A run that was killed continues with the missing shards and, inside a shard, the missing
+    vectors.
 
     Raises:
-        RecipeError: when no pair is left, or two sources have one name.
-        DataError: when a source has changed since it was opened.
-        ModelError: when the model gives vectors that are no numbers.
-        StorageError: when the disk refuses.
+        RecipeError: if no pair is left, or two sources have the same name.
+        DataError: if a source has changed since it was opened.
+        ModelError: if the model's vectors contain NaN or infinity.
+        StorageError: if the disk refuses.
     """
     named = {source.name: source for source in sources}
     if len(named) < len(sources):
-        raise RecipeError("two sources have one name, and would go into one folder; rename one")
-    screening = Screening(sources=named, rules=filtering.rules, work=places.work)
-    fingerprint = judge.load().fingerprint()
-    job = Judging(
-        judge=judge, fingerprint=fingerprint, sources=named, filtering=filtering, places=places
+        raise RecipeError("two sources have the same name, so the same folder; rename one")
+    screening = ScreenJob(sources=named, rules=filtering.rules, work=folders.work)
+    job = JudgeJob(
+        judge=judge,
+        fingerprint=judge.load().fingerprint(),
+        sources=named,
+        filtering=filtering,
+        folders=folders,
     )
     reports: dict[str, dict[str, Any]] = {}
-    units: list[WorkUnit] = []
-    of_unit: list[str] = []
-    for found in screened(screening, places.work / "manifest", runner):
-        _write_dropped(found, places.out)
-        shards = shards_of(found, filtering)
-        units += [job.unit(found.key, number, shard) for number, shard in enumerate(shards)]
-        of_unit += [found.key.folder] * len(shards)
-        reports[found.key.folder] = _begun(found, len(shards))
+    units: list[tuple[str, WorkUnit]] = []
+    for found in screen_sources(screening, folders.work / "manifest", runner):
+        _write_dropped(found, folders.out)
+        shards, folder = shards_of(found, filtering), found.key.folder
+        units += [(folder, job.unit(found.key, n, shard)) for n, shard in enumerate(shards)]
+        reports[folder] = _new_report(found, len(shards))
     if not units:
+        totals: Counter[str] = Counter()
+        for report in reports.values():
+            totals.update(report["dropped"])
+        dropped = ", ".join(f"{rule} {count:,}" for rule, count in totals.items() if count)
         raise RecipeError(
-            "no pair is left by the rules: " + _counted(reports.values()) + "; do without some "
+            f"no pair is left by the rules: {dropped or 'there are no pairs'}; leave some out "
             "(--without), or change their numbers"
         )
-    done = run_units(job, units, places.out / "manifest", runner=runner)
-    for folder, (_, report) in zip(of_unit, done, strict=True):
-        _add(reports[folder], report)
+    done = run_units(job, [unit for _, unit in units], folders.out / "manifest", runner=runner)
+    for (folder, _), (_, of_shard) in zip(units, done, strict=True):
+        _add(reports[folder], of_shard)
     return list(reports.values())
 
 
-def _write_dropped(found: Screened, out: Path) -> None:
-    """The verdicts on pairs that a rule dropped, which are in no shard."""
-    gone = ~found.left
-    if gone.any():
-        shard = Shard(found.rows[gone], found.positives[gone], found.texts[gone])
-        reasons = np.array([found.reason(code) for code in found.reasons[gone].tolist()])
+def _write_dropped(found: ScreenedPairs, out: Path) -> None:
+    """Write the verdicts on pairs that a rule dropped; they are in no shard."""
+    dropped = ~found.left
+    if dropped.any():
+        shard = PairShard(found.rows[dropped], found.positives[dropped], found.texts[dropped])
+        reasons = np.array([found.reason(code) for code in found.reasons[dropped].tolist()])
         path = out / "verdicts" / found.key.folder / "rules.parquet"
         write_verdicts(path, shard, None, None, reasons)
 
 
-def _begun(found: Screened, shards: int) -> dict[str, Any]:
-    """The report on a key, before its shards are ranked."""
+def _new_report(found: ScreenedPairs, shards: int) -> dict[str, Any]:
+    """Return the report on a source and language before its shards are ranked."""
     left = int(found.left.sum())
     return {
         "source": found.key.base,
@@ -93,7 +117,7 @@ def _begun(found: Screened, shards: int) -> dict[str, Any]:
         "kept": 0,
         "rows": 0,
         "levels": {str(k): 0 for k in LEVELS},
-        "score": 0.0,  # mean of all that were ranked
+        "score": 0.0,  # mean over the ranked pairs
     }
 
 
@@ -107,9 +131,92 @@ def _add(report: dict[str, Any], of_shard: UnitReport) -> None:
         report["levels"][k] += count
 
 
-def _counted(reports: Iterable[dict[str, Any]]) -> str:
-    totals: dict[str, int] = {}
-    for report in reports:
-        for rule, count in report["dropped"].items():
-            totals[rule] = totals.get(rule, 0) + count
-    return ", ".join(f"{rule} {count:,}" for rule, count in totals.items() if count) or "none"
+# ---- the output folder ---------------------------------------------------------------------------
+
+
+def settings_of(paths: Sequence[Path], judge: Judge, filtering: Filtering) -> dict[str, Any]:
+    """Return all that the output depends on; files by name, size and time, which is quick."""
+    is_name = zoo.find(judge.model) is not None or not Path(judge.model).exists()
+    settings = {
+        "sources": {str(path): _file_stamps(path) for path in paths},
+        "judge": {**asdict(judge), "files": [] if is_name else _file_stamps(Path(judge.model))},
+        "filtering": asdict(filtering),
+    }
+    return json.loads(json_text(settings))  # as it will be read: tuples have become lists
+
+
+def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the reports if the same command has finished; else write the settings and None.
+
+    Raises:
+        RecipeError: if the folder holds something else, or the output of another command.
+        StorageError: if the disk refuses.
+    """
+    if out.is_file():
+        raise RecipeError(f"{out}: must be a folder, and is a file; choose another --out")
+    names = [path.name for path in out.glob("*")]
+    others = sorted(name for name in names if name not in _OURS and not name.startswith("."))
+    before, ranked = _read(out / SETTINGS), (out / "manifest").exists()
+    if before is None and (others or ranked or (out / "pairs").exists()):
+        name = (*others, "pairs")[0]
+        raise RecipeError(
+            f"{out}: contains {name}, which this filter did not write; choose another --out, or "
+            "move it away"
+        )
+    if before is not None and ranked and before != settings:
+        raise RecipeError(
+            f"{out}: was made with different {_differences(before, settings)}; choose another "
+            "--out (vectors are reused), or delete the folder"
+        )
+    report = _read(out / REPORT) if before == settings else None
+    if report is None:
+        if not ranked:  # verdicts by other rules, with which nothing was ranked
+            shutil.rmtree(out / "verdicts", ignore_errors=True)
+        write_json(out / SETTINGS, settings, indent=1)
+    return None if report is None else report["sources"]
+
+
+def write_report(out: Path, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Write the reports as JSON; this marks the folder as finished.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    write_json(out / REPORT, {"sources": list(reports)}, indent=1)
+
+
+def refuse_sources(out: Path, paths: Sequence[Path]) -> None:
+    """Raise if the output would be written into an input.
+
+    Raises:
+        RecipeError: if the folder is an input, contains one, or is inside one.
+    """
+    target = out.resolve()
+    for path in (path.resolve() for path in paths):
+        if target == path or path in target.parents or target in path.parents:
+            raise RecipeError(f"{out}: is or contains the input {path}; choose another --out")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the names of the settings that differ, with their old values."""
+    found = ["files"] if before.get("sources") != now["sources"] else []
+    for part in ("judge", "filtering"):
+        old = before.get(part, {})
+        found += [
+            f"{name} ({old.get(name)})" for name in now[part] if old.get(name) != now[part][name]
+        ]
+    return ", ".join(found).replace("_", " ") or "settings"
+
+
+def _file_stamps(path: Path) -> list[Any]:
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    found = [(str(file), file.stat()) for file in files if file.exists()]
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,4 +1,4 @@
-"""What is wrong with a pair of a query and a document that one can see without a model."""
+"""Rules on pairs of a query and a document that need no model."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -19,51 +19,53 @@ SCRIPT: Final = "script"
 DUPLICATE: Final = "duplicate"
 RANK: Final = "rank"
 RULES: Final = (SAME, SHORT, LONG, LETTERS, SCRIPT, DUPLICATE)
-"""In the order in which they are asked; a pair is counted under the first that it breaks."""
+"""In the order of application; a pair is counted under the first rule that it breaks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairRules:
-    """The rules that pairs have to keep, and their numbers.
+    """The rules for pairs, and their thresholds.
 
-    - ``same``: the document is the query, but for case, spaces or Unicode form.
+    - ``same``: the document equals the query, up to case, spaces and Unicode form.
     - ``short``, ``long``: the query or the document has too few or too many characters.
-    - ``letters``: letters, and the marks on them, are too small a part of what is no space.
-    - ``script``: the document has too few letters of a script of the language that the row names,
+    - ``letters``: the share of letters, and marks on them, among non-space characters is too low.
+    - ``script``: the document has too few letters in a script of the language that the row names,
       or the query is in neither such a script nor Latin letters.
-    - ``duplicate``: the same pair, but for case, spaces or Unicode form, came before.
+    - ``duplicate``: the same pair, up to case, spaces and Unicode form, occurs before.
 
     Raises:
-        RecipeError: for a rule that there is not, or numbers that no text could keep.
+        RecipeError: for an unknown rule, or thresholds that no text can meet.
     """
 
-    without: tuple[str, ...] = ()  # rules that are not asked
-    query_characters: tuple[int, int | None] = (2, None)  # least and most
+    without: tuple[str, ...] = ()  # rules that are not applied
+    query_characters: tuple[int, int | None] = (2, None)  # minimum and maximum
     document_characters: tuple[int, int | None] = (2, None)
-    letters: float = 0.3  # least share
+    letters: float = 0.3  # minimum share
 
     def __post_init__(self) -> None:
         if unknown := set(self.without) - set(RULES):
             raise RecipeError(
-                f"there is no rule {sorted(unknown)[0]!r} to do without; "
-                f"choose of {', '.join(RULES)}"
+                f"without must name rules of {', '.join(RULES)}; got {sorted(unknown)[0]!r}"
             )
         for role, (least, most) in (
             ("query", self.query_characters),
             ("document", self.document_characters),
         ):
             if least < 0 or (most is not None and most < max(least, 1)):
-                raise RecipeError(f"no {role} has from {least} to {most} characters")
+                raise RecipeError(
+                    f"{role} characters must be a minimum from 0 and a maximum not below it; "
+                    f"got {least} and {most}"
+                )
         if not 0 <= self.letters <= 1:
-            raise RecipeError(f"a share of letters of {self.letters:g} is none from 0 to 1")
+            raise RecipeError(f"letters must be between 0 and 1; got {self.letters:g}")
 
     @property
-    def asked(self) -> tuple[str, ...]:
-        """The rules that are asked, in order."""
+    def applied(self) -> tuple[str, ...]:
+        """The rules that are applied, in order."""
         return tuple(rule for rule in RULES if rule not in self.without)
 
     def broken(self, query: str, documents: Sequence[str], lang: str) -> list[str]:
-        """The first rule that each pair of the query breaks, "" for none; not of duplicates."""
+        """Return the first rule that each pair breaks, or ""; duplicates are not looked for."""
         of_query = self._broken_by(query, self.query_characters)
         of_query |= {SCRIPT} if not _fits(query, lang, names=True) else set()
         form = normal_form(query)
@@ -72,7 +74,7 @@ class PairRules:
             broken = of_query | self._broken_by(document, self.document_characters)
             broken |= {SAME} if normal_form(document) == form else set()
             broken |= {SCRIPT} if not _fits(document, lang, names=False) else set()
-            found.append(next((rule for rule in self.asked if rule in broken), KEPT))
+            found.append(next((rule for rule in self.applied if rule in broken), KEPT))
         return found
 
     def _broken_by(self, text: str, characters: tuple[int, int | None]) -> set[str]:
@@ -88,9 +90,9 @@ class PairRules:
 
 
 def share_of_letters(text: str) -> float:
-    """Letters and marks on them, as a share of the characters that are no spaces.
+    """Return the share of letters, and marks on them, among the non-space characters.
 
-    The beginning of a long text stands for it.
+    Only the beginning of a long text is read.
     """
     seen = "".join(text[:READ].split())
     return sum(map(_is_letter, seen)) / max(len(seen), 1)

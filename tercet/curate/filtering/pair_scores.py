@@ -1,7 +1,7 @@
 """The rank of each query's own document among all documents of a shard, by counting.
 
-Nothing is sorted and no index is built: a rank is one more than the number of documents that score
-higher. So it is exact, costs one matrix product, and takes the memory of a block.
+Nothing is sorted and no index is built: the rank is one plus the number of documents with a higher
+score. This is exact, costs one matrix product and needs the memory of one block.
 """
 
 import math
@@ -17,68 +17,70 @@ from tercet.errors import ModelError
 from tercet.files.progress import Advance
 
 _PANEL: Final = 1 << 16  # documents that are float32 at the same time
-_MANY_THREADS: Final = 2  # from more on torch compares faster than numpy, which has one
-_WORD: Final = 8  # truth values that are added as one number
+_MANY_THREADS: Final = 2  # with more, torch compares faster than numpy, which uses one
+_WORD: Final = 8  # booleans that are added as one number
 
 
 @runtime_checkable
-class Rows(Protocol):
-    """Vectors that are read some at a time: an array, a mapped one, or files of them."""
+class VectorRows(Protocol):
+    """Vectors that are read in slices: an array, a mapped array, or several files."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """How many there are, and how wide."""
+        """The number of vectors and their dimension."""
         ...
 
     def __getitem__(self, part: slice, /) -> np.ndarray:
-        """The vectors of these rows."""
+        """Return the vectors of these rows."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """How many queries meet how many documents at once. Their scores should stay in the cache."""
+class BlockSize:
+    """Queries and documents per matrix product. The scores should fit in the CPU cache."""
 
     queries: int = 512
-    documents: int = 2048  # a multiple of queries: then each query meets its own in one block
+    documents: int = 2048  # a multiple of queries: each query meets its own document in one block
 
     def __post_init__(self) -> None:
         assert self.documents % self.queries == 0 and self.queries % _WORD == 0
 
 
-ON_CPU: Final = Block()
-ON_GPU: Final = Block(4096, 16_384)
+ON_CPU: Final = BlockSize()
+ON_GPU: Final = BlockSize(4096, 16_384)
 
 
 def _ignore(count: int = 1, note: str = "") -> None:
     pass
 
 
-def paired_ranks(  # noqa: PLR0913 (the last three say how, and change no result)
-    queries: Rows,
-    documents: Rows,
+def paired_ranks(  # noqa: PLR0913 (the last three change no result)
+    queries: VectorRows,
+    documents: VectorRows,
     keys: UInt64[np.ndarray, "docs"],
     *,
     owners: Int64[np.ndarray, "docs"] | None = None,
     device: torch.device | str = "cpu",
-    block: Block | None = None,
+    block: BlockSize | None = None,
     advance: Advance = _ignore,
 ) -> tuple[Int32[np.ndarray, "docs"], Float32[np.ndarray, "docs"]]:
-    """The rank of each document for its query, and its score.
+    """Return the rank of each document for its query, and its score (arXiv 2412.04506, sec. 3.2).
 
-    Of document ``i`` and its query, ``rank_i = 1 + |{j : s_ij > s_ii}|``, over all ``j`` of another
-    text (``keys``): a document is not beaten by its equals. Document ``i`` belongs to query ``i``,
-    or to ``owners[i]`` (ascending); then documents of one query do not beat each other either.
+    ``rank_i = 1 + |{j : s_ij > s_ii}|`` over all ``j`` with another text (``keys``). Document
+    ``i`` belongs to query ``i``, or to ``owners[i]`` (ascending); documents of the same query do
+    not count against each other either.
 
-    ``s_ii`` is taken from the product that gives the other scores. Computed by itself it differs
-    in the last bits, and a document would beat itself in almost half of all rows. All products
-    have one shape, the last ones filled up with zeros: kernels for odd shapes round otherwise.
+    ``s_ii`` is taken from the same matrix product as the other scores: computed separately it
+    differs in the last bits, and a document would beat itself in almost half of all rows. All
+    products have the same shape, padded with zeros, because kernels round odd shapes differently.
 
     Raises:
-        ModelError: when a vector is not finite; it would beat nothing, and be beaten by nothing.
+        ModelError: if a vector contains NaN or infinity.
     """
     block = block or (ON_GPU if torch.device(device).type == "cuda" else ON_CPU)
-    counting = _Counting(queries, documents, block, _Equals.of(keys, owners), torch.device(device))
+    counting = _RankCounter(
+        queries, documents, block, _Equals.of(keys, owners), torch.device(device)
+    )
     for start in range(0, len(keys), block.documents):
         counting.meet_own(start)
     for start in range(0, len(keys), counting.panel):
@@ -89,11 +91,11 @@ def paired_ranks(  # noqa: PLR0913 (the last three say how, and change no result
 
 @dataclass(frozen=True, slots=True)
 class _Equals:
-    """Which documents are of one text, or of one query; 8 bytes a document for each."""
+    """Which documents share a text or a query; 8 bytes per document for each."""
 
     owners: Int64[np.ndarray, "docs"]
-    texts: Int64[np.ndarray, "docs"]  # a number for each text that is there twice; -1: once
-    queries: Int64[np.ndarray, "docs"]  # the same of queries
+    texts: Int64[np.ndarray, "docs"]  # a number for each text that occurs twice; else -1
+    queries: Int64[np.ndarray, "docs"]  # the same for queries
     repeated: Bool[np.ndarray, "docs"]
 
     @classmethod
@@ -112,14 +114,14 @@ def _repeated(keys: np.ndarray) -> Int64[np.ndarray, "docs"]:
     return np.where(counts[places] > 1, places, -1)
 
 
-class _Counting:
-    """How many documents beat each one so far."""
+class _RankCounter:
+    """Counts the documents that score higher than each query's own."""
 
     def __init__(
         self,
-        queries: Rows,
-        documents: Rows,
-        block: Block,
+        queries: VectorRows,
+        documents: VectorRows,
+        block: BlockSize,
         equals: _Equals,
         device: torch.device,
     ) -> None:
@@ -135,7 +137,7 @@ class _Counting:
         self._own = torch.empty(block.queries, 1, device=device)
 
     def meet_own(self, start: int) -> None:
-        """Take the scores of the documents from here on, and count those of the same block."""
+        """Read the own scores of the documents from ``start`` on, and count within their block."""
         own = self._documents(start, self.block.documents)
         for first in range(start, min(start + len(own), len(self.above)), self.block.queries):
             columns = slice(start, start + len(own))
@@ -145,14 +147,14 @@ class _Counting:
             found = product[diagonal, diagonal + (first - start)].cpu()
             if not found.isfinite().all():
                 raise ModelError(
-                    "a vector holds NaN or infinity; the model is broken, or it was run in a "
-                    "precision too low for it"
+                    "a vector contains NaN or infinity; the model is damaged, or the precision is "
+                    "too low for it"
                 )
             self.scores[rows] = found
             self._count(rows, columns)
 
     def meet_others(self, start: int) -> None:
-        """Count the documents of a panel, for the queries whose own ones are in other blocks."""
+        """Count the documents of a panel for queries whose own documents are in other blocks."""
         width = self.block.documents
         panel = self._documents(start, self.panel)
         for first in range(0, len(self.above), self.block.queries):
@@ -178,7 +180,7 @@ class _Counting:
         self.above[rows] += found.cpu()
 
     def _among_equals(self, rows: slice, columns: slice) -> Tensor:
-        """How many of the documents that score higher are of the same text or query."""
+        """Count those among the higher-scoring documents that share the text or the query."""
         equals = self.equals
         found = torch.zeros(rows.stop - rows.start, dtype=torch.int32, device=self.device)
         here = np.flatnonzero(equals.repeated[rows])
@@ -189,7 +191,7 @@ class _Counting:
         for numbers in (equals.texts, equals.queries):
             left, right = numbers[rows][here], numbers[columns][there]
             if (left >= 0).any() and (right >= 0).any():
-                left, right = np.where(left < 0, -2, left), right  # alone: equal to no other
+                left = np.where(left < 0, -2, left)  # -1 must not equal -1
                 columns_of = torch.from_numpy(right).to(self.device)
                 same |= torch.from_numpy(left).to(self.device)[:, None] == columns_of
         places = torch.from_numpy(here).to(self.device), torch.from_numpy(there).to(self.device)
@@ -201,7 +203,7 @@ class _Counting:
         return slice(first, min(first + self.block.queries, len(self.above)))
 
     def _queries(self, first: int) -> Float[Tensor, "queries dim"]:
-        """A block of queries, one for each document."""
+        """Return a block of queries, one for each document."""
         owners = self.equals.owners[self._rows(first)]
         found = self.queries[int(owners[0]) : int(owners[-1]) + 1][owners - owners[0]]
         return self._filled(found, self.block.queries)
@@ -212,7 +214,7 @@ class _Counting:
         return self._filled(self.documents[start:stop], -(-(stop - start) // width) * width)
 
     def _filled(self, rows: np.ndarray, count: int) -> Float[Tensor, "rows dim"]:
-        """These vectors in float32, and zeros up to a number of rows."""
+        """Return the vectors in float32, padded with zeros to ``count`` rows."""
         found = np.zeros((count, rows.shape[1]), np.float32)
         found[: len(rows)] = rows
         return torch.from_numpy(found).to(self.device)
@@ -223,15 +225,15 @@ def _compare(
     own: Float[Tensor, "queries 1"],
     higher: Bool[Tensor, "queries docs"],
 ) -> None:
-    """Mark the scores that are higher than a row's own."""
+    """Mark the scores that are higher than the row's own score."""
     if scores.device.type != "cpu" or torch.get_num_threads() > _MANY_THREADS:
         torch.gt(scores, own, out=higher)
-    else:  # numpy takes less than half of torch's time
+    else:  # numpy needs less than half of torch's time
         np.greater(scores.numpy(), own.numpy(), out=higher.numpy())
 
 
 def _true_of_each_row(marks: Bool[Tensor, "queries docs"]) -> Tensor:
-    """How many are true in each row. Eight bytes are added as one number, up to 255 times."""
+    """Count the true values in each row. Eight bytes are added as one number, up to 255 times."""
     words = marks.view(torch.int64)  # [queries, docs / 8]
     most = math.gcd(words.shape[1], 128)  # no byte of a sum overflows into the next one
     sums = words.view(len(words), -1, most).sum(dim=2)  # [queries, parts]

@@ -1,9 +1,9 @@
-"""The rules on all pairs of some sources, and which pairs are left, by source and language.
+"""Applying the rules to all pairs of some sources, by source and language.
 
-A unit is a run of rows, so that a killed run goes on; its result is 25 bytes a pair in a file.
+A unit of work is a run of rows; its result is a file with 25 bytes per pair, so that a run that was
+killed continues.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,21 +19,21 @@ from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.curate.mining.documents import text_key
 from tercet.data.files.sources import Source
-from tercet.files.atomic import replacing_file
+from tercet.files.artifacts import fingerprint, fingerprint_number, write_arrays
 from tercet.files.records import readable
 
 ROWS: Final = 1 << 16  # of a unit
 _AT_ONCE: Final = 4096  # rows that are objects at the same time
-_VERSION: Final = 1  # of what a file of a unit says
+_VERSION: Final = 1  # of the files of units
 _CODES: Final = {reason: code for code, reason in enumerate((KEPT, *RULES))}
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
-    """A source and a language of it: what is filtered, counted and mixed as one."""
+class SourceLanguage:
+    """A language of a source: its pairs are filtered, counted and mixed together."""
 
     source: str
-    lang: str  # "" where rows do not tell
+    lang: str  # "" for rows that name no language
 
     @property
     def base(self) -> str:
@@ -42,19 +42,19 @@ class Key:
 
     @property
     def folder(self) -> str:
-        """Where its files go, such as ``news/lang=de``."""
+        """The folder of its files, such as ``news/lang=de``."""
         return f"{self.base}/lang={quote(self.lang, safe='')}" if self.lang else self.base
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Screened:
-    """All pairs of a key, in the order of the source, and which rule each of them breaks."""
+class ScreenedPairs:
+    """All pairs of a source and language, in file order, with the rule that each breaks."""
 
-    key: Key
+    key: SourceLanguage
     rows: Int64[np.ndarray, "pairs"]  # of the source, from 0
-    positives: Int32[np.ndarray, "pairs"]  # which of the row's, from 0
-    reasons: Int8[np.ndarray, "pairs"]  # 0: none
-    texts: UInt64[np.ndarray, "pairs"]  # keys of documents; equal texts have equal ones
+    positives: Int32[np.ndarray, "pairs"]  # of the row, from 0
+    reasons: Int8[np.ndarray, "pairs"]  # 0: breaks no rule
+    texts: UInt64[np.ndarray, "pairs"]  # keys of documents, equal for equal texts
 
     @property
     def left(self) -> Bool[np.ndarray, "pairs"]:
@@ -68,13 +68,13 @@ class Screened:
         return {rule: counts[_CODES[rule]] for rule in RULES}
 
     def reason(self, code: int) -> str:
-        """The rule of this number."""
+        """Return the rule with this code."""
         return (KEPT, *RULES)[code]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Screening:
-    """The job of asking the rules about each pair of some sources."""
+class ScreenJob:
+    """The job of applying the rules to each pair of some sources."""
 
     sources: Mapping[str, Source]  # by name
     rules: PairRules
@@ -83,16 +83,16 @@ class Screening:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the verdicts hang on, besides the texts."""
+        """All that the verdicts depend on, besides the texts."""
         return {"version": _VERSION, "rules": asdict(self.rules)}
 
     def open(self) -> DoUnit:
-        """Nothing is loaded."""
+        """Return the function that screens a unit; nothing has to be loaded."""
         return self._screen
 
     @property
     def units(self) -> list[WorkUnit]:
-        """Runs of rows of each source."""
+        """The runs of rows of each source."""
         return [
             WorkUnit(
                 f"{name}/{start // ROWS:06}",
@@ -104,10 +104,9 @@ class Screening:
         ]
 
     def path(self, unit: WorkUnit) -> Path:
-        """Where the verdicts of a unit are."""
-        told = json.dumps([self.settings, unit.reads], sort_keys=True)
-        digest = hashlib.blake2b(told.encode(), digest_size=12).hexdigest()
-        return self.work / "rules" / f"{digest}.npz"
+        """Return the file with the verdicts of a unit."""
+        about = json.dumps([self.settings, unit.reads], sort_keys=True)
+        return self.work / "rules" / f"{fingerprint(about, size=12)}.npz"
 
     def _screen(self, unit: WorkUnit) -> UnitReport:
         source, langs = self.sources[unit.reads["of"]], dict[str, int]()
@@ -117,18 +116,17 @@ class Screening:
             rows = range(first, min(first + _AT_ONCE, start + unit.size))
             for row, example in zip(rows, source.examples(rows), strict=True):
                 count = len(example.positives)
-                asked = text_key(example.query)
+                query = text_key(example.query)
                 keys = [text_key(text) for text in example.positives]
                 broken = self.rules.broken(example.query, example.positives, example.lang)
                 columns["rows"] += [row] * count
                 columns["positives"] += range(count)
                 columns["reasons"] += [_CODES[rule] for rule in broken]
                 columns["texts"] += keys
-                columns["pairs"] += [_pair_key(asked, key) for key in keys]
+                columns["pairs"] += [_pair_key(query, key) for key in keys]
                 columns["langs"] += [langs.setdefault(example.lang, len(langs))] * count
-        with replacing_file(self.path(unit)) as fresh, fresh.open("wb") as file:
-            arrays: Any = {name: np.array(columns[name], kind) for name, kind in _TYPES.items()}
-            np.savez(file, **arrays)
+        arrays = {name: np.array(columns[name], kind) for name, kind in _TYPES.items()}
+        write_arrays(self.path(unit), arrays)
         return {"langs": list(langs)}
 
 
@@ -142,28 +140,30 @@ _TYPES: Final = {
 }
 
 
-def screened(screening: Screening, manifest: Path, runner: Runner = LOOP) -> Iterator[Screened]:
-    """The pairs of each source and language, and the rules that they break, duplicates too.
+def screen_sources(
+    screening: ScreenJob, manifest: Path, runner: Runner = LOOP
+) -> Iterator[ScreenedPairs]:
+    """Yield the pairs of each source and language with the rules that they break.
 
-    Of equal pairs of a key the first one that breaks no other rule stays.
+    Of equal pairs of a source and language, the first that breaks no other rule stays.
 
     Raises:
-        DataError: when a source has changed since it was opened.
-        StorageError: when the disk refuses.
+        DataError: if a source has changed since it was opened.
+        StorageError: if the disk refuses.
     """
     waiting: list[tuple[WorkUnit, UnitReport]] = []
     for unit, report in run_units(screening, screening.units, manifest, runner=runner):
         if waiting and waiting[0][0].reads["of"] != unit.reads["of"]:
-            yield from _of_source(screening, waiting)
+            yield from _by_language(screening, waiting)
             waiting = []
         waiting.append((unit, report))
     if waiting:
-        yield from _of_source(screening, waiting)
+        yield from _by_language(screening, waiting)
 
 
-def _of_source(
-    screening: Screening, units: Sequence[tuple[WorkUnit, UnitReport]]
-) -> Iterator[Screened]:
+def _by_language(
+    screening: ScreenJob, units: Sequence[tuple[WorkUnit, UnitReport]]
+) -> Iterator[ScreenedPairs]:
     langs: dict[str, int] = {}
     parts: dict[str, list[np.ndarray]] = {name: [] for name in _TYPES}
     for unit, report in units:
@@ -176,10 +176,10 @@ def _of_source(
     for lang, code in langs.items():
         here = columns["langs"] == code
         own = {name: columns[name][here] for name in _TYPES}
-        if DUPLICATE in screening.rules.asked:
-            own["reasons"][_repeats(own["pairs"], own["reasons"])] = _CODES[DUPLICATE]
-        yield Screened(
-            Key(units[0][0].reads["of"], lang),
+        if DUPLICATE in screening.rules.applied:
+            own["reasons"][_duplicates(own["pairs"], own["reasons"])] = _CODES[DUPLICATE]
+        yield ScreenedPairs(
+            SourceLanguage(units[0][0].reads["of"], lang),
             own["rows"],
             own["positives"],
             own["reasons"],
@@ -187,15 +187,14 @@ def _of_source(
         )
 
 
-def _repeats(
+def _duplicates(
     pairs: UInt64[np.ndarray, "pairs"], reasons: Int8[np.ndarray, "pairs"]
-) -> Int64[np.ndarray, "repeats"]:
-    """The places of pairs that came before, among those that break no rule."""
+) -> Int64[np.ndarray, "duplicates"]:
+    """Return the places of later copies of pairs, among those that break no rule."""
     left = np.flatnonzero(reasons == _CODES[KEPT])
     _, first = np.unique(pairs[left], return_index=True)
     return np.delete(left, first)
 
 
 def _pair_key(query: int, document: int) -> int:
-    both = query.to_bytes(8, "little") + document.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little")
+    return fingerprint_number(query.to_bytes(8, "little") + document.to_bytes(8, "little"))

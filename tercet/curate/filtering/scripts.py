@@ -1,19 +1,19 @@
-"""The scripts that texts are written in, as far as they tell that two texts differ in language."""
+"""The scripts of texts, by which some differences in language are detected."""
 
 import unicodedata
 from collections import Counter
 from functools import lru_cache
 from typing import Final
 
-REQUIRED: Final = 0.2  # share of a script from which a question about the text has to use it too
+REQUIRED: Final = 0.2  # share of a script in a text from which questions must use it too
 FOREIGN: Final = 0.05  # share below which a text is not written in a script
 CLEAR: Final = 0.3  # share from which a question is written in a script
-TOUCHED: Final = 0.1  # share of a required script that is enough: names are often in another
+TOUCHED: Final = 0.1  # share of a required script that suffices: names are often in another
 
-READ: Final = 2000  # characters of a text that its script is told by
+READ: Final = 2000  # characters from which the script of a text is determined
 
 _KANA: Final = ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
-_OF_LANGUAGES: Final[dict[str, tuple[str, ...]]] = {  # those of one script that is not Latin
+_OF_LANGUAGES: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(("ru", "uk", "bg", "be", "mk", "kk", "ky", "tg"), ("CYRILLIC",)),
     **dict.fromkeys(("sr", "mn", "uz"), ("CYRILLIC", "LATIN")),
     **dict.fromkeys(("ar", "fa", "ur", "ps", "ug", "sd", "ckb"), ("ARABIC",)),
@@ -35,10 +35,10 @@ _OF_LANGUAGES: Final[dict[str, tuple[str, ...]]] = {  # those of one script that
 
 
 def script_shares(text: str) -> dict[str, float]:
-    """The part of a text's letters that each script has; none for a text without letters.
+    """Return the share of each script among a text's letters, the largest first.
 
-    A script is the first word of a letter's Unicode name. Both kana are one: no text in Japanese
-    has to use the two.
+    A script is the first word of a letter's Unicode name. Both kana count as one, because a
+    Japanese text may use only one of them.
     """
     found = Counter(map(_script, unicodedata.normalize("NFKC", text)))
     del found[""]
@@ -47,12 +47,12 @@ def script_shares(text: str) -> dict[str, float]:
 
 
 def same_scripts(question: str, passage: str) -> bool:
-    """Whether a question may be in the language of a passage, as far as their scripts tell.
+    """Return whether a question and a passage may be in the same language, judging by scripts.
 
-    The question has to use each script that a fifth of the passage's letters have, and must not
-    be written in one that the passage lacks. Where another script has a fifth, Latin letters are
-    names and are not asked for. Languages of one script, such as German and English, are not told
-    apart.
+    The question must use each script of at least a fifth of the passage's letters, and must not
+    be written in one that the passage lacks. Latin letters are not required if another script has
+    a fifth: they are often names. Languages of the same script, such as German and English, are
+    not distinguished.
     """
     asked, given = script_shares(question), script_shares(passage)
     required = {name for name, share in given.items() if share >= REQUIRED and name != "LATIN"}
@@ -60,19 +60,19 @@ def same_scripts(question: str, passage: str) -> bool:
         required = required - {"CJK"} | {"KANA"}
     required = required or set(list(given)[:1])
     lost = any(asked.get(name, 0.0) < TOUCHED for name in required)
-    strange = any(
+    foreign = any(
         share >= CLEAR and given.get(name, 0.0) < FOREIGN for name, share in asked.items()
     )
-    return not lost and not strange
+    return not lost and not foreign
 
 
 def fits_language(text: str, lang: str, *, names: bool = False) -> bool:
-    """Whether a text may be in a language, as far as its script tells.
+    """Return whether a text may be in a language, judging by its script.
 
-    A tenth of its letters has to be in a script of the language: names are often in Latin ones.
-    With ``names`` Latin letters alone do as well, for a text that may be nothing but a name.
-    Any text fits a language that is not told, or whose script is not known here, and one without
-    letters fits all. Languages of one script are not told apart.
+    A tenth of its letters must be in a script of the language: names are often in Latin letters.
+    With ``names`` Latin letters alone suffice, for texts that may be just a name. Texts without
+    letters fit all languages, and all texts fit an unknown language. Languages of the same script
+    are not distinguished.
     """
     wanted = _OF_LANGUAGES.get(lang.replace("-", "_").partition("_")[0].lower())
     shares = script_shares(text[:READ]) if wanted else {}
@@ -84,7 +84,7 @@ def fits_language(text: str, lang: str, *, names: bool = False) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _script(char: str) -> str:
-    """The script of a letter; nothing for any other character."""
+    """Return the script of a letter, or "" for any other character."""
     if not char.isalpha():
         return ""
     name = unicodedata.name(char, "").partition(" ")[0]

@@ -29,8 +29,9 @@ from tercet.curate.mining.finders import Queries
 from tercet.evaluate.measures.bm25 import K1, B, Split, by_words
 from tercet.files.atomic import clear_about
 from tercet.files.progress import Advance
+from tercet.kinds import Kind
 from tercet.segments import offsets_of
-from tercet.vectors import Kind, Terms, Vectors
+from tercet.vectors import Terms, Vectors
 
 _WORD: Final = np.dtype([("id", np.int32), ("times", np.int32)])
 

@@ -28,8 +28,7 @@ from tercet.files.progress import Advance
 from tercet.files.records import readable
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
-from tercet.rank.exact import Hits, check_queries
-from tercet.rank.topk import Best
+from tercet.rank.topk import Hits, TopK, check_queries
 from tercet.search.export import first_broken
 from tercet.types import Role
 from tercet.vectors import Vectors
@@ -104,7 +103,7 @@ class Pool:
             return Hits(np.zeros(shape, np.float32), np.zeros(shape, np.int64))
         check_queries(queries, _opened(self.shards[0]).shape[1])
         parts = torch.from_numpy(np.ascontiguousarray(queries)).split(_TOGETHER)
-        best = [Best(len(part), k) for part in parts]
+        best = [TopK(len(part), k) for part in parts]
         product = torch.empty(_TOGETHER * SHARD)
         for number, path in enumerate(self.shards):
             docs = torch.from_numpy(np.array(_opened(path)))

@@ -9,7 +9,7 @@ from jaxtyping import Float32, Int64
 from tercet.curate.mining.documents import Pool
 from tercet.files.progress import Advance
 from tercet.models.settings import Settings
-from tercet.rank.exact import Hits
+from tercet.rank.topk import Hits
 
 By: TypeAlias = Literal["dense", "sparse", "multi", "hybrid", "bm25"]
 """Which scores decide: those of one kind of vectors, a weighted sum of several, or BM25's."""

@@ -1,12 +1,11 @@
-"""Folders of training data: each file or sub-folder a source, and each language one of its own.
+"""Folders of training data: each file or sub-folder is a source, and so is each of its languages.
 
 A file ``news.parquet`` of a folder is the source ``news``, and so is a folder ``news`` with shards
 in it, at any depth. The language of a row is its field ``lang``, or else that of a part of its
 path such as ``lang=de``. The rows of a language are the source ``news/de``; those without one are
-``news``. The pair of source and language is what batches are made of, and what is counted.
+``news``. Batches are made, and rows counted, by source and language.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,19 @@ from typing import Final
 import numpy as np
 
 from tercet.data.files.readers import WINDOW_BLOCKS, ShardReader, stamp_of
-from tercet.data.files.remembered import joined_sizes, scanned
-from tercet.data.files.scan import EXAMPLE_FORMAT, Part, Piece, RecordFormat, ReportProgress, Told
+from tercet.data.files.scan import (
+    EXAMPLE_FORMAT,
+    FileFacts,
+    LanguageRows,
+    ReadableRows,
+    RecordFormat,
+    ReportProgress,
+    cached_scan,
+    joined_sizes,
+)
 from tercet.data.files.sources import Source, in_language, iter_examples
 from tercet.errors import DataError
+from tercet.files.artifacts import fingerprint
 from tercet.files.records import readable
 from tercet.types import Example
 
@@ -36,11 +44,11 @@ class Shard:
 
     path: Path
     source: str  # the name of the source, without a language
-    lang: str = ""  # of its path; that of a row goes before it
+    lang: str = ""  # named by its path; the language of a row takes precedence
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class SourceFiles:
     """The files of one source, in the order of their names."""
 
     name: str
@@ -48,19 +56,21 @@ class Group:
     shards: tuple[Shard, ...]
 
 
-def find_groups(path: Path | str, suffixes: Sequence[str] = EXAMPLE_FORMAT.suffixes) -> list[Group]:
-    """The sources that a file or a folder holds, by name; nothing is opened.
+def find_groups(
+    path: Path | str, suffixes: Sequence[str] = EXAMPLE_FORMAT.suffixes
+) -> list[SourceFiles]:
+    """Return the sources that a file or a folder holds, by name; nothing is opened.
 
     Each direct child of a folder is a source: a file, or a folder with files at any depth. A
     folder whose children are ``lang=de``, ``lang=fr`` is one source. Names that begin with a dot or
-    an underscore are left alone.
+    an underscore are skipped.
 
     Raises:
-        DataError: where there is no file to read, or two sources would have one name.
+        DataError: if there is no file to read, or two sources would have one name.
     """
     path = Path(path)
     if not path.is_dir():
-        return [Group(path.stem, path, (Shard(path, path.stem),))]
+        return [SourceFiles(path.stem, path, (Shard(path, path.stem),))]
     unread: list[Path] = []
     with readable(path):
         groups = [_group(*named, suffixes, unread) for named in _named_children(path)]
@@ -71,7 +81,7 @@ def find_groups(path: Path | str, suffixes: Sequence[str] = EXAMPLE_FORMAT.suffi
     if unread:
         names = ", ".join(str(each.relative_to(path)) for each in unread[:SHOWN])
         more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
-        log.warning("%s: not read, being no data: %s%s", path, names, more)
+        log.warning("%s: skipped files of other types: %s%s", path, names, more)
     for one, other in pairwise(groups):
         if one.name == other.name:
             raise DataError(
@@ -90,12 +100,12 @@ def open_sources(
     progress: ReportProgress | None = None,
     record_format: RecordFormat = EXAMPLE_FORMAT,
 ) -> list[Source]:
-    """The sources of a file or a folder, one for each language of each, checked and readable.
+    """Check the sources of a file or a folder, and open one for each language of each.
 
-    Every file is read once from end to end. ``progress`` is told the part that is done, up to 1.
+    Every file is read once from end to end. ``progress`` is called with the part that is done.
 
     Raises:
-        DataError: at the first record that is not an example, naming file and line, and where a
+        DataError: at the first record that is not an example, naming file and line, and if a
             folder holds nothing to read.
     """
     groups = find_groups(path, record_format.suffixes)
@@ -103,54 +113,44 @@ def open_sources(
     total, done = max(sum(sizes.values()), 1), 0
     sources: list[Source] = []
     for group in groups:
-        found: dict[str, list[Piece]] = {}
+        found: dict[str, list[ReadableRows]] = {}
         for shard in group.shards:
             share = sizes[shard.path] / total
-            tell = None if progress is None else _part_of(progress, done / total, share)
-            told = Told(group.name, shard.lang, by_language=True)
-            for piece in scanned(shard.path, record_format, told, tell).pieces(record_format):
-                found.setdefault(piece.part.lang, []).append(piece)
+            report = None if progress is None else _part_of(progress, done / total, share)
+            facts = FileFacts(group.name, shard.lang, by_language=True)
+            scan = cached_scan(shard.path, record_format, facts, report)
+            for piece in scan.readable(record_format):
+                found.setdefault(piece.rows.lang, []).append(piece)
             done += sizes[shard.path]
         sources += [_joined(group, found[lang], record_format, weight) for lang in sorted(found)]
     return sources
 
 
-def iter_rows(path: Path | str) -> Iterator[Example]:
-    """The examples of a file, or of all files of a folder, from first to last.
-
-    Each says its task and its language, as those of :func:`open_sources` do.
-
-    Raises:
-        DataError: at the first record that is not an example, naming file and line.
-    """
-    for group in find_groups(path):
-        for shard in group.shards:
-            yield from shard_examples(shard)
-
-
 def shard_examples(shard: Shard) -> Iterator[Example]:
-    """The examples of one file of a source."""
+    """Yield the examples of one file of a source, with their task and language."""
     for example in iter_examples(shard.path, shard.source):
         yield in_language(example, shard.lang)
 
 
 def _joined(
-    group: Group, pieces: Sequence[Piece], record_format: RecordFormat, weight: float | int
+    group: SourceFiles,
+    pieces: Sequence[ReadableRows],
+    record_format: RecordFormat,
+    weight: float | int,
 ) -> Source:
-    """The rows of one language, of all shards one after the other."""
-    parts = [piece.part for piece in pieces]
+    """Join the rows of one language of all shards to a source."""
+    parts = [piece.rows for piece in pieces]
     lang = parts[0].lang
     reader, blocks, window = pieces[0].reader, pieces[0].blocks, pieces[0].window
-    sizes, fingerprint = parts[0].sizes, parts[0].fingerprint
+    sizes, joined = parts[0].sizes, parts[0].fingerprint
     if len(pieces) > 1:
         firsts = np.cumsum([0, *(len(part.sizes) for part in parts[:-1])], dtype=np.int64)
         reader = ShardReader(tuple(piece.reader for piece in pieces), firsts)
         blocks = np.concatenate([p.blocks + first for p, first in zip(pieces, firsts, strict=True)])
-        # A file that is one block says nothing of how many blocks are cheap to read in turns.
+        # A file of one block does not show how many blocks are cheap to read in turns.
         window = min((p.window for p in pieces if len(p.blocks) > 1), default=WINDOW_BLOCKS)
-        joined = " ".join(part.fingerprint for part in parts)
-        fingerprint = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
-        sizes = joined_sizes([part.sizes for part in parts], fingerprint)
+        joined = fingerprint(" ".join(part.fingerprint for part in parts))
+        sizes = joined_sizes([part.sizes for part in parts], joined)
     return Source(
         path=group.path,
         name=f"{group.name}/{lang}" if lang else group.name,
@@ -158,7 +158,7 @@ def _joined(
         sizes=sizes,
         blocks=blocks,
         window=window,
-        fingerprint=fingerprint,
+        fingerprint=joined,
         reader=reader,
         parse=record_format.parse,
         prompts=_prompts(parts),
@@ -168,8 +168,8 @@ def _joined(
     )
 
 
-def _prompts(parts: Sequence[Part]) -> dict[str, dict[str, str]]:
-    """Of each task and role the first prompt, an empty one last."""
+def _prompts(parts: Sequence[LanguageRows]) -> dict[str, dict[str, str]]:
+    """Return the first prompt of each task and role; an empty one only if there is no other."""
     found: dict[str, dict[str, str]] = {}
     for part in parts:
         for task, prompts in part.prompts.items():
@@ -179,18 +179,18 @@ def _prompts(parts: Sequence[Part]) -> dict[str, dict[str, str]]:
 
 
 def _named_children(folder: Path) -> list[tuple[str, Path]]:
-    """What is a source of its own, by name; the folder itself where its children are languages."""
+    """Return the sources of a folder by name; the folder itself if its children are languages."""
     children = sorted(child for child in folder.iterdir() if not _is_hidden(child))
     if any(child.name.startswith(LANGUAGE) for child in children):
         return [(folder.resolve().name, folder)]
     return [(child.name if child.is_dir() else child.stem, child) for child in children]
 
 
-def _group(name: str, path: Path, suffixes: Sequence[str], unread: list[Path]) -> Group:
-    """The files of a source; those that cannot be read are noted."""
+def _group(name: str, path: Path, suffixes: Sequence[str], unread: list[Path]) -> SourceFiles:
+    """Collect the files of a source; files of other types are added to ``unread``."""
     files = [path] if path.is_file() else sorted(_files(path))
     unread += [file for file in files if file.suffix not in suffixes]
-    return Group(
+    return SourceFiles(
         name,
         path,
         tuple(
@@ -212,7 +212,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _language(path: Path) -> str:
-    """What the innermost ``lang=de`` of a path says."""
+    """Return the language that the innermost ``lang=de`` of a path names."""
     named = [part for part in path.parts if part.startswith(LANGUAGE)]
     return named[-1].removeprefix(LANGUAGE).partition(".")[0] if named else ""
 

@@ -1,6 +1,6 @@
-"""Reading the records of some rows: lines of a file, row groups of another, shards of a folder.
+"""Readers of the records of given rows: lines of a file, row groups, shards of a folder.
 
-No reader holds an open file, so that it can be pickled, and read from several threads.
+No reader holds an open file, so it can be pickled and used by several threads.
 """
 
 import json
@@ -21,19 +21,19 @@ from tercet.files.records import columns_of, open_parquet, readable
 
 CACHED_BYTES: Final = 1 << 28  # 256 MiB: two windows of one file's row groups fit into it
 KEPT_BYTES: Final = 1 << 30  # 1 GiB of row groups in memory, of all files; at least two groups
-WINDOW_BLOCKS: Final = 8  # so many are shuffled together, if two such windows fit in the cache
+WINDOW_BLOCKS: Final = 8  # are shuffled together, if two such windows fit in the cache
 LINES_BYTES: Final = 1 << 26  # 64 MiB of lines are a block of the shuffle
 
-Stamp: TypeAlias = tuple[int, int]
-"""What tells that a file was written to, without reading it: its size and its time."""
+FileStamp: TypeAlias = tuple[int, int]
+"""The size and modification time of a file, which change when it is written to."""
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """Gives the records of some rows, in the order asked for."""
+    """Reads the records of given rows, in the given order."""
 
     def read(self, rows: Sequence[int]) -> list[object]:
-        """The records of these rows."""
+        """Return the records of these rows."""
         ...
 
 
@@ -42,12 +42,12 @@ class LineReader:
     """Reads lines by seeking to where they begin."""
 
     path: Path
-    stamp: Stamp
+    stamp: FileStamp
     offsets: np.ndarray  # [rows] int64
     decode: Callable[[str], object] = json.loads
 
     def read(self, rows: Sequence[int]) -> list[object]:
-        """The records of these lines; read in the order of the file."""
+        """Return the records of these lines, which are read in the order of the file."""
         check_stamp(self.path, self.stamp)
         wanted = np.asarray(rows, np.int64)
         lines = [b""] * len(wanted)
@@ -63,15 +63,15 @@ class LineReader:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParquetReader:
-    """Reads row groups; all readers together keep those used last, up to 1 GiB of them."""
+    """Reads row groups; all readers share a cache of the last used ones, of up to 1 GiB."""
 
     path: Path
-    stamp: Stamp
+    stamp: FileStamp
     blocks: np.ndarray  # [row groups] int64, the first row of each
     fields: Sequence[str] = EXAMPLE_FIELDS
 
     def read(self, rows: Sequence[int]) -> list[object]:
-        """The records of these rows; each row group is touched once."""
+        """Return the records of these rows; each row group is read once."""
         check_stamp(self.path, self.stamp)
         wanted = np.asarray(rows, np.int64)
         groups = np.searchsorted(self.blocks, wanted, side="right") - 1
@@ -87,7 +87,7 @@ class ParquetReader:
 
     def _group(self, group: int) -> pa.Table:
         key = (self.path, self.stamp, tuple(self.fields), group)
-        return kept.get(key, lambda: self._load(group))
+        return row_group_cache.get(key, lambda: self._load(group))
 
     def _load(self, group: int) -> pa.Table:
         with open_parquet(self.path) as file:
@@ -95,15 +95,15 @@ class ParquetReader:
             return file.read_row_group(group, columns=columns, use_threads=False)
 
 
-class _Kept:
-    """The row groups that were used last, of all files and for all threads of this process."""
+class _RowGroupCache:
+    """The last used row groups of all files, for all threads of this process."""
 
     def __init__(self) -> None:
         self._tables: OrderedDict[tuple[object, ...], pa.Table] = OrderedDict()
         self._bytes, self._lock = 0, Lock()
 
     def get(self, key: tuple[object, ...], load: Callable[[], pa.Table]) -> pa.Table:
-        """A row group, read if it is not held; two threads may read the same one."""
+        """Return a row group, loading it if needed; two threads may load the same one."""
         with self._lock:
             table = self._tables.get(key)
         table = load() if table is None else table
@@ -116,35 +116,31 @@ class _Kept:
                 self._bytes -= self._tables.popitem(last=False)[1].nbytes
         return table
 
-    def groups_of(self, path: Path) -> list[object]:
-        """Which row groups of a file are held."""
-        return [key[-1] for key in self._tables if key[0] == path]
 
-
-kept: Final = _Kept()
+row_group_cache: Final = _RowGroupCache()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChosenReader:
-    """Reads some of the rows of another reader, such as those of one language."""
+    """Reads a selection of the rows of another reader, such as those of one language."""
 
     whole: Reader
     rows: np.ndarray  # [rows] of the other, ascending
 
     def read(self, rows: Sequence[int]) -> list[object]:
-        """The records of these rows."""
+        """Return the records of these rows."""
         return self.whole.read(self.rows[np.asarray(rows, np.int64)].tolist())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardReader:
-    """Reads several files as if they stood one after the other."""
+    """Reads several files as if they were one."""
 
     parts: tuple[Reader, ...]
     firsts: np.ndarray  # [parts] int64, the first row of each
 
     def read(self, rows: Sequence[int]) -> list[object]:
-        """The records of these rows; each part is read once."""
+        """Return the records of these rows; each part is read once."""
         wanted = np.asarray(rows, np.int64)
         owners = np.searchsorted(self.firsts, wanted, side="right") - 1
         records: list[object] = [None] * len(wanted)
@@ -157,7 +153,7 @@ class ShardReader:
 
 
 def row_groups(path: Path) -> tuple[np.ndarray, int]:
-    """The first row of each row group, and how many groups a window of the shuffle spans."""
+    """Return the first row of each row group, and the groups per window of the shuffle."""
     with readable(path):
         metadata = pq.read_metadata(path)
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -168,34 +164,34 @@ def row_groups(path: Path) -> tuple[np.ndarray, int]:
 
 
 def line_blocks(offsets: np.ndarray) -> np.ndarray:
-    """The first row of each 64 MiB of lines; a file that is shorter is one block."""
+    """Return the first row of each 64 MiB of lines; a shorter file is one block."""
     ends = np.arange(0, int(offsets[-1]) + 1, LINES_BYTES)
     return np.unique(np.searchsorted(offsets, ends)).astype(np.int64)
 
 
 def blocks_among(rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """The first of some ascending rows in each block, as its place among them."""
+    """Return the places, among ascending rows, of the first row of each block."""
     firsts = np.unique(np.searchsorted(rows, blocks))
     return firsts[firsts < len(rows)].astype(np.int64)
 
 
-def stamp_of(path: Path) -> Stamp:
-    """The size and the time of a file."""
+def stamp_of(path: Path) -> FileStamp:
+    """Return the size and modification time of a file."""
     with readable(path):
         status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def check_stamp(path: Path, stamp: Stamp) -> None:
-    """Stop where a file was written to.
+def check_stamp(path: Path, stamp: FileStamp) -> None:
+    """Raise if a file was written to.
 
     Raises:
-        DataError: saying so.
+        DataError: if its size or time has changed.
     """
     if stamp_of(path) != stamp:
         raise changed(path)
 
 
 def changed(path: Path) -> DataError:
-    """A file is no longer the one that was opened."""
+    """Return the error that a file is no longer the one that was opened."""
     return DataError(path, None, "has changed since it was opened; start the command again")

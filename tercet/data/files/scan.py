@@ -1,10 +1,17 @@
-"""One reading of a file from end to end: every record checked, and what has to be known of it."""
+"""One pass over a file that checks every record, and the cache of what large files hold.
+
+Where rows begin and how long they are is kept in the cache as plain arrays, which are mapped: the
+memory of a process does not grow with rows. An entry is used for a file of the same size, time,
+beginning and end. The cache is ``$TERCET_CACHE/sources``, or ``~/.cache/tercet/sources``, and may
+be deleted.
+"""
 
 import hashlib
 import json
+import logging
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -14,33 +21,43 @@ from tercet.data.files.examples import EXAMPLE_FIELDS, POSITIVES, QUERY, parse_e
 from tercet.data.files.readers import (
     WINDOW_BLOCKS,
     ChosenReader,
+    FileStamp,
     LineReader,
     ParquetReader,
     Reader,
-    Stamp,
     blocks_among,
     check_stamp,
     line_blocks,
     row_groups,
     stamp_of,
 )
-from tercet.errors import DataError
-from tercet.files.records import Record, iter_records, parsed
+from tercet.errors import DataError, StorageError
+from tercet.files.artifacts import KeptResults, fingerprint_of_ends, write_npy_rows
+from tercet.files.atomic import replacing_file
+from tercet.files.records import Record, iter_records, parsed, readable
+from tercet.models.zoo.zoo import cache_folder
 from tercet.types import Example
 
-ROWS_PER_REPORT: Final = 1000  # how often progress is told
-MAX_TASKS: Final = 1000  # of one file, whose prompts are remembered
+ROWS_PER_REPORT: Final = 1000  # how often progress is reported
+MAX_TASKS: Final = 1000  # of one file, whose prompts are kept
 MAX_LANGUAGES: Final = 1000  # of one file
+LARGE_BYTES: Final = 1 << 23  # 8 MiB: a smaller file is read as quickly as it is looked up
+LARGE_ROWS: Final = 1 << 20  # of a source of several files, whose sizes are joined on disk
+_ENDS: Final = 1 << 16  # bytes of the beginning and of the end that have to be the same
+_VERSION: Final = 1  # raise it when another reading of the same file gives other results
+_KEPT_FACTS: Final = ("lang", "fingerprint", "prompts", "without_negatives")
+
+log = logging.getLogger("tercet")
 
 Parse: TypeAlias = Callable[[object, str], Example]
 """A record and the task of one that names none, to the example it holds, or a ValueError."""
 
 ReportProgress: TypeAlias = Callable[[float], None]
-"""Is told the part that is done, up to 1."""
+"""Is called with the part that is done, up to 1."""
 
 
 def example_records(path: Path) -> Iterator[Record]:
-    """The records of a file that should hold examples."""
+    """Yield the records of a file that should hold examples."""
     return iter_records(path, EXAMPLE_FIELDS, needs=(QUERY, POSITIVES))
 
 
@@ -48,7 +65,7 @@ def example_records(path: Path) -> Iterator[Record]:
 class RecordFormat:
     """What the records of a file are, and how they are read."""
 
-    about: str = "examples"  # differs where another kind would make other examples of a file
+    about: str = "examples"  # differs where another format makes other examples of a file
     records: Callable[[Path], Iterator[Record]] = example_records
     parse: Parse = parse_example
     fields: tuple[str, ...] = EXAMPLE_FIELDS  # columns of a parquet file that are read
@@ -60,117 +77,131 @@ class RecordFormat:
         return (".jsonl", ".parquet") if self.plain is None else (".jsonl", ".parquet", ".txt")
 
     def decode(self, path: Path) -> Callable[[str], object]:
-        """What a line of this file says."""
+        """Return the function that reads a line of this file."""
         return json.loads if self.plain is None or path.suffix != ".txt" else self.plain
 
 
 EXAMPLE_FORMAT: Final = RecordFormat()
 
 
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What is known of a file before it is read."""
+
+    task: str  # of examples that name none
+    lang: str = ""  # of examples that name none
+    by_language: bool = False  # whether each language is a source
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """The rows of one language of a file, or all of them where languages are not told apart."""
+class LanguageRows:
+    """The rows of one language of a file, or all rows where languages are not separated."""
 
     lang: str
     where: np.ndarray  # [rows] int64, ascending: the byte of each line, or the row of a parquet
     sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text
-    fingerprint: str  # of what the records say
+    fingerprint: str  # of the content of the records
     prompts: Mapping[str, Mapping[str, str]]  # task, role: the first
-    without_negatives: int  # examples that bring none
+    without_negatives: int  # examples that have none
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scan:
-    """What one reading of a file told."""
+class ReadableRows:
+    """Rows of a file, and how they are read."""
 
-    path: Path
-    stamp: Stamp
-    parts: tuple[Part, ...]  # by language
-
-    def pieces(self, record_format: RecordFormat) -> "list[Piece]":
-        """Each part with what reads it."""
-        if self.path.suffix != ".parquet":
-            return [_lines(self, part, record_format) for part in self.parts]
-        blocks, window = row_groups(self.path)
-        whole = ParquetReader(self.path, self.stamp, blocks, record_format.fields)
-        if len(self.parts) == 1:
-            return [Piece(self.parts[0], whole, blocks, window)]
-        return [
-            Piece(part, ChosenReader(whole, part.where), blocks_among(part.where, blocks), window)
-            for part in self.parts
-        ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """A part of a file, and how it is read."""
-
-    part: Part
+    rows: LanguageRows
     reader: Reader
     blocks: np.ndarray  # [blocks] int64, the first row of each block that is cheap to read whole
     window: int  # blocks that are cheap to read in turns
 
 
-def _lines(found: Scan, part: Part, record_format: RecordFormat) -> Piece:
-    blocks = line_blocks(part.where)
-    reader = LineReader(found.path, found.stamp, part.where, record_format.decode(found.path))
-    return Piece(part, reader, blocks, 1 if len(blocks) == 1 else WINDOW_BLOCKS)
+@dataclass(frozen=True, slots=True, eq=False)
+class FileScan:
+    """The result of one pass over a file."""
+
+    path: Path
+    stamp: FileStamp
+    parts: tuple[LanguageRows, ...]  # by language
+
+    def readable(self, record_format: RecordFormat) -> list[ReadableRows]:
+        """Return the rows of each language with their reader."""
+        if self.path.suffix != ".parquet":
+            decode = record_format.decode(self.path)
+            return [self._lines(part, decode) for part in self.parts]
+        blocks, window = row_groups(self.path)
+        whole = ParquetReader(self.path, self.stamp, blocks, record_format.fields)
+        if len(self.parts) == 1:
+            return [ReadableRows(self.parts[0], whole, blocks, window)]
+        return [
+            ReadableRows(
+                part, ChosenReader(whole, part.where), blocks_among(part.where, blocks), window
+            )
+            for part in self.parts
+        ]
+
+    def _lines(self, part: LanguageRows, decode: Callable[[str], object]) -> ReadableRows:
+        blocks = line_blocks(part.where)
+        reader = LineReader(self.path, self.stamp, part.where, decode)
+        return ReadableRows(part, reader, blocks, 1 if len(blocks) == 1 else WINDOW_BLOCKS)
 
 
 @dataclass(slots=True)
-class _Growing:
-    """What is known of a part so far; 12 bytes a row."""
+class _GrowingRows:
+    """The rows of one language so far; 12 bytes each."""
 
     where: array = field(default_factory=lambda: array("q"))
     sizes: array = field(default_factory=lambda: array("i"))
     prompts: dict[str, dict[str, str]] = field(default_factory=dict)
-    bare: int = 0
+    without_negatives: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def add(self, record: Record, place: int, example: Example) -> None:
         self.where.append(place)
-        self.sizes.append(longest_text_bytes(example))
-        _note_prompts(self.prompts, example)
-        self.bare += not example.negatives
+        texts = (example.query, *example.positives, *example.negatives)
+        self.sizes.append(max(len(text.encode()) for text in texts))
+        self._note_prompts(example)
+        self.without_negatives += not example.negatives
         self.digest.update(record.content)
 
-    def part(self, lang: str) -> Part:
-        return Part(
+    def _note_prompts(self, example: Example) -> None:
+        """Keep the first prompt that a task's examples have for each role, a blank one last."""
+        given = {"query": example.query_prompt, "document": example.document_prompt}
+        found = {role: prompt for role, prompt in given.items() if prompt is not None}
+        if found and (example.task in self.prompts or len(self.prompts) < MAX_TASKS):
+            known = self.prompts.setdefault(example.task, {})
+            known.update({role: prompt for role, prompt in found.items() if not known.get(role)})
+
+    def finished(self, lang: str) -> LanguageRows:
+        return LanguageRows(
             lang=lang,
             where=np.frombuffer(self.where, np.int64),
             sizes=np.frombuffer(self.sizes, np.int32),
             fingerprint=self.digest.hexdigest(),
             prompts=self.prompts,
-            without_negatives=self.bare,
+            without_negatives=self.without_negatives,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What is known of a file before it is read."""
-
-    task: str  # of examples that name none
-    lang: str = ""  # of examples that name none
-    by_language: bool = False  # whether each language is a part of its own
-
-
 def scan(
-    path: Path, record_format: RecordFormat, told: Told, progress: ReportProgress | None = None
-) -> Scan:
+    path: Path,
+    record_format: RecordFormat,
+    facts: FileFacts,
+    progress: ReportProgress | None = None,
+) -> FileScan:
     """Read a file once and check every record.
 
     Raises:
-        DataError: at the first record that is not what it should be, naming the line.
+        DataError: at the first record that is invalid, naming the line.
     """
     stamp = stamp_of(path)
-    growing: dict[str, _Growing] = {}
+    growing: dict[str, _GrowingRows] = {}
     rows, is_parquet = 0, path.suffix == ".parquet"
     for record in record_format.records(path):
-        example = parsed(path, record, lambda it: record_format.parse(it.value, told.task))
-        lang = (example.lang or told.lang) if told.by_language else ""
+        example = parsed(path, record, lambda it: record_format.parse(it.value, facts.task))
+        lang = (example.lang or facts.lang) if facts.by_language else ""
         if lang not in growing:
             _check_language(path, record, lang, len(growing))
-            growing[lang] = _Growing()
+            growing[lang] = _GrowingRows()
         growing[lang].add(record, rows if is_parquet else record.offset, example)
         rows += 1
         if progress is not None and rows % ROWS_PER_REPORT == 0:
@@ -178,22 +209,100 @@ def scan(
     if progress is not None:
         progress(1.0)
     check_stamp(path, stamp)
-    return Scan(path, stamp, tuple(growing[lang].part(lang) for lang in sorted(growing)))
+    return FileScan(path, stamp, tuple(growing[lang].finished(lang) for lang in sorted(growing)))
 
 
-def longest_text_bytes(example: Example) -> int:
-    """UTF-8 bytes of the longest text of an example, prompts not counted."""
-    texts = (example.query, *example.positives, *example.negatives)
-    return max(len(text.encode()) for text in texts)
+def cached_scan(
+    path: Path,
+    record_format: RecordFormat,
+    facts: FileFacts,
+    progress: ReportProgress | None = None,
+) -> FileScan:
+    """Return the result of :func:`scan`, from the cache where a large file is known.
+
+    Raises:
+        DataError: at the first record that is invalid, naming the line.
+    """
+    if stamp_of(path)[0] < LARGE_BYTES:
+        return scan(path, record_format, facts, progress)
+    cache = KeptResults(cache_folder() / "sources", _VERSION, mapped=True)
+    key = (str(path.resolve()), record_format.about, asdict(facts))
+    found = _known(cache, key, path)
+    if found is None:
+        found = scan(path, record_format, facts, progress)
+        try:
+            _keep(cache, key, found)
+        except StorageError as error:  # only a cache: the result itself is here
+            log.warning("%s will be read again next time: %s", path, error)
+        return _known(cache, key, path) or found
+    if progress is not None:
+        progress(1.0)
+    return found
 
 
-def _note_prompts(prompts: dict[str, dict[str, str]], example: Example) -> None:
-    """Remember the first prompt that a task's examples bring for each role, an empty one last."""
-    given = {"query": example.query_prompt, "document": example.document_prompt}
-    found = {role: prompt for role, prompt in given.items() if prompt is not None}
-    if found and (example.task in prompts or len(prompts) < MAX_TASKS):
-        of_task = prompts.setdefault(example.task, {})
-        of_task.update({role: prompt for role, prompt in found.items() if not of_task.get(role)})
+def joined_sizes(parts: Sequence[np.ndarray], fingerprint: str) -> np.ndarray:
+    """Return the sizes of several files' rows, one after the other; mapped where they are many.
+
+    ``fingerprint`` is that of all these rows.
+    """
+    rows = sum(map(len, parts))
+    if rows < LARGE_ROWS:
+        return np.concatenate(parts)
+    path = cache_folder() / "sources" / f"sizes-{fingerprint}.npy"
+    try:
+        if not path.exists():
+            with replacing_file(path) as fresh, fresh.open("wb") as file:
+                write_npy_rows(file, (rows,), "<i4", parts)
+        found = np.load(path, mmap_mode="r")
+        if found.shape == (rows,) and found.dtype == np.int32:
+            return found
+    except (StorageError, OSError, ValueError) as error:
+        log.warning("%s: cannot be used, so sizes are held in memory: %s", path, error)
+    return np.concatenate(parts)
+
+
+def _keep(cache: KeptResults, key: tuple[Any, ...], found: FileScan) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    parts: list[dict[str, Any]] = []
+    for number, part in enumerate(found.parts):
+        arrays |= {f"{number}-where": part.where, f"{number}-sizes": part.sizes}
+        parts.append({name: getattr(part, name) for name in _KEPT_FACTS})
+    facts = {
+        "path": str(found.path.resolve()),
+        "stamp": list(found.stamp),
+        "ends": _ends(found.path),
+        "parts": parts,
+    }
+    cache.keep(facts, arrays, *key)
+
+
+def _known(cache: KeptResults, key: tuple[Any, ...], path: Path) -> FileScan | None:
+    """Return what the cache holds of the file; None if it has changed or the entry is damaged."""
+    stamp, kept = stamp_of(path), cache.find(*key)
+    if kept is None:
+        return None
+    facts, arrays = kept
+    try:
+        if facts["stamp"] != list(stamp) or facts["ends"] != _ends(path):
+            return None
+        parts = [_kept_rows(arrays, number, part) for number, part in enumerate(facts["parts"])]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return FileScan(path, stamp, tuple(parts)) if parts else None
+
+
+def _kept_rows(
+    arrays: Mapping[str, np.ndarray], number: int, facts: dict[str, Any]
+) -> LanguageRows:
+    where, sizes = arrays[f"{number}-where"], arrays[f"{number}-sizes"]
+    if where.dtype != np.int64 or sizes.dtype != np.int32 or where.shape != sizes.shape:
+        raise ValueError("arrays that do not belong together")
+    return LanguageRows(where=where, sizes=sizes, **facts)
+
+
+def _ends(path: Path) -> str:
+    with readable(path):
+        return fingerprint_of_ends(path, _ENDS)
 
 
 def _check_language(path: Path, record: Record, lang: str, known: int) -> None:
@@ -202,5 +311,5 @@ def _check_language(path: Path, record: Record, lang: str, known: int) -> None:
             path,
             record.line,
             f'"lang" names more than {MAX_LANGUAGES} languages, the last one {lang[:20]!r}; each '
-            "is a source of its own, so give the language of the texts and nothing else",
+            "is a source, so give the language of the texts and nothing else",
         )

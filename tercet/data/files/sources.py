@@ -1,7 +1,7 @@
 """Files of examples: checked once, read by row in any order, and written whole or not at all.
 
 A file is never held in memory. Opening it as a ``Source`` checks every record once and keeps
-eight bytes for where a record begins and four for its size.
+eight bytes for the place of a record and four for its size.
 """
 
 import json
@@ -20,10 +20,10 @@ from tercet.data.files.examples import example_record, parse_example
 from tercet.data.files.readers import Reader, changed
 from tercet.data.files.scan import (
     EXAMPLE_FORMAT,
+    FileFacts,
     Parse,
     RecordFormat,
     ReportProgress,
-    Told,
     example_records,
     scan,
 )
@@ -44,27 +44,27 @@ class Source:
     """
 
     path: Path  # the file, or the folder of the shards
-    name: str  # what it is called in messages, weights and records: ``nq``, or ``nq/de``
-    weight: float | int  # how often each example is used an epoch
-    sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text; stands for its tokens
+    name: str  # in messages, weights and records: ``nq``, or ``nq/de``
+    weight: float | int  # how often each example is used per epoch
+    sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text, a stand-in for its tokens
     blocks: np.ndarray  # [blocks] int64, the first row of each block that is cheap to read whole
     window: int  # blocks that are cheap to read in turns
-    fingerprint: str  # of what the records say
+    fingerprint: str  # of the content of the records
     reader: Reader
     parse: Parse
     prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task, role: the first
-    without_negatives: int = 0  # examples that bring none
-    lang: str = ""  # of all its examples; empty: not told, or several
+    without_negatives: int = 0  # examples that have none
+    lang: str = ""  # of all its examples; empty: unknown, or several
     task: str = ""  # of examples that name none; empty: the name
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
-        """The examples of these rows, in this order.
+        """Return the examples of these rows, in this order.
 
         Raises:
-            DataError: if the file is no longer the one that was opened.
+            DataError: if the file has changed since it was opened.
         """
         task = self.task or self.name
         try:
@@ -75,12 +75,12 @@ class Source:
 
 
 def in_language(example: Example, lang: str) -> Example:
-    """The example, in this language where it does not say its own."""
+    """Return the example, with this language if it names none."""
     return example if example.lang or not lang else replace(example, lang=lang)
 
 
 def iter_examples(path: Path | str, task: str | None = None) -> Iterator[Example]:
-    """The examples of a file from first to last; ``task`` names those that name none.
+    """Yield the examples of a file; ``task`` is the name for those that give none.
 
     Raises:
         DataError: at the first record that is not an example, naming the line.
@@ -101,40 +101,39 @@ def open_source(
 ) -> Source:
     """Check every example of a .jsonl or .parquet file, and make them readable by row.
 
-    Reads the file once from end to end. ``progress`` is told the part that is done, up to 1.
-    Languages stay together: :func:`tercet.data.files.folders.open_sources` parts them, and opens
-    folders.
-    Files of another ``record_format`` are opened by ``tercet.data.files.texts.open_texts``.
+    Reads the file once from end to end. ``progress`` is called with the part that is done.
+    Languages stay together: :func:`tercet.data.files.folders.open_sources` separates them, and
+    opens folders. Files of texts are opened by :func:`tercet.data.files.texts.open_texts`.
 
     Raises:
         DataError: at the first record that is not an example, naming the line.
     """
     path = Path(path)
     name = path.stem if name is None else name
-    (piece,) = scan(path, record_format, Told(name), progress).pieces(record_format)
+    (piece,) = scan(path, record_format, FileFacts(name), progress).readable(record_format)
     return Source(
         path=path,
         name=name,
         weight=weight,
-        sizes=piece.part.sizes,
+        sizes=piece.rows.sizes,
         blocks=piece.blocks,
         window=piece.window,
-        fingerprint=piece.part.fingerprint,
+        fingerprint=piece.rows.fingerprint,
         reader=piece.reader,
         parse=record_format.parse,
-        prompts=piece.part.prompts,
-        without_negatives=piece.part.without_negatives,
+        prompts=piece.rows.prompts,
+        without_negatives=piece.rows.without_negatives,
     )
 
 
 def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
     """Write a .jsonl or .parquet file that reads back as these examples.
 
-    The file appears under its name when it is complete, and not before.
+    The file appears under its name only when it is complete.
 
     Raises:
         DataError: if an example could not be read back.
-        StorageError: when the disk refuses; what was there before is still there.
+        StorageError: if the disk refuses; the old file is still there then.
     """
     write_records(path, map(example_record, examples), {})
 
@@ -144,12 +143,7 @@ def write_records(
     records: Iterable[dict[str, Any]],
     more: Mapping[str, pa.DataType],
 ) -> None:
-    """Write records of examples, as :func:`write_examples` does, with ``more`` columns in each.
-
-    Raises:
-        DataError: if an example could not be read back.
-        StorageError: when the disk refuses; what was there before is still there.
-    """
+    """Write records of examples with ``more`` columns; see :func:`write_examples`."""
     path = Path(path)
     write = partial(_write_parquet, more=more) if known_suffix(path) == ".parquet" else _write_jsonl
     with replacing_file(path) as unfinished:

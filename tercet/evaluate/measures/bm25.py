@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from tercet.errors import MissingExtraError
 from tercet.models.embedder import Embedder
 from tercet.models.network.heads import SpecialIds
-from tercet.rank.exact import Hits, largest
+from tercet.rank.topk import Hits, largest
 from tercet.types import Role
 
 Split: TypeAlias = Callable[[Sequence[str], Role], list[list[str]]]

@@ -26,9 +26,10 @@ from tercet.evaluate.sets.retrieval_set import (
     depth_of,
     evaluate_hits,
 )
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.rank.hybrid import Blocks, Ranked, pair_scores, ranked
 from tercet.types import Role
-from tercet.vectors import KINDS, Kind, Terms, Vectors, Weights
+from tercet.vectors import Terms, Vectors
 
 ProtocolName: TypeAlias = Literal["exact", "paper", "reference"]
 

@@ -26,11 +26,12 @@ from tercet.evaluate.sets.retrieval_set import (
     pair_scores,
 )
 from tercet.files.progress import Advance, bar
+from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.rank.hybrid import Ranked
 from tercet.segments import batches_within
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 DEPTH: Final = 100  # of the rankings that BM25 gives; as deep as the metrics look
 _BLOCK_LETTERS: Final = 200_000  # of documents whose token vectors are in memory together

@@ -25,9 +25,10 @@ from tercet.errors import RecipeError
 from tercet.evaluate.measures.kinds import DEPTH, Corpus
 from tercet.evaluate.report.intervals import Interval, interval, paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet, depth_of, evaluate_hits
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.settings import keep, require_settings
 from tercet.rank.hybrid import Ranked, ranked
-from tercet.vectors import KINDS, Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 Method: TypeAlias = Literal["usual", "grid", "logistic"]
 

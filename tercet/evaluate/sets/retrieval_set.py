@@ -17,7 +17,7 @@ from tercet.evaluate.report.intervals import Interval, interval
 from tercet.evaluate.sets.answers import with_answers
 from tercet.evaluate.sets.beir import read_folder
 from tercet.metrics import Judgements
-from tercet.rank.exact import Hits, top_k
+from tercet.rank.topk import Hits, top_k
 from tercet.types import Example
 
 METRICS: Final = ("ndcg@10", "recall@100", "mrr@10", "map@100")

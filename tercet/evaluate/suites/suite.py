@@ -36,8 +36,8 @@ from tercet.evaluate.measures.similarity import (
 from tercet.evaluate.report.intervals import Interval, interval
 from tercet.evaluate.sets.label_sets import ClassificationSet, read_label_set
 from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_hits, evaluate_retrieval
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS
 
 Category: TypeAlias = Literal["Retrieval", "Classification", "Clustering", "STS"]
 FIGURES: Final[Mapping[Category, str]] = {

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 
 from tercet.rank.coded import FACTOR, scores_of, top_k_coded
-from tercet.rank.exact import Hits
 from tercet.rank.quantized import Codes, Quantizer, Ranges, Stored, bytes_of, codes_of
+from tercet.rank.topk import Hits
 
 _CANDIDATES: Final = 100  # at least, since these few cost nothing
 

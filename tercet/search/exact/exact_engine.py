@@ -19,6 +19,7 @@ from jaxtyping import Int64
 
 from tercet.errors import IndexFolderError, ModelError, RecipeError
 from tercet.files.atomic import sole_writer
+from tercet.kinds import KINDS, Kind
 from tercet.rank.quantized import Ranges, Stored
 from tercet.search.engine.checks import check_queries, check_records, require_same, widths_of
 from tercet.search.engine.engine import Fusion, Hit, Record, Stats, Weighted, Where, counted
@@ -28,7 +29,7 @@ from tercet.search.exact.merging import Part, merged_in_memory, part_of, segment
 from tercet.search.exact.ranking import Ranked, rank
 from tercet.search.exact.scanning import View, blocks_of_queries
 from tercet.search.exact.segment import damaged
-from tercet.vectors import KINDS, Kind, Vectors
+from tercet.vectors import Vectors
 
 MEMORY: Final = 256 << 20  # bytes of vectors that wait for a flush in memory; more wait on the disk
 MERGED: Final = 65_536  # records of a segment that a flush leaves alone

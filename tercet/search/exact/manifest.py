@@ -16,11 +16,11 @@ import numpy as np
 
 from tercet.errors import IndexFolderError
 from tercet.files.atomic import replacing_file
+from tercet.kinds import KINDS, Kind
 from tercet.rank.quantized import STORED, Ranges, Stored
 from tercet.search.exact.coding import Coding
 from tercet.search.exact.merging import Part, mapped, open_segment
 from tercet.search.exact.segment import damaged
-from tercet.vectors import KINDS, Kind
 
 FILE: Final = "manifest.json"
 VERSION: Final = 2

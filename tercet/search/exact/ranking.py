@@ -7,10 +7,11 @@ from math import isinf
 import numpy as np
 from jaxtyping import Int64
 
+from tercet.kinds import Kind, Weights
 from tercet.search.engine.engine import Fusion, ReciprocalRank
 from tercet.search.engine.fusion import proposing, reciprocal_ranks, wanted, weighted_sum
 from tercet.search.exact.scanning import Best, Scan, View
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 _ALONE = Weights(1.0, 1.0, 1.0)  # of a kind whose own list is asked for
 

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from tercet.rank.exact import Hits, largest, top_k
+from tercet.kinds import Kind, Weights
+from tercet.rank.topk import Hits, largest, top_k
 from tercet.search.exact.coding import Coded, Dense
 from tercet.search.exact.segment import Rows, Segment
 from tercet.segments import maximum, total
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 DOCS_AT_ONCE: Final = 16_384
 TOKENS_AT_ONCE: Final = 32_768  # rows of token vectors

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped
 
 from tercet.errors import DataError, IndexFolderError
+from tercet.kinds import Kind
 from tercet.search.engine.engine import Record, Value, Where
 from tercet.search.exact.coding import Dense
-from tercet.vectors import Kind
 
 ROWS_PER_GROUP: Final = 512  # records that are read together for the sake of one hit
 SCHEMA: Final = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "fields")])

@@ -66,10 +66,10 @@ def test_a_language_is_told_by_its_script_where_that_is_known():
 @pytest.mark.parametrize(
     ("rules", "said"),
     [
-        ({"without": ("lang",)}, "there is no rule 'lang'"),
-        ({"query_characters": (5, 4)}, "no query has from 5 to 4 characters"),
-        ({"document_characters": (-1, None)}, "no document has from -1"),
-        ({"letters": 1.5}, "a share of letters of 1.5"),
+        ({"without": ("lang",)}, "got 'lang'"),
+        ({"query_characters": (5, 4)}, "query characters must be .* got 5 and 4"),
+        ({"document_characters": (-1, None)}, "document characters must be .* got -1 and None"),
+        ({"letters": 1.5}, "letters must be between 0 and 1; got 1.5"),
     ],
 )
 def test_rules_that_no_text_keeps_are_refused(rules, said):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.curate.filtering.pair_scores import Block, paired_ranks
+from tercet.curate.filtering.pair_scores import BlockSize, paired_ranks
 from tercet.errors import ModelError
 from tests.papers.test_arctic_embed_filter import by_sorting, pairs
 
@@ -16,12 +16,12 @@ def test_documents_of_one_query_do_not_beat_each_other():
         np.float32,
     )
     owners = np.array([0, 0, 0, 1, 2])
-    ranks, scores = paired_ranks(queries, documents, KEYS[:5], owners=owners, block=Block(8, 8))
+    ranks, scores = paired_ranks(queries, documents, KEYS[:5], owners=owners, block=BlockSize(8, 8))
     assert ranks.tolist() == [1, 1, 2, 1, 1]  # 0.75 of another query beats 0.7 alone
     np.testing.assert_allclose(scores, [0.9, 0.8, 0.7, 0.5, 0.5])
 
 
-@pytest.mark.parametrize("block", [Block(8, 16), Block(512, 2048)])
+@pytest.mark.parametrize("block", [BlockSize(8, 16), BlockSize(512, 2048)])
 def test_many_positives_give_the_ranks_of_the_slow_formula(block):
     queries, documents = pairs()
     g = np.random.default_rng(3)
@@ -42,7 +42,7 @@ def test_halves_and_mapped_files_are_read_by_block(tmp_path):
     np.save(tmp_path / "q.npy", queries)
     np.save(tmp_path / "d.npy", documents)
     mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "qd"}
-    ranks, _ = paired_ranks(mapped["q"], mapped["d"], KEYS, block=Block(8, 64))
+    ranks, _ = paired_ranks(mapped["q"], mapped["d"], KEYS, block=BlockSize(8, 64))
     assert ranks.tolist() == by_sorting(queries, documents, KEYS)
 
 

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tercet.data.files import readers, sources
-from tercet.data.files.folders import find_groups, iter_rows, open_sources
+from tercet.data.files.folders import find_groups, open_sources, shard_examples
 from tercet.data.files.sources import open_source, write_examples
 from tercet.data.files.texts import text_format
 from tercet.errors import DataError
@@ -74,7 +74,7 @@ def test_the_rows_of_a_language_are_read_in_any_order_across_shards(folder):
 
 
 def test_all_rows_of_a_folder_come_once_with_task_and_language(folder):
-    rows = list(iter_rows(folder))
+    rows = [row for it in find_groups(folder) for each in it.shards for row in shard_examples(each)]
     opened = [each for it in open_sources(folder) for each in it.examples(range(len(it)))]
     assert sorted(map(repr, rows)) == sorted(map(repr, opened))
     assert len(rows) == 30
@@ -183,7 +183,9 @@ def test_files_that_are_no_data_are_told_and_hidden_ones_left_alone(folder, capl
     with caplog.at_level(logging.WARNING):
         assert len(open_sources(folder)) == 9
     (record,) = caplog.records
-    assert record.getMessage() == f"{folder}: not read, being no data: README.md, news/notes.csv"
+    assert (
+        record.getMessage() == f"{folder}: skipped files of other types: README.md, news/notes.csv"
+    )
 
 
 def test_languages_that_are_texts_are_refused(tmp_path, monkeypatch):

@@ -18,10 +18,10 @@ from tercet.evaluate.measures.retrieval import (
     tuned_weights,
 )
 from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_retrieval
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.hybrid import kind_scores
 from tercet.types import Example
-from tercet.vectors import KINDS, Weights
 from tests.toy import SENTENCES
 
 PROMPTS = {"query": "a question about the moon: "}

@@ -9,10 +9,10 @@ from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.measures.kinds import InMemory, evaluate_kinds
 from tercet.evaluate.measures.tuned_weights import candidates, logistic, save_weights, spreads, tune
 from tercet.evaluate.sets.retrieval_set import evaluate_hits
+from tercet.kinds import KINDS, Weights
 from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
 from tercet.rank.hybrid import Ranked
-from tercet.vectors import KINDS, Weights
 from tests.evaluate.kinds import drawn, judged
 
 QUERIES, DOCS, DATA = drawn(40, 1, without_terms=(2,)), drawn(60, 2), judged(40, 60, 3)

@@ -7,7 +7,7 @@ import pytest
 
 from tercet.errors import DataError, RecipeError
 from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet, evaluate_hits
-from tercet.rank.exact import Hits
+from tercet.rank.topk import Hits
 from tests.cli.lines import write
 
 

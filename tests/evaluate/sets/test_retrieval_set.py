@@ -12,7 +12,7 @@ from tercet.evaluate.sets.retrieval_set import (
     pair_scores,
 )
 from tercet.metrics import Judgements
-from tercet.rank.exact import Hits
+from tercet.rank.topk import Hits
 from tercet.types import Example
 
 EXAMPLES = [

@@ -16,7 +16,7 @@ from tercet.evaluate.suites.languages import (
     scores_of,
 )
 from tercet.models.embedder import Embedder
-from tercet.rank.exact import Hits
+from tercet.rank.topk import Hits
 from tercet.types import Example, Role
 from tests.toy import SENTENCES
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tercet.errors import IndexFolderError, ModelError, RecipeError
+from tercet.kinds import Weights
 from tercet.rank.coded import top_k_coded
-from tercet.rank.exact import top_k
 from tercet.rank.quantized import STORED, Ranges, bytes_of, codes_of
+from tercet.rank.topk import top_k
 from tercet.search.engine.engine import Record, Weighted
 from tercet.search.exact.exact_engine import ExactEngine
-from tercet.vectors import Vectors, Weights
+from tercet.vectors import Vectors
 from tests.search import conformance as c
 
 CODED = [stored for stored in STORED if stored != "float32"]
@@ -54,7 +55,7 @@ def found_by(engine, k=10, fusion=None):
 @pytest.mark.parametrize("stored", ["int8", "int4"])
 def test_it_finds_what_a_search_of_decoded_vectors_finds(tmp_path, stored):
     decoded = Ranges.learned(DOCS.numpy()).quantizer(stored).codes(DOCS.numpy()).decoded()
-    wanted = top_k(QUERIES.numpy(), decoded, 10, use_faiss=False)
+    wanted = top_k(QUERIES.numpy(), decoded, 10)
     with closing(filled(tmp_path / "index", stored)) as engine:
         for fusion in (None, ALL):
             rows, scores = found_by(engine, fusion=fusion)
@@ -68,7 +69,7 @@ def test_bits_find_candidates_that_the_finest_codes_score(tmp_path, stored):
     ranges = Ranges.learned(DOCS.numpy())
     coarse, *finer = (ranges.quantizer(sort).codes(DOCS.numpy()) for sort in codes_of(stored))
     many = top_k_coded(QUERIES.numpy(), coarse, 100, finer=finer[0] if finer else None)
-    exact = top_k(QUERIES.numpy(), (finer or [coarse])[0].decoded(), 10, use_faiss=False)
+    exact = top_k(QUERIES.numpy(), (finer or [coarse])[0].decoded(), 10)
     with closing(filled(tmp_path / "index", stored)) as engine:
         rows, scores = found_by(engine)
         assert rows == many.rows[:, :10].tolist()
@@ -123,7 +124,7 @@ def test_without_ranges_codes_are_learned_from_the_first_vectors_and_stay_so(tmp
         engine.upsert(named(400, 300), Vectors(DOCS[300:]))
         assert engine._manifest.ranges == learned
         decoded = learned.quantizer("int8").codes(DOCS.numpy()).decoded()
-        wanted = top_k(QUERIES.numpy(), decoded, 10, use_faiss=False)
+        wanted = top_k(QUERIES.numpy(), decoded, 10)
         assert found_by(engine)[0] == wanted.rows.tolist()
         engine.settle(Ranges.learned(DOCS.numpy()))  # too late: codes are there
         assert engine._manifest.ranges == learned

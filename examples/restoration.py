@@ -1,8 +1,8 @@
-"""Labels that any text brings along: the capitals and the punctuation that were taken from it.
+"""Labels that any text has: the capitals and the punctuation that were removed from it.
 
-Whether a comma or a full stop follows a word is decided by the words after it. So a model that
-reads both ways has more to go by than one that reads from the left, which is what a probe of
-words should show. No label is anyone's opinion.
+Whether a comma or a full stop follows a word depends on the words after it. So a bidirectional
+model has more information than a causal one, which a probe of words should show. No label is
+anyone's opinion.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,13 +21,13 @@ _ABBREVIATIONS: Final = frozenset({"e.g", "i.e", "etc", "vs", "cf", "resp", "inc
 
 
 def restoration(text: str) -> list[tuple[str, str, str]]:
-    """Each word of a text, lower-cased and without its marks; its case; the mark after it.
+    """Return each word of a text in lower case and without marks, its case, and the mark after it.
 
     Case is ``aa``, ``Aa`` (a capital first) or ``AA`` (two letters or more, all capital). The mark
     is ``.`` (also for ! and ?), ``,`` (also for : and ;) or ``O``, the first one where several
-    stand together; the point of "e.g." and its like is none. After the last word it is unlabelled:
-    a model that reads both ways would see the end of the text there, and nothing of language.
-    What holds no letter and no digit is no word.
+    follow each other; the point of "e.g." and its like does not count. The mark after the last word
+    is unlabelled: a bidirectional model would only detect the end of the text. A piece without a
+    letter or digit is not a word.
     """
     rows: list[tuple[str, str, str]] = []
     for piece in text.split():
@@ -43,13 +43,13 @@ def restoration(text: str) -> list[tuple[str, str, str]]:
 
 
 def write_restoration(path: Path | str, texts: Iterable[str], sentences: int) -> None:
-    """Write up to so many texts in CoNLL columns, with tabs: word, case, mark.
+    """Write up to ``sentences`` texts in CoNLL columns, with tabs: word, case, mark.
 
     A text is the first paragraph of each one given, if it has 15 to 80 words, ends like a
-    sentence and did not come before.
+    sentence and did not occur before.
 
     Raises:
-        StorageError: when the disk refuses.
+        StorageError: if the disk refuses.
     """
     with replacing_file(Path(path)) as fresh, fresh.open("w", encoding="utf-8") as file:
         for _, text in zip(range(sentences), _paragraphs(texts), strict=False):

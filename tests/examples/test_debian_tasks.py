@@ -12,7 +12,7 @@ from tercet.data.files.sources import iter_examples
 from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, read_label_set
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LIMIT = 300
 
 

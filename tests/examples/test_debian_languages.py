@@ -10,7 +10,7 @@ import pytest
 from tercet.data.files.sources import iter_examples
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 
-SCRIPT = Path(__file__).parents[1] / "examples/debian_languages.py"
+SCRIPT = Path(__file__).parents[2] / "examples/debian_languages.py"
 SPLITS = ("train", "train", "dev", "test", "test", "test")
 LONG = ("en", "ja")
 

@@ -3,10 +3,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from examples.restoration import restoration, write_restoration
 from tercet.data.files.conll import UNLABELLED, read_labelled
-from tercet.data.files.restoration import restoration, write_restoration
 
-EXAMPLES = Path(__file__).parents[3] / "examples" / "data"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 
 
 def test_words_lose_what_their_labels_say():

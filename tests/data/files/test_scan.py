@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tercet.data.files import remembered
+from tercet.data.files import scan as scanning
 from tercet.data.files.folders import open_sources
 from tercet.data.files.sources import write_examples
 from tercet.types import Example
@@ -18,8 +18,8 @@ def rows(count, lang="de", begin=0):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remembered, "LARGE_BYTES", 0)
-    monkeypatch.setattr(remembered, "LARGE_ROWS", 0)
+    monkeypatch.setattr(scanning, "LARGE_BYTES", 0)
+    monkeypatch.setattr(scanning, "LARGE_ROWS", 0)
     write_examples(tmp_path / "s" / "x" / "1.jsonl", [*rows(5), *rows(3, "fr")])
     write_examples(tmp_path / "s" / "x" / "2.parquet", [*rows(2, "fr", 3), *rows(4, "de", 5)])
     return tmp_path / "s"
@@ -29,17 +29,17 @@ def folder(tmp_path, monkeypatch):
 def read(monkeypatch):
     """The files that were read from end to end."""
     names: list[str] = []
-    scan = remembered.scan
+    scan = scanning.scan
 
     def noted(path, *more):
         names.append(path.name)
         return scan(path, *more)
 
-    monkeypatch.setattr(remembered, "scan", noted)
+    monkeypatch.setattr(scanning, "scan", noted)
     return names
 
 
-def told(sources):
+def facts_of(sources):
     return [
         (it.name, it.sizes.tolist(), it.blocks.tolist(), it.fingerprint, it.without_negatives)
         for it in sources
@@ -51,7 +51,7 @@ def test_a_known_file_is_not_read_again_and_gives_the_same_rows(folder, read):
     assert read == ["1.jsonl", "2.parquet"]
     again = open_sources(folder)
     assert read == ["1.jsonl", "2.parquet"]
-    assert told(again) == told(first)
+    assert facts_of(again) == facts_of(first)
     german, french = again
     assert [it.query for it in german.examples(range(9))] == [f"q {i}" for i in range(9)]
     assert [it.query for it in french.examples([4, 0])] == ["q 4", "q 0"]
@@ -84,28 +84,28 @@ def test_a_file_that_changed_is_read_again(folder, read, how):
 
 @pytest.mark.parametrize("name", ["about.json", "0-where.npy", "1-sizes.npy"])
 def test_a_damaged_entry_is_made_again(folder, read, name):
-    before = told(open_sources(folder))
+    before = facts_of(open_sources(folder))
     cache = Path(os.environ["TERCET_CACHE"]) / "sources"
     for path in cache.glob(f"*/{name}"):
         path.write_bytes(path.read_bytes()[:30])
     read.clear()
-    assert told(open_sources(folder)) == before
+    assert facts_of(open_sources(folder)) == before
     assert read == ["1.jsonl", "2.parquet"]
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_done_without(folder, monkeypatch, caplog):
-    before = told(open_sources(folder))
+def test_a_cache_that_cannot_be_written_is_reported_and_done_without(folder, monkeypatch, caplog):
+    before = facts_of(open_sources(folder))
     (folder / "file").touch()
     monkeypatch.setenv("TERCET_CACHE", str(folder / "file"))
     with caplog.at_level(logging.WARNING):
-        assert told(open_sources(folder / "x")[:0]) == []
-        assert told(open_sources(folder)) == before
-    assert any("is read again the next time" in record.getMessage() for record in caplog.records)
+        assert facts_of(open_sources(folder / "x")[:0]) == []
+        assert facts_of(open_sources(folder)) == before
+    assert any("will be read again next time" in record.getMessage() for record in caplog.records)
 
 
 def test_small_files_leave_nothing_in_the_cache(folder, monkeypatch, read):
-    monkeypatch.setattr(remembered, "LARGE_BYTES", 1 << 23)
-    monkeypatch.setattr(remembered, "LARGE_ROWS", 1 << 20)
+    monkeypatch.setattr(scanning, "LARGE_BYTES", 1 << 23)
+    monkeypatch.setattr(scanning, "LARGE_ROWS", 1 << 20)
     open_sources(folder)
     open_sources(folder)
     assert len(read) == 4
