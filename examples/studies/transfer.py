@@ -13,9 +13,8 @@ from typing import Annotated, Any
 from tercet.data.files.languages import family_of
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
-from tercet.evaluate.report.figures import Point
+from tercet.evaluate.report.figures import CurvePoint, panels
 from tercet.evaluate.report.intervals import Interval
-from tercet.evaluate.report.panels import panels
 from tercet.evaluate.suites.suite import EvaluationSet
 from tercet.models.zoo.zoo import resolve
 from tercet.recipes.arctic_embed import arctic_embed
@@ -180,9 +179,11 @@ def in_percent(change: Interval) -> str:
     return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
-def curves(steps: Sequence[int], column: Column, results: Results) -> dict[str, list[Point]]:
+def curves(steps: Sequence[int], column: Column, results: Results) -> dict[str, list[CurvePoint]]:
     """Return the figures over steps, raw and fine-tuned."""
     return {
-        judged: [Point(float(step), results.figure(f"{step}-{judged}", column)) for step in steps]
+        judged: [
+            CurvePoint(float(step), results.figure(f"{step}-{judged}", column)) for step in steps
+        ]
         for judged in JUDGED
     }

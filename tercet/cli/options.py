@@ -37,6 +37,10 @@ WeightsOption = Annotated[
         help="Of dense, sparse and multi scores, such as 1,0.3,1; None: those of the model.",
     ),
 ]
+DimsOption = Annotated[
+    list[int] | None,
+    typer.Option("--dims", help="Coordinates to keep; may be repeated. None: those trained for."),
+]
 RunnerOption = Annotated[
     Literal["auto", "loop", "daft", "ray"],
     typer.Option(

@@ -20,7 +20,7 @@ from tercet.recipes.nv_embed import nv_embed
 from tercet.train.log import read
 from tercet.train.loop import build, train, with_prompts_of
 from tercet.train.memory import graph_bytes
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 

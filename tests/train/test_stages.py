@@ -15,8 +15,7 @@ from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
 from tercet.recipes.finetune import finetune
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 from tercet.types import Example
 from tests import toy
 from tests.toy import SENTENCES
