@@ -15,9 +15,9 @@ from tercet.cli.options import (
     RunnerOption,
     WorkersOption,
     load,
+    opened,
     weights_of,
 )
-from tercet.cli.sources import opened
 from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
