@@ -1,6 +1,5 @@
 """What several verbs share: which model, and how it is read."""
 
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,7 +7,7 @@ import typer
 
 from tercet.errors import RecipeError
 from tercet.files.console import say
-from tercet.kinds import KINDS, Kind, Weights
+from tercet.kinds import KINDS, Kind, Weights, parse_kinds
 from tercet.models.zoo import zoo
 
 ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
@@ -74,40 +73,18 @@ def where(model: str) -> str:
 
 
 def kinds_of(named: str | None) -> tuple[Kind, ...] | None:
-    """The kinds of vectors that a flag names, in their usual order; None where it is not given.
-
-    Raises:
-        RecipeError: for a kind that does not exist.
-    """
-    if named is None:
-        return None
-    names = {name.strip() for name in named.split(",")}
-    if unknown := names - set(KINDS):
-        raise RecipeError(
-            f"--kinds {named}: there is no kind {min(unknown)!r}; name some of {', '.join(KINDS)}"
-        )
-    return tuple(kind for kind in KINDS if kind in names)
+    """Return the kinds of vectors that ``--kinds`` names, if it is given."""
+    return None if named is None else parse_kinds(named)
 
 
 def weights_of(named: str | None) -> Weights | None:
-    """The weights that a flag gives, of dense, sparse and multi; None where it is not given.
-
-    Raises:
-        RecipeError: where these are not three numbers from 0 up, one of them above.
-    """
+    """Return the weights of dense, sparse and multi that ``--weights`` gives, if it is given."""
     if named is None:
         return None
-    try:
-        numbers = [float(number) for number in named.split(",")]
-    except ValueError:
-        numbers = []
-    fits = len(numbers) == len(KINDS) and all(0 <= number < inf for number in numbers)
-    if not fits or not any(numbers):
-        raise RecipeError(
-            f"--weights {named}: give three numbers, of dense, sparse and multi, none below 0 and "
-            "one above it, such as 1,0.3,1"
-        )
-    return Weights(*numbers)
+    weights = Weights.parse(named)
+    if not any(weights.of(kind) for kind in KINDS):
+        raise RecipeError(f"weights are {named!r}; give one of them a number above 0")
+    return weights
 
 
 def whole_numbers(flag: str, named: str | None) -> tuple[int, ...]:
