@@ -64,7 +64,7 @@ class WordComparison:
     differences: Mapping[str, Mapping[str, Interval]]  # by name, then by metric
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
-        """Return a table: the header, then a row a model. The last column counts truncated words."""
+        """Return the rows of a table, with its header; the last column counts truncated words."""
         metrics = tuple(self.results[0].scores)
         header = ("model", *(part for name in metrics for part in (name, "minus first")), "cut")
         return (header, *(self._row(result, metrics) for result in self.results))

@@ -111,5 +111,5 @@ def test_a_model_without_latents_is_refused(decoder_folder, layer):
 
 
 def test_no_texts_are_refused(embedder):
-    with pytest.raises(RecipeError, match="0 texts have no token"):
+    with pytest.raises(RecipeError, match="0 texts have no pooled token"):
         latent_use(embedder, [])
