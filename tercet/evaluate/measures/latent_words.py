@@ -150,7 +150,7 @@ def word_baselines(
         overall[label] += 1
         of_word.setdefault(word, Counter())[label] += 1
     if not overall:
-        raise RecipeError("the training sentences contain no labelled word; label some")
+        raise RecipeError("the training sentences have no labelled word; label some")
     usual = overall.most_common(1)[0][0]
     best = {word: labels.most_common(1)[0][0] for word, labels in of_word.items()}
     majority = tuple((usual,) * len(it.words) for it in test)

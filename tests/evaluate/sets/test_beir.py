@@ -203,7 +203,7 @@ def test_answers_beside_judgements_are_measured_too(tmp_path):
     assert found.scores["ndcg@10"].tolist() == [1, 1]
     assert found.scores["answer@20"].tolist() == [1, 0]
     write_beir(tmp_path, queries=answered(["one"], None), qrels="y\ta\t1\nx\ta\t1\n")
-    with pytest.raises(DataError, match="query 'y' has no \"answers\", and others have"):
+    with pytest.raises(DataError, match="query 'y' has no \"answers\", but others have"):
         RetrievalSet.from_folder(tmp_path)
 
 
