@@ -13,8 +13,8 @@ from tercet.evaluate.measures.labels import (
 )
 from tercet.evaluate.measures.sts import measure_similarity
 from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, read_label_set
+from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
-from tercet.models.network.latent_attention import Layer
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -353,7 +353,7 @@ def test_a_column_that_holds_no_labels_is_named(refused, decoder_folder, labelle
 
 
 def test_diagnose_shows_how_much_of_its_dictionary_each_head_uses(tercet, decoder_folder, tmp_path):
-    layer = Layer(latents=6, heads=2, init="normal")
+    layer = LayerSettings(latents=6, heads=2, init="normal")
     Embedder.load(decoder_folder, attention="bidirectional", layer=layer).save(tmp_path / "model")
     triples = tmp_path / "triples.jsonl"
     words = {"prefix": "the editor", "query": " for mail", "positive": " of mail"}

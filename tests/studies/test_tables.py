@@ -135,4 +135,5 @@ def test_tables_figures_and_pictures_are_written(results, tmp_path):
     assert record["sets"]["c"]["category"] == "STS"
     figure, lead = results.figure("one", EVERY), results.lead("one", "other", EVERY)
     assert [row["mean"] for row in record["figures"]] == [figure.mean, lead.mean]
-    assert record["figures"][1]["minus"] == "other"
+    assert [row["what"] for row in record["figures"]] == ["figure", "lead"]
+    assert record["figures"][1]["compared_with"] == "other"
