@@ -137,9 +137,9 @@ def _write(
     keys: list[np.ndarray] = []
     with (
         replacing_folder(folder) as fresh,
-        GrowingArray(fresh / "ids.npy", np.dtype(np.uint32), ()) as ids,
-        GrowingArray(fresh / "offsets.npy", np.dtype(np.int64), ()) as offsets,
-        GrowingArray(fresh / "about.npy", np.dtype(np.int32), (4,)) as about,
+        GrowingArray.open(fresh / "ids.npy", np.dtype(np.uint32), ()) as ids,
+        GrowingArray.open(fresh / "offsets.npy", np.dtype(np.int64), ()) as offsets,
+        GrowingArray.open(fresh / "about.npy", np.dtype(np.int32), (4,)) as about,
         bars(f"tokens of {source.name}, {role}", len(source)) as advance,
     ):
         offsets.add(np.zeros(1, np.int64))
