@@ -24,14 +24,15 @@ from benchmarks.common import Row, write_results
 from examples.similarity_sets import debtags_similarity, lee_similarity
 from tercet.data.files.sources import open_source, write_examples
 from tercet.data.files.texts import open_texts
-from tercet.evaluate.measures.similarity import evaluate_similarity
+from tercet.evaluate.measures.retrieval import evaluate_retrieval
+from tercet.evaluate.measures.sts import evaluate_similarity
 from tercet.evaluate.report.intervals import paired_difference
-from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_retrieval
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.atomic import replacing_file
 from tercet.models.embedder import Embedder
 from tercet.recipes.llm2vec import llm2vec
 from tercet.train.loop import train
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example, Role
 
 DATA = Path(__file__).parent.parent / "examples/data/packages.en.parquet"

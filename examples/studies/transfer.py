@@ -6,7 +6,6 @@ pretraining harms what a short fine-tuning brings back (arXiv 2412.04506, sectio
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +13,8 @@ from typing import Annotated, Any
 from tercet.data.files.languages import family_of
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
-from tercet.evaluate.report.figures import Point
+from tercet.evaluate.report.figures import CurvePoint, panels
 from tercet.evaluate.report.intervals import Interval
-from tercet.evaluate.report.panels import panels
 from tercet.evaluate.suites.suite import EvaluationSet
 from tercet.models.zoo.zoo import resolve
 from tercet.recipes.arctic_embed import arctic_embed
@@ -28,14 +26,6 @@ from tercet.train.snapshots import models_in
 EARLY = 0.06  # share of the steps: 8K of 130K in the paper
 JUDGED = ("raw", "fine-tuned")
 OF_PRETRAINING = ("preset", "epochs", "steps", "batch_size", "learning_rate", "warmup", "decay")
-
-
-@dataclass(frozen=True)
-class Series:
-    """Steps of checkpoints, and the place of the one that the last is compared with."""
-
-    steps: Sequence[int]
-    reference: int
 
 
 @with_numbers_of(arctic_embed, "base", "stages", "query_tokens", "document_tokens", *OF_PRETRAINING)
@@ -62,7 +52,7 @@ def study(
     mined.jsonl --test test/ --seen en,de,fr --out runs/transfer --queries 300
     """
     models = models_of(checkpoints)
-    series = Series(list(models), reference_of(list(models), reference))
+    compared = (reference_of(list(models), reference), max(models))
     sets = open_languages(test, queries=queries, documents=documents)
     if any(source.without_negatives == len(source) for source in data):
         logging.getLogger("tercet").warning(
@@ -76,7 +66,7 @@ def study(
         )
         cells.append(Cell(f"{step}-fine-tuned", recipe))
     titled = groups_of(sets, [lang.strip() for lang in seen.split(",") if lang.strip()])
-    report_of = partial(report, series, titled)
+    report_of = partial(report, list(models), compared, titled)
     return Study(cells=cells, data={"mined": data}, sets=sets, report=report_of, seeds=3)
 
 
@@ -101,17 +91,17 @@ def models_of(named: Sequence[str]) -> dict[int, Path]:
 
 
 def reference_of(steps: Sequence[int], wanted: int | None) -> int:
-    """Return the place of the checkpoint wanted, or of the first at 6 % of the steps or later."""
+    """Return the step wanted, or the first at 6 % of the steps or later, before the last."""
     before = steps[:-1]
     if wanted is not None:
         if wanted not in before:
             raise RecipeError(
-                f"the reference {wanted} is no checkpoint before the last one; choose from "
+                f"the reference must be a checkpoint before the last; got {wanted}; give one of "
                 f"{', '.join(map(str, before))}"
             )
-        return before.index(wanted)
-    late = [place for place, step in enumerate(before) if step >= EARLY * steps[-1]]
-    return late[0] if late else len(before) - 1
+        return wanted
+    late = [step for step in before if step >= EARLY * steps[-1]]
+    return late[0] if late else before[-1]
 
 
 def groups_of(sets: Sequence[EvaluationSet], seen: Sequence[str]) -> dict[str, list[Column]]:
@@ -120,7 +110,7 @@ def groups_of(sets: Sequence[EvaluationSet], seen: Sequence[str]) -> dict[str, l
     for lang in seen:
         if not any(spelled(lang) in spellings for spellings in names.values()):
             raise RecipeError(
-                f"{lang!r} is said to be seen, but no evaluation set is in it (there are "
+                f"--seen has {lang!r}, but no evaluation set is in this language (there are "
                 f"{', '.join(names)}); add one, or leave it out of --seen"
             )
     wanted = set(map(spelled, seen))
@@ -146,28 +136,31 @@ def spelled(lang: str) -> str:
 
 
 def report(
-    series: Series, titled: Mapping[str, list[Column]], results: Results
+    steps: Sequence[int],
+    compared: tuple[int, int],
+    titled: Mapping[str, list[Column]],
+    results: Results,
 ) -> Iterator[Table | Picture]:
     """Yield a table for each group of languages, and curves over steps."""
-    complete = results.has(*(f"{step}-{judged}" for step in series.steps for judged in JUDGED))
-    if not complete:
+    if not results.has(*(f"{step}-{judged}" for step in steps for judged in JUDGED)):
         return
+    drawn = {}
     for title, columns in titled.items():
-        yield table(title, series, columns, results)
-    drawn = {
-        title: {column.title: curves(series, column, results) for column in columns}
-        for title, columns in titled.items()
-    }
-    marked = float(series.steps[series.reference])
+        yield table(title, steps, compared, columns, results)
+        drawn[title] = {column.title: curves(steps, column, results) for column in columns}
+    marked = float(compared[0])
     yield Picture("transfer", lambda: panels(drawn, x="step", y="nDCG@10", marked=marked))
 
 
-def table(title: str, series: Series, columns: list[Column], results: Results) -> Table:
+def table(
+    title: str,
+    steps: Sequence[int],
+    compared: tuple[int, int],
+    columns: list[Column],
+    results: Results,
+) -> Table:
     """Return a row for each language or family: two checkpoints, the change, and the best step."""
-    compared = (series.steps[series.reference], series.steps[-1])
-    header = [
-        title for judged in JUDGED for title in (*(f"{judged} {s}" for s in compared), "change")
-    ]
+    header = [name for j in JUDGED for name in (*(f"{j} {step}" for step in compared), "change")]
     rows = [["nDCG@10", *header, "best step"]]
     for column in columns:
         row = [column.title]
@@ -175,7 +168,7 @@ def table(title: str, series: Series, columns: list[Column], results: Results) -
             first, last = (f"{step}-{judged}" for step in compared)
             row += [f"{results.figure(cell, column).mean:.3f}" for cell in (first, last)]
             row.append(in_percent(results.change(last, first, column)))
-        means = {s: results.figure(f"{s}-fine-tuned", column).mean for s in series.steps}
+        means = {step: results.figure(f"{step}-fine-tuned", column).mean for step in steps}
         rows.append([*row, str(max(means, key=lambda step: means[step]))])
     return Table(title, rows)
 
@@ -186,11 +179,11 @@ def in_percent(change: Interval) -> str:
     return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
-def curves(series: Series, column: Column, results: Results) -> dict[str, list[Point]]:
+def curves(steps: Sequence[int], column: Column, results: Results) -> dict[str, list[CurvePoint]]:
     """Return the figures over steps, raw and fine-tuned."""
     return {
         judged: [
-            Point(float(step), results.figure(f"{step}-{judged}", column)) for step in series.steps
+            CurvePoint(float(step), results.figure(f"{step}-{judged}", column)) for step in steps
         ]
         for judged in JUDGED
     }

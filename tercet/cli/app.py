@@ -52,10 +52,10 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "diagnose": LazyCommand("tercet.cli.evaluate:diagnose", "Show what a decoder's states know."),
     "probe": LazyCommand("tercet.cli.evaluate:probe", "Classify words by a model's states."),
     "tune-weights": LazyCommand(
-        "tercet.cli.tune:tune_weights", "Choose the weights of dense, sparse and multi scores."
+        "tercet.cli.evaluate:tune_weights", "Choose the weights of dense, sparse and multi scores."
     ),
-    "calibrate": LazyCommand("tercet.cli.small:calibrate", "Choose the ranges of int8 and int4."),
-    "sizes": LazyCommand("tercet.cli.small:sizes", "Measure what smaller vectors cost."),
+    "calibrate": LazyCommand("tercet.cli.models:calibrate", "Choose the ranges of int8 and int4."),
+    "sizes": LazyCommand("tercet.cli.evaluate:sizes", "Measure what smaller vectors cost."),
     "study": LazyCommand(
         "tercet.cli.study:study", "Compare trainings that differ in one thing each.", _REST
     ),

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-import numpy as np
 import typer
 
 from tercet.cli.options import (
@@ -20,15 +19,12 @@ from tercet.cli.options import (
     kinds_of,
     load,
 )
-from tercet.data.files.documents import Fields, read_documents
-from tercet.data.files.texts import read_texts
 from tercet.errors import RecipeError
-from tercet.files.atomic import replacing_file
 from tercet.files.console import results, say
 from tercet.kinds import Kind
 
 if TYPE_CHECKING:
-    from tercet.curate.jobs.encode_job import Encoding
+    from tercet.curate.jobs.encode_job import EncodeJob
     from tercet.data.files.sources import Source
     from tercet.search.export import Wanted, Written
     from tercet.search.rows import FormatName
@@ -90,6 +86,8 @@ def encode(
 
     Example: tercet encode minilm texts.txt --out vectors.npy
     """
+    from tercet.data.files.documents import Fields, read_documents
+    from tercet.data.files.texts import read_texts
     from tercet.search.export import Wanted, write_dense, write_rows, write_vectors
     from tercet.search.rows import HELD
 
@@ -145,9 +143,9 @@ def _job(
     *,
     wanted: "Wanted",
     arrays: bool,
-) -> "Encoding":
+) -> "EncodeJob":
     """What each process does; the model is loaded here to know it, and let go."""
-    from tercet.curate.jobs.encode_job import Encoding
+    from tercet.curate.jobs.encode_job import EncodeJob
 
     embedder = opened()
     about = {
@@ -156,7 +154,7 @@ def _job(
         "window": embedder.backbone.window,
         "precision": precision,
     }
-    return Encoding(
+    return EncodeJob(
         load=opened, about=about, sources=sources, out=out, wanted=wanted, arrays=arrays
     )
 
@@ -202,7 +200,11 @@ def _check_arrays(out: Path, output: str, *, as_folder: bool) -> None:
 def _write_parts(
     embedder: Any, texts: Sequence[str], out: Path, *, output: str, **wanted: Any
 ) -> None:
-    """Vectors of all tokens or words, and where each text begins."""
+    """Write the vectors of all tokens or words, and where each text begins."""
+    import numpy as np
+
+    from tercet.files.atomic import replacing_file
+
     with replacing_file(out) as fresh:
         parts = embedder.encode(texts, **wanted, progress=True, output=output)
         offsets = np.cumsum([0, *map(len, parts)])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
-from tercet.cli.sources import opened, weighted
+from tercet.cli.options import opened, weighted
 from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
@@ -53,8 +53,9 @@ def app_of(file: Path) -> typer.Typer:
         values = {name: _opened(own[name], value) for name, value in given.items()}
         if gets_out:
             values["out"] = flags["out"]
-        facts = {name: value for name, value in given.items() if not _is_path(value)}
-        _run(function(**values), {"study": file.name, **facts}, **flags)
+        changed = {n: v for n, v in given.items() if v != own[n].default and not _is_path(v)}
+        facts = {"study": file.name, **changed, "flags": given}
+        _run(function(**values), facts, **flags)
 
     _, _, *common = inspect.signature(_run).parameters.values()
     flags = [_as_flag(each) for each in (*own.values(), *common)]
@@ -83,7 +84,7 @@ def _run(
 ) -> None:
     from tercet.studies.cells import run_study
     from tercet.studies.tables import write_results
-    from tercet.train.run import Run
+    from tercet.train.recipe import Run
 
     if seeds is not None:
         study = replace(study, seeds=seeds)
@@ -104,7 +105,7 @@ def _run(
 def _function_of(file: Path) -> Callable[..., Any]:
     spec = spec_from_file_location(file.stem, file) if file.is_file() else None
     if spec is None or spec.loader is None:
-        raise RecipeError(f"{file}: is no Python file; see examples/studies for some")
+        raise RecipeError(f"{file}: there is no such Python file; see examples/studies for some")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "study"):

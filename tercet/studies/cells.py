@@ -28,13 +28,11 @@ from tercet.files.atomic import sole_writer
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.models.settings import FILE
-from tercet.studies.tables import Answers, Picture, Results, Table
+from tercet.studies.tables import AnswersBySet, Picture, Results, Table
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # they change its vectors
-_EARLIER_FILE = "cell.json"  # of the commands ``ablate`` and ``transfer``
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -65,7 +63,7 @@ class Study:
                 raise RecipeError(f"two cells are named {cell.name!r}; names must differ")
             if cell.after is not None and cell.after not in earlier:
                 raise RecipeError(
-                    f"{cell.name} comes after {cell.after}, which is no cell above it"
+                    f"{cell.name} must stand below {cell.after}, whose model it begins with"
                 )
             earlier.add(cell.name)
 
@@ -123,7 +121,13 @@ def run_study(  # noqa: PLR0913 (each is a choice of its own, with a default)
     Raises:
         RecipeError: if the folder holds other cells of the same names.
     """
-    runner = _Runner(study, out, run or Run(), keep_models, say)
+    earlier = [*out.glob("cells/*/cell.json"), *out.glob("seed-*/cells/*/cell.json")]
+    if earlier:  # of the commands that studies replaced
+        raise RecipeError(
+            f"{earlier[0].parent}: was written by an earlier version, which kept other facts; give "
+            "another --out, or delete that folder"
+        )
+    runner = _CellRunner(study, out, run or Run(), keep_models, say)
     cells = study.selected(only, without)
     jobs = [
         (cell, seed)
@@ -132,7 +136,7 @@ def run_study(  # noqa: PLR0913 (each is a choice of its own, with a default)
         if seed == 0 or isinstance(cell.model, Recipe)
     ]
     last = {cell.after: cell for cell in cells if cell.after is not None}  # to need its model
-    answers: dict[str, list[list[Answers]]] = {}
+    answers: dict[str, list[list[AnswersBySet]]] = {}
     with sole_writer(out):
         for number, (cell, seed) in enumerate(jobs, start=1):
             label = f"cell {number} of {len(jobs)}: {cell.name}"
@@ -146,7 +150,7 @@ def run_study(  # noqa: PLR0913 (each is a choice of its own, with a default)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Runner:
+class _CellRunner:
     study: Study
     out: Path
     run: Run
@@ -154,17 +158,17 @@ class _Runner:
     say: Callable[[str], None]
     fingerprints: dict[Path, str] = field(default_factory=dict)  # of model folders
 
-    def answers(self, cell: Cell, seed: int, label: str) -> list[Answers]:
+    def answers(self, cell: Cell, seed: int, label: str) -> list[AnswersBySet]:
         """Return the answers after each stage, kept ones if there are any."""
         folder = self.out / "cells" / cell.name
-        if (folder / _EARLIER_FILE).exists():
-            raise RecipeError(
-                f"{folder}: was written by an earlier version, which kept other facts; give "
-                "another --out, or delete that folder"
-            )
         facts = {"cell": cell.name, **self._origin(cell, seed), "sets": self._sets()}
         kept = KeptResults(folder)
-        if (found := kept.find(seed)) is not None:
+        found = kept.find(seed)
+        if found is None:
+            self.say(label)
+            arrays = self._arrays(cell, seed)
+            kept.keep(facts, arrays, seed)
+        else:
             known, arrays = found
             other = [name for name, value in facts.items() if known.get(name) != value]
             if other:
@@ -173,14 +177,17 @@ class _Runner:
                     "delete that folder"
                 )
             self.say(f"{label} is done already")
-            stages = 1 + max(int(name.partition("/")[0]) for name in arrays)
-            return [{s: arrays[f"{n}/{s}"] for s in facts["sets"]} for n in range(stages)]
-        self.say(label)
+        stages = 1 + max(int(name.partition("/")[0]) for name in arrays)
+        return [{s: arrays[f"{n}/{s}"] for s in facts["sets"]} for n in range(stages)]
+
+    def _arrays(self, cell: Cell, seed: int) -> dict[str, np.ndarray]:
+        """Return the answers to each set after each stage, named ``STAGE/SET``."""
         models = [cell.model] if isinstance(cell.model, Path) else self._train(cell, seed)
-        answers = [self._measure(model) for model in models]
-        arrays = {f"{n}/{s}": a for n, of_stage in enumerate(answers) for s, a in of_stage.items()}
-        kept.keep(facts, arrays, seed)
-        return answers
+        return {
+            f"{number}/{name}": answers
+            for number, model in enumerate(models)
+            for name, answers in self._measure(model).items()
+        }
 
     def delete_model(self, name: str, seed: int) -> None:
         """Delete what the training of a cell has written, unless it is wanted."""
@@ -217,7 +224,7 @@ class _Runner:
             self._train(cell, seed)
         return model
 
-    def _measure(self, folder: Path) -> Answers:
+    def _measure(self, folder: Path) -> AnswersBySet:
         model = Embedder.load(folder, dtype=getattr(torch, self.run.precision))
         model.to(self.run.find_device())
         found: dict[str, np.ndarray] = {}

@@ -6,7 +6,7 @@ from functools import partial
 from importlib.metadata import version
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WORDS: Final = "words"  # named like a cell: the baseline of each set that needs no model
 NOTHING: Final = "-"  # in a table: the model makes no vectors of this kind
 
-Answers = Mapping[str, np.ndarray]
+AnswersBySet = Mapping[str, np.ndarray]
 """What a model answers to each evaluation set, by the set's name."""
 
 
@@ -34,6 +34,10 @@ class Column:
     groups: tuple[tuple[str, ...], ...]  # names of sets
     stage: int = -1  # after which the model is measured
     part: int | None = None  # which column of two-dimensional answers, such as a kind of vectors
+
+
+FigureKey: TypeAlias = tuple[Literal["figure", "lead", "change"], str, str, Column, Column]
+"""A cell, the cell that it is compared with, and the column of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,11 @@ class Results:
     """
 
     sets: Mapping[str, EvaluationSet]
-    answers: Mapping[str, Sequence[Sequence[Answers]]]  # by cell: of each seed, after each stage
+    answers: Mapping[
+        str, Sequence[Sequence[AnswersBySet]]
+    ]  # by cell: of each seed, after each stage
     seed: int = 0  # of the bootstrap
-    computed: dict[tuple[str, str, Column, Column], Interval] = field(default_factory=dict)
+    computed: dict[FigureKey, Interval] = field(default_factory=dict)
     words: dict[str, np.ndarray] = field(default_factory=dict)  # computed when first needed
 
     def has(self, *cells: str) -> bool:
@@ -89,7 +95,7 @@ class Results:
             figure = self.sets[name].figure
             return _over_seeds([figure(one, self.seed) for one in self.scores(cell, column, name)])
 
-        return self._once((cell, "", column, column), of_set)
+        return self._once(("figure", cell, "", column, column), of_set)
 
     def lead(
         self, cell: str, other: str, column: Column, other_column: Column | None = None
@@ -103,7 +109,7 @@ class Results:
             pairs = zip(ours * (count // len(ours)), theirs * (count // len(theirs)), strict=True)
             return _over_seeds([self.sets[name].minus(*pair, self.seed) for pair in pairs])
 
-        return self._once((cell, other, column, other_column or column), of_set)
+        return self._once(("lead", cell, other, column, other_column or column), of_set)
 
     def change(self, cell: str, other: str, column: Column) -> Interval:
         """Return the lead of a cell as a share of the other one's mean, of retrieval sets."""
@@ -111,15 +117,22 @@ class Results:
         ours, theirs = (
             [self.scores(each, column, name)[0] for name in names] for each in (cell, other)
         )
-        return relative_change(ours, theirs, seed=self.seed)
+        key = ("change", cell, other, column, column)
+        if key not in self.computed:
+            self.computed[key] = relative_change(ours, theirs, seed=self.seed)
+        return self.computed[key]
 
     def spread(self, cell: str, column: Column) -> float | None:
         """Return the standard deviation over seeds; None if a cell was run with one alone."""
         seeds = self.answers.get(cell, ())
         if len(seeds) < 2:
             return None
-        alone = [replace(self, answers={cell: [each]}, computed={}) for each in seeds]
-        return float(np.std([each.figure(cell, column).mean for each in alone], ddof=1))
+        alone = [replace(self, answers={cell: [each]}) for each in seeds]
+        means = [
+            np.mean([np.mean([one._point(cell, column, n) for n in g]) for g in column.groups])
+            for one in alone
+        ]
+        return float(np.std(means, ddof=1))
 
     def table(
         self,
@@ -137,10 +150,10 @@ class Results:
         for label, cell in cells.items():
             if self.has(cell):
                 rows.append([label, *(shown(self.figure(cell, column)) for column in columns)])
-                spreads = [self.spread(cell, column) for column in columns]
-                if None not in spreads:
-                    formatted = [NOTHING if isnan(each or 0) else f"{each:.3f}" for each in spreads]
-                    rows.append([f"{label}, spread over seeds", *formatted])
+                found = [self.spread(cell, column) for column in columns]
+                spreads = [NOTHING if isnan(s) else f"{s:.3f}" for s in found if s is not None]
+                if spreads:
+                    rows.append([f"{label}, spread over seeds", *spreads])
         for label, (one, other) in (leads or {}).items():
             if one != other and self.has(one, other):
                 rows.append([label, *(signed(self.lead(one, other, each)) for each in columns)])
@@ -159,14 +172,19 @@ class Results:
         }
         return Picture(name, partial(bars, drawn))
 
+    def _point(self, cell: str, column: Column, name: str) -> float:
+        """Return a figure of one set and one seed without its interval, which takes time."""
+        (found,) = self.scores(cell, column, name)
+        if self._are_scores(name):
+            return float(found.mean())
+        return self.sets[name].figure(found, self.seed).mean
+
     def _are_scores(self, name: str) -> bool:
         return self.sets[name].category == "Retrieval"
 
-    def _once(
-        self, key: tuple[str, str, Column, Column], of_set: Callable[[str], Interval]
-    ) -> Interval:
+    def _once(self, key: FigureKey, of_set: Callable[[str], Interval]) -> Interval:
         if key not in self.computed:
-            groups = [[of_set(name) for name in group] for group in key[2].groups]
+            groups = [[of_set(name) for name in group] for group in key[3].groups]
             self.computed[key] = _mean([_mean(group) for group in groups])
         return self.computed[key]
 
@@ -207,13 +225,15 @@ def write_results(
 ) -> list[Table]:
     """Write ``table.md``, ``results.json`` and the pictures; return the tables that have rows.
 
+    Of the facts, ``flags`` are for ``results.json`` alone.
+
     Raises:
         MissingExtraError: if matplotlib is not installed; the tables are written before.
     """
     parts = list(parts)
     tables = [part for part in parts if isinstance(part, Table) and len(part.rows) > 1]
-    flags = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-    text = f"{flags}\n\n" + "".join(map(_markdown, tables))
+    line = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "flags")
+    text = f"{line}\n\n" + "".join(map(_markdown, tables))
     with replacing_file(out / "table.md") as fresh:
         fresh.write_text(text, encoding="utf-8")
     record = {
@@ -226,14 +246,15 @@ def write_results(
         "tables": {table.title: table.rows for table in tables},
         "figures": [
             {
+                "what": what,
                 "cell": cell,
-                **({"minus": other, "minus_stage": theirs.stage} if other else {}),
+                **({"compared_with": other, "its_stage": theirs.stage} if other else {}),
                 "column": column.title,
                 "stage": column.stage,
                 **{name: getattr(figure, name) for name in ("mean", "low", "high", "queries")},
                 **({} if other else {"spread_over_seeds": results.spread(cell, column)}),
             }
-            for (cell, other, column, theirs), figure in results.computed.items()
+            for (what, cell, other, column, theirs), figure in results.computed.items()
             if not isnan(figure.mean)
         ],
     }

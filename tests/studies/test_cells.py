@@ -168,7 +168,7 @@ def test_cells_are_chosen_by_name_with_those_they_come_after():
 
 def test_what_is_no_study_file_is_refused(tmp_path):
     file = tmp_path / "empty.py"
-    assert "is no Python file" in run(file, tmp_path / "out", status=2)
+    assert "there is no such Python file" in run(file, tmp_path / "out", status=2)
     file.write_text("")
     assert "has no function study" in run(file, tmp_path / "out", status=2)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tercet.evaluate.report.intervals import interval, paired_difference, relative_change
-from tercet.evaluate.suites.suite import EvaluationSet, average
+from tercet.evaluate.suites.suite import average
 from tercet.studies.tables import (
     WORDS,
     Column,
@@ -17,20 +17,7 @@ from tercet.studies.tables import (
     leads_over,
     write_results,
 )
-
-
-def made_set(name: str, category: str = "Retrieval") -> EvaluationSet:
-    return EvaluationSet(
-        name,
-        category,  # pyright: ignore
-        "4 queries",
-        lambda embedder, task: np.zeros(4),
-        lambda: np.array([0.1, 0.2, 0.3, 0.4]),
-        lambda answers, seed: interval(answers, seed=seed),
-        lambda one, other, seed: interval(one - other, seed=seed),
-        (),
-    )
-
+from tests.studies.toy_studies import made_set
 
 SETS = [made_set("a"), made_set("b"), made_set("c", "STS")]
 EVERY = Column("all", (("a", "b"), ("c",)))
@@ -134,14 +121,19 @@ def test_a_part_of_the_answers_that_a_model_lacks_is_left_open():
 def test_tables_figures_and_pictures_are_written(results, tmp_path):
     table = results.table("Title", {"one": "one"}, [EVERY], {"lead": ("one", "other")})
     parts = [table, Table("Empty", [["header"]]), results.bars("picture", {"one": "one"}, [EVERY])]
-    assert write_results(tmp_path, results, parts, {"steps": 4, "dims": None}) == [table]
+    assert write_results(tmp_path, results, parts, {"steps": 4, "flags": {"dims": 8}}) == [table]
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0] == "steps 4" and "## Title" in lines and "## Empty" not in lines
     assert "| " + " | ".join(table.rows[1]) + " |" in lines
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "results.json").read_text())
-    assert record["steps"] == 4 and record["tables"] == {"Title": [list(r) for r in table.rows]}
+    assert (
+        record["steps"] == 4
+        and record["flags"] == {"dims": 8}
+        and record["tables"] == {"Title": [list(r) for r in table.rows]}
+    )
     assert record["sets"]["c"]["category"] == "STS"
     figure, lead = results.figure("one", EVERY), results.lead("one", "other", EVERY)
     assert [row["mean"] for row in record["figures"]] == [figure.mean, lead.mean]
-    assert record["figures"][1]["minus"] == "other"
+    assert [row["what"] for row in record["figures"]] == ["figure", "lead"]
+    assert record["figures"][1]["compared_with"] == "other"

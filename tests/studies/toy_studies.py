@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 
 from tercet.cli import main
 from tercet.data.files.sources import write_examples
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.evaluate.suites.suite import EvaluationSet, as_evaluation_set
 from tercet.files.artifacts import KeptResults
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 
@@ -57,3 +60,13 @@ def write_sets(folder: Path, langs: Sequence[str]) -> None:
         write_examples(folder / f"{lang}.jsonl", bare(examples))
         write_examples(folder / f"mined-{lang}.jsonl", examples)
         write_examples(folder / f"sets/{lang}.jsonl", examples[number : number + 9])
+
+
+def made_set(name: str, category: Any = "Retrieval") -> EvaluationSet:
+    """Return a set whose answers are a number for each of four queries, by words 0.1 to 0.4."""
+    data = RetrievalSet.from_examples(rows(count=4), name)
+    return replace(
+        as_evaluation_set(data, ()),
+        category=category,
+        words=lambda: np.array([0.1, 0.2, 0.3, 0.4]),
+    )

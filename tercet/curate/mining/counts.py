@@ -26,7 +26,7 @@ from jaxtyping import Int
 
 from tercet.curate.mining.documents import SHARD, Pool
 from tercet.curate.mining.finders import Queries
-from tercet.evaluate.measures.bm25 import K1, B, Split, by_words
+from tercet.evaluate.measures.bm25 import K1, B, WordsOf, by_words
 from tercet.files.atomic import clear_about
 from tercet.files.progress import Advance
 from tercet.kinds import Kind
@@ -41,7 +41,7 @@ class CountedShelf:
     """The words of documents and how often each has them; nothing is kept after ``close``."""
 
     folder: Path
-    split: Split = by_words
+    split: WordsOf = by_words
     _counts: dict[str, "_Counts"] = field(default_factory=dict)  # by the pool's prompt
 
     @property

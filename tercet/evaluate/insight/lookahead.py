@@ -24,8 +24,8 @@ from tercet.data.files.examples import as_object, nonblank, text_of
 from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.report.intervals import Interval, interval
 from tercet.files.records import Record, iter_records, parsed
+from tercet.models.choices import Attention
 from tercet.models.embedder import Embedder
-from tercet.models.network.backbone import Attention
 from tercet.models.network.pooling import mean
 from tercet.models.tokens import Form
 from tercet.segments import offsets_of
@@ -143,7 +143,7 @@ def prefix_sensitivity(
             f"same whatever follows, and each text at most {limit} tokens"
         )
     cosines = []
-    with _measuring(embedder), embedder.backbone.reading(attention):
+    with _measuring(embedder), embedder.backbone.direction(attention):
         for start in range(0, len(rows), _TRIPLES_AT_ONCE):
             texts = _joined(rows[start : start + _TRIPLES_AT_ONCE]).to(embedder.device)
             vectors = mean(embedder.backbone(texts), texts).cpu().double()
@@ -203,7 +203,7 @@ def direction_map(embedder: Embedder, text: str) -> DirectionMap:
     states = []
     with _measuring(embedder):
         for attention in ("causal", "bidirectional"):
-            with backbone.reading(attention):
+            with backbone.direction(attention):
                 states.append(backbone.layer_states(packed).cpu().double())
     names = embedder.tokenizer.stock.convert_ids_to_tokens(tokens.ids[0].tolist())
     spans = zip(tokens.spans[0].tolist(), names, strict=True)

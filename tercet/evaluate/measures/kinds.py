@@ -19,13 +19,9 @@ import torch
 from torch import Tensor
 
 from tercet.errors import RecipeError
+from tercet.evaluate.measures.retrieval import RetrievalResult, depth_of, evaluate_hits
 from tercet.evaluate.report.intervals import Interval, paired_difference
-from tercet.evaluate.sets.retrieval_set import (
-    RetrievalResult,
-    RetrievalSet,
-    depth_of,
-    evaluate_hits,
-)
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.rank.hybrid import Blocks, Ranked, pair_scores, ranked
 from tercet.types import Role

@@ -64,7 +64,7 @@ def mined(
     mining = Mining(by=by, **how)
     folder = file.parent
     (report,) = mine(
-        teacher, [open_source(file)], folder / "out.jsonl", mining=mining, corpus=MORE,
+        teacher, [open_source(file)], folder / "out.jsonl", mining=mining, documents=MORE,
         work=folder / "work",
     )  # fmt: skip
     return list(iter_examples(folder / "out.jsonl")), report
@@ -263,9 +263,9 @@ def test_bm25_keeps_nothing_on_the_disk(pairs):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"weights": HYBRID}, "weights are of a hybrid sum, and mining is by dense"),
-        ({"by": "bm25", "rule": MiningRule(kind="margin")}, "the usual value of the rule margin"),
-        ({"by": "hybrid", "rule": MiningRule(kind="absolute")}, "scores by hybrid are none"),
+        ({"weights": HYBRID}, "weights are for mining by hybrid; got by dense"),
+        ({"by": "bm25", "rule": MiningRule(kind="margin")}, "the default value of the rule margin"),
+        ({"by": "hybrid", "rule": MiningRule(kind="absolute")}, "scores by hybrid are not cosines"),
     ],
 )
 def test_what_does_not_fit_the_way_is_refused(wrong, said):
@@ -282,7 +282,7 @@ def test_a_teacher_that_does_not_make_the_vectors_is_refused(encoder_folder, tea
             mined(plain, pairs, by)
         with pytest.raises(RecipeError, match=f"mining by {by} needs a teacher"):
             mined(None, pairs, by)
-    with pytest.raises(RecipeError, match="neither has a weight"):
+    with pytest.raises(RecipeError, match="one of them must have a weight above 0"):
         mined(teacher, pairs, "hybrid", weights=Weights(0.0, 0.0, 1.0))
 
 
@@ -292,6 +292,6 @@ def test_vectors_that_are_no_numbers_are_refused(encoder_folder, pairs, by):
     for head in (broken.heads.sparse, broken.heads.multi):
         assert head is not None
         head.bias.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"teacher's vector of .* holds NaN or infinity"):
+    with pytest.raises(ModelError, match=r"teacher's vector of .* contains NaN or infinity"):
         mined(broken, pairs, by)
     assert list((pairs.parent / "work").iterdir()) == []

@@ -54,7 +54,7 @@ def by_hand(embedder, triple):
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_cosines_equal_those_of_each_text_alone(decoder, attention):
     result = prefix_sensitivity(decoder, TRIPLES, attention=attention)
-    with decoder.backbone.reading(attention):
+    with decoder.backbone.direction(attention):
         expected = np.array([by_hand(decoder, triple) for triple in TRIPLES])
     np.testing.assert_allclose(result.positive, expected[:, 0], atol=1e-6)
     np.testing.assert_allclose(result.negative, expected[:, 1], atol=1e-6)

@@ -7,7 +7,7 @@ import torch
 from tercet.errors import RecipeError
 from tercet.evaluate.measures import kinds as module
 from tercet.evaluate.measures.kinds import TermCounts, evaluate_kinds, feasible, sums_of
-from tercet.evaluate.sets.retrieval_set import evaluate_hits
+from tercet.evaluate.measures.retrieval import evaluate_hits
 from tercet.kinds import Weights
 from tercet.rank.topk import Hits
 from tercet.vectors import Terms, TokenRows, Vectors

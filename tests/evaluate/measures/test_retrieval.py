@@ -5,19 +5,14 @@ import pytest
 import torch
 
 from tercet.errors import RecipeError
+from tercet.evaluate.measures import embedder_kinds as module
 from tercet.evaluate.measures import kinds as kinds_module
-from tercet.evaluate.measures import retrieval as module
 from tercet.evaluate.measures.bm25 import by_tokens_of
+from tercet.evaluate.measures.embedder_kinds import dev_score, measure_kinds, tuned_weights
 from tercet.evaluate.measures.kinds import evaluate_kinds
-from tercet.evaluate.measures.retrieval import (
-    dev_candidates,
-    dev_score,
-    measure,
-    measure_bm25,
-    measure_kinds,
-    tuned_weights,
-)
-from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_retrieval
+from tercet.evaluate.measures.retrieval import evaluate_retrieval, measure, measure_bm25
+from tercet.evaluate.measures.tuned_weights import dev_candidates
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.hybrid import kind_scores
@@ -174,7 +169,7 @@ def test_the_dev_score_of_several_kinds_is_that_of_their_sum_and_names_each(of_a
 
 
 def test_b18_a_dev_score_tells_how_many_texts_have_no_term(encoder_folder, data):
-    """What ``tercet.train.alarm`` looks at."""
+    """What ``tercet.train.log`` looks at."""
     embedder = Embedder.load(encoder_folder, kinds=("dense", "sparse"))
     score = dev_score(data)
     first = score(embedder)

@@ -36,7 +36,7 @@ class ExampleSearch:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class PageFigure:
     """A figure that is drawn when the page is written."""
 
     draw: Callable[[], "Figure"]
@@ -50,7 +50,7 @@ class Section:
     title: str
     text: Sequence[str] = ()  # a paragraph each
     rows: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)  # of one table
-    drawings: Sequence[Drawing] = ()
+    drawings: Sequence[PageFigure] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import pytest
 from tercet.errors import MissingExtraError, StorageError
 from tercet.evaluate.report.figures import drawing, histograms, running_mean
 from tercet.evaluate.report.intervals import Interval
-from tercet.evaluate.report.report import (
-    Drawing,
+from tercet.evaluate.report.page import (
     ExampleSearch,
+    PageFigure,
     RunReport,
     ScoreSample,
     Section,
@@ -124,7 +124,7 @@ def test_every_text_is_escaped(report, tmp_path):
 
 
 def test_a_section_brings_text_a_table_and_figures(report, tmp_path):
-    shown = Drawing(lambda: histograms(report.scores, score="likeness"), "What it shows.")
+    shown = PageFigure(lambda: histograms(report.scores, score="likeness"), "What it shows.")
     section = Section("A look", ["What was done here."], report.results, [shown])
     page = written(tmp_path / "report.html", replace(report, sections=[section]))
     assert page.count("<figure>") == 4

@@ -1,8 +1,8 @@
-"""Which documents hold an answer: how a search is judged where nobody judged documents.
+"""Which documents hold an answer: how a search is judged without judged documents.
 
-A document counts when the tokens of one of the query's answers stand in it, one after the other
-and in their order. That is how MKQA is scored (arXiv 2402.03216, section 4.2), by the rule of DPR
-(arXiv 2004.04906). Words of a language without spaces between them are found only between marks.
+A document counts if the tokens of one of the query's answers occur in it one after the other. MKQA
+is scored like this (arXiv 2402.03216, section 4.2), by the rule of DPR (arXiv 2004.04906). Words of
+a language without spaces between them are found only between punctuation marks.
 """
 
 import unicodedata
@@ -15,19 +15,19 @@ from jaxtyping import Int
 
 from tercet.metrics import Judgements
 
-_REMEMBERED: Final = 1 << 16  # documents whose tokens are kept: many are found by several queries
+_CACHED: Final = 1 << 16  # documents whose tokens are cached: several queries find the same ones
 _IN_WORDS: Final = "LNM"  # letters, numbers, and marks that belong to them
 _BETWEEN: Final = "ZC"  # separators and control characters
 
 
 def answer_tokens(text: str) -> list[str]:
-    """Runs of letters, numbers and marks, and single symbols, in NFD and lower case.
+    """Return runs of letters, numbers and marks, and single symbols, in NFD and lower case.
 
     ``"naïve (1)"`` has the tokens ``nai\u0308ve``, ``(``, ``1``, ``)``.
     """
     plain = unicodedata.normalize("NFD", text)
-    parts = plain.translate({ord(character): _parted(character) for character in set(plain)})
-    # Only now: the small form of a Greek sigma depends on where its word ends.
+    parts = plain.translate({ord(character): _separated(character) for character in set(plain)})
+    # Lower case only now: the small form of a Greek sigma depends on where its word ends.
     return [token.lower() for token in parts.split()]
 
 
@@ -36,12 +36,12 @@ def with_answers(
     documents: Sequence[str],
     answers: Sequence[Sequence[str]],
 ) -> Judgements:
-    """The ranked documents that hold one of their query's answers, as relevant ones.
+    """Judge as relevant the ranked documents that hold one of their query's answers.
 
-    Others are not looked at, so this says nothing of what a search has missed.
+    Other documents are not looked at, so this cannot say what a search has missed.
     """
 
-    @lru_cache(_REMEMBERED)
+    @lru_cache(_CACHED)
     def tokens(row: int) -> str:
         return _joined(documents[row])
 
@@ -57,13 +57,13 @@ def _holds(text: str, answers: Sequence[str]) -> bool:
 
 
 def _joined(text: str) -> str:
-    """Tokens with one space around each, so that a run of them is a part of the text."""
+    """Join tokens with one space around each, so that a run of them is a substring."""
     return f" {' '.join(answer_tokens(text))} "
 
 
 @cache
-def _parted(character: str) -> str:
-    """A part of a word as it is, a symbol between spaces, and a space for what is between."""
+def _separated(character: str) -> str:
+    """Return a part of a word unchanged, a symbol between spaces, a space for a separator."""
     kind = unicodedata.category(character)[0]
     if kind in _BETWEEN:
         return " "

@@ -4,8 +4,8 @@ from scipy import stats
 
 from tercet.data.files.similarity import SimilaritySet
 from tercet.errors import ModelError
-from tercet.evaluate.measures import similarity
-from tercet.evaluate.measures.similarity import (
+from tercet.evaluate.measures import sts
+from tercet.evaluate.measures.sts import (
     SimilarityResult,
     evaluate_similarity,
     measure_overlap,
@@ -87,25 +87,25 @@ def test_a_vector_that_is_not_finite_is_named():
     data = SimilaritySet.of("s", [("a", "b", 1), ("a", "c", 2)])
     vectors = np.ones((3, 2), np.float32)
     vectors[1, 0] = np.nan
-    with pytest.raises(ModelError, match="the vector of text 1 holds NaN"):
+    with pytest.raises(ModelError, match="the vector of text 1 contains NaN"):
         evaluate_similarity(data, vectors)
 
 
 @pytest.mark.parametrize("metric", ["spearman", "pearson"])
 def test_draws_of_pairs_equal_the_slow_bootstrap(random, metric):
     result = random_result(random)
-    weights = similarity._drawn(result.data, "pairs", 25, np.random.default_rng(3))
+    weights = sts._drawn(result.data, "pairs", 25, np.random.default_rng(3))
     assert (weights.sum(axis=1) == 40).all()
     lists = [np.repeat(np.arange(40), times) for times in weights]
     expected = [SLOW[metric](result.cosines[rows], result.data.scores[rows]) for rows in lists]
-    found = similarity._resampled(result, metric, "pairs", 25, seed=3)
+    found = sts._resampled(result, metric, "pairs", 25, seed=3)
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("metric", ["spearman", "pearson"])
 def test_draws_of_texts_equal_the_slow_bootstrap(random, metric):
     result = random_result(random)
-    times = similarity._times(12, 25, np.random.default_rng(3))
+    times = sts._times(12, 25, np.random.default_rng(3))
     assert (times.sum(axis=1) == 12).all()
     expected = []
     for drawn in (np.repeat(np.arange(12), each) for each in times):
@@ -118,14 +118,14 @@ def test_draws_of_texts_equal_the_slow_bootstrap(random, metric):
             if (one, other) == (first, second)
         ]
         expected.append(SLOW[metric](result.cosines[rows], result.data.scores[rows]))
-    found = similarity._resampled(result, metric, "texts", 25, seed=3)
+    found = sts._resampled(result, metric, "texts", 25, seed=3)
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_a_text_drawn_twice_makes_no_pair_with_itself(random):
     data = SimilaritySet.of("s", [("a", "b", 1), ("b", "c", 2), ("a", "a", 5)])
-    weights = similarity._drawn(data, "texts", 200, np.random.default_rng(1))
-    times = similarity._times(3, 200, np.random.default_rng(1))
+    weights = sts._drawn(data, "texts", 200, np.random.default_rng(1))
+    times = sts._times(3, 200, np.random.default_rng(1))
     assert weights.shape == (200, 3)  # as many columns as pairs: no pair is added
     only_b = (times == [0, 3, 0]).all(axis=1)
     assert only_b.any()
@@ -183,7 +183,7 @@ def test_the_seed_alone_decides_an_interval_and_blocks_do_not(random, monkeypatc
     assert found == result.interval(resamples=99, seed=4)
     assert found.low != result.interval(resamples=99, seed=5).low
     assert (found.resamples, found.seed, found.level) == (99, 4, 0.95)
-    monkeypatch.setattr(similarity, "_CELLS", 40 * 7)
+    monkeypatch.setattr(sts, "_CELLS", 40 * 7)
     assert result.interval(resamples=99, seed=4) == found
 
 

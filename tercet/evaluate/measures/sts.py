@@ -1,4 +1,4 @@
-"""How well a model's cosines order pairs of texts the way that people do."""
+"""Semantic textual similarity (STS): how well a model's cosines agree with people's scores."""
 
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -14,42 +14,42 @@ from tercet.evaluate.report.intervals import RESAMPLES, Interval
 from tercet.models.embedder import Embedder
 from tercet.types import Role
 
-Metric: TypeAlias = Literal["spearman", "pearson"]
+Correlation: TypeAlias = Literal["spearman", "pearson"]
 
-METRICS: Final[tuple[Metric, ...]] = ("spearman", "pearson")
+METRICS: Final[tuple[Correlation, ...]] = ("spearman", "pearson")
 _CELLS: Final = 1 << 19  # draws times pairs of one block: 4 MB an array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SimilarityResult:
-    """A set, and how alike a model finds the texts of each of its pairs."""
+    """A set, and a model's cosine for each of its pairs."""
 
     data: SimilaritySet
     cosines: Float64[np.ndarray, "pairs"]
 
-    def correlation(self, metric: Metric = "spearman") -> float:
-        """With people's scores: of ranks (Spearman, equal values share their mean rank) or values.
+    def correlation(self, metric: Correlation = "spearman") -> float:
+        """Return the correlation with people's scores: of ranks (Spearman) or values (Pearson).
 
-        NaN where all cosines are equal, and below two pairs.
+        Equal values share their mean rank. NaN if all cosines are equal, or below two pairs.
         """
         once = np.ones((1, len(self.cosines)))
         return float(_correlations(once, self.cosines, self.data.scores, metric)[0])
 
     def interval(
         self,
-        metric: Metric = "spearman",
+        metric: Correlation = "spearman",
         *,
         unit: BootstrapUnit | None = None,
         resamples: int = RESAMPLES,
         seed: int = 0,
     ) -> Interval:
-        """The correlation, and its bootstrap interval by the percentile method.
+        """Return the correlation, and its bootstrap interval by the percentile method.
 
-        ``unit`` is what is drawn with replacement; None takes :attr:`SimilaritySet.unit`. Where
-        texts are drawn, a pair counts as often as the draws of its one text times those of its
-        other, and a text that is drawn twice makes no pair with itself. This is cautious: where
-        pairs differ more than texts do, the interval is too wide (Owen 2007, "The pigeonhole
-        bootstrap"). A draw in which one side does not vary is left out.
+        ``unit`` is what is drawn with replacement; None takes :attr:`SimilaritySet.unit`. If texts
+        are drawn, a pair counts as often as the draws of its first text times those of its second,
+        and a text that is drawn twice makes no pair with itself. This is conservative: the interval
+        is too wide if pairs vary more than texts do (Owen 2007, "The pigeonhole bootstrap"). A draw
+        in which one side does not vary is left out.
         """
         unit = unit or self.data.unit
         drawn = _resampled(self, metric, unit, resamples, seed)
@@ -58,15 +58,15 @@ class SimilarityResult:
     def minus(
         self,
         other: "SimilarityResult",
-        metric: Metric = "spearman",
+        metric: Correlation = "spearman",
         *,
         unit: BootstrapUnit | None = None,
         resamples: int = RESAMPLES,
         seed: int = 0,
     ) -> Interval:
-        """How much higher this correlation is than another model's on the same set.
+        """Return by how much this correlation is higher than another one on the same set.
 
-        Both are taken of the same draws, so that hard pairs drop out.
+        Both are computed on the same draws, so that the difficulty of pairs cancels out.
         """
         assert np.array_equal(self.data.pairs, other.data.pairs), "two models on one set"
         unit = unit or self.data.unit
@@ -79,10 +79,10 @@ class SimilarityResult:
 def evaluate_similarity(
     data: SimilaritySet, vectors: Float[np.ndarray, "texts dim"]
 ) -> SimilarityResult:
-    """Compare the cosine of each pair with its score; the vectors need not be of unit length.
+    """Compare the cosine of each pair with its score; the vectors need not have unit length.
 
     Raises:
-        ModelError: when a vector is not finite.
+        ModelError: if a vector is not finite.
     """
     assert len(vectors) == len(data.texts), "one vector for each text"
     check_finite(vectors)
@@ -92,15 +92,15 @@ def evaluate_similarity(
 
 
 def check_finite(vectors: Float[np.ndarray, "texts dim"]) -> None:
-    """Refuse vectors that no text can have.
+    """Raise if a vector contains NaN or infinity.
 
     Raises:
-        ModelError: when a vector is not finite, naming the first.
+        ModelError: naming the first such vector.
     """
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise ModelError(
-            f"the vector of text {int(finite.argmin())} holds NaN or infinity; "
+            f"the vector of text {int(finite.argmin())} contains NaN or infinity; "
             "the model is damaged, or its training diverged"
         )
 
@@ -114,22 +114,21 @@ def measure_similarity(
     dims: int | None = None,
     progress: bool = False,
 ) -> SimilarityResult:
-    """Encode each text once and compare: neither side is searched, so both get one role's prompt.
+    """Encode each text once and compare; both sides get the prompt of one role.
 
-    It is that of the ``task``, or the default one. For another way of reading, hand the vectors
-    of ``embedder.encode`` to ``evaluate_similarity``.
+    It is the prompt of the ``task``, or the default one.
 
     Raises:
-        RecipeError: for a task that the model has no prompts for.
+        RecipeError: if the model has no prompts for the task.
     """
     vectors = encode_alike(embedder, data.texts, role, task=task, dims=dims, progress=progress)
     return evaluate_similarity(data, vectors)
 
 
 def measure_overlap(data: SimilaritySet) -> SimilarityResult:
-    """The baseline without a model: the cosine of the two texts' sets of words.
+    """Measure the baseline without a model: the cosine of the two texts' sets of words.
 
-    |A & B| / sqrt(|A| |B|); 0 for a text without a word.
+    |A & B| / sqrt(|A| |B|); 0 for a text without words.
     """
     sets = [frozenset(words(text)) for text in data.texts]
     overlaps = [
@@ -139,9 +138,9 @@ def measure_overlap(data: SimilaritySet) -> SimilarityResult:
 
 
 def _resampled(
-    result: SimilarityResult, metric: Metric, unit: BootstrapUnit, resamples: int, seed: int
+    result: SimilarityResult, metric: Correlation, unit: BootstrapUnit, resamples: int, seed: int
 ) -> Float64[np.ndarray, "resamples"]:
-    """The correlation of each draw. Equal seeds draw the same for every model of a set."""
+    """Return the correlation of each draw; equal seeds give equal draws for all models of a set."""
     data, random = result.data, np.random.default_rng(seed)
     found = np.empty(resamples)
     at_once = max(1, _CELLS // max(len(data.pairs), 1))
@@ -163,17 +162,17 @@ def _percentiles(
 def _drawn(
     data: SimilaritySet, unit: BootstrapUnit, draws: int, random: np.random.Generator
 ) -> Int64[np.ndarray, "draws pairs"]:
-    """How often each draw holds each pair."""
+    """Return how often each draw contains each pair."""
     if unit == "pairs":
         return _times(len(data.pairs), draws, random)
     times = _times(len(data.texts), draws, random)
     first, second = data.pairs.T
-    # A text that people were given twice is one text, not two draws that met.
+    # A pair of a text with itself is one draw of that text, not two.
     return times[:, first] * np.where(first == second, 1, times[:, second])
 
 
 def _times(count: int, draws: int, random: np.random.Generator) -> Int64[np.ndarray, "draws count"]:
-    """How often each of ``count`` things comes up when as many are drawn with replacement."""
+    """Return how often each of ``count`` things is drawn in ``count`` draws with replacement."""
     drawn = random.integers(0, count, (draws, count)) if count else np.zeros((draws, 0), np.int64)
     drawn += count * np.arange(draws)[:, None]
     return np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count)
@@ -183,9 +182,9 @@ def _correlations(
     weights: Float64[np.ndarray, "draws pairs"],
     cosines: Float64[np.ndarray, "pairs"],
     scores: Float64[np.ndarray, "pairs"],
-    metric: Metric,
+    metric: Correlation,
 ) -> Float64[np.ndarray, "draws"]:
-    """Of each draw, in which a pair counts as often as its weight; NaN where a side is constant."""
+    """Return the correlation of each draw, with pairs weighted; NaN if a side is constant."""
     centred = _centred_ranks if metric == "spearman" else _centred
     x, y = centred(weights, cosines), centred(weights, scores)
     products = np.einsum("dp,dp,dp->d", weights, x, y)
@@ -201,7 +200,7 @@ def _centred(
 ) -> Float64[np.ndarray, "draws pairs"]:
     means = (weights @ values) / np.maximum(weights.sum(axis=1), 1)
     centred = values - means[:, None]
-    # Of equal values, what is left is rounding, which correlates with anything.
+    # Equal values leave only rounding errors, which correlate with anything.
     centred[np.abs(centred) < 1e-12 * np.abs(values).max(initial=0)] = 0
     return centred
 
@@ -209,10 +208,10 @@ def _centred(
 def _centred_ranks(
     weights: Float64[np.ndarray, "draws pairs"], values: Float64[np.ndarray, "pairs"]
 ) -> Float64[np.ndarray, "draws pairs"]:
-    """Twice the rank of each pair among those of its draw, less the mean.
+    """Return twice the rank of each pair within its draw, minus the mean.
 
-    Equal values share the mean of their ranks. The order of the values is that of all draws, so
-    nothing is sorted again: ranks are running sums of weights.
+    Equal values share their mean rank. All draws share the order of the values, so nothing is
+    sorted again: ranks are running sums of weights.
     """
     distinct, group = np.unique(values, return_inverse=True)
     order = np.argsort(group, kind="stable")

@@ -4,7 +4,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from tercet.evaluate.sets.answers import answer_tokens, with_answers
+from tercet.evaluate.measures.answer_match import answer_tokens, with_answers
 
 WORDS = ["Paris", "in", "the", "naïve", "42", "½", "$", "-", "_", "ΟΔΟΣ", "กิน", "\u200b", "東京"]
 
