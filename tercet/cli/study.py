@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
-from tercet.cli.sources import opened, weighted
+from tercet.cli.options import opened, weighted
 from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
-from tercet.cli.options import whole_numbers
-from tercet.cli.sources import numbers_of, opened, weighted
+from tercet.cli.options import numbers_of, opened, weighted, whole_numbers
 from tercet.data.batches.mixture import names_some, refuse_unknown, weighed
 from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
