@@ -67,7 +67,7 @@ def load(model: str, precision: str, **how: Any) -> Any:
     import torch
 
     from tercet.models.embedder import Embedder
-    from tercet.models.network.precision import warning_of
+    from tercet.models.network.cpu import warning_of
 
     wanted = {name: value for name, value in how.items() if value}
     dtype, device = getattr(torch, precision), "cuda" if torch.cuda.is_available() else "cpu"

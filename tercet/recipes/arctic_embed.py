@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.curate.mining.mine import Mining
 from tercet.curate.mining.rules import MiningRule
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.flags import (
     Base,

@@ -13,7 +13,7 @@ from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.losses.unified import Distillation, Mixture
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified

@@ -2,8 +2,7 @@
 
 from typing import Annotated, TypeAlias
 
-from tercet.models.network.backbone import Attention
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, PoolingName
 from tercet.train.recipe import Lora
 
 Base: TypeAlias = Annotated[str, "Zoo name, local folder or hub id."]

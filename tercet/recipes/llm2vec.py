@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
 from tercet.data.batches.masking import Masking, MaskToken
-from tercet.models.network.backbone import Attention, Window
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, PoolingName, Window
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
 from tercet.objectives.simcse import SimCSE

@@ -11,9 +11,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.collate import Policy
 from tercet.data.batches.sampler import Mixing
-from tercet.models.network.backbone import Attention
-from tercet.models.network.latent_attention import Layer
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, LayerSettings, PoolingName
 from tercet.models.settings import as_prompt
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.flags import (
@@ -91,10 +89,10 @@ def nv_embed(
     seed: Annotated[int, "Of batches, dropout and new weights."] = 0,
 ) -> Recipe:
     """Train on retrieval, then on all tasks with instructions, with latent attention pooling."""
-    layer: Layer | Literal["none"] = "none"
+    layer: LayerSettings | Literal["none"] = "none"
     if pooling in ("latent", "self_attention"):
         published = preset == "nv-embed"
-        layer = Layer(
+        layer = LayerSettings(
             kind=pooling,
             latents=512 if published else latents,
             heads=8 if published else heads,

@@ -8,10 +8,10 @@ import torch
 
 from tercet import distributed
 from tercet.kinds import Kind
+from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.latent_attention import Layer
 from tercet.types import Packed
 
 SHARE: Final = 0.5  # of free memory
@@ -100,7 +100,7 @@ def memory_budget(
 def graph_bytes(
     backbone: Backbone,
     *,
-    layer: Layer | None = None,
+    layer: LayerSettings | None = None,
     half: bool = False,
     recomputed: bool = False,
 ) -> int:

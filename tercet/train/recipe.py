@@ -18,9 +18,7 @@ from tercet.data.batches.sampler import Mixing
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
-from tercet.models.network.backbone import Attention, Window
-from tercet.models.network.latent_attention import Layer
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.objectives.objective import Objective
 
 Batching: TypeAlias = Literal["fit", "bge-m3-pairs-80gb", "bge-m3-finetune-80gb"]
@@ -52,7 +50,7 @@ class Model:
     pooling: PoolingName | None = None
     attention: Attention | None = None
     window: Window | None = None
-    layer: Layer | Literal["none"] | None = None  # trained, between states and pooling
+    layer: LayerSettings | Literal["none"] | None = None  # trained, between states and pooling
     keep_layers: int | None = None  # only the first ones of the network; None: all
     lora: Lora | None = None  # None: every weight is trained
     freeze_embeddings: bool = False  # do not train the token table

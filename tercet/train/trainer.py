@@ -21,7 +21,7 @@ from tercet.files.progress import Advance, bar, notes
 from tercet.models.embedder import Embedder
 from tercet.models.network.checkpointing import recomputable, recomputed
 from tercet.models.network.chunked import Chunks, Losses
-from tercet.models.network.precision import warning_of
+from tercet.models.network.cpu import warning_of
 from tercet.objectives.objective import TextBatch
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.train import checkpoint, optimizer

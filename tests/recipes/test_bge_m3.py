@@ -13,7 +13,7 @@ from tercet.errors import RecipeError
 from tercet.evaluate.measures.tuned_weights import save_weights
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
-from tercet.models.kept import save_ranges
+from tercet.models.settings import save_ranges
 from tercet.objectives.retromae import RetroMAE
 from tercet.objectives.unified import Unified
 from tercet.rank.quantized import Ranges
