@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from tercet.curate.mining import documents as mining_documents
-from tercet.curate.mining.documents import (
+from tercet.curate.mining import document_pools as mining_documents
+from tercet.curate.mining.document_pools import (
     Pool,
     check_finite,
     encode_pool,
@@ -194,9 +194,9 @@ class ByVectors:
 class EncodedShelf:
     """A teacher's vectors of several kinds, kept in a folder: the same texts are encoded once.
 
-    A shard of texts is a folder for each kind, named as in ``tercet.curate.mining.documents``. A
-    text is read once for all kinds that are not there yet, and no shard of token vectors lies in
-    memory.
+    A shard of texts is a folder for each kind, named as in
+    ``tercet.curate.mining.document_pools``. A text is read once for all missing kinds, and no shard
+    of token vectors is held in memory.
     """
 
     teacher: Embedder
