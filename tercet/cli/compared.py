@@ -11,7 +11,7 @@ from tercet.rank.quantized import Precision
 from tercet.vectors import KINDS, Kind, Weights
 
 if TYPE_CHECKING:
-    from tercet.evaluate.measures.kinds import KindsResult
+    from tercet.evaluate.measures.by_kind import KindsResult
     from tercet.evaluate.measures.retention import Retained
 
 

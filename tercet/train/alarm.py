@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Final
 
-from tercet.evaluate.measures.kinds import EMPTY
+from tercet.evaluate.measures.by_kind import EMPTY
 
 _RECENT: Final = 32  # batches over which the share is averaged: few texts make a restless number
 _FEW: Final = 32  # batches whose mean says nothing yet, neither that it is low nor high

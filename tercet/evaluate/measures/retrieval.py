@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tercet.evaluate.measures.bm25 import Split, bm25_top_k, by_words
-from tercet.evaluate.measures.kinds import (
+from tercet.evaluate.measures.by_kind import (
     KindsResult,
     ProtocolName,
     feasible,
@@ -28,7 +28,7 @@ from tercet.evaluate.sets.retrieval_set import (
 from tercet.files.progress import Advance, bar
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
-from tercet.rank.hybrid import Ranked
+from tercet.rank.hybrid import HybridHits
 from tercet.segments import batches_within
 from tercet.vectors import Kind, Vectors, Weights
 
@@ -151,7 +151,7 @@ def dev_candidates(
     kinds: Sequence[Kind],
     depth: int,
     progress: bool = False,
-) -> Ranked:
+) -> HybridHits:
     """What weights are to rank: the best documents of each query, with their scores by every kind.
 
     The prompts are those of the first task that the model has some for, or the default ones.

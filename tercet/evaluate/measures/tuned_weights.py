@@ -22,11 +22,11 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from tercet.errors import RecipeError
-from tercet.evaluate.measures.kinds import DEPTH, Corpus
+from tercet.evaluate.measures.by_kind import DEPTH, Corpus
 from tercet.evaluate.report.intervals import Interval, interval, paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet, depth_of, evaluate_hits
 from tercet.models.kept import keep, require_settings
-from tercet.rank.hybrid import Ranked, ranked
+from tercet.rank.hybrid import HybridHits, each_alone, ranked
 from tercet.vectors import KINDS, Kind, Vectors, Weights
 
 Method: TypeAlias = Literal["usual", "grid", "logistic"]
@@ -66,20 +66,19 @@ class Tuned:
         return paired_difference(self.scores["tuned"], self.scores[over], seed=seed)
 
 
-def candidates(queries: Vectors, corpus: Corpus, *, depth: int = DEPTH) -> Ranked:
+def candidates(queries: Vectors, corpus: Corpus, *, depth: int = DEPTH) -> HybridHits:
     """The best documents of each query by each kind and by the usual sum, each with all scores.
 
     A document outside of all these lists cannot be ranked, whatever the weights: one that is
     worse than ``depth`` others by every kind.
     """
-    alone = [Weights(1.0, 1.0, 1.0).only((kind,)) for kind in queries.kinds]
-    sums = {str(weights): weights for weights in [*alone, Weights()]}
-    return Ranked.union(list(ranked(queries, corpus.blocks(queries.kinds), sums, depth).values()))
+    sums = {**each_alone(queries.kinds), "usual": Weights()}
+    return HybridHits.union(ranked(queries, corpus.blocks(queries.kinds), sums, depth).values())
 
 
 def tune(
     data: RetrievalSet,
-    found: Ranked,
+    found: HybridHits,
     *,
     metric: str = "ndcg@10",
     folds: int = FOLDS,
@@ -117,12 +116,12 @@ def tune(
         weights, method, top = list(grid)[best], "grid" if best else "usual", table[best].mean()
     else:
         weights, method, top = fitted, "logistic", learned.mean()
-    alone = {kind: values(Weights(1.0, 1.0, 1.0).only((kind,))) for kind in found.kinds}
+    alone = {kind: values(weights) for kind, weights in each_alone(found.kinds).items()}
     scores = {**held_out, "usual": table[0], **alone}
     return Tuned(weights, method, metric, found.kinds, tuple(chosen), float(top), scores)
 
 
-def spreads(found: Ranked) -> dict[Kind, float]:
+def spreads(found: HybridHits) -> dict[Kind, float]:
     """How far a kind's scores spread among the candidates of a query; 1 where not at all."""
     here = found.rows >= 0
     count = here.sum(dim=1, keepdim=True).clamp_min(1)
@@ -135,7 +134,7 @@ def spreads(found: Ranked) -> dict[Kind, float]:
 
 
 def logistic(
-    found: Ranked,
+    found: HybridHits,
     relevant: Bool[Tensor, "queries ranks"],
     spread: Mapping[Kind, float],
     chosen: Bool[np.ndarray, "queries"],
@@ -220,7 +219,7 @@ def _scaled(weights: Mapping[Kind, float]) -> Weights:
     return Weights(*(float(f"{weights.get(kind, 0.0) / most:.3g}") for kind in KINDS))
 
 
-def _measuring(data: RetrievalSet, found: Ranked, metric: str) -> Metric:
+def _measuring(data: RetrievalSet, found: HybridHits, metric: str) -> Metric:
     """The metric of each query by weights."""
     depth = depth_of(metric)
 
@@ -231,7 +230,7 @@ def _measuring(data: RetrievalSet, found: Ranked, metric: str) -> Metric:
     return values
 
 
-def _refuse(found: Ranked, relevant: Tensor, folds: int) -> None:
+def _refuse(found: HybridHits, relevant: Tensor, folds: int) -> None:
     if len(found.kinds) < 2:
         raise RecipeError(
             f"the model makes {' and '.join(found.kinds)} vectors only, so there is nothing to "

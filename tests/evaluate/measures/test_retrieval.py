@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tercet.errors import RecipeError
-from tercet.evaluate.measures import kinds as kinds_module
+from tercet.evaluate.measures import by_kind as kinds_module
 from tercet.evaluate.measures import retrieval as module
 from tercet.evaluate.measures.bm25 import by_tokens_of
-from tercet.evaluate.measures.kinds import evaluate_kinds
+from tercet.evaluate.measures.by_kind import evaluate_kinds
 from tercet.evaluate.measures.retrieval import (
     dev_candidates,
     dev_score,
