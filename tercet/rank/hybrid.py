@@ -10,7 +10,7 @@ Documents come in blocks, so that the token vectors of a large corpus are never 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tercet.vectors import Kind, Vectors, Weights
 
 QUERY_TERMS: Final = 4_096  # of queries, terms or tokens, compared with a block of documents
 
+Name = TypeVar("Name", bound=str)
 VectorBlocks: TypeAlias = Iterable[tuple[Tensor, Vectors]]
 """Rows of documents, in rising order, and their vectors."""
 
@@ -139,8 +140,8 @@ def each_alone(kinds: Sequence[Kind]) -> dict[Kind, Weights]:
 
 
 def ranked(
-    queries: Vectors, blocks: VectorBlocks, sums: Mapping[str, Weights], k: int
-) -> dict[str, HybridHits]:
+    queries: Vectors, blocks: VectorBlocks, sums: Mapping[Name, Weights], k: int
+) -> dict[Name, HybridHits]:
     """Return the ``k`` best documents by each of these weighted sums, with scores by every kind.
 
     Raises:
@@ -161,8 +162,7 @@ def candidates(queries: Vectors, blocks: VectorBlocks, k: int) -> dict[Kind, Hyb
     Raises:
         ModelError: when a score is NaN or infinity.
     """
-    lists = ranked(queries, blocks, each_alone(queries.kinds), k)
-    return {kind: lists[kind] for kind in queries.kinds}
+    return ranked(queries, blocks, each_alone(queries.kinds), k)
 
 
 def hybrid_ranking(queries: Vectors, docs: DocumentVectors, weights: Weights, k: int) -> HybridHits:
