@@ -171,7 +171,7 @@ def mine_here(job: Job, rule: str, out: str) -> Answer:
             [open_source(job.pairs)],
             Path(out),
             mining=mining,
-            corpus=corpus(),
+            documents=corpus(),
             work=Path(work),
         )
     return {}

@@ -36,6 +36,7 @@ from benchmarks import common, sides
 from benchmarks.common import Row
 from tercet.files.atomic import replacing_file
 from tercet.files.progress import bar
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.search.engine.engine import (
     Engine,
@@ -48,7 +49,7 @@ from tercet.search.engine.engine import (
 )
 from tercet.search.engine.fusion import reciprocal_ranks, weighted_sum
 from tercet.search.exact.exact_engine import ExactEngine
-from tercet.vectors import KINDS, Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 PART = 2_048  # documents that are embedded, kept and upserted together
 TOP = 10

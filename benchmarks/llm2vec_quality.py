@@ -21,12 +21,13 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.common import Row, write_results
-from tercet.data.files.similarity import debtags_similarity, lee_similarity
+from examples.similarity_sets import debtags_similarity, lee_similarity
 from tercet.data.files.sources import open_source, write_examples
 from tercet.data.files.texts import open_texts
-from tercet.evaluate.measures.similarity import evaluate_similarity
+from tercet.evaluate.measures.retrieval import evaluate_retrieval
+from tercet.evaluate.measures.sts import evaluate_similarity
 from tercet.evaluate.report.intervals import paired_difference
-from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_retrieval
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.atomic import replacing_file
 from tercet.models.embedder import Embedder
 from tercet.recipes.llm2vec import llm2vec

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import Row, write_results
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS
 
 BASE = "me5-small"
 SETS = {

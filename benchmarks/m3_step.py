@@ -41,11 +41,11 @@ from transformers.utils import logging
 from benchmarks.common import Row, write_results
 from benchmarks.sides import Answer, Side, memory, serve, spent
 from tercet.data.batches.collate import Collator
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
 from tercet.objectives.unified import Unified
 from tercet.types import Example
-from tercet.vectors import KINDS
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
 TITLE = "What does a unified fine-tuning step of BGE-M3 cost, against FlagEmbedding 1.4.2."

@@ -1,6 +1,6 @@
 """Five tasks made of Debian's package descriptions: data to train on, and sets to measure with.
 
-    python examples/debian_tasks.py OUT
+    python -m examples.debian_tasks OUT
 
 writes OUT/train, OUT/dev and OUT/test, and prints the commands that make training rows of them.
 Everything under train is of the train split and everything that is measured is of the test split.
@@ -16,8 +16,9 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
+from examples.similarity_sets import debtags_similarity
 from tercet.data.files.examples import as_object
-from tercet.data.files.similarity import SimilaritySet, debtags_similarity
+from tercet.data.files.similarity import SimilaritySet
 from tercet.data.files.sources import write_examples
 from tercet.data.files.texts import normal_form
 from tercet.files.atomic import replacing_file

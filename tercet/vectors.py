@@ -7,33 +7,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tercet.kinds import KINDS, Kind
 from tercet.segments import offsets_of, ragged_places, row_of
-
-Kind: TypeAlias = Literal["dense", "sparse", "multi"]
-KINDS: Final[tuple[Kind, ...]] = ("dense", "sparse", "multi")
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """How much each kind counts in a sum of scores (arXiv 2402.03216, section 3.3)."""
-
-    dense: float = 1.0
-    sparse: float = 0.3
-    multi: float = 1.0
-
-    def of(self, kind: Kind) -> float:
-        """The weight of one kind."""
-        return {"dense": self.dense, "sparse": self.sparse, "multi": self.multi}[kind]
-
-    def only(self, kinds: Sequence[Kind]) -> "Weights":
-        """Zero for the kinds that are not named."""
-        return Weights(*(self.of(kind) if kind in kinds else 0.0 for kind in KINDS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 import torch
 
-from tercet.vectors import KINDS, Terms, TokenRows, Vectors
+from tercet.kinds import KINDS
+from tercet.vectors import Terms, TokenRows, Vectors
 
 
 def some() -> Vectors:

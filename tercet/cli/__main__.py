@@ -1,5 +1,5 @@
-"""What ``python -m tercet.cli`` runs."""
+"""Entry point of ``python -m tercet.cli``."""
 
-from tercet.cli import main
+from tercet.cli.app import main
 
 main()

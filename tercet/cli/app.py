@@ -1,54 +1,122 @@
-"""All verbs under one name, and what happens to their errors."""
+"""All commands under one name, imported when they are run, and what happens to their errors."""
 
 import logging
+import os
 import sys
 import warnings
-from typing import Final
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
+from typer.core import TyperGroup
 
-from tercet.cli.ablate import ablations
-from tercet.cli.ablate_languages import arctic_embed, english_gap
-from tercet.cli.convert import convert, decontaminate
-from tercet.cli.data import check, demo
-from tercet.cli.encode import encode
-from tercet.cli.evaluate import diagnose, evaluate, probe
-from tercet.cli.filter import filter_pairs
-from tercet.cli.mine import mine
-from tercet.cli.models import inspect, merge, models, retokenize
-from tercet.cli.search import index, search
-from tercet.cli.small import calibrate, sizes
-from tercet.cli.synthesize import synthesize
-from tercet.cli.train import recipes
-from tercet.cli.transfer import transfer
-from tercet.cli.tune import tune_weights
 from tercet.errors import TercetError
-from tercet.files.console import Notes, say
+from tercet.files.console import Notes, results, say
 
-INTERRUPTED: Final = 130  # what typer ends with at Ctrl-C
+INTERRUPTED: Final = 130  # typer's exit status after Ctrl-C
 
-app = typer.Typer(
-    help="Make a text embedder of your own: train, measure, search.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-app.add_typer(recipes, name="train")
-app.add_typer(ablations, name="ablate")
-ablations.command("arctic-embed")(arctic_embed)
-ablations.command("english-gap")(english_gap)
-app.add_typer(convert, name="convert")
-for verb in (demo, check, decontaminate, mine, synthesize, models, inspect, merge, retokenize):
-    app.command()(verb)
-for verb in (encode, index, search, diagnose, probe, calibrate, sizes, transfer):
-    app.command()(verb)
-app.command("eval")(evaluate)
-app.command("filter")(filter_pairs)
-app.command("tune-weights")(tune_weights)
+
+class LazyCommand(NamedTuple):
+    """A command by name: the module and function that hold it, and its line in the overview."""
+
+    where: str
+    summary: str
+    settings: Mapping[str, Any] = {}  # of its click context
+
+
+_REST: Final = {"allow_extra_args": True, "allow_interspersed_args": False}  # a file's own flags
+
+COMMANDS: Final[Mapping[str, LazyCommand]] = {
+    "demo": LazyCommand("tercet.cli.data:demo", "Train on real texts and measure, in minutes."),
+    "check": LazyCommand("tercet.cli.data:check", "Report what a data file or folder holds."),
+    "train": LazyCommand("tercet.cli.train:recipes", "Train an embedder by a recipe."),
+    "eval": LazyCommand("tercet.cli.evaluate:evaluate", "Measure a model on test sets."),
+    "encode": LazyCommand("tercet.cli.encode:encode", "Turn texts into vectors."),
+    "index": LazyCommand("tercet.cli.search:index", "Make documents searchable."),
+    "search": LazyCommand("tercet.cli.search:search", "Search an index."),
+    "mine": LazyCommand("tercet.cli.mine:mine", "Add hard negatives to training pairs."),
+    "filter": LazyCommand("tercet.cli.filter:filter_pairs", "Drop bad training pairs."),
+    "synthesize": LazyCommand(
+        "tercet.cli.synthesize:synthesize", "Let a language model write questions."
+    ),
+    "convert": LazyCommand("tercet.cli.convert:convert", "Convert other data to training rows."),
+    "decontaminate": LazyCommand(
+        "tercet.cli.convert:decontaminate", "Drop training rows that are in a test set."
+    ),
+    "models": LazyCommand("tercet.cli.models:models", "List the models that come in packages."),
+    "inspect": LazyCommand("tercet.cli.models:inspect", "Describe a model and how it was made."),
+    "merge": LazyCommand("tercet.cli.models:merge", "Merge adapters into their base model."),
+    "retokenize": LazyCommand("tercet.cli.models:retokenize", "Give a model another tokenizer."),
+    "diagnose": LazyCommand("tercet.cli.evaluate:diagnose", "Show what a decoder's states know."),
+    "probe": LazyCommand("tercet.cli.evaluate:probe", "Classify words by a model's states."),
+    "tune-weights": LazyCommand(
+        "tercet.cli.evaluate:tune_weights", "Choose the weights of dense, sparse and multi scores."
+    ),
+    "calibrate": LazyCommand("tercet.cli.models:calibrate", "Choose the ranges of int8 and int4."),
+    "sizes": LazyCommand("tercet.cli.evaluate:sizes", "Measure what smaller vectors cost."),
+    "study": LazyCommand(
+        "tercet.cli.study:study", "Compare trainings that differ in one thing each.", _REST
+    ),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports a command when it is run: help and typing errors need no torch."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, in the order of the overview."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import one command; None if there is none of this name."""
+        self.commands = dict.fromkeys(COMMANDS)  # pyright: ignore  # names for "did you mean"
+        if cmd_name not in COMMANDS:
+            return None
+        entry = COMMANDS[cmd_name]
+        module, _, attribute = entry.where.partition(":")
+        found = getattr(import_module(module), attribute)
+        if not isinstance(found, typer.Typer):
+            single = typer.Typer(**_STYLE, add_completion=False)
+            single.command(cmd_name, context_settings=dict(entry.settings))(found)
+            found = single
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the overview without importing any command."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
+
+
+_STYLE: Final[Mapping[str, Any]] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, **_STYLE)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        results().print(f"tercet {version('tercet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Make a text embedder of your own: train, measure, search.
+
+    Example: tercet demo
+    """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a verb, and exit: 0 when done, 2 when the user can fix what went wrong."""
+    """Run a command, and exit: 0 when done, 2 when the user can fix what went wrong."""
     logging.getLogger("tercet").handlers = [Notes()]
     _quiet_libraries()
     try:
@@ -58,15 +126,18 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            say("tercet: stopped; a training goes on when the same command is given again")
+            say("tercet: stopped; to resume a training, give the same command again")
         raise
 
 
 def _quiet_libraries() -> None:
-    """Our own progress is enough, and their warnings of what will change are not for users."""
+    """Turn off warnings and bars of other libraries, also of those that are imported later."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each retry
-    from transformers.utils import logging as transformers_logging
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # it has read these variables already
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()

@@ -160,8 +160,7 @@ def _shown(texts: TextReport) -> list[str]:
 
 
 def _draw(path: Path, reports: Sequence[SourceReport]) -> None:
-    from tercet.evaluate.report.figures import drawing, write_png
-    from tercet.evaluate.report.mixture_figure import mixture_bars
+    from tercet.evaluate.report.figures import drawing, mixture_bars, write_png
 
     shares: dict[str, dict[str, float]] = {}
     for each in reports:

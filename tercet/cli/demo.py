@@ -18,10 +18,11 @@ from rich.table import Table
 
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import DataError
-from tercet.evaluate.measures.retrieval import Measured, dev_score, measure, measure_bm25
+from tercet.evaluate.measures.embedder_kinds import dev_score
+from tercet.evaluate.measures.retrieval import Measured, RetrievalResult, measure, measure_bm25
 from tercet.evaluate.report.intervals import Interval, paired_difference
-from tercet.evaluate.report.report import ExampleSearch, RunReport, ScoreSample, write_report
-from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalResult, RetrievalSet
+from tercet.evaluate.report.page import ExampleSearch, RunReport, ScoreSample, write_report
+from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
 from tercet.models.embedder import Embedder
 from tercet.recipes.finetune import finetune
 from tercet.search.engine.engine import Hit, Record

@@ -25,10 +25,10 @@ from tercet.data.files.texts import read_texts
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
 from tercet.files.console import results, say
-from tercet.vectors import Kind
+from tercet.kinds import Kind
 
 if TYPE_CHECKING:
-    from tercet.curate.jobs.encode_job import Encoding
+    from tercet.curate.jobs.encode_job import EncodeJob
     from tercet.data.files.sources import Source
     from tercet.search.export import Wanted, Written
     from tercet.search.rows import FormatName
@@ -145,9 +145,9 @@ def _job(
     *,
     wanted: "Wanted",
     arrays: bool,
-) -> "Encoding":
+) -> "EncodeJob":
     """What each process does; the model is loaded here to know it, and let go."""
-    from tercet.curate.jobs.encode_job import Encoding
+    from tercet.curate.jobs.encode_job import EncodeJob
 
     embedder = opened()
     about = {
@@ -156,7 +156,7 @@ def _job(
         "window": embedder.backbone.window,
         "precision": precision,
     }
-    return Encoding(
+    return EncodeJob(
         load=opened, about=about, sources=sources, out=out, wanted=wanted, arrays=arrays
     )
 

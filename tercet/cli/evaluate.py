@@ -1,17 +1,15 @@
-"""Verbs that say how good a model is, and why."""
+"""Commands that measure models: eval, sizes, tune-weights, probe and diagnose."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from tercet.cli.compared import ByKinds, open_set
-from tercet.cli.mteb_tasks import measure_tasks
 from tercet.cli.options import (
+    DimsOption,
     Echo,
     KindsOption,
     ModelName,
@@ -23,27 +21,44 @@ from tercet.cli.options import (
     load,
     weights_of,
 )
-from tercet.cli.suites import WantedOfSets, measure_suite, refuse_idle, sets_in
 from tercet.errors import RecipeError
-from tercet.files.atomic import replacing_file
+from tercet.files.artifacts import write_json
 from tercet.files.console import columns, results, say
+from tercet.kinds import KINDS, Weights
 from tercet.models.zoo import zoo
-from tercet.rank.quantized import PRECISIONS
 
 if TYPE_CHECKING:
     from tercet.evaluate.insight.latents import LatentUse
+    from tercet.evaluate.measures.retention import Retained
+    from tercet.evaluate.measures.tuned_weights import Tuned
+    from tercet.evaluate.report.intervals import Interval
+    from tercet.evaluate.suites.averages import Averages
+    from tercet.evaluate.suites.by_language import SetScores
+    from tercet.evaluate.suites.comparison import LanguageComparison
 
-Against = Annotated[
+AgainstOption = Annotated[
     list[str] | None, typer.Option(help="Another model to compare with; may be repeated.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the bootstrap.")]
-Stored = Annotated[
+SeedOption = Annotated[int, typer.Option(help="Of the bootstrap.")]
+StoreAsOption = Annotated[
     Literal["float32", "bfloat16", "int8", "int4", "binary"],
     typer.Option(
         help="float32 or bfloat16: of the model's weights. int8, int4 or binary: of the vectors "
         "that documents are stored as, with weights in float32."
     ),
 ]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write all figures to this file too.")
+]
+
+_CHOSEN_BY: Final = {
+    "usual": "no method: no others rank better than the usual weights",
+    "grid": "the grid",
+    "logistic": "logistic regression",
+}
+
+
+# ---- eval ------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -55,7 +70,7 @@ def evaluate(
             "a folder in the layout of BEIR or FlagEmbedding, or a folder of such sets."
         ),
     ] = None,
-    against: Against = None,
+    against: AgainstOption = None,
     split: Annotated[
         str | None, typer.Option(help="Of a folder; None: its only one, or test of BEIR's.")
     ] = None,
@@ -90,8 +105,8 @@ def evaluate(
     document_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longer documents are cut; None: as the model says.")
     ] = None,
-    precision: Stored = "float32",
-    seed: Seed = 0,
+    precision: StoreAsOption = "float32",
+    seed: SeedOption = 0,
     seen: Annotated[
         str | None,
         typer.Option(help="Languages that training had, such as en,de; of a folder of sets."),
@@ -102,9 +117,7 @@ def evaluate(
             help="A task of mteb in place of data, or beir, miracl or miracl-o; may be repeated."
         ),
     ] = None,
-    figures: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures to this file too.")
-    ] = None,
+    figures: JsonOption = None,
     keep: Annotated[
         Path | None,
         typer.Option(
@@ -133,14 +146,22 @@ def evaluate(
 
     Example: tercet eval runs/mine/model test.jsonl --against minilm
     """
-    from tercet.evaluate.measures.conditions import conditions, versions
+    from tercet.evaluate.sets.location import sets_in
+    from tercet.evaluate.suites.comparison import (
+        ComparisonOptions,
+        LanguageComparison,
+        compare,
+        compare_by_language,
+    )
+    from tercet.evaluate.suites.suite import open_set
+    from tercet.rank.quantized import PRECISIONS
 
     if task is not None and not prompts:
         raise RecipeError("--task and --no-prompts exclude each other; give one of them")
     if (data is None) == (mteb is None):
-        raise RecipeError("give data to measure on, or --mteb and a task in their place")
+        raise RecipeError("give either data to measure on, or --mteb with a task")
     names = _names(model, against)
-    read = partial(
+    load_model = partial(
         load,
         precision="float32" if precision in PRECISIONS else precision,
         attention=attention,
@@ -150,109 +171,416 @@ def evaluate(
         query_tokens=query_tokens,
         document_tokens=document_tokens,
     )
-    coded = precision if precision in PRECISIONS else None
-    single = {"kinds": kinds, "weights": weights, "protocol": protocol, "per_label": per_label}
+    codes = precision if precision in PRECISIONS else None
+    of_one_set = {"kinds": kinds, "weights": weights, "protocol": protocol, "per-label": per_label}
     of_sets = {"seen": seen, "keep": keep, "plot": plot}
     if data is None or mteb:
-        refuse_idle("--mteb", single | of_sets | {"task": task, "split": split, "precision": coded})
-        measure_tasks(names, mteb or (), read, dims=dims, prompts=prompts, figures=figures)
+        of_data = of_one_set | of_sets | {"task": task, "split": split, "precision": codes}
+        _refuse_ignored("--mteb", of_data)
+        _measure_tasks(names, mteb or (), load_model, dims=dims, prompts=prompts, figures=figures)
         return
-    if places := sets_in(data):
-        refuse_idle("a folder of sets", single)
-        how = WantedOfSets(data, split, task, prompts, bm25, dims, coded or "float32", seed)
-        measure_suite(names, places, read, replace(how, figures=figures, **of_sets))
-        return
-    refuse_idle("a single set", of_sets)
-    by_kinds = ByKinds(kinds_of(kinds), weights_of(weights), protocol, coded)
-    compared = open_set(
-        data, task=task, split=split, per_label=per_label, seed=seed, by_kinds=by_kinds
+    locations = sets_in(data)
+    if locations:
+        _refuse_ignored("a folder of sets", of_one_set)
+    else:
+        _refuse_ignored("a single set", of_sets)
+    options = ComparisonOptions(
+        task=task,
+        prompts=prompts,
+        baselines=bm25,
+        split=split,
+        dims=dims,
+        precision=codes,
+        kinds=kinds_of(kinds),
+        weights=weights_of(weights),
+        protocol=protocol,
+        seen=None if seen is None else [lang.strip() for lang in seen.split(",")],
+        keep=keep,
+        seed=seed,
     )
-    asked = _Asked(data, task, prompts, compared.retrieval and not data.is_dir())
-    measured: dict[str, Any] = {}
-    models: dict[str, Any] = {}
-    over = False
-    for name in names:
-        embedder = read(name)
-        known = asked.of(name, embedder, first=name == names[0])
-        measured |= compared.measure(name, embedder, task=known, dims=dims)
-        models[name] = conditions(embedder, dims=dims, stored=coded) | {"task": known}
-        if name == names[0]:
-            over = len(measured) > 1  # its first kind is what its sums are to be better than
-    if bm25:
-        measured |= compared.by_words()
-    results().print(compared.what)
-    first, *others = measured
-    table = {
-        n: {m: r.interval(m, seed=seed) for m in compared.metrics} for n, r in measured.items()
-    }
-    differences = {
-        n: {
-            m: compared.minus(measured[n], measured[first], m, seed)
-            if over
-            else compared.minus(measured[first], measured[n], m, seed)
-            for m in compared.metrics
-        }
-        for n in others
-    }
-    title = f"minus {first}" if over else f"{first} minus"
-    _show(compared.metrics, table, differences, title)
+    if locations:
+        found = compare_by_language(names, load_model, locations, options)
+        _show_languages(found)
+    else:
+        examined = open_set(data, split=split, per_label=per_label, seed=seed)
+        found = compare(names, load_model, examined, options)
+        results().print(found.size)
+        _show_figures(found.metrics, found.figures, found.differences, found.title)
     if figures is not None:
-        record = {"data": str(data), "what": compared.what, "results": table}
-        record |= {"differences": {title: differences}, "search": compared.notes}
-        record |= {"models": models, "versions": versions("bm25s")}
-        with replacing_file(figures) as fresh:
-            text = json.dumps(record, indent=2, ensure_ascii=False, default=asdict)
-            fresh.write_text(text + "\n", encoding="utf-8")
+        write_json(figures, found.record(data), default=asdict)
+    if plot is not None and isinstance(found, LanguageComparison):
+        _draw_languages(plot, found)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """Which prompts a user wants."""
+def _names(model: str, against: list[str] | None) -> list[str]:
+    """Return all models, each once; an unknown one raises before the first is measured."""
+    names: list[str] = list(dict.fromkeys([str(model), *(against or [])]))
+    for name in names:
+        zoo.resolve(name, say)
+    return names
 
-    data: Path
-    task: str | None
-    prompts: bool
-    examples: bool  # whether the data are records that may name their task
 
-    def of(self, name: str, embedder: Any, *, first: bool) -> str | None:
-        """The task whose prompts this model uses, and word of it; None for its default ones.
+def _refuse_ignored(what: str, given: Mapping[str, Any]) -> None:
+    if ignored := [name for name, value in given.items() if value is not None]:
+        raise RecipeError(f"--{ignored[0]} does not apply to {what}; remove it")
 
-        The task that a user names has to be known by the first model, not by those it is
-        compared with.
-        """
-        from tercet.evaluate.measures.prompts import drop_prompts, require_prompt
 
-        settings = embedder.settings
-        if not self.prompts:
+def _show_figures(
+    metrics: Sequence[str],
+    figures: "Mapping[str, Mapping[str, Interval]]",
+    differences: "Mapping[str, Mapping[str, Interval]]",
+    title: str,
+) -> None:
+    table = columns("model", *metrics)
+    for name, row in figures.items():
+        table.add_row(name, *map(str, row.values()))
+    results().print(table)
+    if differences:
+        gains = columns(title, *metrics)
+        for name, row in differences.items():
+            gains.add_row(name, *map(_signed, row.values()))
+        results().print(gains)
+
+
+def _signed(value: "Interval") -> str:
+    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+
+
+def _show_languages(found: "LanguageComparison") -> None:
+    _show_sets(found)
+    _show_averages(found)
+    if any(each.axis == "mixed" for each in found.first):
+        _show_bias(found)
+    unknown = [each.name for each in found.first if each.axis == "unknown"]
+    if unknown:
+        say(
+            f"{', '.join(unknown)}: of unknown language, so left out of all averages; name the "
+            'file by its language (de.jsonl, ko-en/), or add "lang" to its records'
+        )
+
+
+def _show_sets(found: "LanguageComparison") -> None:
+    from tercet.evaluate.report.intervals import interval
+    from tercet.evaluate.suites.comparison import main_scores
+
+    head = ("set", "axis", "languages", "queries", "nDCG@10", "Recall@100")
+    table = columns(*head, *(f"minus {name}" for name in found.others))
+    for each in found.first:
+        figure = interval(main_scores(each), seed=found.options.seed)
+        recall = f"{each.scores['recall@100'].mean():.3f}"
+        row = (each.name, each.axis, each.languages, f"{len(each.langs):,}", str(figure), recall)
+        table.add_row(*row, *(_signed(found.difference(each, name)) for name in found.others))
+    results().print(table)
+
+
+def _show_averages(found: "LanguageComparison") -> None:
+    """Print averages of every system, and by how much the first one is better."""
+    table = columns("nDCG@10 over", *found.scores)
+    gains = columns(f"{next(iter(found.scores))} minus", *found.others)
+    for label, axis in found.axes.items():
+        for shown, part, as_text in (
+            (table, axis.figures, str),
+            (gains, axis.differences, _signed),
+        ):
+            cells = [_cells(each, as_text) for each in part.values()]
+            for row in cells[0] if cells else ():
+                shown.add_row(f"{label}: {row}", *(each[row] for each in cells))
+    for shown in (table, gains):
+        if shown.row_count:
+            results().print(shown)
+
+
+def _cells(found: "Averages", as_text: "Callable[[Interval], str]") -> dict[str, str]:
+    return {row: f"{as_text(figure)} {lang}".rstrip() for row, figure, lang in found.rows()}
+
+
+def _show_bias(found: "LanguageComparison") -> None:
+    """Print whether documents in the query's own language displace those that answer it."""
+    head = ("mixed set", "queries in", "nDCG@10", "answer in own language", "in another")
+    bias = ("first 10 in own language", "corpus", "more than its share")
+    table = columns("system", *head, *bias)
+    for name, sets in found.scores.items():
+        for each in (one for one in sets if one.axis == "mixed"):
+            langs = sorted(set(each.langs)) if name == next(iter(found.scores)) else ()
+            for lang in (None, *langs):
+                table.add_row(name, *_bias_row(each, lang, found.options.seed))
+    results().print(table)
+
+
+def _bias_row(each: "SetScores", lang: str | None, seed: int) -> list[str]:
+    from tercet.evaluate.suites.averages import language_bias
+    from tercet.evaluate.suites.suite import MAIN
+
+    row = [each.name, lang or "all"]
+    found = language_bias(each, MAIN, lang=lang, seed=seed)
+    if found is None:
+        return [*row, "nothing was found"]
+    figures = [str(it) if it.queries else "" for it in (found.figure, found.own, found.other)]
+    return [*row, *figures, f"{found.same:.3f}", f"{found.chance:.3f}", _signed(found.bias)]
+
+
+def _draw_languages(path: Path, found: "LanguageComparison") -> None:
+    from tercet.evaluate.report.figures import dots, drawing, write_png
+
+    if not found.axes:
+        raise RecipeError(f"--plot {path}: all sets are of unknown language; nothing to draw")
+    panels = {
+        label: {
+            lang: {name: each.languages[lang] for name, each in axis.figures.items()}
+            for lang in next(iter(axis.figures.values())).languages
+        }
+        for label, axis in found.axes.items()
+    }
+    with drawing():
+        write_png(path, dots(panels, y="nDCG@10"))
+
+
+def _measure_tasks(
+    names: Sequence[str],
+    tasks: Sequence[str],
+    load_model: Callable[[str], Any],
+    *,
+    dims: int | None,
+    prompts: bool,
+    figures: Path | None,
+) -> None:
+    from tercet.evaluate.measures.prompts import drop_prompts
+    from tercet.evaluate.measures.retrieval import conditions, versions
+    from tercet.evaluate.suites.mteb import as_mteb, named_tasks, run_tasks
+
+    chosen = named_tasks(tasks)
+    record: dict[str, Any] = {"models": {}, "results": {}, "versions": versions("mteb", "datasets")}
+    table = columns("model", "task", "part", "figure", "score", "Recall@100")
+    for name in names:
+        embedder = load_model(name)
+        if not prompts:
             drop_prompts(embedder)
-            return None
-        known = self._known(name, settings, first)
-        require_prompt(settings, "query", known, what=name)
-        return known
+        record["models"][name] = conditions(embedder, dims=dims)
+        rows = record["results"][name] = []
+        for score in run_tasks(as_mteb(embedder, name, dims=dims), chosen):
+            rows.append(asdict(score) | {"score": None if score.skipped else score.score})
+            if score.skipped:
+                say(f"{score.task}: skipped: {score.skipped}")
+                continue
+            recall = dict(score.more).get("recall@100")
+            cells = (score.part, score.figure, f"{score.score:.3f}")
+            table.add_row(name, score.task, *cells, "" if recall is None else f"{recall:.3f}")
+        if figures is not None:  # after each model: a later one may take hours
+            write_json(figures, record)
+    if table.row_count:
+        results().print(table)
 
-    def _known(self, name: str, settings: Any, first: bool) -> str | None:
-        from tercet.evaluate.measures.prompts import known_task, task_names
 
-        if self.task is not None:
-            weighed = self.task in settings.weights
-            if first and not weighed:
-                settings.prompt("query", self.task)  # refuses an unknown one
-            known = known_task(settings, (self.task,))
-            if known is None and not weighed:
-                say(f"{name}: knows no task {self.task!r}; its default prompts are used")
-            return known
-        if not settings.task_prompts:
-            return None
-        known = known_task(settings, task_names(self.data, examples=self.examples))
-        if known is not None:
-            say(f"{name}: with its prompts for the task {known!r}")
-        return known
+# ---- sizes -----------------------------------------------------------------------------------
+
+
+def sizes(
+    model: ModelName,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Examples (.jsonl, .parquet), or a folder in the layout of BEIR or FlagEmbedding."
+        ),
+    ],
+    dims: DimsOption = None,
+    split: Annotated[str | None, typer.Option(help="Of a folder; None: its only one.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Use the model's prompts for it; None: what the data is called."),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="What is compared.")] = "ndcg@10",
+    factor: Annotated[
+        int, typer.Option(min=1, help="Candidates for each place, which are scored again.")
+    ] = 4,
+    precision: Precision = "float32",
+    seed: SeedOption = 0,
+    figures: JsonOption = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them into this PNG file.")] = None,
+) -> None:
+    """Show how well documents are found when their vectors are stored in fewer bytes.
+
+    Texts are encoded once. Each number of coordinates is measured in float32 and in codes of 8, 4
+    and 1 bits, with the queries as they are. binary+int8 finds candidates by the signs of documents
+    and scores these again by int8 codes, which may stay on the disk. The difference to all
+    coordinates in float32 has a 95 % interval over the same queries.
+
+    Example: tercet sizes runs/mine/model test.jsonl --dims 256 --plot sizes.png
+    """
+    from tercet.evaluate.measures.prompts import known_task, task_names
+    from tercet.evaluate.measures.retention import chosen_dims, retention
+    from tercet.evaluate.measures.retrieval import depth_of
+    from tercet.evaluate.sets.retrieval_set import RetrievalSet
+
+    depth_of(metric)  # raises for an unknown metric before the work
+    examined = RetrievalSet.from_path(data, split)
+    embedder = load(model, precision)
+    if task is not None:
+        embedder.settings.prompt("query", task)  # raises for an unknown task
+    names = task_names(data, examples=not data.is_dir())
+    found = retention(
+        embedder,
+        examined,
+        task=task or known_task(embedder.settings, names),
+        dims=chosen_dims(embedder, dims),
+        names=(metric,),
+        factor=factor,
+        progress=True,
+    )
+    results().print(examined.size)
+    rows = [
+        {
+            "dims": each.dims,
+            "stored": each.stored,
+            "bytes": each.bytes,
+            "limit": each.limit,
+            "learned_here": each.learned,
+            metric: each.result.interval(metric, seed=seed),
+            "minus_first": each.minus(found[0], metric, seed),
+        }
+        for each in found
+    ]
+    _show_sizes(found, metric, seed)
+    if learned := dict.fromkeys(str(each.dims) for each in found if each.learned):
+        say(
+            f"the ranges of codes of {', '.join(learned)} coordinates were learned from the "
+            "documents of this set, never from its queries; save some with the model: "
+            "tercet calibrate"
+        )
+    if figures is not None:
+        record = {"data": str(data), "model": str(model), "metric": metric, "rows": rows}
+        write_json(figures, record, default=asdict)
+    if plot is not None:
+        _draw_sizes(plot, found, metric, seed)
+
+
+def _show_sizes(found: "Sequence[Retained]", metric: str, seed: int) -> None:
+    full = found[0]
+    best = full.result.mean(metric)
+    table = columns("coordinates", "stored as", "bytes", metric, "minus the first", "kept")
+    for each in found:
+        value = each.result.interval(metric, seed=seed)
+        loss = "" if each is full else _signed(each.minus(full, metric, seed))
+        share = f"{value.mean / best:.1%}" if best else ""
+        table.add_row(str(each.dims), each.stored, f"{each.bytes:,}", str(value), loss, share)
+    results().print(table)
+
+
+def _draw_sizes(path: Path, found: "Sequence[Retained]", metric: str, seed: int) -> None:
+    from tercet.evaluate.report.figures import CurvePoint, curves, drawing, write_png
+
+    lines: dict[str, list[CurvePoint]] = {}
+    for each in found:
+        value = each.result.interval(metric, seed=seed)
+        point = CurvePoint(float(each.bytes), value, str(each.dims))
+        lines.setdefault(each.stored, []).append(point)
+    with drawing():
+        write_png(path, curves(lines, x="bytes a vector", y=metric))
+
+
+# ---- tune-weights ----------------------------------------------------------------------------
+
+
+def tune_weights(
+    model: Annotated[str, typer.Argument(help="Folder of a model with several kinds of vectors.")],
+    dev: Annotated[
+        Path,
+        typer.Argument(
+            help="Examples (.jsonl, .parquet), or a folder in the layout of BEIR or FlagEmbedding."
+        ),
+    ],
+    task: Annotated[
+        str | None,
+        typer.Option(help="Weights for this task, with its prompts; None: the usual weights."),
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep them in the model's folder.")] = False,
+    metric: Annotated[str, typer.Option(help="What to make large.")] = "ndcg@10",
+    kinds: KindsOption = None,
+    folds: Annotated[
+        int, typer.Option(min=2, help="Parts of the queries, each measured by the others' weights.")
+    ] = 5,
+    depth: Annotated[
+        int, typer.Option(min=1, help="Candidates of each query by each kind.")
+    ] = 1_000,
+    split: Annotated[str, typer.Option(help="Of a folder.")] = "dev",
+    precision: Precision = "float32",
+    seed: Annotated[int, typer.Option(help="Of the folds and the bootstrap.")] = 0,
+) -> None:
+    """Find the weights by which the sum of scores ranks best, and what they gain.
+
+    Each query is measured with weights that the other folds chose, so the gain holds for queries
+    that nobody has tuned on. With --save, search and eval take the weights from then on. Vectors
+    do not change. A kind that --kinds leaves out gets the weight 0, since the others' weights were
+    found without it.
+
+    Example: tercet tune-weights runs/mine/model dev.jsonl --save
+    """
+    from tercet.evaluate.measures.prompts import task_names
+    from tercet.evaluate.measures.retrieval import depth_of
+    from tercet.evaluate.measures.tuned_weights import (
+        dev_candidates,
+        require_settings,
+        save_weights,
+        tune,
+    )
+    from tercet.evaluate.sets.retrieval_set import RetrievalSet
+
+    depth_of(metric)  # raises for an unknown metric before the work
+    folder = zoo.resolve(model, say)
+    if save:
+        require_settings(folder)
+    data = RetrievalSet.from_path(dev, split if dev.is_dir() else None)
+    data.require_judgements("tune-weights")
+    embedder = load(model, precision)
+    wanted = kinds_of(kinds) or embedder.kinds
+    if len(wanted) < 2:
+        raise RecipeError(
+            f"{model}: makes only {', '.join(wanted)} vectors, so there are no weights to tune; "
+            "use a model with several kinds (tercet train bge-m3)"
+        )
+    names = (task,) if task else task_names(dev, examples=not dev.is_dir())
+    found = dev_candidates(embedder, data, tasks=names, kinds=wanted, depth=depth, progress=True)
+    tuned = tune(data, found, metric=metric, folds=folds, seed=seed)
+    results().print(data.size)
+    _show_weights(tuned, seed)
+    if not save:
+        say("nothing was saved; add --save to save them with the model")
+        return
+    save_weights(folder, tuned.weights, task or "")
+    what = f"for the task {task!r}" if task else "as its usual ones"
+    left_out = " and ".join(kind for kind in embedder.kinds if kind not in wanted)
+    rest = f"; {left_out} has the weight 0: sums leave it out" if left_out else ""
+    results().print(f"{folder}: saved these weights {what}{rest}", soft_wrap=True)
+    before = embedder.settings.weights.get(task or "")
+    if before is not None:
+        say(f"the weights before: {','.join(f'{before.of(kind):g}' for kind in KINDS)}")
+
+
+def _show_weights(tuned: "Tuned", seed: int) -> None:
+    table = columns("weights", *tuned.kinds, f"{tuned.metric}, held out", "tuned minus these")
+    rows = {"tuned": tuned.weights, "usual": Weights().only(tuned.kinds)}
+    rows |= {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in tuned.kinds}
+    for name, weights in rows.items():
+        numbers = [f"{weights.of(kind):g}" for kind in tuned.kinds]
+        gain = "" if name == "tuned" else _signed(tuned.gain(name, seed))
+        table.add_row(name, *numbers, str(tuned.interval(name, seed)), gain)
+    results().print(table)
+    of_folds = "; ".join(
+        ",".join(f"{each.of(kind):g}" for kind in tuned.kinds) for each in tuned.folds
+    )
+    say(f"weights that the folds were measured with: {of_folds}")
+    say(
+        f"chosen by {_CHOSEN_BY[tuned.method]}; on the same queries that chose them: "
+        f"{tuned.fitted:.3f}, which is too optimistic"
+    )
+
+
+# ---- diagnose and probe ----------------------------------------------------------------------
 
 
 def diagnose(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for numbers, figures and report.html.")],
-    against: Against = None,
+    against: AgainstOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Texts to map: .txt, .jsonl or .parquet; None: our own.")
     ] = None,
@@ -260,7 +588,7 @@ def diagnose(
         Path | None, typer.Option(help="Lines with prefix, query, positive, negative.")
     ] = None,
     precision: Precision = "float32",
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Show what reading both ways does to a decoder, and whether it needs training for it.
 
@@ -324,7 +652,7 @@ def probe(
     model: ModelName,
     train: Annotated[Path, typer.Option(help="Labelled words: CoNLL columns or .jsonl.")],
     test: Annotated[Path, typer.Option(help="The same, of other sentences.")],
-    against: Against = None,
+    against: AgainstOption = None,
     column: Annotated[
         int | None, typer.Option(help="Of the label, from 1; None: the last.")
     ] = None,
@@ -333,19 +661,19 @@ def probe(
     ] = False,
     attention: ReadingOption = None,
     precision: Precision = "float32",
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Learn labels of words from their vectors alone, to see what a model knows of single words.
 
     Example: tercet probe smollm2 --train train.conll --test test.conll --against runs/mine/model
     """
     from tercet.data.files.conll import read_labelled
-    from tercet.evaluate.measures.latent_words import Stage, compare_words
+    from tercet.evaluate.measures.latent_words import ProbedModel, compare_words
 
     names = _names(model, against)
     sentences = [read_labelled(path, column) for path in (train, test)]
     stages = [
-        Stage(name, partial(load, name, precision, attention=attention), predictor)
+        ProbedModel(name, partial(load, name, precision, attention=attention), predictor)
         for name in names
     ]
     header, *rows = compare_words(stages, *sentences, seed=seed).rows()
@@ -353,30 +681,3 @@ def probe(
     for row in rows:
         table.add_row(*row)
     results().print(table)
-
-
-def _names(model: str, against: list[str] | None) -> list[str]:
-    """All models, each once; a slip in the last name shows before the first is measured."""
-    names: list[str] = list(dict.fromkeys([str(model), *(against or [])]))
-    for name in names:
-        zoo.resolve(name, say)
-    return names
-
-
-def _show(
-    metrics: Sequence[str],
-    scores: Mapping[str, Mapping[str, Any]],
-    differences: Mapping[str, Mapping[str, Any]],
-    title: str,
-) -> None:
-    """Figures of each model, and how they differ from the first one's."""
-    table = columns("model", *metrics)
-    for name, row in scores.items():
-        table.add_row(name, *map(str, row.values()))
-    results().print(table)
-    if differences:
-        gains = columns(title, *metrics)
-        for name, row in differences.items():
-            shown = (f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in row.values())
-            gains.add_row(name, *shown)
-        results().print(gains)

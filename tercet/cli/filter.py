@@ -181,7 +181,7 @@ def _name(report: Mapping[str, Any]) -> str:
 
 
 def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
-    from tercet.evaluate.report.figures import Point, curves, drawing, write_png
+    from tercet.evaluate.report.figures import CurvePoint, curves, drawing, write_png
     from tercet.evaluate.report.intervals import Interval
 
     lines = {}
@@ -189,7 +189,7 @@ def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
         if report["ranked"]:
             kept = {int(k): n / report["ranked"] for k, n in report["levels"].items()}
             lines[_name(report)] = [
-                Point(float(k), Interval(share, share, share, queries=report["ranked"]))
+                CurvePoint(float(k), Interval(share, share, share, queries=report["ranked"]))
                 for k, share in kept.items()
             ]
     with drawing():

@@ -100,7 +100,7 @@ def mine(
     from tercet.curate.mining.mine import Mining
     from tercet.curate.mining.mine import mine as run_mining
     from tercet.curate.mining.mine import sweep as try_values
-    from tercet.curate.mining.mine_together import Shared, mine_together
+    from tercet.curate.mining.mine_together import SharedMining, mine_together
     from tercet.curate.mining.nearness import COSINES
     from tercet.curate.mining.rules import MiningRule
 
@@ -131,13 +131,13 @@ def mine(
     if out is None and where.several:
         raise RecipeError("--sweep is done in one process; leave --workers and --runner out")
     sources = [source for file in files for source in opened(file)]
-    more = {"corpus": _Texts(corpus or [], text_field), "work": work}
+    more = {"documents": _DocumentTexts(corpus or [], text_field), "work": work}
     loaded = None if teacher is None else partial(load, teacher, precision)
     if out is None:
         _show(try_values(loaded and loaded(), sources, values, mining=mining, **more))
         return
     if where.several:
-        shared = Shared(load=loaded, sources=sources, mining=mining, **more)
+        shared = SharedMining(load=loaded, sources=sources, mining=mining, **more)
         reports = mine_together(shared, out, where)
     else:
         reports = run_mining(loaded and loaded(), sources, out, mining=mining, **more)
@@ -160,8 +160,8 @@ def _numbers(text: str | None) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Texts:
-    """The documents of files, read anew each time."""
+class _DocumentTexts:
+    """The documents of files, read again at each iteration."""
 
     files: Sequence[Path]
     text_field: str

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from tercet.cli.options import ReadingOption
-from tercet.errors import RecipeError
+from tercet.cli.options import DimsOption, ModelName, Precision, ReadingOption, load
+from tercet.errors import DataError, RecipeError
 from tercet.files.console import columns, results, say
 from tercet.models.zoo import zoo
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tercet.models.tokens import Tokenizer
 
 _COUNTED: Final = 1_000  # texts of each language, whose tokens are counted
+_FEW: Final = 100  # texts; a range learned from fewer is unreliable
 
 
 def models() -> None:
@@ -132,3 +133,58 @@ def _mean_tokens(tokenizer: "Tokenizer", texts: Sequence[str]) -> float:
 def _refuse_to_replace(out: Path, what: str) -> None:
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise RecipeError(f"{out}: exists already, and {what} would replace it; choose another")
+
+
+def calibrate(
+    model: ModelName,
+    texts: Annotated[
+        Path, typer.Argument(help="Documents such as will be searched (.txt, .jsonl, .parquet).")
+    ],
+    dims: DimsOption = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep them in the model's folder.")] = False,
+    most: Annotated[int, typer.Option(min=1, help="Texts that are taken, at equal distances.")] = (
+        5_000
+    ),
+    text_field: Annotated[str, typer.Option(help="Of a .jsonl or .parquet file.")] = "text",
+    precision: Precision = "float32",
+) -> None:
+    """Learn the ranges in which coordinates become codes of 8, 4 and 1 bits.
+
+    For each number of coordinates that is kept: the centre of these texts' vectors, and how far
+    codes reach on either side of it, chosen for the smallest error. What is beyond it is cut. The
+    error is the usual distance of a vector from what its codes stand for. With --save, eval and
+    sizes use them from then on; the model's vectors and sentence-transformers' files stay as they
+    are.
+
+    Example: tercet calibrate runs/mine/model documents.jsonl --dims 256 --save
+    """
+    from tercet.data.files.texts import evenly_spaced, read_texts
+    from tercet.evaluate.measures.retention import chosen_dims, code_errors
+    from tercet.models.kept import require_settings, save_ranges
+    from tercet.rank.quantized import Ranges, bytes_of, truncated
+
+    folder = zoo.resolve(model, say)
+    if save:
+        require_settings(folder, "ranges of codes")
+    taken = evenly_spaced((text for text in read_texts(texts, text_field) if text.strip()), most)
+    if not taken:
+        raise DataError(texts, None, "contains no text; give some thousands of documents")
+    if len(taken) < _FEW:
+        say(f"{texts}: {len(taken)} texts are few to learn a range from; give some thousands")
+    embedder = load(model, precision)
+    widths = chosen_dims(embedder, dims)
+    vectors = embedder.encode(taken, "document", progress=True)
+    found: dict[int, Ranges] = {}
+    table = columns("coordinates", "codes", "range", "beyond it", "error", "bytes")
+    for kept in widths:
+        some = vectors if kept == embedder.dim else truncated(vectors, kept)
+        found[kept] = Ranges.learned(some)
+        for each in code_errors(found[kept], some):
+            numbers = (f"{each.limit:.4f}", f"{each.beyond:.2%}", f"{each.error:.4f}")
+            table.add_row(str(kept), each.precision, *numbers, str(bytes_of(each.precision, kept)))
+    results().print(table)
+    if save:
+        save_ranges(folder, found)
+        results().print(f"{folder}: saved these ranges", soft_wrap=True)
+    else:
+        say("nothing was saved; add --save to save them with the model")

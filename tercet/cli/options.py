@@ -8,8 +8,8 @@ import typer
 
 from tercet.errors import RecipeError
 from tercet.files.console import say
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.zoo import zoo
-from tercet.vectors import KINDS, Kind, Weights
 
 ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
 Precision = Annotated[
@@ -36,6 +36,10 @@ WeightsOption = Annotated[
         "--weights",
         help="Of dense, sparse and multi scores, such as 1,0.3,1; None: those of the model.",
     ),
+]
+DimsOption = Annotated[
+    list[int] | None,
+    typer.Option("--dims", help="Coordinates to keep; may be repeated. None: those trained for."),
 ]
 RunnerOption = Annotated[
     Literal["auto", "loop", "daft", "ray"],

@@ -21,6 +21,7 @@ from tercet.cli.options import (
 from tercet.data.files.documents import Document, Fields, read_documents
 from tercet.errors import IndexFolderError, ModelError, RecipeError
 from tercet.files.console import columns, one_line, results, say, shortened
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.rank.quantized import Ranges, Stored, bytes_of
 from tercet.search.engine.engine import (
     Engine,
@@ -31,7 +32,7 @@ from tercet.search.engine.engine import (
     Value,
     Weighted,
 )
-from tercet.vectors import KINDS, Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 _FIELDS_NAMED: Final = 10  # in a message
 _FEW: Final = 100  # documents, below which what codes are learned from says little of others

@@ -73,59 +73,64 @@ def synthesize(
 
     Example: tercet synthesize docs.jsonl --model smollm2 --check minilm --out questions.jsonl
     """
-    from tercet.curate.synthesis.asking import Asking
     from tercet.curate.synthesis.consistency import Consistency
-    from tercet.curate.synthesis.generators import Drawing
-    from tercet.curate.synthesis.passages import Sampling
+    from tercet.curate.synthesis.generators import QuestionPrompt, TokenSampling
+    from tercet.curate.synthesis.passages import PassageSampling
     from tercet.curate.synthesis.synthesize import Synthesis, log_path
     from tercet.curate.synthesis.synthesize import synthesize as run_synthesis
     from tercet.files.records import known_suffix
 
     known_suffix(out)
     if file.resolve() in (out.resolve(), log_path(out).resolve()):
-        raise RecipeError(f"{out}: is read and cannot be written to as well; give another --out")
-    sampling = Sampling(documents=documents, samples=samples, least=least, most=most, seed=seed)
-    asking = Asking.of_file(prompt_file, language) if prompt_file else Asking(language=language)
-    drawing = Drawing(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    where = {"url": url, "key_variable": key_variable, "workers": workers}
-    where |= {"timeout_seconds": timeout, "retries": retries}
-    generator = _generator(model, drawing, where, batch=batch, precision=precision)
-    found = None
+        raise RecipeError(f"{out}: is an input; give another --out")
+    prompt = QuestionPrompt(language=language)
+    if prompt_file is not None:
+        prompt = QuestionPrompt.of_file(prompt_file, language)
+    passages = PassageSampling(
+        documents=documents, samples=samples, least=least, most=most, seed=seed
+    )
+    tokens = TokenSampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    if url is not None:
+        calls = {"workers": workers, "timeout_seconds": timeout, "retries": retries}
+        generator = _endpoint(url, model, tokens, key_variable, calls)
+    elif key_variable is not None:
+        raise RecipeError("--key-variable is for an endpoint; give its --url as well")
+    else:
+        generator = _local(model, tokens, batch, precision)
+    consistency = None
     if check is not None:
-        embedder = load(check, precision)
-        found = Consistency(embedder=embedder, top=top, among=among, against=against, work=work)
+        consistency = Consistency(
+            embedder=load(check, precision), top=top, among=among, against=against, work=work
+        )
     fields = Fields(text=text_field, title=title_field, id=id_field)
     report = run_synthesis(
         partial(read_documents, file, fields, split=split),
         out,
         generator,
-        Synthesis(task=task or out.stem, sampling=sampling, asking=asking, check=found),
+        Synthesis(task=task or out.stem, sampling=passages, prompt=prompt, check=consistency),
     )
     _show(report, checked=check is not None)
     say(f"raw answers stay in {log_path(out)}: another --check needs no new ones")
     if not report.kept:
-        raise RecipeError(f"{out}: was not written: no question is left; the table says why")
+        raise RecipeError(f"{out}: not written: no question is left; the table says why")
 
 
-def _generator(
-    model: str, drawing: Any, where: dict[str, Any], *, batch: int, precision: str
+def _endpoint(
+    url: str, model: str, tokens: Any, key_variable: str | None, calls: dict[str, Any]
 ) -> Any:
-    """The endpoint where there is a URL, and else the model on this machine."""
-    url, key_variable = where.pop("url"), where.pop("key_variable")
-    if url is not None:
-        from tercet.curate.synthesis.endpoint import Calls, EndpointGenerator
+    from tercet.curate.synthesis.endpoint import Calls, EndpointGenerator
 
-        calls = Calls(**where)
-        return EndpointGenerator(url, model, drawing, key_variable=key_variable, calls=calls)
-    if key_variable is not None:
-        raise RecipeError("--key-variable is for an endpoint; give its --url as well")
+    return EndpointGenerator(url, model, tokens, key_variable=key_variable, calls=Calls(**calls))
+
+
+def _local(model: str, tokens: Any, batch: int, precision: str) -> Any:
     import torch
 
     from tercet.curate.synthesis.generators import LocalGenerator
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, precision)
-    return LocalGenerator(model, drawing, batch=batch, dtype=dtype, device=device)
+    return LocalGenerator(model, tokens, batch=batch, dtype=dtype, device=device)
 
 
 def _show(report: "SynthesisReport", *, checked: bool) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from tercet.files.artifacts import write_npy_header
 from tercet.files.records import readable
+from tercet.kinds import Kind
 from tercet.segments import ragged_places
-from tercet.vectors import Kind, Terms, TokenRows, Vectors
+from tercet.vectors import Terms, TokenRows, Vectors
 
 _VALUES: Final[dict[Kind, tuple[str, ...]]] = {
     "dense": ("dense",),

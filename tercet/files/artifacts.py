@@ -76,9 +76,13 @@ def _digest(parts: tuple[Any, ...], size: int) -> bytes:
 
 
 def fingerprint_of_file(path: Path) -> str:
-    """Return a fingerprint of a file's whole content, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    """Return a fingerprint of the content of a file, or of all files in a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not each.is_dir():
+            with each.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def fingerprint_of_ends(path: Path, size: int) -> str:

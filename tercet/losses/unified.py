@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tercet.kinds import Kind, Weights
 from tercet.losses.finished import finished
 from tercet.losses.info_nce import Pairs, Rows, loss_and_gradient
 from tercet.losses.listwise import group_distillation, listwise
 from tercet.rank.scoring import scores_of
 from tercet.types import IGNORED
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 BLOCK_BYTES: Final = 64 << 20  # what the scores of one block may take
 Losses: TypeAlias = dict[str, Tensor]

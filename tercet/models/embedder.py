@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
+from tercet.kinds import Kind
 from tercet.models.encode_loop import Step, batch_by_batch, text_vectors, token_states, word_states
 from tercet.models.formats.parts import ModelParts
 from tercet.models.formats.sentence_transformer_module import as_sentence_transformer
@@ -30,7 +31,7 @@ from tercet.models.network.words import Words
 from tercet.models.settings import Settings, changed
 from tercet.models.tokens import Form, Tokenizer, Tokens
 from tercet.types import Packed, Role
-from tercet.vectors import Kind, Vectors
+from tercet.vectors import Vectors
 
 __all__ = ["Embedder", "Settings"]
 

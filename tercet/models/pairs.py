@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tercet.errors import DataError
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.scoring import paired_scores
 from tercet.types import Role
-from tercet.vectors import KINDS, Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 PAIRS_AT_ONCE: Final = 256  # token vectors of long texts are large
 

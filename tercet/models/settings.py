@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from tercet.errors import ModelError, RecipeError
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.network.backbone import Attention, Window
 from tercet.models.network.latent_attention import Layer
 from tercet.models.network.pooling import POOLINGS, PoolingName
 from tercet.models.tokens import Form
 from tercet.rank.quantized import Ranges
 from tercet.types import Role
-from tercet.vectors import KINDS, Kind, Weights
 
 VERSION: Final = 1
 FILE: Final = "tercet.json"

@@ -13,11 +13,12 @@ from tercet.data.batches.sampler import BatchRows
 from tercet.data.files.sources import Source
 from tercet.distributed import gather_rows
 from tercet.errors import RecipeError
+from tercet.kinds import Kind
 from tercet.losses.info_nce import info_nce
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.objectives.objective import Traits
-from tercet.vectors import Kind, Vectors
+from tercet.vectors import Vectors
 
 _AGAINST: Final[Mapping[Policy, str]] = {
     "all": "the others' documents",

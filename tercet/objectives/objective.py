@@ -7,10 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 from tercet.data.batches.collate import Collator
 from tercet.data.batches.sampler import BatchRows, Drawable
 from tercet.data.files.sources import Source
+from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses
 from tercet.types import Packed
-from tercet.vectors import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

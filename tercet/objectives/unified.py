@@ -11,13 +11,14 @@ from tercet.data.batches.collate import Batch, Collator
 from tercet.data.files.sources import Source
 from tercet.distributed import gather_ints, gather_rows
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.losses.unified import Lesson, Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Losses
 from tercet.objectives.contrastive import Contrastive, PairWork, pairs_of
 from tercet.objectives.objective import Traits
 from tercet.segments import offsets_of
-from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 
 
 @dataclass(frozen=True, kw_only=True)

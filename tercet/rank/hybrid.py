@@ -18,10 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tercet.errors import ModelError
+from tercet.kinds import Kind, Weights
 from tercet.rank.scoring import late_interaction, lexical_sums, listed_late_interaction
 from tercet.rank.topk import BROKEN_MODEL, Hits, largest
 from tercet.segments import runs_within
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 QUERY_TERMS: Final = 4_096  # of queries, terms or tokens, compared with a block of documents
 

@@ -21,8 +21,9 @@ from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tercet.kinds import Kind
 from tercet.segments import maximum, ragged_places, row_of, runs_within
-from tercet.vectors import Kind, Terms, TokenRows, Vectors
+from tercet.vectors import Terms, TokenRows, Vectors
 
 BLOCK_TOKENS: Final = 2_048  # of documents, compared at a time
 

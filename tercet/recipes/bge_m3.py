@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.losses.unified import Lesson
 from tercet.models.network.backbone import Attention
 from tercet.models.network.pooling import PoolingName
@@ -18,7 +19,6 @@ from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified
 from tercet.train.recipe import RANKS_10_TO_210, Lora, Model, Recipe, Refresh, Stage, chosen
-from tercet.vectors import KINDS, Kind, Weights
 
 WARMUP: Final = 0.1  # share of a stage's steps
 

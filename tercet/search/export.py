@@ -16,12 +16,13 @@ from tercet.errors import DataError, ModelError, RecipeError
 from tercet.files.arrays import NAMES, GrowingArray, VectorWriter
 from tercet.files.atomic import clear_about, replacing_file, replacing_folder
 from tercet.files.progress import Bars, bar
+from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
 from tercet.search.indexing import bytes_of, document_batches
 from tercet.search.rows import TAKEN, EngineRow, FormatName, json_line, lines_of, parts_of
 from tercet.segments import row_of
 from tercet.types import Role
-from tercet.vectors import KINDS, Kind, Vectors
+from tercet.vectors import Vectors
 
 WINDOW_OF_TEXTS: Final = 50_000  # of dense vectors alone: those that encode sorts by length
 

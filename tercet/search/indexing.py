@@ -12,12 +12,13 @@ from typing import Any, Final
 from tercet.data.files.documents import Document
 from tercet.data.files.texts import evenly_spaced
 from tercet.files.progress import bar
+from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
 from tercet.rank import quantized
 from tercet.rank.quantized import Ranges, Stored
 from tercet.search.engine.engine import Engine, Record
 from tercet.segments import Item, batches_within
-from tercet.vectors import KINDS, Kind, Vectors
+from tercet.vectors import Vectors
 
 DOCUMENTS_AT_ONCE: Final = 256  # so many a kill may cost
 CHARACTERS_AT_ONCE: Final = 200_000  # long documents have many token vectors

@@ -17,12 +17,12 @@ from uuid import uuid4
 
 from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files.atomic import recover_folder, replacing_file, replacing_folder, sole_writer
+from tercet.kinds import KINDS
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.engine import Engine
 from tercet.search.exact.exact_engine import ExactEngine
 from tercet.search.qdrant.points import check_stored
 from tercet.search.qdrant.qdrant_engine import QdrantEngine
-from tercet.vectors import KINDS
 
 EngineName: TypeAlias = Literal["exact", "qdrant", "cluster"]
 

@@ -26,8 +26,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from tercet.kinds import KINDS, Kind
 from tercet.models.formats.bge_m3_files import lexical_weights
-from tercet.vectors import KINDS, Kind, Terms, Vectors
+from tercet.vectors import Terms, Vectors
 
 FormatName: TypeAlias = Literal["elasticsearch", "milvus", "opensearch", "qdrant", "vespa"]
 

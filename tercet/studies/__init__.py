@@ -1,1 +1,1 @@
-"""Which part of a recipe is worth what: the same run with one thing changed at a time."""
+"""Studies: models that differ in one thing each, trained, measured and compared in tables."""

@@ -1,263 +1,288 @@
-"""What an ablation found, in the layout of the paper's tables, with intervals and differences."""
+"""Figures, differences and tables of a study's cells, with intervals, and the files they go to."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
+from math import isnan
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import numpy as np
 
 from tercet.evaluate.report.figures import bars, drawing, write_png
-from tercet.evaluate.report.intervals import Interval
-from tercet.evaluate.suites.suite import FIGURES, EvaluationSet, average
+from tercet.evaluate.report.intervals import Interval, relative_change
+from tercet.evaluate.suites.suite import FIGURES, Category, EvaluationSet, average
+from tercet.files.artifacts import write_json
 from tercet.files.atomic import replacing_file
-from tercet.studies.cells import ATTENTIONS, POOLINGS, SCHEDULES, cell_name, schedule_cell
-from tercet.studies.kept import Answers
 
-AVERAGE: Final = "Average"
-NAMES: Final = {"eos": "EOS", "mean": "mean", "latent": "latent", "self_attention": "self-att."}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-Table = list[list[str]]
-"""Rows of cells; the first one is the header."""
+WORDS: Final = "words"  # named like a cell: the baseline of each set that needs no model
+NOTHING: Final = "-"  # in a table: the model makes no vectors of this kind
+
+AnswersBySet = Mapping[str, np.ndarray]
+"""What a model answers to each evaluation set, by the set's name."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """The answers of all cells, and what they are worth.
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table: the mean over groups of sets, a group being the mean of its sets."""
 
-    Of several seeds, figures are those of the mean over seeds.
+    title: str
+    groups: tuple[tuple[str, ...], ...]  # names of sets
+    stage: int = -1  # after which the model is measured
+    part: int | None = None  # which column of two-dimensional answers, such as a kind of vectors
+
+
+FigureKey: TypeAlias = tuple[Literal["figure", "lead", "change"], str, str, Column, Column]
+"""A cell, the cell that it is compared with, and the column of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of texts; the first one is the header."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure that becomes the file ``NAME.png``."""
+
+    name: str
+    draw: Callable[[], "Figure"]
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The answers of the cells that were run, and figures of them.
+
+    Of several seeds, the scores of a query are averaged before anything else; where answers are no
+    scores, such as labels, figures and bounds of intervals are. Errors of different sets are taken
+    to be independent. :data:`WORDS` is a cell as well.
     """
 
-    sets: Sequence[EvaluationSet]
-    cells: Sequence[Mapping[str, Sequence[Answers]]]  # of each seed
-    words: Answers
+    sets: Mapping[str, EvaluationSet]
+    answers: Mapping[
+        str, Sequence[Sequence[AnswersBySet]]
+    ]  # by cell: of each seed, after each stage
     seed: int = 0  # of the bootstrap
-
-    def figures(self, cell: str, stage: int = -1) -> dict[str, Interval]:
-        """Of each category, and their average: a category is the mean of its sets."""
-        return self._by_category(
-            lambda each: [
-                each.figure(found[cell][stage][each.name], self.seed) for found in self.cells
-            ]
-        )
-
-    def differences(self, one: str, other: str, stages: tuple[int, int]) -> dict[str, Interval]:
-        """How much better ``one`` is than ``other``, each after its stage, on the same texts."""
-        first, second = stages
-        return self._by_category(
-            lambda each: [
-                each.minus(found[one][first][each.name], found[other][second][each.name], self.seed)
-                for found in self.cells
-            ]
-        )
-
-    def of_words(self) -> dict[str, Interval]:
-        """What the baselines without a model get."""
-        return self._by_category(lambda each: [each.figure(self.words[each.name], self.seed)])
-
-    def spread(self, cell: str, stage: int = -1) -> float | None:
-        """The standard deviation of a cell's average over seeds; None of a single one."""
-        if len(self.cells) < 2:
-            return None
-        means = [
-            Found(self.sets, [found], self.words, self.seed).figures(cell, stage)[AVERAGE].mean
-            for found in self.cells
-        ]
-        centre = sum(means) / len(means)
-        return (sum((mean - centre) ** 2 for mean in means) / (len(means) - 1)) ** 0.5
+    computed: dict[FigureKey, Interval] = field(default_factory=dict)
+    words: dict[str, np.ndarray] = field(default_factory=dict)  # computed when first needed
 
     def has(self, *cells: str) -> bool:
-        """Whether all of these cells were run."""
-        return all(cell in found for cell in cells for found in self.cells)
+        """Return whether all of these cells were run."""
+        return all(cell in self.answers or cell == WORDS for cell in cells)
 
-    def _by_category(self, of: Any) -> dict[str, Interval]:
-        found: dict[str, list[Interval]] = {}
-        for each in self.sets:
-            found.setdefault(each.category, []).append(_same_texts(of(each)))
-        ordered = {name: average(found[name]) for name in FIGURES if name in found}
-        return {**ordered, AVERAGE: average(list(ordered.values()))}
+    def scores(self, cell: str, column: Column, name: str) -> list[np.ndarray]:
+        """Return a cell's answers to a set: of each seed, or their mean if they are scores."""
+        if cell == WORDS:
+            if name not in self.words:
+                self.words[name] = self.sets[name].words()
+            return [self.words[name]]
+        found = [stages[column.stage][name] for stages in self.answers[cell]]
+        if column.part is not None:
+            found = [answers[:, column.part] for answers in found]
+        return [np.mean(found, axis=0)] if self._are_scores(name) else found
 
+    def figure(self, cell: str, column: Column) -> Interval:
+        """Return the mean of a cell, NaN if it makes no vectors of that kind."""
 
-def grid_table(found: Found, stage: int) -> Table:
-    """Tables 2 and 3 of the paper: categories by pooling, ``both ways / causal``."""
-    columns = {
-        pooling: [found.figures(cell_name(a, pooling), stage) for a in ATTENTIONS]
-        for pooling in POOLINGS
-    }
-    rows = [["both ways / causal", *(NAMES[pooling] for pooling in POOLINGS), "words"]]
-    words = found.of_words()
-    for category in words:
-        cells = [
-            " / ".join(f"{figures[category].mean:.3f}" for figures in both)
-            for both in columns.values()
+        def of_set(name: str) -> Interval:
+            figure = self.sets[name].figure
+            return _over_seeds([figure(one, self.seed) for one in self.scores(cell, column, name)])
+
+        return self._once(("figure", cell, "", column, column), of_set)
+
+    def lead(
+        self, cell: str, other: str, column: Column, other_column: Column | None = None
+    ) -> Interval:
+        """Return by how much a cell is better than another one on the same texts."""
+
+        def of_set(name: str) -> Interval:
+            ours = self.scores(cell, column, name)
+            theirs = self.scores(other, other_column or column, name)
+            count = max(len(ours), len(theirs))  # a model that was not trained has no seeds
+            pairs = zip(ours * (count // len(ours)), theirs * (count // len(theirs)), strict=True)
+            return _over_seeds([self.sets[name].minus(*pair, self.seed) for pair in pairs])
+
+        return self._once(("lead", cell, other, column, other_column or column), of_set)
+
+    def change(self, cell: str, other: str, column: Column) -> Interval:
+        """Return the lead of a cell as a share of the other one's mean, of retrieval sets."""
+        names = [name for group in column.groups for name in group]
+        ours, theirs = (
+            [self.scores(each, column, name)[0] for name in names] for each in (cell, other)
+        )
+        key = ("change", cell, other, column, column)
+        if key not in self.computed:
+            self.computed[key] = relative_change(ours, theirs, seed=self.seed)
+        return self.computed[key]
+
+    def spread(self, cell: str, column: Column) -> float | None:
+        """Return the standard deviation over seeds; None if a cell was run with one alone."""
+        seeds = self.answers.get(cell, ())
+        if len(seeds) < 2:
+            return None
+        alone = [replace(self, answers={cell: [each]}) for each in seeds]
+        means = [
+            np.mean([np.mean([one._point(cell, column, n) for n in g]) for g in column.groups])
+            for one in alone
         ]
-        rows.append([_titled(category), *cells, f"{words[category].mean:.3f}"])
-    half = [
-        " / ".join(f"±{(f[AVERAGE].high - f[AVERAGE].low) / 2:.3f}" for f in both)
-        for both in columns.values()
+        return float(np.std(means, ddof=1))
+
+    def table(
+        self,
+        title: str,
+        cells: Mapping[str, str],
+        columns: Sequence[Column],
+        leads: Mapping[str, tuple[str, str]] | None = None,
+        corner: str = "nDCG@10",
+    ) -> Table:
+        """Return a table: figures of cells, and below them the leads of some over others.
+
+        Both are given by the title of their row. Rows of cells that were not run are left out.
+        """
+        rows = [[corner, *(column.title for column in columns)]]
+        for label, cell in cells.items():
+            if self.has(cell):
+                rows.append([label, *(shown(self.figure(cell, column)) for column in columns)])
+                found = [self.spread(cell, column) for column in columns]
+                spreads = [NOTHING if isnan(s) else f"{s:.3f}" for s in found if s is not None]
+                if spreads:
+                    rows.append([f"{label}, spread over seeds", *spreads])
+        for label, (one, other) in (leads or {}).items():
+            if one != other and self.has(one, other):
+                rows.append([label, *(signed(self.lead(one, other, each)) for each in columns)])
+        return Table(title, rows)
+
+    def bars(self, name: str, cells: Mapping[str, str], columns: Sequence[Column]) -> Picture:
+        """Return a picture with a group of bars for each column, a colour for each cell."""
+        drawn = {
+            label: {
+                column.title: figure
+                for column in columns
+                if not isnan((figure := self.figure(cell, column)).mean)
+            }
+            for label, cell in cells.items()
+            if self.has(cell)
+        }
+        return Picture(name, partial(bars, drawn))
+
+    def _point(self, cell: str, column: Column, name: str) -> float:
+        """Return a figure of one set and one seed without its interval, which takes time."""
+        (found,) = self.scores(cell, column, name)
+        if self._are_scores(name):
+            return float(found.mean())
+        return self.sets[name].figure(found, self.seed).mean
+
+    def _are_scores(self, name: str) -> bool:
+        return self.sets[name].category == "Retrieval"
+
+    def _once(self, key: FigureKey, of_set: Callable[[str], Interval]) -> Interval:
+        if key not in self.computed:
+            groups = [[of_set(name) for name in group] for group in key[3].groups]
+            self.computed[key] = _mean([_mean(group) for group in groups])
+        return self.computed[key]
+
+
+def columns_by_category(sets: Iterable[EvaluationSet], *, stage: int = -1) -> list[Column]:
+    """Return a column of the average over categories, and one of each category."""
+    names: dict[Category, list[str]] = {}
+    for each in sets:
+        names.setdefault(each.category, []).append(each.name)
+    groups: dict[Category, tuple[str, ...]] = {
+        name: tuple(names[name]) for name in FIGURES if name in names
+    }
+    return [
+        Column("Average", tuple(groups.values()), stage),
+        *(Column(f"{name}, {FIGURES[name]}", (group,), stage) for name, group in groups.items()),
     ]
-    rows.append(["95 % of the average", *half, ""])
-    if len(found.cells) > 1:
-        spread = [
-            " / ".join(f"{found.spread(cell_name(a, pooling), stage):.3f}" for a in ATTENTIONS)
-            for pooling in POOLINGS
-        ]
-        rows.append(["spread over seeds", *spread, ""])
-    return rows
 
 
-def differences_table(found: Found, stage: int) -> Table:
-    """Which of the paper's claims about attention and pooling the averages bear out."""
-    rows = [[f"after stage {stage + 1}", "Average", *(c for c in found.of_words() if c != AVERAGE)]]
-    for name, one, other in _claims():
-        if found.has(one, other):
-            rows.append([name, *_signed(found.differences(one, other, (stage, stage)))])
-    for pooling in POOLINGS if stage else ():
-        cell = cell_name("bidirectional", pooling)
-        if found.has(cell):
-            stages = found.differences(cell, cell, (1, 0))
-            rows.append([f"stage 2 - stage 1, {NAMES[pooling]}", *_signed(stages)])
-    return rows
+def leads_over(other: str, cells: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return rows for :meth:`Results.table`: how much better each cell is than another one."""
+    return {f"{cell} - {other}": (cell, other) for cell in cells if cell != other}
 
 
-def schedules_table(found: Found) -> Table:
-    """The first rows of the paper's table 4, all with the latent layer and both ways."""
-    names = list(found.of_words())
-    rows = [["schedule", *map(_titled, names)]]
-    for schedule in SCHEDULES:
-        figures = found.figures(schedule_cell(schedule))
-        rows.append([schedule, *(str(figures[name]) for name in names)])
-    two = schedule_cell("two stages")
-    for schedule in SCHEDULES:
-        if schedule != "two stages":
-            leads = found.differences(two, schedule_cell(schedule), (-1, -1))
-            cells = [leads[name] for name in names]
-            rows.append([f"two stages - {schedule}", *(signed(lead) for lead in cells)])
-    return rows
+def shown(figure: Interval) -> str:
+    """Return a figure with its interval as text."""
+    return NOTHING if isnan(figure.mean) else str(figure)
 
 
-def tables(found: Found) -> Iterator[tuple[str, Table]]:
-    """All tables that the cells fill, with their titles."""
-    if found.has(*(cell_name(a, p) for a in ATTENTIONS for p in POOLINGS)):
-        yield "Attention and pooling, after stage 1 (retrieval)", grid_table(found, 0)
-        yield "Attention and pooling, after stage 2 (blended)", grid_table(found, 1)
-        for stage in (0, 1):
-            title = f"Differences on the same texts after stage {stage + 1}, with 95 % intervals"
-            yield title, differences_table(found, stage)
-    if found.has(*map(schedule_cell, SCHEDULES)):
-        yield "Schedules", schedules_table(found)
+def signed(lead: Interval) -> str:
+    """Return a difference with its interval as text."""
+    if isnan(lead.mean):
+        return NOTHING
+    return f"{lead.mean:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]"
 
 
-def write_findings(out: Path, found: Found, facts: Mapping[str, Any]) -> None:
-    """Write ``table.md``, ``results.json`` and figures into the folder."""
-    write_tables(out, found, facts, dict(tables(found)), _rows(found))
-    poolings = {
-        NAMES[p]: found.figures(cell_name("bidirectional", p))
-        for p in POOLINGS
-        if found.has(cell_name("bidirectional", p))
-    }
-    schedules = {
-        s: found.figures(schedule_cell(s)) for s in SCHEDULES if found.has(schedule_cell(s))
-    }
-    with drawing():
-        for name, rows in (("poolings", poolings), ("schedules", schedules)):
-            if len(rows) > 1:
-                write_png(out / f"{name}.png", bars(rows))
+def write_results(
+    out: Path, results: Results, parts: Iterable[Table | Picture], facts: Mapping[str, Any]
+) -> list[Table]:
+    """Write ``table.md``, ``results.json`` and the pictures; return the tables that have rows.
 
+    Of the facts, ``flags`` are for ``results.json`` alone.
 
-def write_tables(
-    out: Path,
-    found: Found,
-    facts: Mapping[str, Any],
-    titled: Mapping[str, Table],
-    rows: Iterable[Mapping[str, Any]],
-) -> None:
-    """Write ``table.md``, and all figures with the facts of the run into ``results.json``."""
-    text = f"{_told(facts)}\n\n"
-    text += "".join(f"## {title}\n\n{as_markdown(table)}\n" for title, table in titled.items())
+    Raises:
+        MissingExtraError: if matplotlib is not installed; the tables are written before.
+    """
+    parts = list(parts)
+    tables = [part for part in parts if isinstance(part, Table) and len(part.rows) > 1]
+    line = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "flags")
+    text = f"{line}\n\n" + "".join(map(_markdown, tables))
     with replacing_file(out / "table.md") as fresh:
         fresh.write_text(text, encoding="utf-8")
     record = {
         **facts,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "sets": {
-            each.name: {
-                "category": each.category,
-                "size": each.size,
-                "data": each.fingerprint,
-            }
-            for each in found.sets
+            each.name: {"category": each.category, "size": each.size, "data": each.fingerprint}
+            for each in results.sets.values()
         },
-        "rows": list(rows),
-        "tables": dict(titled),
+        "tables": {table.title: table.rows for table in tables},
+        "figures": [
+            {
+                "what": what,
+                "cell": cell,
+                **({"compared_with": other, "its_stage": theirs.stage} if other else {}),
+                "column": column.title,
+                "stage": column.stage,
+                **{name: getattr(figure, name) for name in ("mean", "low", "high", "queries")},
+                **({} if other else {"spread_over_seeds": results.spread(cell, column)}),
+            }
+            for (what, cell, other, column, theirs), figure in results.computed.items()
+            if not isnan(figure.mean)
+        ],
     }
-    with replacing_file(out / "results.json") as fresh:
-        fresh.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "results.json", record, default=str)
+    with drawing():
+        for part in parts:
+            if isinstance(part, Picture):
+                write_png(out / f"{part.name}.png", part.draw())
+    return tables
 
 
-def as_markdown(table: Table) -> str:
-    """The table as text that renders as one."""
-    lines = ["| " + " | ".join(row) + " |\n" for row in table]
-    return "".join([lines[0], "|---" * len(table[0]) + "|\n", *lines[1:]])
+def _markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(row) + " |\n" for row in table.rows]
+    body = "".join([lines[0], "|---" * len(table.rows[0]) + "|\n", *lines[1:]])
+    return f"## {table.title}\n\n{body}\n"
 
 
-def _told(facts: Mapping[str, Any]) -> str:
-    """What was run, in a line: sizes, steps, rates, and how much of the base was kept."""
-    numbers = facts.get("numbers", {})
-    told = [f"{name} {value}" for name, value in numbers.items() if value is not None]
-    return ", ".join([*told, f"seeds {facts.get('seeds', 1)}"])
+def _mean(figures: Sequence[Interval]) -> Interval:
+    return figures[0] if len(figures) == 1 else average(figures)
 
 
-def _rows(found: Found) -> Iterator[dict[str, Any]]:
-    for cell in found.cells[0]:
-        for stage in range(len(found.cells[0][cell])):
-            for category, figure in found.figures(cell, stage).items():
-                yield {
-                    "cell": cell,
-                    "stage": stage + 1,
-                    "category": category,
-                    "figure": FIGURES.get(category, "mean of the categories"),  # pyright: ignore
-                    "mean": round(figure.mean, 4),
-                    "low": round(figure.low, 4),
-                    "high": round(figure.high, 4),
-                    "spread_over_seeds": found.spread(cell, stage) if category == AVERAGE else None,
-                }
-    for category, figure in found.of_words().items():
-        yield {"cell": "words", "category": category, "mean": round(figure.mean, 4)}
+def _over_seeds(figures: Sequence[Interval]) -> Interval:
+    """Return the mean over seeds; each draws the same texts, so bounds are averaged too."""
+    first, *others = figures
+    if not others:
+        return first
+    means = {name: np.mean([getattr(each, name) for each in figures]) for name in _BOUNDS}
+    return replace(first, **{name: float(mean) for name, mean in means.items()})
 
 
-def _claims() -> Iterator[tuple[str, str, str]]:
-    for pooling in POOLINGS:
-        both, causal = (cell_name(attention, pooling) for attention in ATTENTIONS)
-        yield f"both ways - causal, {NAMES[pooling]}", both, causal
-    latent = cell_name("bidirectional", "latent")
-    for pooling in POOLINGS:
-        if pooling != "latent":
-            yield f"latent - {NAMES[pooling]}", latent, cell_name("bidirectional", pooling)
-
-
-def _signed(figures: Mapping[str, Interval]) -> list[str]:
-    first = figures[AVERAGE]
-    return [signed(first), *(signed(f) for name, f in figures.items() if name != AVERAGE)]
-
-
-def signed(figure: Interval) -> str:
-    """A difference with its interval, for people."""
-    return f"{figure.mean:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
-
-
-def _titled(category: str) -> str:
-    figure = FIGURES.get(category)  # pyright: ignore
-    return f"{category}, {figure}" if figure else category
-
-
-def _same_texts(seeds: Sequence[Interval]) -> Interval:
-    """The mean over runs with other seeds; the same texts are drawn in each, so bounds too."""
-    count = len(seeds)
-    return Interval(
-        sum(each.mean for each in seeds) / count,
-        sum(each.low for each in seeds) / count,
-        sum(each.high for each in seeds) / count,
-        seeds[0].queries,
-        seed=seeds[0].seed,
-    )
+_BOUNDS: Final = ("mean", "low", "high")

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder, Settings
 from tercet.models.formats.tercet_folder import known_kinds
 from tercet.models.network.fingerprints import fingerprint_of
 from tercet.models.network.positions import extend_positions
 from tercet.train.recipe import Model
-from tercet.vectors import KINDS, Kind
 
 
 def build(model: Model) -> Embedder:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tercet.data.batches.collate import Collator
-from tercet.data.batches.token_cache import CachedTokens, shelves_of
+from tercet.data.batches.token_cache import CachedTokens, stored_tokens
 from tercet.data.files.sources import Source
 from tercet.models.embedder import Embedder
 from tercet.train.batches import max_tokens_of
@@ -33,5 +33,5 @@ def with_cached_tokens(
         limit = max_tokens_of(stage, embedder, role)
         return f"{digest} {embedder.settings.form(role)!r} {limit}"
 
-    shelves = shelves_of(sources, made_with, collate.tokenize, collate.prompt_of)
-    return replace(collate, tokenize=CachedTokens(collate.tokenize, shelves))
+    stored = stored_tokens(sources, made_with, collate.tokenize, collate.prompt_of)
+    return replace(collate, tokenize=CachedTokens(collate.tokenize, stored))

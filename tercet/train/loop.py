@@ -12,6 +12,7 @@ import torch
 from tercet import distributed
 from tercet.data.batches.collate import PromptOf
 from tercet.files.atomic import sole_writer
+from tercet.kinds import Kind
 from tercet.models.embedder import Embedder, Settings
 from tercet.train.building import build, fingerprint_of_base, with_prompts_of
 from tercet.train.plan import (
@@ -31,7 +32,6 @@ from tercet.train.run import Run
 from tercet.train.snapshots import STEPS, Series
 from tercet.train.trainer import Score, Trainer
 from tercet.types import Role
-from tercet.vectors import Kind
 
 
 def train(

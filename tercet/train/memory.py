@@ -7,12 +7,12 @@ from typing import Final
 import torch
 
 from tercet import distributed
+from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.latent_attention import Layer
 from tercet.types import Packed
-from tercet.vectors import Kind
 
 SHARE: Final = 0.5  # of free memory
 COPIES: Final = 6  # of a batch's vectors: by chunk, joined, in order, as queries; and gradients

@@ -12,11 +12,11 @@ from tercet.data.batches.mixture import by_language, shares_of
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
+from tercet.kinds import Kind
 from tercet.models.settings import FILE
 from tercet.train import checkpoint
 from tercet.train.recipe import Model, Recipe, Stage
 from tercet.train.run import Run
-from tercet.vectors import Kind
 
 log = logging.getLogger("tercet")
 

@@ -11,13 +11,13 @@ from tercet.data.batches.collate import Policy
 from tercet.data.batches.sampler import Mixing
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
+from tercet.kinds import Kind
 from tercet.models.network.backbone import Attention, Window
 from tercet.models.network.latent_attention import Layer
 from tercet.models.network.pooling import PoolingName
 from tercet.objectives.objective import Objective
 from tercet.train.lengths import LEAST, Batching
 from tercet.train.schedule import ScheduleName
-from tercet.vectors import Kind
 
 
 @dataclass(frozen=True, kw_only=True)

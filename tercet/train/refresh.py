@@ -163,7 +163,7 @@ class Refresher:
         work = folder / VECTORS
         with closing(Miner(embedder, self._given, mining, texts, work, bars=bars)) as miner:
             reports = [miner.report(source) for source in self._given]
-            _ = miner.ranker  # all processes encode, also one that has no part to write
+            miner.prepare()  # all processes encode, also one that has no part to write
             with bars("mine", sum(len(part.rows) for part in missing)) as advance:
                 for part in missing:
                     block = self._given[part.source].examples(part.rows)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tercet.cli import main
+from tercet.cli.app import main
 from tests.cli.lines import write
 from tests.toy import SENTENCES
 

@@ -15,8 +15,8 @@ from tests.toy import SENTENCES
 
 VERBS = [
     *("demo", "check", "models", "inspect", "merge", "encode", "index", "search"),
-    *("eval", "diagnose", "probe", "mine", "decontaminate", "convert", "ablate"),
-    *("train", "train finetune", "train llm2vec", "train nv-embed", "ablate nv-embed"),
+    *("eval", "diagnose", "probe", "mine", "decontaminate", "convert", "study"),
+    *("train", "train finetune", "train llm2vec", "train nv-embed"),
     *("convert classification", "convert clustering", "convert similarity"),
 ]
 ROOT = Path(__file__).parents[2]

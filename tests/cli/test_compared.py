@@ -6,10 +6,11 @@ from dataclasses import asdict
 import pytest
 
 from tercet.evaluate.measures.bm25 import by_tokens_of
-from tercet.evaluate.measures.retrieval import measure_bm25, measure_kinds
+from tercet.evaluate.measures.embedder_kinds import measure_kinds
+from tercet.evaluate.measures.retrieval import measure_bm25
 from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -69,8 +70,10 @@ def test_kinds_and_protocol_are_as_asked_for(tercet, refused, of_all_kinds, file
     assert "no kind 'colbert'" in refused(*words, "--kinds", "colbert")
     for wrong in ("1,2", "1,x,3", "0,0,0", "1,-1,1", "1,nan,1"):
         assert "give three numbers" in refused(*words, "--weights", wrong)
-    scored = write(tmp_path / "scored.jsonl", {"text1": "a", "text2": "b", "score": 1})
-    assert "is no retrieval set" in refused("eval", of_all_kinds, scored, "--kinds", "dense")
+    scored = write(
+        tmp_path / "scored.jsonl", *({"text1": "a", "text2": "b", "score": i} for i in (1, 2))
+    )
+    assert "is not a retrieval set" in refused("eval", of_all_kinds, scored, "--kinds", "dense")
 
 
 def test_a_kind_that_the_model_does_not_make_is_told(refused, encoder_folder, files):
@@ -81,21 +84,21 @@ def test_a_kind_that_the_model_does_not_make_is_told(refused, encoder_folder, fi
 # --- flags without effect ---------------------------------------------------------------------
 
 
-ALONE = "measured by dense vectors alone"
+ALONE = "measured by dense vectors only"
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         ([], None),
-        (["--weights", "1,0.3,1"], f"{ALONE}: --weights changes nothing"),
-        (["--protocol", "reference"], f"{ALONE}: --protocol changes nothing"),
+        (["--weights", "1,0.3,1"], f"{ALONE}: --weights has no effect"),
+        (["--protocol", "reference"], f"{ALONE}: --protocol has no effect"),
         (
             ["--weights", "1,1,1", "--protocol", "paper"],
-            f"{ALONE}: --weights and --protocol change",
+            f"{ALONE}: --weights and --protocol have no effect",
         ),
         (["--kinds", "dense"], None),
-        (["--kinds", "dense", "--weights", "1,0.3,1"], f"{ALONE}: --weights changes nothing"),
+        (["--kinds", "dense", "--weights", "1,0.3,1"], f"{ALONE}: --weights has no effect"),
     ],
 )
 def test_flags_that_say_nothing_of_a_dense_model_are_named(
@@ -103,7 +106,7 @@ def test_flags_that_say_nothing_of_a_dense_model_are_named(
 ):
     words = ["eval", encoder_folder, files / "pairs.jsonl", "--no-bm25"]
     ended = tercet(*words, *flags)
-    lines = [line for line in ended.err.splitlines() if "alone" in line]
+    lines = [line for line in ended.err.splitlines() if "vectors only" in line]
     if said is None:
         assert lines == []
     else:
@@ -117,8 +120,11 @@ def test_a_dense_model_beside_one_of_all_kinds_is_said_to_be_measured_by_dense_a
 ):
     words = ["eval", of_all_kinds, files / "pairs.jsonl", "--against", encoder_folder, "--no-bm25"]
     ended = tercet(*words, "--kinds", "sparse", "--weights", "1,1,1", "--protocol", "reference")
-    assert f"{encoder_folder}: {ALONE}: --kinds and --weights and --protocol change" in ended.err
-    one = f"{of_all_kinds}: measured by sparse vectors alone: --weights changes nothing"
+    assert (
+        f"{encoder_folder}: {ALONE}: --kinds and --weights and --protocol have no effect"
+        in ended.err
+    )
+    one = f"{of_all_kinds}: measured by sparse vectors only: --weights has no effect"
     assert one in ended.err.splitlines()
 
 
@@ -157,7 +163,7 @@ def test_a_folder_of_flagembedding_is_measured_by_its_split(
         out = tercet(*words, "--split", split).out
         assert out.startswith(f"{queries} queries, 12 documents\n")
     pairs = ["eval", encoder_folder, files / "pairs.jsonl", "--split", "dev"]
-    assert "--split is of a folder" in refused(*pairs)
+    assert "--split applies to folders only" in refused(*pairs)
 
 
 def test_queries_with_answers_are_measured_by_what_holds_them(
@@ -171,4 +177,4 @@ def test_queries_with_answers_are_measured_by_what_holds_them(
     assert list(rows)[:7] == [f"{of_all_kinds} {each}" for each in SEVEN]
     assert all(figure.startswith("1.000") for figure in rows[f"{of_all_kinds} dense"])
     said = refused("tune-weights", of_all_kinds, folder, "--split", "test")
-    assert "set: its queries have answers and no judged documents, which tune-weights" in said
+    assert "set: its queries have answers but no judged documents, which tune-weights" in said

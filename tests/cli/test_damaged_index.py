@@ -6,8 +6,8 @@ from itertools import product
 
 import pytest
 
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS
 from tests.cli.lines import write
 from tests.toy import SENTENCES
 

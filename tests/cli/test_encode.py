@@ -5,9 +5,9 @@ import pytest
 
 from tercet.data.files.examples import shown
 from tercet.files.arrays import read_vectors
+from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
 from tercet.search import export
-from tercet.vectors import KINDS, Kind
 from tests.cli.lines import write
 from tests.toy import SENTENCES
 

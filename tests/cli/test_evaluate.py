@@ -11,7 +11,7 @@ from tercet.evaluate.measures.labels import (
     measure_clustering,
     measure_clustering_by_words,
 )
-from tercet.evaluate.measures.similarity import measure_similarity
+from tercet.evaluate.measures.sts import measure_similarity
 from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, read_label_set
 from tercet.models.embedder import Embedder
 from tercet.models.network.latent_attention import Layer
@@ -182,12 +182,12 @@ def test_labels_of_a_file_without_splits_are_found_by_clustering(tercet, encoder
 
 def test_a_task_that_a_file_is_called_by_is_used_and_said(tercet, prompted, files, learned):
     ended = tercet("eval", prompted, learned, "--no-bm25")
-    assert f"{prompted}: with its prompts for the task 'sections'" in ended.err
+    assert f"{prompted}: using its prompts for the task 'sections'" in ended.err
     assert "gets no prompt" not in ended.err
     named = tercet("eval", prompted, learned, "--no-bm25", "--task", "sections")
-    assert (named.out, "with its prompts" in named.err) == (ended.out, False)
+    assert (named.out, "using its prompts" in named.err) == (ended.out, False)
     ended = tercet("eval", prompted, files / "pairs.jsonl", "--no-bm25")
-    assert "with its prompts for the task 'pairs'" in ended.err
+    assert "using its prompts for the task 'pairs'" in ended.err
     bare = tercet("eval", prompted, files / "pairs.jsonl", "--no-bm25", "--no-prompts")
     assert bare.out != ended.out
 
@@ -198,7 +198,7 @@ def test_the_task_that_the_records_name_goes_before_the_name_of_the_file(
     record = {"query": "a", "positives": [SENTENCES[0]], "negatives": [SENTENCES[1]]}
     file = write(tmp_path / "pairs.jsonl", {**record, "task": "sections"})
     ended = tercet("eval", prompted, file, "--no-bm25")
-    assert "with its prompts for the task 'sections'" in ended.err
+    assert "using its prompts for the task 'sections'" in ended.err
 
 
 def test_a_model_without_the_prompts_it_was_trained_with_is_refused_unless_that_is_forced(
@@ -209,7 +209,7 @@ def test_a_model_without_the_prompts_it_was_trained_with_is_refused_unless_that_
     assert "--no-prompts" in said and "sections-query 'tell:'" in said
     assert tercet("eval", prompted, grouped, "--no-bm25", "--no-prompts").status == 0
     forced = tercet("eval", prompted, learned, "--no-prompts", "--no-bm25")
-    assert forced.err.count("measured without prompts, as asked") == 1
+    assert forced.err.count("measured without prompts, as requested") == 1
     assert "gets no prompt" not in forced.err
     plain = tercet("eval", encoder_folder, learned, "--no-bm25")
     assert cells(forced.out.splitlines()[2])[1:] == cells(plain.out.splitlines()[2])[1:]
@@ -223,7 +223,7 @@ def test_a_task_has_to_be_known_by_the_first_model_only(
     assert said == "the model has no prompt for the task 'lost'; it knows: pairs, sections"
     both = ["--against", encoder_folder, "--task", "sections"]
     ended = tercet("eval", prompted, learned, "--no-bm25", *both)
-    assert f"{encoder_folder}: knows no task 'sections'; its default prompts" in ended.err
+    assert f"{encoder_folder}: has no prompts for the task 'sections'; its" in ended.err
     said = refused("eval", prompted, learned, "--task", "sections", "--no-prompts")
     assert said.startswith("--task and --no-prompts exclude each other")
 
@@ -234,7 +234,7 @@ def test_what_is_wrong_with_a_file_of_labels_is_named(refused, encoder_folder, t
     said = refused("eval", encoder_folder, file)
     assert said.startswith(f"{file}:2: ") and '"label" is missing' in said
     file = write(tmp_path / "labels.jsonl", good, {**good, "split": "test"})
-    assert "some have none; give it to all" in refused("eval", encoder_folder, file)
+    assert "others do not; add it to all" in refused("eval", encoder_folder, file)
 
 
 def test_figures_of_any_set_are_written_on_request(tercet, encoder_folder, scored, tmp_path):

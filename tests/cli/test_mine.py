@@ -7,8 +7,8 @@ from tercet.curate.mining.mine import Mining, mine
 from tercet.curate.mining.nearness import By
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import iter_examples, open_source
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -130,9 +130,9 @@ def test_ways_that_need_what_is_not_there_are_refused(refused, encoder_folder, f
     said = refused(*words, "--by", "hybrid", "--teacher", encoder_folder)
     assert said.startswith("mining by hybrid needs sparse vectors, and the teacher makes dense")
     said = refused(*words, "--by", "bm25", "--weights", "1,1,1")
-    assert said.startswith("weights are of a hybrid sum, and mining is by bm25")
+    assert said.startswith("weights are for mining by hybrid; got by bm25")
     said = refused(*words, "--by", "bm25", "--rule", "margin")
-    assert said.startswith("the usual value of the rule margin is meant for cosines")
+    assert said.startswith("the default value of the rule margin is for cosines")
 
 
 def test_a_rule_that_drops_most_candidates_is_remarked(tercet, start, tmp_path):
@@ -155,7 +155,7 @@ def test_wrong_words_are_refused_before_the_teacher_is_loaded(refused, files, tm
             f"--sweep is {nothing!r}; give numbers, as in 0.9,0.95,0.98"
         )
     assert refused(*words, *out, "--value", "95").startswith(
-        "the value of the rule percent is 95.0"
+        "the value of the rule percent must be between 0 and 1"
     )
     assert refused("mine", files / "pairs.csv", *words[2:], *out).startswith(f"{files}/pairs.csv: ")
     assert "lost: no such folder" in refused(*words, *out)

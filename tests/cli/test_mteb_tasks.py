@@ -44,6 +44,6 @@ def test_nothing_is_shown_where_all_were_skipped(tercet, encoder_folder, monkeyp
 
 def test_a_task_takes_the_place_of_data(refused, encoder_folder, files):
     said = refused("eval", encoder_folder, files / "pairs.jsonl", "--mteb", "SciFact")
-    assert said == "give data to measure on, or --mteb and a task in their place"
+    assert said == "give either data to measure on, or --mteb with a task"
     said = refused("eval", encoder_folder, "--mteb", "SciFact", "--precision", "int4")
-    assert said == "--precision says nothing of --mteb; leave it out"
+    assert said == "--precision does not apply to --mteb; remove it"

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import Ranges
 from tercet.rank.scoring import scores_of
-from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.rank.formulas import weighted_scores
 from tests.toy import SENTENCES

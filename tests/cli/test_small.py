@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS
 from tests.cli.lines import cells, write
 
 
@@ -25,7 +25,7 @@ def test_ranges_are_learned_shown_and_kept(tercet, model, files):
     assert "12 texts are few" in shown.err and "nothing was saved" in shown.err
     assert Embedder.load(model).settings.ranges == {}
     kept = tercet("calibrate", model, files / "texts.txt", "--save", "--dims", "8")
-    assert kept.out.endswith(f"{model}: keeps these ranges\n")
+    assert kept.out.endswith(f"{model}: saved these ranges\n")
     assert "was not trained to be cut to 8 coordinates" in kept.err
     ranges = Embedder.load(model).settings.ranges
     assert list(ranges) == [8] and len(ranges[8].centre) == 8
@@ -37,23 +37,23 @@ def test_eval_measures_documents_in_codes(tercet, model, files, tmp_path):
     words = ["eval", model, files / "pairs.jsonl", "--no-bm25", "--dims", "16", "--json", figures]
     ended = tercet(*words, "--precision", "int4")
     assert ended.status == 0
-    assert f"{model}: documents in int4, 8 bytes each, queries as they are; range " in ended.err
+    assert f"{model}: documents in int4, 8 bytes each, queries in full; range " in ended.err
     assert "learned from these documents, not from queries" in ended.err
     found = json.loads(figures.read_text())["search"][str(model)]
     assert (found["bytes"], found["dims"], found["learned_here"]) == (8, 16, True)
     tercet("calibrate", model, files / "texts.txt", "--save")
     again = tercet(*words, "--precision", "int4")
     kept = Embedder.load(model).settings.ranges[16].int4
-    assert f"range {kept:.4f}, kept with the model" in again.err
+    assert f"range {kept:.4f}, saved with the model" in again.err
     assert json.loads(figures.read_text())["search"][str(model)]["limit"] == kept
 
 
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--weights", "1,1,1"], "is of dense vectors alone; leave out --weights"),
-        (["--kinds", "dense,sparse"], "dense, sparse are asked for; add --kinds dense"),
-        ([], "dense, sparse, multi are asked for; add --kinds dense"),
+        (["--weights", "1,1,1"], "applies to dense vectors only; remove --weights"),
+        (["--kinds", "dense,sparse"], "dense, sparse are measured; add --kinds dense"),
+        ([], "dense, sparse, multi are measured; add --kinds dense"),
     ],
 )
 def test_codes_are_of_dense_vectors(refused, encoder_folder, files, tmp_path, words, problem):
@@ -75,7 +75,7 @@ def test_sets_without_documents_are_not_measured_in_codes(refused, model, tmp_pa
     pairs = [{"text1": "a b", "text2": "c", "score": i} for i in range(3)]
     file = write(tmp_path / "pairs.jsonl", *pairs)
     told = refused("eval", model, file, "--precision", "int4")
-    assert "is no retrieval set" in told and "its texts are not stored in codes" in told
+    assert "is not a retrieval set" in told and "codes of --precision do not apply" in told
 
 
 def test_sizes_shows_every_way_to_store_vectors(tercet, model, files, tmp_path):
@@ -100,9 +100,9 @@ def test_sizes_shows_every_way_to_store_vectors(tercet, model, files, tmp_path):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--dims", "65"], "--dims 65: the model's vectors have 64 coordinates; choose fewer"),
+        (["--dims", "65"], "--dims must be between 1 and 64; got 65"),
         (["--metric", "good@1"], 'no metric "good@1"'),
-        (["--split", "test"], "--split is of a folder"),
+        (["--split", "test"], "--split applies to folders only"),
         (["--task", "lookup"], "no prompt for the task 'lookup'"),
     ],
 )
@@ -112,6 +112,6 @@ def test_what_cannot_be_shown_is_told(refused, model, files, words, problem):
 
 def test_what_cannot_be_learned_is_told(refused, encoder_folder, model, files, tmp_path):
     write(tmp_path / "blank.jsonl", {"text": " "})
-    assert "holds no text" in refused("calibrate", model, tmp_path / "blank.jsonl")
+    assert "contains no text" in refused("calibrate", model, tmp_path / "blank.jsonl")
     told = refused("calibrate", encoder_folder, files / "texts.txt", "--save")
     assert "so ranges of codes cannot be kept there" in told

@@ -4,8 +4,9 @@ import math
 import pytest
 
 from tercet.evaluate.report.intervals import paired_difference
+from tercet.evaluate.sets.location import sets_in
 from tercet.evaluate.suites.averages import averages, cells_of, language_bias
-from tercet.evaluate.suites.languages import measure_sets, places_in
+from tercet.evaluate.suites.by_language import measure_sets
 from tercet.models.embedder import Embedder
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
@@ -52,7 +53,7 @@ def other_folder(encoder_folder, tmp_path_factory):
 def expected(suite, encoder_folder, other_folder):
     """What the two models are worth, set by set."""
     return [
-        {each.name: each for each in measure_sets(Embedder.load(model), places_in(suite))}
+        {each.name: each for each in measure_sets(Embedder.load(model), sets_in(suite))}
         for model in (encoder_folder, other_folder)
     ]
 
@@ -127,15 +128,15 @@ def test_a_set_whose_language_nothing_tells_is_said_to_be_in_no_average(
 ):
     write(tmp_path / "lost.jsonl", {"query": "maps", "positives": [SENTENCES[3]]})
     ended = tercet("eval", encoder_folder, tmp_path, "--no-bm25")
-    assert "lost: nothing tells the language, so no average counts it" in ended.err
-    assert [cells(line)[:2] for line in ended.out.splitlines()[1:]] == [["lost", "not told"]]
+    assert "lost: of unknown language, so left out of all averages" in ended.err
+    assert [cells(line)[:2] for line in ended.out.splitlines()[1:]] == [["lost", "unknown"]]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--kinds", "dense"), "--kinds says nothing of a folder of sets; leave it out"),
-        (("--per-label", "3"), "--per-label says nothing of a folder of sets; leave it out"),
+        (("--kinds", "dense"), "--kinds does not apply to a folder of sets; remove it"),
+        (("--per-label", "3"), "--per-label does not apply to a folder of sets; remove it"),
     ],
 )
 def test_what_says_nothing_of_a_folder_of_sets_is_refused(
@@ -146,9 +147,9 @@ def test_what_says_nothing_of_a_folder_of_sets_is_refused(
 
 def test_what_says_nothing_of_a_single_set_is_refused(refused, encoder_folder, suite, tmp_path):
     said = refused("eval", encoder_folder, suite / "de.jsonl", "--seen", "de")
-    assert said == "--seen says nothing of a single set; leave it out"
+    assert said == "--seen does not apply to a single set; remove it"
     said = refused("eval", encoder_folder)
-    assert said == "give data to measure on, or --mteb and a task in their place"
+    assert said == "give either data to measure on, or --mteb with a task"
 
 
 def test_a_folder_of_one_set_is_measured_as_before(tercet, encoder_folder, suite):

@@ -80,7 +80,7 @@ def test_a_check_drops_questions_without_new_answers(tercet, start, encoder_fold
     assert len(served.calls) == 9 and found["answered now"] == "0"
     inconsistent, kept = int(found["inconsistent, among 9"]), int(found["kept"])
     assert inconsistent + kept == 9 and 0 < inconsistent
-    assert "questions were checked among 9 documents only" in ended.err
+    assert "questions were checked among only 9 documents" in ended.err
 
 
 def test_prompt_language_task_and_numbers_are_handed_on(tercet, start, tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_answers_that_are_no_questions_leave_nothing_and_the_table_says_why(
     with endpoint(lambda *_: completion("No.")) as served:
         ended = tercet(*start, "--url", served.url)
     assert ended.status == 2 and counted(ended.out)["refused: no question"] == "9"
-    assert f"tercet: {tmp_path / 'q.jsonl'}: was not written: no question is left" in ended.err
+    assert f"tercet: {tmp_path / 'q.jsonl'}: not written: no question is left" in ended.err
     assert not (tmp_path / "q.jsonl").exists()
 
 
@@ -119,29 +119,29 @@ def test_a_local_model_that_writes_nothing_of_use_is_counted(tercet, docs, start
     assert ended.status == 2 and (found["answered now"], found["kept"]) == ("3", "0")
 
 
-def test_what_a_user_gets_wrong_is_told_in_a_line(refused, start, docs, tmp_path, monkeypatch):
+def test_what_a_user_gets_wrong_is_said_in_a_line(refused, start, docs, tmp_path, monkeypatch):
     monkeypatch.delenv("TEST_KEY", raising=False)
     url = ["--url", "http://127.0.0.1:9/v1"]
     assert "writer: no such folder" in refused(*start) or "cannot write" in refused(*start)
-    assert refused(*start, "--url", "localhost:9").startswith("'localhost:9' is no address")
-    assert "TEST_KEY holds no key" in refused(*start, *url, "--key-variable", "TEST_KEY")
+    assert refused(*start, "--url", "localhost:9").startswith("'localhost:9' is not an address")
+    assert "TEST_KEY has no key" in refused(*start, *url, "--key-variable", "TEST_KEY")
     assert refused(*start, "--key-variable", "TEST_KEY").startswith("--key-variable is for an")
-    assert refused(*start, *url, "--max", "61").startswith("no text can be cut into passages of 60")
+    assert refused(*start, *url, "--max", "61").startswith(
+        "the longest passage must be at least twice"
+    )
     assert "has no {passage}" in refused(*start, *url, "--prompt-file", docs)
     assert refused(*start, *url, "--split", "dev").endswith(
         "has no record whose \"split\" is 'dev'"
     )
     assert refused(*start, *url, "--text-field", "text").startswith(f'{docs}:1: "text" is missing')
-    assert refused(*start, *url, "--temperature", "-1").startswith("temperature -1,")
+    assert refused(*start, *url, "--temperature", "-1").endswith("got -1, 0.95 and 64")
     into = [docs if word == tmp_path / "q.jsonl" else word for word in start]
-    assert refused(*into, *url) == f"{docs}: is read and cannot be written to as well; " + (
-        "give another --out"
-    )
+    assert refused(*into, *url) == f"{docs}: is an input; " + ("give another --out")
     assert 'unknown kind of file ".txt"' in refused(*start, *url, "--out", tmp_path / "q.txt")
 
 
-def test_an_endpoint_that_knows_no_such_model_is_told(refused, start):
+def test_an_endpoint_that_does_not_know_the_model_is_named(refused, start):
     missing = Reply(404, {"error": {"message": "no model writer"}})
     with endpoint(lambda *_: missing) as served:
-        told = refused(*start, "--url", served.url)
-    assert told.startswith(f"{served.url}/chat/completions: status 404: 'no model writer'; check")
+        said = refused(*start, "--url", served.url)
+    assert said.startswith(f"{served.url}/chat/completions: status 404: 'no model writer'; check")

@@ -71,7 +71,7 @@ def test_a_model_that_is_not_there_or_incomplete_is_named(refused, train, files,
     [
         (["--dims", "65"], "dims are [65], but the model's vectors have 64"),
         (["--dims", "8", "--dims", "8"], "dims are (8, 8); give lengths of 1 or more, each once"),
-        (["--batch-size", "1"], "batch_size is 1; give at least 2"),
+        (["--batch-size", "1"], "batch_size must be at least 2, got 1"),
         (["--learning-rate", "-1"], "learning_rate is -1.0; give a number above 0"),
         (["--temperature", "0"], "temperature is 0.0; give a number above 0"),
         (["--lora-rank", "0"], "rank is 0; give 1 or more"),
@@ -144,12 +144,12 @@ def test_weights_and_counts_are_given_by_source_and_language(tercet, train, tmp_
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--weight", "news=2"], "there is no source 'news'; those given are pairs"),
+        (["--weight", "news=2"], "there is no source 'news'; the sources are pairs"),
         (["--weight", "pairs"], "--weight is 'pairs'; write NAME=NUMBER, as in news/de=2"),
         (["--count", "pairs=1.5"], "--count is 'pairs=1.5'; write NAME=NUMBER"),
-        (["--weight", "pairs=-1"], "source 'pairs' is given -1.0; give 0 or a number above it"),
+        (["--weight", "pairs=-1"], "the weight or count of 'pairs' must be 0 or more, got -1.0"),
         (["--weight", "pairs=1", "--weight", "pairs=2"], "--weight names 'pairs' twice; leave one"),
-        (["--weight", "pairs=1", "--count", "pairs=9"], "source 'pairs' is given a weight and a"),
+        (["--weight", "pairs=1", "--count", "pairs=9"], "source 'pairs' has a weight and a count"),
         (["--weight", "pairs=0"], "the stage contrastive reads pairs, and none are given"),
     ],
 )

@@ -3,8 +3,8 @@ import re
 
 import pytest
 
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS, Weights
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -33,13 +33,13 @@ def test_weights_are_shown_beside_the_usual_ones_and_each_kind(tercet, model, de
     assert rows[3][1:4] == ["1", "0.3", "1"] and rows[5][1:4] == ["0", "1", "0"]
     assert all(re.fullmatch(r"[+-]\d\.\d{3} \[[+-].*\]", row[5]) for row in rows[3:])
     assert float(rows[2][2]) > 0, "words tell which document is right"
-    assert "which flatters them" in ended.err and "nothing was saved" in ended.err
+    assert "which is too optimistic" in ended.err and "nothing was saved" in ended.err
     assert (model / "tercet.json").read_bytes() == before
 
 
 def test_saved_weights_are_taken_by_eval_for_their_task(tercet, model, dev, tmp_path):
     ended = tercet("tune-weights", model, dev, "--task", "lookup", "--save", "--folds", "3")
-    assert f"{model}: keeps these weights for the task 'lookup'" in ended.out
+    assert f"{model}: saved these weights for the task 'lookup'" in ended.out
     kept = Embedder.load(model).settings.weights
     assert list(kept) == ["lookup"]
     shown = [cells(line) for line in ended.out.splitlines()][2]
@@ -58,8 +58,8 @@ def test_saved_weights_are_taken_by_eval_for_their_task(tercet, model, dev, tmp_
     ("words", "problem"),
     [
         (["--metric", "good@1"], 'no metric "good@1"'),
-        (["--folds", "13"], "12 queries cannot be parted into 13 folds"),
-        (["--kinds", "dense"], "there are dense vectors only"),
+        (["--folds", "13"], "folds must be between 2 and the number of queries, 12; got 13"),
+        (["--kinds", "dense"], "makes only dense vectors"),
         (["--kinds", "dense,colbert"], "there is no kind 'colbert'"),
     ],
 )
@@ -70,7 +70,7 @@ def test_what_cannot_be_tuned_is_told(refused, model, dev, words, problem):
 def test_a_model_of_one_kind_and_one_without_settings_are_told(
     refused, encoder_folder, dev, tmp_path, monkeypatch
 ):
-    assert "there are dense vectors only" in refused("tune-weights", encoder_folder, dev)
+    assert "makes only dense vectors" in refused("tune-weights", encoder_folder, dev)
     monkeypatch.setattr(Embedder, "load", None)  # found out before the work
     assert "has no tercet.json" in refused("tune-weights", encoder_folder, dev, "--save")
     assert "lost.jsonl" in refused("tune-weights", encoder_folder, tmp_path / "lost.jsonl")
@@ -98,10 +98,10 @@ def test_kinds_that_are_left_out_get_no_weight_and_that_is_said(tercet, model, d
     kept = Embedder.load(model).settings.weights["two"]
     assert kept.multi == 0 and kept.sparse > 0
     assert "for the task 'two'; multi has the weight 0: sums leave it out\n" in ended.out
-    assert "stood there before" not in ended.err
+    assert "weights before" not in ended.err
     again = tercet(*words)
     assert "has the weight 0" not in again.out
-    before = f"the weights that stood there before: {kept.dense:g},{kept.sparse:g},0"
+    before = f"the weights before: {kept.dense:g},{kept.sparse:g},0"
     assert before in again.err.splitlines()
     unsaved = tercet(*(word for word in words if word != "--save"), "--kinds", "dense,sparse")
     assert "has the weight 0" not in unsaved.out

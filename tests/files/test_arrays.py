@@ -6,7 +6,8 @@ import torch
 
 from tercet.errors import DataError
 from tercet.files.arrays import NAMES, VectorWriter, is_whole, read_vectors
-from tercet.vectors import KINDS, Terms, Vectors
+from tercet.kinds import KINDS
+from tercet.vectors import Terms, Vectors
 from tests.evaluate.kinds import drawn
 
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.data.batches.relation import Relation, relation_of
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.losses.unified import Lesson, Mixture, unified_loss
 from tercet.segments import offsets_of
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
-from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 
 TEMPERATURE = 0.3
 SIX = 6  # queries

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tercet.errors import ModelError
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.models.formats.llm2vec import read_llm2vec
 from tercet.models.merge import lineage, load_adapters
-from tercet.vectors import KINDS
 from tests import toy
 from tests.oracles import Llm2VecEncoder
 

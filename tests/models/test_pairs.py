@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tercet.errors import DataError, RecipeError
+from tercet.kinds import KINDS, Weights
 from tercet.models import pairs
 from tercet.models.embedder import Embedder
 from tercet.models.pairs import score_pairs
-from tercet.vectors import KINDS, Weights
 from tests.evaluate.kinds import slow_scores
 from tests.toy import SENTENCES
 

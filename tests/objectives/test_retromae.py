@@ -320,7 +320,7 @@ def test_training_makes_both_losses_smaller(folders, source):
 @pytest.mark.parametrize(
     ("numbers", "complaint"),
     [
-        ({"encoder_mask": 0.0}, "the masking probability is 0.0"),
+        ({"encoder_mask": 0.0}, "the masking probability must be between 0 and 1, got 0.0"),
         ({"decoder_mask": 1.0}, "decoder_mask is 1.0; give a share"),
         ({"max_tokens": 4}, "max_tokens is 4; give 8 or more"),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Kind
 from tercet.losses.unified import Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses
@@ -22,7 +23,6 @@ from tercet.train.loop import train
 from tercet.train.recipe import Recipe
 from tercet.train.run import Run
 from tercet.types import Example
-from tercet.vectors import KINDS, Kind
 from tests import toy
 
 QUIET = Run(device="cpu", show_progress=False)

@@ -163,7 +163,7 @@ def test_the_rule_can_compare_with_the_best_positives_among_the_candidates(mined
         assert (report.unfound, report.unanswered, report.left_out) == (2, 1, 1)
     found, report = mined(examples, table, rule=MiningRule(value=1.0), negatives=4)
     assert [example.negatives for example in found] == [(), ()]  # below 0.1 there is "away" alone
-    with pytest.raises(RecipeError, match="max_positives is 0; ask for 1 or more"):
+    with pytest.raises(RecipeError, match="max_positives must be at least 1; got 0"):
         Mining(max_positives=0)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tercet.data.batches.sampler import BatchPlan, Sampler
-from tercet.data.batches.token_cache import CachedTokens, shelves_of
+from tercet.data.batches.token_cache import CachedTokens, stored_tokens
 from tercet.data.files import sources as files
 from tercet.data.files.folders import open_sources
 from tercet.data.files.sources import write_examples
@@ -117,8 +117,8 @@ def test_a9_token_ids_above_65535_survive_the_token_cache(folder, monkeypatch, t
         return Tokens(ids, [0] * len(ids), 0, cuts=[False] * len(ids))
 
     sources = open_sources(folder)
-    shelves = shelves_of(sources, lambda role: "large", tokenize, lambda role, task: "")
-    cached = CachedTokens(tokenize, shelves)
+    stored = stored_tokens(sources, lambda role: "large", tokenize, lambda role, task: "")
+    cached = CachedTokens(tokenize, stored)
     texts = [example.query for example in sources[0].examples(range(8))]
     found, right = cached(texts, "query", [""] * 8), tokenize(texts, "query", [""] * 8)
     assert cached.missed == 0

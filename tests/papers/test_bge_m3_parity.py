@@ -18,12 +18,13 @@ from torch import Tensor
 
 from tercet.data.batches.relation import Relation, relation_of
 from tercet.errors import ModelError
+from tercet.kinds import KINDS, Kind
 from tercet.losses.unified import Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.formats.bge_m3_files import lexical_weights
 from tercet.rank.scoring import late_interaction, lexical_scores, scores_of
 from tercet.types import InBatch, Packed
-from tercet.vectors import KINDS, Kind, TokenRows, Vectors
+from tercet.vectors import TokenRows, Vectors
 from tests.oracles import terms_of
 from tests.rank.formulas import with_padded_rows
 from tests.toy import pack

@@ -5,10 +5,11 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tercet.kinds import Weights
 from tercet.rank.quantized import Codes, integer_product
 from tercet.rank.scoring import scores_of
 from tercet.segments import offsets_of
-from tercet.vectors import TokenRows, Vectors, Weights
+from tercet.vectors import TokenRows, Vectors
 
 
 def weighted_scores(

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from tercet.errors import ModelError
+from tercet.kinds import Weights
 from tercet.rank import hybrid as module
 from tercet.rank.hybrid import HybridHits, kind_scores, ranked
 from tercet.rank.scoring import (
@@ -11,7 +12,7 @@ from tercet.rank.scoring import (
     lexical_sums,
     listed_late_interaction,
 )
-from tercet.vectors import Terms, Vectors, Weights
+from tercet.vectors import Terms, Vectors
 from tests.evaluate.kinds import drawn, slow_scores
 
 QUERIES, DOCS = drawn(7, 1, without_terms=(2,)), drawn(40, 2, without_terms=(0, 5))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tercet.kinds import KINDS, Weights
 from tercet.rank.scoring import (
     late_interaction,
     lexical_scores,
@@ -11,7 +12,7 @@ from tercet.rank.scoring import (
     scores_of,
 )
 from tercet.segments import offsets_of
-from tercet.vectors import KINDS, Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 from tests.losses.test_unified import leaves, made, slow_scores
 from tests.rank.formulas import weighted_scores, with_padded_rows
 

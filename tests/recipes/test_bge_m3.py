@@ -11,6 +11,7 @@ from tercet.cli.train import EXAMPLES, PAIRS_OR_DATA, TEXTS_OR_DATA, _data
 from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.tuned_weights import save_weights
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.kept import save_ranges
 from tercet.objectives.retromae import RetroMAE
@@ -22,7 +23,6 @@ from tercet.train.loop import train
 from tercet.train.recipe import Recipe, Refresh
 from tercet.train.run import Run
 from tercet.types import Example
-from tercet.vectors import KINDS, Weights
 from tests import toy
 
 QUIET = Run(device="cpu", show_progress=False, save_steps=1)

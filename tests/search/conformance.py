@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.rank.quantized import Ranges, Stored, codes_of
 from tercet.search.engine.engine import (
     Engine,
@@ -25,7 +26,7 @@ from tercet.search.engine.engine import (
 )
 from tercet.search.exact.exact_engine import ExactEngine
 from tercet.segments import offsets_of
-from tercet.vectors import KINDS, Kind, Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 
 VOCABULARY: Final = 250_002
 DIM, WIDTH = 8, 6

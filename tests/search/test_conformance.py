@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tercet.errors import DataError, ModelError, RecipeError
+from tercet.kinds import KINDS, Weights
 from tercet.search.engine.engine import Engine, ReciprocalRank, Record, Rerank, Weighted
 from tercet.segments import offsets_of
-from tercet.vectors import KINDS, Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 from tests.search import conformance as c
 
 

@@ -10,13 +10,13 @@ from tercet.curate.mining.nearness import By
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import Source, iter_examples
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.objectives.unified import Unified
 from tercet.train.loop import train
 from tercet.train.recipe import Refresh
 from tercet.train.refresh import Refresher
 from tercet.types import Example
-from tercet.vectors import KINDS, Weights
 from tests.train.refreshes import NEAREST, QUIET, prepare, recipe_for, small_parts
 
 HYBRID = Weights(1.0, 2.0, 0.5)

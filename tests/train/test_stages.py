@@ -10,6 +10,7 @@ import torch
 
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.models.network.latent_attention import Layer
 from tercet.recipes.finetune import finetune
@@ -17,7 +18,6 @@ from tercet.train.loop import train
 from tercet.train.recipe import Recipe
 from tercet.train.run import Run
 from tercet.types import Example
-from tercet.vectors import KINDS
 from tests import toy
 from tests.toy import SENTENCES
 

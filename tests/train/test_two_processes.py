@@ -17,6 +17,7 @@ from tercet import distributed
 from tercet.data.batches.sampler import BatchRows
 from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError, TrainingError
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
@@ -29,7 +30,6 @@ from tercet.train.memory import memory_for
 from tercet.train.recipe import Recipe
 from tercet.train.run import Run
 from tercet.types import Example
-from tercet.vectors import KINDS
 from tests import toy
 from tests.processes import ROOT, run_together
 

@@ -1,1 +1,1 @@
-"""Work in units that are done once, in one process or many."""
+"""Jobs in units of work that are done once, in one process or many."""

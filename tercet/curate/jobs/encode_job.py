@@ -1,4 +1,4 @@
-"""Files of texts into files of vectors, a part of a file at a time, in any number of processes."""
+"""Encoding files of texts into files of vectors, in parts, in any number of processes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,39 +16,39 @@ from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.search.export import Wanted, Written, write_dense, write_vectors
 
-PART: Final = 100_000  # texts of a part; a larger file is cut
-KINDS_OF_FILES: Final = (".jsonl", ".parquet", ".txt")
+PART: Final = 100_000  # texts per part of a file
+SUFFIXES: Final = (".jsonl", ".parquet", ".txt")
 _MANIFEST: Final = ".manifest"
 _AT_ONCE: Final = 4096  # texts that are read together
-_VERSION: Final = 1  # of what is written
+_VERSION: Final = 1  # of the output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Encoding:
-    """The job of encoding files; each part of one becomes a .npy file, or a folder of arrays.
+class EncodeJob:
+    """The job of encoding files; each part of a file becomes a .npy file or a folder of arrays.
 
-    They are named as the file, with the number of the part where there are several.
+    Outputs are named as the file, with the number of the part if there are several.
     """
 
-    load: Callable[[], Embedder]  # the model, in each process; it can be pickled
-    about: Mapping[str, Any]  # plain values that say which model it is and how it reads
-    sources: Mapping[str, Source]  # of texts, by the name of what is written
+    load: Callable[[], Embedder]  # loads the model in each process; can be pickled
+    about: Mapping[str, Any]  # plain values that identify the model and how it reads
+    sources: Mapping[str, Source]  # of texts, by the name of the output
     out: Path
     wanted: Wanted
-    arrays: bool  # a folder of arrays for each part, of all kinds that are wanted
+    arrays: bool  # write a folder of arrays, of all wanted kinds, for each part
     name: str = "encode"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What the vectors hang on, besides the texts."""
+        """All that the vectors depend on, besides the texts."""
         return {"version": _VERSION, "arrays": self.arrays, **self.about, **asdict(self.wanted)}
 
     def open(self) -> DoUnit:
-        """The model is loaded."""
+        """Load the model."""
         return partial(self._do, self.load())
 
     def units(self, part: int) -> list[WorkUnit]:
-        """Parts of so many texts."""
+        """Cut the sources into parts of ``part`` texts."""
         units: list[WorkUnit] = []
         for name, source in self.sources.items():
             starts = range(0, len(source), part)
@@ -60,7 +60,7 @@ class Encoding:
         return units
 
     def place(self, unit: WorkUnit) -> Path:
-        """Where the vectors of a part are."""
+        """Return the file or folder with the vectors of a part."""
         return self.out / (unit.name if self.arrays else f"{unit.name}.npy")
 
     def _do(self, embedder: Embedder, unit: WorkUnit) -> UnitReport:
@@ -75,17 +75,17 @@ class Encoding:
         return {"texts": written.texts, "bytes": dict(written.bytes)}
 
 
-def encode_files(job: Encoding, *, part: int = PART, runner: Runner = LOOP) -> Written:
-    """Encode what is not encoded yet; how much there is in all.
+def encode_files(job: EncodeJob, *, part: int = PART, runner: Runner = LOOP) -> Written:
+    """Encode the parts that are missing; return the size of all of them.
 
     Raises:
-        DataError: when a file has changed since it was opened.
-        ModelError: when a vector is not finite.
-        RecipeError: when the folder holds other vectors, or another process writes there.
-        StorageError: when the disk refuses.
+        DataError: if a file has changed since it was opened.
+        ModelError: if a vector contains NaN or infinity.
+        RecipeError: if the folder has other vectors, or another process writes there.
+        StorageError: if the disk refuses.
     """
     if part < 1:
-        raise RecipeError(f"a part of {part} texts is none; ask for 1 or more")
+        raise RecipeError(f"texts per part must be at least 1; got {part}")
     units, manifest = job.units(part), job.out / _MANIFEST
     _refuse_others(job, units)
     for unit in units:
@@ -99,30 +99,30 @@ def encode_files(job: Encoding, *, part: int = PART, runner: Runner = LOOP) -> W
 
 
 def open_files(paths: Sequence[Path], field: str) -> dict[str, Source]:
-    """Files of texts, those of folders among them, by what their vectors are called.
+    """Open files of texts, also those in folders, by the name of their output.
 
     Raises:
-        DataError: at the first record without a text, or for a folder without files.
-        RecipeError: when two of them have one name.
+        DataError: at the first record without a text.
+        RecipeError: for a folder without files, or two files with the same name.
     """
     found: dict[str, Source] = {}
     for path in paths:
-        for file in _files(path) if path.is_dir() else [path]:
+        for file in _files_in(path) if path.is_dir() else [path]:
             inside = file.relative_to(path) if path.is_dir() else Path(file.name)
             name = str(inside.with_suffix(""))
             if name in found:
                 raise RecipeError(
-                    f"{file} and {found[name].path}: the vectors of both would be called {name}; "
-                    "rename one, or encode them into two folders"
+                    f"{file} and {found[name].path}: the vectors of both would be named {name}; "
+                    "rename one, or encode them into different folders"
                 )
             found[name] = open_texts(file, field=field, name=name, blank_lines=True)
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix in KINDS_OF_FILES)
+def _files_in(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
     if not found:
-        raise RecipeError(f"{folder}: holds no {', '.join(KINDS_OF_FILES)} file; name another")
+        raise RecipeError(f"{folder}: has no {', '.join(SUFFIXES)} file; give another folder")
     return found
 
 
@@ -132,12 +132,12 @@ def _texts(source: Source, start: int, stop: int) -> Iterator[str]:
         yield from (example.query for example in source.examples(rows))
 
 
-def _refuse_others(job: Encoding, units: Sequence[WorkUnit]) -> None:
-    """Vectors of an earlier command with other files or parts would pass for some of these."""
+def _refuse_others(job: EncodeJob, units: Sequence[WorkUnit]) -> None:
+    """Raise for vectors of another command, which would be mistaken for some of these."""
     own = {job.place(unit) for unit in units}
     for path in sorted(job.out.rglob("*.npy")) if job.out.is_dir() else ():
         if path not in own and path.parent not in own and not path.name.startswith("."):
             raise RecipeError(
-                f"{path}: is of another file, or of parts of another size; delete it, or name "
-                "another folder"
+                f"{path}: is of another file or another part size; delete it, or give another "
+                "folder"
             )

@@ -1,8 +1,7 @@
-"""Where the parts of a large job are done: in this process, in several, or on a cluster.
+"""Where the units of a large job are done: in this process, in several, or on a cluster.
 
-One way for all of them: a function is opened once in each process that works, and makes a text of
-each text that it is given. Daft spreads the texts, over processes of this machine or over the
-machines of a Ray cluster. Nothing here knows what the texts say.
+Each worker process opens a function once, which maps strings to strings. Daft distributes the
+strings over processes of this machine or machines of a Ray cluster. Nothing here interprets them.
 """
 
 import logging
@@ -17,29 +16,29 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from tercet.errors import MissingExtraError, RecipeError
 
-Engine: TypeAlias = Literal["auto", "loop", "daft", "ray"]
-"""What hands out the work: nothing at all, Daft on this machine, or Daft on a Ray cluster."""
+EngineName: TypeAlias = Literal["auto", "loop", "daft", "ray"]
+"""What distributes the work: a plain loop, Daft on this machine, or Daft on a Ray cluster."""
 
-_SILENT: Final = {  # in all processes that work: no reports home, no bars but our own
+_SILENT: Final = {  # in all workers: no telemetry, no progress bars but our own
     "DO_NOT_TRACK": "1",
     "DAFT_PROGRESS_BAR": "0",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-_PATIENCE: Final = 5.0  # seconds for a cluster to answer; Ray itself waits for many minutes
+_TIMEOUT: Final = 5.0  # seconds for a cluster to answer; Ray itself waits for many minutes
 _HERE: Final = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
 class LostError(Exception):
-    """The engine stopped before its work was done: a process or a machine of it is gone."""
+    """The engine stopped before the work was done: a process or machine is gone."""
 
 
 @runtime_checkable
 class Opener(Protocol):
-    """Gets ready in a process that works, with so many threads. It can be pickled."""
+    """Prepares a worker process. It can be pickled."""
 
     def __call__(self, threads: int | None) -> Callable[[str], str]:
-        """What makes a text of a text. None: as many threads as there are."""
+        """Return the function from string to string. ``threads`` None: as many as there are."""
         ...
 
 
@@ -48,28 +47,30 @@ class Runner:
     """Where work is done.
 
     Raises:
-        RecipeError: for no worker, or a cluster without an address.
+        RecipeError: for fewer than 1 worker, or settings that contradict each other.
     """
 
-    engine: Engine = "auto"  # a plain loop in one process, Daft for several
+    engine: EngineName = "auto"  # a plain loop for one process, Daft for several
     workers: int = 1  # processes on each machine
     address: str | None = None  # of a Ray cluster: HOST:PORT of its head, or auto
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise RecipeError(f"workers is {self.workers}; ask for 1 or more")
+            raise RecipeError(f"workers must be at least 1; got {self.workers}")
         if self.engine == "ray" and not self.address:
             raise RecipeError(
-                "the runner ray needs --address, where its cluster is: HOST:6379 of the machine "
-                "on which `ray start --head` ran"
+                "--runner ray needs --address, the address of the cluster: HOST:6379 of the "
+                "machine on which `ray start --head` ran"
             )
         if self.engine != "ray" and self.address:
             raise RecipeError(
-                f"an address is of a Ray cluster, and the runner is {self.engine}; take "
-                "--runner ray, or leave the address out"
+                f"--address is for a Ray cluster; got the runner {self.engine}; use --runner ray, "
+                "or leave the address out"
             )
         if self.engine == "loop" and self.workers > 1:
-            raise RecipeError("a loop is one process; take --runner daft, or leave the workers out")
+            raise RecipeError(
+                "--runner loop is one process; use --runner daft, or leave the workers out"
+            )
 
     @property
     def several(self) -> bool:
@@ -78,10 +79,10 @@ class Runner:
 
     @property
     def used(self) -> Literal["loop", "daft", "ray"]:
-        """The engine. One process needs none: its bars show, and its notes are not mixed up.
+        """The engine that is used. One process needs no Daft: its progress bars stay visible.
 
         Raises:
-            MissingExtraError: when more than one process is asked for, and Daft is not there.
+            MissingExtraError: if several processes are asked for and Daft is not installed.
         """
         if self.engine != "auto":
             return self.engine
@@ -96,18 +97,18 @@ LOOP: Final = Runner(engine="loop")
 
 
 def spread(runner: Runner, opener: Opener, texts: Sequence[str]) -> Iterator[str]:
-    """What is made of the texts, each as it is done.
+    """Yield the result of each string, in the order in which they finish.
 
     Raises:
-        LostError: when a process that works is gone and the engine does not go on without it.
-        MissingExtraError: when Daft, or Ray, is not installed.
-        RecipeError: when no cluster answers at the address.
+        LostError: if a worker is gone and the engine cannot continue without it.
+        MissingExtraError: if Daft or Ray is not installed.
+        RecipeError: if no cluster answers at the address.
     """
     if runner.used == "loop":
         work = opener(None)
         yield from (work(text) for text in texts)
     elif runner.used == "ray":
-        with redirect_stdout(sys.stderr):  # where Ray prints of workers that it starts again
+        with redirect_stdout(sys.stderr):  # Ray prints about workers that it restarts
             daft, how, threads = _on_ray(runner)
             yield from _by_daft(daft, opener, texts, how, threads, parts=len(texts))
     else:
@@ -115,14 +116,14 @@ def spread(runner: Runner, opener: Opener, texts: Sequence[str]) -> Iterator[str
         yield from _by_daft(daft, opener, texts, how, threads, parts=1)
 
 
-class Worker:
-    """What lives in a process that works; Daft makes one there from its name."""
+class DaftWorker:
+    """The object in a worker process; Daft creates it from its name."""
 
     def __init__(self, opener: Opener, threads: int | None) -> None:
         self._work = opener(threads)
 
-    def made(self, texts: Any) -> list[str]:
-        """What is made of a batch of texts."""
+    def results(self, texts: Any) -> list[str]:
+        """Return the results of a batch of strings."""
         return [self._work(text) for text in texts.to_pylist()]
 
 
@@ -135,14 +136,14 @@ def _by_daft(
     *,
     parts: int,
 ) -> Iterator[str]:
-    """A frame of one column, each text of which is a batch, and on a cluster a partition."""
-    made = daft.method.batch(return_dtype=daft.DataType.string(), batch_size=1)
-    made(Worker.made)  # a mark on the method; the class itself is found by its name elsewhere
-    worker = daft.cls(**how)(Worker)(opener, threads)
+    """Map a frame of one column, of which each row is a batch and, on a cluster, a partition."""
+    mark = daft.method.batch(return_dtype=daft.DataType.string(), batch_size=1)
+    mark(DaftWorker.results)  # in place: workers find the class by its name
+    worker = daft.cls(**how)(DaftWorker)(opener, threads)
     frame = daft.from_pydict({"text": list(texts)})
     if parts > 1:
         frame = frame.into_partitions(parts)
-    rows = frame.select(worker.made(frame["text"]).alias("made")).iter_rows()
+    rows = frame.select(worker.results(frame["text"]).alias("result")).iter_rows()
     while True:
         try:
             row = next(rows)
@@ -150,13 +151,13 @@ def _by_daft(
             return
         except Exception as error:
             raise LostError(str(error).strip().partition("\n")[0] or repr(error)) from error
-        yield row["made"]
+        yield row["result"]
 
 
 def _on_this_machine(runner: Runner) -> tuple[Any, dict[str, Any], int | None]:
-    """Daft with work in this process, or in several that share its threads."""
-    daft = _daft()
-    _set(daft.set_runner_native, "daft")
+    """Return Daft, the arguments of workers in this or several processes, and their threads."""
+    daft = _import_daft()
+    _set_runner(daft.set_runner_native, "daft")
     if runner.workers == 1:
         return daft, {"use_process": False, "max_concurrency": 1}, None
     threads = max(1, _threads() // runner.workers)
@@ -164,15 +165,15 @@ def _on_this_machine(runner: Runner) -> tuple[Any, dict[str, Any], int | None]:
 
 
 def _on_ray(runner: Runner) -> tuple[Any, dict[str, Any], int]:
-    """Daft with work on all machines of a cluster; those with a GPU alone, where there are some.
+    """Return Daft, the arguments of workers on a cluster, and the threads of each.
 
-    A worker asks Ray for a little less than its share of a machine: so many of them fit on it and
-    no more, and what Daft itself has to place there never waits for them.
+    If some machines have a GPU, only those are used. A worker asks Ray for a little less than its
+    share of a machine, so that ``workers`` fit on it and Daft's own tasks never wait for them.
     """
-    daft = _daft()
+    daft = _import_daft()
     assert runner.address is not None, "a runner checks this"
     machines = _machines(runner.address)
-    _set(lambda: daft.set_runner_ray(noop_if_initialized=True), "ray")
+    _set_runner(lambda: daft.set_runner_ray(noop_if_initialized=True), "ray")
     cpus, gpus = (min(machine.get(key, 0.0) for machine in machines) for key in ("CPU", "GPU"))
     how = {
         "cpus": _rounded_down(cpus / (runner.workers + 0.5)),
@@ -183,11 +184,11 @@ def _on_ray(runner: Runner) -> tuple[Any, dict[str, Any], int]:
 
 
 def _rounded_down(amount: float) -> float:
-    return int(amount * 1e4) / 1e4  # as fine as Ray counts
+    return int(amount * 1e4) / 1e4  # Ray's resolution
 
 
 def _machines(address: str) -> list[Mapping[str, float]]:
-    """What each machine of the cluster has, of those that may work."""
+    """Return the resources of each machine of the cluster that can work."""
     try:
         import ray
     except ImportError:
@@ -205,7 +206,7 @@ def _machines(address: str) -> list[Mapping[str, float]]:
             about = str(error).strip().partition("\n")[0]
             raise RecipeError(
                 f"--address {address}: no cluster can be joined there: {about}"
-            ) from (error)
+            ) from error
     nodes: Any = ray.nodes()
     found = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
     if not found:
@@ -214,10 +215,10 @@ def _machines(address: str) -> list[Mapping[str, float]]:
 
 
 def _check_answers(address: str) -> None:
-    """Refuse an address where nobody is at home, at once.
+    """Check that something answers at an address.
 
     Raises:
-        RecipeError: when it is none, or nothing answers.
+        RecipeError: if nothing does, or the address has another form.
     """
     if address == "auto":
         return
@@ -226,7 +227,7 @@ def _check_answers(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     host = get_node_ip_address() if host in _HERE else host.strip("[]")  # as Ray takes it
     try:
-        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+        socket.create_connection((host, int(port)), timeout=_TIMEOUT).close()
     except ValueError:
         raise RecipeError(f"--address {address}: write HOST:PORT, such as head:6379") from None
     except (OSError, OverflowError) as error:
@@ -236,34 +237,34 @@ def _check_answers(address: str) -> None:
         ) from error
 
 
-def _daft() -> Any:
+def _import_daft() -> Any:
     for name, value in _SILENT.items():
         os.environ.setdefault(name, value)  # before it is imported
     try:
         import daft
     except ImportError:
         raise MissingExtraError("this runner", "bulk") from None
-    logging.getLogger("daft_local_execution").setLevel(logging.CRITICAL)  # we tell of errors
+    logging.getLogger("daft_local_execution").setLevel(logging.CRITICAL)  # errors are ours
     return daft
 
 
-def _set(choose: Callable[[], object], name: str) -> None:
-    """Tell Daft where to run; it takes one answer for the life of a process."""
+def _set_runner(choose: Callable[[], object], name: str) -> None:
+    """Set where Daft runs; it can be set once per process."""
     from daft.runners import get_or_infer_runner_type
 
     wanted = {"daft": "native"}.get(name, name)
     try:
         choose()
-    except ValueError as error:  # it has had its answer
+    except ValueError as error:  # it is set already
         if get_or_infer_runner_type() != wanted:
             raise RecipeError(
-                "Daft runs elsewhere in this process already, and cannot change that; begin a new "
-                f"process for the runner {name}"
+                "Daft uses another runner in this process already and cannot change it; start a "
+                f"new process for --runner {name}"
             ) from error
 
 
 def _threads() -> int:
-    """Those of this process, which need not load torch to know."""
+    """Return the number of threads of this process, without loading torch."""
     if "torch" in sys.modules:
         import torch
 

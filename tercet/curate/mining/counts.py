@@ -26,11 +26,12 @@ from jaxtyping import Int
 
 from tercet.curate.mining.documents import SHARD, Pool
 from tercet.curate.mining.finders import Queries
-from tercet.evaluate.measures.bm25 import K1, B, Split, by_words
+from tercet.evaluate.measures.bm25 import K1, B, WordsOf, by_words
 from tercet.files.atomic import clear_about
 from tercet.files.progress import Advance
+from tercet.kinds import Kind
 from tercet.segments import offsets_of
-from tercet.vectors import Kind, Terms, Vectors
+from tercet.vectors import Terms, Vectors
 
 _WORD: Final = np.dtype([("id", np.int32), ("times", np.int32)])
 
@@ -40,7 +41,7 @@ class CountedShelf:
     """The words of documents and how often each has them; nothing is kept after ``close``."""
 
     folder: Path
-    split: Split = by_words
+    split: WordsOf = by_words
     _counts: dict[str, "_Counts"] = field(default_factory=dict)  # by the pool's prompt
 
     @property

@@ -29,6 +29,7 @@ from tercet.curate.mining.documents import (
 from tercet.files.arrays import VectorWriter, is_whole, read_vectors
 from tercet.files.atomic import clear_about, replacing_folder
 from tercet.files.progress import Advance
+from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.rank.hybrid import VectorBlocks, hybrid_ranking
@@ -36,7 +37,7 @@ from tercet.rank.scoring import paired_scores
 from tercet.rank.topk import Hits
 from tercet.search.indexing import document_batches
 from tercet.types import Role
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 QUERIES: Final = 512  # that are compared with a block of documents
 DOCS: Final = 1024  # of a block, or pairs that are scored together

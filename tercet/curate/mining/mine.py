@@ -1,9 +1,9 @@
-"""Hard negatives for files of examples: the nearest documents that are no answers.
+"""Hard negatives for files of examples: near documents that do not answer the query.
 
-A teacher embeds queries and documents, exact search finds the nearest documents of each query, and
-a rule (``tercet.curate.mining.rules``) says which of them may be negatives. Near is what the dense
-vectors say, or sparse ones, token vectors, their weighted sum, or BM25. Memory does not grow with
-queries times documents: a block of queries at a time meets a shard of documents at a time.
+A teacher encodes queries and documents, exact search finds the nearest documents of each query, and
+a rule (``tercet.curate.mining.rules``) selects which of them may be negatives. Nearness is measured
+by dense vectors, sparse vectors, token vectors, their weighted sum, or BM25. Memory does not grow
+with queries times documents: blocks of queries meet one shard of documents at a time.
 """
 
 import logging
@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
 
@@ -30,9 +29,9 @@ from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import by_tokens_of, by_words
 from tercet.files.progress import Bars, bar
 from tercet.files.records import known_suffix
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.types import Example
-from tercet.vectors import KINDS, Kind, Weights
 
 WORK: Final = Path("runs/mining")
 
@@ -41,75 +40,73 @@ log = logging.getLogger("tercet")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mining:
-    """What is looked for, and what becomes of a row.
+    """Settings of mining.
 
     Raises:
-        RecipeError: for numbers that cannot go together.
+        RecipeError: for numbers that contradict each other.
     """
 
     rule: MiningRule = field(default_factory=MiningRule)
-    negatives: int = 7  # of a row
-    depth: int = 100  # candidates looked at for each query, its positives among them
-    keep: bool = False  # a row's own negatives stay, before mined ones, unless they are positives
-    at_least: int = 0  # a row that ends with fewer negatives is left out
-    prompts: Literal["row", "teacher"] = "row"  # a row's own go before the teacher's, or are unread
-    by: By = "dense"  # what says how near a document is
-    # The rule compares with so many of a row's best positives among the candidates, and a row that
-    # has none there is left out. None: with all of its positives, wherever they are.
+    negatives: int = 7  # per row
+    depth: int = 100  # candidates per query, positives included
+    keep: bool = False  # keep a row's own negatives, before mined ones, unless they are positives
+    at_least: int = 0  # leave out rows with fewer negatives than this
+    prompts: Literal["row", "teacher"] = "row"  # prefer a row's prompts, or ignore them
+    by: By = "dense"  # the scores that rank documents
+    # The rule compares with at most this many of a row's best positives among the candidates; rows
+    # without one are left out. None: with all positives, also those that are not candidates.
     max_positives: int | None = None
-    weights: Weights | None = None  # of a hybrid sum; None: those tuned for the teacher
+    weights: Weights | None = None  # of the hybrid sum; None: those tuned for the teacher
 
     def __post_init__(self) -> None:
         self._check_by()
         if self.negatives < 1:
-            raise RecipeError(f"negatives is {self.negatives}; ask for 1 or more")
+            raise RecipeError(f"negatives must be at least 1; got {self.negatives}")
         if self.depth < self.negatives + self.rule.shift:
             raise RecipeError(
-                f"a depth of {self.depth} cannot give {self.negatives} negatives after a shift of "
-                f"{self.rule.shift}; raise depth"
+                f"depth must be at least negatives + shift = {self.negatives + self.rule.shift}; "
+                f"got {self.depth}"
             )
         if self.rule.sample_from is not None and self.rule.sample_from < self.negatives:
             raise RecipeError(
-                f"{self.negatives} negatives cannot be drawn from {self.rule.sample_from} "
-                "candidates; raise sample_from"
+                f"sample_from must be at least the {self.negatives} negatives; got "
+                f"{self.rule.sample_from}"
             )
         if self.max_positives is not None and self.max_positives < 1:
-            raise RecipeError(f"max_positives is {self.max_positives}; ask for 1 or more")
+            raise RecipeError(f"max_positives must be at least 1; got {self.max_positives}")
         if not 0 <= self.at_least <= self.negatives:
             raise RecipeError(
-                f"at_least is {self.at_least}; it should be between 0 and the {self.negatives} "
-                "negatives asked for"
+                f"at_least must be between 0 and the {self.negatives} negatives; got "
+                f"{self.at_least}"
             )
 
     def _check_by(self) -> None:
         if self.weights is not None and self.by != "hybrid":
-            raise RecipeError(
-                f"weights are of a hybrid sum, and mining is by {self.by}; leave them out"
-            )
+            raise RecipeError(f"weights are for mining by hybrid; got by {self.by}; leave them out")
         if self.by not in COSINES and self.rule.kind in ("margin", "absolute"):
             if self.rule.value is None:
                 raise RecipeError(
-                    f"the usual value of the rule {self.rule.kind} is meant for cosines, and "
-                    f"scores by {self.by} are none; give a value, or take the rule percent"
+                    f"the default value of the rule {self.rule.kind} is for cosines, and scores by "
+                    f"{self.by} are not cosines; give a value, or use the rule percent"
                 )
 
 
 @dataclass(slots=True, kw_only=True)
 class MiningReport:
-    """What mining did with one source."""
+    """Counts of what mining did with one source."""
 
     source: str
-    rule: MiningRule  # as used: a quantile has become a score
+    rule: MiningRule  # as used: a quantile is replaced by its score
     rows: int = 0
-    had_negatives: int = 0  # rows that brought some
-    refused: int = 0  # of these, with keep: positives, repeats and blanks
-    candidates: int = 0  # looked at, over all rows
+    had_negatives: int = 0  # rows with negatives before mining
+    refused: int = 0  # their negatives that keep drops: positives, duplicates and blank texts
+    candidates: int = 0  # of all rows
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    negatives: int = 0  # in the rows that were written
-    short: int = 0  # rows with fewer than asked for
-    empty: int = 0  # and those of them without any
+    negatives: int = 0  # in the written rows
+    short: int = 0  # rows with fewer negatives than asked for
+    empty: int = 0  # rows without negatives
     left_out: int = 0  # rows with fewer than at_least, or unanswered with max_positives
-    unanswered: int = 0  # rows with no positive among the candidates
+    unanswered: int = 0  # rows without a positive among the candidates
     positives: int = 0
     unfound: int = 0  # positives that are not among the candidates of their query
     positive_total: float = 0.0  # sum of scores
@@ -122,22 +119,22 @@ class MiningReport:
 
     @property
     def positive_score(self) -> float:
-        """Mean score of the positives."""
+        """The mean score of the positives."""
         return self.positive_total / max(self.positives, 1)
 
     @property
     def negative_score(self) -> float:
-        """Mean score of the negatives that were written."""
+        """The mean score of the written negatives."""
         return self.negative_total / max(self.negatives, 1)
 
     @property
     def ratio(self) -> float:
-        """Mean score of the negatives over that of the positives; not a number without both."""
+        """The mean score of negatives over that of positives; NaN without both."""
         both = self.positive_score and self.negatives
         return self.negative_score / self.positive_score if both else math.nan
 
     def count(self, found: JudgedExamples, mining: Mining) -> Bool[np.ndarray, "queries"]:
-        """Count some rows; which of them are to be written."""
+        """Count some rows; return which of them are written."""
         ranked = found.ranked
         self.rows += len(ranked.examples)
         self.had_negatives += sum(bool(example.negatives) for example in ranked.examples)
@@ -170,30 +167,29 @@ def mine(
     out: Path,
     *,
     mining: Mining,
-    corpus: Iterable[str] = (),
+    documents: Iterable[str] = (),
     work: Path = WORK,
 ) -> list[MiningReport]:
     """Write the examples of the sources with mined negatives and the teacher's scores.
 
-    Scores are written where they are cosines (by dense or token vectors); others are on a scale of
-    their own, and rows come without. BM25 needs no teacher; it takes a teacher's tokens as words.
+    Scores are written only if they are cosines (by dense or token vectors). BM25 needs no teacher;
+    with one, its words are the teacher's tokens.
 
-    Mined are the documents of all sources, and those of ``corpus``. Never a negative of a query is
-    a document that answers it in any row, or the query itself; texts that differ in case or spaces
-    only are one document. ``out`` is a file for all sources, or, without an ending, a folder with
-    a file for each. Vectors stay in ``work``, where the next mining finds them; the folder may be
+    Candidates are the documents of all sources and ``documents``. A document that answers a query
+    in any row, or is the query itself, never becomes its negative; texts that differ only in case
+    or spaces are the same document. ``out`` is a file for all sources or, without a suffix, a
+    folder with a file for each. Vectors stay in ``work`` for the next mining; the folder may be
     deleted.
 
     Raises:
-        RecipeError: when ``out`` would take the place of a source, or the teacher does not make
-            the vectors that are mined by.
-        DataError: when a source has changed since it was opened.
-        ModelError: when the teacher gives vectors that are no numbers.
-        StorageError: when the disk refuses; a file that was there before is still there.
+        RecipeError: if ``out`` would replace a source, or the teacher lacks the needed vectors.
+        DataError: if a source has changed since it was opened.
+        ModelError: if the teacher's vectors contain NaN or infinity.
+        StorageError: if the disk refuses; an earlier output is still there then.
     """
     outputs = outputs_of(out, sources)
     reports: list[MiningReport] = []
-    with closing(Miner(teacher, sources, mining, corpus, work)) as miner:
+    with closing(Miner(teacher, sources, mining, documents, work)) as miner:
         for path, group in outputs:
             write_examples(path, miner.examples(group, reports))
     return reports
@@ -205,22 +201,22 @@ def sweep(
     values: Sequence[float],
     *,
     mining: Mining,
-    corpus: Iterable[str] = (),
+    documents: Iterable[str] = (),
     work: Path = WORK,
 ) -> list[MiningReport]:
-    """What mining would do with each value of its rule: a report for each source and value.
+    """Return a report on mining with each value of the rule, for each source.
 
-    Nothing is written but vectors, and the search runs once.
+    The search runs once, and nothing is written but vectors.
     """
     rules = [replace(mining.rule, value=value) for value in values]
-    with closing(Miner(teacher, sources, mining, corpus, work)) as miner:
+    with closing(Miner(teacher, sources, mining, documents, work)) as miner:
         return [report for source in sources for report in miner.tried(source, rules)]
 
 
 class Miner:
-    """Mines some sources. Documents are read and encoded when they are first asked for.
+    """Mines some sources; ``prepare`` reads and encodes the documents.
 
-    In several processes all have to ask for them, and each encodes its share.
+    With several processes, all must call ``prepare``, and each encodes its share.
     """
 
     def __init__(
@@ -228,26 +224,26 @@ class Miner:
         teacher: Embedder | None,
         sources: Sequence[Source],
         mining: Mining,
-        corpus: Iterable[str],
+        documents: Iterable[str],
         work: Path,
         *,
         bars: Bars = bar,
     ) -> None:
         self.teacher, self.finder = teacher, finder_of(mining, teacher, work)
         self._work = work
-        self.sources, self.mining, self.corpus, self._bars = sources, mining, corpus, bars
+        self.sources, self.mining, self.documents, self._bars = sources, mining, documents, bars
         self._collection: Collection | None = None
-        self._foreign = False  # whether the rows bring prompts to a teacher that has none
+        self._ranker: Ranker | None = None
 
     def close(self) -> None:
-        """Give the disk space of the texts back."""
+        """Free the disk space of the texts."""
         self.finder.close()
         if self._collection is not None:
             self._collection.close()
 
     def examples(self, sources: Sequence[Source], reports: list[MiningReport]) -> Iterator[Example]:
-        """The examples of these sources with their negatives; a report for each is appended."""
-        _ = self.ranker  # a bar of its own, and there may be one at a time
+        """Yield the examples of these sources with negatives; append a report for each source."""
+        self.prepare()  # before the next progress bar starts
         for source in sources:
             report = self.report(source)
             reports.append(report)
@@ -257,21 +253,21 @@ class Miner:
                     advance(len(block))
 
     def report(self, source: Source) -> MiningReport:
-        """An empty report on a source, with the rule that holds there."""
+        """Return an empty report on a source, with the rule as used there."""
         return MiningReport(source=source.name, rule=self._settled(self.mining.rule, source))
 
     def mined(self, block: Sequence[Example], report: MiningReport) -> list[Example]:
-        """Some examples with their negatives, in order, counted in the report."""
+        """Return some examples with negatives, in order, and count them in the report."""
         found: dict[int, Example] = {}
-        for ranked in self.ranker.ranked(block):
+        for ranked in self.prepare().ranked(block):
             judged = ranked.judged(report.rule, self.mining.negatives, self.mining.max_positives)
             for row in np.flatnonzero(report.count(judged, self.mining)).tolist():
                 found[ranked.places[row]] = self._with_negatives(judged, row)
         return [found[place] for place in sorted(found)]
 
     def tried(self, source: Source, rules: Sequence[MiningRule]) -> list[MiningReport]:
-        """What each rule would do with a source."""
-        ranker = self.ranker  # a bar of its own, and there may be one at a time
+        """Return a report on mining a source with each rule."""
+        ranker = self.prepare()
         settled = [self._settled(rule, source) for rule in rules]
         reports = [MiningReport(source=source.name, rule=rule) for rule in settled]
         with self._bars(f"mine {source.name}", len(source)) as advance:
@@ -285,33 +281,38 @@ class Miner:
                 advance(len(block))
         return reports
 
-    @property
-    def collection(self) -> Collection:
-        """The documents, read when they are first asked for."""
-        if self._collection is None:
-            self._collection = self._read()
-        return self._collection
-
-    def _read(self) -> Collection:
-        collection = read_collection(
-            self.sources, self.corpus, self._prompt, self._work, bars=self._bars
+    def read(self) -> Collection:
+        """Read the documents at the first call; return them."""
+        if self._collection is not None:
+            return self._collection
+        settings, first = self.finder.settings, self.mining.prompts
+        found = self._collection = read_collection(
+            self.sources,
+            self.documents,
+            lambda example: prompt_for(settings, example, "document", first),
+            self._work,
+            bars=self._bars,
         )
-        if self._foreign:
+        knows_prompts = settings is None or settings.prompts or settings.task_prompts
+        if found.prompted_rows and first == "row" and not knows_prompts:
             log.warning(
-                "rows bring prompts, and the teacher has none of its own, so it may not know what "
-                "they mean; with prompts from the teacher they are not read"
+                "%s rows have prompts, and the teacher was saved without any, so it may not "
+                "understand them; --prompts teacher ignores them",
+                f"{found.prompted_rows:,}",
             )
-        return collection
+        return found
 
-    @cached_property
-    def ranker(self) -> Ranker:
-        """The documents, read and encoded."""
-        collection = self.collection
-        with self._bars("documents", sum(map(len, collection.pools.values()))) as advance:
-            for pool in collection.pools.values():
-                self.finder.fill(pool, advance)
-        mining = self.mining
-        return Ranker(self.finder, collection, mining.depth, mining.keep, mining.prompts)
+    def prepare(self) -> Ranker:
+        """Read and encode the documents at the first call; return their ranker."""
+        if self._ranker is None:
+            collection, mining = self.read(), self.mining
+            with self._bars("documents", sum(map(len, collection.pools.values()))) as advance:
+                for pool in collection.pools.values():
+                    self.finder.fill(pool, advance)
+            self._ranker = Ranker(
+                self.finder, collection, mining.depth, mining.keep, mining.prompts
+            )
+        return self._ranker
 
     def _with_negatives(self, judged: JudgedExamples, row: int) -> Example:
         negatives = judged.negatives(row)
@@ -325,35 +326,27 @@ class Miner:
             return found
         return replace(found, positive_scores=None, negative_scores=None)
 
-    def _prompt(self, example: Example) -> str:
-        settings, first = self.finder.settings, self.mining.prompts
-        if settings and not settings.prompts and not settings.task_prompts and first == "row":
-            self._foreign |= bool(example.query_prompt or example.document_prompt)
-        return prompt_for(settings, example, "document", first)
-
     def _settled(self, rule: MiningRule, source: Source) -> MiningRule:
-        """The rule itself; a quantile as the score that it is in this source."""
+        """Return the rule; a quantile as the absolute score that it has in this source."""
         if rule.kind != "quantile":
             return rule
-        lowest = [
-            score for block in blocks(source) for score in self.ranker.lowest_positives(block)
-        ]
+        ranker = self.prepare()
+        lowest = [score for block in blocks(source) for score in ranker.lowest_positives(block)]
         value = float(np.quantile(lowest, rule.used_value))
         return replace(rule, kind="absolute", value=value)
 
 
 def finder_of(mining: Mining, teacher: Embedder | None, work: Path) -> Finder:
-    """What finds documents in the way that is mined by.
+    """Return what finds the nearest documents by the chosen scores.
 
     Raises:
-        RecipeError: without a teacher where one is needed, or for one that does not make the
-            vectors that count.
+        RecipeError: if a teacher is needed and missing, or lacks the needed vectors.
     """
     if mining.by == "bm25":
         split = by_words if teacher is None else by_tokens_of(teacher)
         return ByVectors(CountedShelf(work, split), Weights(0.0, 1.0, 0.0), ("sparse",))
     if teacher is None:
-        raise RecipeError(f"mining by {mining.by} needs a teacher; name one, or mine by bm25")
+        raise RecipeError(f"mining by {mining.by} needs a teacher; give one, or mine by bm25")
     if mining.by == "dense":
         return StoredVectors(teacher, work)
     weights = _weights(mining, mining.by, teacher)
@@ -364,7 +357,7 @@ def finder_of(mining: Mining, teacher: Embedder | None, work: Path) -> Finder:
 def _weights(
     mining: Mining, by: Literal["sparse", "multi", "hybrid"], teacher: Embedder
 ) -> Weights:
-    """How much each kind counts."""
+    """Return the weight of each kind."""
     made: tuple[Kind, ...] = teacher.kinds
     tuned = teacher.settings.weights.get("", Weights()).only(made)
     weights = (mining.weights or tuned) if by == "hybrid" else Weights(1.0, 1.0, 1.0).only((by,))
@@ -374,18 +367,22 @@ def _weights(
     if missing := [kind for kind in KINDS if kind in needed and kind not in made]:
         raise RecipeError(
             f"mining by {by} needs {' and '.join(missing)} vectors, and the teacher makes "
-            f"{' and '.join(made)} ones; choose another teacher, or another way"
+            f"{' and '.join(made)} vectors; give another teacher, or mine by another kind"
         )
     if by == "hybrid" and not needed & {"dense", "sparse"}:
         raise RecipeError(
-            "candidates of a hybrid sum are found by dense and sparse vectors, and neither has a "
-            "weight; give one of them some, or mine by multi"
+            "mining by hybrid finds candidates by dense and sparse vectors, so one of them must "
+            "have a weight above 0; or mine by multi"
         )
     return weights
 
 
 def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
-    """Each file to write, and the sources that go into it."""
+    """Return each file to write, with the sources that go into it.
+
+    Raises:
+        RecipeError: if a file would replace a source, or two files have the same name.
+    """
     if out.suffix:
         known_suffix(out)
         outputs = [(out, list(sources))]
@@ -394,17 +391,17 @@ def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[So
     paths = [path.resolve() for path, _ in outputs]
     if len(set(paths)) < len(paths):
         raise RecipeError(
-            f"{out}: two of the files have the same name; rename one, or give an output file "
-            "with an ending for all of them"
+            f"{out}: two input files have the same name; rename one, or give one output file for "
+            "all of them, such as mined.jsonl"
         )
     for source in sources:
         if source.path.resolve() in paths:
-            raise RecipeError(f"{source.path}: would be replaced by the output; choose another")
+            raise RecipeError(f"{source.path}: would be replaced by the output; give another")
     return outputs
 
 
 def _by_path(sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
-    """The languages of a file or a folder together; what was given twice stays apart."""
+    """Group the languages of each file or folder; the same path given twice stays apart."""
     found: list[tuple[Path, list[Source]]] = []
     for source in sources:
         names = {each.name for each in found[-1][1]} if found else set[str]()
@@ -416,5 +413,5 @@ def _by_path(sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
 
 
 def _named_as(source: Path, folder: Path) -> Path:
-    """The file of a source in a folder; one for all the shards of a source."""
+    """Return the output file of a source, which may be a folder of shards."""
     return folder / (f"{source.name}.jsonl" if source.is_dir() else source.name)

@@ -1,11 +1,10 @@
-"""Mining by several processes, on one machine or on many, which share a folder.
+"""Mining in several processes, on one machine or many, which share a folder.
 
-Two jobs, one after the other: shards of documents are encoded, into the folder where all mining
-finds them; then blocks of examples are mined, each into a part file. At the end the parts are
-joined. Each process reads the documents of all sources once, as mining by one process does.
+Two jobs, one after the other: encode shards of documents into the work folder, then mine blocks of
+examples into one file each. At the end these files are joined. Each process reads the documents of
+all sources once.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,60 +21,61 @@ from tercet.curate.mining.mine import WORK, Miner, Mining, MiningReport, outputs
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.examples import example_record
 from tercet.data.files.sources import Source, write_records
+from tercet.files.artifacts import fingerprint, json_text
 from tercet.files.atomic import replacing_file
 from tercet.files.progress import bar
 from tercet.files.records import readable
 from tercet.models.embedder import Embedder
 
-_VERSION: Final = 1  # of what is in a part
+_VERSION: Final = 1  # of the content of a part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
-    """What all processes mine with. It can be pickled."""
+class SharedMining:
+    """The arguments of mining for all processes. They can be pickled."""
 
-    load: Callable[[], Embedder] | None  # the teacher; BM25 does without
+    load: Callable[[], Embedder] | None  # loads the teacher; BM25 needs none
     sources: Sequence[Source]
     mining: Mining
-    corpus: Iterable[str] = ()  # read anew by each process
+    documents: Iterable[str] = ()  # read by each process
     work: Path = WORK
 
     def miner(self) -> Miner:
-        """A miner of this process, without bars of its own."""
+        """Make a miner of this process, without progress bars."""
         teacher = None if self.load is None else self.load()
-        hidden = partial(bar, shown=False)
-        return Miner(teacher, self.sources, self.mining, self.corpus, self.work, bars=hidden)
+        no_bars = partial(bar, shown=False)
+        return Miner(teacher, self.sources, self.mining, self.documents, self.work, bars=no_bars)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodingDocuments:
+class EncodeDocumentsJob:
     """The job of encoding the documents of all sources, a shard at a time."""
 
-    shared: Shared
+    shared: SharedMining
     settings: Mapping[str, Any]
     name: str = "documents"
 
     def open(self) -> DoUnit:
-        """The documents are read."""
+        """Load the teacher; the first unit reads the documents."""
         return partial(self._do, self.shared.miner())
 
     def _do(self, miner: Miner, unit: WorkUnit) -> UnitReport:
-        miner.finder.prepare(miner.collection.pools[unit.reads["prompt"]], unit.reads["start"])
+        miner.finder.prepare(miner.read().pools[unit.reads["prompt"]], unit.reads["start"])
         return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MiningBlocks:
+class MineBlocksJob:
     """The job of mining the examples of all sources, a block at a time."""
 
-    shared: Shared
-    rules: Sequence[MiningRule]  # of each source: a quantile has become a score
+    shared: SharedMining
+    rules: Sequence[MiningRule]  # of each source: a quantile is replaced by its score
     settings: Mapping[str, Any]
     parts: Path
     name: str = "mine"
 
     def open(self) -> DoUnit:
-        """The documents are read, and their vectors found."""
+        """Load the teacher; the first unit reads the documents and finds their vectors."""
         return partial(self._do, self.shared.miner())
 
     def units(self) -> list[WorkUnit]:
@@ -91,7 +91,7 @@ class MiningBlocks:
         ]
 
     def part(self, unit: WorkUnit) -> Path:
-        """Where the mined rows of a block are."""
+        """Return the file with the mined rows of a block."""
         return self.parts / f"{unit.name}.jsonl"
 
     def _do(self, miner: Miner, unit: WorkUnit) -> UnitReport:
@@ -101,36 +101,37 @@ class MiningBlocks:
         mined = miner.mined(source.examples(range(*unit.reads["rows"])), report)
         with replacing_file(self.part(unit)) as fresh, fresh.open("w", encoding="utf-8") as file:
             for example in mined:
-                file.write(json.dumps(example_record(example), ensure_ascii=False) + "\n")
+                file.write(json_text(example_record(example), indent=None))
         return {key: value for key, value in asdict(report).items() if key not in _OF_SOURCE}
 
 
 _OF_SOURCE: Final = ("source", "rule")
 
 
-def mine_together(shared: Shared, out: Path, runner: Runner) -> list[MiningReport]:
+def mine_together(shared: SharedMining, out: Path, runner: Runner) -> list[MiningReport]:
     """Do what :func:`tercet.curate.mining.mine.mine` does, in the processes of a runner.
 
-    A killed run goes on with the shards and the blocks that are missing.
+    A run that was killed continues with the missing shards and blocks.
 
     Raises:
-        RecipeError: as there, or when another process is at the same mining.
-        DataError: when a source has changed since it was opened.
-        ModelError: when the teacher gives vectors that are no numbers.
-        StorageError: when the disk refuses; a file that was there before is still there.
+        RecipeError: as there, or if another process does the same mining.
+        DataError: if a source has changed since it was opened.
+        ModelError: if the teacher's vectors contain NaN or infinity.
+        StorageError: if the disk refuses; an earlier output is still there then.
     """
     sources = shared.sources
     outputs = outputs_of(out, sources)
     with closing(shared.miner()) as miner:
         settings = _settings(shared, miner)
-        told = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-        parts = shared.work / f"parts-{hashlib.blake2b(told.encode(), digest_size=12).hexdigest()}"
-        encoding = EncodingDocuments(shared=shared, settings=settings)
-        if shared.mining.by != "bm25":  # words are counted where they are needed
-            _all(run_units(encoding, _shards(miner), parts / "documents", runner=runner))
+        about = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+        parts = shared.work / f"parts-{fingerprint(about, size=12)}"
+        encoding = EncodeDocumentsJob(shared=shared, settings=settings)
+        if shared.mining.by != "bm25":  # whose words are counted by each process
+            for _ in run_units(encoding, _shards(miner), parts / "documents", runner=runner):
+                pass
         reports = [miner.report(source) for source in sources]
     rules = [report.rule for report in reports]
-    job = MiningBlocks(
+    job = MineBlocksJob(
         shared=shared,
         rules=rules,
         settings={**settings, "rules": [asdict(rule) for rule in rules]},
@@ -149,23 +150,21 @@ def mine_together(shared: Shared, out: Path, runner: Runner) -> list[MiningRepor
 
 
 def _shards(miner: Miner) -> list[WorkUnit]:
-    """All shards of documents; their texts hang on the sources, which the settings name."""
+    """Return all shards of documents; their texts depend on the sources in the settings."""
     return [
         WorkUnit(
             f"{number}/{start:012}",
             {"prompt": prompt, "start": start},
             size=min(SHARD, len(pool) - start),
         )
-        for number, (prompt, pool) in enumerate(miner.collection.pools.items())
+        for number, (prompt, pool) in enumerate(miner.read().pools.items())
         for start in range(0, len(pool), SHARD)
     ]
 
 
-def _settings(shared: Shared, miner: Miner) -> dict[str, Any]:
-    """What the mined rows hang on; the collection stands for the texts of the corpus too."""
-    digest = hashlib.blake2b(digest_size=16)
-    for pool in miner.collection.pools.values():
-        digest.update(pool.keys.tobytes())
+def _settings(shared: SharedMining, miner: Miner) -> dict[str, Any]:
+    """Return all that the mined rows depend on; the keys of all documents stand for their texts."""
+    keys = b"".join(pool.keys.tobytes() for pool in miner.read().pools.values())
     teacher, about = miner.teacher, None
     if teacher is not None:
         backbone = teacher.backbone
@@ -175,14 +174,9 @@ def _settings(shared: Shared, miner: Miner) -> dict[str, Any]:
         "version": _VERSION,
         "teacher": about,
         "sources": [source.fingerprint for source in shared.sources],
-        "documents": digest.hexdigest(),
+        "documents": fingerprint(keys),
         "mining": asdict(shared.mining),
     }
-
-
-def _all(units: Iterator[tuple[WorkUnit, UnitReport]]) -> None:
-    for _ in units:
-        pass
 
 
 def _add(report: MiningReport, found: UnitReport) -> None:

@@ -1,4 +1,4 @@
-"""The nearest documents of queries, with all that a rule has to know about them."""
+"""The nearest documents of queries, with all that a rule needs to judge them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ from tercet.curate.mining.rules import (
 from tercet.models.settings import Settings
 from tercet.types import Example, Role
 
-_PAIRS: Final = 8192  # of a query and a text that are looked for among candidates together
-_DECIMALS: Final = 6  # of scores; those after differ between kernels and batches
+_PAIRS: Final = 8192  # pairs of a query and a text that are searched among candidates together
+_DECIMALS: Final = 6  # of scores; further ones differ between kernels and batches
 
 
 def prompt_for(
     settings: Settings | None, example: Example, role: Role, first: Literal["row", "teacher"]
 ) -> str:
-    """The prompt that a teacher reads a text of this example after.
+    """Return the prompt that a teacher reads before a text of this example.
 
-    The row's own, unless the teacher's go ``first``; then the teacher's for the row's task, if it
-    knows that, or its usual one. Without settings of a teacher there is none.
+    This is the row's own, unless the teacher's go ``first``; else the teacher's for the row's
+    task, if it knows that task, or its default. Without settings of a teacher it is empty.
     """
     if settings is None:
         return ""
@@ -53,23 +53,23 @@ class RankedExamples:
     examples: list[Example]
     pool: Pool
     keys: UInt64[np.ndarray, "queries"]
-    rows: Int64[np.ndarray, "queries ranks"]  # of the pool; -1 where there is none
+    rows: Int64[np.ndarray, "queries ranks"]  # of the pool; -1: no document
     scores: Float64[np.ndarray, "queries ranks"]
-    barred: Int8[np.ndarray, "queries ranks"]  # verdicts that do not hang on scores
-    positives: list[list[float]]  # their scores
-    found: list[list[bool]]  # whether each is among the candidates of its query
-    own: list[list[tuple[str, float]]]  # negatives that stay, and their scores
-    refused: int  # own negatives that would stay, but are positives, repeats or blank
+    barred: Int8[np.ndarray, "queries ranks"]  # verdicts that do not depend on scores
+    positives: list[list[float]]  # scores of the positives
+    found: list[list[bool]]  # whether each positive is among the candidates of its query
+    own: list[list[tuple[str, float]]]  # negatives of the row that are kept, and their scores
+    refused: int  # negatives of the row that are dropped as positives, duplicates or blank
 
     @property
     def unfound(self) -> int:
-        """Positives that are not among the candidates of their query."""
+        """The number of positives that are not among the candidates of their query."""
         return sum(row.count(False) for row in self.found)
 
     def references(self, most: int | None) -> Float64[np.ndarray, "queries"]:
-        """The score that a rule compares with, of each query: that of its lowest positive.
+        """Return the score that a rule compares with, for each query: that of its lowest positive.
 
-        With ``most``, the lowest of so many of its best among the candidates; NaN without any.
+        With ``most``, the lowest of that many of its best among the candidates; NaN without any.
         """
         if most is None:
             return np.array([min(scores) for scores in self.positives])
@@ -80,9 +80,9 @@ class RankedExamples:
         return np.array([scores[0] if scores else np.nan for scores in found], np.float64)
 
     def judged(self, rule: MiningRule, negatives: int, most: int | None = None) -> "JudgedExamples":
-        """What a rule makes of them, where each row is to have so many negatives.
+        """Apply a rule, and take the mined negatives that each row needs.
 
-        ``most`` is how many positives count for the rule; None: all of them.
+        The rule compares with at most ``most`` positives; None: with all of them.
         """
         lowest = self.references(most)
         verdicts = judge(rule, self.scores, lowest, self.barred)
@@ -94,15 +94,15 @@ class RankedExamples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JudgedExamples:
-    """RankedExamples documents, what became of each candidate, and which are taken."""
+    """Ranked documents with the verdict on each candidate, and which of them are taken."""
 
     ranked: RankedExamples
-    references: Float64[np.ndarray, "queries"]  # positives' scores that the rule compared with
+    references: Float64[np.ndarray, "queries"]  # scores that the rule compared with
     verdicts: Int8[np.ndarray, "queries ranks"]
     chosen: Bool[np.ndarray, "queries ranks"]
 
     def negatives(self, row: int) -> list[tuple[str, float]]:
-        """The negatives of a row and their scores: its own, then mined ones, best first."""
+        """Return the negatives of a row and their scores: its own, then mined ones, best first."""
         ranked, columns = self.ranked, np.flatnonzero(self.chosen[row])
         texts = ranked.pool.texts.read(ranked.rows[row, columns].tolist())
         return [*ranked.own[row], *zip(texts, ranked.scores[row, columns].tolist(), strict=True)]
@@ -115,11 +115,11 @@ class Ranker:
     finder: Finder
     collection: Collection
     depth: int
-    keep: bool  # an example's own negatives
+    keep: bool  # whether examples keep their negatives
     prompts: Literal["row", "teacher"]
 
     def ranked(self, block: Sequence[Example]) -> Iterator[RankedExamples]:
-        """The examples of a block, those that share a pool together."""
+        """Yield the ranked examples of a block, grouped by the pool of their documents."""
         for places, pool in self._by_pool(block):
             examples = [block[place] for place in places]
             queries = self._queries(examples)
@@ -144,7 +144,7 @@ class Ranker:
             )
 
     def lowest_positives(self, block: Sequence[Example]) -> list[float]:
-        """For each example the score of its lowest positive; nothing is searched for."""
+        """Return the score of each example's lowest positive, without a search."""
         found: list[float] = []
         for places, pool in self._by_pool(block):
             examples = [block[place] for place in places]
@@ -161,7 +161,7 @@ class Ranker:
             yield some, self.collection.pools[prompt]
 
     def prompt(self, example: Example, role: Role) -> str:
-        """The prompt of this example's texts."""
+        """Return the prompt before this example's texts."""
         return prompt_for(self.finder.settings, example, role, self.prompts)
 
     def _queries(self, examples: Sequence[Example]) -> Any:
@@ -175,7 +175,7 @@ class Ranker:
         pool: Pool,
         queries: Any,
     ) -> tuple[list[list[tuple[str, float]]], list[list[int]]]:
-        """The negatives that each example keeps, and their keys: none that answers its query."""
+        """Return the negatives that each example keeps, and their keys; none answers its query."""
         texts: list[list[str]] = [[] for _ in examples]
         kept: list[list[int]] = [[] for _ in examples]
         if not self.keep:
@@ -185,7 +185,7 @@ class Ranker:
             seen = {query, *self.collection.relevant.of(query).tolist()}
             for text in example.negatives:
                 key = text_key(text)
-                if key in pool.rows and key not in seen:  # a blank one is in no pool
+                if key in pool.rows and key not in seen:  # blank texts are in no pool
                     seen.add(key)
                     kept[row].append(key)
                     texts[row].append(text)
@@ -193,7 +193,7 @@ class Ranker:
         return [list(zip(*pair, strict=True)) for pair in zip(texts, scores, strict=True)], kept
 
     def _scores(self, queries: Any, pool: Pool, keys: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The score of each query with each of its texts, which are in the pool, by their keys."""
+        """Return the score of each query with each of its texts, by their keys in the pool."""
         owners = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
         rows = np.array([pool.rows[key] for some in keys for key in some], np.int64)
         flat = iter(_rounded(self.finder.scores(queries, owners, pool, rows)).tolist())
@@ -215,7 +215,7 @@ class Ranker:
 def _pairs(
     keys: Sequence[Sequence[int]],
 ) -> tuple[Int64[np.ndarray, "pairs"], UInt64[np.ndarray, "pairs"]]:
-    """The place of each query, and a key of its own, for all of them."""
+    """Return the place of the query and the key, for all keys of all queries."""
     places = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
     return places, np.array([key for some in keys for key in some], np.uint64)
 
@@ -225,14 +225,14 @@ def _where(
     places: Int64[np.ndarray, "pairs"],
     keys: UInt64[np.ndarray, "pairs"],
 ) -> Bool[np.ndarray, "pairs ranks"]:
-    """Which candidate of its query each text is, if it is one."""
+    """Return which candidate of its query each text is, if any."""
     return candidates[places] == keys[:, None]
 
 
 def _found(
     candidates: UInt64[np.ndarray, "queries ranks"], answers: Sequence[Sequence[int]]
 ) -> list[list[bool]]:
-    """Whether each text is among the candidates of its query."""
+    """Return whether each text is among the candidates of its query."""
     there = np.asarray(_where(candidates, *_pairs(answers)).any(axis=1))
     flat = iter([bool(hit) for hit in there])
     return [list(islice(flat, len(some))) for some in answers]
@@ -246,8 +246,8 @@ def _mark(
     *,
     verdict: int,
 ) -> None:
-    """Give the candidates that are these texts a verdict."""
-    for start in range(0, len(places), _PAIRS):  # a query may have very many answers
+    """Set the verdict on the candidates that are these texts."""
+    for start in range(0, len(places), _PAIRS):  # a query may have many answers
         part = slice(start, start + _PAIRS)
         pair, column = np.nonzero(_where(candidates, places[part], keys[part]))
         barred[places[part][pair], column] = verdict

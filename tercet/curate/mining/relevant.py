@@ -1,4 +1,4 @@
-"""What there is to mine in files of examples: all their documents, and who answers whom."""
+"""The documents of files of examples, and which of them answer which queries."""
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,18 +19,18 @@ from tercet.types import Example
 
 
 class RelevantDocuments:
-    """Which texts answer which query, over all rows; 16 bytes a pair, both as keys."""
+    """The documents that answer each query in any row; 16 bytes per pair of keys."""
 
     def __init__(self) -> None:
         self._queries, self._documents = array("Q"), array("Q")
 
     def add(self, query: int, document: int) -> None:
-        """Note an answer. Not after the first question."""
+        """Add an answer; all of them before the first look-up."""
         self._queries.append(query)
         self._documents.append(document)
 
     def of(self, query: int) -> UInt64[np.ndarray, "known"]:
-        """The keys of all texts that answer this query in some row."""
+        """Return the keys of all texts that answer this query in some row."""
         queries, documents = self._by_query
         wanted = np.uint64(query)
         start = np.searchsorted(queries, wanted, side="left")
@@ -39,7 +39,7 @@ class RelevantDocuments:
     def among(
         self, queries: UInt64[np.ndarray, "queries"]
     ) -> tuple[Int64[np.ndarray, "pairs"], UInt64[np.ndarray, "pairs"]]:
-        """All answers of these queries at once: the place of the query, and the key of the text."""
+        """Return all answers of these queries, as places of queries and keys of texts."""
         known, documents = self._by_query
         starts = np.searchsorted(known, queries, side="left")
         ends = np.searchsorted(known, queries, side="right")
@@ -56,33 +56,34 @@ class RelevantDocuments:
 
 @dataclass(slots=True, eq=False)
 class Collection:
-    """All documents, by the prompt that they are encoded after, and who answers whom."""
+    """All documents, by the prompt before them, and which of them answer which queries."""
 
     pools: dict[str, Pool] = field(default_factory=dict)
     relevant: RelevantDocuments = field(default_factory=RelevantDocuments)
+    prompted_rows: int = 0  # rows with a prompt before the query or the documents
 
     def close(self) -> None:
-        """Give the disk space of the texts back."""
+        """Free the disk space of the texts."""
         for pool in self.pools.values():
             pool.texts.close()
 
 
 def read_collection(
     sources: Sequence[Source],
-    corpus: Iterable[str],
+    documents: Iterable[str],
     prompt_of: Callable[[Example], str],
     folder: Path,
     *,
     bars: Bars = bar,
 ) -> Collection:
-    """The documents of all examples and of the corpus.
+    """Read the documents of all examples, and further ``documents``.
 
-    A document is mined for the examples whose documents have the same prompt as its own
-    (``prompt_of``); one of the corpus for all of them.
+    A document is a candidate for the examples whose documents have the same prompt
+    (``prompt_of``); a further document, for all examples.
 
     Raises:
-        StorageError: when there is no room for the texts in ``folder``.
-        DataError: when a source has changed since it was opened.
+        StorageError: if there is no room for the texts in ``folder``.
+        DataError: if a source has changed since it was opened.
     """
     collection = Collection()
     with clear_about(folder):
@@ -94,7 +95,7 @@ def read_collection(
                     for example in examples:
                         _add(collection, example, prompt_of(example), folder)
                     advance(len(examples))
-            for text in corpus:
+            for text in documents:
                 for pool in collection.pools.values():
                     pool.add(text)
     except BaseException:
@@ -104,7 +105,7 @@ def read_collection(
 
 
 def blocks(source: Source) -> Iterator[list[Example]]:
-    """The examples of a source, a shard's worth at a time."""
+    """Yield the examples of a source in blocks of ``SHARD`` rows."""
     for start in range(0, len(source), SHARD):
         yield source.examples(range(start, min(start + SHARD, len(source))))
 
@@ -113,6 +114,7 @@ def _add(collection: Collection, example: Example, prompt: str, folder: Path) ->
     pool = collection.pools.get(prompt)
     if pool is None:
         pool = collection.pools[prompt] = Pool(prompt, TextStore(folder))
+    collection.prompted_rows += bool(example.query_prompt or example.document_prompt)
     query = text_key(example.query)
     for text in example.positives:
         pool.add(text)

@@ -1,1 +1,1 @@
-"""Questions written by a model."""
+"""Training examples whose questions a language model writes."""

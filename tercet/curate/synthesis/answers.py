@@ -1,4 +1,4 @@
-"""The raw answers of a generator in a file that only grows, so that none is asked for twice."""
+"""A log of a generator's raw answers, so that none is requested twice."""
 
 import fcntl
 import json
@@ -14,35 +14,35 @@ from tercet.data.files.examples import shown
 from tercet.errors import DataError, RecipeError
 from tercet.files.atomic import clear_about
 
-_VERSION: Final = 1  # of the file; a reader refuses any other
+_VERSION: Final = 1  # of the file; others are refused
 _KIND: Final = "answers of tercet synthesize"
 
-Key: TypeAlias = tuple[str, int, int, str]
+AnswerKey: TypeAlias = tuple[str, int, int, str]
 
 
 class AnswerLog:
-    """Answers by passage: a passage whose document has changed is another one.
+    """Answers by passage; a changed passage has another key.
 
-    A line is written at once and with one call, so what :meth:`add` has taken outlives a kill. A
-    line that a kill or a full disk cut off is dropped when the file is opened again. Failures
-    stand there too, and are asked again: only answers count.
+    Each line is written at once, in one call, so that it survives a kill. A line that a kill or a
+    full disk cut off is dropped when the file is opened again. Failures are logged too, and
+    requested again.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, answers: dict[Key, str]) -> None:
+    def __init__(self, path: Path, file: BinaryIO, answers: dict[AnswerKey, str]) -> None:
         self.path, self._file, self._answers = path, file, answers
 
     def __len__(self) -> int:
         return len(self._answers)
 
     def get(self, passage: Passage) -> str | None:
-        """The answer for a passage, if there is one."""
+        """Return the answer for a passage, if there is one."""
         return self._answers.get(_key(passage))
 
     def add(self, passage: Passage, answer: Answer) -> None:
-        """Keep an answer, or why there was none.
+        """Log an answer or a failure.
 
         Raises:
-            StorageError: when the disk refuses.
+            StorageError: if the disk refuses.
         """
         document, start, end, digest = _key(passage)
         record: dict[str, Any] = {"document": document, "start": start, "end": end}
@@ -55,12 +55,12 @@ class AnswerLog:
 
 @contextmanager
 def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
-    """Open the answers in a file, or begin it. ``about`` is all that answers hang on.
+    """Open a file of answers, or create it. ``about`` is all that the answers depend on.
 
     Raises:
-        RecipeError: when its answers hang on something else, or another process writes there.
-        DataError: when it is another kind of file, or damaged.
-        StorageError: when the disk refuses.
+        RecipeError: if its answers depend on other settings, or another process writes there.
+        DataError: if it is another kind of file, or damaged.
+        StorageError: if the disk refuses.
     """
     wanted = json.loads(json.dumps({"kind": _KIND, "version": _VERSION, **about}))
     with clear_about(path):
@@ -78,7 +78,7 @@ def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
             file.seek(0)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        answers: dict[Key, str] = {}
+        answers: dict[AnswerKey, str] = {}
         if whole:
             answers = _answers(path, whole, wanted)
         elif not json.dumps(wanted).encode().startswith(content):
@@ -90,10 +90,10 @@ def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
         yield AnswerLog(path, file, answers)
 
 
-def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Key, str]:
+def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[AnswerKey, str]:
     lines = content.splitlines()
     _check_head(path, lines[0], wanted)
-    found: dict[Key, str] = {}
+    found: dict[AnswerKey, str] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
             record = json.loads(line)
@@ -102,7 +102,7 @@ def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Key,
                 found[key] = str(record["answer"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                path, number, "is no answer; delete the line, and its passage is asked again"
+                path, number, "is not an answer; delete the line, and it is requested again"
             ) from error
     return found
 
@@ -119,16 +119,16 @@ def _check_head(path: Path, line: bytes, wanted: Mapping[str, Any]) -> None:
         if before != now:
             raise RecipeError(
                 f"{path}: its answers were made with another {name.replace('_', ' ')} "
-                f"({shown(before)}, now {shown(now)}); give what they were made with, or another "
-                "--out, or delete the file to ask anew"
+                f"({shown(before)}, now {shown(now)}); use the same settings, or another --out, or "
+                "delete the file to start over"
             )
 
 
 def _another_kind(path: Path) -> DataError:
-    return DataError(path, None, "does not hold a generator's answers; give another --out")
+    return DataError(path, None, "is not a file of a generator's answers; give another --out")
 
 
-def _key(passage: Passage) -> Key:
+def _key(passage: Passage) -> AnswerKey:
     return passage.document, passage.start, passage.end, passage.digest
 
 
@@ -137,4 +137,4 @@ def _write(path: Path, file: BinaryIO, record: Mapping[str, Any]) -> None:
     with clear_about(path):
         written = file.write(line)
         if written != len(line):
-            raise OSError(None, "not all of a line could be written; is the disk full?")
+            raise OSError(None, "a line could not be written in full; is the disk full?")

@@ -1,4 +1,4 @@
-"""Whether a question finds the document that it was asked about, among others."""
+"""Checking that a question finds the document that it was asked about, among others."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,38 +14,37 @@ from tercet.errors import RecipeError
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 
-WORK: Final = Path("runs/mining")  # that of mining: vectors are named by what they are made of
-_QUERIES: Final = 256  # that are scored at once
+WORK: Final = Path("runs/mining")  # shared with mining: file names depend on model and texts
+_QUERIES: Final = 256  # scored at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consistency:
-    """A question stays when its document is one of the ``top`` that a model finds for it.
+    """Settings of the check: a document must rank among the ``top`` for its question.
 
-    Round-trip consistency (arXiv 2209.11755, sec. 3.2), among a shard of documents. A document is
-    as near as the nearest of its drawn passages; or as its text, as far as the model reads.
+    Round-trip consistency (arXiv 2209.11755, sec. 3.2), among a shard of documents. A document
+    scores as the nearest of its drawn passages, or as its whole text (cut at the model's limit).
 
     Raises:
-        RecipeError: for numbers that keep or ask nothing.
+        RecipeError: for numbers out of range.
     """
 
     embedder: Embedder
     top: int = 1
-    among: int = 1000  # documents, where there are so many: others join those that were asked about
+    among: int = 1000  # documents; documents without questions are added up to this number
     against: Literal["passages", "documents"] = "passages"
-    work: Path = WORK  # where vectors stay
+    work: Path = WORK  # folder of the vectors
 
     def __post_init__(self) -> None:
         if not 1 <= self.top < self.among:
             raise RecipeError(
-                f"the {self.top} best of {self.among} documents tell nothing; look for the best 1 "
-                "or more among more documents"
+                f"top must be at least 1 and below among; got top={self.top}, among={self.among}"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A document as it is looked for: its texts, and the questions that should find it."""
+    """A document of the check: its texts, and the questions that should find it."""
 
     name: str
     texts: Sequence[str]  # one or more
@@ -55,9 +54,9 @@ class Candidate:
 def ranks(
     candidates: Iterable[Candidate], check: Consistency, total: int | None = None
 ) -> Iterator[tuple[str, list[int]]]:
-    """Each document's name, and its rank, from 1, for each of its questions, among its shard.
+    """Yield each document's name and its rank, from 1, for each of its questions in its shard.
 
-    A document counts as many places down as there are others of a larger score.
+    The rank is one plus the number of documents with a higher score.
     """
     vectors = StoredVectors(check.embedder, check.work)
     waiting = iter(candidates)
@@ -82,19 +81,19 @@ def _ranks_in(
         queries = vectors.queries(questions, [settings.prompt("query")] * len(questions))
         for start in range(0, len(questions), _QUERIES):
             part = slice(start, start + _QUERIES)
-            found += _places(queries[part], docs, starts, owners[part]).tolist()
+            found += _ranks_of_own(queries[part], docs, starts, owners[part]).tolist()
     places = iter(found)
     for candidate in shard:
         yield candidate.name, list(islice(places, len(candidate.questions)))
 
 
-def _places(
+def _ranks_of_own(
     queries: Float32[np.ndarray, "queries dim"],
     docs: Float32[np.ndarray, "texts dim"],
     starts: Int64[np.ndarray, "docs"],
     owners: Int64[np.ndarray, "queries"],
 ) -> Int64[np.ndarray, "queries"]:
-    """The rank of each query's own document; ``starts`` says where a document's texts begin."""
+    """Return the rank of each query's own document; ``starts``: the first text of each document."""
     best = np.maximum.reduceat(queries @ docs.T, starts, axis=1)  # [queries, docs]
     own = best[np.arange(len(best)), owners]
     return 1 + (best > own[:, None]).sum(axis=1)

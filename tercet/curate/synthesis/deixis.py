@@ -1,16 +1,16 @@
-"""Words that point out of a question, to a text that its reader does not see.
+"""Words in a question that point to a text which its reader does not see.
 
-Small tables of the commonest forms, in the languages that the rest of the project has data of. A
-language that is missing here loses nothing but this check.
+Small tables of the most common forms, in the languages of the project's data. Other languages are
+simply not checked.
 """
 
 import re
 from typing import Final
 
-# A question that begins so asks about something that was named before it.
+# A question that begins with these refers to something mentioned before it.
 _FIRST: Final = (
     r"(?:this|that|these|those|it|its|they|them|their|he|him|his|she|her)\b",
-    # "is it possible" and the like name nothing, so forms of "to be" are not among these.
+    # Without forms of "to be": "is it possible" refers to nothing.
     r"(?:\w+\s+){0,2}(?:does|do|did|can|could|will|would|should|has|have|must)\s+(?:it|they|he|she)\b",
     r"(?:dies(?:e[rsmn]?)?|jene[rsmn]?|es|er|sie|ihr|ihre)\b",
     r"(?:wie|was|wann|warum|wo|womit|wozu)\s+\w+\s+(?:es|er|sie)\b",
@@ -24,7 +24,7 @@ _FIRST: Final = (
     r"(?:这|這|那|它|他|她|此|该|該)",
 )
 
-# These need something to point to wherever they stand.
+# These refer to something wherever they occur.
 _ANYWHERE: Final = (
     r"\b(?:this|these|those)\b",
     r"\bdies(?:e[rsmn]?)?\b",
@@ -54,12 +54,12 @@ _ABOUT: Final = (
 
 
 def begins_with_a_pronoun(question: str) -> bool:
-    """Whether it asks about something by a pronoun only, or points with one anywhere."""
+    """Return whether a question names its subject by a pronoun only."""
     return _FIRST_FORM.match(question) is not None or _ANYWHERE_FORM.search(question) is not None
 
 
 def is_about_a_passage(question: str) -> bool:
-    """Whether it speaks of the text that it was made of: nobody who searches knows that text."""
+    """Return whether a question mentions the text that it was generated from."""
     return _ABOUT_FORM.search(question) is not None
 
 

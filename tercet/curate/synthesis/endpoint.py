@@ -1,4 +1,4 @@
-"""A generator behind an HTTP endpoint that speaks the chat-completions protocol of OpenAI."""
+"""A generator behind an HTTP endpoint with OpenAI's chat-completions protocol."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from threading import Event
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
-from tercet.curate.synthesis.generators import Answer, Answers, Drawing, Prompt
+from tercet.curate.synthesis.generators import Answer, Answers, Prompt, TokenSampling
 from tercet.data.files.examples import shown
 from tercet.errors import ModelError, RecipeError
 
 _LONGEST_PAUSE: Final = 60.0  # seconds
 _MOST_BYTES: Final = 1 << 24  # of a reply
-_HOPELESS: Final = (401, 403, 404, 405)  # a wrong key, address or model: no other call would differ
-_BUSY: Final = (408, 409, 425, 429)  # and 500 or more: another time it may work
+_HOPELESS: Final = (401, 403, 404, 405)  # a wrong key, address or model: all calls would fail
+_BUSY: Final = (408, 409, 425, 429)  # like 500 and above: a retry may succeed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,71 +28,70 @@ class Calls:
     """How an endpoint is called.
 
     Raises:
-        RecipeError: for numbers that call nothing.
+        RecipeError: for numbers out of range.
     """
 
-    workers: int = 4  # calls at the same time
-    timeout_seconds: float | int = 60  # without a sign of life
-    retries: int = 4  # of a call that failed and may work another time
+    workers: int = 4  # concurrent calls
+    timeout_seconds: float | int = 60  # without any data
+    retries: int = 4  # of a failed call that may succeed later
     pause_seconds: float | int = 1  # before the first retry; doubles each time
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.timeout_seconds <= 0 or self.retries < 0:
             raise RecipeError(
-                f"{self.workers} workers with a timeout of {self.timeout_seconds:g} seconds and "
-                f"{self.retries} retries call nothing; use at least one worker, a timeout above 0, "
-                "and 0 or more retries"
+                "workers must be at least 1, the timeout above 0 and retries at least 0; got "
+                f"{self.workers}, {self.timeout_seconds:g} seconds and {self.retries}"
             )
 
 
 class EndpointGenerator:
-    """A model behind a URL, asked by several threads.
+    """A model behind a URL, called by several threads.
 
-    The key is read from an environment variable, so that it stands in no command and no file. It
-    is sent to the URL's own host only: redirections are not followed.
+    The key is read from an environment variable, so that no command or file contains it. It is
+    sent only to the host of the URL: redirects are not followed.
     """
 
     def __init__(
         self,
         url: str,
         model: str,
-        drawing: Drawing | None = None,
+        sampling: TokenSampling | None = None,
         *,
         key_variable: str | None = None,
         calls: Calls | None = None,
     ) -> None:
-        """Take the address up to ``/v1``, or all of it, as in ``.../chat/completions``.
+        """Take the address up to ``/v1``, or the full one, as in ``.../chat/completions``.
 
         Raises:
-            RecipeError: for an address that is none, or a variable without a key.
+            RecipeError: for an invalid address, or a variable without a key.
         """
         self.url = _address(url)
-        self.drawing, self.calls = drawing or Drawing(), calls or Calls()
+        self.sampling, self.calls = sampling or TokenSampling(), calls or Calls()
         self._model = model
         key = None if key_variable is None else os.environ.get(key_variable, "").strip()
         if key == "":
             raise RecipeError(
-                f"the environment variable {key_variable} holds no key; set it, as in: "
+                f"the environment variable {key_variable} has no key; set it, as in: "
                 f"export {key_variable}=..."
             )
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             if not key.isprintable() or not key.isascii():
-                raise RecipeError(f"the key in {key_variable} has characters that no key has")
+                raise RecipeError(f"the key in {key_variable} must be printable ASCII")
             self._headers["Authorization"] = f"Bearer {key}"
         self._opener = urllib.request.build_opener(_NoRedirection())
         self._stopped = Event()
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """The address, the model, and how tokens are drawn."""
-        return {"model": self._model, "url": self.url, **asdict(self.drawing)}
+        """The address, the model, and how tokens are sampled."""
+        return {"model": self._model, "url": self.url, **asdict(self.sampling)}
 
     def answers(self, prompts: Iterable[Prompt]) -> Answers:
-        """An answer for each prompt, in the order in which they come.
+        """Yield an answer for each prompt, in the order of arrival.
 
         Raises:
-            ModelError: when no call can work: a wrong key, address or model.
+            ModelError: if no call can succeed: a wrong key, address or model.
         """
         self._stopped.clear()
         waiting: dict[Future[Answer], int] = {}
@@ -105,17 +104,17 @@ class EndpointGenerator:
             while waiting:
                 yield from _finished(waiting)
         finally:
-            self._stopped.set()  # nobody waits for another try any more
+            self._stopped.set()  # ends the pauses before retries
             pool.shutdown(cancel_futures=True)
 
     def _ask(self, prompt: Prompt) -> Answer:
-        """The answer to a prompt, after as many tries as it takes."""
+        """Return the answer to a prompt, with retries."""
         pause, problem = self.calls.pause_seconds, ""
         for attempt in range(self.calls.retries + 1):
             try:
                 return _answer_in(self._reply(prompt))
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {_said(error)}"
+                problem = f"status {error.code}: {_message_of(error)}"
                 if error.code in _HOPELESS or 300 <= error.code < 400:
                     raise ModelError(f"{self.url}: {problem}; {_remedy(error.code)}") from None
                 if error.code not in _BUSY and error.code < 500:
@@ -136,7 +135,7 @@ class EndpointGenerator:
             "model": self._model,
             "messages": [{"role": "user", "content": prompt.text}],
             "seed": prompt.seed % (1 << 31),
-            **asdict(self.drawing),
+            **asdict(self.sampling),
         }
         request = urllib.request.Request(
             self.url, json.dumps(body).encode(), self._headers, method="POST"
@@ -146,7 +145,7 @@ class EndpointGenerator:
 
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
-    """Leaves a redirection to be an error: the key would go along to wherever it leads."""
+    """Makes redirects an error: the key would be sent to the new address."""
 
     def redirect_request(
         self,
@@ -157,20 +156,20 @@ class _NoRedirection(urllib.request.HTTPRedirectHandler):
         headers: Message,
         newurl: str,
     ) -> None:
-        """Nothing is asked instead."""
+        """Return no new request."""
 
 
 def _address(url: str) -> str:
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError("no address that can be called")
-    except ValueError:  # also of a port that is no number, and of half an IPv6 address
+            raise ValueError("not an address that can be called")
+    except ValueError:  # also raised for an invalid port or IPv6 address
         raise RecipeError(
-            f"{url!r} is no address; give one such as http://localhost:8000/v1"
+            f"{url!r} is not an address; give one such as http://localhost:8000/v1"
         ) from None
     if parts.username is not None or parts.password is not None:
-        raise RecipeError("the address holds a user or password; put the key into a variable")
+        raise RecipeError("the address contains a user or password; put the key into a variable")
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path += "/chat/completions"
@@ -187,14 +186,14 @@ def _answer_in(reply: bytes) -> Answer:
     try:
         text = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return Answer(failure=f"no chat completion: {shown(reply[:200])}")
+        return Answer(failure=f"not a chat completion: {shown(reply[:200])}")
     if not isinstance(text, str):
         return Answer(failure=f"a chat completion without a text: {shown(text)}")
-    return Answer(text.encode(errors="replace").decode())  # half a character is none
+    return Answer(text.encode(errors="replace").decode())  # without lone surrogates
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """The endpoint's own words, in a line."""
+def _message_of(error: urllib.error.HTTPError) -> str:
+    """Return the endpoint's error message in one line."""
     try:
         content = error.read(1 << 16)
     except (OSError, HTTPException):
@@ -216,6 +215,6 @@ def _remedy(code: int) -> str:
 
 
 def _retry_after(headers: Mapping[str, str] | Message | None) -> float | None:
-    """The pause in seconds that the endpoint asks for; a date is not read."""
+    """Return the pause in seconds that the endpoint asks for; dates are ignored."""
     value = (headers.get("Retry-After") if headers is not None else None) or ""
     return float(value) if value.strip().isdecimal() else None

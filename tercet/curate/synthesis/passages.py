@@ -1,9 +1,8 @@
-"""Passages: parts of a document that a question can be asked about, and which of them are drawn.
+"""Passages: parts of documents that questions are asked about, and how they are drawn.
 
-A passage is a run of whole paragraphs; of whole sentences where a paragraph is too long.
+A passage consists of whole paragraphs, or of whole sentences if a paragraph is too long.
 """
 
-import hashlib
 import heapq
 import re
 import unicodedata
@@ -16,44 +15,47 @@ import numpy as np
 
 from tercet.data.files.documents import Document
 from tercet.errors import RecipeError
+from tercet.files.artifacts import fingerprint
 
 THIRDS: Final = 3
-PROSE: Final = 0.6  # least share of letters among the characters of a passage that are no spaces
+PROSE: Final = 0.6  # minimum share of letters among the non-space characters of a passage
 
-Span: TypeAlias = tuple[int, int]
+TextSpan: TypeAlias = tuple[int, int]
 
-# Where a text is cut, coarse first: a part that is short enough is not cut any further.
+# Where texts are cut, coarse first: parts that are short enough are not cut further.
 _SEPARATORS: Final = (
     re.compile(r"\n\s*\n\s*"),
     re.compile(r"\n\s*"),
-    re.compile(r"(?<=[.!?])\s+|(?<=[。\uff01\uff1f])"),  # full-width: no space follows
+    re.compile(r"(?<=[.!?])\s+|(?<=[。\uff01\uff1f])"),  # no space follows full-width marks
     re.compile(r"\s+"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class PassageSampling:
     """Which documents and passages are drawn.
 
-    A larger ``documents`` or ``samples`` keeps what a smaller one drew, and adds to it.
+    Larger ``documents`` or ``samples`` add to what smaller ones draw.
 
     Raises:
-        RecipeError: for numbers that cannot go together.
+        RecipeError: for numbers out of range.
     """
 
-    documents: int | None = 1000  # at most; None: all of them
-    samples: int = 1  # passages of each document, at most
-    least: int = 300  # characters of a passage
-    most: int = 1500
+    documents: int | None = 1000  # at most; None: all
+    samples: int = 1  # passages per document, at most
+    least: int = 300  # minimum characters of a passage
+    most: int = 1500  # maximum characters of a passage
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.samples < 1 or (self.documents is not None and self.documents < 1):
-            raise RecipeError("nothing would be asked; draw one or more passages of a document")
+            raise RecipeError(
+                f"documents and samples must be at least 1; got {self.documents} and {self.samples}"
+            )
         if self.least < 1 or self.most < 2 * self.least:
             raise RecipeError(
-                f"no text can be cut into passages of {self.least} to {self.most} characters; the "
-                "longest has to be twice as long as the shortest, or more"
+                "the longest passage must be at least twice as long as the shortest; got "
+                f"{self.least} to {self.most} characters"
             )
 
 
@@ -66,25 +68,25 @@ class Passage:
     start: int
     end: int
     text: str
-    position: float  # of its middle: 0 is the begin of the document, 1 its end
+    position: float  # of its middle: 0 is the start of the document, 1 its end
 
     @property
     def third(self) -> int:
-        """In which third of the document it lies: 0, 1 or 2."""
+        """The third of the document that it lies in: 0, 1 or 2."""
         return min(int(self.position * THIRDS), THIRDS - 1)
 
     @property
     def digest(self) -> str:
-        """Tells whether another text stands there now."""
-        return hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()
+        """A fingerprint of the text, to detect that the document has changed."""
+        return fingerprint(self.text, size=8)
 
 
 def draw_documents(
-    documents: Iterable[Document], sampling: Sampling, count: int | None
+    documents: Iterable[Document], sampling: PassageSampling, count: int | None
 ) -> dict[str, int]:
-    """The ranks of ``count`` documents by id: random, whatever their order in the file.
+    """Draw ``count`` documents, whatever their order in the file; return their ranks by id.
 
-    Left out are those that are shorter than a passage.
+    Documents that are shorter than a passage are left out.
     """
     longer = (
         (seed_of(sampling.seed, document.id), document.id)
@@ -95,12 +97,11 @@ def draw_documents(
     return {name: rank for rank, (_, name) in enumerate(drawn)}
 
 
-def draw_passages(document: Document, sampling: Sampling, rank: int) -> list[Passage]:
-    """Passages of a document that do not overlap, each from another third where there is one.
+def draw_passages(document: Document, sampling: PassageSampling, rank: int) -> list[Passage]:
+    """Draw passages of a document that do not overlap, from different thirds if possible.
 
-    The third of the first one goes round with the document's rank, so that over all documents
-    as many questions are about their ends as about their begins. Passages that are no prose,
-    such as tables of numbers, are not drawn.
+    The third of the first passage rotates with the document's rank, so that all thirds are drawn
+    equally often over all documents. Passages that are no prose, such as tables, are not drawn.
     """
     random = np.random.default_rng(seed_of(sampling.seed, document.id, "passages"))
     free = [
@@ -120,14 +121,14 @@ def draw_passages(document: Document, sampling: Sampling, rank: int) -> list[Pas
     return drawn
 
 
-def windows(text: str, least: int, most: int) -> Iterator[Span]:
-    """All passages of ``least`` to ``most`` characters: from each begin the shortest one."""
-    # A part is at most most - least long, so one more never makes a passage too long.
+def windows(text: str, least: int, most: int) -> Iterator[TextSpan]:
+    """Yield the shortest passage of ``least`` to ``most`` characters from each start."""
+    # A part has at most most - least characters, so one more never makes a passage too long.
     parts = list(_parts(text, (0, len(text)), most - least))
     for first, (start, _) in enumerate(parts):
         for _, end in parts[first:]:
             length = len(text[start:end].strip())
-            if length > most:  # blanks that were at an end and now lie within
+            if length > most:  # spaces at the end of a part lie inside the passage now
                 break
             if length >= least:
                 begin = start + len(text[start:end]) - len(text[start:end].lstrip())
@@ -135,7 +136,7 @@ def windows(text: str, least: int, most: int) -> Iterator[Span]:
                 break
 
 
-def _parts(text: str, span: Span, limit: int, level: int = 0) -> Iterator[Span]:
+def _parts(text: str, span: TextSpan, limit: int, level: int = 0) -> Iterator[TextSpan]:
     start, end = span
     if level == len(_SEPARATORS):
         cuts = [*range(start, end, limit), end]
@@ -162,6 +163,5 @@ def _is_prose(text: str) -> bool:
 
 
 def seed_of(*parts: object) -> int:
-    """A number below 2**63 that hangs on all parts, and looks random."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    """Return a pseudo-random number below 2**63 that depends on all parts."""
+    return int(fingerprint(repr(parts), size=8), 16) >> 1

@@ -1,4 +1,4 @@
-"""The one question in a generator's answer, or the reason why there is none that can be used."""
+"""Parsing a generator's answer: its one question, or the reason for a refusal."""
 
 import re
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from tercet.curate.filtering.scripts import CLEAR, same_scripts, script_shares
 from tercet.curate.synthesis.deixis import begins_with_a_pronoun, is_about_a_passage
 from tercet.data.files.texts import normal_form
 
-LEAST_UNITS: Final = 3  # words; a word of a script without spaces counts as two characters
+LEAST_UNITS: Final = 3  # words; two characters count as a word in scripts without spaces
 MOST_UNITS: Final = 50
-COPIED: Final = 0.7  # of a question's characters in one run that stands in the passage as well
+COPIED: Final = 0.7  # share of a question's characters in one run that is also in the passage
 
-# Scripts whose texts end a question without a mark, and those that put no spaces between words.
+# Scripts that end a question without a mark, and scripts without spaces between words.
 _UNMARKED: Final = {"THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
 _UNSPACED: Final = {"CJK", "KANA", *_UNMARKED}
 
-# Characters that look like another one are written as escapes: \uff1a is a full-width colon,
+# Characters that resemble others are written as escapes: \uff1a is a full-width colon,
 # \uff1f and \u061f are the full-width and the Arabic question mark, \u2018 and \u2019 quotes.
 _THOUGHT: Final = re.compile(r"<think>.*?</think>", re.DOTALL)
 _LABEL: Final = re.compile(
@@ -35,49 +35,47 @@ _QUOTES: Final = (
 )
 _QUOTED_MARK: Final = re.compile(r"""(["'`“\u2018「])[?\uff1f\u061f]+(["'`”\u2019」])""")
 
-# The end of a question. A "?" before a letter is part of a name, and one after a space an
-# operator, unless it is the last (as in French). Besides: an Armenian and an Ethiopic mark, and
-# Japanese and Korean endings, after which a full stop may stand.
+# The end of a question. A "?" before a letter is part of a name; one after a space is an operator,
+# unless it is the last (as in French). Also an Armenian and an Ethiopic mark, and Japanese and
+# Korean endings, which a full stop may follow.
 _END: Final = re.compile(
     r"(?<=[^\s?])\?+(?![\w?])|(?<=\s)\?+(?=\W*$)|[\uff1f\u061f\u055e\u1367]+"
     r"|か(?=。|$)|까(?=\.|$)"
 )
-_AFTER: Final = re.compile(r"""[\s"'”\u2019»」』)*.。]*""")  # may stand after the last mark
-# A full stop after a word of three letters or more: "e.g." and "vs." end no sentence.
+_AFTER: Final = re.compile(r"""[\s"'”\u2019»」』)*.。]*""")  # may follow the last mark
+# A full stop after a word of at least three letters: "e.g." and "vs." end no sentence.
 _SENTENCE: Final = re.compile(r"(?<=\w{3})(?<!\betc)[.!]\s+\S|[。\uff01]\s*\S")
 
 
 @dataclass(frozen=True, slots=True)
-class Parsed:
-    """What was found in an answer: a question, or, with a refusal, what stood in its place."""
+class ParsedQuestion:
+    """The question of an answer or, with a refusal, the text that is no usable question."""
 
     question: str
     refusal: str = ""
 
 
-def parse_question(answer: str, passage: str) -> Parsed:
-    """The question of an answer, without label, number and quotation marks.
+def parse_question(answer: str, passage: str) -> ParsedQuestion:
+    """Return the question of an answer without label, number and quotation marks.
 
-    Refused is, in this order, what is empty, no question, several, a question with more text, too
-    short, too long, a question that begins with a pronoun or speaks of its passage, is in another
-    script than the passage, or is a copy of it: of each answer the first reason.
+    An answer is refused for the first reason of ``REASONS`` that applies.
     """
     text = _bare(answer)
     for reason, applies in _REFUSALS.items():
         if applies(text, passage):
-            return Parsed(text, reason)
-    return Parsed(" ".join(text.split()))
+            return ParsedQuestion(text, reason)
+    return ParsedQuestion(" ".join(text.split()))
 
 
 def question_form(question: str) -> str:
-    """Two questions that agree in this are one: case, spaces and marks at the end aside."""
+    """Return a normal form for finding duplicates: lower case, single spaces, no final marks."""
     return normal_form(question).rstrip(" ?.!。;\u061f")
 
 
 def _bare(answer: str) -> str:
     text = _THOUGHT.sub("", answer).strip()
     before = None
-    while before != text:  # a quoted label, or a labelled quotation
+    while before != text:  # labels and quotation marks may be nested
         before = text
         for left, right in _QUOTES:
             if len(text) > 2 and text.startswith(left) and text.endswith(right):
@@ -88,12 +86,12 @@ def _bare(answer: str) -> str:
 
 
 def _ends(text: str) -> list[int]:
-    """Where its questions end; a mark in quotation marks is one that is spoken of."""
-    hidden = _QUOTED_MARK.sub(lambda match: "x" * len(match[0]), text)
+    """Return where questions end; quoted question marks do not count."""
+    unquoted = _QUOTED_MARK.sub(lambda match: "x" * len(match[0]), text)
     scripts = script_shares(text)
-    if scripts.get("GREEK", 0.0) >= CLEAR:  # where a semicolon is the mark
-        hidden = hidden.replace(";", "?").replace("\u037e", "?")
-    ends = [match.end() for match in _END.finditer(hidden)]
+    if scripts.get("GREEK", 0.0) >= CLEAR:  # whose question mark is a semicolon
+        unquoted = unquoted.replace(";", "?").replace("\u037e", "?")
+    ends = [match.end() for match in _END.finditer(unquoted)]
     return ends if ends or not _UNMARKED & set(scripts) else [len(text)]
 
 

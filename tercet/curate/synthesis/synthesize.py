@@ -1,8 +1,8 @@
 """Training examples for long documents: a model writes questions about drawn passages.
 
 As in arXiv 2402.03216, sec. 3.1 and appendix A.2: a passage is drawn from a long document, a
-language model asks one question about it, and the pair is (question, *whole* document). What the
-paper leaves open is ours: the parser, the check of consistency, and the positions of passages.
+language model asks one question about it, and the pair is (question, *whole* document). The paper
+leaves open the parser, the consistency check and the positions of passages.
 """
 
 import logging
@@ -17,13 +17,12 @@ from typing import Any, Final, TypeAlias
 import pyarrow as pa
 
 from tercet.curate.synthesis.answers import AnswerLog, answer_log
-from tercet.curate.synthesis.asking import Asking
 from tercet.curate.synthesis.consistency import Candidate, Consistency, ranks
-from tercet.curate.synthesis.generators import Answer, Generator, Prompt
+from tercet.curate.synthesis.generators import Answer, Generator, Prompt, QuestionPrompt
 from tercet.curate.synthesis.passages import (
     THIRDS,
     Passage,
-    Sampling,
+    PassageSampling,
     draw_documents,
     draw_passages,
     seed_of,
@@ -37,10 +36,10 @@ from tercet.files.progress import bar
 from tercet.files.records import known_suffix
 from tercet.types import Example
 
-FAILING: Final = 20  # calls in a row that fail: then none is made any more
-CROWD: Final = 10  # times as many documents as pass: fewer make a check easy
+FAILING: Final = 20  # consecutive failed calls after which the run stops
+CROWD: Final = 10  # documents per passing rank, below which the check is too easy
 
-# Where each example comes from. Never a column "prompt": FlagEmbedding's files mean something else.
+# Provenance of each example. Not "prompt", which has another meaning in FlagEmbedding's files.
 PROVENANCE: Final[Mapping[str, pa.DataType]] = {
     "document_id": pa.string(),
     "passage_start": pa.int64(),
@@ -53,30 +52,30 @@ PROVENANCE: Final[Mapping[str, pa.DataType]] = {
 
 _notes = logging.getLogger("tercet")
 
-Documents: TypeAlias = Callable[[], Iterator[Document]]
-"""Reads the documents from the first on; called once for each pass over them."""
+DocumentReader: TypeAlias = Callable[[], Iterator[Document]]
+"""Reads all documents; called once for each pass over them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Synthesis:
-    """What is asked, about what, and the task of the examples."""
+    """Settings of a synthesis."""
 
     task: str
-    sampling: Sampling = field(default_factory=Sampling)
-    asking: Asking = field(default_factory=Asking)
+    sampling: PassageSampling = field(default_factory=PassageSampling)
+    prompt: QuestionPrompt = field(default_factory=QuestionPrompt)
     check: Consistency | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class SynthesisReport:
-    """What became of each passage.
+    """Counts of a synthesis.
 
-    ``passages`` = failed + refused + duplicates + inconsistent + kept; a passage that failed has
-    no answer yet, and the same command asks again.
+    ``passages`` = failed + refused + duplicates + inconsistent + kept; for failed passages, the
+    same command requests an answer again.
     """
 
-    documents: int = 0  # that were drawn
-    unusable: int = 0  # of these, without a passage of prose
+    documents: int = 0  # drawn
+    unusable: int = 0  # drawn, but without a passage of prose
     passages: int = 0
     answered_before: int = 0
     answered: int = 0  # by this run
@@ -89,10 +88,10 @@ class SynthesisReport:
     kept: int = 0
     asked_thirds: list[int] = field(default_factory=lambda: [0] * THIRDS)
     kept_thirds: list[int] = field(default_factory=lambda: [0] * THIRDS)
-    seconds: float = 0.0  # that asking took
+    seconds: float = 0.0  # of waiting for answers
 
     def count(self, answer: Answer) -> None:
-        """Count what a generator gave."""
+        """Count an answer."""
         if answer.failure is None:
             self.answered += 1
         else:
@@ -107,30 +106,30 @@ class _Question:
 
 
 def log_path(out: Path) -> Path:
-    """Where the raw answers for an output file are."""
+    """Return the file with the raw answers for an output file."""
     return out.with_suffix(".log.jsonl")
 
 
 def synthesize(
-    documents: Documents, out: Path, generator: Generator, synthesis: Synthesis
+    documents: DocumentReader, out: Path, generator: Generator, synthesis: Synthesis
 ) -> SynthesisReport:
     """Write examples of questions and the whole documents that they were asked about.
 
-    Raw answers stand in ``OUT.log.jsonl``, from where a run goes on that was killed; another
-    check or more documents cost no answer twice. Of questions that agree but for case, spaces and
-    marks the first one stays. When no question is left, no file is written.
+    Raw answers are kept in ``OUT.log.jsonl``: a run that was killed continues from there, and
+    another check or more documents request no answer twice. Of duplicate questions the first is
+    kept. If no question is left, no file is written.
 
     Raises:
-        RecipeError: when no passage can be drawn, or the log's answers hang on something else.
-        DataError: when a document cannot be read.
-        ModelError: when the generator does not work.
-        StorageError: when the disk refuses; answers so far are kept.
+        RecipeError: if no passage can be drawn, or the log's answers depend on other settings.
+        DataError: if a document cannot be read.
+        ModelError: if the generator does not work.
+        StorageError: if the disk refuses; answers so far are kept.
     """
     known_suffix(out)
     sampling = synthesis.sampling
     about = {
         "generator": dict(generator.about),
-        "prompt_digest": synthesis.asking.digest,
+        "prompt_digest": synthesis.prompt.digest,
         "seed": sampling.seed,
         "shortest_passage": sampling.least,
         "longest_passage": sampling.most,
@@ -154,14 +153,14 @@ def synthesize(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Plan:
-    """The drawn documents and passages. Each pass reads the documents anew, and holds one."""
+    """The drawn documents and passages. Each pass reads all documents, one at a time."""
 
-    documents: Documents
+    documents: DocumentReader
     synthesis: Synthesis
     ranks: Mapping[str, int]  # of the drawn documents, by id
 
     @classmethod
-    def of(cls, documents: Documents, synthesis: Synthesis) -> "_Plan":
+    def of(cls, documents: DocumentReader, synthesis: Synthesis) -> "_Plan":
         sampling, check = synthesis.sampling, synthesis.check
         count = sampling.documents
         if count is not None and check is not None:
@@ -169,7 +168,7 @@ class _Plan:
         return cls(documents, synthesis, draw_documents(documents(), sampling, count))
 
     def each(self) -> Iterator[tuple[Document, list[Passage], bool]]:
-        """Each drawn document, its passages, and whether they are asked about."""
+        """Yield each drawn document, its passages, and whether questions are asked about them."""
         sampling = self.synthesis.sampling
         for document in self.documents():
             rank = self.ranks.get(document.id)
@@ -178,13 +177,13 @@ class _Plan:
                 yield document, draw_passages(document, sampling, rank), asked
 
     def passages(self) -> Iterator[Passage]:
-        """The passages that are asked about."""
+        """Yield the passages that questions are asked about."""
         for _, passages, asked in self.each():
             if asked:
                 yield from passages
 
     def count(self, report: SynthesisReport) -> None:
-        """Count documents and passages that are asked about."""
+        """Count the documents and passages that questions are asked about."""
         with bar("draw", len(self.ranks)) as advance:
             for _, passages, asked in self.each():
                 advance()
@@ -197,12 +196,12 @@ class _Plan:
             sampling = self.synthesis.sampling
             raise RecipeError(
                 f"no document has a passage of {sampling.least} to {sampling.most} characters of "
-                "prose; ask for shorter ones, or give longer documents"
+                "prose; allow shorter ones, or give longer documents"
             )
 
 
 def _ask(plan: _Plan, generator: Generator, log: AnswerLog, report: SynthesisReport) -> None:
-    """Ask about each passage that has no answer yet."""
+    """Request an answer for each passage without one."""
     report.answered_before = sum(log.get(passage) is not None for passage in plan.passages())
     waiting: dict[int, Passage] = {}
 
@@ -211,7 +210,7 @@ def _ask(plan: _Plan, generator: Generator, log: AnswerLog, report: SynthesisRep
         for number, passage in enumerate(missing):
             waiting[number] = passage
             seed = seed_of(plan.synthesis.sampling.seed, passage.document, passage.start)
-            yield Prompt(plan.synthesis.asking.text(passage), seed)
+            yield Prompt(plan.synthesis.prompt.text(passage), seed)
 
     model, started = generator.about["model"], time.monotonic()
     in_a_row = 0
@@ -227,14 +226,14 @@ def _ask(plan: _Plan, generator: Generator, log: AnswerLog, report: SynthesisRep
             if in_a_row == FAILING:
                 raise ModelError(
                     f"{model}: {FAILING} calls in a row failed, the last one with: "
-                    f"{answer.failure}; answers so far are kept in {log.path}: mend it, and give "
-                    "the same command again"
+                    f"{answer.failure}; answers so far are kept in {log.path}: solve the problem, "
+                    "and give the same command again"
                 )
     report.seconds = time.monotonic() - started
 
 
 def _parsed(plan: _Plan, log: AnswerLog, report: SynthesisReport) -> list[_Question]:
-    """The questions that can be used, each once."""
+    """Return the usable questions without duplicates."""
     found: dict[str, _Question] = {}
     for passage in plan.passages():
         answer = log.get(passage)
@@ -253,7 +252,7 @@ def _parsed(plan: _Plan, log: AnswerLog, report: SynthesisReport) -> list[_Quest
 def _consistent(
     plan: _Plan, questions: Sequence[_Question], check: Consistency, report: SynthesisReport
 ) -> list[_Question]:
-    """The questions that find their document."""
+    """Return the questions that find their document."""
     of_document = _by_document(questions)
     found: list[_Question] = []
 
@@ -274,8 +273,8 @@ def _consistent(
                 report.inconsistent += 1
     if report.checked_among < CROWD * check.top:
         _notes.warning(
-            f"questions were checked among {report.checked_among} documents only, of which the "
-            f"{check.top} best pass; give more documents, or a smaller --top"
+            f"questions were checked among only {report.checked_among} documents, of which the "
+            f"best {check.top} pass; give more documents, or a smaller --top"
         )
     return found
 
@@ -296,7 +295,7 @@ def _records(
                 "passage_end": passage.end,
                 "passage_position": round(passage.position, 4),
                 "generator": generator,
-                "prompt_digest": synthesis.asking.digest,
+                "prompt_digest": synthesis.prompt.digest,
                 "seed": synthesis.sampling.seed,
             }
 

@@ -1,6 +1,5 @@
-"""Texts as tokens, in blocks of a size that a training step is counted in."""
+"""Texts as tokens, in blocks of up to a given size, which training steps are made of."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -11,22 +10,23 @@ from tercet.data.batches.relation import hash_of
 from tercet.data.files.sources import Source
 from tercet.distributed import is_main
 from tercet.errors import DataError
+from tercet.files.artifacts import fingerprint
 from tercet.files.progress import bar
 from tercet.types import Example
 
 TokenIds: TypeAlias = Callable[[Sequence[str]], list[np.ndarray]]
-"""Texts to their token ids, special tokens included."""
+"""A function from texts to their token ids, special tokens included."""
 
-SHORTEST: Final = 2  # tokens of a text: the first one is predicted by none
+SHORTEST: Final = 2  # tokens of a text: the first one is never predicted
 TEXTS_AT_ONCE: Final = 4_096
-LINES_TOGETHER: Final = 1_000  # lines that the reference code lays end to end
+LINES_TOGETHER: Final = 1_000  # lines that the reference code concatenates
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBlocks:
-    """The texts of a source as blocks of tokens, readable in any order. Four bytes a token.
+    """The texts of a source as blocks of tokens, readable in any order. Four bytes per token.
 
-    A block holds whole texts, each of which is read alone, and as many as fit. A text that is
+    A block holds as many whole texts as fit, which do not attend to each other. A text that is
     longer than a block is cut into several.
     """
 
@@ -35,7 +35,7 @@ class TokenBlocks:
     ids: np.ndarray  # [tokens] int32, of all texts end to end
     pieces: np.ndarray  # [pieces + 1] int64, where each text or part of one begins in ids
     bounds: np.ndarray  # [blocks + 1] int64, where each block begins in pieces
-    fingerprint: str  # of the source and of how it was cut
+    fingerprint: str  # of the source and the way it was cut
     skipped: int  # texts with less than two tokens
 
     def __len__(self) -> int:
@@ -43,21 +43,21 @@ class TokenBlocks:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Tokens of each block."""
+        """The number of tokens of each block."""
         return np.diff(self.pieces[self.bounds]).astype(np.int32)
 
     @property
     def blocks(self) -> np.ndarray:
-        """All of it is cheap to read in any order."""
+        """One block: all rows are cheap to read in any order."""
         return np.zeros(1, np.int64)
 
     @property
     def window(self) -> int:
-        """As above."""
+        """The one block."""
         return 1
 
     def read(self, rows: Sequence[int]) -> list[list[np.ndarray]]:
-        """The texts of these blocks."""
+        """Return the texts of these blocks."""
         return [
             [
                 self.ids[self.pieces[i] : self.pieces[i + 1]]
@@ -75,16 +75,16 @@ def token_blocks(
     concatenated: bool = False,
     every_text: bool = False,
 ) -> TokenBlocks:
-    """The texts of a source in blocks of at most ``max_tokens``.
+    """Cut the texts of a source into blocks of at most ``max_tokens``.
 
-    The texts are the queries of its examples, as files of plain texts have them. ``every_text``
-    takes the documents too, and each text once.
+    The texts are the queries of its examples, as in files of plain texts. ``every_text`` takes
+    the documents too, and each text once.
 
-    ``concatenated`` is how LLM2Vec's scripts do it: a thousand lines at a time are laid end to
-    end and cut into blocks without regard to where a text ends, and what is left over is dropped.
+    With ``concatenated``, as in LLM2Vec's scripts, a thousand lines at a time are put end to end
+    and cut into blocks regardless of where texts end, and an incomplete last block is dropped.
 
     Raises:
-        DataError: when no text has two tokens, or not one block gets full.
+        DataError: if no text has two tokens, or not one block is full.
     """
     texts, skipped = [], 0
     for ids in _tokens(source, ids_of, every_text=every_text):
@@ -93,7 +93,7 @@ def token_blocks(
         else:
             skipped += 1
     if concatenated:
-        pieces = list(_laid_end_to_end(texts, max_tokens))
+        pieces = list(_concatenated(texts, max_tokens))
         counts = [1] * len(pieces)
     else:
         pieces = [part for ids in texts for part in _cut(ids, max_tokens)]
@@ -102,7 +102,7 @@ def token_blocks(
         why = (
             f"its texts do not fill one block of {max_tokens} tokens; give more or longer texts"
             if concatenated
-            else "no text has two tokens; there is nothing to predict"
+            else "no text has two tokens, so there is nothing to predict; give longer texts"
         )
         raise DataError(source.path, None, why)
     lengths = [len(piece) for piece in pieces]
@@ -114,7 +114,7 @@ def token_blocks(
         ids=np.concatenate(pieces).astype(np.int32, copy=False),
         pieces=np.concatenate(([0], np.cumsum(lengths))),
         bounds=np.concatenate(([0], np.cumsum(counts))),
-        fingerprint=hashlib.blake2b(made.encode(), digest_size=16).hexdigest(),
+        fingerprint=fingerprint(made),
         skipped=skipped,
     )
 
@@ -133,7 +133,7 @@ def _tokens(source: Source, ids_of: TokenIds, *, every_text: bool) -> Iterator[n
 
 
 def _unread(examples: Sequence[Example], read: set[int]) -> Iterator[str]:
-    """All texts of the examples but those that were read before."""
+    """Yield the texts of the examples that were not read before."""
     for example in examples:
         for text in (example.query, *example.positives, *example.negatives):
             key = hash_of(text)
@@ -150,7 +150,7 @@ def _cut(ids: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
 
 
 def _filled(lengths: Sequence[int], max_tokens: int) -> Iterator[int]:
-    """How many pieces each block holds, in order."""
+    """Yield the number of pieces of each block."""
     count = room = 0
     for length in lengths:
         if count and length > room:
@@ -162,7 +162,7 @@ def _filled(lengths: Sequence[int], max_tokens: int) -> Iterator[int]:
         yield count
 
 
-def _laid_end_to_end(texts: Sequence[np.ndarray], max_tokens: int) -> Iterator[np.ndarray]:
+def _concatenated(texts: Sequence[np.ndarray], max_tokens: int) -> Iterator[np.ndarray]:
     for start in range(0, len(texts), LINES_TOGETHER):
         row = np.concatenate(texts[start : start + LINES_TOGETHER])
         for first in range(0, len(row) - max_tokens + 1, max_tokens):

@@ -1,4 +1,4 @@
-"""From examples to a batch: texts chosen, prompts put before them, tokenized, related."""
+"""Make batches of examples: choose texts, add prompts, tokenize, and relate them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,47 +16,47 @@ from tercet.models.tokens import Tokens
 from tercet.types import Example, InBatch, Packed, Role
 
 Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
-"""Texts, their role and their prompts to tokens: an embedder's."""
+"""A function from texts, their role and their prompts to tokens: an embedder's."""
 
 PromptOf = Callable[[Role, str], str]
-"""The prompt that the model uses for a role and a task."""
+"""A function from role and task to the prompt that the model uses."""
 
 Policy: TypeAlias = Literal["all", "positives", "none", "per_row"]
-"""Who is a negative in a batch: one rule for all, or for each row what its task allows."""
+"""Which documents of other examples are negatives: one rule for all, or that of each row."""
 
-# Keep the choice of texts and their shuffling apart from other uses of the same seed.
+# Separate the random draws of texts and of their shuffling from other uses of the same seed.
 _DRAW, _SHUFFLE = 0xD0C, 0x5EC
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One step's texts in one packed row, queries first, and what each document is to a query."""
+    """The texts of a step in one packed row, queries first, and the relation between them."""
 
     texts: Packed
     queries: int
     relation: Relation
-    truncated: int  # texts that were cut
-    teacher: Float[Tensor, "docs"] | None = None  # scores that came with them; NaN: none
+    truncated: int  # number of texts that were truncated
+    teacher: Float[Tensor, "docs"] | None = None  # scores given with the documents; NaN: unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Turns examples into a :class:`Batch`, the same one for the same seed."""
+    """Turns examples into a :class:`Batch`, always the same one for the same seed."""
 
     tokenize: Tokenize
     prompt_of: PromptOf
-    positives: int = 1  # at most, of one query; more are drawn from
-    negatives: int = 8  # mined ones at most, of one query
+    positives: int = 1  # of a query, at most: drawn at random if there are more
+    negatives: int = 8  # mined ones of a query, at most
     in_batch: Policy = "per_row"  # which documents of other examples are negatives
-    mask_duplicates: bool = True  # never take a text that answers the query too for a negative
-    shuffle_segments: float = 0.0  # share of the long positives whose thirds change places
+    mask_duplicates: bool = True  # a text that is a positive of the query is never a negative
+    shuffle_segments: float = 0.0  # share of the long positives whose thirds are reordered
     shuffle_at: CutName = "characters"  # where they are cut
 
     def __call__(self, examples: Sequence[Example], seed: Sequence[int]) -> Batch:
-        """Choose each example's documents and lay all texts in a row.
+        """Choose each example's documents and pack all texts.
 
-        A choice hangs on the seed and the query, not on the examples beside it: several processes
-        that share a batch choose what one would.
+        A choice depends on the seed and the query, not on the other examples: several processes
+        that share a batch choose the same texts as a single one.
         """
         positives: list[tuple[str, ...]] = []
         negatives: list[tuple[str, ...]] = []
@@ -99,7 +99,7 @@ class Collator:
         return Batch(tokens.pack(), len(queries), relation, tokens.truncated, known)
 
     def _shuffled(self, query: str, texts: Sequence[str], seed: Sequence[int]) -> Sequence[str]:
-        """The positives as the model reads them; who is a duplicate hangs on the texts as given."""
+        """Reorder some positives; duplicates are found among the texts before that."""
         if not self.shuffle_segments:
             return texts
         rng = np.random.default_rng([_SHUFFLE, *seed, hash_of(query) % 2**63])

@@ -1,4 +1,4 @@
-"""Which tokens a language model has to guess, and what stands in their place."""
+"""Masking: which tokens a language model has to predict, and what replaces them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -14,10 +14,10 @@ NEW: str = "<mask>"
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """How many tokens are chosen, and what becomes of them (arXiv 2404.05961, sec. 3.1).
+    """How many tokens are masked, and how (arXiv 2404.05961, sec. 3.1).
 
-    ``default`` is BERT's: of the chosen tokens 80 % become the mask token, 10 % a token drawn at
-    random, 10 % stay. ``all`` replaces every chosen one.
+    ``default`` is BERT's: of the chosen tokens 80 % become the mask token, 10 % a random token,
+    10 % stay. ``all`` replaces every chosen one.
     """
 
     probability: float = 0.2
@@ -26,7 +26,7 @@ class Masking:
     def __post_init__(self) -> None:
         if not 0 < self.probability < 1:
             raise RecipeError(
-                f"the masking probability is {self.probability}; give a share between 0 and 1"
+                f"the masking probability must be between 0 and 1, got {self.probability}"
             )
 
     def __call__(
@@ -39,10 +39,10 @@ class Masking:
         vocabulary: int,
         words: Int[np.ndarray, "tokens"] | None = None,
     ) -> tuple[Integer[np.ndarray, "tokens"], Bool[np.ndarray, "tokens"]]:
-        """The tokens with gaps, and which of them were chosen; only among ``allowed`` ones.
+        """Return the masked tokens, and which were chosen among the ``allowed`` ones.
 
         With ``words``, the number of the word that each token is part of, in order from zero, the
-        tokens of a word are chosen together, and what becomes of each is drawn for itself.
+        tokens of a word are chosen together; the replacement of each is drawn separately.
         """
         if words is None:
             draws = rng.random(len(ids))
@@ -59,15 +59,15 @@ class Masking:
 
 
 def mask_id(tokenizer: Any, token: MaskToken) -> int:
-    """The id that stands in a gap. A mask token that the tokenizer has already comes first.
+    """Return the id that replaces masked tokens: the tokenizer's mask token if it has one.
 
-    ``blank`` is the bare piece "_", looked up in the vocabulary: encoding "_" may give a piece
-    with a space before it. It is not registered as a special token: then every "_" of a text would
-    be one, and ``snake_case`` read differently. ``eos`` is the end-of-text token. ``new`` is a
-    token that :func:`add_mask_token` has added.
+    Otherwise, ``blank`` is the bare piece "_", looked up in the vocabulary: encoding "_" may give
+    a piece with a space before it. It is not registered as a special token, or every "_" of a text
+    would be one and ``snake_case`` be tokenized differently. ``eos`` is the end-of-text token.
+    ``new`` is a token that :func:`add_mask_token` has added.
 
     Raises:
-        ModelError: when the tokenizer has no such token.
+        ModelError: if the tokenizer has no such token.
     """
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
@@ -83,7 +83,7 @@ def mask_id(tokenizer: Any, token: MaskToken) -> int:
 
 
 def add_mask_token(tokenizer: Any) -> bool:
-    """Give a tokenizer without a mask token the new token ``<mask>``; whether it got one."""
+    """Add the token ``<mask>`` to a tokenizer without a mask token; return whether it was added."""
     if tokenizer.mask_token_id is not None:
         return False
     tokenizer.add_special_tokens({"mask_token": NEW})

@@ -1,4 +1,4 @@
-"""How much of each source a training takes: weights and counts by name, and what comes of them."""
+"""The mixture of sources in a training: weights and counts by name, and the resulting shares."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +11,16 @@ from tercet.errors import RecipeError
 def weighed(
     sources: Sequence[Source], weights: Mapping[str, float | int], counts: Mapping[str, int]
 ) -> list[Source]:
-    """The sources with weights set by name; those of weight 0 are left out.
+    """Return the sources with weights set by name, without those of weight 0.
 
-    A weight says how often each example is used an epoch, a count how many examples of a source
+    A weight is how often each example is used per epoch, a count how many examples of a source
     are. A name is that of a source with all its languages, ``news``, or of one of them,
-    ``news/de``, which goes before. A count of several languages is shared in proportion to their
-    examples.
+    ``news/de``, which takes precedence. A count of several languages is shared in proportion to
+    their examples.
 
     Raises:
-        RecipeError: for a name that no source has, with those that there are; for a name with a
-            weight and a count; and for numbers below zero.
+        RecipeError: for a name that no source has, for a name with a weight and a count, and for
+            numbers below zero.
     """
     refuse_unknown([*weights, *counts], sources)
     _check_numbers(weights, counts)
@@ -38,22 +38,22 @@ def weighed(
 def _check_numbers(weights: Mapping[str, float | int], counts: Mapping[str, int]) -> None:
     for name in weights:
         if name in counts:
-            raise RecipeError(f"source {name!r} is given a weight and a count; give one of them")
+            raise RecipeError(f"source {name!r} has a weight and a count; give only one of them")
     for name, number in (*weights.items(), *counts.items()):
         if not 0 <= number < inf:
-            raise RecipeError(f"source {name!r} is given {number}; give 0 or a number above it")
+            raise RecipeError(f"the weight or count of {name!r} must be 0 or more, got {number}")
 
 
 def refuse_unknown(names: Sequence[str], sources: Sequence[Source]) -> None:
-    """Stop where a name is that of no source.
+    """Refuse names that no source has.
 
     Raises:
-        RecipeError: with the names that there are.
+        RecipeError: for the first such name, with the known ones.
     """
     known = sorted({name for source in sources for name in _names(source)})
     for name in names:
         if not names_some(name, sources):
-            raise RecipeError(f"there is no source {name!r}; those given are {', '.join(known)}")
+            raise RecipeError(f"there is no source {name!r}; the sources are {', '.join(known)}")
 
 
 def names_some(name: str, sources: Sequence[Source]) -> bool:
@@ -67,7 +67,7 @@ def _names(source: Source) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a training takes of a source in an epoch."""
+    """The part of a source in an epoch of training."""
 
     name: str  # with its language
     source: str
@@ -76,12 +76,12 @@ class Share:
     weight: float | int
     examples: float | int  # rows times weight
     share: float | int  # of the examples of all sources
-    batches: int | None  # None where a batch holds every source
+    batches: int | None  # None if a batch holds every source
     fingerprint: str
 
 
 def shares_of(sources: Sequence[Source], batch_size: int, *, single: bool = True) -> list[Share]:
-    """The mixture of an epoch. Batches are counted without regard to length groups."""
+    """Return the mixture of an epoch. Batches are counted without regard to length groups."""
     total = sum(len(source) * source.weight for source in sources)
     return [
         Share(
@@ -100,13 +100,13 @@ def shares_of(sources: Sequence[Source], batch_size: int, *, single: bool = True
 
 
 def batches_of(rows: int, weight: float | int, batch_size: int) -> int:
-    """Batches of one source in an epoch: each pass over its rows ends with a smaller one."""
+    """Count the batches of a source in an epoch; each pass over its rows ends with a small one."""
     passes = [rows] * floor(weight) + [round((weight - floor(weight)) * rows)]
     return sum(number // batch_size + (number % batch_size >= 2) for number in passes)
 
 
 def by_language(shares: Sequence[Share]) -> dict[str, float]:
-    """The share of each language over all sources, the largest first; "" is: not told."""
+    """Return the share of each language over all sources, largest first; "" is unknown."""
     found: dict[str, float] = {}
     for each in shares:
         found[each.lang] = found.get(each.lang, 0.0) + each.share

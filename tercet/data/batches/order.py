@@ -1,21 +1,27 @@
-"""In which order the rows of a source come: at random, and cheap to read and to know.
+"""The random order of the rows of a source, and the batches of an epoch made of them.
 
 A pass over a source is cut into windows of some blocks, the windows come in random order, and so
-do the rows inside each. What is random hangs on a seed and the number of the window alone: the
-rows at any place of a pass are known without those before them, and a window is all that is in
-memory of it.
+do the rows inside each. The random order depends on a seed and the number of the window alone: the
+rows at any place of a pass are known without those before them, and only one window is in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+
+from tercet.data.files.sources import Source
+from tercet.types import Example
+
+Row = TypeVar("Row")
+
+SMALLEST_BATCH: Final = 2  # with one example there is nothing to contrast
 
 
 @runtime_checkable
 class Blocked(Protocol):
-    """What has rows in blocks that are cheap to read whole."""
+    """Rows in blocks that are cheap to read whole."""
 
     @property
     def blocks(self) -> np.ndarray:
@@ -24,7 +30,7 @@ class Blocked(Protocol):
 
     @property
     def window(self) -> int:
-        """Blocks that are cheap to read in turns."""
+        """The number of blocks that are cheap to read in turns."""
         ...
 
     def __len__(self) -> int: ...
@@ -32,7 +38,7 @@ class Blocked(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Windows:
-    """All rows of a source in windows. The rows of a window stand in random order."""
+    """All rows of a source in windows. The rows of a window are in random order."""
 
     starts: np.ndarray  # [blocks] int64, the first row of each block, blocks in random order
     counts: np.ndarray  # [blocks] int64, its rows
@@ -44,15 +50,15 @@ class Windows:
         return len(self.firsts) - 1
 
     @property
-    def kind(self) -> type[np.integer[Any]]:
-        """What holds the number of a row."""
+    def dtype(self) -> type[np.integer[Any]]:
+        """The type of row numbers: int32 if that is enough."""
         return np.int32 if self.bounds[-1] < 2**31 else np.int64
 
     def rows(self, window: int) -> np.ndarray:
-        """The rows of a window, as int32 where that is enough."""
+        """Return the rows of a window."""
         some = slice(self.firsts[window], self.firsts[window + 1])
         size = int(self.bounds[window + 1] - self.bounds[window])
-        order = np.empty(size, self.kind)
+        order = np.empty(size, self.dtype)
         begin = 0
         for start, count in zip(
             self.starts[some].tolist(), self.counts[some].tolist(), strict=True
@@ -64,10 +70,9 @@ class Windows:
 
 
 def windows_of(source: Blocked, seed: Sequence[int], *, at_least: int) -> Windows:
-    """The blocks of a source shuffled, and put together to windows.
+    """Shuffle the blocks of a source and join them to windows of ``at_least`` rows.
 
-    A window holds ``at_least`` rows, so a file of many tiny blocks is shuffled well. One block is
-    one window.
+    So a file of many tiny blocks is shuffled well too. One block is one window.
     """
     blocks, rows = source.blocks, len(source)
     counts = np.diff(np.append(blocks, rows))
@@ -84,10 +89,10 @@ def windows_of(source: Blocked, seed: Sequence[int], *, at_least: int) -> Window
 
 
 class Pass:
-    """One pass over a source, or a stretch of a circle of all its rows, shuffled anew.
+    """One pass over a source, or over a stretch of a circle of all its rows, shuffled again.
 
-    A stretch is cut at the windows of the circle; its pieces come in random order, and the rows
-    of each piece too. The last piece that was read is kept.
+    A stretch is cut at the windows of the circle; its pieces come in random order, and so do the
+    rows of each piece. The last piece that was read is kept in memory.
     """
 
     def __init__(self, windows: Windows, pieces: np.ndarray, seed: Sequence[int] | None) -> None:
@@ -97,13 +102,13 @@ class Pass:
 
     @staticmethod
     def whole(windows: Windows) -> "Pass":
-        """Every row once, the windows in their order."""
+        """Return a pass over every row, the windows in their order."""
         numbers = np.arange(len(windows))
         return Pass(windows, np.stack([numbers, 0 * numbers, np.diff(windows.bounds)], 1), None)
 
     @staticmethod
     def stretch(windows: Windows, first: int, last: int, seed: Sequence[int]) -> "Pass":
-        """The rows at the places from ``first`` up to ``last`` of the circle, at most one round."""
+        """Return a pass over places ``first`` to ``last`` of the circle, at most one round."""
         rows = int(windows.bounds[-1])
         pieces: list[tuple[int, int, int]] = []
         begin, left = first % rows, last - first
@@ -120,8 +125,8 @@ class Pass:
         return int(self._bounds[-1])
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """The rows at these places."""
-        found = np.empty(last - first, self.windows.kind)
+        """Return the rows at these places."""
+        found = np.empty(last - first, self.windows.dtype)
         place = first
         while place < last:
             piece = int(np.searchsorted(self._bounds, place, side="right")) - 1
@@ -139,3 +144,112 @@ class Pass:
                 np.random.default_rng([*self._seed, 3, piece]).shuffle(rows)
             self._held = piece, rows
         return self._held[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchRows:
+    """The examples of a batch as source and row."""
+
+    source: np.ndarray  # [examples] int16
+    row: np.ndarray  # [examples]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def share(self, rank: int, world: int) -> "BatchRows":
+        """Return the part of one process of ``world``; empty if there are fewer examples."""
+        return BatchRows(self.source[rank::world], self.row[rank::world])
+
+    def examples(self, sources: Sequence[Source]) -> list[Example]:
+        """Return the examples in the order of the batch; each source is read once."""
+        return self.read([source.examples for source in sources])
+
+    def read(self, readers: Sequence[Callable[[Sequence[int]], list[Row]]]) -> list[Row]:
+        """Return what the reader of each source finds, in the order of the batch."""
+        found: dict[int, Row] = {}
+        for index in np.unique(self.source).tolist():
+            places = np.flatnonzero(self.source == index)
+            rows = readers[index](self.row[places].tolist())
+            found.update(zip(places.tolist(), rows, strict=True))
+        return [found[place] for place in range(len(self))]
+
+
+class LazyBatches:
+    """Batches of one pass over one source, read from the pass when they are needed."""
+
+    def __init__(self, rows: Pass, size: int) -> None:
+        self._rows, self._size = rows, size
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._rows), self._size)
+        return whole + (rest >= SMALLEST_BATCH)
+
+    def batch(self, number: int) -> np.ndarray:
+        """Return the rows of a batch."""
+        first = number * self._size
+        return self._rows.rows(first, min(first + self._size, len(self._rows)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CutBatches:
+    """Batches in memory: batch ``i`` is ``rows[starts[i]:stops[i]]``."""
+
+    rows: np.ndarray
+    starts: np.ndarray  # [batches] int64
+    stops: np.ndarray  # [batches] int64
+    source: np.ndarray | None = None  # [rows] int16, if there are several
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def part(self, number: int) -> slice:
+        """Return the places of the rows of a batch."""
+        return slice(int(self.starts[number]), int(self.stops[number]))
+
+    def batch(self, number: int) -> np.ndarray:
+        """Return the rows of a batch."""
+        return self.rows[self.part(number)]
+
+
+class SingleSourceBatches:
+    """The batches of an epoch with one source each."""
+
+    def __init__(
+        self, parts: Sequence[Sequence[LazyBatches | CutBatches]], turn: np.ndarray
+    ) -> None:
+        self._parts, self._turn = parts, turn  # the passes of each source; [batches] int16
+        self._place, self._used = 0, np.zeros(len(parts), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._turn)
+
+    def batch(self, number: int) -> BatchRows:
+        """Return a batch; the one after the last is cheapest."""
+        if number != self._place:
+            self._used = np.bincount(self._turn[:number], minlength=len(self._parts))
+        source = int(self._turn[number])
+        own = int(self._used[source])
+        self._used[source] += 1
+        self._place = number + 1
+        for part in self._parts[source]:
+            if own < len(part):
+                rows = part.batch(own)
+                return BatchRows(np.full(len(rows), source, np.int16), rows)
+            own -= len(part)
+        raise AssertionError("a source has as many turns as batches")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlendedBatches:
+    """The batches of an epoch with every source in each."""
+
+    cut: CutBatches
+
+    def __len__(self) -> int:
+        return len(self.cut)
+
+    def batch(self, number: int) -> BatchRows:
+        """Return the rows of a batch with their sources."""
+        part = self.cut.part(number)
+        assert self.cut.source is not None, "cut with sources"
+        return BatchRows(self.cut.source[part], self.cut.rows[part])

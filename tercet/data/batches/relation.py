@@ -1,11 +1,10 @@
-"""Who is a positive, who is a negative and who is neither, one block of queries at a time.
+"""Which documents are positives, negatives or ignored, computed for one block of queries at a time.
 
-32,768 queries and as many documents are a billion pairs. What decides about all of them is a few
-numbers for each document: whose it is, what it is to its owner, and which texts are equal. The
-rows of a block are written when a loss asks for them, and forgotten after it.
+32,768 queries and as many documents are a billion pairs. They follow from a few numbers for each
+document: its query, its role for that query, and the hash of its text. The matrix of a block is
+computed when a loss needs it, and dropped afterwards.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,19 +14,19 @@ from jaxtyping import Bool, Int, Int8
 from torch import Tensor
 
 from tercet.distributed import gather_ints, rank, world
+from tercet.files.artifacts import fingerprint_number
 from tercet.segments import ragged_places, row_of
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
 
-# What a query takes from other examples, in numbers.
+# The policy of a query towards documents of other examples, as a number.
 _POLICIES: Final[Mapping[InBatch, int]] = {"none": 0, "positives": 1, "all": 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Repeats:
-    """For each query the other examples' documents that may answer it too, as runs of columns.
+    """For each query the documents of other examples that may answer it too, as runs of columns.
 
-    Run ``r`` says that query ``rows[r]`` has no negative among
-    ``columns[begins[r]:ends[r]]``.
+    Run ``r``: query ``rows[r]`` has no negative among ``columns[begins[r]:ends[r]]``.
     """
 
     rows: Int[Tensor, "runs"]  # ascending
@@ -36,7 +35,7 @@ class Repeats:
     columns: Int[Tensor, "sorted"]  # documents, those with equal texts side by side
 
     def pairs(self, start: int, stop: int) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
-        """The rows, counted from ``start``, and the columns of all runs of these queries."""
+        """Return rows, counted from ``start``, and columns of all runs of these queries."""
         first, last = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
         begins, rows = self.begins[first:last], self.rows[first:last] - start
         places, offsets = ragged_places(begins, self.ends[first:last])
@@ -45,32 +44,32 @@ class Repeats:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Relation:
-    """What each document is to each query: POSITIVE, NEGATIVE or IGNORED.
+    """The relation of each document to each query: POSITIVE, NEGATIVE or IGNORED.
 
-    A positive is a document that came with the query as one. Never a negative are: a document
-    with the text of one of the query's positives, under whatever id; a document of another
-    example that asks the same query; and, by the query's policy, whatever came with another
-    example ("none"), or what was mined for it ("positives"). Use ``relation_of`` to make one.
+    A document is a positive of the query whose example lists it as one. Never negatives are: a
+    document with the text of one of the query's positives, under any id; a document of another
+    example with the same query; and, by the query's policy, all documents of other examples
+    ("none"), or their mined ones ("positives"). ``relation_of`` makes a relation.
     """
 
     owners: Int[Tensor, "docs"]  # the query each document came with; ascending
-    own: Int8[Tensor, "docs"]  # what it is to that query
+    own: Int8[Tensor, "docs"]  # its relation to that query
     texts: Int[Tensor, "docs"]  # hash of its text
     questions: Int[Tensor, "docs"]  # hash of the text of that query
     policies: Int8[Tensor, "queries"]  # 0: none of the others' documents, 1: positives, 2: all
-    first_query: int  # row 0 is this query; the earlier ones belong to other processes
-    mask_duplicates: bool  # false: equal texts and equal queries are negatives like any other
+    first_query: int  # the query of row 0; earlier ones belong to other processes
+    mask_duplicates: bool  # false: equal texts and equal queries are ordinary negatives
     repeats: Repeats
 
     @property
     def positives(self) -> int:
-        """Number of POSITIVE pairs, over all processes once gathered: what a mean divides by."""
+        """The number of POSITIVE pairs, of all processes once gathered: the divisor of a mean."""
         return int((self.own == POSITIVE).sum())
 
     def rows(
         self, start: int, stop: int, device: torch.device | None = None
     ) -> Int8[Tensor, "rows docs"]:
-        """The relation of queries ``start`` to ``stop`` of this process to all documents."""
+        """Return the relation of queries ``start`` to ``stop`` of this process to all documents."""
         policies = self.policies[start:stop]
         others = torch.where(policies > 0, NEGATIVE, IGNORED).to(torch.int8)
         block = others.to(device)[:, None].repeat(1, len(self.owners))
@@ -85,14 +84,14 @@ class Relation:
         return block
 
     def group(self, start: int, stop: int) -> tuple[Int[Tensor, "own"], Int[Tensor, "own"]]:
-        """Rows, counted from ``start``, and columns of the documents that came with them."""
+        """Return rows, counted from ``start``, and columns of the documents of their examples."""
         first = self.first_query + start
         edges = torch.tensor([first, self.first_query + stop])
         low, high = torch.searchsorted(self.owners, edges).tolist()
         return self.owners[low:high] - first, torch.arange(low, high)
 
     def gathered(self) -> "Relation":
-        """The queries of this process against the documents of all of them.
+        """Return the relation of the queries of this process to the documents of all processes.
 
         The columns are in the order of ``gather_rows``.
         """
@@ -113,12 +112,12 @@ def relation_of(
     in_batch: InBatch | Sequence[InBatch] = "all",
     mask_duplicates: bool = True,
 ) -> Relation:
-    """The relation of a batch whose columns are each example's positives, then its negatives.
+    """Return the relation of a batch; columns are each example's positives, then its negatives.
 
     ``in_batch`` may differ by query, so that tasks with and without in-batch negatives can share
-    a batch. Texts are compared as they are; a mined negative that equals a positive of its own
-    query is ignored. Without ``mask_duplicates`` no text is compared with another, as in most
-    published training code.
+    a batch. Texts are compared exactly; a mined negative that equals a positive of its own query
+    is ignored. Without ``mask_duplicates`` texts are not compared, as in most published training
+    code.
     """
     owners: list[int] = []
     own: list[int] = []
@@ -139,12 +138,12 @@ def relation_of(
 
 
 def hash_of(text: str) -> int:
-    """64 bits that are the same in every process, as those of ``hash`` are not.
+    """Return a signed 64-bit hash that, unlike ``hash``, is the same in every process.
 
-    Among 100,000 texts two different ones share them once in three billion batches.
+    Two of 100,000 different texts have the same hash in one of three billion batches.
     """
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    number = fingerprint_number(text)
+    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def _assembled(
@@ -153,7 +152,7 @@ def _assembled(
     first_query: int,
     mask_duplicates: bool,
 ) -> Relation:
-    """Facts are owners, own, texts and questions of the documents of all processes."""
+    """Make a relation from owners, own, texts and questions of the documents of all processes."""
     owners, own, texts, questions = facts
     rows = owners - first_query
     here = (rows >= 0) & (rows < len(policies)) & mask_duplicates
@@ -182,7 +181,7 @@ def _assembled(
 def _runs(
     owners: Int[Tensor, "docs"], keys: Int[Tensor, "docs"], of: Bool[Tensor, "docs"]
 ) -> Repeats:
-    """For the owners of documents ``of``: the documents with the same key."""
+    """Find, for the owners of documents ``of``, the documents with the same key."""
     ranked, columns = keys.sort(stable=True)  # stable: owners ascend inside a run
     begins = torch.searchsorted(ranked, keys[of])
     ends = torch.searchsorted(ranked, keys[of], right=True)

@@ -1,12 +1,11 @@
 """Tokens of training texts, made once and mapped from disk.
 
-A folder holds those of one source and role: ``ids.npy`` (uint32, the texts end to end),
-``offsets.npy`` (int64), what is pooled of each text, and 128 bits of its prompt and its text,
-sorted, to find it by. So a text that is not there, such as a negative that was mined since, is
-tokenized as ever, and what is found is what the tokenizer would say.
+A folder of the cache holds those of one source and role: ``ids.npy`` (uint32, the texts end to
+end), ``offsets.npy`` (int64), ``about.npy`` (which tokens are pooled), and 128 bits of each prompt
+and text, sorted, to find it by. A text that is not there, such as a newly mined negative, is
+tokenized when it is needed.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from tercet import distributed
 from tercet.data.batches.collate import PromptOf, Tokenize
 from tercet.data.files.sources import Source
 from tercet.files.arrays import GrowingArray
+from tercet.files.artifacts import KeptResults, fingerprint
 from tercet.files.atomic import replacing_folder
 from tercet.files.progress import Bars, bar
 from tercet.models.tokens import Tokens
@@ -25,106 +25,115 @@ from tercet.models.zoo.zoo import cache_folder
 from tercet.types import Example, Role
 
 ROLES: Final[tuple[Role, ...]] = ("query", "document")
-_AT_ONCE: Final = 512  # examples
+_EXAMPLES_AT_ONCE: Final = 512
 _VERSION: Final = 1  # raise it when the same tokenizer gives other tokens, or files change
-_ARRAYS: Final = ("ids", "offsets", "about", "keys", "order")
+_ARRAYS: Final = frozenset(("ids", "offsets", "about", "keys", "order"))
 
-_Text: TypeAlias = tuple[np.ndarray, int, tuple[int, int], bool]
-"""Token ids, how many are skipped, the bounds of those left out, and whether it was cut."""
+_TokenizedText: TypeAlias = tuple[np.ndarray, int, tuple[int, int], bool]
+"""Token ids, how many are skipped, the bounds of those left out, and whether it was truncated."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shelf:
+class StoredTokens:
     """The tokens of one source and role."""
 
     ids: np.ndarray  # [tokens] uint32
     offsets: np.ndarray  # [texts + 1] int64
-    about: np.ndarray  # [texts, 4] int32: skipped, bounds of what is left out, whether it was cut
+    about: np.ndarray  # [texts, 4] int32: skipped, bounds of what is left out, whether truncated
     keys: np.ndarray  # [texts, 2] uint64, sorted by the first
-    order: np.ndarray  # [texts] int64, which text a key is that of
-
-    @staticmethod
-    def open(folder: Path) -> "Shelf":
-        """Map the files of a folder."""
-        return Shelf(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
+    order: np.ndarray  # [texts] int64, the text of each key
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """The text of each key; -1 where there is none."""
+        """Return the text of each key; -1 if there is none."""
         places = np.minimum(np.searchsorted(self.keys[:, 0], keys[:, 0]), len(self.keys) - 1)
         known = (self.keys[places] == keys).all(axis=1)
         return np.where(known, self.order[places], -1)
 
+    def text(self, number: int) -> _TokenizedText:
+        """Return the tokens of a text."""
+        ids = self.ids[self.offsets[number] : self.offsets[number + 1]].astype(np.int32)
+        skipped, first, last, truncated = self.about[number].tolist()
+        return ids, skipped, (first, last), bool(truncated)
+
 
 class CachedTokens:
-    """Tokenizes as another function does, and takes what it said before from shelves."""
+    """A ``Tokenize`` function that looks texts up in stored tokens before it calls another one."""
 
-    def __init__(self, tokenize: Tokenize, shelves: Mapping[Role, Sequence[Shelf]]) -> None:
+    def __init__(self, tokenize: Tokenize, stored: Mapping[Role, Sequence[StoredTokens]]) -> None:
         self._tokenize = tokenize
-        self._shelves = {role: list(some) for role, some in shelves.items()}
-        self.missed = 0  # texts that were on no shelf
+        self._stored = {role: list(some) for role, some in stored.items()}
+        self.missed = 0  # texts that were not stored
 
     def __call__(self, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Tokens:
-        """The tokens of these texts."""
-        keys = keys_of(texts, prompts)
-        found: dict[int, tuple[Shelf, int]] = {}
-        shelves = self._shelves.get(role, [])
+        """Return the tokens of these texts."""
+        keys = _keys_of(texts, prompts)
+        found: dict[int, _TokenizedText] = {}
+        stored = self._stored.get(role, [])
         left = np.arange(len(texts))
-        for shelf in list(shelves):
+        for one in list(stored):
             if not len(left):
                 break
-            rows = shelf.find(keys[left])
-            known = rows >= 0
-            for place, row in zip(left[known].tolist(), rows[known].tolist(), strict=True):
-                found[place] = shelf, row
-            if known.any() and shelves[0] is not shelf:  # the texts of a batch are of one source
-                shelves.remove(shelf)
-                shelves.insert(0, shelf)
+            numbers = one.find(keys[left])
+            known = numbers >= 0
+            for place, number in zip(left[known].tolist(), numbers[known].tolist(), strict=True):
+                found[place] = one.text(number)
+            if known.any() and stored[0] is not one:  # the texts of a batch are of one source
+                stored.remove(one)
+                stored.insert(0, one)
             left = left[~known]
         others = left.tolist()
         self.missed += len(others)
         fresh = self._tokenize([texts[i] for i in others], role, [prompts[i] for i in others])
-        return _together(len(texts), found, dict(zip(others, _each(fresh), strict=True)))
+        found |= zip(others, _each(fresh), strict=True)
+        return _joined([found[place] for place in range(len(texts))])
 
 
-def keys_of(texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
-    """128 bits of each prompt and text, as two numbers."""
-    digests = [
-        hashlib.blake2b(f"{len(prompt)} {prompt}{text}".encode(), digest_size=16).digest()
-        for text, prompt in zip(texts, prompts, strict=True)
-    ]
-    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
-
-
-def folder_of(source: Source, role: Role, made_with: str, prompt: str) -> Path:
-    """Where the tokens of a source are kept.
-
-    ``made_with`` is all that they hang on beside texts and prompts: the tokenizer, the greatest
-    length, what is put around texts.
-    """
-    told = repr((_VERSION, source.fingerprint, role, made_with, prompt))
-    digest = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
-    return cache_folder() / "tokens" / digest
-
-
-def build(
-    source: Source,
-    role: Role,
-    folder: Path,
+def stored_tokens(
+    sources: Sequence[Source],
+    made_with: Callable[[Role], str],
     tokenize: Tokenize,
     prompt_of: PromptOf,
     *,
     bars: Bars = bar,
-) -> None:
-    """Write the tokens of all texts of a role; nothing where they are already.
+) -> dict[Role, list[StoredTokens]]:
+    """Return the tokens of all sources by role; the first process makes those that are missing.
 
-    The folder appears when it is complete, and not before.
+    ``made_with`` is all that they depend on besides texts and prompts: the tokenizer, the maximum
+    length, what is put around texts.
 
     Raises:
-        StorageError: when the disk refuses.
-        DataError: when the source has changed since it was opened.
+        StorageError: if the disk refuses; TERCET_CACHE says where the cache is.
+        DataError: if a source has changed since it was opened.
     """
-    if (folder / "order.npy").exists():
-        return
+    cache = KeptResults(cache_folder() / "tokens", _VERSION, mapped=True)
+    found: dict[Role, list[StoredTokens]] = {role: [] for role in ROLES}
+    for role in ROLES:
+        for source in sources:
+            prompt = prompt_of(role, source.task or source.name)
+            key = (source.fingerprint, role, made_with(role), prompt)
+            if distributed.is_main() and _find(cache, key) is None:
+                _write(cache.path(*key), source, role, tokenize, prompt_of, bars)
+            distributed.barrier()
+            stored = _find(cache, key)
+            assert stored is not None, "it was just written"
+            found[role].append(stored)
+    return found
+
+
+def _find(cache: KeptResults, key: tuple[str, ...]) -> StoredTokens | None:
+    kept = cache.find(*key)
+    return StoredTokens(**kept[1]) if kept is not None and kept[1].keys() == _ARRAYS else None
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    role: Role,
+    tokenize: Tokenize,
+    prompt_of: PromptOf,
+    bars: Bars,
+) -> None:
+    """Write the tokens of all texts of a role."""
     keys: list[np.ndarray] = []
     with (
         replacing_folder(folder) as fresh,
@@ -137,7 +146,7 @@ def build(
         end = 0
         for texts, prompts, rows in _texts(source, role, prompt_of):
             tokens = tokenize(texts, role, prompts)
-            keys.append(keys_of(texts, prompts))
+            keys.append(_keys_of(texts, prompts))
             ids.add(np.concatenate(tokens.ids).astype(np.uint32))
             ends = end + np.cumsum(tokens.lengths)
             offsets.add(ends)
@@ -150,12 +159,18 @@ def build(
         np.save(fresh / "order.npy", order.astype(np.int64))
 
 
+def _keys_of(texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+    """Return 128 bits of each prompt and text, as two numbers."""
+    keys = [fingerprint(f"{len(p)} {p}{text}") for text, p in zip(texts, prompts, strict=True)]
+    return np.frombuffer(bytes.fromhex("".join(keys)), "<u8").reshape(-1, 2)
+
+
 def _texts(
     source: Source, role: Role, prompt_of: PromptOf
 ) -> Iterator[tuple[list[str], list[str], int]]:
-    """The texts of a role with their prompts, those of some examples at a time, each once there."""
-    for start in range(0, len(source), _AT_ONCE):
-        rows = range(start, min(start + _AT_ONCE, len(source)))
+    """Yield the distinct texts of a role with their prompts, from some examples at a time."""
+    for start in range(0, len(source), _EXAMPLES_AT_ONCE):
+        rows = range(start, min(start + _EXAMPLES_AT_ONCE, len(source)))
         pairs = dict.fromkeys(
             (text, prompt)
             for example in source.examples(rows)
@@ -176,50 +191,12 @@ def _prompt(example: Example, role: Role, prompt_of: PromptOf) -> str:
     return prompt_of(role, example.task) if own is None else own
 
 
-def _each(tokens: Tokens) -> list[_Text]:
+def _each(tokens: Tokens) -> list[_TokenizedText]:
     left_out = tokens.left_out or [(0, 0)] * len(tokens)
     return list(zip(tokens.ids, tokens.skipped, left_out, tokens.cuts, strict=True))
 
 
-def _together(
-    count: int, found: Mapping[int, tuple[Shelf, int]], fresh: Mapping[int, _Text]
-) -> Tokens:
-    """Texts from shelves and tokenized ones, in order."""
-    tokens = Tokens([], [], 0)
-    for place in range(count):
-        ids, skipped, left, cut = fresh[place] if place in fresh else _taken(*found[place])
-        tokens.ids.append(ids)
-        tokens.skipped.append(skipped)
-        tokens.left_out.append(left)
-        tokens.cuts.append(cut)
-    return Tokens(tokens.ids, tokens.skipped, sum(tokens.cuts), tokens.left_out, cuts=tokens.cuts)
-
-
-def _taken(shelf: Shelf, row: int) -> _Text:
-    ids = shelf.ids[shelf.offsets[row] : shelf.offsets[row + 1]].astype(np.int32)
-    skipped, first, last, cut = shelf.about[row].tolist()
-    return ids, skipped, (first, last), bool(cut)
-
-
-def shelves_of(
-    sources: Sequence[Source],
-    made_with: Callable[[Role], str],
-    tokenize: Tokenize,
-    prompt_of: PromptOf,
-) -> dict[Role, list[Shelf]]:
-    """The tokens of all sources by role; those that are not there are made by the first process.
-
-    Raises:
-        StorageError: when the disk refuses; TERCET_CACHE says where the cache is.
-        DataError: when a source has changed since it was opened.
-    """
-    found: dict[Role, list[Shelf]] = {}
-    for role in ROLES:
-        for source in sources:
-            prompt = prompt_of(role, source.task or source.name)
-            folder = folder_of(source, role, made_with(role), prompt)
-            if distributed.is_main():
-                build(source, role, folder, tokenize, prompt_of)
-            distributed.barrier()
-            found.setdefault(role, []).append(Shelf.open(folder))
-    return found
+def _joined(texts: Sequence[_TokenizedText]) -> Tokens:
+    cuts = [cut for *_, cut in texts]
+    ids, skipped = [ids for ids, *_ in texts], [skipped for _, skipped, *_ in texts]
+    return Tokens(ids, skipped, sum(cuts), [left for _, _, left, _ in texts], cuts=cuts)

@@ -31,14 +31,14 @@ from tercet.evaluate.report.figures import (
     write_png,
 )
 from tercet.evaluate.report.intervals import Interval, interval
-from tercet.evaluate.report.report import Drawing, RunReport, Section, write_report
+from tercet.evaluate.report.page import PageFigure, RunReport, Section, write_report
 from tercet.files.atomic import replacing_file
 from tercet.models.embedder import Embedder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Reading: TypeAlias = Literal["causal", "echo", "bidirectional"]  # echo: causal, each text twice
+ReadingMode: TypeAlias = Literal["causal", "echo", "bidirectional"]  # echo: causal, each text twice
 
 FILE: Final = "diagnosis.json"
 _TEXTS: Final = 5  # of a user's file that are mapped
@@ -62,7 +62,7 @@ PARAGRAPHS: Final = (
 class Diagnosis:
     """What one model showed."""
 
-    prefixes: Mapping[Reading, PrefixResult]  # of an encoder, "bidirectional" alone
+    prefixes: Mapping[ReadingMode, PrefixResult]  # of an encoder, "bidirectional" alone
     maps: tuple[DirectionMap, ...]  # one a text; none of an encoder, which has one direction
 
     def layer_means(self) -> Float64[np.ndarray, "layers"]:
@@ -125,7 +125,7 @@ def diagnose(
 
 def _diagnosis(embedder: Embedder, material: Material, *, control: bool) -> Diagnosis:
     decoder = embedder.backbone.is_decoder
-    prefixes: dict[Reading, PrefixResult] = {}
+    prefixes: dict[ReadingMode, PrefixResult] = {}
     if decoder and control:
         prefixes["causal"] = prefix_sensitivity(embedder, material.triples, attention="causal")
         prefixes["echo"] = prefix_sensitivity(
@@ -180,7 +180,7 @@ def _refuse_other_report(folder: Path) -> None:
 def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Section:
     """The part of a report that shows models, such as the stages of one, side by side."""
     drawings = [
-        Drawing(
+        PageFigure(
             partial(_prefix_figure, found),
             "How alike a beginning is to itself when it goes on with the same meaning in other "
             "words (blue) and with another meaning (orange). A causal model cannot see what "
@@ -190,7 +190,7 @@ def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Secti
     ]
     if _mapped(found):
         drawings.append(
-            Drawing(
+            PageFigure(
                 partial(heat_maps, _mapped(found)),
                 "How alike a token's state is when the same weights read causally and both ways, "
                 "by layer, for the tokens of the first text; at the right the mean of each layer "

@@ -1,8 +1,7 @@
 """BM25, the baseline without a model: it ranks by the words that query and document share.
 
-A gain over it is what a trained embedder is worth. Words are lower-cased runs of word
-characters, with no stemming and no stop words, so that it serves any language alike; or the tokens
-of a model, to see what its sparse vectors have learned beyond counting these.
+Words are lower-cased runs of word characters, without stemming or stop words, so that all languages
+are treated alike; or the tokens of a model, to see what its sparse vectors learned beyond counts.
 """
 
 import logging
@@ -20,13 +19,13 @@ from tercet.models.network.heads import SpecialIds
 from tercet.rank.topk import Hits, largest
 from tercet.types import Role
 
-Split: TypeAlias = Callable[[Sequence[str], Role], list[list[str]]]
-"""The words of each of some texts, which have this role."""
+WordsOf: TypeAlias = Callable[[Sequence[str], Role], list[list[str]]]
+"""A function that returns the words of each of several texts of one role."""
 
-K1: Final = 0.9  # how soon a repeated word stops to add; Anserini's and BEIR's baseline
-B: Final = 0.4  # how far a long document is marked down
+K1: Final = 0.9  # saturation of repeated words; as in Anserini and BEIR's baseline
+B: Final = 0.4  # strength of length normalisation
 
-# Scripts in which a run of letters is more than a word: Han, Kana and Hangul.
+# Scripts written without spaces between words: Han, Kana and Hangul.
 _UNSPACED: Final = (
     "\u1100-\u11ff\u3005-\u3007\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
@@ -36,30 +35,30 @@ _STARTS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased runs of word characters; Han, Kana and Hangul runs cut into pairs.
+    """Return lower-cased runs of word characters; Han, Kana and Hangul runs are cut into bigrams.
 
-    ``"GNU 데이터"`` has the words ``gnu``, ``데이``, ``이터``; a run of one character is itself.
+    ``"GNU 데이터"`` has the words ``gnu``, ``데이``, ``이터``; a run of one character stays whole.
     """
     return [word for run in _WORD.findall(text.lower()) for word in _cut(run)]
 
 
 def by_words(texts: Sequence[str], role: Role) -> list[list[str]]:
-    """The words of each text, which do not depend on its role."""
+    """Return the words of each text, which do not depend on its role."""
     return [words(text) for text in texts]
 
 
 def by_letters(texts: Sequence[str], role: Role) -> list[list[str]]:
-    """Every three letters in a row of each text's words, whose ends count as a letter.
+    """Return the character trigrams of each text's words, with marks for their ends.
 
     ``"Häuser"`` has ``^hä``, ``häu``, ``äus``, ``use``, ``ser`` and ``er$``, so that it shares some
     with ``Haus`` and ``Häusern``: a baseline for languages that inflect or compound words. Han,
-    Kana and Hangul stay in pairs, as in :func:`words`.
+    Kana and Hangul stay in bigrams, as in :func:`words`.
     """
     return [[part for run in words(text) for part in _letters(run)] for text in texts]
 
 
-def by_tokens_of(embedder: Embedder) -> Split:
-    """What an embedder reads of a text as its words: token ids, cut where it cuts the text.
+def by_tokens_of(embedder: Embedder) -> WordsOf:
+    """Return a function whose words are the embedder's token ids, truncated at its length limits.
 
     Prompts are left out, and so are the ids that are never terms of sparse vectors.
     """
@@ -74,46 +73,46 @@ def by_tokens_of(embedder: Embedder) -> Split:
 
 
 def bm25_scores(
-    queries: Sequence[str], docs: Sequence[str], split: Split = by_words
+    queries: Sequence[str], docs: Sequence[str], words_of: WordsOf = by_words
 ) -> Iterator[Float32[np.ndarray, "docs"]]:
-    """For each query in turn, the score of every document: Lucene's BM25, k1 0.9, b 0.4.
+    """Yield for each query the score of every document: Lucene's BM25, k1 0.9, b 0.4.
 
-    A word that stands twice in a query counts twice. A document that shares no word scores 0.
+    A word that occurs twice in a query counts twice. A document that shares no word scores 0.
 
     Raises:
-        MissingExtraError: when bm25s is not installed.
+        MissingExtraError: if bm25s is not installed.
     """
     try:
         import bm25s
     except ImportError as error:
         raise MissingExtraError("BM25", "bm25") from error
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it speaks at the debug level
-    texts = split(docs, "document")
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at the debug level
+    texts = words_of(docs, "document")
     if not any(texts):  # bm25s divides by the mean length
         yield from (np.zeros(len(docs), np.float32) for _ in queries)
         return
     index = bm25s.BM25(k1=K1, b=B, method="lucene")
     index.index(texts, show_progress=False)
-    for query in split(queries, "query"):
+    for query in words_of(queries, "query"):
         known = [word for word in query if word in index.vocab_dict]
         yield index.get_scores(known) if known else np.zeros(len(docs), np.float32)
 
 
 def bm25_top_k(
-    queries: Sequence[str], docs: Sequence[str], k: int, split: Split = by_words
+    queries: Sequence[str], docs: Sequence[str], k: int, words_of: WordsOf = by_words
 ) -> Hits:
-    """The ``k`` best documents of each query; equal scores are ranked by lower row.
+    """Return the ``k`` best documents of each query; equal scores are ranked by lower row.
 
-    Only documents that share a word with the query are listed: after them the row is -1, as in
-    a word index, where the order of all others would be an accident.
+    Only documents that share a word with the query are listed, as in a word index; after them the
+    row is -1.
 
     Raises:
-        MissingExtraError: when bm25s is not installed.
+        MissingExtraError: if bm25s is not installed.
     """
     k = min(k, len(docs))
     scores = np.zeros((len(queries), k), np.float32)
     rows = np.zeros((len(queries), k), np.int64)
-    for query, row_scores in enumerate(bm25_scores(queries, docs, split)):
+    for query, row_scores in enumerate(bm25_scores(queries, docs, words_of)):
         best, places = largest(torch.from_numpy(row_scores)[None], k)
         scores[query], rows[query] = best.numpy(), places.numpy()
     return Hits(scores, np.where(scores > 0, rows, -1))

@@ -19,13 +19,10 @@ import torch
 from torch import Tensor
 
 from tercet.errors import RecipeError
+from tercet.evaluate.measures.retrieval import RetrievalResult, depth_of, evaluate_hits
 from tercet.evaluate.report.intervals import Interval, paired_difference
-from tercet.evaluate.sets.retrieval_set import (
-    RetrievalResult,
-    RetrievalSet,
-    depth_of,
-    evaluate_hits,
-)
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.rank.hybrid import (
     DocumentVectors,
     HybridHits,
@@ -36,7 +33,7 @@ from tercet.rank.hybrid import (
     with_token_scores,
 )
 from tercet.types import Role
-from tercet.vectors import KINDS, Kind, Terms, Vectors, Weights
+from tercet.vectors import Terms, Vectors
 
 ProtocolName: TypeAlias = Literal["exact", "paper", "reference"]
 

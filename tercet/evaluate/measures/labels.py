@@ -1,8 +1,8 @@
-"""How well vectors tell the labels of texts: learned from some of them, or found by clustering.
+"""How well vectors separate labels: classification and clustering of texts.
 
-Classification fits a linear classifier to the vectors of training texts and asks it for the labels
-of others. Clustering asks k-means for as many groups as there are labels, and how well these fit
-them. The baseline of both has a text's weighted words (TF-IDF) in place of a model's vector.
+Classification fits a linear classifier to the vectors of training texts and predicts the labels of
+others. Clustering runs k-means with as many groups as there are labels, and measures how well they
+agree. The baseline of both uses a text's weighted words (TF-IDF) instead of a model's vector.
 """
 
 import warnings
@@ -17,25 +17,22 @@ from tercet.errors import MissingExtraError, RecipeError
 from tercet.evaluate.measures.bm25 import words
 from tercet.evaluate.measures.probe import mean_f1, regression, settle, vector_probe
 from tercet.evaluate.measures.prompts import encode_alike
-from tercet.evaluate.measures.similarity import check_finite
+from tercet.evaluate.measures.sts import check_finite
 from tercet.evaluate.report.intervals import RESAMPLES, Interval
-from tercet.evaluate.sets.label_sets import (
-    ClassificationSet,
-    ClusteringSet,
-    Draws,
-    Statistic,
-    counted,
-    drawn_interval,
-)
+from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, LabelledRows
 from tercet.models.embedder import Embedder
 
-Metric: TypeAlias = Literal["accuracy", "macro F1"]
-METRICS: Final[tuple[Metric, ...]] = ("accuracy", "macro F1")
+ClassificationMetric: TypeAlias = Literal["accuracy", "macro F1"]
+METRICS: Final[tuple[ClassificationMetric, ...]] = ("accuracy", "macro F1")
 ClusteringMetric: TypeAlias = Literal["v-measure"]
 CLUSTERING_METRICS: Final[tuple[ClusteringMetric, ...]] = ("v-measure",)
 
-RUNS: Final = 5  # of k-means, from different beginnings
+Draws: TypeAlias = Int64[np.ndarray, "draws texts"]
+Statistic: TypeAlias = Callable[[Draws], Float64[np.ndarray, "draws"]]
+
+RUNS: Final = 5  # of k-means, from different initial centres
 V_RESAMPLES: Final = 2_000  # each counts all texts once a run
+_CELLS: Final = 1 << 20  # of one block of draws: 8 MB an array
 
 
 # ---- classification --------------------------------------------------------------------------
@@ -43,46 +40,50 @@ V_RESAMPLES: Final = 2_000  # each counts all texts once a run
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClassificationResult:
-    """The labels that a classifier told of the test texts of a set."""
+    """The labels that a classifier predicted for the test texts of a set."""
 
     data: ClassificationSet
     predicted: Int64[np.ndarray, "texts"]
 
-    def score(self, metric: Metric = "accuracy") -> float:
-        """The share of labels told right, or the mean F1 of the labels that occur in the test."""
-        return float(self._statistic(metric)(self.data.test.once)[0])
+    def score(self, metric: ClassificationMetric = "accuracy") -> float:
+        """Return the share of correct labels, or the mean F1 of the labels in the test texts."""
+        return float(self._statistic(metric)(_each_once(self.data.test))[0])
 
     def interval(
-        self, metric: Metric = "accuracy", *, resamples: int = RESAMPLES, seed: int = 0
-    ) -> Interval:
-        """The score with its bootstrap interval over test texts; what was learned stays."""
-        return drawn_interval(self.data.test, self._statistic(metric), resamples, seed)
-
-    def minus(
         self,
-        other: "ClassificationResult",
-        metric: Metric = "accuracy",
+        metric: ClassificationMetric = "accuracy",
         *,
         resamples: int = RESAMPLES,
         seed: int = 0,
     ) -> Interval:
-        """How much higher this score is than another one on the same texts: both of each draw."""
+        """Return the score with its bootstrap interval over test texts, the classifier fixed."""
+        return _drawn_interval(self.data.test, self._statistic(metric), resamples, seed)
+
+    def minus(
+        self,
+        other: "ClassificationResult",
+        metric: ClassificationMetric = "accuracy",
+        *,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+    ) -> Interval:
+        """Return by how much this score is higher than another one, on the same draws of texts."""
         assert self.data.test.texts == other.data.test.texts, "two classifiers on one set"
         one, two = self._statistic(metric), other._statistic(metric)
-        return drawn_interval(
+        return _drawn_interval(
             self.data.test, lambda drawn: one(drawn) - two(drawn), resamples, seed
         )
 
-    def _statistic(self, metric: Metric) -> Statistic:
-        truth, told, none = self.data.test.labels, self.predicted, len(self.data.labels)
-        right = truth == told
+    def _statistic(self, metric: ClassificationMetric) -> Statistic:
+        truth, predicted, wrong = self.data.test.labels, self.predicted, len(self.data.labels)
+        right = truth == predicted
         if metric == "accuracy":
             return lambda drawn: right[drawn].mean(axis=1)
         used = self.data.test.used
-        codes = (np.where(right, truth, none), truth, told)
+        codes = (np.where(right, truth, wrong), truth, predicted)
 
         def macro_f1(drawn: Draws) -> Float64[np.ndarray, "draws"]:
-            counts = [counted(each, drawn, none + 1)[:, used] for each in codes]
+            counts = [_counted(each, drawn, wrong + 1)[:, used] for each in codes]
             return mean_f1(np.stack(counts, axis=-1).astype(np.float64))
 
         return macro_f1
@@ -93,19 +94,19 @@ def evaluate_classification(
     train: Float[np.ndarray, "train dim"],
     test: Float[np.ndarray, "test dim"],
 ) -> ClassificationResult:
-    """Learn from vectors of the train texts, by logistic regression, and tell the test labels.
+    """Fit a logistic regression to vectors of the train texts, and predict the test labels.
 
     Raises:
-        RecipeError: when the train texts have one label only.
-        ModelError: when a vector is not finite.
-        MissingExtraError: when scikit-learn is not installed.
+        RecipeError: if the train texts have fewer than two labels.
+        ModelError: if a vector is not finite.
+        MissingExtraError: if scikit-learn is not installed.
     """
     _need_labels(data)
     for vectors in (train, test):
         check_finite(vectors)
     model = regression("classification", train.shape[1])
-    tell = vector_probe(model, train.astype(np.float32), data.train.labels)
-    return ClassificationResult(data, tell(test.astype(np.float32)))
+    classify = vector_probe(model, train.astype(np.float32), data.train.labels)
+    return ClassificationResult(data, classify(test.astype(np.float32)))
 
 
 def measure_classification(
@@ -116,24 +117,24 @@ def measure_classification(
     dims: int | None = None,
     progress: bool = False,
 ) -> ClassificationResult:
-    """Encode all texts as queries, with the prompt of the ``task`` or the default one, and learn.
+    """Encode all texts as queries, with the prompt of the task or the default one, and classify.
 
     Raises:
-        RecipeError: for a task that the model has no prompts for, or train texts of one label.
-        MissingExtraError: when scikit-learn is not installed.
+        RecipeError: if the model has no prompts for the task, or the train texts have one label.
+        MissingExtraError: if scikit-learn is not installed.
     """
-    regression("classification")  # a missing package is told before the encoder works for minutes
+    regression("classification")  # raises for a missing package before minutes of encoding
     texts = (*data.train.texts, *data.test.texts)
     vectors = encode_alike(embedder, texts, task=task, dims=dims, progress=progress)
     return evaluate_classification(data, *np.split(vectors, [len(data.train.texts)]))
 
 
 def measure_classification_by_words(data: ClassificationSet) -> ClassificationResult:
-    """The baseline without a model: the same classifier on the weighted words of each text.
+    """Measure the baseline without a model: the same classifier on the TF-IDF of each text.
 
     Raises:
-        RecipeError: when the train texts have one label only, or no words.
-        MissingExtraError: when scikit-learn is not installed.
+        RecipeError: if the train texts have fewer than two labels, or no words.
+        MissingExtraError: if scikit-learn is not installed.
     """
     _need_labels(data)
     model, weights = regression("classification"), _word_weights(data.train.texts)
@@ -154,14 +155,14 @@ class ClusteringResult:
     @property
     def runs(self) -> tuple[float, ...]:
         """The v-measure of each run."""
-        once = self.data.rows.once
+        once = _each_once(self.data.rows)
         return tuple(float(self._v_measure(each)(once)[0]) for each in self.clusters)
 
     def score(self) -> float:
-        """The mean v-measure of the runs (Rosenberg and Hirschberg 2007).
+        """Return the mean v-measure of the runs (Rosenberg and Hirschberg 2007).
 
-        It is the harmonic mean of how pure the groups are and how whole the labels stay: their
-        mutual information, divided by the mean of both entropies. 1 where groups are the labels.
+        The v-measure is the harmonic mean of homogeneity and completeness: the mutual information
+        of groups and labels, divided by the mean of both entropies. 1 if they are the same.
         """
         return float(np.mean(self.runs))
 
@@ -172,13 +173,13 @@ class ClusteringResult:
         resamples: int = V_RESAMPLES,
         seed: int = 0,
     ) -> Interval:
-        """The score with its bootstrap interval over texts; the groups stay as they are.
+        """Return the score with its bootstrap interval over texts, the groups fixed.
 
-        A draw has fewer different texts than the set, and so a v-measure that is too high; the
-        draws are moved until their mean is the score. Below some 30 texts a label the interval is
-        a little too narrow.
+        A draw has fewer different texts than the set, and so its v-measure is too high; the draws
+        are shifted so that their mean is the score. Below about 30 texts a label the interval is
+        slightly too narrow.
         """
-        return drawn_interval(self.data.rows, self._mean, resamples, seed, centred=True)
+        return _drawn_interval(self.data.rows, self._mean, resamples, seed, centred=True)
 
     def minus(
         self,
@@ -188,9 +189,9 @@ class ClusteringResult:
         resamples: int = V_RESAMPLES,
         seed: int = 0,
     ) -> Interval:
-        """How much higher this score is than another one on the same texts: both of each draw."""
+        """Return by how much this score is higher than another one, on the same draws of texts."""
         assert self.data.rows.texts == other.data.rows.texts, "two clusterings of one set"
-        return drawn_interval(
+        return _drawn_interval(
             self.data.rows,
             lambda drawn: self._mean(drawn) - other._mean(drawn),
             resamples,
@@ -204,17 +205,17 @@ class ClusteringResult:
     def _v_measure(self, clusters: Int64[np.ndarray, "texts"]) -> Statistic:
         truth, width = self.data.rows.labels, int(clusters.max()) + 1
         height, texts = len(self.data.labels), len(truth)
-        logs = np.arange(texts + 1) * np.log(np.maximum(np.arange(texts + 1), 1))  # of n, n log n
+        logs = np.arange(texts + 1) * np.log(np.maximum(np.arange(texts + 1), 1))  # n log n
 
         def entropy(counts: Int64[np.ndarray, "draws cells"]) -> Float64[np.ndarray, "draws"]:
             return np.log(texts) - logs[counts].sum(axis=1) / texts
 
         def v_measure(drawn: Draws) -> Float64[np.ndarray, "draws"]:
-            counts = counted(truth * width + clusters, drawn, height * width)
+            counts = _counted(truth * width + clusters, drawn, height * width)
             table = counts.reshape(-1, height, width)
             both = entropy(table.sum(axis=2)) + entropy(table.sum(axis=1))
             shared = both - entropy(counts)
-            # One label in one group: nothing is mixed, and nothing torn apart.
+            # One label in one group counts as perfect.
             return np.divide(2 * shared, both, out=np.ones(len(both)), where=both > 1e-12)
 
         return v_measure
@@ -226,8 +227,8 @@ def evaluate_clustering(
     """Group vectors (or the rows of a sparse matrix) by k-means, k being the number of labels.
 
     Raises:
-        ModelError: when a vector is not finite.
-        MissingExtraError: when scikit-learn is not installed.
+        ModelError: if a vector is not finite.
+        MissingExtraError: if scikit-learn is not installed.
     """
     _need_sklearn()
     from sklearn.cluster import KMeans
@@ -235,11 +236,11 @@ def evaluate_clustering(
 
     if isinstance(vectors, np.ndarray):
         check_finite(vectors)
-    once: dict[str, Any] = {"n_init": 1}  # its annotation knows texts only
+    once: dict[str, Any] = {"n_init": 1}  # scikit-learn annotates it as a string only
     found = []
     for run in range(runs):
         means = KMeans(len(data.labels), **once, random_state=seed + run)
-        with warnings.catch_warnings():  # of fewer different vectors than labels
+        with warnings.catch_warnings():  # about fewer distinct vectors than labels
             warnings.simplefilter("ignore", ConvergenceWarning)
             found.append(means.fit_predict(vectors).astype(np.int64))
     return ClusteringResult(data, np.stack(found))
@@ -256,8 +257,8 @@ def measure_clustering(
     """Encode all texts as queries, with the prompt of the ``task`` or the default one, and group.
 
     Raises:
-        RecipeError: for a task that the model has no prompts for.
-        MissingExtraError: when scikit-learn is not installed.
+        RecipeError: if the model has no prompts for the task.
+        MissingExtraError: if scikit-learn is not installed.
     """
     _need_sklearn()
     texts = data.rows.texts
@@ -266,22 +267,57 @@ def measure_clustering(
 
 
 def measure_clustering_by_words(data: ClusteringSet) -> ClusteringResult:
-    """The baseline without a model: k-means of the weighted words of each text.
+    """Measure the baseline without a model: k-means of the TF-IDF of each text.
 
     Raises:
-        RecipeError: when the texts have no words.
-        MissingExtraError: when scikit-learn is not installed.
+        RecipeError: if the texts have no words.
+        MissingExtraError: if scikit-learn is not installed.
     """
     _need_sklearn()
     return evaluate_clustering(data, _word_weights(data.rows.texts)(data.rows.texts))
 
 
-# ---- what both share -------------------------------------------------------------------------
+# ---- shared by both --------------------------------------------------------------------------
+
+
+def _each_once(rows: LabelledRows) -> Draws:
+    """Return one draw that has each text once."""
+    return np.arange(len(rows.texts))[None]
+
+
+def _counted(
+    codes: Int64[np.ndarray, "texts"], drawn: Draws, kinds: int
+) -> Int64[np.ndarray, "draws {kinds}"]:
+    """Return how often each code occurs in each draw."""
+    places = codes[drawn]
+    places += kinds * np.arange(len(drawn))[:, None]
+    return np.bincount(places.ravel(), minlength=len(drawn) * kinds).reshape(len(drawn), kinds)
+
+
+def _drawn_interval(
+    rows: LabelledRows, figure: Statistic, resamples: int, seed: int, *, centred: bool = False
+) -> Interval:
+    """Return a figure of all texts, and its bootstrap interval (percentile method).
+
+    ``centred`` draws are shifted so that their mean is the figure of all texts.
+    """
+    texts, random = len(rows.texts), np.random.default_rng(seed)
+    found = np.empty(resamples)
+    cells = (int(rows.labels.max()) + 1) ** 2  # of the table of labels and groups
+    at_once = max(1, _CELLS // max(texts, cells))
+    for start in range(0, resamples, at_once):
+        part = found[start : start + at_once]
+        part[:] = figure(random.integers(0, texts, (len(part), texts)))
+    whole = float(figure(_each_once(rows))[0])
+    if centred:
+        found += whole - found.mean()
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Interval(whole, float(low), float(high), texts, resamples, seed)
 
 
 def _need_labels(data: ClassificationSet) -> None:
     if len(data.train.used) < 2:
-        raise RecipeError("the train texts have one label only; two are needed to tell apart")
+        raise RecipeError("the train texts have only one label; at least two are needed")
 
 
 def _need_sklearn() -> None:
@@ -292,11 +328,11 @@ def _need_sklearn() -> None:
 
 
 def _word_weights(texts: Sequence[str]) -> Callable[[Sequence[str]], Any]:
-    """A function from texts to sparse rows: word counts, damped, rare words weighing more."""
+    """Return a function from texts to sparse rows: sublinear word counts by inverse frequency."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(words(text) for text in texts):
-        raise RecipeError("no text holds a word; leave the comparison with words out (--no-bm25)")
+        raise RecipeError("no text contains a word; leave out the baseline of words (--no-bm25)")
     how: dict[str, Any] = {"analyzer": words, "sublinear_tf": True, "dtype": np.float32}
     weighing = TfidfVectorizer(**how)
     return weighing.fit(texts).transform

@@ -33,7 +33,7 @@ _NEEDS: Final = "the word probe"
 _BIO = re.compile(r"O|[BI]-.+")
 
 Predicted: TypeAlias = tuple[tuple[str, ...], ...]
-Span: TypeAlias = tuple[str, int, int]  # kind, first word, and the word after the last
+EntitySpan: TypeAlias = tuple[str, int, int]  # kind, first word, and the word after the last
 # Of each sentence and label: words (or spans) told right, there in truth, told at all.
 Tallies: TypeAlias = Float64[np.ndarray, "sentences labels 3"]
 
@@ -50,7 +50,7 @@ class WordResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class ProbedModel:
     """A model to compare, loaded when its turn comes, so that one at a time is in memory."""
 
     name: str
@@ -110,7 +110,7 @@ def word_probe(
 
 
 def compare_words(
-    stages: Sequence[Stage],
+    stages: Sequence[ProbedModel],
     train: Sequence[LabelledSentence],
     test: Sequence[LabelledSentence],
     *,
@@ -233,13 +233,13 @@ def word_differences(
     return {metric: _interval((first[metric], second[metric]), seed) for metric in first}
 
 
-def entities(labels: Sequence[str]) -> set[Span]:
+def entities(labels: Sequence[str]) -> set[EntitySpan]:
     """The spans that B-, I- and O labels mark; an unlabelled word is O.
 
     As conlleval reads them: I- goes on with a span of its kind, and begins one where there is
     none. So both writings, with B- at each beginning or only between neighbours, are read.
     """
-    found: set[Span] = set()
+    found: set[EntitySpan] = set()
     kind, start = "", 0
     for place, label in enumerate((*labels, "O")):
         prefix, _, of = label.partition("-")

@@ -1,4 +1,4 @@
-"""What vectors know of labels: a linear classifier learned from them alone, and its mean F1."""
+"""A linear classifier of vectors, to see what they know about labels, and its mean F1."""
 
 import logging
 import warnings
@@ -13,19 +13,19 @@ from tercet.errors import MissingExtraError
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-# Weights are drawn to zero so that the scores of a standardised vector vary by about this much
-# at any width. Chosen once, on training sentences of the example data that were kept apart.
+# The regularisation keeps the variance of the scores of a standardised vector near this value at
+# any width. Chosen once, on held-out training sentences of the example data.
 SCORE_VARIANCE: Final = 6.0
-MAX_STEPS: Final = 300  # of its solver
+MAX_STEPS: Final = 300  # of the solver
 
 log = logging.getLogger("tercet")
 
 
 def regression(what: str, hidden: int = 1) -> "LogisticRegression":
-    """A logistic regression for standardised vectors of this width; ``what`` is it that needs it.
+    """Return a logistic regression for standardised vectors; ``what`` names its user in an error.
 
     Raises:
-        MissingExtraError: when scikit-learn is not installed.
+        MissingExtraError: if scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -35,20 +35,20 @@ def regression(what: str, hidden: int = 1) -> "LogisticRegression":
 
 
 def settle(model: "LogisticRegression", features: Any, labels: np.ndarray) -> None:
-    """Fit the regression; that it was stopped early is said in our words."""
+    """Fit the regression, and log if it was stopped early."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(features, labels)
     if max(model.n_iter_) >= MAX_STEPS:
-        log.warning("the probe was stopped after %d steps, before it settled", MAX_STEPS)
+        log.warning("the probe was stopped after %d steps, before it converged", MAX_STEPS)
 
 
 def vector_probe(
     model: "LogisticRegression", vectors: Float32[np.ndarray, "rows hidden"], labels: np.ndarray
 ) -> Callable[[Float32[np.ndarray, "_ hidden"]], np.ndarray]:
-    """A function from vectors to labels, learned from these; each coordinate is standardised."""
+    """Return a function from vectors to labels, learned from these vectors, standardised."""
     mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
     features = vectors - mean
     deviation = np.sqrt(np.einsum("wh,wh->h", features, features) / len(features))
@@ -65,13 +65,13 @@ def vector_probe(
 
 
 def mean_f1(tallies: Float64[np.ndarray, "*rest labels 3"]) -> Float64[np.ndarray, "*rest"]:
-    """2 right / (there + told), averaged over labels; NaN where nothing is there or told.
+    """Return 2 correct / (true + predicted), averaged over labels; NaN if there are none.
 
-    Of each label, a tally holds how many were told right, are there in truth, were told at all.
+    For each label, a tally holds how often it was predicted correctly, is true, was predicted.
     """
-    right, there, told = np.moveaxis(tallies, -1, 0)
-    defined = there + told > 0
-    f1 = np.divide(2 * right, there + told, out=np.zeros_like(right), where=defined)
+    correct, true, predicted = np.moveaxis(tallies, -1, 0)
+    defined = true + predicted > 0
+    f1 = np.divide(2 * correct, true + predicted, out=np.zeros_like(correct), where=defined)
     labels = defined.sum(axis=-1)
     nothing = np.full(labels.shape, np.nan)
     return np.divide(f1.sum(axis=-1), labels, out=nothing, where=labels > 0)

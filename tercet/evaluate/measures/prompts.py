@@ -1,9 +1,8 @@
-"""Which of a model's prompts an evaluation uses, and a word where it uses none.
+"""Which of a model's prompts an evaluation uses.
 
-A model that learned with prompts is another one without them, so a figure measured that way says
-little of it. A task that the model has prompts for is measured with those; anything else with its
-default prompts. Where there are none, the verb ``eval`` refuses to measure, unless it is told to
-drop the prompts; a function warns.
+A task that the model has prompts for is measured with those; any other with its default prompts. A
+model that was trained with prompts is not measured fairly without: if it has no default ones,
+``tercet eval`` raises unless ``--no-prompts`` is given, and functions warn.
 """
 
 import logging
@@ -27,16 +26,16 @@ _SHOWN = 5  # prompts that a warning quotes
 
 
 def task_names(data: Path, *, examples: bool = False) -> tuple[str, ...]:
-    """Names that a file or folder of evaluation data goes by, the best one first.
+    """Return names under which a model may know the task of evaluation data, the best one first.
 
-    Of ``examples``, that is the task that all of its records name, if they name one.
+    For ``examples`` that is the task that all of its records name, then the name of the path.
     """
     named = {example.task for example in iter_examples(data)} if examples else set()
     return (*(named if len(named) == 1 else ()), data.stem)
 
 
 def known_task(settings: Settings, names: Sequence[str]) -> str | None:
-    """The first of these names that is a task the model has prompts for."""
+    """Return the first of these names that is a task the model has prompts for."""
     return next((name for name in names if name in settings.task_prompts), None)
 
 
@@ -49,46 +48,45 @@ def encode_alike(
     dims: int | None = None,
     progress: bool = False,
 ) -> Float32[np.ndarray, "texts dim"]:
-    """Vectors of texts of which none is searched, so that all get the prompt of one role.
+    """Return vectors of texts that all get the prompt of one role, since none is searched.
 
-    A task without a prompt for this role takes the default one.
+    A task without a prompt for this role uses the default one.
 
     Raises:
-        RecipeError: for a task that the model has no prompts for.
+        RecipeError: if the model has no prompts for the task.
     """
     settings = embedder.settings
     if task is not None:
-        settings.prompt(role, task)  # refuses an unknown one
+        settings.prompt(role, task)  # raises for an unknown task
         task = task if role in settings.task_prompts[task] else None
     warn_unprompted(settings, role, task)
     return embedder.encode(texts, role, task=task, dims=dims, progress=progress)
 
 
 def warn_unprompted(settings: Settings, role: Role, task: str | None) -> None:
-    """Say so where texts of this role get no prompt, though the model has learned some for them.
+    """Log if texts of this role get no prompt, although the model was trained with some.
 
-    A task whose prompt is empty is right without one.
+    A task whose prompt is empty needs none.
     """
     if _unprompted(settings, role, task):
         log.warning(
             "a %s gets no prompt, but the model was trained with some, so its figures may be too "
-            "low; name a task of its (--task, or task=): %s",
+            "low; name one of its tasks (--task, or task=): %s",
             role,
             _known(settings),
         )
 
 
 def require_prompt(settings: Settings, role: Role, task: str | None, *, what: str) -> None:
-    """Check that texts of this role get a prompt, if the model has learned some for them.
+    """Check that texts of this role get a prompt, if the model was trained with some.
 
     Raises:
-        RecipeError: naming the prompts, and how to measure without one all the same.
+        RecipeError: naming the prompts, and how to measure without one.
     """
     if _unprompted(settings, role, task):
         raise RecipeError(
-            f"{what}: a {role} gets no prompt, but the model was trained with some; name a task of "
-            "its (--task), or measure without prompts all the same (--no-prompts): "
-            f"{_known(settings)}"
+            f"{what}: a {role} gets no prompt, but the model was trained with some; name one of "
+            f"its tasks (--task), or measure without prompts (--no-prompts): {_known(settings)}"
         )
 
 
@@ -98,18 +96,18 @@ def _unprompted(settings: Settings, role: Role, task: str | None) -> bool:
 
 
 def drop_prompts(embedder: Embedder) -> None:
-    """Take a model's prompts away, to see what they are worth, and say which ones these were."""
+    """Remove a model's prompts, to measure it without, and log which ones they were."""
     settings = embedder.settings
     embedder.settings = replace(settings, prompts={}, task_prompts={})
     if any(True for _ in named_prompts(settings)):
         log.warning(
-            "measured without prompts, as asked, but the model was trained with some: %s",
+            "measured without prompts, as requested, but the model was trained with some: %s",
             _known(settings),
         )
 
 
 def _known(settings: Settings) -> str:
-    """The model's prompts, by role, or by task and role."""
+    """Return the model's prompts by role, or by task and role, for a message."""
     known = [f"{name} {shortened(prompt)!r}" for name, prompt in named_prompts(settings)]
     more = len(known) - _SHOWN
     return ", ".join(known[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

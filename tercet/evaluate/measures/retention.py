@@ -1,73 +1,77 @@
-"""What small vectors keep of a model's quality: fewer coordinates, in codes of 8, 4 or 1 bits.
+"""How much quality small vectors keep: fewer coordinates, stored in codes of 8, 4 or 1 bits.
 
-Documents are what takes room, so they alone are in codes; queries stay as they are. Ranges that the
-model has none of are learned from the documents of the set, as whoever builds an index could do it.
-Its queries and judgements are never looked at for that.
+Documents take the space, so only they are stored in codes; queries stay in full. Missing ranges of
+codes are learned from the documents of the set, as someone who builds an index could do; never from
+its queries or judgements.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 
 from tercet.errors import RecipeError
-from tercet.evaluate.measures.prompts import warn_unprompted
-from tercet.evaluate.report.intervals import Interval, paired_difference
-from tercet.evaluate.sets.retrieval_set import (
+from tercet.evaluate.measures.retrieval import (
     RetrievalResult,
-    RetrievalSet,
     depth_of,
+    encode_both,
     evaluate_hits,
     evaluate_retrieval,
 )
+from tercet.evaluate.report.intervals import Interval
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.models.embedder import Embedder
 from tercet.models.kept import quantizer_of
 from tercet.models.settings import Settings
 from tercet.rank.coded import FACTOR, top_k_coded
 from tercet.rank.quantized import (
+    PRECISIONS,
     STORED,
     Codes,
     Precision,
     Quantizer,
+    Ranges,
     Stored,
     bytes_of,
     codes_of,
     truncated,
 )
 
-Queries: TypeAlias = Float[np.ndarray, "queries dims"]
-Documents: TypeAlias = Float[np.ndarray, "docs dims"]
+log = logging.getLogger("tercet")
+
+QueryVectors: TypeAlias = Float[np.ndarray, "queries dims"]
+DocumentVectors: TypeAlias = Float[np.ndarray, "docs dims"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Retained:
-    """How well documents are found whose vectors are stored in one way.
+    """How well documents are found if their vectors are stored in one way.
 
-    Of ``binary+int8`` the bits are searched, and what they find is scored again by int8 codes,
-    which are read from the disk for those documents alone.
+    With ``binary+int8`` the bits are searched, and the candidates are scored again by int8 codes,
+    which are read from disk for them alone.
     """
 
     dims: int
     stored: Stored
     bytes: int  # a vector
     result: RetrievalResult
-    limit: float | None = None  # of the codes; None: there are none
+    limit: float | None = None  # of the codes; None: stored without codes
     learned: bool = False  # from the documents of the set
 
     @property
     def name(self) -> str:
-        """Such as ``256 int4``."""
+        """Return a name such as ``256 int4``."""
         return f"{self.dims} {self.stored}"
 
     def minus(self, other: "Retained", metric: str, seed: int = 0) -> Interval:
-        """By how much it is better on the same queries: below zero, it loses."""
-        after, before = (each.result.scores[metric] for each in (self, other))
-        return paired_difference(after, before, seed=seed)
+        """Return the difference on the same queries: below zero, this one is worse."""
+        return self.result.minus(other.result, metric, seed=seed)
 
 
-def retention(  # noqa: PLR0913 (each is a choice of its own, with a default)
+def retention(  # noqa: PLR0913 (independent choices, each with a default)
     embedder: Embedder,
     data: RetrievalSet,
     *,
@@ -78,31 +82,29 @@ def retention(  # noqa: PLR0913 (each is a choice of its own, with a default)
     factor: int = FACTOR,
     progress: bool = False,
 ) -> list[Retained]:
-    """Every way to store the documents' vectors, of one encoding: first in full, then others.
+    """Measure every way to store the documents' vectors, after one encoding: first in full.
 
     ``dims`` are numbers of coordinates to keep, besides all of them.
 
     Raises:
-        RecipeError: for a task that the model has no prompts for, or ``dims`` out of range.
+        RecipeError: if the model has no prompts for the task, or ``dims`` are out of range.
     """
     for kept in dims:
         if not 0 < kept <= embedder.dim:
-            raise RecipeError(
-                f"dims is {kept}, but the model's vectors have {embedder.dim} coordinates"
-            )
-    queries, documents = _encoded(embedder, data, task, progress)
+            raise RecipeError(f"dims must be between 1 and {embedder.dim}; got {kept}")
+    queries, documents = encode_both(embedder, data, task=task, progress=progress)
     widths = sorted({embedder.dim, *dims}, reverse=True)
     ways: dict[tuple[int, Stored], None] = {(embedder.dim, "float32"): None}
     ways |= dict.fromkeys((kept, each) for kept in widths for each in stored)
     found = []
     for kept, each in ways:
-        sides = _kept(queries, kept), _kept(documents, kept)
-        how = Storing(data, *sides, embedder.settings, names or data.metrics, factor)
-        found.append(how.measured(each))
+        sides = _first(queries, kept), _first(documents, kept)
+        storage = StoredDocuments(data, *sides, embedder.settings, names or data.metrics, factor)
+        found.append(storage.measured(each))
     return found
 
 
-def measure_coded(  # noqa: PLR0913 (each is a choice of its own, with a default)
+def measure_coded(  # noqa: PLR0913 (independent choices, each with a default)
     embedder: Embedder,
     data: RetrievalSet,
     precision: Precision,
@@ -112,52 +114,38 @@ def measure_coded(  # noqa: PLR0913 (each is a choice of its own, with a default
     factor: int = FACTOR,
     progress: bool = False,
 ) -> Retained:
-    """One way of them, as ``tercet eval --dims 256 --precision int4`` measures it.
+    """Measure one way to store documents, as ``tercet eval --dims 256 --precision int4`` does.
 
     Raises:
-        RecipeError: for a task that the model has no prompts for, or ``dims`` out of range.
+        RecipeError: if the model has no prompts for the task, or ``dims`` is out of range.
     """
-    queries, documents = _encoded(embedder, data, task, progress, dims)
-    how = Storing(data, queries, documents, embedder.settings, data.metrics, factor)
-    return how.measured(precision)
+    sides = encode_both(embedder, data, task=task, dims=dims, progress=progress)
+    storage = StoredDocuments(data, *sides, embedder.settings, data.metrics, factor)
+    return storage.measured(precision)
 
 
-def _encoded(
-    embedder: Embedder,
-    data: RetrievalSet,
-    task: str | None,
-    progress: bool,
-    dims: int | None = None,
-) -> tuple[Queries, Documents]:
-    warn_unprompted(embedder.settings, "query", task)
-    how: Mapping[str, Any] = {"task": task, "dims": dims, "progress": progress}
-    queries = embedder.encode(data.queries, "query", **how)
-    return queries, embedder.encode(data.documents, "document", **how)
-
-
-def _kept(vectors: Float[np.ndarray, "texts dims"], kept: int) -> Float[np.ndarray, "texts kept"]:
-    """Vectors in full stay what the model makes, of whatever length."""
+def _first(vectors: Float[np.ndarray, "texts dims"], kept: int) -> Float[np.ndarray, "texts kept"]:
+    """Keep the first coordinates; whole vectors stay unchanged, whatever their norm."""
     return vectors if kept == vectors.shape[1] else truncated(vectors, kept)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Storing:
-    """Vectors of both sides, and how they are measured once they are stored."""
+class StoredDocuments:
+    """Vectors of both sides, to measure search in documents that are stored in some way."""
 
     data: RetrievalSet
-    queries: Queries
-    documents: Documents
+    queries: QueryVectors
+    documents: DocumentVectors
     settings: Settings
     names: Sequence[str]
     factor: int
 
     def measured(self, stored: Stored) -> Retained:
-        """How well documents are found that are stored in this way."""
+        """Measure how well documents are found that are stored like this."""
         dims = self.documents.shape[1]
         if stored == "float32":
             found = evaluate_retrieval(self.data, self.queries, self.documents, names=self.names)
             return Retained(dims, stored, bytes_of(stored, dims), found)
-        learned = dims not in self.settings.ranges
         codes, *others = map(self._codes, codes_of(stored))
         finer = others[0] if others else None
         depth = max(map(depth_of, self.names))
@@ -168,12 +156,55 @@ class Storing:
             bytes_of(stored, dims),
             evaluate_hits(self.data, hits, names=self.names),
             (codes if finer is None else finer).quantizer.limit,
-            learned,
+            learned=dims not in self.settings.ranges,
         )
 
     def _codes(self, precision: Precision) -> Codes:
-        """The documents in codes, whose ranges are learned here unless the model has them."""
+        """Encode the documents; their ranges are learned here if the model has none."""
         dims = self.documents.shape[1]
         if dims not in self.settings.ranges:
             return Quantizer.learned(self.documents, precision).codes(self.documents)
         return quantizer_of(self.settings, precision, dims).codes(self.documents)
+
+
+def chosen_dims(embedder: Embedder, dims: Sequence[int] | None) -> list[int]:
+    """Return ``dims``, or the full dimension and those that the model was trained for, falling.
+
+    Raises:
+        RecipeError: if one is out of range.
+    """
+    trained = {embedder.dim, *embedder.settings.dims}
+    wanted = sorted(set(dims or trained), reverse=True)
+    if wrong := [kept for kept in wanted if not 0 < kept <= embedder.dim]:
+        raise RecipeError(f"--dims must be between 1 and {embedder.dim}; got {wrong[0]}")
+    if untrained := set(wanted) - trained:
+        numbers = ", ".join(map(str, sorted(untrained)))
+        log.warning(
+            "the model was not trained to be cut to %s coordinates; that costs more quality",
+            numbers,
+        )
+    return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class CodeError:
+    """What is lost when some vectors become codes of one precision."""
+
+    precision: Precision
+    limit: float  # codes reach this far on either side of the centre
+    beyond: float  # share of coordinates outside, which are cut
+    error: float  # root mean squared distance between a vector and its decoded codes
+
+
+def code_errors(ranges: Ranges, vectors: Float[np.ndarray, "texts dims"]) -> list[CodeError]:
+    """Measure the codes of every precision on vectors."""
+    distances = vectors - np.array(ranges.centre, dtype=np.float32)
+    return [
+        CodeError(
+            each.precision,
+            each.limit,
+            float((np.abs(distances) > each.limit).mean()),
+            ((each.rounded(distances) - distances) ** 2).sum(axis=1).mean() ** 0.5,
+        )
+        for each in map(ranges.quantizer, PRECISIONS)
+    ]

@@ -1,42 +1,127 @@
-"""Measure an embedder on a retrieval set, and what a baseline without a model gets there."""
+"""How well vectors, or any ranking, find the documents that people judged relevant."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor
+from jaxtyping import Float, Float64, Int64
 
-from tercet.evaluate.measures.bm25 import Split, bm25_top_k, by_words
-from tercet.evaluate.measures.by_kind import (
-    KindsResult,
-    ProtocolName,
-    feasible,
-    search_kinds,
-)
-from tercet.evaluate.measures.prompts import known_task, warn_unprompted
-from tercet.evaluate.measures.tuned_weights import candidates
-from tercet.evaluate.sets.retrieval_set import (
-    RetrievalResult,
-    RetrievalSet,
-    evaluate_hits,
-    evaluate_retrieval,
-    pair_scores,
-)
-from tercet.files.progress import Advance, bar
+from tercet import metrics
+from tercet.errors import RecipeError
+from tercet.evaluate.measures.answer_match import with_answers
+from tercet.evaluate.measures.bm25 import WordsOf, bm25_top_k, by_words
+from tercet.evaluate.measures.prompts import warn_unprompted
+from tercet.evaluate.report.intervals import Interval, interval, paired_difference
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
-from tercet.models.settings import Settings
-from tercet.rank.hybrid import HybridHits
-from tercet.segments import batches_within
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.rank.quantized import Stored
+from tercet.rank.topk import Hits, top_k
 
-DEPTH: Final = 100  # of the rankings that BM25 gives; as deep as the metrics look
-_BLOCK_LETTERS: Final = 200_000  # of documents whose token vectors are in memory together
-_SAMPLE: Final = 100  # documents whose tokens are counted, to guess how many all of them have
+DEPTH: Final = 100  # of BM25's rankings: as deep as the metrics look
+_PACKAGES: Final = ("tercet", "torch", "transformers", "tokenizers", "numpy")
+_METRICS: Final[dict[str, Callable[[np.ndarray, Judgements, int], np.ndarray]]] = {
+    "ndcg": metrics.ndcg,
+    "recall": metrics.recall,
+    "mrr": metrics.reciprocal_rank,
+    "map": metrics.average_precision,
+    "success": metrics.success,
+    "answer": metrics.success,  # of documents that hold an answer, judged or not
+}
 
-log = logging.getLogger("tercet")
+
+@dataclass(frozen=True, slots=True)
+class RetrievalResult:
+    """The ranking of each query, and its score by each metric."""
+
+    name: str
+    scores: Mapping[str, Float64[np.ndarray, "queries"]]  # by metric, such as "ndcg@10"
+    hits: Hits
+
+    def mean(self, metric: str) -> float:
+        """Return the mean over queries: the figure that is published."""
+        return float(self.scores[metric].mean()) if len(self.scores[metric]) else np.nan
+
+    def interval(self, metric: str, *, seed: int = 0) -> Interval:
+        """Return the mean with its bootstrap interval over queries."""
+        return interval(self.scores[metric], seed=seed)
+
+    def minus(self, other: "RetrievalResult", metric: str, *, seed: int = 0) -> Interval:
+        """Return by how much this is better than another result on the same queries."""
+        return paired_difference(self.scores[metric], other.scores[metric], seed=seed)
+
+
+def evaluate_retrieval(
+    data: RetrievalSet,
+    query_vectors: Float[np.ndarray, "queries dim"],
+    doc_vectors: Float[np.ndarray, "docs doc_dim"],
+    *,
+    names: Sequence[str] | None = None,
+    exclude_same_id: bool = False,
+) -> RetrievalResult:
+    """Search exactly by inner product and score the rankings.
+
+    ``names`` are metrics; by default those of the set (``data.metrics``). The search is as deep as
+    the deepest metric needs. A document whose text equals the query is kept; ``exclude_same_id``
+    drops the document that has the query's id.
+
+    Raises:
+        ModelError: if queries and documents differ in dimension, or contain NaN.
+        RecipeError: for an unknown metric.
+    """
+    assert len(query_vectors) == len(data.queries), "one vector for each query"
+    assert len(doc_vectors) == len(data.documents), "one vector for each document"
+    names = names or data.metrics
+    depth = max(map(depth_of, names))
+    hits = top_k(query_vectors, doc_vectors, depth + exclude_same_id)
+    return evaluate_hits(data, hits, names=names, exclude_same_id=exclude_same_id)
+
+
+def depth_of(metric: str) -> int:
+    """Return how many places of a ranking a metric looks at: 10 for ``ndcg@10``.
+
+    Raises:
+        RecipeError: for an unknown metric.
+    """
+    return _parse_metric(metric)[1]
+
+
+def evaluate_hits(
+    data: RetrievalSet,
+    hits: Hits,
+    *,
+    names: Sequence[str] | None = None,
+    exclude_same_id: bool = False,
+) -> RetrievalResult:
+    """Score rankings from any source, such as BM25; a row of -1 means that the list has ended.
+
+    ``answer@20`` is 1 if one of the first 20 documents holds an answer to the query: Recall@20 in
+    the tables of MKQA.
+
+    Raises:
+        RecipeError: for an unknown metric, or one that needs answers if the set has none.
+    """
+    names = names or data.metrics
+    if exclude_same_id:
+        hits = _without_own(data, hits)
+    parsed = {name: _parse_metric(name) for name in names}
+    deepest = max((k for metric, k in parsed.values() if metric == "answer"), default=0)
+    if deepest and not data.answers:
+        raise RecipeError(
+            f'{data.name}: its queries have no "answers" to look for; choose a metric of judged '
+            "documents, such as ndcg@10"
+        )
+    matches = (
+        with_answers(hits.rows[:, :deepest], data.documents, data.answers) if deepest else None
+    )
+    scores = {}
+    for name, (metric, k) in parsed.items():
+        judged = matches if metric == "answer" and matches is not None else data.judgements
+        scores[name] = _METRICS[metric](hits.rows, judged, k)
+    return RetrievalResult(data.name, scores, hits)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,145 +147,131 @@ def measure(
     The prompts are those of the ``task``, or the default ones.
 
     Raises:
-        RecipeError: for a task that the model has no prompts for.
+        RecipeError: if the model has no prompts for the task.
     """
-    warn_unprompted(embedder.settings, "query", task)
-    queries = embedder.encode(data.queries, "query", task=task, dims=dims, progress=progress)
-    documents = embedder.encode(data.documents, "document", task=task, dims=dims, progress=progress)
+    queries, documents = encode_both(embedder, data, task=task, dims=dims, progress=progress)
     result = evaluate_retrieval(data, queries, documents)
     positives, negatives = pair_scores(data, queries, documents)
     return Measured(result, documents, positives, negatives)
 
 
-def measure_kinds(  # noqa: PLR0913 (each is a choice of its own, with a default)
+def encode_both(
     embedder: Embedder,
     data: RetrievalSet,
     *,
     task: str | None = None,
-    kinds: Sequence[Kind] | None = None,
-    weights: Weights | None = None,
-    protocol: ProtocolName | None = None,
     dims: int | None = None,
-    names: Sequence[str] | None = None,
     progress: bool = False,
-) -> KindsResult:
-    """Encode both sides, and measure every kind of vectors and every sum of their scores.
-
-    Documents are encoded block by block, so that their token vectors are never in memory together.
-    Weights of None are those that the model was tuned to for the task, or the usual ones. The
-    ``protocol`` None is *exact*, unless comparing all tokens takes very long.
+) -> tuple[Float[np.ndarray, "queries dim"], Float[np.ndarray, "docs dim"]]:
+    """Return the vectors of a set's queries and of its documents.
 
     Raises:
-        RecipeError: for a task that the model has no prompts for, or a kind that it does not make.
+        RecipeError: if the model has no prompts for the task.
     """
     warn_unprompted(embedder.settings, "query", task)
-    chosen = tuple(kinds or embedder.kinds)
-    weights = weights or tuned_weights(embedder.settings, (task or data.name, data.name))
-    how = {"task": task, "dims": dims}
-    queries = embedder.encode_vectors(data.queries, "query", kinds=chosen, **how)
-    with bar("search", len(data.documents), shown=progress) as advance:
-        corpus = Encoding(embedder, data.documents, how, advance)
-        protocol = protocol or feasible(queries, corpus.tokens())
-        return search_kinds(data, queries, corpus, weights=weights, protocol=protocol, names=names)
+    queries = embedder.encode(data.queries, "query", task=task, dims=dims, progress=progress)
+    documents = embedder.encode(data.documents, "document", task=task, dims=dims, progress=progress)
+    return queries, documents
 
 
-@dataclass(slots=True, eq=False)
-class Encoding:
-    """Documents that are encoded whenever their vectors are asked for, block by block."""
+def measure_bm25(
+    data: RetrievalSet, words_of: WordsOf = by_words, *, names: Sequence[str] | None = None
+) -> RetrievalResult:
+    """Score the ranking of BM25: the baseline that needs no model.
 
-    embedder: Embedder
-    texts: Sequence[str]
-    how: Mapping[str, Any]
-    advance: Advance
-    counts: list[Tensor] = field(default_factory=list)
-
-    def blocks(
-        self, kinds: Sequence[Kind], rows: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Vectors]]:
-        """Vectors of these kinds of these documents, or of all."""
-        chosen = range(len(self.texts)) if rows is None else rows.tolist()
-        limit = 8 * self.embedder.settings.document_tokens  # longer documents are truncated anyway
-        for block in batches_within(
-            chosen, _BLOCK_LETTERS, lambda row: min(len(self.texts[row]), limit), overshoot=True
-        ):
-            texts = [self.texts[row] for row in block]
-            found = self.embedder.encode_vectors(texts, "document", kinds=kinds, **self.how)
-            if found.sparse is not None and rows is None:
-                self.counts.append(found.sparse.offsets.diff())
-            yield torch.tensor(block), found
-            if rows is None:
-                self.advance(len(block))
-
-    def terms(self) -> Tensor | None:
-        """The number of terms of each document that was encoded."""
-        return torch.cat(self.counts) if self.counts else None
-
-    def tokens(self) -> int:
-        """About how many tokens all documents have together."""
-        step = max(1, len(self.texts) // _SAMPLE)
-        some = self.texts[::step]
-        lengths = self.embedder.tokenize(some, "document").lengths
-        return sum(lengths) * len(self.texts) // max(len(some), 1)
+    Raises:
+        MissingExtraError: if bm25s is not installed.
+    """
+    hits = bm25_top_k(data.queries, data.documents, DEPTH, words_of)
+    return evaluate_hits(data, hits, names=names)
 
 
-def dev_candidates(
-    embedder: Embedder,
+def pair_scores(
     data: RetrievalSet,
+    query_vectors: Float[np.ndarray, "queries dim"],
+    doc_vectors: Float[np.ndarray, "docs dim"],
     *,
-    tasks: Sequence[str],
-    kinds: Sequence[Kind],
-    depth: int,
-    progress: bool = False,
-) -> HybridHits:
-    """What weights are to rank: the best documents of each query, with their scores by every kind.
+    pairs: int = 5_000,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, "positives"], Float[np.ndarray, "negatives"]]:
+    """Return scores of relevant pairs, and of their queries with a document drawn at random.
 
-    The prompts are those of the first task that the model has some for, or the default ones.
+    At most ``pairs`` of each, for a histogram. A draw that hits a relevant document is dropped.
     """
-    task = known_task(embedder.settings, tasks)
-    warn_unprompted(embedder.settings, "query", task)
-    queries = embedder.encode_vectors(data.queries, "query", kinds=kinds, task=task)
-    with bar("search", len(data.documents), shown=progress) as advance:
-        corpus = Encoding(embedder, data.documents, {"task": task}, advance)
-        return candidates(queries, corpus, depth=depth)
+    random = np.random.default_rng(seed)
+    judged, width = data.judgements, max(len(data.documents), 1)
+    relevant = np.flatnonzero(judged.grades > 0)
+    known = judged.query_of()[relevant] * width + judged.docs[relevant]  # one number a pair
+    chosen = known
+    if len(known) > pairs:
+        chosen = np.sort(random.choice(known, pairs, replace=False))
+    others = chosen // width * width + random.integers(0, width, len(chosen))
+    return (
+        _inner(query_vectors, doc_vectors, chosen),
+        _inner(query_vectors, doc_vectors, others[~np.isin(others, known)]),
+    )
 
 
-def tuned_weights(settings: Settings, tasks: Sequence[str]) -> Weights:
-    """The weights that the model was tuned to for the first of these tasks, or its usual ones."""
-    known = (settings.weights[name] for name in (*tasks, "") if name in settings.weights)
-    return next(known, Weights())
+def _inner(
+    queries: np.ndarray, docs: np.ndarray, pairs: Int64[np.ndarray, "pairs"]
+) -> Float[np.ndarray, "pairs"]:
+    """Return the inner product of each pair, numbered as query * documents + document."""
+    query, doc = np.divmod(pairs, max(len(docs), 1))
+    return np.einsum("pd,pd->p", queries[query], docs[doc])
 
 
-def measure_bm25(data: RetrievalSet, split: Split = by_words) -> RetrievalResult:
-    """What word overlap gets: the baseline that needs no model."""
-    hits = bm25_top_k(data.queries, data.documents, DEPTH, split)
-    return evaluate_hits(data, hits)
+def _parse_metric(name: str) -> tuple[str, int]:
+    found = re.fullmatch(r"([a-z]+)@([1-9]\d*)", name)
+    if not found or found[1] not in _METRICS:
+        known = ", ".join(f"{metric}@K" for metric in _METRICS)
+        raise RecipeError(f'there is no metric "{name}"; choose from {known}, such as ndcg@10')
+    return found[1], int(found[2])
 
 
-def dev_score(
-    data: RetrievalSet, task: str | None = None
-) -> Callable[[Embedder], float | Mapping[str, float]]:
-    """nDCG@10 on a dev set, for the training loop to choose the best weights by.
+def _without_own(data: RetrievalSet, hits: Hits) -> Hits:
+    """Drop from each ranking the document that has the query's id; the rest move up."""
+    row_of = {name: row for row, name in enumerate(data.document_ids)}
+    own = np.array([row_of.get(name, -1) for name in data.query_ids], dtype=np.int64)
+    dropped = (hits.rows == own[:, None]) & (hits.rows >= 0)
+    order = np.argsort(dropped, axis=1, kind="stable")
+    rows = np.where(dropped, -1, hits.rows)
+    return Hits(
+        np.take_along_axis(np.where(dropped, np.float32(0), hits.scores), order, axis=1),
+        np.take_along_axis(rows, order, axis=1),
+    )
 
-    The prompts are those of the ``task``, or of the set's name, or the default ones. Of a model
-    with several kinds of vectors it is that of their weighted sum, under ``dev_score``; beside it
-    are that of each kind, and how many texts have no sparse term.
+
+# ---- the conditions of a measurement -----------------------------------------------------------
+
+
+def conditions(
+    embedder: Embedder, *, dims: int | None = None, stored: Stored | None = None
+) -> dict[str, Any]:
+    """Return how a model encoded texts: length limits, prompts, pooling, and storage of vectors.
+
+    Figures with different length limits cannot be compared: what was cut was not searched.
     """
+    settings = embedder.settings
+    return {
+        "query_tokens": settings.query_tokens,
+        "document_tokens": settings.document_tokens,
+        "prompts": dict(settings.prompts),
+        "task_prompts": {task: dict(each) for task, each in settings.task_prompts.items()},
+        "suffixes": dict(settings.suffixes),
+        "pooling": settings.pooling,
+        "attention": embedder.backbone.attention,
+        "dims": embedder.dim if dims is None else dims,
+        "weights": str(next(embedder.parameters()).dtype).removeprefix("torch."),
+        "stored": stored or "float32",
+    }
 
-    def score(embedder: Embedder) -> float | Mapping[str, float]:
-        known = known_task(embedder.settings, (task or "", data.name))
-        if embedder.kinds != ("dense",):
-            return _by_name(measure_kinds(embedder, data, task=known, names=("ndcg@10",)))
-        queries = embedder.encode(data.queries, "query", task=known)
-        documents = embedder.encode(data.documents, "document", task=known)
-        return evaluate_retrieval(data, queries, documents, names=("ndcg@10",)).mean("ndcg@10")
 
-    return score
-
-
-def _by_name(found: KindsResult) -> dict[str, float]:
-    """The figures of a dev set, as a log has them."""
-    figures = {"dev_score": found.results[found.total].mean("ndcg@10")}
-    figures |= {f"dev_{k}": r.mean("ndcg@10") for k, r in found.results.items()}
-    for role, counts in found.terms.items():
-        figures |= {f"dev_{role}_terms": counts.mean, f"dev_{role}_empty": counts.empty}
-    return figures
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of the packages that figures depend on, if they are installed."""
+    found: dict[str, str] = {}
+    for name in (*_PACKAGES, *more):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

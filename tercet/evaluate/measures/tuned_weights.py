@@ -1,13 +1,12 @@
 """Weights of the kinds of vectors, found on a dev set, and what they are worth on other queries.
 
-The scores of the kinds are of different sizes, so a weight is looked for in units of how far a
-kind's scores spread among the candidates of a query. Two ways propose weights: a grid, of which
+The scores of the kinds differ in scale, so weights are searched in units of the standard deviation
+of a kind's scores among the candidates of a query. Two methods propose weights: a grid, of which
 the best by the metric is taken, and a conditional logistic regression (McFadden 1974),
 
     p(document | query) = softmax over the query's candidates of sum_k w_k * score_k
 
-which knows no metric. What the better of both gains is measured on queries that had no part in
-choosing it.
+which does not depend on a metric. The gain of the better one is measured on held-out queries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,57 +22,80 @@ from torch import Tensor
 
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.by_kind import DEPTH, Corpus
+from tercet.evaluate.measures.embedder_kinds import CorpusEncoder
+from tercet.evaluate.measures.prompts import known_task, warn_unprompted
+from tercet.evaluate.measures.retrieval import depth_of, evaluate_hits
 from tercet.evaluate.report.intervals import Interval, interval, paired_difference
-from tercet.evaluate.sets.retrieval_set import RetrievalSet, depth_of, evaluate_hits
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.files.progress import bar
+from tercet.kinds import KINDS, Kind, Weights
+from tercet.models.embedder import Embedder
 from tercet.models.kept import keep, require_settings
 from tercet.rank.hybrid import HybridHits, each_alone, ranked
-from tercet.vectors import KINDS, Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
-Method: TypeAlias = Literal["usual", "grid", "logistic"]
+TuningMethod: TypeAlias = Literal["usual", "grid", "logistic"]
+ScoresByWeights: TypeAlias = Callable[[Weights], Float64[np.ndarray, "queries"]]
 
 PARTS: Final = 20  # of the grid: shares of the kinds in steps of one twentieth
 FOLDS: Final = 5
-_RIDGE: Final = 1e-3  # keeps weights finite where scores tell right from wrong without fail
-_STEPS: Final = 100  # of Newton at most; some ten are usual
-
-Metric: TypeAlias = Callable[[Weights], Float64[np.ndarray, "queries"]]
+_RIDGE: Final = 1e-3  # keeps weights finite if scores separate relevant from other documents
+_STEPS: Final = 100  # of Newton at most; about ten are usual
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tuned:
-    """Weights that all queries of the dev set chose, and how such weights do on other queries."""
+    """Weights chosen on all queries of a dev set, and their metric on held-out queries."""
 
     weights: Weights
-    method: Method
+    method: TuningMethod
     metric: str
     kinds: tuple[Kind, ...]
-    folds: tuple[Weights, ...]  # what each part of the queries was measured with
-    fitted: float  # the metric on the very queries that chose the weights: too good to be true
-    scores: Mapping[
-        str, Float64[np.ndarray, "queries"]
-    ]  # "tuned" on held-out queries; "usual", ...
+    folds: tuple[Weights, ...]  # used for each fold of the queries, chosen on the others
+    fitted: float  # the metric on the same queries that chose the weights: biased upwards
+    scores: Mapping[str, Float64[np.ndarray, "queries"]]  # "tuned" on held-out queries; "usual", ..
 
     def interval(self, name: str, seed: int = 0) -> Interval:
-        """The mean with its bootstrap interval over queries."""
+        """Return the mean with its bootstrap interval over queries."""
         return interval(self.scores[name], seed=seed)
 
     def gain(self, over: str, seed: int = 0) -> Interval:
-        """What tuned weights gain over others, on queries that had no part in choosing them.
+        """Return what tuned weights gain over others, on held-out queries.
 
-        The weights of each fold are taken as given: that other queries would have chosen others
-        is in the mean, but not in the width of the interval.
+        The weights of each fold are treated as given: their variance affects the mean, but not
+        the width of the interval.
         """
         return paired_difference(self.scores["tuned"], self.scores[over], seed=seed)
 
 
 def candidates(queries: Vectors, corpus: Corpus, *, depth: int = DEPTH) -> HybridHits:
-    """The best documents of each query by each kind and by the usual sum, each with all scores.
+    """Return each query's best documents by each kind and by the usual sum, with all scores.
 
-    A document outside of all these lists cannot be ranked, whatever the weights: one that is
-    worse than ``depth`` others by every kind.
+    A document outside of these lists, worse than ``depth`` others by every kind, is never ranked.
     """
     sums = {**each_alone(queries.kinds), "usual": Weights()}
     return HybridHits.union(ranked(queries, corpus.blocks(queries.kinds), sums, depth).values())
+
+
+def dev_candidates(
+    embedder: Embedder,
+    data: RetrievalSet,
+    *,
+    tasks: Sequence[str],
+    kinds: Sequence[Kind],
+    depth: int,
+    progress: bool = False,
+) -> HybridHits:
+    """Encode a dev set and return the candidates of each query, with their scores by every kind.
+
+    The prompts are those of the first task that the model knows, or the default ones.
+    """
+    task = known_task(embedder.settings, tasks)
+    warn_unprompted(embedder.settings, "query", task)
+    queries = embedder.encode_vectors(data.queries, "query", kinds=kinds, task=task)
+    with bar("search", len(data.documents), shown=progress) as advance:
+        corpus = CorpusEncoder(embedder, data.documents, advance, task)
+        return candidates(queries, corpus, depth=depth)
 
 
 def tune(
@@ -84,20 +106,19 @@ def tune(
     folds: int = FOLDS,
     seed: int = 0,
 ) -> Tuned:
-    """The weights that rank the candidates best, and what they gain over the usual ones.
+    """Find the weights that rank the candidates best, and what they gain over the usual ones.
 
     Raises:
-        RecipeError: where there are fewer kinds than two or fewer queries than folds, or no
-            candidate is relevant; or for a metric that does not exist.
+        RecipeError: for fewer than two kinds, fewer queries than folds, no relevant candidate, or
+            an unknown metric.
     """
     relevant = torch.from_numpy(data.judgements.grades_of(found.rows.numpy()) > 0)
-    _refuse(found, relevant, folds)
-    values = _measuring(data, found, metric)
+    _check(found, relevant, folds)
+    values = _scores_by_weights(data, found, metric)
     spread = spreads(found)
     grid: dict[Weights, np.ndarray] = {w: values(w) for w in _grid(found.kinds, spread)}
     table = np.stack(list(grid.values()))  # [weights, queries]
-    everybody = np.arange(len(relevant))
-    fold_of = np.random.default_rng(seed).permutation(everybody) % folds
+    fold_of = np.random.default_rng(seed).permutation(np.arange(len(relevant))) % folds
     held_out = {name: np.zeros(len(relevant)) for name in ("tuned", "grid", "logistic")}
     chosen = []
     for fold in range(folds):
@@ -116,13 +137,13 @@ def tune(
         weights, method, top = list(grid)[best], "grid" if best else "usual", table[best].mean()
     else:
         weights, method, top = fitted, "logistic", learned.mean()
-    alone = {kind: values(weights) for kind, weights in each_alone(found.kinds).items()}
+    alone = {kind: values(Weights(1.0, 1.0, 1.0).only((kind,))) for kind in found.kinds}
     scores = {**held_out, "usual": table[0], **alone}
     return Tuned(weights, method, metric, found.kinds, tuple(chosen), float(top), scores)
 
 
 def spreads(found: HybridHits) -> dict[Kind, float]:
-    """How far a kind's scores spread among the candidates of a query; 1 where not at all."""
+    """Return the standard deviation of each kind's scores within a query's candidates; 1 for 0."""
     here = found.rows >= 0
     count = here.sum(dim=1, keepdim=True).clamp_min(1)
     spread: dict[Kind, float] = {}
@@ -139,10 +160,10 @@ def logistic(
     spread: Mapping[Kind, float],
     chosen: Bool[np.ndarray, "queries"],
 ) -> Weights:
-    """The weights of a conditional logistic regression on some queries; none is negative.
+    """Fit a conditional logistic regression (McFadden 1974) on some queries, without signs below 0.
 
-    A kind whose weight would be negative is left out, and the others are fitted again. Where no
-    candidate of these queries is relevant, the usual weights.
+    A kind whose weight would be negative is left out, and the others are fitted again. If no
+    candidate of these queries is relevant, the usual weights are returned.
     """
     some = torch.from_numpy(chosen) & relevant.any(dim=1)
     if not bool(some.any()):
@@ -168,8 +189,8 @@ def _newton(
     here: Bool[Tensor, "queries ranks"],
     right: Bool[Tensor, "queries ranks"],
 ) -> Float[Tensor, "kinds"]:
-    """Where the mean log-probability of relevant candidates is largest, by damped Newton steps."""
-    target = right.double() / right.sum()  # every relevant pair counts the same
+    """Maximise the mean log-probability of relevant candidates by damped Newton steps."""
+    target = right.double() / right.sum()  # every relevant pair has equal weight
     share = target.sum(dim=1)  # of each query
 
     def objective(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +222,7 @@ def _newton(
 
 
 def _grid(kinds: Sequence[Kind], spread: Mapping[Kind, float]) -> list[Weights]:
-    """The usual weights, then all shares of the kinds in units of their spread."""
+    """Return the usual weights, then all shares of the kinds in units of their spread."""
     shares = [
         (*first, PARTS - sum(first))
         for first in product(range(PARTS + 1), repeat=len(kinds) - 1)
@@ -214,13 +235,13 @@ def _grid(kinds: Sequence[Kind], spread: Mapping[Kind, float]) -> list[Weights]:
 
 
 def _scaled(weights: Mapping[Kind, float]) -> Weights:
-    """The largest is 1; three digits are enough, and people can read them."""
+    """Scale the largest weight to 1 and round to three digits, which people can read."""
     most = max(weights.values())
     return Weights(*(float(f"{weights.get(kind, 0.0) / most:.3g}") for kind in KINDS))
 
 
-def _measuring(data: RetrievalSet, found: HybridHits, metric: str) -> Metric:
-    """The metric of each query by weights."""
+def _scores_by_weights(data: RetrievalSet, found: HybridHits, metric: str) -> ScoresByWeights:
+    """Return a function from weights to the metric of each query."""
     depth = depth_of(metric)
 
     def values(weights: Weights) -> np.ndarray:
@@ -230,32 +251,31 @@ def _measuring(data: RetrievalSet, found: HybridHits, metric: str) -> Metric:
     return values
 
 
-def _refuse(found: HybridHits, relevant: Tensor, folds: int) -> None:
+def _check(found: HybridHits, relevant: Tensor, folds: int) -> None:
     if len(found.kinds) < 2:
         raise RecipeError(
-            f"the model makes {' and '.join(found.kinds)} vectors only, so there is nothing to "
-            "weigh; train one with several kinds (tercet train bge-m3)"
+            f"the model makes only {' and '.join(found.kinds)} vectors, so there are no weights to "
+            "tune; train one with several kinds (tercet train bge-m3)"
         )
     if folds < 2 or len(relevant) < folds:
         raise RecipeError(
-            f"{len(relevant)} queries cannot be parted into {folds} folds; give more queries, or "
-            "from 2 to as many folds as there are queries"
+            f"folds must be between 2 and the number of queries, {len(relevant)}; got {folds}"
         )
     if not bool(relevant.any()):
         raise RecipeError(
-            "no relevant document is among the candidates of any query, so no weights are better "
-            "than others; is this the right dev set for the model?"
+            "no query has a relevant document among its candidates, so all weights are equally "
+            "good; check that this dev set fits the model"
         )
 
 
 def save_weights(folder: Path | str, weights: Weights, task: str = "") -> None:
     """Write weights into a saved model's settings, for a task or as its usual ones.
 
-    Nothing else of the folder is touched, and vectors do not change: indexes stay valid.
+    Nothing else in the folder changes, and vectors stay the same, so indexes stay valid.
 
     Raises:
-        ModelError: when the folder has no settings of ours, or they are damaged.
-        StorageError: when the disk refuses.
+        ModelError: if the folder has no settings of tercet, or they are damaged.
+        StorageError: if the disk refuses.
     """
     require_settings(folder)
     keep(folder, "weights", {task: asdict(weights)})

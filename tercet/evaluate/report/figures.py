@@ -12,7 +12,7 @@ from html import escape
 from io import StringIO
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -33,6 +33,11 @@ _WIDTH: Final = 7.2  # inches of every figure; the page scales it
 _DPI: Final = 200  # of a PNG
 _POINTS: Final = 1_500  # of a curve; more cannot be seen and make the page heavy
 _TITLE_CHARACTERS: Final = 75  # that fit across a figure
+MOST_SOURCES: Final = 40  # of a mixture, the largest; those after them share one bar
+_COLOURED: Final = 20  # languages of a mixture with their own colour
+_PANEL_COLUMNS: Final = 4
+_PANEL_HEIGHT: Final = 1.75  # inches of a row
+_PANEL_CHARACTERS: Final = 24  # of a title, in a line
 _LABELLED_TOKENS: Final = 80  # below a heat map; more labels cannot be read
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
@@ -153,15 +158,19 @@ def loss_curve(
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """A place of a curve, with its interval and what is written beside it."""
+class CurvePoint:
+    """A point of a curve, with its interval and a label beside it."""
 
     x: float
     value: Interval
     label: str = ""
 
 
-def curves(lines: Mapping[str, Sequence[Point]], *, x: str, y: str) -> "Figure":
+Curves: TypeAlias = Mapping[str, Sequence[CurvePoint]]
+"""Points by the name of a curve."""
+
+
+def curves(lines: Curves, *, x: str, y: str) -> "Figure":
     """A curve a name over a logarithmic axis, with the interval of each point."""
     figure = new_figure(height=3.8)
     axes = figure.add_subplot()
@@ -223,6 +232,84 @@ def dots(
         axes.grid(axis="y", color=GRID, linewidth=0.7)
     grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
     return figure
+
+
+def mixture_bars(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """Shares by source and language, the largest source on top. Draw inside ``drawing()``."""
+    from matplotlib import colormaps
+
+    totals = {source: sum(langs.values()) for source, langs in shares.items()}
+    names = sorted(totals, key=lambda name: -totals[name])
+    rows = {name: dict(shares[name]) for name in names[:MOST_SOURCES]}
+    for name in names[MOST_SOURCES:]:
+        rest = rows.setdefault(f"{len(names) - MOST_SOURCES} others", {})
+        for lang, share in shares[name].items():
+            rest[lang] = rest.get(lang, 0.0) + share
+    langs: dict[str, float] = {}
+    for of_source in rows.values():
+        for lang, share in of_source.items():
+            langs[lang] = langs.get(lang, 0.0) + share
+    figure = new_figure(height=1.2 + 0.28 * len(rows))
+    axes = figure.add_subplot()
+    left = np.zeros(len(rows))
+    for number, lang in enumerate(sorted(langs, key=lambda lang: -langs[lang])):
+        widths = np.array([100 * of_source.get(lang, 0.0) for of_source in rows.values()])
+        colour = colormaps["tab20"](number) if number < _COLOURED else "#BBBBBB"
+        label = (lang or "unknown") if number < _COLOURED else f"_{lang}"
+        axes.barh(range(len(rows)), widths, left=left, height=0.7, color=colour, label=label)
+        left += widths
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the rows")
+    axes.legend(ncols=min(len(langs), 8), fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def panels(
+    groups: Mapping[str, Mapping[str, Curves]],
+    *,
+    x: str,
+    y: str,
+    marked: float | None = None,
+) -> "Figure":
+    """A heading a group, and below it a drawing a name; bands are the intervals.
+
+    Drawings of one group have one scale. A dotted line stands at ``marked``.
+    """
+    rows = [-(-len(group) // _PANEL_COLUMNS) for group in groups.values()]
+    figure = new_figure(height=0.5 + _PANEL_HEIGHT * sum(rows) + 0.3 * len(rows))
+    parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
+    handles, labels = [], []
+    for part, (heading, group), count in zip(parts, groups.items(), rows, strict=True):
+        part.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        grid = part.subplots(count, _PANEL_COLUMNS, sharex=True, sharey=True, squeeze=False)
+        for axes, (title, lines) in zip(grid.flat, group.items(), strict=False):
+            _draw_panel(axes, lines, marked)
+            axes.set_title(fill(title, _PANEL_CHARACTERS), loc="left", fontsize=9)
+            handles, labels = axes.get_legend_handles_labels()
+        for axes in grid.flat[len(group) :]:
+            axes.set_visible(False)
+        for axes in grid.flat[max(len(group) - _PANEL_COLUMNS, 0) : len(group)]:
+            axes.set_xlabel(x, fontsize=8)
+            axes.tick_params(labelbottom=True)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(y, fontsize=8)
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9)
+    return figure
+
+
+def _draw_panel(axes: "Axes", lines: Curves, marked: float | None) -> None:
+    for number, (name, points) in enumerate(lines.items()):
+        steps = [point.x for point in points]
+        colour = COLOURS[2 * number % len(COLOURS)]
+        means = [point.value.mean for point in points]
+        axes.plot(steps, means, color=colour, marker="o", markersize=3, linewidth=1.5, label=name)
+        low, high = ([getattr(p.value, side) for p in points] for side in ("low", "high"))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    if marked is not None:
+        axes.axvline(marked, color="#888888", linestyle=":", linewidth=1)
+    axes.tick_params(labelsize=8)
+    axes.grid(color=GRID, linewidth=0.7)
 
 
 def metrics_of(rows: Mapping[str, Mapping[str, Interval]]) -> list[str]:

@@ -36,9 +36,9 @@ _UNJUDGED: Final = (
     f'{_USUAL}_qrels.jsonl, or give each query "answers"'
 )
 
-Grades: TypeAlias = dict[str, dict[int, int]]
+GradesByQuery: TypeAlias = dict[str, dict[int, int]]
 """Of each query: row of a document -> grade."""
-Answers: TypeAlias = Mapping[str, tuple[str, ...]]
+AnswersByQuery: TypeAlias = Mapping[str, tuple[str, ...]]
 """Of each query: texts of which one has to stand in a document."""
 Value = TypeVar("Value")
 
@@ -50,13 +50,13 @@ class Folder:
     documents: Mapping[str, str]  # by id, in the order of their file
     queries: Mapping[str, str]
     grades: Mapping[str, Mapping[int, int]]  # of a query's documents, by row
-    answers: Answers  # of every query, or of none
+    answers: AnswersByQuery  # of every query, or of none
     document_langs: tuple[str, ...]  # of each in turn; empty: not told
     query_langs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Files:
+class _SplitFiles:
     """The files of one split."""
 
     queries: Path
@@ -83,7 +83,7 @@ def read_folder(folder: Path | str, split: str | None = None) -> Folder:
     read = dict(_by_id(files.queries, _ID, lambda it: (_query_text(it), _answers(it), _lang(it))))
     texts = {name: text for name, (text, *_) in read.items()}
     answers = {name: given for name, (_, given, _) in read.items() if given}
-    grades: Grades = {}
+    grades: GradesByQuery = {}
     path = files.judgements
     if path is not None and path.suffix == ".jsonl" and begins_with(path, _ANSWERS):
         answers = dict(_by_id(path, _QUERY_ID, _needed_answers))
@@ -104,7 +104,7 @@ def read_folder(folder: Path | str, split: str | None = None) -> Folder:
     )
 
 
-def _files_of(folder: Path, split: str | None) -> _Files:
+def _files_of(folder: Path, split: str | None) -> _SplitFiles:
     found = _splits(folder)
     if split in found:
         return found[split]
@@ -126,33 +126,33 @@ def _files_of(folder: Path, split: str | None) -> _Files:
     )
 
 
-def _splits(folder: Path) -> dict[str | None, _Files]:
+def _splits(folder: Path) -> dict[str | None, _SplitFiles]:
     """The files of each split; None is what counts for all of them."""
-    found: dict[str | None, _Files] = {}
+    found: dict[str | None, _SplitFiles] = {}
     for part in ("queries", "qrels"):
         for path in folder.glob(f"*_{part}.jsonl"):
             split = path.name.removesuffix(f"_{part}.jsonl")
             judgements = folder / f"{split}_qrels.jsonl"
             queries = folder / f"{split}_queries.jsonl"
-            found[split] = _Files(queries, judgements if judgements.is_file() else None)
+            found[split] = _SplitFiles(queries, judgements if judgements.is_file() else None)
     queries = folder / "queries.jsonl"
     for suffix in (".tsv", ".jsonl"):
         for path in folder.glob(f"qrels/*{suffix}"):
             known = found.get(path.stem)
             if known is None or known.judgements is None:
-                found[path.stem] = _Files(queries if known is None else known.queries, path)
+                found[path.stem] = _SplitFiles(queries if known is None else known.queries, path)
     for name in ("qrels.jsonl", "qrels.tsv"):
         if (folder / name).is_file():
-            found.setdefault(None, _Files(queries, folder / name))
-    return found or {None: _Files(queries, None)}
+            found.setdefault(None, _SplitFiles(queries, folder / name))
+    return found or {None: _SplitFiles(queries, None)}
 
 
 def _grades(
     path: Path, queries: Path, known: Collection[str], corpus: Path, documents: Collection[str]
-) -> Grades:
+) -> GradesByQuery:
     """The judgements of a file, of which every id has to be known."""
     row_of = {name: row for row, name in enumerate(documents)}
-    grades: Grades = {}
+    grades: GradesByQuery = {}
     for line, query, document, grade in _judgements(path):
         for name, names, file in ((query, known, queries), (document, row_of, corpus)):
             if name not in names:
@@ -169,7 +169,7 @@ def _refuse_unknown(path: Path, given: Collection[str], known: Collection[str], 
         raise DataError(path, None, f"id {unknown!r} is not in {of.name}; add it or drop its line")
 
 
-def _of_all(answers: Answers, queries: Collection[str], path: Path) -> Answers:
+def _of_all(answers: AnswersByQuery, queries: Collection[str], path: Path) -> AnswersByQuery:
     """The answers of these queries: all have some, or none has."""
     without = [name for name in queries if name not in answers]
     if len(without) == len(queries):

@@ -1,30 +1,25 @@
-"""Sets of labelled texts: some to learn from and others to tell, or all of them to group."""
+"""Sets of labelled texts, for classification or clustering."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
 from tercet.data.files.labelled import LabelledText, read_labelled_texts
 from tercet.errors import DataError
-from tercet.evaluate.report.intervals import Interval
 
-TRAIN_TEXTS: Final = 10_000  # to learn from, at most; more cost minutes and move little
-_CELLS: Final = 1 << 20  # of one block of draws: 8 MB an array
-
-Draws: TypeAlias = Int64[np.ndarray, "draws texts"]
-Statistic: TypeAlias = Callable[[Draws], Float64[np.ndarray, "draws"]]
+TRAIN_TEXTS: Final = 10_000  # to learn from, at most; more take minutes and change little
 
 log = logging.getLogger("tercet")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledRows:
-    """Texts, and for each the place of its label among the names of its set."""
+    """Texts, and for each the index of its label among the names of its set."""
 
     texts: tuple[str, ...]
     labels: Int64[np.ndarray, "texts"]
@@ -34,29 +29,32 @@ class LabelledRows:
         """The labels that occur."""
         return np.unique(self.labels)
 
-    @property
-    def once(self) -> Draws:
-        """Each text once, as a draw."""
-        return np.arange(len(self.texts))[None]
-
     def take(self, rows: Int64[np.ndarray, "_"]) -> "LabelledRows":
-        """These rows, in this order."""
+        """Return these rows, in this order."""
         return LabelledRows(tuple(self.texts[row] for row in rows), self.labels[rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClassificationSet:
-    """Texts to learn labels from, and others whose labels are asked for."""
+    """Texts to learn labels from, and others whose labels are predicted."""
 
     name: str
     labels: tuple[str, ...]
     train: LabelledRows
     test: LabelledRows
 
+    @property
+    def size(self) -> str:
+        """The number of texts and labels, for people."""
+        return (
+            f"{len(self.test.texts):,} texts, {len(self.labels):,} labels, "
+            f"learned from {len(self.train.texts):,}"
+        )
+
     def sampled(
         self, per_label: int | None = None, *, most: int = TRAIN_TEXTS, seed: int = 0
     ) -> "ClassificationSet":
-        """With fewer texts to learn from: so many of each label, and ``most`` of all, at most.
+        """Return the set with at most ``per_label`` train texts a label, and ``most`` altogether.
 
         The seed decides which. The test texts stay the same.
         """
@@ -76,17 +74,22 @@ class ClusteringSet:
     labels: tuple[str, ...]
     rows: LabelledRows
 
+    @property
+    def size(self) -> str:
+        """The number of texts and labels, for people."""
+        return f"{len(self.rows.texts):,} texts, {len(self.labels):,} labels"
+
 
 def read_label_set(path: Path | str) -> ClassificationSet | ClusteringSet:
-    """The set of a .jsonl or .parquet file with ``text`` and ``label`` a record.
+    """Read the set in a .jsonl or .parquet file whose records have ``text`` and ``label``.
 
-    Where records have a ``split``, ``train`` is learned from and ``test`` is asked for (others are
-    left out); without it, it is a set for clustering. Of several labels the first one counts, and
-    a text without any is left out.
+    If records have a ``split``, labels are learned from ``train`` and predicted for ``test``
+    (others are left out); without it, the set is for clustering. Of several labels the first one
+    counts, and a text without labels is left out.
 
     Raises:
-        DataError: at the first record that is no labelled text, naming its line; for a file in
-            which some records have a split and some have none, or with fewer than two labels.
+        DataError: at the first record that is not a labelled text, naming its line; for a file in
+            which only some records have a split, or with fewer than two labels.
     """
     path = Path(path)
     records = [record for record in read_labelled_texts(path) if record.labels]
@@ -97,7 +100,7 @@ def read_label_set(path: Path | str) -> ClassificationSet | ClusteringSet:
         _need_two(path, names, rows, "the texts have")
         return ClusteringSet(path.stem, tuple(names), rows)
     if None in splits:
-        problem = 'some records have a "split" and some have none; give it to all of them'
+        problem = 'some records have a "split" and others do not; add it to all of them'
         raise DataError(path, None, problem)
     parts = {name: [it for it in records if it.split == name] for name in ("train", "test")}
     for name, part in parts.items():
@@ -108,51 +111,21 @@ def read_label_set(path: Path | str) -> ClassificationSet | ClusteringSet:
     known = set(train.texts)
     twice = sum(text in known for text in test.texts)
     if twice:
-        log.warning("%s: %d test texts stand among the train texts too", path, twice)
+        log.warning("%s: %d test texts are also train texts", path, twice)
     return ClassificationSet(path.stem, tuple(names), train, test)
 
 
-def counted(
-    codes: Int64[np.ndarray, "texts"], drawn: Draws, kinds: int
-) -> Int64[np.ndarray, "draws {kinds}"]:
-    """How often each code comes up in each draw."""
-    places = codes[drawn]
-    places += kinds * np.arange(len(drawn))[:, None]
-    return np.bincount(places.ravel(), minlength=len(drawn) * kinds).reshape(len(drawn), kinds)
-
-
-def drawn_interval(
-    rows: LabelledRows, figure: Statistic, resamples: int, seed: int, *, centred: bool = False
-) -> Interval:
-    """A figure of all texts, and the middle 95 % of what it is for texts drawn anew.
-
-    ``centred`` draws are moved until their mean is the figure of all.
-    """
-    texts, random = len(rows.texts), np.random.default_rng(seed)
-    found = np.empty(resamples)
-    cells = (int(rows.labels.max()) + 1) ** 2  # labels times groups, where these are counted
-    at_once = max(1, _CELLS // max(texts, cells))
-    for start in range(0, resamples, at_once):
-        part = found[start : start + at_once]
-        part[:] = figure(random.integers(0, texts, (len(part), texts)))
-    whole = float(figure(rows.once)[0])
-    if centred:
-        found += whole - found.mean()
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Interval(whole, float(low), float(high), texts, resamples, seed)
-
-
 def _rows(records: Iterable[LabelledText], names: dict[str, int]) -> LabelledRows:
-    """The texts; a label that is new gets the next place among the names."""
-    kept = list(records)
-    labels = [names.setdefault(record.labels[0], len(names)) for record in kept]
+    """Return the texts with their labels; a new label gets the next index among the names."""
+    records = list(records)
+    labels = [names.setdefault(record.labels[0], len(names)) for record in records]
     return LabelledRows(
-        tuple(record.text for record in kept), np.array(labels, dtype=np.int64).reshape(-1)
+        tuple(record.text for record in records), np.array(labels, dtype=np.int64).reshape(-1)
     )
 
 
 def _need_two(path: Path, names: dict[str, int], rows: LabelledRows, have: str) -> None:
     used = [list(names)[each] for each in rows.used]
     if len(used) < 2:
-        held = f"one label only, {used[0]!r}" if used else "no label"
-        raise DataError(path, None, f"{have} {held}; two are needed")
+        held = f"only one label, {used[0]!r}" if used else "no label"
+        raise DataError(path, None, f"{have} {held}; at least two are needed")

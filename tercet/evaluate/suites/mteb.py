@@ -1,25 +1,29 @@
-"""Tasks of mteb on a model of ours: where the hub can be reached, and said so where it cannot.
+"""Tasks of mteb 2 on a model of tercet.
 
-mteb has no ad-hoc task of CLEF, which is licensed: put a copy of yours in the layout of BEIR and
-evaluate that folder.
+mteb hands over batches of texts and says whether they are queries or documents. The model puts its
+own prompt before each, once: those that mteb knows for a task are not used, since they would come
+before ours. A document is its title, a space and its text, as in our evaluation folders. mteb has
+no ad-hoc task of CLEF, which is licensed: convert your copy to BEIR's layout and evaluate that
+folder.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tercet.errors import MissingExtraError, RecipeError
 from tercet.evaluate.measures.prompts import known_task, require_prompt
-from tercet.evaluate.suites.mteb_encoder import About, MtebModel
 from tercet.models.embedder import Embedder
 from tercet.types import Role
 
 MIRACL: Final = "MIRACLRetrieval"
 PRESETS: Final = {
-    "beir": "the 15 sets of BEIR that are free, as MTEB Retrieval has them",
+    "beir": "the 15 free sets of BEIR, as in MTEB Retrieval",
     "miracl": "MIRACL in 18 languages",
     "miracl-o": "MIRACL in en, fr, es and de, the languages that Arctic-Embed 2.0 was trained for",
 }
@@ -29,24 +33,96 @@ _FIGURES: Final = {"ndcg@10": "ndcg_at_10", "recall@100": "recall_at_100"}
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """What a task says of a part of it, such as a language; or why it was left out."""
+    """The score of one part of a task, such as a language; or why it was skipped."""
 
     task: str
     part: str = ""
     languages: tuple[str, ...] = ()
     split: str = ""
     revision: str = ""  # of the data
-    figure: str = ""  # the task's main one
+    figure: str = ""  # the task's main metric
     score: float = float("nan")
     more: tuple[tuple[str, float], ...] = ()  # nDCG@10 and Recall@100 of retrieval
     skipped: str = ""
 
 
-def named_tasks(names: Sequence[str]) -> list[Any]:
-    """The tasks of these names, of which some may be names of ``PRESETS``.
+@dataclass(frozen=True, slots=True)
+class MtebModel:
+    """An embedder with the methods that mteb expects of an encoder."""
+
+    embedder: Embedder
+    mteb_model_meta: Any
+    dims: int | None = None
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any,
+        prompt_type: Any = None,
+        **_: Any,
+    ) -> np.ndarray:
+        """Encode all texts of all batches; texts of unknown role count as queries.
+
+        The prompts are those of the task if the model knows its name.
+
+        Raises:
+            RecipeError: if queries would get no prompt, although the model was trained with some.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        role: Role = "document" if str(getattr(prompt_type, "value", "")) == "document" else "query"
+        settings = self.embedder.settings
+        known = known_task(settings, (task_metadata.name,))
+        require_prompt(settings, role, known, what=task_metadata.name)
+        return self.embedder.encode(texts, role, task=known, dims=self.dims)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Return the inner product of every pair: a cosine for vectors of length one."""
+        return _as_rows(embeddings1) @ _as_rows(embeddings2).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Return the inner product of each row with its counterpart."""
+        return (_as_rows(embeddings1) * _as_rows(embeddings2)).sum(dim=1)
+
+
+def as_mteb(embedder: Embedder, name: str, *, dims: int | None = None) -> MtebModel:
+    """Return a model that mteb can run its tasks on.
 
     Raises:
-        MissingExtraError: when mteb is not installed.
+        MissingExtraError: if mteb is not installed.
+    """
+    try:
+        from mteb.models import ModelMeta
+    except ImportError as error:
+        raise MissingExtraError("a task of mteb", "mteb") from error
+    settings = embedder.settings
+    meta = ModelMeta(
+        loader=None,
+        name=f"tercet/{name.strip('/').replace('/', '_')}",
+        revision=embedder.fingerprint(),
+        release_date=None,
+        languages=None,
+        n_parameters=sum(weight.numel() for weight in embedder.parameters()),
+        memory_usage_mb=None,
+        max_tokens=max(settings.query_tokens, settings.document_tokens),
+        embed_dim=dims or embedder.dim,
+        license=None,
+        open_weights=None,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch"],
+        similarity_fn_name="dot",  # pyright: ignore[reportArgumentType]
+        use_instructions=bool(settings.prompts or settings.task_prompts),
+        training_datasets=None,
+    )
+    return MtebModel(embedder, meta, dims)
+
+
+def named_tasks(names: Sequence[str]) -> list[Any]:
+    """Return the tasks of these names, which may be names of ``PRESETS``.
+
+    Raises:
+        MissingExtraError: if mteb is not installed.
         RecipeError: for a task that mteb does not know.
     """
     try:
@@ -71,7 +147,7 @@ def _task(find: Callable[[str], Any], name: str) -> Any:
         return find(name)
     except KeyError as error:
         hint = (
-            " (put your copy in BEIR's layout and evaluate the folder)"
+            " (convert your copy to BEIR's layout and evaluate the folder)"
             if "clef" in name.lower()
             else ""
         )
@@ -81,36 +157,11 @@ def _task(find: Callable[[str], Any], name: str) -> Any:
         ) from error
 
 
-def as_mteb(embedder: Embedder, name: str, *, dims: int | None = None) -> MtebModel:
-    """The model as mteb wants one, with its prompts for a task where it knows the task's name.
-
-    Raises:
-        MissingExtraError: when mteb is not installed.
-        RecipeError: at a task for which queries would get no prompt, though it learned some.
-    """
-    settings = embedder.settings
-
-    def encode(texts: list[str], role: Role, task: str) -> np.ndarray:
-        known = known_task(settings, (task,))
-        require_prompt(settings, role, known, what=task)
-        return embedder.encode(texts, role, task=known, dims=dims)
-
-    about = About(
-        name,
-        embedder.fingerprint(),
-        sum(weight.numel() for weight in embedder.parameters()),
-        max(settings.query_tokens, settings.document_tokens),
-        dims or embedder.dim,
-        settings.prompts or settings.task_prompts,
-    )
-    return MtebModel(encode, about)
-
-
 def run_tasks(model: MtebModel, tasks: Iterable[Any]) -> Iterator[TaskScore]:
-    """What each task says of the model, in turn.
+    """Yield the scores of each task in turn.
 
-    A task whose data are not here and cannot be fetched is skipped, and those after it too: each
-    would wait in vain. With ``HF_HUB_OFFLINE=1`` nobody waits, and all that are here are run.
+    A task whose data are not here and cannot be fetched is skipped, and so are those after it:
+    each would wait for a timeout. With ``HF_HUB_OFFLINE=1`` nothing waits, so each is tried.
     """
     away = ""
     for task in tasks:
@@ -144,6 +195,10 @@ def _run(model: MtebModel, task: Any) -> Iterator[TaskScore]:
                     float(part["main_score"]),
                     tuple((ours, part[its]) for ours, its in _FIGURES.items() if its in part),
                 )
+
+
+def _as_rows(vectors: Any) -> Tensor:
+    return torch.atleast_2d(torch.as_tensor(vectors, dtype=torch.float32))
 
 
 def _first_line(error: Exception) -> str:

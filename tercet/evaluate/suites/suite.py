@@ -1,43 +1,37 @@
-"""Evaluation sets of any kind behind one face, so that models can be compared over all of them.
+"""Evaluation sets of every category behind one interface, so that models can be compared on all.
 
-What a model answers to a set is a small array, such as the nDCG of each query or the label of each
-text. It can be kept in a file, and its figures and differences computed later.
+A model's answers to a set are a small array, such as the nDCG of each query or the label of each
+text. They can be kept in a file, and their figures and differences computed later.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
-from tercet.data.files.labelled import is_labelled_file
-from tercet.data.files.similarity import SimilaritySet, is_similarity_file
+from tercet.data.files.similarity import SimilaritySet
 from tercet.errors import RecipeError
-from tercet.evaluate.measures.bm25 import bm25_top_k
-from tercet.evaluate.measures.labels import (
-    ClassificationResult,
-    ClusteringResult,
-    measure_classification,
-    measure_classification_by_words,
-    measure_clustering,
-    measure_clustering_by_words,
-)
-from tercet.evaluate.measures.prompts import known_task, task_names, warn_unprompted
-from tercet.evaluate.measures.retrieval import DEPTH, measure_kinds
-from tercet.evaluate.measures.similarity import (
-    SimilarityResult,
-    measure_overlap,
-    measure_similarity,
+from tercet.evaluate.measures import labels, sts
+from tercet.evaluate.measures.embedder_kinds import measure_kinds
+from tercet.evaluate.measures.prompts import known_task, task_names
+from tercet.evaluate.measures.retrieval import (
+    RetrievalResult,
+    encode_both,
+    evaluate_retrieval,
+    measure,
+    measure_bm25,
 )
 from tercet.evaluate.report.intervals import Interval, interval
-from tercet.evaluate.sets.label_sets import ClassificationSet, read_label_set
-from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_hits, evaluate_retrieval
+from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, read_label_set
+from tercet.evaluate.sets.location import format_of
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.files.artifacts import fingerprint_of_file
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
-from tercet.vectors import KINDS
 
 Category: TypeAlias = Literal["Retrieval", "Classification", "Clustering", "STS"]
 FIGURES: Final[Mapping[Category, str]] = {
@@ -47,80 +41,141 @@ FIGURES: Final[Mapping[Category, str]] = {
     "STS": "Spearman",
 }
 COLUMNS: Final = (*KINDS, "sum")
-"""What a model with several kinds of vectors is measured by: each kind, and their weighted sum."""
+"""Measured for a model with several kinds of vectors: each kind, and their weighted sum."""
 
-_MAIN: Final = "ndcg@10"
+MAIN: Final = "ndcg@10"  # the metric of retrieval that averages and studies use
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What a model, or a baseline, reached on a set."""
+
+    def interval(self, metric: Any, *, seed: int = 0) -> Interval:
+        """Return a metric with its bootstrap interval."""
+        ...
+
+    def minus(self, other: Any, metric: Any, *, seed: int = 0) -> Interval:
+        """Return by how much this result is better than another one on the same set."""
+        ...
+
+
+@runtime_checkable
+class Evaluate(Protocol):
+    """A function that measures an embedder on a set."""
+
+    def __call__(
+        self,
+        embedder: Embedder,
+        *,
+        task: str | None = None,
+        dims: int | None = None,
+        progress: bool = False,
+    ) -> Result:
+        """Return the result with the prompts of a task, or the default ones."""
+        ...
+
+
+AnyResult = TypeVar("AnyResult", bound=Result)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EvaluationSet:
-    """A set, how a model or a baseline answers it, and what the answers are worth."""
+    """A set, how models and a baseline are measured on it, and what their answers are worth."""
 
     name: str
     category: Category
-    size: str  # for people
-    answers: Callable[[Embedder, str | None], np.ndarray]
-    words: Callable[[], np.ndarray]  # of the baseline without a model
-    figure: Callable[[np.ndarray, int], Interval]  # answers and a seed
-    minus: Callable[[np.ndarray, np.ndarray, int], Interval]
+    data: RetrievalSet | ClassificationSet | ClusteringSet | SimilaritySet
+    metrics: Sequence[str]
     tasks: Sequence[str]  # names under which a model may know its prompts
+    evaluate: Evaluate
+    baseline: Callable[[], Result]  # without a model
+    baseline_name: str
+    answers: Callable[[Embedder, str | None], np.ndarray]  # of a model, by the prompts of a task
+    words: Callable[[], np.ndarray]  # answers of the baseline
+    figure: Callable[[np.ndarray, int], Interval]  # of answers, with a seed
+    minus: Callable[[np.ndarray, np.ndarray, int], Interval]
     fingerprint: str = ""  # of the files
 
+    @property
+    def size(self) -> str:
+        """The numbers of its texts, for people."""
+        if isinstance(self.data, SimilaritySet):
+            return f"{len(self.data.pairs):,} pairs of {len(self.data.texts):,} texts"
+        return self.data.size
+
     def measure(self, embedder: Embedder) -> np.ndarray:
-        """What a model answers, with the prompts that it was trained with for this task."""
+        """Return a model's answers, with the prompts that it has for this task."""
         return self.answers(embedder, known_task(embedder.settings, self.tasks))
 
 
-def open_set(path: Path | str) -> EvaluationSet:
-    """The set of a file: examples, scored pairs of texts, or texts with labels; or BEIR's folder.
+def open_set(
+    path: Path | str,
+    *,
+    split: str | None = None,
+    per_label: int | None = None,
+    seed: int = 0,
+) -> EvaluationSet:
+    """Open the set in a file (examples, scored pairs, labelled texts) or a folder like BEIR's.
+
+    ``split`` is that of a folder. ``per_label`` limits the train texts of each label; ``seed``
+    selects them.
 
     Raises:
-        DataError: when it is none of these.
+        DataError: if it cannot be read.
+        RecipeError: if a split of a file is requested.
     """
     path = Path(path)
-    return _marked(path, _set_of(path))
+    found = format_of(path)
+    if found == "retrieval folder" or split is not None:
+        data = RetrievalSet.from_path(path, split)
+    elif found == "scored pairs":
+        data = SimilaritySet.from_file(path)
+    elif found == "labelled texts":
+        data = read_label_set(path)
+        if isinstance(data, ClassificationSet):
+            data = data.sampled(per_label, seed=seed)
+    else:
+        data = RetrievalSet.from_examples(path)
+    return as_evaluation_set(data, task_names(path, examples=found == "examples"))
+
+
+def open_judged_set(path: Path | str) -> EvaluationSet:
+    """Open the set of a path with a fingerprint of its files; retrieval needs judgements.
+
+    Raises:
+        DataError: if it cannot be read.
+        RecipeError: if it has answers but no judged documents.
+    """
+    found = open_set(path)
+    if isinstance(found.data, RetrievalSet):
+        found.data.require_judgements(f"its {FIGURES['Retrieval']}")
+    return replace(found, fingerprint=fingerprint_of_file(Path(path)))
 
 
 def open_kinds_set(path: Path | str) -> EvaluationSet:
-    """A retrieval set whose answers have a column for each of ``COLUMNS``.
+    """Open a retrieval set whose answers have a column for each of ``COLUMNS``.
 
-    A column is NaN where the model does not make this kind of vectors. Figures and differences are
-    of one column; what words answer has one only.
+    A column is NaN if the model does not make this kind of vectors. Figures and differences are
+    of one column; answers of words have only one.
 
     Raises:
-        DataError: when the file cannot be read.
-        RecipeError: when it is no retrieval set.
+        DataError: if the file cannot be read.
+        RecipeError: if it is not a retrieval set with judgements.
     """
-    path = Path(path)
-    if not path.is_dir() and (is_similarity_file(path) or is_labelled_file(path)):
-        raise RecipeError(f"{path}: is no retrieval set, so kinds of vectors say nothing of it")
-    data = _retrieval_set(path)
-    examined = as_evaluation_set(data, task_names(path, examples=not path.is_dir()))
-    return _marked(path, replace(examined, answers=partial(_by_kinds, data)))
-
-
-def _marked(path: Path, examined: EvaluationSet) -> EvaluationSet:
-    """The same, with a fingerprint of its files."""
-    return replace(examined, fingerprint=digest_of(path))
-
-
-def digest_of(path: Path) -> str:
-    """Changes when a file does, or any file of a folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+    found = open_judged_set(path)
+    if not isinstance(found.data, RetrievalSet):
+        raise RecipeError(f"{path}: must be a retrieval set to compare kinds of vectors on")
+    return replace(found, answers=partial(_by_kinds, found.data))
 
 
 def open_sets(
-    paths: Sequence[Path], read: Callable[[Path], EvaluationSet] = open_set
+    paths: Sequence[Path], read: Callable[[Path], EvaluationSet] = open_judged_set
 ) -> list[EvaluationSet]:
-    """The sets of these files, whose names have to differ.
+    """Open the sets of these paths, whose names must differ.
 
     Raises:
-        DataError: when one is no set.
-        RecipeError: when two have the same name, or there is none.
+        DataError: if one cannot be read.
+        RecipeError: if two have the same name, or there is none.
     """
     sets = [read(path) for path in paths]
     names = [examined.name for examined in sets]
@@ -134,30 +189,10 @@ def open_sets(
     return sets
 
 
-def _set_of(path: Path) -> EvaluationSet:
-    if path.is_dir():
-        return as_evaluation_set(_retrieval_set(path), task_names(path))
-    if is_similarity_file(path):
-        return _similarity(SimilaritySet.from_file(path), task_names(path))
-    if is_labelled_file(path):
-        found = read_label_set(path)
-        if isinstance(found, ClassificationSet):
-            return _classification(found.sampled(), task_names(path))
-        return _clustering(found, task_names(path))
-    return as_evaluation_set(_retrieval_set(path), task_names(path, examples=True))
-
-
-def _retrieval_set(path: Path) -> RetrievalSet:
-    is_folder = path.is_dir()
-    data = RetrievalSet.from_folder(path) if is_folder else RetrievalSet.from_examples(path)
-    data.require_judgements(f"its {FIGURES['Retrieval']}")
-    return data
-
-
 def average(figures: Sequence[Interval]) -> Interval:
-    """The mean of figures of different sets, whose errors are taken to be independent.
+    """Return the mean of figures of different sets, whose errors are taken to be independent.
 
-    The interval is that of a normal distribution: the half widths are added as squares.
+    The interval is that of a normal distribution: half widths are added in quadrature.
     """
     count = len(figures)
     mean = sum(each.mean for each in figures) / count
@@ -168,78 +203,102 @@ def average(figures: Sequence[Interval]) -> Interval:
     )
 
 
-def as_evaluation_set(data: RetrievalSet, tasks: Sequence[str]) -> EvaluationSet:
-    """Queries and documents behind the face of all sets; answers are the nDCG@10 of each query."""
+def as_evaluation_set(
+    data: RetrievalSet | ClassificationSet | ClusteringSet | SimilaritySet, tasks: Sequence[str]
+) -> EvaluationSet:
+    """Return the evaluation set of some data; ``tasks`` name it for models with prompts."""
+    if isinstance(data, RetrievalSet):
+        return _retrieval(data, tasks)
+    if isinstance(data, ClassificationSet):
+        return _of_results(
+            ("Classification", data, labels.METRICS, tasks),
+            partial(labels.measure_classification, data=data),
+            ("TF-IDF", partial(labels.measure_classification_by_words, data)),
+            lambda result: result.predicted,
+            partial(labels.ClassificationResult, data),
+        )
+    if isinstance(data, ClusteringSet):
+        return _of_results(
+            ("Clustering", data, labels.CLUSTERING_METRICS, tasks),
+            partial(labels.measure_clustering, data=data),
+            ("TF-IDF", partial(labels.measure_clustering_by_words, data)),
+            lambda result: result.clusters,
+            partial(labels.ClusteringResult, data),
+        )
+    return _of_results(
+        ("STS", data, sts.METRICS, tasks),
+        partial(sts.measure_similarity, data=data),
+        ("word overlap", partial(sts.measure_overlap, data)),
+        lambda result: result.cosines,
+        partial(sts.SimilarityResult, data),
+    )
+
+
+def _of_results(
+    about: tuple[
+        Category, ClassificationSet | ClusteringSet | SimilaritySet, Sequence[str], Sequence[str]
+    ],
+    evaluate: Callable[..., AnyResult],
+    baseline: tuple[str, Callable[[], AnyResult]],
+    answers_of: Callable[[AnyResult], np.ndarray],
+    result_of: Callable[[np.ndarray], AnyResult],
+) -> EvaluationSet:
+    """Return a set whose results can be restored from a model's answers."""
+    category, data, metrics, tasks = about
+    name, by_words = baseline
+    main = metrics[0]
+    return EvaluationSet(
+        data.name,
+        category,
+        data,
+        metrics,
+        tasks,
+        evaluate,
+        by_words,
+        name,
+        answers=lambda embedder, task: answers_of(evaluate(embedder, task=task)),
+        words=lambda: answers_of(by_words()),
+        figure=lambda answers, seed: result_of(answers).interval(main, seed=seed),
+        minus=lambda one, other, seed: result_of(one).minus(result_of(other), main, seed=seed),
+    )
+
+
+def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> EvaluationSet:
+    """Return a set whose answers are the nDCG@10 of each query."""
+
+    def evaluate(
+        embedder: Embedder,
+        *,
+        task: str | None = None,
+        dims: int | None = None,
+        progress: bool = False,
+    ) -> RetrievalResult:
+        return measure(embedder, data, task=task, dims=dims, progress=progress).result
 
     def answers(embedder: Embedder, task: str | None) -> np.ndarray:
-        warn_unprompted(embedder.settings, "query", task)
-        queries = embedder.encode(data.queries, "query", task=task)
-        documents = embedder.encode(data.documents, "document", task=task)
-        return np.asarray(evaluate_retrieval(data, queries, documents, names=[_MAIN]).scores[_MAIN])
-
-    def words() -> np.ndarray:
-        hits = bm25_top_k(data.queries, data.documents, DEPTH)
-        return np.asarray(evaluate_hits(data, hits, names=[_MAIN]).scores[_MAIN])
+        sides = encode_both(embedder, data, task=task)
+        return np.asarray(evaluate_retrieval(data, *sides, names=[MAIN]).scores[MAIN])
 
     return EvaluationSet(
         data.name,
         "Retrieval",
-        f"{len(data.queries):,} queries, {len(data.documents):,} documents",
-        answers,
-        words,
-        lambda scores, seed: interval(scores, seed=seed),
-        lambda one, other, seed: interval(one - other, seed=seed),
+        data,
+        data.metrics,
         tasks,
+        evaluate,
+        partial(measure_bm25, data),
+        "BM25",
+        answers=answers,
+        words=lambda: np.asarray(measure_bm25(data, names=[MAIN]).scores[MAIN]),
+        figure=lambda scores, seed: interval(scores, seed=seed),
+        minus=lambda one, other, seed: interval(one - other, seed=seed),
     )
 
 
 def _by_kinds(data: RetrievalSet, embedder: Embedder, task: str | None) -> np.ndarray:
-    found = measure_kinds(embedder, data, task=task, names=[_MAIN])
+    found = measure_kinds(embedder, data, task=task, names=[MAIN])
     answers = np.full((len(data.queries), len(COLUMNS)), np.nan)
     for column, name in enumerate((*KINDS, found.total)):
         if name in found.results:
-            answers[:, column] = found.results[name].scores[_MAIN]
+            answers[:, column] = found.results[name].scores[MAIN]
     return answers
-
-
-def _classification(data: ClassificationSet, tasks: Sequence[str]) -> EvaluationSet:
-    result = partial(ClassificationResult, data)
-    return EvaluationSet(
-        data.name,
-        "Classification",
-        f"{len(data.test.texts):,} texts, {len(data.labels)} labels, "
-        f"learned from {len(data.train.texts):,}",
-        lambda embedder, task: measure_classification(embedder, data, task=task).predicted,
-        lambda: measure_classification_by_words(data).predicted,
-        lambda told, seed: result(told).interval(seed=seed),
-        lambda one, other, seed: result(one).minus(result(other), seed=seed),
-        tasks,
-    )
-
-
-def _clustering(data: Any, tasks: Sequence[str]) -> EvaluationSet:
-    result = partial(ClusteringResult, data)
-    return EvaluationSet(
-        data.name,
-        "Clustering",
-        f"{len(data.rows.texts):,} texts, {len(data.labels)} labels",
-        lambda embedder, task: measure_clustering(embedder, data, task=task).clusters,
-        lambda: measure_clustering_by_words(data).clusters,
-        lambda found, seed: result(found).interval(seed=seed),
-        lambda one, other, seed: result(one).minus(result(other), seed=seed),
-        tasks,
-    )
-
-
-def _similarity(data: SimilaritySet, tasks: Sequence[str]) -> EvaluationSet:
-    result = partial(SimilarityResult, data)
-    return EvaluationSet(
-        data.name,
-        "STS",
-        f"{len(data.pairs):,} pairs of {len(data.texts):,} texts",
-        lambda embedder, task: measure_similarity(embedder, data, task=task).cosines,
-        lambda: measure_overlap(data).cosines,
-        lambda cosines, seed: result(cosines).interval(seed=seed),
-        lambda one, other, seed: result(one).minus(result(other), seed=seed),
-        tasks,
-    )

@@ -9,13 +9,13 @@ from typing import Any, Final
 import torch
 
 from tercet.errors import ModelError
+from tercet.kinds import KINDS
 from tercet.models.formats.sentence_transformers import read_modules
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.heads import Heads, heads_in, load_heads
 from tercet.models.network.latent_attention import AttentionLayer, build_layer, load_layer
 from tercet.models.settings import Settings, read_settings
 from tercet.models.zoo import zoo
-from tercet.vectors import KINDS
 
 _M3_TOKENS: Final = 8_192  # BGE-M3's limit; a model with fewer positions takes as many as it has
 

@@ -11,6 +11,7 @@ import torch
 from tercet.errors import ModelError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import replacing_folder
+from tercet.kinds import Kind
 from tercet.models.formats.lora_adapters import merge_adapter
 from tercet.models.formats.nv_embed import is_nv_embed, load_nv_embed
 from tercet.models.formats.parts import (
@@ -27,7 +28,6 @@ from tercet.models.network.latent_attention import save_layer
 from tercet.models.settings import FILE, VERSION, Settings, changed, named_prompts, read_settings
 from tercet.models.tokens import Form, Tokenizer, load_tokenizer
 from tercet.models.zoo import zoo
-from tercet.vectors import Kind
 
 log = logging.getLogger("tercet")
 

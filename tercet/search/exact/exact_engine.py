@@ -19,6 +19,7 @@ from jaxtyping import Int64
 
 from tercet.errors import IndexFolderError, ModelError, RecipeError
 from tercet.files.atomic import sole_writer
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.rank.hybrid import HybridHits, each_alone
 from tercet.rank.quantized import Ranges, Stored
 from tercet.search.engine.checks import check_queries, check_records, require_same, widths_of
@@ -44,7 +45,7 @@ from tercet.search.exact.merging import (
 )
 from tercet.search.exact.scanning import SegmentScan, SegmentView, blocks_of_queries
 from tercet.search.exact.segment import damaged
-from tercet.vectors import KINDS, Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 MEMORY: Final = 256 << 20  # bytes of vectors that wait for a flush in memory; more wait on the disk
 MERGED: Final = 65_536  # records of a segment that a flush leaves alone

@@ -16,10 +16,10 @@ import numpy as np
 
 from tercet.errors import IndexFolderError
 from tercet.files.atomic import replacing_file
+from tercet.kinds import KINDS, Kind
 from tercet.rank.quantized import STORED, Ranges, Stored
 from tercet.search.exact.merging import LivePart, mapped, open_segment
 from tercet.search.exact.segment import Coding, damaged
-from tercet.vectors import KINDS, Kind
 
 FILE: Final = "manifest.json"
 VERSION: Final = 2

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int64, Shaped
 
 from tercet.errors import ModelError
 from tercet.files.atomic import replacing_folder
+from tercet.kinds import Kind
 from tercet.rank.scoring import Postings
 from tercet.search.engine.engine import Record
 from tercet.search.exact.segment import (
@@ -34,7 +35,7 @@ from tercet.search.exact.segment import (
     dense_of,
 )
 from tercet.segments import row_of
-from tercet.vectors import Kind, Terms, TokenRows, Vectors
+from tercet.vectors import Terms, TokenRows, Vectors
 
 _RECORDS: Final = "records.parquet"
 _BLOCK: Final = 65_536  # rows of vectors that are copied at a time

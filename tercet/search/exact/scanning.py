@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from tercet.kinds import Kind, Weights
 from tercet.rank.hybrid import BestBySum, HybridHits
 from tercet.rank.scoring import late_interaction_of_dots
 from tercet.rank.topk import Hits, top_k
 from tercet.search.exact.segment import CodedVectors, DenseVectors, Segment
 from tercet.segments import ragged_places, runs_within
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 DOCS_AT_ONCE: Final = 16_384
 TOKENS_AT_ONCE: Final = 32_768  # rows of token vectors

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 
 from tercet.errors import DataError, IndexFolderError
+from tercet.kinds import Kind
 from tercet.rank.coded import FACTOR, scores_of, top_k_coded
 from tercet.rank.quantized import Codes, Quantizer, Ranges, Stored, bytes_of, codes_of
 from tercet.rank.scoring import Postings
 from tercet.rank.topk import Hits
 from tercet.search.engine.engine import Record, Value, Where
-from tercet.vectors import Kind
 
 CANDIDATES: Final = 100  # of codes, at least: so few cost nothing
 ROWS_PER_GROUP: Final = 512  # records that are read together for the sake of one hit

@@ -24,6 +24,7 @@ from tercet.files.atomic import (
     replacing_folder,
     sole_writer,
 )
+from tercet.kinds import KINDS, Kind
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.checks import Widths, require_same
@@ -31,7 +32,6 @@ from tercet.search.qdrant.points import Facts, Part, Point, TermRow, check_store
 from tercet.search.qdrant.qdrant_engine import Payload
 from tercet.search.qdrant.queries import Ask, Found, Ranks, Stage
 from tercet.segments import batches_within
-from tercet.vectors import KINDS, Kind
 
 try:
     import qdrant_edge as edge

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from tercet.errors import DataError, RecipeError
+from tercet.kinds import Kind
 from tercet.rank.quantized import Stored
 from tercet.search.engine.checks import Widths, check_records
 from tercet.search.engine.engine import Record, Value, Where
-from tercet.vectors import Kind, Vectors
+from tercet.vectors import Vectors
 
 _SHORT: Final = 200  # characters of a fact; a longer one is stored by its digest
 _INTEGERS: Final = range(-(2**63), 2**63)

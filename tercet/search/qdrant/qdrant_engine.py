@@ -10,11 +10,12 @@ from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 from uuid import UUID
 
 from tercet.errors import IndexFolderError
+from tercet.kinds import KINDS, Kind
 from tercet.search.engine.checks import Widths, widths_of
 from tercet.search.engine.engine import Fusion, Hit, Record, Stats, Where
 from tercet.search.qdrant.points import Facts, Point, facts_of, points_of, record_of, uuid_of
 from tercet.search.qdrant.queries import Ask, Found, batched, search
-from tercet.vectors import KINDS, Kind, Vectors
+from tercet.vectors import Vectors
 
 POINTS_AT_ONCE: Final = 1_000  # looked up, deleted or scanned by one call into the store
 

@@ -12,6 +12,7 @@ from uuid import UUID
 
 import numpy as np
 
+from tercet.kinds import Kind, Weights
 from tercet.search.engine.checks import Widths, check_queries
 from tercet.search.engine.engine import (
     Fusion,
@@ -24,7 +25,7 @@ from tercet.search.engine.engine import (
 )
 from tercet.search.engine.fusion import proposing, wanted, weighted_sum
 from tercet.search.qdrant.points import Facts, Part, Parts, facts_of, parts_of
-from tercet.vectors import Kind, Vectors, Weights
+from tercet.vectors import Vectors
 
 ASKED_TOGETHER: Final = 32  # queries of one call into the engine
 Item = TypeVar("Item")

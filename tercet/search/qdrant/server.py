@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
+from tercet.kinds import KINDS
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import Stored
 from tercet.search.engine.checks import Widths, require_same
@@ -19,7 +20,6 @@ from tercet.search.qdrant.points import Facts, Part, Point, TermRow, check_store
 from tercet.search.qdrant.qdrant_engine import Payload
 from tercet.search.qdrant.queries import Ask, Found, Ranks, Stage
 from tercet.segments import batches_within
-from tercet.vectors import KINDS
 
 try:
     from qdrant_client import QdrantClient

@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tercet.curate.jobs.encode_job import Encoding, encode_files, open_files
+from tercet.curate.jobs.encode_job import EncodeJob, encode_files, open_files
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.errors import RecipeError
 from tercet.files.arrays import NAMES
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.search.export import Wanted
-from tercet.vectors import KINDS
 from tests.processes import ROOT
 from tests.toy import SENTENCES
 
@@ -25,11 +25,11 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def encoding(model: Path, folder: Path, out: Path, **settings) -> Encoding:
+def encoding(model: Path, folder: Path, out: Path, **settings) -> EncodeJob:
     how = {"wanted": Wanted(kinds=("dense",)), "arrays": False, **settings}
     load = partial(Embedder.load, str(model))
     about = {"model": load().fingerprint()}
-    return Encoding(load=load, about=about, sources=open_files([folder], "text"), out=out, **how)
+    return EncodeJob(load=load, about=about, sources=open_files([folder], "text"), out=out, **how)
 
 
 def arrays(out: Path) -> dict[str, np.ndarray]:
@@ -95,14 +95,16 @@ def test_several_kinds_are_a_folder_of_arrays_for_each_file(encoder_folder, fold
 def test_vectors_of_parts_of_another_size_are_not_mixed_in(encoder_folder, folder, tmp_path):
     out = tmp_path / "out"
     encode_files(encoding(encoder_folder, folder, out), part=4)
-    with pytest.raises(RecipeError, match=r"out/a-00000\.npy: is of another file, or of parts"):
+    with pytest.raises(
+        RecipeError, match=r"out/a-00000\.npy: is of another file or another part size"
+    ):
         encode_files(encoding(encoder_folder, folder, out), part=5000)
 
 
 def test_two_files_with_one_name_are_refused(folder, tmp_path):
     (folder / "a.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(RecipeError, match="the vectors of both would be called a; rename one"):
+    with pytest.raises(RecipeError, match="the vectors of both would be named a; rename one"):
         open_files([folder], "text")
-    with pytest.raises(RecipeError, match=r"empty: holds no \.jsonl, \.parquet, \.txt file"):
+    with pytest.raises(RecipeError, match=r"empty: has no \.jsonl, \.parquet, \.txt file"):
         (tmp_path / "empty").mkdir()
         open_files([tmp_path / "empty"], "text")

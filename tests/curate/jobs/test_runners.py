@@ -69,7 +69,7 @@ def test_a_mistake_of_the_user_ends_the_job_with_its_own_message(tmp_path: Path,
 def test_a_bug_in_a_worker_shows_the_workers_traceback(tmp_path: Path):
     with pytest.raises(RuntimeError, match=r"squares\.py.*\n.*\nZeroDivisionError: of this number"):
         results(Squares(tmp_path, fails_at=1), TWO)
-    assert len(log_of(tmp_path, "opened")) == 2  # nothing was tried again
+    assert len(log_of(tmp_path, "opened")) == 2  # no retry
 
 
 def test_the_job_goes_on_when_a_worker_is_killed(tmp_path: Path, caplog):
@@ -83,7 +83,7 @@ def test_the_job_goes_on_when_a_worker_is_killed(tmp_path: Path, caplog):
 
 def test_a_job_whose_workers_always_die_ends_with_a_clear_message(tmp_path: Path):
     job = Squares(tmp_path, dies_at=0, times=99)
-    with pytest.raises(RecipeError, match="squares: its workers were lost 3 times before a unit"):
+    with pytest.raises(RecipeError, match="squares: workers were lost 3 times before a unit"):
         results(job, TWO, count=1)
 
 
@@ -111,7 +111,7 @@ def test_after_a_kill_of_the_driver_the_same_command_does_what_is_missing(
     assert sorted([*done, *kept]) == list("012345")
 
 
-def test_a_second_driver_is_told_who_is_at_it(tmp_path: Path):
+def test_a_second_driver_names_the_first(tmp_path: Path):
     out = tmp_path / "job"
     first = start(out, {"engine": "loop"}, pause=0.5)
     wait_for(out / "log")
@@ -122,19 +122,22 @@ def test_a_second_driver_is_told_who_is_at_it(tmp_path: Path):
 
 
 def test_a_worker_on_another_disk_is_noticed(tmp_path: Path, monkeypatch):
-    marks = iter(["process 1 here", "process 2 there"])
-    monkeypatch.setattr("tercet.curate.jobs.job._mark", lambda folder: next(marks))
-    with pytest.raises(RecipeError, match=f"is not the same folder on {socket.gethostname()}"):
+    locks = iter(["process 1 here", "process 2 there"])
+    monkeypatch.setattr("tercet.curate.jobs.job._lock_text", lambda folder: next(locks))
+    with pytest.raises(RecipeError, match=f"is another folder on {socket.gethostname()}"):
         results(Squares(tmp_path), ALONE)
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"workers": 0}, "workers is 0; ask for 1 or more"),
-        ({"engine": "ray"}, "the runner ray needs --address, where its cluster is"),
-        ({"engine": "daft", "address": "h:1"}, "an address is of a Ray cluster, and the runner is"),
-        ({"engine": "loop", "workers": 2}, "a loop is one process; take --runner daft"),
+        ({"workers": 0}, "workers must be at least 1; got 0"),
+        ({"engine": "ray"}, "--runner ray needs --address"),
+        (
+            {"engine": "daft", "address": "h:1"},
+            "--address is for a Ray cluster; got the runner daft",
+        ),
+        ({"engine": "loop", "workers": 2}, "--runner loop is one process; use --runner daft"),
     ],
 )
 def test_a_runner_that_cannot_be_says_why(how: dict[str, Any], message: str):

@@ -16,9 +16,10 @@ from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import iter_examples, open_source, write_examples
 from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.measures.bm25 import bm25_scores, by_tokens_of, by_words
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.types import Example, Role
-from tercet.vectors import KINDS, TokenRows, Vectors, Weights
+from tercet.vectors import TokenRows, Vectors
 from tests.evaluate.kinds import slow_scores
 from tests.toy import SENTENCES
 
@@ -63,7 +64,7 @@ def mined(
     mining = Mining(by=by, **how)
     folder = file.parent
     (report,) = mine(
-        teacher, [open_source(file)], folder / "out.jsonl", mining=mining, corpus=MORE,
+        teacher, [open_source(file)], folder / "out.jsonl", mining=mining, documents=MORE,
         work=folder / "work",
     )  # fmt: skip
     return list(iter_examples(folder / "out.jsonl")), report
@@ -262,9 +263,9 @@ def test_bm25_keeps_nothing_on_the_disk(pairs):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"weights": HYBRID}, "weights are of a hybrid sum, and mining is by dense"),
-        ({"by": "bm25", "rule": MiningRule(kind="margin")}, "the usual value of the rule margin"),
-        ({"by": "hybrid", "rule": MiningRule(kind="absolute")}, "scores by hybrid are none"),
+        ({"weights": HYBRID}, "weights are for mining by hybrid; got by dense"),
+        ({"by": "bm25", "rule": MiningRule(kind="margin")}, "the default value of the rule margin"),
+        ({"by": "hybrid", "rule": MiningRule(kind="absolute")}, "scores by hybrid are not cosines"),
     ],
 )
 def test_what_does_not_fit_the_way_is_refused(wrong, said):
@@ -281,7 +282,7 @@ def test_a_teacher_that_does_not_make_the_vectors_is_refused(encoder_folder, tea
             mined(plain, pairs, by)
         with pytest.raises(RecipeError, match=f"mining by {by} needs a teacher"):
             mined(None, pairs, by)
-    with pytest.raises(RecipeError, match="neither has a weight"):
+    with pytest.raises(RecipeError, match="one of them must have a weight above 0"):
         mined(teacher, pairs, "hybrid", weights=Weights(0.0, 0.0, 1.0))
 
 

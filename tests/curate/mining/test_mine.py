@@ -73,7 +73,7 @@ def pairs(tmp_path):
 
 
 def mined(teacher: Embedder, file: Path, **how: Any) -> tuple[list[Example], MiningReport]:
-    more = {name: how.pop(name) for name in ("corpus",) if name in how}
+    more = {name: how.pop(name) for name in ("documents",) if name in how}
     out, work = file.parent / "out" / f"mined{file.suffix}", file.parent / "work"
     mining = Mining(**{"rule": MARGIN, "negatives": 3, "depth": 9, **how})
     (report,) = mine(teacher, [open_source(file)], out, mining=mining, work=work, **more)
@@ -120,7 +120,7 @@ def slowly(teacher: Embedder, examples: list[Example], rule: MiningRule, more: t
 def test_mining_equals_loops_over_all_texts(teacher, pairs, shards_of, size, rule):
     shards_of(size)
     more = ("words of  the moon", "play Music from the command line", "  ")
-    found, report = mined(teacher, pairs, rule=rule, corpus=more)
+    found, report = mined(teacher, pairs, rule=rule, documents=more)
     expected, reasons = slowly(teacher, rows(), rule, more[:2])
     for example, row, negatives in zip(found, rows(), expected, strict=True):
         assert (example.query, example.positives) == (row.query, row.positives)
@@ -250,7 +250,7 @@ def test_texts_are_read_after_the_prompts_of_their_row_or_of_the_teacher(
     write_examples(tmp_path / "pairs.jsonl", examples)
     more = SENTENCES[6:9]
     rule = MiningRule(kind="naive")
-    found, _ = mined(teacher, tmp_path / "pairs.jsonl", rule=rule, corpus=more, prompts=first)
+    found, _ = mined(teacher, tmp_path / "pairs.jsonl", rule=rule, documents=more, prompts=first)
     assert teacher.settings is settings
     for example, prompts in zip(found, expected, strict=True):
         for text, score in zip(
@@ -259,7 +259,7 @@ def test_texts_are_read_after_the_prompts_of_their_row_or_of_the_teacher(
             strict=True,
         ):
             assert score == pytest.approx(scored(teacher, example.query, text, prompts), abs=2e-6)
-    # Documents of rows with another document prompt are no candidates; those of the corpus are.
+    # Documents of rows with another document prompt are no candidates; further documents are.
     if first == "row":
         assert set(found[1].negatives) == set(more)
     assert [example.query_prompt for example in found] == [query for query, _, _ in given]
@@ -271,7 +271,7 @@ def test_prompts_that_a_teacher_without_any_may_not_understand_are_remarked(
     rows = [Example(f"{t[:9]} so", (t,), query_prompt="Instruct: find") for t in SENTENCES]
     write_examples(tmp_path / "pairs.jsonl", rows)
     mined(teacher, tmp_path / "pairs.jsonl")
-    assert [record.message for record in caplog.records if "bring prompts" in record.message]
+    assert [record.message for record in caplog.records if "rows have prompts" in record.message]
     caplog.clear()
     mined(teacher, tmp_path / "pairs.jsonl", prompts="teacher")
     assert caplog.records == []
@@ -413,9 +413,9 @@ def test_an_output_in_the_place_of_a_source_or_of_another_output_is_refused(
     write_examples(tmp_path / "twin/pairs.jsonl", rows())
     sources = [open_source(pairs), open_source(tmp_path / "twin/pairs.jsonl")]
     for out in (pairs, tmp_path):
-        with pytest.raises(RecipeError, match="would be replaced by the output; choose another"):
+        with pytest.raises(RecipeError, match="would be replaced by the output; give another"):
             mine(teacher, sources[:1], out, mining=Mining(), work=tmp_path / "work")
-    with pytest.raises(RecipeError, match="two of the files have the same name"):
+    with pytest.raises(RecipeError, match="two input files have the same name"):
         mine(teacher, sources, tmp_path / "out", mining=Mining(), work=tmp_path / "work")
     with pytest.raises(DataError, match=r'unknown kind of file "[.]csv"'):
         mine(teacher, sources, tmp_path / "out.csv", mining=Mining(), work=tmp_path / "work")
@@ -442,10 +442,13 @@ def test_a_teacher_whose_vectors_are_no_numbers_is_refused(teacher, pairs):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"negatives": 0}, "negatives is 0; ask for 1 or more"),
-        ({"depth": 9, "rule": MiningRule(shift=3)}, "a depth of 9 cannot give 7 negatives after"),
-        ({"rule": MiningRule(sample_from=6)}, "7 negatives cannot be drawn from 6 candidates"),
-        ({"at_least": 8}, "at_least is 8; it should be between 0 and the 7 negatives"),
+        ({"negatives": 0}, "negatives must be at least 1; got 0"),
+        ({"depth": 9, "rule": MiningRule(shift=3)}, "depth must be at least .* = 10; got 9"),
+        (
+            {"rule": MiningRule(sample_from=6)},
+            "sample_from must be at least the 7 negatives; got 6",
+        ),
+        ({"at_least": 8}, "at_least must be between 0 and the 7 negatives; got 8"),
     ],
 )
 def test_numbers_that_cannot_go_together_are_refused(wrong, said):

@@ -7,7 +7,7 @@ from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.curate.mining import documents as mining_documents
 from tercet.curate.mining import mine_together as together
 from tercet.curate.mining.mine import Mining, mine
-from tercet.curate.mining.mine_together import Shared
+from tercet.curate.mining.mine_together import SharedMining
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import open_source, write_examples
 from tercet.models.embedder import Embedder
@@ -35,11 +35,11 @@ def sources(tmp_path):
     return [open_source(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
 
 
-def shared(encoder_folder: Path, sources, work: Path, **settings) -> Shared:
+def shared(encoder_folder: Path, sources, work: Path, **settings) -> SharedMining:
     mining = Mining(negatives=2, depth=6, **settings)
     load = partial(Embedder.load, str(encoder_folder))
     texts = ("a text that answers nothing", SENTENCES[11])
-    return Shared(load=load, sources=sources, mining=mining, corpus=texts, work=work)
+    return SharedMining(load=load, sources=sources, mining=mining, documents=texts, work=work)
 
 
 @pytest.mark.parametrize("rule", [MiningRule(kind="naive"), MiningRule(kind="quantile", value=0.9)])
@@ -54,7 +54,7 @@ def test_blocks_that_are_joined_are_what_one_process_mines(
         sources,
         alone,
         mining=how.mining,
-        corpus=how.corpus,
+        documents=how.documents,
         work=tmp_path / "other",
     )
     found = together.mine_together(how, joined, LOOP)
@@ -84,7 +84,7 @@ def test_a_mining_that_was_killed_goes_on_with_the_blocks_that_are_missing(
     how = shared(encoder_folder, sources, tmp_path / "work")
     together.mine_together(how, tmp_path / "whole.jsonl", LOOP)
     done: list[str] = []
-    do = together.MiningBlocks._do
+    do = together.MineBlocksJob._do
 
     def stopping(self, miner, unit):
         if len(done) == 2:
@@ -92,7 +92,7 @@ def test_a_mining_that_was_killed_goes_on_with_the_blocks_that_are_missing(
         done.append(unit.name)
         return do(self, miner, unit)
 
-    monkeypatch.setattr(together.MiningBlocks, "_do", stopping)
+    monkeypatch.setattr(together.MineBlocksJob, "_do", stopping)
     with pytest.raises(KeyboardInterrupt):
         together.mine_together(how, tmp_path / "again.jsonl", LOOP)
     assert not (tmp_path / "again.jsonl").exists()

@@ -24,7 +24,7 @@ def test_a_draw_is_without_replacement_and_from_the_best_that_are_left(scores):
     assert len({tuple(np.flatnonzero(row)) for row in chosen}) > 1
 
 
-def test_what_is_drawn_for_a_query_hangs_on_its_key_and_the_seed_alone(scores):
+def test_what_is_drawn_for_a_query_depends_on_its_key_and_the_seed_alone(scores):
     left = np.ones(scores.shape, np.bool_)
     rule = MiningRule(kind="naive", sample_from=20, seed=3)
     chosen = draw(rule, scores, left, 5)
@@ -56,16 +56,22 @@ def test_no_queries_and_no_candidates_are_no_problem():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"value": 95.0}, "the value of the rule percent is 95.0; it should be between 0 and 1"),
-        ({"kind": "quantile", "value": -0.1}, "the value of the rule quantile is -0.1"),
-        ({"kind": "quantile"}, "the rule quantile has no usual value; give one"),
-        ({"kind": "margin", "value": -1.0}, "the margin is -1.0; it should be 0 or more"),
-        ({"kind": "absolute", "value": float("nan")}, "is nan; it should be a number"),
+        (
+            {"value": 95.0},
+            "the value of the rule percent must be between 0 and 1, as in 0.95; got 95.0",
+        ),
+        (
+            {"kind": "quantile", "value": -0.1},
+            "the value of the rule quantile must be .*; got -0.1",
+        ),
+        ({"kind": "quantile"}, "the rule quantile has no default value; give one"),
+        ({"kind": "margin", "value": -1.0}, "the margin must be at least 0; got -1.0"),
+        ({"kind": "absolute", "value": float("nan")}, "must be finite; got nan"),
         ({"kind": "naive", "value": 0.9}, "the rule naive takes no value"),
-        ({"shift": -1}, "shift is -1"),
-        ({"sample_from": 0}, "sample_from is 0"),
-        ({"temperature": 0.0}, "the temperature is 0.0; it should be above 0"),
-        ({"seed": -1}, "the seed is -1"),
+        ({"shift": -1}, "shift must be at least 0; got -1"),
+        ({"sample_from": 0}, "sample_from must be at least 1; got 0"),
+        ({"temperature": 0.0}, "temperature must be above 0; got 0.0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
     ],
 )
 def test_a_number_out_of_range_is_refused(wrong, said):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tercet.curate.synthesis.endpoint import Calls, EndpointGenerator
-from tercet.curate.synthesis.generators import Answer, Drawing, Generator, Prompt
+from tercet.curate.synthesis.generators import Answer, Generator, Prompt, TokenSampling
 from tercet.errors import ModelError, RecipeError
 from tests.answering import Reply, completion, endpoint
 
@@ -25,9 +25,9 @@ def asked(url: str, count: int = 1, calls: Calls = QUICK) -> dict[int, Answer]:
 def test_a_call_says_what_the_protocol_asks_for(monkeypatch):
     monkeypatch.setenv("TEST_KEY", f" {KEY}\n")
     with endpoint(lambda body, _: completion("What is ls?")) as served:
-        drawing = Drawing(temperature=0.5, top_p=0.9, max_tokens=7)
+        sampling = TokenSampling(temperature=0.5, top_p=0.9, max_tokens=7)
         generator = EndpointGenerator(
-            served.url + "/", "writer", drawing, key_variable="TEST_KEY", calls=QUICK
+            served.url + "/", "writer", sampling, key_variable="TEST_KEY", calls=QUICK
         )
         assert isinstance(generator, Generator)
         assert list(generator.answers([Prompt("Ask.", 2**40 + 3)])) == [(0, Answer("What is ls?"))]
@@ -117,20 +117,20 @@ def test_pauses_double(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("reply", "tries", "told"),
+    ("reply", "tries", "said"),
     [
         (Reply(503, {"error": {"message": "no room"}}), 4, "status 503: 'no room'"),
         (Reply(500, b""), 4, "status 500: Internal Server Error"),
         (Reply(400, {"error": {"message": "prompt too long"}}), 1, "status 400: 'prompt too long'"),
         (Reply(400, {"error": "bad"}), 1, "status 400: 'bad'"),
-        (Reply(200, b"<html>"), 1, "no chat completion: b'<html>'"),
-        (Reply(200, {"choices": []}), 1, "no chat completion: b'{\"choices\": []}'"),
+        (Reply(200, b"<html>"), 1, "not a chat completion: b'<html>'"),
+        (Reply(200, {"choices": []}), 1, "not a chat completion: b'{\"choices\": []}'"),
         (completion(None), 1, "a chat completion without a text: None"),
     ],
 )
-def test_a_call_that_fails_says_why(reply, tries, told):
+def test_a_call_that_fails_says_why(reply, tries, said):
     with endpoint(lambda *_: reply) as served:
-        assert asked(served.url) == {0: Answer(failure=told)}
+        assert asked(served.url) == {0: Answer(failure=said)}
     assert len(served.calls) == tries
 
 
@@ -146,16 +146,16 @@ def test_nobody_there_and_nobody_answering_are_failures():
 
 
 @pytest.mark.parametrize(
-    ("status", "told"),
+    ("status", "said"),
     [
         (401, "status 401: 'no'; check the key"),
         (403, "status 403: 'no'; check the key"),
         (404, "status 404: 'no'; check the address and the name of the model"),
     ],
 )
-def test_what_no_other_call_would_change_stops_all(status, told):
+def test_what_no_other_call_would_change_stops_all(status, said):
     with endpoint(lambda *_: Reply(status, {"error": {"message": "no"}})) as served:
-        with pytest.raises(ModelError, match=told):
+        with pytest.raises(ModelError, match=said):
             asked(served.url, 50)
     assert len(served.calls) <= QUICK.workers * 3
 
@@ -176,29 +176,29 @@ def test_a_redirection_is_not_followed_so_that_the_key_stays_here(monkeypatch):
     ["localhost:8000", "file:///etc/passwd", "http://", "http://[::1", "http://host:port/v1", ""],
 )
 def test_what_is_no_address_is_refused(url):
-    with pytest.raises(RecipeError, match="is no address; give one such as"):
+    with pytest.raises(RecipeError, match="is not an address; give one such as"):
         EndpointGenerator(url, "writer")
 
 
 def test_addresses_are_completed_and_passwords_are_no_part_of_them():
     for url in ("http://host/v1", "http://host/v1/", "http://host/v1/chat/completions"):
         assert EndpointGenerator(url, "m").url == "http://host/v1/chat/completions"
-    with pytest.raises(RecipeError, match="holds a user or password") as caught:
+    with pytest.raises(RecipeError, match="contains a user or password") as caught:
         EndpointGenerator("http://me:secret@host/v1", "m")
     assert "secret" not in str(caught.value)
 
 
 def test_a_variable_without_a_key_is_refused(monkeypatch):
     monkeypatch.delenv("TEST_KEY", raising=False)
-    with pytest.raises(RecipeError, match="TEST_KEY holds no key; set it"):
+    with pytest.raises(RecipeError, match="TEST_KEY has no key; set it"):
         EndpointGenerator("http://host/v1", "m", key_variable="TEST_KEY")
     monkeypatch.setenv("TEST_KEY", "two\nlines")
-    with pytest.raises(RecipeError, match="the key in TEST_KEY has characters") as caught:
+    with pytest.raises(RecipeError, match="the key in TEST_KEY must be printable ASCII") as caught:
         EndpointGenerator("http://host/v1", "m", key_variable="TEST_KEY")
     assert "two" not in str(caught.value)
 
 
 @pytest.mark.parametrize("how", [{"workers": 0}, {"timeout_seconds": 0.0}, {"retries": -1}])
 def test_calls_that_ask_nothing_are_refused(how):
-    with pytest.raises(RecipeError, match="call nothing"):
+    with pytest.raises(RecipeError, match="workers must be at least 1"):
         Calls(**how)

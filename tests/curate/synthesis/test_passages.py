@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from tercet.curate.synthesis.passages import Sampling, draw_documents, draw_passages, windows
+from tercet.curate.synthesis.passages import PassageSampling, draw_documents, draw_passages, windows
 from tercet.data.files.documents import Document
 from tercet.errors import RecipeError
 
@@ -70,22 +70,22 @@ def documents(count: int) -> list[Document]:
 
 def test_documents_are_drawn_by_seed_and_id_and_not_by_their_order():
     some = documents(40)
-    few, many = (draw_documents(some, Sampling(), count) for count in (7, 30))
+    few, many = (draw_documents(some, PassageSampling(), count) for count in (7, 30))
     assert list(many)[:7] == list(few) and list(few.values()) == list(range(7))
-    assert draw_documents(reversed(some), Sampling(), 7) == few
-    assert draw_documents(some, Sampling(seed=1), 7) != few
-    everything = draw_documents(some, Sampling(), None)
+    assert draw_documents(reversed(some), PassageSampling(), 7) == few
+    assert draw_documents(some, PassageSampling(seed=1), 7) != few
+    everything = draw_documents(some, PassageSampling(), None)
     assert len(everything) == 40 and list(everything)[:30] == list(many)
 
 
 def test_documents_shorter_than_a_passage_are_not_drawn():
     some = [*documents(3), Document("short", "A line."), Document("blank", " " * 900 + "a")]
-    assert set(draw_documents(some, Sampling(), None)) == {"d0", "d1", "d2"}
+    assert set(draw_documents(some, PassageSampling(), None)) == {"d0", "d1", "d2"}
 
 
 def test_passages_are_parts_of_the_document_that_do_not_overlap():
     for rank, document in enumerate(documents(12)):
-        found = draw_passages(document, Sampling(samples=4, least=100, most=300), rank)
+        found = draw_passages(document, PassageSampling(samples=4, least=100, most=300), rank)
         assert len(found) == 4
         for passage in found:
             assert passage.text == document.text[passage.start : passage.end]
@@ -98,56 +98,58 @@ def test_passages_are_parts_of_the_document_that_do_not_overlap():
 
 
 def test_positions_are_balanced_over_documents_and_within_one():
-    sampling = Sampling(least=100, most=300)
+    sampling = PassageSampling(least=100, most=300)
     ranked = list(enumerate(documents(30)))
     first = Counter(draw_passages(d, sampling, rank)[0].third for rank, d in ranked)
     assert first == {0: 10, 1: 10, 2: 10}
-    three = Sampling(samples=3, least=100, most=300)
+    three = PassageSampling(samples=3, least=100, most=300)
     assert all({p.third for p in draw_passages(d, three, rank)} == {0, 1, 2} for rank, d in ranked)
 
 
 def test_more_samples_keep_the_passages_that_were_drawn():
     document = documents(5)[4]
     one, four = (
-        draw_passages(document, Sampling(samples=n, least=100, most=300), 1) for n in (1, 4)
+        draw_passages(document, PassageSampling(samples=n, least=100, most=300), 1) for n in (1, 4)
     )
     assert four[:1] == one
-    other = draw_passages(document, Sampling(least=100, most=300, seed=5), 1)
-    again = [draw_passages(document, Sampling(least=100, most=300), 1) for _ in range(2)]
+    other = draw_passages(document, PassageSampling(least=100, most=300, seed=5), 1)
+    again = [draw_passages(document, PassageSampling(least=100, most=300), 1) for _ in range(2)]
     assert again[0] == again[1] == one != other
 
 
 def test_where_a_third_has_no_prose_another_one_is_taken():
     text = prose(12, 0) + "\n\n" + "0x7f 12 99 | 3.14 -- " * 200
     for rank in range(3):
-        (found,) = draw_passages(Document("d", text), Sampling(least=100, most=300), rank)
+        (found,) = draw_passages(Document("d", text), PassageSampling(least=100, most=300), rank)
         assert found.end <= len(prose(12, 0)) + 2 and found.third == 0
     table = Document("t", "12 99 | 3.14 -- " * 100)
-    assert draw_passages(table, Sampling(least=100, most=300), 0) == []
+    assert draw_passages(table, PassageSampling(least=100, most=300), 0) == []
 
 
 @pytest.mark.parametrize("text", ["แสดงรายการไฟล์ที่มีขนาดใหญ่ " * 20, "ファイルを一覧表示する。" * 30])
 def test_letters_and_their_marks_are_prose_in_every_script(text):
-    assert draw_passages(Document("d", text), Sampling(least=50, most=150), 0)
+    assert draw_passages(Document("d", text), PassageSampling(least=50, most=150), 0)
 
 
 def test_a_changed_text_has_another_digest():
     before, after = (
-        draw_passages(Document("d", "A" * n + prose(9, 0)), Sampling(least=50, most=2000), 0)[0]
+        draw_passages(
+            Document("d", "A" * n + prose(9, 0)), PassageSampling(least=50, most=2000), 0
+        )[0]
         for n in (1, 2)
     )
     assert before.digest != after.digest
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "said"),
     [
-        ({"documents": 0}, "nothing would be asked"),
-        ({"samples": 0}, "nothing would be asked"),
-        ({"least": 300, "most": 599}, "no text can be cut into passages of 300 to 599"),
-        ({"least": 0}, "no text can be cut"),
+        ({"documents": 0}, "documents and samples must be at least 1; got 0 and 1"),
+        ({"samples": 0}, "got 1000 and 0"),
+        ({"least": 300, "most": 599}, "twice as long as the shortest; got 300 to 599"),
+        ({"least": 0}, "got 0 to 1500"),
     ],
 )
-def test_impossible_samplings_are_refused(how, told):
-    with pytest.raises(RecipeError, match=told):
-        Sampling(**how)
+def test_impossible_samplings_are_refused(how, said):
+    with pytest.raises(RecipeError, match=said):
+        PassageSampling(**how)

@@ -2,7 +2,7 @@
 import pytest
 
 from tercet.curate.filtering.scripts import same_scripts, script_shares
-from tercet.curate.synthesis.questions import REASONS, Parsed, parse_question, question_form
+from tercet.curate.synthesis.questions import REASONS, ParsedQuestion, parse_question, question_form
 
 EN = (
     "The ls command lists files. With the option -l it prints sizes and dates of the files in a "
@@ -40,7 +40,7 @@ GOOD = "What does ls print with the option -l?"
     ],
 )
 def test_a_good_question_stays_as_it_is(answer, passage):
-    assert parse_question(answer, passage) == Parsed(answer)
+    assert parse_question(answer, passage) == ParsedQuestion(answer)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_good_question_stays_as_it_is(answer, passage):
     ],
 )
 def test_labels_numbers_quotes_and_thoughts_are_taken_off(answer):
-    assert parse_question(answer, EN) == Parsed(GOOD)
+    assert parse_question(answer, EN) == ParsedQuestion(GOOD)
 
 
 REFUSED = [

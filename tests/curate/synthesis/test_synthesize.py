@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tercet.curate.synthesis.answers import answer_log
-from tercet.curate.synthesis.asking import PROMPT, Asking
 from tercet.curate.synthesis.consistency import Candidate, Consistency, ranks
-from tercet.curate.synthesis.generators import Answer, Prompt
-from tercet.curate.synthesis.passages import Passage, Sampling
+from tercet.curate.synthesis.generators import PROMPT, Answer, Prompt, QuestionPrompt
+from tercet.curate.synthesis.passages import Passage, PassageSampling
 from tercet.curate.synthesis.questions import REASONS
 from tercet.curate.synthesis.synthesize import (
     FAILING,
@@ -30,7 +29,7 @@ from tercet.errors import DataError, ModelError, RecipeError, StorageError
 from tercet.models.embedder import Embedder
 from tests.toy import SENTENCES, small_disk
 
-SMALL = Sampling(least=60, most=200)
+SMALL = PassageSampling(least=60, most=200)
 
 
 @dataclass
@@ -77,7 +76,7 @@ def run(
     generator: Scripted,
     *,
     docs: list[Document] | None = None,
-    sampling: Sampling = SMALL,
+    sampling: PassageSampling = SMALL,
     **how: Any,
 ) -> SynthesisReport:
     given = documents() if docs is None else docs
@@ -116,31 +115,40 @@ def test_an_example_is_a_question_and_the_whole_document_with_its_provenance(tmp
         middle = (row["passage_start"] + row["passage_end"]) / 2 / len(text)
         assert row["passage_position"] == pytest.approx(middle, abs=1e-4)
         about = (row["generator"], row["prompt_digest"], row["seed"])
-        assert about == ("scripted", Asking().digest, 0)
+        assert about == ("scripted", QuestionPrompt().digest, 0)
     assert len(open_source(out)) == 9  # what training opens
     assert report.asked_thirds == report.kept_thirds == [3, 3, 3]
 
 
 def test_the_prompt_holds_the_passage_the_title_and_the_language():
     passage = Passage("d", "a  {passage}\ntitle", 0, 9, "Of {title} and {language}.", 0.5)
-    text = Asking("{title}|{language}|{passage}", "Korean").text(passage)
+    text = QuestionPrompt("{title}|{language}|{passage}", "Korean").text(passage)
     assert text.endswith("|Korean|Of {title} and {language}.")
-    asked = Asking().text(Passage("d", "ls", 0, 9, "It lists.", 0.5))
+    asked = QuestionPrompt().text(Passage("d", "ls", 0, 9, "It lists.", 0.5))
     assert 'called "ls"' in asked and "It lists." in asked and "{" not in asked
-    untitled = Asking().text(Passage("d", " ", 0, 9, "It lists.", 0.5))
+    untitled = QuestionPrompt().text(Passage("d", " ", 0, 9, "It lists.", 0.5))
     assert "called" not in untitled
 
 
 def test_prompts_differ_in_their_digest_and_a_file_needs_a_place_for_the_passage(tmp_path):
-    assert len({Asking().digest, Asking(language="Korean").digest, Asking("{passage}").digest}) == 3
+    assert (
+        len(
+            {
+                QuestionPrompt().digest,
+                QuestionPrompt(language="Korean").digest,
+                QuestionPrompt("{passage}").digest,
+            }
+        )
+        == 3
+    )
     (tmp_path / "prompt.txt").write_text("Ask.\n")
     with pytest.raises(DataError, match=r"prompt.txt: has no \{passage\}; write it"):
-        Asking.of_file(tmp_path / "prompt.txt")
+        QuestionPrompt.of_file(tmp_path / "prompt.txt")
     (tmp_path / "prompt.txt").write_text(PROMPT)
-    assert Asking.of_file(tmp_path / "prompt.txt") == Asking()
+    assert QuestionPrompt.of_file(tmp_path / "prompt.txt") == QuestionPrompt()
     (tmp_path / "prompt.txt").write_bytes(b"{passage} \xe9")
     with pytest.raises(DataError, match="cannot be read"):
-        Asking.of_file(tmp_path / "prompt.txt")
+        QuestionPrompt.of_file(tmp_path / "prompt.txt")
 
 
 def test_refusals_duplicates_and_failures_are_counted_and_not_hidden(tmp_path):
@@ -244,7 +252,7 @@ def test_more_documents_and_samples_cost_no_answer_twice(tmp_path):
         report = run(
             out,
             generator,
-            sampling=Sampling(documents=count, samples=samples, least=60, most=200),
+            sampling=PassageSampling(documents=count, samples=samples, least=60, most=200),
         )
         sizes.append((len(generator.asked), report.passages, report.documents))
     assert sizes == [(3, 3, 3), (4, 7, 7), (14, 21, 7), (0, 21, 7)]
@@ -262,7 +270,7 @@ def test_a_line_that_was_cut_off_is_asked_again(tmp_path):
     assert run(out, Scripted(about_the_first_word)).answered == 9
 
 
-def test_a_document_that_has_changed_is_asked_about_anew(tmp_path):
+def test_a_document_that_has_changed_is_asked_about_again(tmp_path):
     out = tmp_path / "q.jsonl"
     run(out, Scripted(about_the_first_word))
     changed = documents()
@@ -273,21 +281,24 @@ def test_a_document_that_has_changed_is_asked_about_anew(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "said"),
     [
         ({"about": {"model": "other"}}, r"another generator \({'model': 'scripted'}, now"),
-        ({"asking": Asking(language="Korean")}, "another prompt digest"),
-        ({"sampling": Sampling(least=60, most=200, seed=3)}, r"another seed \(0, now 3\)"),
-        ({"sampling": Sampling(least=70, most=200)}, r"another shortest passage \(60, now 70\)"),
-        ({"sampling": Sampling(least=60, most=210)}, "another longest passage"),
+        ({"prompt": QuestionPrompt(language="Korean")}, "another prompt digest"),
+        ({"sampling": PassageSampling(least=60, most=200, seed=3)}, r"another seed \(0, now 3\)"),
+        (
+            {"sampling": PassageSampling(least=70, most=200)},
+            r"another shortest passage \(60, now 70\)",
+        ),
+        ({"sampling": PassageSampling(least=60, most=210)}, "another longest passage"),
     ],
 )
-def test_other_settings_for_the_same_output_are_refused(tmp_path, how, told):
+def test_other_settings_for_the_same_output_are_refused(tmp_path, how, said):
     out = tmp_path / "q.jsonl"
     run(out, Scripted(about_the_first_word))
     before = log_path(out).read_bytes()
     generator = Scripted(about_the_first_word, **{k: how.pop(k) for k in ("about",) if k in how})
-    with pytest.raises(RecipeError, match=f"q.log.jsonl: its answers were made with {told}"):
+    with pytest.raises(RecipeError, match=f"q.log.jsonl: its answers were made with {said}"):
         run(out, generator, **how)
     assert generator.asked == [] and log_path(out).read_bytes() == before
 
@@ -296,7 +307,7 @@ def test_other_settings_for_the_same_output_are_refused(tmp_path, how, told):
 def test_a_file_of_another_kind_in_the_place_of_the_log_is_left_alone(tmp_path, content):
     log = log_path(tmp_path / "q.jsonl")
     log.write_text(content)
-    with pytest.raises(DataError, match=r"q.log.jsonl: does not hold a generator's answers"):
+    with pytest.raises(DataError, match=r"q.log.jsonl: is not a file of a generator's answers"):
         run(tmp_path / "q.jsonl", Scripted(about_the_first_word))
     assert log.read_text() == content
 
@@ -307,7 +318,7 @@ def test_a_damaged_line_of_the_log_is_named(tmp_path):
     lines = log.read_text().splitlines()
     for damaged in ("{", '{"document": "d0"}', "[1]"):
         log.write_text("\n".join([*lines[:3], damaged, *lines[4:]]) + "\n")
-        with pytest.raises(DataError, match=r"q.log.jsonl:4: is no answer; delete the line"):
+        with pytest.raises(DataError, match=r"q.log.jsonl:4: is not an answer; delete the line"):
             run(tmp_path / "q.jsonl", Scripted(about_the_first_word))
 
 
@@ -323,7 +334,7 @@ def test_two_processes_do_not_write_one_log(tmp_path):
         assert len(log) == 0
 
 
-def test_a_full_disk_is_told_and_answers_before_it_are_kept(tmp_path):
+def test_a_full_disk_is_reported_and_answers_before_it_are_kept(tmp_path):
     out = tmp_path / "q.jsonl"
     with small_disk(900), pytest.raises(StorageError, match=r"q.log.jsonl: could not be written"):
         run(out, Scripted(about_the_first_word))
@@ -334,8 +345,8 @@ def test_a_full_disk_is_told_and_answers_before_it_are_kept(tmp_path):
 def test_a_generator_that_only_fails_is_stopped(tmp_path):
     many = [Document(f"d{n}", text) for n, text in enumerate(d.text for d in documents(26))]
     generator = Scripted(lambda _: Answer(failure="status 503: 'down'"))
-    told = f"scripted: {FAILING} calls in a row failed, the last one with: status 503: 'down'"
-    with pytest.raises(ModelError, match=told):
+    said = f"scripted: {FAILING} calls in a row failed, the last one with: status 503: 'down'"
+    with pytest.raises(ModelError, match=said):
         run(tmp_path / "q.jsonl", generator, docs=many)
     assert len(generator.asked) == FAILING
     turns = iter(range(26))
@@ -418,7 +429,7 @@ def test_a_question_that_does_not_find_its_document_is_dropped(embedder, tmp_pat
 
 def test_documents_that_are_not_asked_about_are_in_the_way(embedder, tmp_path):
     check = Consistency(embedder=embedder, top=1, among=8, work=tmp_path / "v")
-    few = Sampling(documents=2, least=60, most=200)
+    few = PassageSampling(documents=2, least=60, most=200)
     generator = Scripted(about_the_first_word)
     report = run(tmp_path / "q.jsonl", generator, sampling=few, check=check)
     assert len(generator.asked) == report.passages == 2
@@ -428,10 +439,10 @@ def test_documents_that_are_not_asked_about_are_in_the_way(embedder, tmp_path):
 def test_a_check_among_few_documents_is_remarked(embedder, tmp_path, caplog):
     check = Consistency(embedder=embedder, top=2, work=tmp_path / "v")
     run(tmp_path / "q.jsonl", Scripted(about_the_first_word), check=check)
-    assert "questions were checked among 9 documents only, of which the 2 best pass" in caplog.text
+    assert "questions were checked among only 9 documents, of which the best 2 pass" in caplog.text
 
 
 @pytest.mark.parametrize("how", [{"top": 0}, {"top": 5, "among": 5}])
-def test_checks_that_tell_nothing_are_refused(embedder, how):
-    with pytest.raises(RecipeError, match="tell nothing"):
+def test_checks_that_test_nothing_are_refused(embedder, how):
+    with pytest.raises(RecipeError, match="top must be at least 1 and below among"):
         Consistency(embedder=embedder, **how)

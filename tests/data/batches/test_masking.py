@@ -35,7 +35,7 @@ def test_all_masks_every_chosen_token():
 
 @pytest.mark.parametrize("probability", [0.0, 1.0, -0.1, float("nan")])
 def test_a_probability_that_masks_nothing_or_everything_is_refused(probability):
-    with pytest.raises(RecipeError, match="give a share between 0 and 1"):
+    with pytest.raises(RecipeError, match="must be between 0 and 1, got"):
         Masking(probability=probability)
 
 

@@ -45,10 +45,10 @@ def test_weight_zero_leaves_a_source_out():
 @pytest.mark.parametrize(
     ("weights", "counts", "problem"),
     [
-        ({"news/fr": 2}, {}, "there is no source 'news/fr'; those given are news, news/de, news/e"),
-        ({"nq": 1}, {"nq": 5}, "source 'nq' is given a weight and a count; give one of them"),
-        ({"nq": float("nan")}, {}, "source 'nq' is given nan; give 0 or a number above it"),
-        ({}, {"nq": -1}, "source 'nq' is given -1; give 0 or a number above it"),
+        ({"news/fr": 2}, {}, "there is no source 'news/fr'; the sources are news, news/de, news/e"),
+        ({"nq": 1}, {"nq": 5}, "source 'nq' has a weight and a count; give only one of them"),
+        ({"nq": float("nan")}, {}, "the weight or count of 'nq' must be 0 or more, got nan"),
+        ({}, {"nq": -1}, "the weight or count of 'nq' must be 0 or more, got -1"),
     ],
 )
 def test_names_and_numbers_that_cannot_be_are_refused(weights, counts, problem):

@@ -275,7 +275,7 @@ def test_a_run_can_be_made_longer_but_not_go_on_with_other_data_or_settings():
         ([A, B], BatchPlan(batch_size=4, seed=0, length_edges=(9,))),
     ]
     for sources, other in others:
-        with pytest.raises(RecipeError, match="are not those of the interrupted run"):
+        with pytest.raises(RecipeError, match="differ from those of the interrupted run"):
             Sampler(sources, other).restore(state)
 
 
@@ -356,15 +356,18 @@ def test_the_examples_of_a_batch_come_in_its_order(tmp_path):
 @pytest.mark.parametrize(
     ("plan", "problem"),
     [
-        ({"batch_size": 1}, "batch_size is 1; give at least 2, there is nothing to contrast"),
-        ({"seed": -1}, "seed is -1; give 0 or more"),
-        ({"epochs": 0}, "epochs is 0; give a number above 0"),
-        ({"epochs": float("nan")}, "epochs is nan; give a number above 0"),
-        ({"size_budget": 0}, "size_budget is 0; give a number above 0"),
-        ({"length_edges": (5, 5)}, "length_edges are (5, 5); give up to 100 sizes above 0, the"),
-        ({"length_edges": (9, 5)}, "length_edges are (9, 5); give up to 100"),
-        ({"length_edges": (0, 5)}, "length_edges are (0, 5); give up to 100"),
-        ({"length_edges": tuple(range(1, 102))}, "length_edges are (1, 2, 3"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1: a smaller batch has nothing"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"epochs": float("nan")}, "epochs must be above 0, got nan"),
+        ({"size_budget": 0}, "size_budget must be above 0, got 0"),
+        (
+            {"length_edges": (5, 5)},
+            "length_edges must be up to 100 rising sizes above 0, got (5, 5)",
+        ),
+        ({"length_edges": (9, 5)}, "length_edges must be up to 100"),
+        ({"length_edges": (0, 5)}, "length_edges must be up to 100"),
+        ({"length_edges": tuple(range(1, 102))}, "length_edges must be up to 100"),
     ],
 )
 def test_an_impossible_plan_is_refused(plan, problem):
@@ -380,8 +383,11 @@ def test_an_impossible_plan_is_refused(plan, problem):
         ([A, source_of("tiny", [5])], "source 'tiny' gives 1 examples x weight 1.0 an epoch, and"),
         ([source_of("tiny", [5], weight=9)], "source 'tiny' gives 1 examples x weight 9 an epoch"),
         ([source_of("rare", [5] * 9, weight=0.2)], "source 'rare' gives 9 examples x weight 0.2"),
-        ([source_of("off", [5] * 9, weight=0.0)], "source 'off' has weight 0.0; give a number"),
-        ([source_of("nan", [5], weight=float("nan"))], "source 'nan' has weight nan"),
+        ([source_of("off", [5] * 9, weight=0.0)], "the weight of 'off' must be above 0, got 0.0"),
+        (
+            [source_of("nan", [5], weight=float("nan"))],
+            "the weight of 'nan' must be above 0, got nan",
+        ),
     ],
 )
 def test_a_source_that_cannot_form_a_batch_is_named(sources, problem):
@@ -431,21 +437,32 @@ def test_b5_all_processes_draw_the_same_group_and_no_row_is_lost(world):
     assert count == 2 * sum(map(len, MIXED))
 
 
+def test_runs_that_were_started_with_earlier_versions_are_recognised():
+    source = source_of("abc", [5] * 40, weight=1.5)
+    plan = BatchPlan(batch_size=8, seed=3)
+    sized = BatchPlan(batch_size=8, seed=3, length_edges=(4,), batch_sizes=(8, 4))
+    assert Sampler([source], plan).state()["fingerprint"] == 48821783373633889
+    assert Sampler([source], sized).state()["fingerprint"] == 9341897958651928
+
+
 def test_a_run_with_other_batch_sizes_is_another_run():
     plan = {"batch_size": 64, "seed": 0, "length_edges": EDGES}
     state = Sampler(MIXED, BatchPlan(**plan, batch_sizes=SIZES)).state()
     Sampler(MIXED, BatchPlan(**plan, batch_sizes=SIZES)).restore(state)
     for sizes in ((12, 6, 4), ()):
-        with pytest.raises(RecipeError, match="batch settings are not those"):
+        with pytest.raises(RecipeError, match="batch settings differ from those"):
             Sampler(MIXED, BatchPlan(**plan, batch_sizes=sizes)).restore(state)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_sizes": (4, 4)}, "batch_sizes are (4, 4) for 3 length groups; give one for each"),
-        ({"batch_sizes": (4, 4, 1)}, "batch_sizes are (4, 4, 1); give at least 2 each"),
-        ({"batch_sizes": SIZES, "size_budget": 9}, "both say how large a batch is"),
+        (
+            {"batch_sizes": (4, 4)},
+            "batch_sizes must be one for each of 3 length groups, got (4, 4)",
+        ),
+        ({"batch_sizes": (4, 4, 1)}, "batch_sizes must be at least 2 each, got (4, 4, 1)"),
+        ({"batch_sizes": SIZES, "size_budget": 9}, "both set the size of a batch"),
     ],
 )
 def test_batch_sizes_that_cannot_be_used_are_refused(changes, message):

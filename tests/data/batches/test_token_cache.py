@@ -1,9 +1,12 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from tercet.data.batches.collate import Collator
-from tercet.data.batches.token_cache import CachedTokens, folder_of, shelves_of
+from tercet.data.batches.token_cache import CachedTokens, stored_tokens
 from tercet.data.files.folders import open_sources
 from tercet.data.files.sources import write_examples
 from tercet.models.tokens import Form, Tokenizer
@@ -47,8 +50,8 @@ def made_with(role):
 )
 def test_batches_are_those_of_tokenizing_on_the_fly(sources, form):
     tokenize, _ = tokenizer(form=form)
-    shelves = shelves_of(sources, made_with, tokenize, prompt_of)
-    cached = CachedTokens(tokenize, shelves)
+    stored = stored_tokens(sources, made_with, tokenize, prompt_of)
+    cached = CachedTokens(tokenize, stored)
     plain, quick = (
         Collator(tokenize=each, prompt_of=prompt_of, negatives=1) for each in (tokenize, cached)
     )
@@ -68,18 +71,18 @@ def test_batches_are_those_of_tokenizing_on_the_fly(sources, form):
 
 def test_tokens_are_made_once_and_mapped(sources):
     tokenize, calls = tokenizer()
-    shelves_of(sources, made_with, tokenize, prompt_of)
+    stored_tokens(sources, made_with, tokenize, prompt_of)
     made = len(calls)
-    shelves = shelves_of(sources, made_with, tokenize, prompt_of)
+    stored = stored_tokens(sources, made_with, tokenize, prompt_of)
     assert made == 4 and len(calls) == made  # two languages, two roles
-    shelf = shelves["document"][0]
-    assert isinstance(shelf.ids, np.memmap) and shelf.ids.dtype == np.uint32
-    assert shelf.offsets.dtype == np.int64 and len(shelf.ids) == shelf.offsets[-1]
+    tokens = stored["document"][0]
+    assert isinstance(tokens.ids, np.memmap) and tokens.ids.dtype == np.uint32
+    assert tokens.offsets.dtype == np.int64 and len(tokens.ids) == tokens.offsets[-1]
 
 
 def test_a_text_that_is_not_there_is_tokenized(sources):
     tokenize, calls = tokenizer()
-    cached = CachedTokens(tokenize, shelves_of(sources, made_with, tokenize, prompt_of))
+    cached = CachedTokens(tokenize, stored_tokens(sources, made_with, tokenize, prompt_of))
     texts, prompts = ["mined since", SENTENCES[2], SENTENCES[2]], ["", "", "other "]
     calls.clear()
     found, right = cached(texts, "document", prompts), tokenize(texts, "document", prompts)
@@ -90,21 +93,34 @@ def test_a_text_that_is_not_there_is_tokenized(sources):
 
 def test_a_prompt_is_not_mixed_up_with_the_begin_of_a_text(sources):
     tokenize, _ = tokenizer()
-    cached = CachedTokens(tokenize, shelves_of(sources, made_with, tokenize, prompt_of))
+    cached = CachedTokens(tokenize, stored_tokens(sources, made_with, tokenize, prompt_of))
     cached(["lay " + SENTENCES[0]], "query", ["p"])
     assert cached.missed == 1
 
 
-def test_other_data_prompts_tokenizers_and_roles_have_folders_of_their_own(sources):
-    one, other = sources
-    folders = {
-        folder_of(source, role, made, prompt)
-        for source in (one, other)
-        for role in ("query", "document")
-        for made in ("a", "b")
-        for prompt in ("", "x")
-    }
-    assert len(folders) == 16
+def folders():
+    return sorted((Path(os.environ["TERCET_CACHE"]) / "tokens").iterdir())
+
+
+def test_other_data_prompts_tokenizers_and_roles_have_their_own_folders(sources):
+    tokenize, _ = tokenizer()
+    for made in ("a", "b"):
+        for prompt in ("", "x "):
+            stored_tokens(
+                sources, lambda _, it=made: it, tokenize, lambda role, task, it=prompt: it
+            )
+    assert len(folders()) == 16  # two each of sources, roles, tokenizers and prompts
+
+
+def test_a_folder_that_lacks_a_file_is_made_again(sources):
+    tokenize, calls = tokenizer()
+    stored_tokens(sources, made_with, tokenize, prompt_of)
+    (folders()[0] / "keys.npy").unlink()
+    (folders()[1] / "ids.npy").write_bytes(b"")
+    calls.clear()
+    stored_tokens(sources, made_with, tokenize, prompt_of)
+    assert len(calls) == 2
+    assert all((folder / "keys.npy").exists() for folder in folders())
 
 
 def test_what_was_killed_half_way_is_made_again(sources):
@@ -116,7 +132,7 @@ def test_what_was_killed_half_way_is_made_again(sources):
         return tokenize(texts, role, prompts)
 
     with pytest.raises(KeyboardInterrupt):
-        shelves_of(sources, made_with, killed, prompt_of)
+        stored_tokens(sources, made_with, killed, prompt_of)
     assert len(calls) == 2
-    assert len(shelves_of(sources, made_with, tokenize, prompt_of)["document"]) == 2
+    assert len(stored_tokens(sources, made_with, tokenize, prompt_of)["document"]) == 2
     assert len(calls) == 4

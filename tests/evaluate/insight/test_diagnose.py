@@ -18,7 +18,7 @@ from tercet.evaluate.insight.diagnose import (
     write_diagnosis,
 )
 from tercet.evaluate.insight.lookahead import DirectionMap, PrefixResult, PrefixTriple
-from tercet.evaluate.report.report import RunReport, write_report
+from tercet.evaluate.report.page import RunReport, write_report
 from tercet.models.embedder import Embedder
 
 TRIPLES = (

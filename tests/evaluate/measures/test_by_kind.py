@@ -7,9 +7,10 @@ import torch
 from tercet.errors import RecipeError
 from tercet.evaluate.measures import by_kind as module
 from tercet.evaluate.measures.by_kind import TermCounts, evaluate_kinds, feasible, sums_of
-from tercet.evaluate.sets.retrieval_set import evaluate_hits
+from tercet.evaluate.measures.retrieval import evaluate_hits
+from tercet.kinds import Weights
 from tercet.rank.topk import Hits
-from tercet.vectors import Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 from tests.evaluate.kinds import drawn, judged, slow_scores
 
 QUERIES, DOCS, DATA = drawn(9, 1), drawn(50, 2, without_terms=(0, 5)), judged(9, 50, 3)

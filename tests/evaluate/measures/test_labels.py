@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, v_measure_score
 
 from tercet.errors import DataError, MissingExtraError, ModelError, RecipeError
+from tercet.evaluate.measures import labels as labels_module
 from tercet.evaluate.measures.labels import (
     ClassificationResult,
     ClusteringResult,
@@ -17,7 +18,6 @@ from tercet.evaluate.measures.labels import (
     measure_clustering,
     measure_clustering_by_words,
 )
-from tercet.evaluate.sets import label_sets
 from tercet.evaluate.sets.label_sets import (
     ClassificationSet,
     ClusteringSet,
@@ -122,17 +122,25 @@ def test_a_test_text_that_is_learned_from_is_counted(tmp_path, caplog):
     again = [{"text": t, "label": t[0], "split": "test"} for t in ("a", "b", "d")]
     path = write(tmp_path / "t.jsonl", *records, *again)
     read_label_set(path)
-    assert caplog.messages == [f"{path}: 2 test texts stand among the train texts too"]
+    assert caplog.messages == [f"{path}: 2 test texts are also train texts"]
 
 
 @pytest.mark.parametrize(
     ("splits", "labels", "message"),
     [
-        ((None, None), "aa", r"t.jsonl: the texts have one label only, 'a'; two are needed"),
-        (("train", None), "ab", r'some records have a "split" and some have none; give it to all'),
+        (
+            (None, None),
+            "aa",
+            r"t.jsonl: the texts have only one label, 'a'; at least two are needed",
+        ),
+        (("train", None), "ab", r'some records have a "split" and others do not; add it to all'),
         (("train", "train"), "ab", r'has no record whose "split" is "test"; add some'),
         (("dev", "test"), "ab", r'has no record whose "split" is "train"; add some'),
-        (("train", "test"), "ab", r"the train texts have one label only, 'a'; two are needed"),
+        (
+            ("train", "test"),
+            "ab",
+            r"the train texts have only one label, 'a'; at least two",
+        ),
     ],
 )
 def test_what_a_file_of_labels_lacks_is_named(tmp_path, splits, labels, message):
@@ -144,7 +152,7 @@ def test_what_a_file_of_labels_lacks_is_named(tmp_path, splits, labels, message)
 
 def test_a_file_whose_texts_have_no_labels_is_refused(tmp_path):
     path = write(tmp_path / "t.jsonl", {"text": "a", "labels": []})
-    with pytest.raises(DataError, match=r"the texts have no label; two are needed"):
+    with pytest.raises(DataError, match=r"the texts have no label; at least two are needed"):
         read_label_set(path)
 
 
@@ -229,10 +237,10 @@ def test_a_label_that_nobody_learned_is_a_mistake():
 
 def test_labels_cannot_be_learned_of_one_label_or_broken_vectors(random):
     vectors = random.standard_normal((3, 4))
-    with pytest.raises(RecipeError, match="the train texts have one label only"):
+    with pytest.raises(RecipeError, match="the train texts have only one label"):
         evaluate_classification(classified([1, 1, 1], [0]), vectors, vectors[:1])
     vectors[1, 2] = np.inf
-    with pytest.raises(ModelError, match="the vector of text 1 holds NaN or infinity"):
+    with pytest.raises(ModelError, match="the vector of text 1 contains NaN or infinity"):
         evaluate_classification(classified([1, 0, 1], [0]), vectors, vectors[:1])
 
 
@@ -243,7 +251,7 @@ def test_words_alone_tell_labels_that_hang_on_words():
     data = ClassificationSet("s", tuple("abc"), rows, rows.take(np.array([5, 3])))
     assert measure_classification_by_words(data).predicted.tolist() == [2, 0]
     silent = LabelledRows(("?", "!"), np.array([0, 1]))
-    with pytest.raises(RecipeError, match=r"no text holds a word; .*--no-bm25"):
+    with pytest.raises(RecipeError, match=r"no text contains a word; .*--no-bm25"):
         measure_classification_by_words(ClassificationSet("s", ("a", "b"), silent, silent))
 
 
@@ -325,7 +333,7 @@ def test_intervals_hold_the_v_measure_of_other_texts_about_as_often_as_they_say(
 def test_blocks_of_draws_do_not_change_an_interval(random, monkeypatch):
     group, label = grouped(random), told(random)
     found = group.interval(resamples=50), label.interval("macro F1", resamples=50)
-    monkeypatch.setattr(label_sets, "_CELLS", 7 * 70)
+    monkeypatch.setattr(labels_module, "_CELLS", 7 * 70)
     assert (group.interval(resamples=50), label.interval("macro F1", resamples=50)) == found
     assert group.interval(resamples=50, seed=1).low != found[0].low
 
@@ -343,7 +351,7 @@ def test_groups_that_lie_apart_are_found(random):
     assert evaluate_clustering(data, noise, runs=2, seed=1).runs == blurred.runs[1:]
     assert evaluate_clustering(data, np.ones((50, 8)), runs=1).score() == pytest.approx(0, abs=1e-9)
     vectors[4] = np.nan
-    with pytest.raises(ModelError, match="the vector of text 4 holds NaN"):
+    with pytest.raises(ModelError, match="the vector of text 4 contains NaN"):
         evaluate_clustering(data, vectors)
 
 

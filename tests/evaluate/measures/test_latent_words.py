@@ -7,7 +7,7 @@ import pytest
 from tercet.data.files.conll import UNLABELLED, LabelledSentence
 from tercet.errors import MissingExtraError, RecipeError
 from tercet.evaluate.measures.latent_words import (
-    Stage,
+    ProbedModel,
     compare_words,
     entities,
     linear_probe,
@@ -199,7 +199,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
 def test_reading_both_ways_tells_of_the_next_word(decoder_folder):
     train, test = about_the_next_word(250, seed=1), about_the_next_word(120, seed=2)
     stages = [
-        Stage(it, lambda it=it: Embedder.load(decoder_folder, attention=it))
+        ProbedModel(it, lambda it=it: Embedder.load(decoder_folder, attention=it))
         for it in ("causal", "bidirectional")
     ]
     found = compare_words(stages, train, test)
@@ -212,8 +212,8 @@ def test_reading_both_ways_tells_of_the_next_word(decoder_folder):
 def test_the_table_has_a_row_a_model_and_differences_to_the_first(decoder_folder):
     train, test = about_the_next_word(40, seed=1), about_the_next_word(30, seed=2)
     stages = [
-        Stage("here", lambda: Embedder.load(decoder_folder)),
-        Stage("before", lambda: Embedder.load(decoder_folder), predictor=True),
+        ProbedModel("here", lambda: Embedder.load(decoder_folder)),
+        ProbedModel("before", lambda: Embedder.load(decoder_folder), predictor=True),
     ]
     found = compare_words(stages, train, test)
     assert found.results[2].predicted != found.results[3].predicted
@@ -242,6 +242,6 @@ def test_words_past_the_longest_text_are_counted(decoder_folder, caplog):
 
 
 def test_two_models_cannot_share_a_name(decoder_folder):
-    stage = Stage("one", lambda: Embedder.load(decoder_folder))
+    stage = ProbedModel("one", lambda: Embedder.load(decoder_folder))
     with pytest.raises(RecipeError, match="two rows would be called 'one'"):
         compare_words([stage, stage], TEST, TEST)

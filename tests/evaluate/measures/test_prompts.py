@@ -103,7 +103,7 @@ def test_prompts_are_dropped_with_a_word_about_them_and_then_not_used(encoder_fo
     bare = Embedder.load(encoder_folder).encode(SENTENCES, "query")
     drop_prompts(embedder)
     (said,) = caplog.messages
-    assert said.startswith("measured without prompts, as asked, but the model was trained with")
+    assert said.startswith("measured without prompts, as requested, but the model was trained with")
     assert "query 'Instruct: find the package Query:', sections-query 'Instruct: tell" in said
     np.testing.assert_array_equal(encode_alike(embedder, SENTENCES), bare)
     drop_prompts(Embedder.load(encoder_folder))

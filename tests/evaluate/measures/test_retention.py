@@ -3,10 +3,10 @@ import pytest
 
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.retention import STORED, measure_coded, retention
-from tercet.evaluate.measures.retrieval import measure
-from tercet.evaluate.report.figures import Point, curves, drawing, write_png
+from tercet.evaluate.measures.retrieval import evaluate_hits, measure
+from tercet.evaluate.report.figures import CurvePoint, curves, drawing, write_png
 from tercet.evaluate.report.intervals import Interval
-from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_hits
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
 from tercet.rank.coded import top_k_coded
@@ -107,17 +107,17 @@ def test_queries_are_never_looked_at_to_learn_ranges(embedder, data, monkeypatch
 
 @pytest.mark.parametrize("dims", [0, 65])
 def test_numbers_of_coordinates_that_there_are_not_are_refused(embedder, data, dims):
-    with pytest.raises(RecipeError, match=f"dims is {dims}, but the model's vectors have 64"):
+    with pytest.raises(RecipeError, match="dims must be between 1 and 64"):
         retention(embedder, data, dims=(dims,))
 
 
 def test_curves_are_drawn_with_every_point_and_its_interval(tmp_path):
     lines = {
         "int8": [
-            Point(64.0, Interval(0.5, 0.4, 0.6, 9), "64"),
-            Point(16.0, Interval(0.3, 0.0, 1.0, 9)),
+            CurvePoint(64.0, Interval(0.5, 0.4, 0.6, 9), "64"),
+            CurvePoint(16.0, Interval(0.3, 0.0, 1.0, 9)),
         ],
-        "float32": [Point(256.0, Interval(0.5, 0.4, 0.6, 9))],
+        "float32": [CurvePoint(256.0, Interval(0.5, 0.4, 0.6, 9))],
     }
     with drawing():
         figure = curves(lines, x="bytes a vector", y="ndcg@10")

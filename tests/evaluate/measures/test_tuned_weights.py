@@ -7,12 +7,12 @@ import torch
 
 from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.measures.by_kind import InMemory, evaluate_kinds
+from tercet.evaluate.measures.retrieval import evaluate_hits
 from tercet.evaluate.measures.tuned_weights import candidates, logistic, save_weights, spreads, tune
-from tercet.evaluate.sets.retrieval_set import evaluate_hits
+from tercet.kinds import KINDS, Weights
 from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
 from tercet.rank.hybrid import HybridHits
-from tercet.vectors import KINDS, Weights
 from tests.evaluate.kinds import drawn, judged
 
 QUERIES, DOCS, DATA = drawn(40, 1, without_terms=(2,)), drawn(60, 2), judged(40, 60, 3)
@@ -168,12 +168,12 @@ def test_the_usual_weights_stay_where_nothing_is_better(found):
 
 def test_what_cannot_be_tuned_is_refused(found):
     single = candidates(QUERIES.only(["dense"]), InMemory(DOCS.only(["dense"])))
-    with pytest.raises(RecipeError, match="makes dense vectors only"):
+    with pytest.raises(RecipeError, match="makes only dense vectors"):
         tune(DATA, single)
-    with pytest.raises(RecipeError, match="40 queries cannot be parted into 41 folds"):
+    with pytest.raises(RecipeError, match=r"folds must be between .*40; got 41"):
         tune(DATA, found, folds=41)
     nothing = replace(DATA, judgements=Judgements.of([{}] * 40))
-    with pytest.raises(RecipeError, match="no relevant document is among the candidates"):
+    with pytest.raises(RecipeError, match="no query has a relevant document"):
         tune(nothing, found)
     with pytest.raises(RecipeError, match='no metric "good@1"'):
         tune(DATA, found, metric="good@1")

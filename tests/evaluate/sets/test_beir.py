@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tercet.errors import DataError, RecipeError
-from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet, evaluate_hits
+from tercet.evaluate.measures.retrieval import evaluate_hits
+from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
 from tercet.rank.topk import Hits
 from tests.cli.lines import write
 

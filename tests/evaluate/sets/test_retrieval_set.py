@@ -5,12 +5,8 @@ from tercet import metrics
 from tercet.data.files.sources import write_examples
 from tercet.errors import DataError, ModelError, RecipeError
 from tercet.evaluate.measures.bm25 import bm25_top_k
-from tercet.evaluate.sets.retrieval_set import (
-    RetrievalSet,
-    evaluate_hits,
-    evaluate_retrieval,
-    pair_scores,
-)
+from tercet.evaluate.measures.retrieval import evaluate_hits, evaluate_retrieval, pair_scores
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.metrics import Judgements
 from tercet.rank.topk import Hits
 from tercet.types import Example

@@ -3,7 +3,7 @@ import pytest
 
 from tercet.evaluate.report.intervals import Interval, interval
 from tercet.evaluate.suites.averages import averages, by_axis, cells_of, differences, language_bias
-from tercet.evaluate.suites.languages import Axis, SetScores
+from tercet.evaluate.suites.by_language import Axis, SetScores
 
 
 def cell(mean):
@@ -68,7 +68,7 @@ def test_axes_and_groups_are_kept_apart_and_untold_sets_left_out():
         scores("ko-en", ["ko"], [0.1], axis="cross-lingual"),
         scores("de", ["de"], [0.2]),
         scores("clef/de", ["de"], [0.3], group="clef"),
-        scores("lost", [""], [0.4], axis="not told"),
+        scores("lost", [""], [0.4], axis="unknown"),
         scores("mixed", ["de", "en"], [0.5, 0.6], axis="mixed"),
     ]
     found = {place: [each.name for each in some] for place, some in by_axis(sets).items()}

@@ -1,10 +1,13 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tercet.errors import RecipeError
-from tercet.evaluate.sets.retrieval_set import RetrievalSet, evaluate_retrieval
+from tercet.errors import MissingExtraError, RecipeError
+from tercet.evaluate.measures.retrieval import evaluate_retrieval
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.evaluate.suites.mteb import as_mteb, named_tasks, run_tasks
 from tercet.models.embedder import Embedder
 from tests.toy import SENTENCES
@@ -127,5 +130,55 @@ def test_presets_name_tasks_and_clef_is_told_apart():
     assert sorted(some.hf_subsets) == ["de", "en", "es", "fr"]
     assert len(named_tasks(["beir"])) == 15
     assert named_tasks(["SciFact"])[0].metadata.name == "SciFact"
-    with pytest.raises(RecipeError, match=r"clef: mteb has no task .*put your copy in BEIR's"):
+    with pytest.raises(RecipeError, match=r"clef: mteb has no task .*convert your copy to BEIR's"):
         named_tasks(["clef"])
+
+
+# --- the model that mteb sees -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(encoder_folder):
+    pytest.importorskip("mteb")
+    return as_mteb(Embedder.load(encoder_folder, prompts=PROMPTS), "runs/mine/model", dims=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "role"), [("query", "query"), ("document", "document"), (None, "query")]
+)
+def test_texts_of_all_batches_are_encoded_in_their_role(model, kind, role):
+    from mteb.types import PromptType
+
+    found = model.encode(
+        [{"text": ["a", "b"]}, {"text": ["c"]}],
+        task_metadata=SimpleNamespace(name="SciFact"),
+        hf_split="test",
+        hf_subset="default",
+        prompt_type=None if kind is None else PromptType(kind),
+        batch_size=2,
+    )
+    np.testing.assert_array_equal(found, model.embedder.encode(["a", "b", "c"], role, dims=4))
+
+
+def test_similarity_is_the_inner_product(model):
+    one, two = np.eye(3, 4), np.arange(8.0).reshape(2, 4)
+    np.testing.assert_allclose(model.similarity(one, two), one @ two.T)
+    np.testing.assert_allclose(model.similarity_pairwise(one[:2], two), (one[:2] * two).sum(1))
+
+
+def test_mteb_takes_it_for_an_encoder_and_writes_down_what_it_is(model):
+    from mteb.models import CrossEncoderProtocol, EncoderProtocol, SearchProtocol
+
+    meta, embedder = model.mteb_model_meta, model.embedder
+    assert isinstance(model, EncoderProtocol)
+    assert not isinstance(model, SearchProtocol | CrossEncoderProtocol)
+    assert (meta.name, meta.revision) == ("tercet/runs_mine_model", embedder.fingerprint())
+    assert (meta.max_tokens, meta.embed_dim) == (embedder.settings.document_tokens, 4)
+    assert meta.use_instructions
+
+
+def test_without_mteb_the_error_names_what_to_install(monkeypatch, encoder_folder):
+    monkeypatch.setitem(sys.modules, "mteb.models", None)
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'tercet\[mteb\]'"):
+        as_mteb(Embedder.load(encoder_folder), "toy")

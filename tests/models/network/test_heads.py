@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from tercet.errors import ModelError, RecipeError
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.network.heads import Heads, SpecialIds, load_heads, save_heads
 from tercet.types import Packed
-from tercet.vectors import KINDS, Vectors, Weights
+from tercet.vectors import Vectors
 from tests import toy
 
 START, END, PAD, UNKNOWN = 0, 2, 1, 3

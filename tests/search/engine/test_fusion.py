@@ -1,9 +1,9 @@
 import pytest
 
 from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Kind, Weights
 from tercet.search.engine.engine import ReciprocalRank, Rerank, Weighted
 from tercet.search.engine.fusion import proposing, reciprocal_ranks, wanted, weighted_sum
-from tercet.vectors import KINDS, Kind, Weights
 
 
 def test_reciprocal_ranks_worked_by_hand():

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tercet.errors import IndexFolderError, ModelError, RecipeError
+from tercet.kinds import Weights
 from tercet.rank.coded import top_k_coded
 from tercet.rank.quantized import STORED, Ranges, bytes_of, codes_of
 from tercet.rank.topk import top_k
 from tercet.search.engine.engine import Record, Weighted
 from tercet.search.exact.exact_engine import ExactEngine
-from tercet.vectors import Vectors, Weights
+from tercet.vectors import Vectors
 from tests.search import conformance as c
 
 CODED = [stored for stored in STORED if stored != "float32"]

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tercet.errors import DataError, IndexFolderError, ModelError, RecipeError, StorageError
+from tercet.kinds import Weights
 from tercet.rank.topk import top_k
 from tercet.search.engine.engine import ReciprocalRank, Record, Rerank, Weighted
 from tercet.search.exact import exact_engine, scanning
 from tercet.search.exact.exact_engine import ExactEngine
 from tercet.segments import offsets_of
-from tercet.vectors import Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 from tests import toy
 from tests.search import conformance as c
 

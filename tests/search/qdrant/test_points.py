@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tercet.errors import DataError, IndexFolderError, MissingExtraError, RecipeError
+from tercet.kinds import Weights
 from tercet.search.engine.engine import Record, Weighted
 from tercet.search.qdrant.points import (
     TermRow,
@@ -21,7 +22,7 @@ from tercet.search.qdrant.points import (
 )
 from tercet.search.qdrant.queries import Stage, weight_of
 from tercet.segments import offsets_of
-from tercet.vectors import Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 
 pytest.importorskip("qdrant_edge")
 

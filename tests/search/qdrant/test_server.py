@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tercet.errors import IndexFolderError, ModelError, RecipeError
+from tercet.kinds import Weights
 from tercet.search.engine.engine import ReciprocalRank, Record, Weighted
-from tercet.vectors import Terms, TokenRows, Vectors, Weights
+from tercet.vectors import Terms, TokenRows, Vectors
 
 pytest.importorskip("qdrant_client")
 

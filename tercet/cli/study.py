@@ -1,0 +1,139 @@
+"""The verb ``study``: train and measure the cells of a study file, and compare them in tables."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, get_args
+
+import typer
+
+from tercet.cli.sources import opened, weighted
+from tercet.data.files.scan import EXAMPLE_FORMAT
+from tercet.data.files.sources import Source
+from tercet.errors import RecipeError
+from tercet.files.console import columns, results, say
+
+_FLAG_TYPES: Final[Mapping[Any, Any]] = {
+    list[Source]: list[Path],
+    list[Source] | None: list[Path] | None,
+}
+"""Types of a study's parameters that stand for files to open, and those of their flags."""
+
+
+def study(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Study file; its own flags follow it.")],
+) -> None:
+    """Train models that differ in one thing each, measure them alike, and compare them in tables.
+
+    Each study file has its own flags: tercet study FILE --help shows them. A killed study goes on
+    when the same command is given again. Writes table.md, results.json and pictures; the answers
+    of each model stay in cells/.
+
+    Example: tercet study examples/studies/bge_m3.py --data mined.jsonl --test test.jsonl
+    --out runs/study --only full --only no-distillation --steps 200 --batch-size 24
+    """
+    app_of(file)(context.args, prog_name=f"tercet study {file}")
+
+
+def app_of(file: Path) -> typer.Typer:
+    """Return the command of a study file, with a flag for each parameter of its ``study``.
+
+    Raises:
+        RecipeError: if there is no such file, or no such function in it.
+    """
+    function = _function_of(file)
+    own = dict(inspect.signature(function).parameters)
+    gets_out = own.pop("out", None) is not None
+
+    def command(**flags: Any) -> None:
+        given = {name: flags.pop(name) for name in own}
+        values = {name: _opened(own[name], value) for name, value in given.items()}
+        if gets_out:
+            values["out"] = flags["out"]
+        changed = {n: v for n, v in given.items() if v != own[n].default and not _is_path(v)}
+        facts = {"study": file.name, **changed, "flags": given}
+        _run(function(**values), facts, **flags)
+
+    _, _, *common = inspect.signature(_run).parameters.values()
+    flags = [_as_flag(each) for each in (*own.values(), *common)]
+    command.__signature__ = inspect.Signature(flags)  # pyright: ignore
+    command.__annotations__ = {flag.name: flag.annotation for flag in flags}
+    command.__doc__ = function.__doc__
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(command)
+    return app
+
+
+def _run(
+    study: Any,
+    facts: Mapping[str, Any],
+    *,
+    out: Annotated[Path, "Folder for cells, tables and pictures."],
+    only: Annotated[
+        list[str] | None, "Run these cells alone; * is any letters; repeatable."
+    ] = None,
+    without: Annotated[list[str] | None, "Leave these cells out; may be repeated."] = None,
+    seeds: Annotated[int | None, "Runs of each recipe, with seeds 0, 1, 2, ..."] = None,
+    precision: Annotated[Literal["float32", "bfloat16"], "Of matrix products."] = "float32",
+    device: Annotated[str | None, "None: a GPU if there is one."] = None,
+    memory_gb: Annotated[float | None, "For activations; None: half of what is free."] = None,
+    keep_models: Annotated[bool, "Do not delete models once measured."] = False,
+) -> None:
+    from tercet.studies.cells import run_study
+    from tercet.studies.tables import write_results
+    from tercet.train.run import Run
+
+    if seeds is not None:
+        study = replace(study, seeds=seeds)
+    run = Run(precision=precision, device=device, memory_gb=memory_gb)
+    cells = {"only": only or (), "without": without or ()}
+    found = run_study(study, out, run, **cells, keep_models=keep_models, say=say)
+    facts = {**facts, "seeds": study.seeds, "precision": precision}
+    for table in write_results(out, found, study.report(found), facts):
+        results().print(f"\n{table.title}")
+        header, *rows = table.rows
+        printed = columns(*header)
+        for row in rows:
+            printed.add_row(*row)
+        results().print(printed)
+    results().print(f"\n{out / 'table.md'}", soft_wrap=True)
+
+
+def _function_of(file: Path) -> Callable[..., Any]:
+    spec = spec_from_file_location(file.stem, file) if file.is_file() else None
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{file}: there is no such Python file; see examples/studies for some")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "study"):
+        raise RecipeError(f"{file}: has no function study, which returns a Study; write one")
+    return module.study
+
+
+def _as_flag(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter of typer for one such as ``steps: Annotated[int, "help"] = 1``."""
+    kind, text, *_ = get_args(parameter.annotation)
+    flag = Annotated[_FLAG_TYPES.get(kind, kind), typer.Option(help=text)]
+    return parameter.replace(annotation=flag, kind=inspect.Parameter.KEYWORD_ONLY)
+
+
+def _opened(parameter: inspect.Parameter, value: Any) -> Any:
+    """Return the sources of files, each with the weight behind its name; other values as given."""
+    kind, _, *formats = get_args(parameter.annotation)
+    if kind not in _FLAG_TYPES or value is None:
+        return value
+    record_format = formats[0] if formats else EXAMPLE_FORMAT
+    named = map(weighted, value)
+    return [
+        each
+        for path, weight in named
+        for each in opened(path, weight=weight, record_format=record_format)
+    ]
+
+
+def _is_path(value: Any) -> bool:
+    some = value if isinstance(value, list) else [value]
+    return any(isinstance(each, Path) for each in some)
