@@ -137,7 +137,7 @@ def tune(
         weights, method, top = list(grid)[best], "grid" if best else "usual", table[best].mean()
     else:
         weights, method, top = fitted, "logistic", learned.mean()
-    alone = {kind: values(Weights(1.0, 1.0, 1.0).only((kind,))) for kind in found.kinds}
+    alone = {kind: values(weights) for kind, weights in each_alone(found.kinds).items()}
     scores = {**held_out, "usual": table[0], **alone}
     return Tuned(weights, method, metric, found.kinds, tuple(chosen), float(top), scores)
 
