@@ -41,7 +41,7 @@ from tercet.data.batches.collate import Collator
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
 from tercet.objectives.contrastive import Contrastive
-from tercet.train.memory import room_of
+from tercet.train.memory import memory_budget
 from tercet.types import Example
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
@@ -101,7 +101,7 @@ def prepared(folder: Path, way: Way, out: Path) -> Callable[[], None]:
     embedder = Embedder.load(folder, query_tokens=32, document_tokens=256, pooling="first").train()
     collate = Collator(tokenize=embedder.tokenize, prompt_of=lambda role, task: "")
     work = Contrastive(temperature=0.02, dims=(HIDDEN // 2,)).start(embedder, [], collate)
-    room = room_of(embedder, work.kinds, way.memory_gb)
+    room = memory_budget(embedder, work.kinds, way.memory_gb)
     given = examples(way.size)
 
     def step() -> None:

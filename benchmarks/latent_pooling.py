@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Row, extra_memory, interleaved, write_results
-from tercet.models.network.folded import Folded
-from tercet.models.network.latent_attention import AttentionLayer, Layer, build_layer
+from tercet.models.choices import LayerSettings
+from tercet.models.network.latent_attention import AttentionLayer, Folded, build_layer
 from tercet.segments import offsets_of
 from tercet.types import Packed
 
@@ -68,7 +68,7 @@ FORMS: dict[str, Form] = {"reference": reference, "once": once, "folded": folded
 def inputs(head_size: int, length: int) -> tuple[AttentionLayer, Tensor, Packed]:
     """A layer with random weights, states, and the texts that they are of."""
     torch.manual_seed(0)
-    layer = build_layer(Layer(latents=LATENTS, heads=HEADS, head_size=head_size), HIDDEN)
+    layer = build_layer(LayerSettings(latents=LATENTS, heads=HEADS, head_size=head_size), HIDDEN)
     tokens = TEXTS * length
     ids, offsets = torch.zeros(tokens, dtype=torch.long), offsets_of(torch.full((TEXTS,), length))
     return layer, torch.randn(tokens, HIDDEN), Packed(ids, offsets, torch.ones_like(ids).bool())
@@ -115,7 +115,7 @@ def compared(head_size: int, length: int, repeats: int) -> list[Row]:
     peer = results["reference"]
     kept = layers["folded"][0]._kept._held
     assert kept is not None and isinstance(kept[1], Folded)
-    held = {"folded": (kept[1].to_scores.nbytes + kept[1].to_states.nbytes) / 1e9, "once": 0.0}
+    held = {"folded": (kept[2].to_scores.nbytes + kept[2].to_states.nbytes) / 1e9, "once": 0.0}
     return [
         {
             "name": f"{name}, length {length}, head size {head_size}",

@@ -32,7 +32,7 @@ from tercet.files.atomic import replacing_file
 from tercet.models.embedder import Embedder
 from tercet.recipes.llm2vec import llm2vec
 from tercet.train.loop import train
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example, Role
 
 DATA = Path(__file__).parent.parent / "examples/data/packages.en.parquet"

@@ -29,8 +29,7 @@ from tercet.models.network import pooling
 from tercet.recipes import finetune
 from tercet.train import log
 from tercet.train.loop import train
-from tercet.train.recipe import Model
-from tercet.train.run import Run
+from tercet.train.recipe import Model, Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 

@@ -72,7 +72,8 @@ def taught(recipe: Recipe, weight: float) -> Recipe:
     """Return the recipe with this weight of self-distillation beside the other losses."""
     (stage,) = recipe.stages
     assert isinstance(stage.objective, Unified)
-    objective = replace(stage.objective, distilled=weight)
+    mixture = replace(stage.objective.mixture, distilled=weight)
+    objective = replace(stage.objective, mixture=mixture)
     return replace(recipe, stages=(replace(stage, objective=objective),))
 
 

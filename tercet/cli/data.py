@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from tercet.cli.sources import shown_progress
+from tercet.cli.options import shown_progress
 from tercet.data.files.texts import text_key
 from tercet.data.report import (
     CheckOptions,

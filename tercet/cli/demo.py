@@ -30,8 +30,7 @@ from tercet.search.indexing import settings_of
 from tercet.search.opening import About, make_engine, write_about
 from tercet.train import log
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 from tercet.types import Example
 from tercet.vectors import Vectors
 

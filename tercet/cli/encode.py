@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-import numpy as np
 import typer
 
 from tercet.cli.options import (
@@ -20,10 +19,7 @@ from tercet.cli.options import (
     kinds_of,
     load,
 )
-from tercet.data.files.documents import Fields, read_documents
-from tercet.data.files.texts import read_texts
 from tercet.errors import RecipeError
-from tercet.files.atomic import replacing_file
 from tercet.files.console import results, say
 from tercet.kinds import Kind
 
@@ -90,6 +86,8 @@ def encode(
 
     Example: tercet encode minilm texts.txt --out vectors.npy
     """
+    from tercet.data.files.documents import Fields, read_documents
+    from tercet.data.files.texts import read_texts
     from tercet.search.export import Wanted, write_dense, write_rows, write_vectors
     from tercet.search.rows import HELD
 
@@ -202,7 +200,11 @@ def _check_arrays(out: Path, output: str, *, as_folder: bool) -> None:
 def _write_parts(
     embedder: Any, texts: Sequence[str], out: Path, *, output: str, **wanted: Any
 ) -> None:
-    """Vectors of all tokens or words, and where each text begins."""
+    """Write the vectors of all tokens or words, and where each text begins."""
+    import numpy as np
+
+    from tercet.files.atomic import replacing_file
+
     with replacing_file(out) as fresh:
         parts = embedder.encode(texts, **wanted, progress=True, output=output)
         offsets = np.cumsum([0, *map(len, parts)])

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from tercet.cli.options import AddressOption, Precision, RunnerOption, WorkersOption
-from tercet.cli.sources import opened
+from tercet.cli.options import AddressOption, Precision, RunnerOption, WorkersOption, opened
 from tercet.errors import RecipeError
 from tercet.files.atomic import sole_writer
 from tercet.files.console import columns, results, say

@@ -160,7 +160,7 @@ def calibrate(
     """
     from tercet.data.files.texts import evenly_spaced, read_texts
     from tercet.evaluate.measures.retention import chosen_dims, code_errors
-    from tercet.models.kept import require_settings, save_ranges
+    from tercet.models.settings import require_settings, save_ranges
     from tercet.rank.quantized import Ranges, bytes_of, truncated
 
     folder = zoo.resolve(model, say)

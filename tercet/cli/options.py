@@ -1,15 +1,23 @@
-"""What several verbs share: which model, and how it is read."""
+"""Options that several commands share, and what their values mean."""
 
-from math import inf
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
 from tercet.errors import RecipeError
 from tercet.files.console import say
-from tercet.kinds import KINDS, Kind, Weights
-from tercet.models.zoo import zoo
+from tercet.kinds import KINDS, Kind, Weights, parse_kinds
+
+if TYPE_CHECKING:
+    from tercet.data.files.scan import RecordFormat, ReportProgress
+    from tercet.data.files.sources import Source
+
+Number = TypeVar("Number", int, float)
+
+_PARTS: Final = 1000  # of a progress bar
 
 ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
 Precision = Annotated[
@@ -54,11 +62,11 @@ AddressOption = Annotated[
 
 
 def load(model: str, precision: str, **how: Any) -> Any:
-    """The embedder of this name; ``how`` are attention, pooling and echo, None for its own."""
+    """Load an embedder; ``how`` sets attention, pooling and echo, None keeps the model's own."""
     import torch
 
     from tercet.models.embedder import Embedder
-    from tercet.models.network.precision import warning_of
+    from tercet.models.network.cpu import warning_of
 
     wanted = {name: value for name, value in how.items() if value}
     dtype, device = getattr(torch, precision), "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,53 +76,33 @@ def load(model: str, precision: str, **how: Any) -> Any:
 
 
 def where(model: str) -> str:
-    """The full path of a folder or file, so that an index finds its model from anywhere."""
+    """Return the full path of a model, so that an index finds it from any working directory."""
+    from tercet.models.zoo import zoo
+
     is_name = zoo.find(model) is not None or not Path(model).exists()
     return model if is_name else str(Path(model).resolve())
 
 
 def kinds_of(named: str | None) -> tuple[Kind, ...] | None:
-    """The kinds of vectors that a flag names, in their usual order; None where it is not given.
-
-    Raises:
-        RecipeError: for a kind that does not exist.
-    """
-    if named is None:
-        return None
-    names = {name.strip() for name in named.split(",")}
-    if unknown := names - set(KINDS):
-        raise RecipeError(
-            f"--kinds {named}: there is no kind {min(unknown)!r}; name some of {', '.join(KINDS)}"
-        )
-    return tuple(kind for kind in KINDS if kind in names)
+    """Return the kinds of vectors that ``--kinds`` names; None if it is not given."""
+    return None if named is None else parse_kinds(named)
 
 
 def weights_of(named: str | None) -> Weights | None:
-    """The weights that a flag gives, of dense, sparse and multi; None where it is not given.
-
-    Raises:
-        RecipeError: where these are not three numbers from 0 up, one of them above.
-    """
+    """Return the weights of kinds that ``--weights`` gives; None if it is not given."""
     if named is None:
         return None
-    try:
-        numbers = [float(number) for number in named.split(",")]
-    except ValueError:
-        numbers = []
-    fits = len(numbers) == len(KINDS) and all(0 <= number < inf for number in numbers)
-    if not fits or not any(numbers):
-        raise RecipeError(
-            f"--weights {named}: give three numbers, of dense, sparse and multi, none below 0 and "
-            "one above it, such as 1,0.3,1"
-        )
-    return Weights(*numbers)
+    weights = Weights.parse(named)
+    if not any(weights.of(kind) for kind in KINDS):
+        raise RecipeError(f"weights are {named!r}; give one of them a number above 0")
+    return weights
 
 
 def whole_numbers(flag: str, named: str | None) -> tuple[int, ...]:
-    """The numbers that a flag gives with commas between, each once; none where it is not given.
+    """Return the whole numbers of a flag, separated by commas; empty if not given.
 
     Raises:
-        RecipeError: where one is no whole number from 0 up, or stands there twice.
+        RecipeError: if one is negative, not whole, or given twice.
     """
     parts = [part.strip() for part in (named or "").split(",")] if named is not None else []
     fits = all(part.isascii() and part.isdigit() for part in parts)
@@ -125,3 +113,68 @@ def whole_numbers(flag: str, named: str | None) -> tuple[int, ...]:
             "as 0,2,8"
         )
     return numbers
+
+
+def opened(
+    path: Path, *, weight: float = 1.0, record_format: "RecordFormat | None" = None
+) -> "list[Source]":
+    """Open the sources of a file or a folder, with a progress bar; None reads examples.
+
+    Raises:
+        DataError: at the first invalid record.
+    """
+    from tercet.data.files.folders import open_sources
+    from tercet.data.files.scan import EXAMPLE_FORMAT
+
+    record_format = record_format or EXAMPLE_FORMAT
+    with shown_progress(f"read {path.name}") as progress:
+        return open_sources(path, weight=weight, progress=progress, record_format=record_format)
+
+
+def weighted(path: Path) -> tuple[Path, float]:
+    """Split ``pairs.jsonl:0.5`` into the file and its weight; without one the weight is 1."""
+    name, colon, weight = str(path).rpartition(":")
+    if not colon:
+        return path, 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError:
+        return path, 1.0
+
+
+def numbers_of(
+    given: Sequence[str] | None, flag: str, number: Callable[[str], Number]
+) -> dict[str, Number]:
+    """Return the numbers by name of a flag such as ``--weight news=2``.
+
+    Raises:
+        RecipeError: for a value of another form, or a name that occurs twice.
+    """
+    found: dict[str, Number] = {}
+    for text in given or ():
+        name, _, value = text.rpartition("=")
+        if name in found:
+            raise RecipeError(f"--{flag} names {name!r} twice; leave one of them out")
+        with suppress(ValueError):
+            found[name] = number(value)
+        if not name or name not in found:
+            raise RecipeError(f"--{flag} is {text!r}; write NAME=NUMBER, as in news/de=2")
+    return found
+
+
+@contextmanager
+def shown_progress(label: str) -> "Iterator[ReportProgress]":
+    """Show a bar for a job that reports the share of it that is done."""
+    from tercet import distributed
+    from tercet.files.progress import bar
+
+    with bar(label, _PARTS, shown=distributed.is_main()) as advance:
+        done = 0
+
+        def report(part: float) -> None:
+            nonlocal done
+            now = int(part * _PARTS)
+            advance(now - done)
+            done = now
+
+        yield report

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
-from tercet.cli.sources import opened, weighted
+from tercet.cli.options import opened, weighted
 from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
@@ -84,7 +84,7 @@ def _run(
 ) -> None:
     from tercet.studies.cells import run_study
     from tercet.studies.tables import write_results
-    from tercet.train.run import Run
+    from tercet.train.recipe import Run
 
     if seeds is not None:
         study = replace(study, seeds=seeds)

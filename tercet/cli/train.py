@@ -12,8 +12,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
-from tercet.cli.options import whole_numbers
-from tercet.cli.sources import numbers_of, opened, weighted
+from tercet.cli.options import numbers_of, opened, weighted, whole_numbers
 from tercet.data.batches.mixture import names_some, refuse_unknown, weighed
 from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
@@ -127,7 +126,7 @@ def _about_recipes() -> None:
 
 def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Callable[..., None]:
     """A function that typer can turn into a verb: it trains by the recipe."""
-    from tercet.train.run import Run
+    from tercet.train.recipe import Run
 
     @wraps(recipe)
     def command(out: Path, dev: Path | None, **flags: Any) -> None:

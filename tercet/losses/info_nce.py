@@ -10,67 +10,72 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
-from typing import Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tercet.errors import RecipeError
-from tercet.losses.finished import finished
 from tercet.types import NEGATIVE, POSITIVE
 
-BLOCK_BYTES: Final = 32 << 20  # what the scores of one block may take
+BLOCK_BYTES: Final = 32 << 20  # of the scores of one block, at most
 
 
 @runtime_checkable
-class Rows(Protocol):
-    """A relation written block by block, as ``tercet.data.batches.relation.Relation`` is."""
+class BlockwiseRelation(Protocol):
+    """A relation read block by block, such as ``tercet.data.batches.relation.Relation``."""
 
     @property
     def positives(self) -> int:
-        """POSITIVE pairs in the whole batch, over all processes."""
+        """Number of POSITIVE pairs in the whole batch, over all processes."""
         ...
 
     def rows(
         self, start: int, stop: int, device: torch.device | None = None
     ) -> Int8[Tensor, "rows docs"]:
-        """The relation of these queries to all documents."""
+        """Return the relation of these queries to all documents."""
         ...
 
 
 def info_nce(
     queries: Float[Tensor, "queries dim"],
     docs: Float[Tensor, "docs dim"],
-    relation: Rows,
+    relation: BlockwiseRelation,
     temperature: float,
     *,
     dims: Sequence[int] | Mapping[int, float] | None = None,
     block: int | None = None,
 ) -> Float[Tensor, ""]:
-    """InfoNCE of dot products, averaged over the positive pairs (arXiv 1807.03748, eq. 4).
+    """Return the InfoNCE of dot products, averaged over the positive pairs.
+
+    arXiv 1807.03748, eq. 4; with temperature as in arXiv 2402.03216, eq. 1.
 
     For a query q, its document p and its negatives N, with s the scores and t the temperature:
 
         loss = -log( e^(s[q,p]/t) / (e^(s[q,p]/t) + sum over n in N of e^(s[q,n]/t)) )
 
-    Each positive pair is a term of its own: a query's positives never compete with each other.
-    A query without negatives contributes zero. The mean is over ``relation.positives``; in a run
-    of several processes these are everybody's, so that the *sum* over the processes of this
-    value, and of its gradients, is that of the whole batch.
+    Each positive pair is a separate term: a query's positives never compete with each other.
+    A query without negatives contributes zero. The mean is over ``relation.positives``, which
+    counts those of all processes, so that the *sum* of this value, and of its gradients, over the
+    processes is that of the whole batch.
 
-    ``dims`` makes it a Matryoshka loss (arXiv 2205.13147): the mean over prefixes of these
+    ``dims`` makes it a Matryoshka loss (arXiv 2205.13147, eq. 1): the mean over prefixes of these
     lengths, or their sum with the weights of a mapping. Scores are then cosines of the prefixes:
-    the vectors need no unit length, and a prefix of zeros scores zero. All prefixes together cost
-    the matrix products of the longest one.
+    the vectors need not have unit length, and a prefix of zeros scores zero. All prefixes together
+    cost the matrix products of the longest one.
 
-    Computed in float32 whatever comes in, under autocast too; float64 stays float64. There are
-    no second derivatives: the first ones are finished here, and ``backward`` only scales them.
-    ``block`` is how many queries are held at a time; it changes memory, not the result.
+    Computed in float32 for any dtype, under autocast too; float64 stays float64. There are no
+    second derivatives: the first ones are computed here, and ``backward`` only scales them.
+    ``block`` is the number of queries held at a time; it changes memory, not the result.
+
+    Raises:
+        RecipeError: for a temperature or dims that are impossible.
     """
     if temperature <= 0:
-        raise RecipeError(f"temperature is {temperature}; it has to be above zero")
+        raise RecipeError(f"temperature is {temperature}; it must be above zero")
     if relation.positives == 0:
         warnings.warn("no query of this batch has a positive: its loss is zero", stacklevel=2)
     weights = _weights_of(dims, queries.shape[1])
@@ -78,7 +83,7 @@ def info_nce(
     wide = torch.promote_types(queries.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
         wide_queries, wide_docs = queries.to(wide), docs.to(wide)
-        sweep = _Sweep(
+        sweep = _InfoNceSweep(
             wide_queries,
             wide_docs,
             relation,
@@ -91,7 +96,7 @@ def info_nce(
 
 
 def block_of(docs: int, prefixes: int = 0) -> int:
-    """How many queries to hold at a time; a pair takes a number for its score and each prefix."""
+    """Return how many queries to hold at a time; a pair has a score and one number a prefix."""
     held = prefixes + 3 if prefixes else 1
     return min(max(BLOCK_BYTES // (4 * held * max(docs, 1)), 16), 1024)
 
@@ -113,22 +118,22 @@ def _weights_of(dims: Sequence[int] | Mapping[int, float] | None, width: int) ->
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
+class PairBlock:
     """A block of the relation in the form that the loss needs."""
 
     row: Int[Tensor, "positives"]
     column: Int[Tensor, "positives"]
-    hidden: Bool[Tensor, "rows docs"]  # whatever is not a negative
+    masked: Bool[Tensor, "rows docs"]  # whatever is not a negative
 
     @classmethod
-    def of(cls, relation: Int8[Tensor, "rows docs"]) -> "Pairs":
-        """Those of a block of the relation."""
+    def of(cls, relation: Int8[Tensor, "rows docs"]) -> "PairBlock":
+        """Return the pairs of a block of the relation."""
         row, column = (relation == POSITIVE).nonzero(as_tuple=True)
         return cls(row, column, relation != NEGATIVE)
 
 
-def loss_and_gradient(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Sum of the terms of a block, and its gradient, written over ``logits``.
+def loss_and_gradient(logits: Tensor, pairs: PairBlock) -> tuple[Tensor, Tensor]:
+    """Return the sum of the terms of a block, and its gradient, written over ``logits``.
 
     With n the log-sum-exp of a row's negatives, the term of a positive p is
 
@@ -137,7 +142,7 @@ def loss_and_gradient(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     so one softmax over the negatives serves all positives of its row.
     """
     positive = logits[pairs.row, pairs.column]
-    logits.masked_fill_(pairs.hidden, -inf)
+    logits.masked_fill_(pairs.masked, -inf)
     # A row without negatives is all minus infinity, and so is its log-sum: its terms are zero.
     highest = logits.amax(1).clamp_min(torch.finfo(logits.dtype).min)
     total = logits.sub_(highest[:, None]).exp_().sum(1)
@@ -150,21 +155,21 @@ def loss_and_gradient(logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Sweep:
+class _InfoNceSweep:
     """One pass over blocks of queries that fills in the gradients as it goes.
 
-    A gradient that nobody wants is None, and its matrix product is left out.
+    A gradient that is not wanted is None, and its matrix product is left out.
     """
 
     queries: Float[Tensor, "queries dim"]
     docs: Float[Tensor, "docs dim"]
-    relation: Rows
+    relation: BlockwiseRelation
     block: int
     by_queries: Float[Tensor, "queries dim"] | None
     by_docs: Float[Tensor, "docs dim"] | None
 
     def whole(self, temperature: float) -> Tensor:
-        """The loss of plain dot products."""
+        """Return the loss of plain dot products."""
         loss = self.queries.new_zeros(())
         for rows, pairs in self.blocks():
             logits = (self.queries[rows] / temperature) @ self.docs.T
@@ -174,7 +179,7 @@ class _Sweep:
         return self.averaged(loss, by_logits=1 / temperature)
 
     def prefixes(self, weights: dict[int, float], temperature: float) -> Tensor:
-        """The loss of the cosines of prefixes.
+        """Return the loss of the cosines of prefixes.
 
         The dot product of a longer prefix is that of the shorter one plus that of the slice
         between them, so all of them cost one product of whole vectors. Gradients are summed the
@@ -202,28 +207,28 @@ class _Sweep:
         of_docs.remove_along(self.by_docs)
         return self.averaged(loss)
 
-    def blocks(self) -> Iterator[tuple[slice, Pairs]]:
-        """The queries of each block, and what they are to the documents."""
+    def blocks(self) -> Iterator[tuple[slice, PairBlock]]:
+        """Yield the queries of each block, and their relation to the documents."""
         for start in range(0, len(self.queries) if len(self.docs) else 0, self.block):
             stop = min(start + self.block, len(self.queries))
             relation = self.relation.rows(start, stop, self.docs.device)
-            yield slice(start, stop), Pairs.of(relation)
+            yield slice(start, stop), PairBlock.of(relation)
 
     def add(self, gradient: Tensor, rows: slice, part: slice) -> None:
-        """Pass the gradient by dot products of these rows on to this part of the vectors."""
+        """Add the gradient by dot products of these rows to that by this part of the vectors."""
         if self.by_queries is not None:
             self.by_queries[rows, part] = gradient @ self.docs[:, part]
         if self.by_docs is not None:
             self.by_docs[:, part].addmm_(gradient.T, self.queries[rows, part])
 
     def add_longest_first(self, gradients: list[Tensor], rows: slice, slices: list[slice]) -> None:
-        """Pass the gradients of all prefixes on to the slices that they are made of."""
+        """Add the gradients of all prefixes to those of the slices that they consist of."""
         total = torch.zeros_like(gradients[-1])
         for part, gradient in zip(reversed(slices), reversed(gradients), strict=True):
             self.add(total.add_(gradient), rows, part)
 
     def averaged(self, loss: Tensor, *, by_logits: float = 1.0) -> Tensor:
-        """The mean of the terms; scales the gradients to it."""
+        """Return the mean of the terms, and scale the gradients to match."""
         scale = 1 / max(self.relation.positives, 1)
         for gradient in (self.by_queries, self.by_docs):
             if gradient is not None:
@@ -235,7 +240,7 @@ class _Prefixes:
     """Lengths of the prefixes of some vectors, and the gradients along those prefixes.
 
     A cosine does not change when a vector grows longer, so its gradient has no part along the
-    vector. That of the dot product has one, which is collected here and taken away in the end.
+    vector. That of the dot product has one, which is collected here and removed in the end.
     """
 
     def __init__(self, vectors: Float[Tensor, "texts dim"], dims: Iterable[int]) -> None:
@@ -245,9 +250,38 @@ class _Prefixes:
         self.along = torch.zeros_like(lengths)  # sum over the pairs of gradient times cosine
 
     def remove_along(self, gradient: Float[Tensor, "texts dim"] | None) -> None:
-        """Make the gradient by dot products over lengths one by cosines."""
+        """Turn the gradient by dot products over lengths into one by cosines."""
         if gradient is None:
             return
         for dim, along, inverse in zip(self.dims, self.along, self.inverse, strict=True):
             shrink = (along * inverse.square())[:, None]
             gradient[:, :dim].sub_(shrink * self.vectors[:, :dim])
+
+
+def finished(loss: Tensor, inputs: list[Tensor], gradients: list[Tensor | None]) -> Tensor:
+    """Return ``loss`` as a function of ``inputs`` whose gradients are known already.
+
+    A gradient of None is not wanted. There are no second derivatives.
+    """
+    return _Finished.apply(loss, len(inputs), *inputs, *gradients)
+
+
+class _Finished(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, count: int, *given: Tensor | None) -> Tensor:
+        inputs, gradients = given[:count], given[count:]
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [x.dtype for x in inputs if x is not None]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, by_loss: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        # The product before the rounding: a float16 gradient may exist only once it is scaled up.
+        wanted = [
+            None if gradient is None else (by_loss * gradient).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (None, None, *wanted, *(None for _ in wanted))

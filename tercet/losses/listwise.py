@@ -1,7 +1,7 @@
-"""Learning from the scores that an outside teacher, such as a reranker, gave to documents.
+"""Losses that learn a teacher's scores of documents, such as those of a reranker.
 
-``scores`` are NaN where the teacher said nothing. Both functions give the sum over the queries of
-their losses, and its gradient by the logits.
+``scores`` are NaN where the teacher gave none. Both functions return the sum of the losses over the
+queries, and its gradient by the logits.
 """
 
 from math import inf
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-_NOTHING: Final = -1e30  # in place of minus infinity, whose differences are no numbers
+_NOTHING: Final = -1e30  # in place of minus infinity, whose differences are NaN
 
 
 def group_distillation(
@@ -19,16 +19,16 @@ def group_distillation(
     scores: Float[Tensor, "rows docs"],
     candidates: Bool[Tensor, "rows docs"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows docs"]]:
-    """Cross entropy between the softmaxes of both over the documents that the teacher scored.
+    """Return the cross entropy between both softmaxes over the documents that the teacher scored.
 
-    The teacher's softmax has no temperature, as in FlagEmbedding's ``kl_div``.
+    FlagEmbedding's ``kl_div``: the teacher's softmax has no temperature.
     """
     judged = ~scores.isnan() & candidates
     some = judged.any(1, keepdim=True)
-    hidden = ~judged & some  # a row without any has no softmax, and counts for nothing
-    target = scores.nan_to_num().masked_fill(hidden, -inf).softmax(1) * some
-    known = logits.masked_fill(hidden, -inf).log_softmax(1)
-    return -(target * known.masked_fill(hidden, 0)).sum(), known.exp() * some - target
+    masked = ~judged & some  # a row without scores has no softmax, and its loss is zero
+    target = scores.nan_to_num().masked_fill(masked, -inf).softmax(1) * some
+    known = logits.masked_fill(masked, -inf).log_softmax(1)
+    return -(target * known.masked_fill(masked, 0)).sum(), known.exp() * some - target
 
 
 def listwise(
@@ -36,14 +36,14 @@ def listwise(
     scores: Float[Tensor, "rows docs"],
     candidates: Bool[Tensor, "rows docs"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows docs"]]:
-    """Each scored document is to beat those that the teacher put below it, and all unscored ones.
+    """Return a loss by which each scored document beats those scored lower and all unscored ones.
 
     With T the softmax of the teacher's scores, from the best document of a query to its worst:
 
         sum over i of T_i * -log( e^x_i / (sum over j >= i of e^x_j + sum over unscored of e^x) )
 
-    FlagEmbedding's ``m3_kd_loss``, which expects the documents in the teacher's order; here they
-    are sorted, so that the order in a file does not matter.
+    FlagEmbedding's ``m3_kd_loss``, which expects documents in the teacher's order; here they are
+    sorted, so that the order in a file does not matter.
     """
     judged = ~scores.isnan() & candidates
     most = int(judged.sum(1).max()) if len(judged) else 0

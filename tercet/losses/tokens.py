@@ -1,6 +1,6 @@
-"""Cross entropy over a vocabulary, at the places that are predicted and nowhere else.
+"""Cross entropy over a vocabulary, only at the places that are predicted.
 
-A block of places holds its whole rows of logits, so its loss and all its gradients are finished at
+A block of places holds its whole rows of logits, so its loss and all its gradients are computed at
 once and the block is dropped: there is never a matrix of all tokens and the vocabulary.
 """
 
@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tercet.losses.finished import finished
+from tercet.losses.info_nce import finished
 
-BLOCK_BYTES: Final = 32 << 20  # what the logits of one block may take
+BLOCK_BYTES: Final = 32 << 20  # of the logits of one block, at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """What turns a state into a logit for each token: ``bend(scale * (state @ weight.T + bias))``.
+    """Turns a state into a logit for each token: ``cap(scale * (state @ weight.T + bias))``.
 
-    ``softcap`` c bends a logit x to c * tanh(x / c), as Gemma 2 does.
+    ``softcap`` c maps a logit x to c * tanh(x / c), as Gemma 2 does (arXiv 2408.00118, sec. 2).
     """
 
     weight: Float[Tensor, "vocabulary hidden"]
@@ -30,7 +30,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, states: Float[Tensor, "places hidden"]) -> Float[Tensor, "places vocabulary"]:
-        """The logits in at least float32; the product in the dtype of ``states``."""
+        """Return the logits in at least float32; the product is in the dtype of ``states``."""
         logits = F.linear(states, self.weight.to(states.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.bias is not None:
@@ -43,7 +43,7 @@ class Head:
 
 
 def _product_dtype(states: Tensor) -> torch.dtype:
-    """What autocast would multiply in."""
+    """The dtype in which autocast would multiply."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
@@ -56,16 +56,15 @@ def next_token_loss(
     total: int,
     block: int | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """-log softmax(head(state))[token], summed and divided by ``total``; and how many were right.
+    """Return the sum of -log softmax(head(state))[token] over ``total``, and the number of hits.
 
     ``total`` is the number of places of the whole batch: a batch may come in chunks and from
-    several processes, and the sum of the parts is its mean. Right is a place whose largest logit
-    is that of its token. The gradient by the states is exact; by the head's weight and bias it is
-    computed where these want one. ``block`` is how many places are held at a time; it changes
-    memory, not the result.
+    several processes, and the sum of the parts is its mean. A place is a hit if its largest logit
+    is that of its token. Gradients by the head's weight and bias are computed if these require
+    them. ``block`` is the number of places held at a time; it changes memory, not the result.
     """
     at_once = block or max(1, BLOCK_BYTES // (4 * len(head.weight)))
-    sweep = _Sweep(states, head, total)
+    sweep = _TokenSweep(states, head, total)
     with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
         for start in range(0, len(states), at_once):
             sweep.add(slice(start, start + at_once), tokens)
@@ -74,7 +73,7 @@ def next_token_loss(
     return finished(sweep.loss, inputs, gradients), sweep.right
 
 
-class _Sweep:
+class _TokenSweep:
     """The running sums of a loss over blocks of places."""
 
     def __init__(self, states: Tensor, head: Head, total: int) -> None:
@@ -93,7 +92,7 @@ class _Sweep:
         self.by_bias = torch.zeros_like(head.bias) if with_bias else None  # pyright: ignore
 
     def add(self, places: slice, tokens: Tensor) -> None:
-        """A block's share of the loss and of the gradients."""
+        """Add a block's share of the loss and of the gradients."""
         states, wanted = self.states[places], tokens[places, None]
         logits = self.head.logits(states)
         self.right += (logits.argmax(1, keepdim=True) == wanted).sum()
@@ -101,7 +100,7 @@ class _Sweep:
         self.loss += (norm - logits.gather(1, wanted)).sum() / self.total
         if self.by_states is None and self.by_weight is None and self.by_bias is None:
             return
-        steep = self._steepness(logits)
+        steep = self._derivative(logits)
         slope = logits.sub_(norm).exp_()  # softmax, and from here the gradient by the logits
         slope.scatter_add_(1, wanted, slope.new_full((1, 1), -1.0).expand_as(wanted))
         slope *= steep / self.total
@@ -113,8 +112,8 @@ class _Sweep:
         if self.by_bias is not None:
             self.by_bias += slope.sum(0)
 
-    def _steepness(self, logits: Tensor) -> Tensor | float:
-        """How a logit answers to the product it is made of."""
+    def _derivative(self, logits: Tensor) -> Tensor | float:
+        """The derivative of a logit by its product of state and weight."""
         if self.head.softcap is None:
             return self.head.scale
         return self.head.scale * (1 - (logits / self.head.softcap).square())

@@ -1,59 +1,62 @@
 """One loss over all kinds of vectors, in which their sum teaches each of them.
 
 As in :mod:`tercet.losses.info_nce`, a block of queries holds its whole rows of scores, of every
-kind. So its losses, its teacher and all its gradients are finished at once, and it is dropped.
+kind. So its losses, their targets and all gradients are computed at once, and it is dropped.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tercet.kinds import Kind, Weights
-from tercet.losses.finished import finished
-from tercet.losses.info_nce import Pairs, Rows, loss_and_gradient
+from tercet.data.batches.relation import Relation
+from tercet.errors import RecipeError
+from tercet.kinds import KINDS, Kind, Weights
+from tercet.losses.info_nce import PairBlock, finished, loss_and_gradient
 from tercet.losses.listwise import group_distillation, listwise
+from tercet.models.network.chunked import Losses
 from tercet.rank.scoring import scores_of
 from tercet.types import IGNORED
 from tercet.vectors import Vectors
 
-BLOCK_BYTES: Final = 64 << 20  # what the scores of one block may take
-Losses: TypeAlias = dict[str, Tensor]
-Lesson: TypeAlias = Literal["none", "kl", "listwise"]
-"""How an outside teacher's scores are learned. Those of mining are none: cosines teach little."""
-
-
-@runtime_checkable
-class GroupedRows(Rows, Protocol):
-    """A relation that knows as well which documents came with a query."""
-
-    def group(self, start: int, stop: int) -> tuple[Int[Tensor, "own"], Int[Tensor, "own"]]:
-        """Rows, counted from ``start``, and columns of the documents that came with them."""
-        ...
+BLOCK_BYTES: Final = 64 << 20  # of the scores of one block, at most
+Distillation: TypeAlias = Literal["none", "kl", "listwise"]
+"""How the scores of a reranker are learned. Not for the cosines of mining, which teach little."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """What the loss is made of. The usual numbers are those of arXiv 2402.03216, section 3.3."""
+    """Temperature and weights of the parts of the loss; defaults are those of the paper.
+
+    arXiv 2402.03216, sec. 3.3: w of eq. 2 and lambda of eq. 3 and 5.
+    """
 
     temperature: float = 0.02
     in_sum: Weights = field(default_factory=Weights)  # of the scores in their sum
     in_loss: Weights = field(default_factory=lambda: Weights(1.0, 0.1, 1.0))
-    of_sum: float = 1.0  # of the loss of the sum itself; 0: only a teacher
-    distilled: float = 1.0  # of self-distillation, beside the other losses; 0: none
-    in_lesson: Weights | None = None  # of self-distillation by kind; None: those of in_loss
-    lesson: Lesson = "none"  # how scores of an outside teacher are learned, where there are any
+    of_sum: float = 1.0  # of the loss of the sum; 0: the sum is only a target
+    distilled: float = 1.0  # of self-distillation, relative to the other losses
+    in_distilled: Weights | None = None  # of self-distillation by kind; None: those of in_loss
+    distil: Distillation = "none"  # how the scores of a reranker are learned, if there are any
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < inf:
+            raise RecipeError(f"temperature is {self.temperature}; give a number above 0")
+        weights = (self.in_sum, self.in_loss, self.in_distilled or self.in_loss)
+        shares = [self.of_sum, self.distilled, *(w.of(kind) for w in weights for kind in KINDS)]
+        if not all(0 <= share < inf for share in shares):
+            raise RecipeError(f"every weight must be 0 or more; got {self}")
 
 
 def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     queries: Vectors,
     docs: Vectors,
-    relation: GroupedRows,
+    relation: Relation,
     mixture: Mixture,
     *,
     queries_of_all: int,
@@ -61,7 +64,7 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     teacher: Float[Tensor, "docs"] | None = None,
     block: int | None = None,
 ) -> Losses:
-    """InfoNCE of every kind of score and of their weighted sum, and self-distillation.
+    """Return the InfoNCE of all kinds of scores and of their weighted sum, with self-distillation.
 
     With s_x the scores of kind x, t the temperature, n kinds, and weights from ``mixture``:
 
@@ -73,23 +76,23 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
 
     (arXiv 2402.03216, equations 1 to 6, with d = 1). InfoNCE is that of
     :func:`tercet.losses.info_nce.info_nce`; the softmaxes are over all documents that are not
-    IGNORED. A single kind has no sum, and nothing to be taught.
+    IGNORED. A single kind has neither sum nor self-distillation.
 
-    Dense vectors come as they are and are scaled here; with ``dims`` their losses are means over
-    prefixes of these lengths and the full one (Matryoshka). Terms and vectors of tokens come ready.
-    ``teacher`` has an outside teacher's score of each document for the query that it came with, NaN
-    where there is none; lesson "kl" adds to each InfoNCE, "listwise" takes the place of those of
-    queries with a scored document, and "none" leaves the scores alone.
+    Dense vectors of any length are normalised here; with ``dims`` their losses are means over
+    prefixes of these lengths and the full one (Matryoshka). Weights of terms and vectors of tokens
+    are used unchanged. ``teacher`` has a reranker's score of each document for the query that it
+    came with, NaN where there is none; distil "kl" adds to each InfoNCE, "listwise" replaces those
+    of queries with a scored document, and "none" ignores the scores.
 
     ``"loss"`` is minimised, the others are parts of it, unweighted. All of them are this process's
-    share: means are over ``relation.positives`` and ``queries_of_all``, which count everybody's.
-    Computed in float32 at least. ``block`` is how many queries are held at a time.
+    share: means are over ``relation.positives`` and ``queries_of_all``, which count those of all
+    processes. Computed in at least float32. ``block`` is the number of queries held at a time.
     """
     kinds: tuple[Kind, ...] = tuple(kind for kind in queries.kinds if kind in docs.kinds)
     wide = torch.promote_types(queries.tensors()[0].dtype, torch.float32)
     with torch.autocast(queries.tensors()[0].device.type, enabled=False):
         left, right = (_Side.of(side.only(kinds), dims, wide) for side in (queries, docs))
-        sweep = _Sweep(
+        sweep = _UnifiedSweep(
             left.detached(), right.detached(), relation, mixture, kinds, queries_of_all, teacher
         )
         size = block or _block_of(left, len(docs), len(kinds))
@@ -102,7 +105,7 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
 
 
 def _block_of(queries: "_Side", docs: int, kinds: int) -> int:
-    """How many queries to hold: scores and gradients of each kind, and each token's best rows."""
+    """How many queries to hold: scores and gradients of each kind, and the best rows of tokens."""
     tokens = 0
     if queries.vectors.multi is not None:
         tokens = len(queries.vectors.multi.vectors) // max(len(queries), 1)
@@ -134,7 +137,7 @@ class _Side:
         return [*self.vectors.tensors(), *self.prefixes]
 
     def detached(self) -> "_Side":
-        """Leaves of their own, that gather gradients."""
+        """The same numbers as new leaves, which collect gradients."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
@@ -147,7 +150,7 @@ class _Side:
     def scores(
         self, rows: slice, docs: "_Side", kinds: Sequence[Kind]
     ) -> dict[Kind, list[Float[Tensor, "rows docs"]]]:
-        """Of these queries with all documents, the full width first, then dense prefixes."""
+        """Scores of these queries with all documents: the full width first, then dense prefixes."""
         some = self.vectors.take(rows)
         found: dict[Kind, list[Tensor]] = {
             kind: [scores_of(kind, some, docs.vectors)] for kind in kinds
@@ -158,12 +161,12 @@ class _Side:
 
 
 @dataclass(eq=False)
-class _Sweep:
-    """The running sums of a loss over blocks of queries; gradients gather in the sides' leaves."""
+class _UnifiedSweep:
+    """The running sums of a loss over blocks of queries; the sides' leaves collect gradients."""
 
     left: _Side
     right: _Side
-    relation: GroupedRows
+    relation: Relation
     mixture: Mixture
     kinds: tuple[Kind, ...]
     queries: int  # of all processes
@@ -178,7 +181,7 @@ class _Sweep:
         self.of_hard = 1 / ((len(self.kinds) + several) * (1 + soft))
         self.of_soft = soft / (len(self.kinds) * (1 + soft))
         names = [*self.kinds, *(["sum"] if several else [])]
-        if self.mixture.lesson == "none":
+        if self.mixture.distil == "none":
             self.teacher = None
         taught = [] if self.teacher is None else [f"{name}_taught" for name in names]
         names += taught
@@ -187,7 +190,7 @@ class _Sweep:
         self.parts = {name: self.loss.clone() for name in names}
 
     def add(self, start: int, stop: int, *, learns: bool) -> None:
-        """A block's share of the losses and of the gradients."""
+        """Add a block's share of the losses and of the gradients."""
         with torch.set_grad_enabled(learns):
             scores = self.left.scores(slice(start, stop), self.right, self.kinds)
         with torch.no_grad():
@@ -206,7 +209,7 @@ class _Sweep:
     def _slopes(
         self, scores: Mapping[Kind, list[Tensor]], start: int, stop: int
     ) -> dict[Kind, list[Tensor]]:
-        """Adds to the losses; the gradients by the scores."""
+        """Add to the losses and return the gradients by the scores."""
         mixture = self.mixture
         block = self._block(start, stop)
         logits: dict[Kind, list[Tensor]] = {
@@ -231,14 +234,14 @@ class _Sweep:
         return slopes
 
     def _hard(
-        self, name: Kind | Literal["sum"], logits: Tensor, block: "_Block", part: float
+        self, name: Kind | Literal["sum"], logits: Tensor, block: "_ScoreBlock", part: float
     ) -> Tensor:
-        """Learn from labels, or from an outside teacher's scores; the gradient by the logits."""
+        """Add the loss by labels or a reranker's scores; return the gradient by the logits."""
         total, by_logits = loss_and_gradient(logits.clone(), block.pairs)
         term, slope = total / self.pairs, by_logits / self.pairs
         self.parts[name] += term * part
         if block.teacher is not None:
-            learn = group_distillation if self.mixture.lesson == "kl" else listwise
+            learn = group_distillation if self.mixture.distil == "kl" else listwise
             total, by_logits = learn(logits, block.teacher, block.candidates)
             term, slope = term + total / self.queries, slope + by_logits / self.queries
             self.parts[f"{name}_taught"] += total / self.queries * part
@@ -250,47 +253,51 @@ class _Sweep:
         self,
         logits: Mapping[Kind, list[Tensor]],
         target: Float[Tensor, "rows docs"],
-        block: "_Block",
+        block: "_ScoreBlock",
         slopes: Mapping[Kind, list[Tensor]],
     ) -> None:
-        """Each kind learns the softmax of the sum, which is a constant here."""
+        """Add the loss of each kind by the softmax of the sum, which has no gradient (eq. 4)."""
         for kind in self.kinds:
             part = 1 / len(logits[kind])
-            weight = (self.mixture.in_lesson or self.mixture.in_loss).of(kind) * part * self.of_soft
+            weight = (
+                (self.mixture.in_distilled or self.mixture.in_loss).of(kind) * part * self.of_soft
+            )
             for x, slope in zip(logits[kind], slopes[kind], strict=True):
-                known = x.masked_fill(block.hidden, -inf).log_softmax(1)
-                term = -(target * known.masked_fill(block.hidden, 0)).sum() / self.queries
+                known = x.masked_fill(block.masked, -inf).log_softmax(1)
+                term = -(target * known.masked_fill(block.masked, 0)).sum() / self.queries
                 self.parts[f"{kind}_distilled"] += term * part
                 self.loss += term * weight
                 slope += (known.exp() * block.asked - target) * (weight / self.queries)
 
-    def _block(self, start: int, stop: int) -> "_Block":
+    def _block(self, start: int, stop: int) -> "_ScoreBlock":
         device = self.loss.device
         relation = self.relation.rows(start, stop, device)
         candidates = relation != IGNORED
         asked = candidates.any(1, keepdim=True)
-        pairs, taught = Pairs.of(relation), None
+        pairs, taught = PairBlock.of(relation), None
         if self.teacher is not None:
             row, column = self.relation.group(start, stop)
             taught = torch.full_like(relation, torch.nan, dtype=self.loss.dtype)
             taught[row.to(device), column.to(device)] = self.teacher[column].to(taught)
-            if self.mixture.lesson == "listwise":
+            if self.mixture.distil == "listwise":
                 judged = (~taught.isnan() & candidates).any(1)[pairs.row]
-                pairs = Pairs(pairs.row[~judged], pairs.column[~judged], pairs.hidden)
-        return _Block(pairs, candidates, ~candidates & asked, asked, taught)
+                pairs = PairBlock(pairs.row[~judged], pairs.column[~judged], pairs.masked)
+        return _ScoreBlock(pairs, candidates, ~candidates & asked, asked, taught)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Block:
-    """What the documents are to the queries of a block."""
+class _ScoreBlock:
+    """The relation of a block of queries to the documents."""
 
-    pairs: Pairs  # that are learned by InfoNCE
+    pairs: PairBlock  # that are learned by InfoNCE
     candidates: Bool[Tensor, "rows docs"]  # positives and negatives
-    hidden: Bool[Tensor, "rows docs"]  # the others; none in a row without candidates
+    masked: Bool[Tensor, "rows docs"]  # the others; nothing in a row without candidates
     asked: Bool[Tensor, "rows 1"]  # which rows have candidates
-    teacher: Float[Tensor, "rows docs"] | None  # NaN where it said nothing
+    teacher: Float[Tensor, "rows docs"] | None  # NaN where there is no score
 
 
-def _softmax_of(logits: Float[Tensor, "rows docs"], block: _Block) -> Float[Tensor, "rows docs"]:
-    """Over the candidates; zeros where there are none."""
-    return logits.masked_fill(block.hidden, -inf).softmax(1) * block.asked
+def _softmax_of(
+    logits: Float[Tensor, "rows docs"], block: _ScoreBlock
+) -> Float[Tensor, "rows docs"]:
+    """The softmax over the candidates; zeros in a row without any."""
+    return logits.masked_fill(block.masked, -inf).softmax(1) * block.asked

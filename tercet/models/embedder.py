@@ -1,4 +1,4 @@
-"""The embedder: texts in, vectors out; all it needs for that is saved beside its weights."""
+"""The embedder: texts in, vectors out, with all settings saved beside the weights."""
 
 import hashlib
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, Literal, overload
+from typing import Any, Final, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -17,25 +17,26 @@ from torch import Tensor, nn
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
 from tercet.kinds import Kind
+from tercet.models.choices import Attention, PoolingName, Window
 from tercet.models.encode_loop import Step, batch_by_batch, text_vectors, token_states, word_states
 from tercet.models.formats.parts import ModelParts
 from tercet.models.formats.sentence_transformer_module import as_sentence_transformer
 from tercet.models.formats.tercet_folder import load_parts, save_adapter, save_parts
-from tercet.models.network.backbone import Attention, Backbone, Window
+from tercet.models.network.backbone import Backbone
+from tercet.models.network.cpu import Prepacked
 from tercet.models.network.fingerprints import add_weights
 from tercet.models.network.heads import Heads, SpecialIds
 from tercet.models.network.latent_attention import AttentionLayer, build_layer
-from tercet.models.network.pooling import POOLINGS, PoolingName, cls_mean
-from tercet.models.network.prepacked import Prepacked
+from tercet.models.network.pooling import POOLINGS, cls_mean
 from tercet.models.network.words import Words
 from tercet.models.settings import Settings, changed
-from tercet.models.tokens import Form, Tokenizer, Tokens
+from tercet.models.tokens import Tokenizer, Tokens
 from tercet.types import Packed, Role
 from tercet.vectors import Vectors
 
 __all__ = ["Embedder", "Settings"]
 
-# Settings that came after the first indexes: at their usual value they leave fingerprints alone.
+# Settings added after the first indexes: with their default value they leave fingerprints alone.
 _LATER: Final = (
     "suffixes",
     "pool_suffix",
@@ -53,11 +54,30 @@ _NOT_IN_VECTORS: Final = ("weights", "ranges")  # settings that change no vector
 log = logging.getLogger("tercet")
 
 
-class Embedder(nn.Module):
-    """A backbone, a pooling, and the settings to use them the way they were trained.
+class EncodeOptions(TypedDict, total=False):
+    """Options of :meth:`Embedder.encode`, which explains them."""
 
-    ``layer`` are the weights of ``settings.layer``, and ``heads`` those of ``settings.kinds``;
-    None draws new ones, to be trained.
+    task: str | None
+    dims: int | None
+    progress: bool
+    attention: Attention | None
+    pooling: PoolingName | None
+    echo: bool | None
+
+
+class Embedder(nn.Module):
+    """A backbone, a pooling, and the settings that the model was trained with.
+
+    Use :meth:`load` for a saved model. Made directly, it takes a ``tokenizer`` of transformers, the
+    ``layer`` that ``settings.layer`` describes and the ``heads`` of ``settings.kinds``; None makes
+    new ones with random weights, to be trained.
+
+    Example::
+
+        embedder = Embedder.load("minilm")
+        queries = embedder.encode(["edit text in a terminal"], "query")
+        documents = embedder.encode(["a small editor", "a web server"])
+        scores = queries @ documents.T  # [1, 2]: cosines
     """
 
     def __init__(
@@ -84,37 +104,30 @@ class Embedder(nn.Module):
             query_tokens=min(settings.query_tokens, limit),
             document_tokens=min(settings.document_tokens, limit),
         )
-        self.batch_tokens = (
-            16_384 if backbone.device.type == "cuda" else 2_048
-        )  # of one encode step
-        parts: list[nn.Module] = [backbone]
+        on_gpu = backbone.device.type == "cuda"
+        self.batch_tokens = 16_384 if on_gpu else 2_048  # of one encode step
+        linear: list[nn.Module] = [backbone]
         if self.layer is not None:  # of a folded layer only the feed-forward runs
             folds = self.layer.folds
-            parts += [self.layer.ff_in, self.layer.ff_out] if folds else [self.layer]
-        self._prepacked = Prepacked(nn.ModuleList(parts))
-        self.about: Mapping[str, Any] = {}  # what made it, as saved with it: stages, data, seed
-        self._told: set[Role] = set()  # for which roles it was said that texts were cut
+            linear += [self.layer.ff_in, self.layer.ff_out] if folds else [self.layer]
+        self._prepacked = Prepacked(nn.ModuleList(linear))
+        self.about: Mapping[str, Any] = {}  # how it was made, saved with it: stages, data, seed
+        self._cuts_reported: set[Role] = set()
         self.train(backbone.training)
 
-    # ---- vectors -----------------------------------------------------------------------------
+    # ---- for training ------------------------------------------------------------------------
 
     def forward(self, texts: Packed) -> Float[Tensor, "texts dim"]:
-        """Pooled vectors as they are, not scaled: a loss scales each width by itself."""
+        """Return pooled vectors, not normalized: a loss scales each width by itself."""
         return pooled(self.states(texts), texts, self.settings)
 
     def vectors(self, texts: Packed, kinds: Sequence[Kind] | None = None) -> Vectors:
-        """The vectors of these kinds, or of all that the model makes, for a loss.
+        """Return vectors of these kinds, or of all that the model makes, for a loss.
 
-        Dense ones are as they are, not scaled. Of a sparse one each pooled token that is not
-        special has its own weight, so that a token may occur several times. Those of tokens have
-        unit length.
+        Dense vectors are not normalized, token vectors are. A sparse vector has a weight for each
+        pooled token that is not special, so the same token id may occur several times.
         """
         return self._vectors(self.states(texts), texts, self.kinds if kinds is None else kinds)
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of vectors that the model makes."""
-        return self.settings.kinds
 
     def _vectors(self, states: Tensor, texts: Packed, kinds: Sequence[Kind]) -> Vectors:
         if unknown := set(kinds) - {*self.kinds, "dense"}:
@@ -122,31 +135,32 @@ class Embedder(nn.Module):
                 f"the model makes no {' and no '.join(sorted(unknown))} vectors; it makes "
                 f"{', '.join(self.kinds)}"
             )
-        special = self._special
+        inserted = self.settings.cls_every is not None
+        special = SpecialIds.of(self.tokenizer.stock, inserted=inserted)
         return Vectors(
             pooled(states, texts, self.settings) if "dense" in kinds else None,
             self.heads.terms(states, texts, special) if "sparse" in kinds else None,
             self.heads.rows(states, texts, special) if "multi" in kinds else None,
         )
 
-    @property
-    def _special(self) -> SpecialIds:
-        inserted = self.settings.cls_every is not None
-        return SpecialIds.of(self.tokenizer.stock, inserted=inserted)
-
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
-        """One state a token, as it goes into the pooling."""
+        """Return one state per token, which the pooling and the heads read."""
         states = self.backbone(texts)
         return states if self.layer is None else self.layer(states, texts)
 
     @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of vectors that the model makes: dense, sparse, multi."""
+        return self.settings.kinds
+
+    @property
     def dim(self) -> int:
-        """The full width of a vector."""
+        """The full width of a dense vector."""
         return self.backbone.hidden
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.backbone.device
 
     def tokenize(
@@ -156,11 +170,13 @@ class Embedder(nn.Module):
         prompts: str | Sequence[str] | None = None,
         max_tokens: int | None = None,
     ) -> Tokens:
-        """Token ids of texts after their prompts; None takes what the model has for the role."""
+        """Return token ids of texts after their prompts; None takes the role's prompt and limit."""
         settings = self.settings
         before = settings.prompt(role) if prompts is None else prompts
         longest = max_tokens or settings.max_tokens(role)
         return self.tokenizer(texts, longest, before, settings.form(role))
+
+    # ---- encoding ----------------------------------------------------------------------------
 
     @overload
     def encode(
@@ -168,13 +184,8 @@ class Embedder(nn.Module):
         texts: Sequence[str],
         role: Role = "document",
         *,
-        task: str | None = None,
-        dims: int | None = None,
-        progress: bool = False,
-        attention: Attention | None = None,
-        pooling: PoolingName | None = None,
-        echo: bool | None = None,
         output: Literal["texts"] = "texts",
+        **options: Unpack[EncodeOptions],
     ) -> Float[np.ndarray, "texts dim"]: ...
 
     @overload
@@ -183,16 +194,11 @@ class Embedder(nn.Module):
         texts: Sequence[str],
         role: Role = "document",
         *,
-        task: str | None = None,
-        dims: int | None = None,
-        progress: bool = False,
-        attention: Attention | None = None,
-        pooling: PoolingName | None = None,
-        echo: bool | None = None,
         output: Literal["tokens", "words"],
+        **options: Unpack[EncodeOptions],
     ) -> list[np.ndarray]: ...
 
-    def encode(  # noqa: PLR0913 (each is a choice of its own, with a default)
+    def encode(  # noqa: PLR0913 (independent choices, each with a default)
         self,
         texts: Sequence[str],
         role: Role = "document",
@@ -205,54 +211,56 @@ class Embedder(nn.Module):
         echo: bool | None = None,
         output: Literal["texts", "tokens", "words"] = "texts",
     ) -> Float[np.ndarray, "texts dim"] | list[np.ndarray]:
-        """Vectors of texts, float32, in the order given.
+        """Return dense vectors of texts as a float32 array, in the order given.
 
-        The model's prompt for the role (or for the task and role) is put before each text. Texts
-        are sorted by length and run in batches of ``batch_tokens`` tokens. ``dims`` keeps that
-        many leading coordinates, scaled to unit length again. That texts were too long and cut is
-        logged, with their number, the first time.
+        Texts are sorted by length and run in batches of ``batch_tokens`` tokens. The first time
+        that texts of a role are cut to the model's limit, a warning says how many.
 
-        For this call only, ``attention`` reads a decoder that way, and ``pooling`` and ``echo``
-        take the place of the model's settings. ``output`` "tokens" gives the states of each
-        text's pooled tokens, and "words" the mean state of each of its words (what stands between
-        white space; see :meth:`encode_words`): one array a text, not scaled to any length.
+        Args:
+            texts: any number of texts; the role's prompt is put before each.
+            role: "query" for what is searched with, "document" for what is found.
+            task: take the prompt of this task instead of the model's default prompt.
+            dims: keep only this many leading coordinates, scaled to unit length again.
+            progress: show a progress bar.
+            attention: read a decoder in this direction, in this call only.
+            pooling: use this pooling instead of the model's, in this call only.
+            echo: read each text twice and pool the second copy (arXiv 2402.15449), or not, in this
+                call only.
+            output: "texts" for one vector per text; "tokens" for the states of each text's pooled
+                tokens, or "words" for the mean state of each word between white space, both not
+                normalized.
+
+        Returns:
+            An array of shape [texts, dim], of unit length if ``settings.normalize``; for "tokens"
+            and "words" a list with one array of shape [tokens or words, dim] per text.
 
         Raises:
             RecipeError: for an unknown task or pooling, ``dims`` out of range, or an empty text
-                where the settings refuse them.
-            ModelError: for an encoder asked to be causal, or for an end-of-text token that the
-                tokenizer does not have.
-            TypeError: when ``texts`` is one string.
+                if ``settings.on_empty`` is "error".
+            ModelError: if an encoder is asked to be causal, or the tokenizer lacks an end-of-text
+                token that is needed.
+            TypeError: if ``texts`` is a single string.
+
+        Example::
+
+            vectors = embedder.encode(["a small editor"], dims=128)  # [1, 128], float32
         """
-        if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts; put a single text into a list")
         width = self._width(dims)
         given = {"pooling": pooling, "echo": echo}
         settings = changed(self.settings, {k: v for k, v in given.items() if v is not None})
-        prompt, form = settings.prompt(role, task), settings.form(role)
-        if settings.on_empty == "error":
-            _refuse_empty(texts)
-        tokenize = _Cutting(self, role, prompt, form, spans=output == "words")
-        with (
-            self._inferring(attention),
-            bar("encode", len(texts), shown=progress) as advance,
-        ):
-            steps = batch_by_batch(
-                self.states, self.device, texts, tokenize, self.batch_tokens, advance
-            )
-            if output == "texts":
-                unit = settings.normalize or dims is not None
-                found = np.empty((len(texts), width), dtype=np.float32)
-                for step in steps:
-                    vectors = pooled(step.states, step.texts, settings)[:, :width].float()
-                    vectors = F.normalize(vectors, dim=1) if unit else vectors
-                    found[step.rows] = vectors.cpu().numpy()
-            elif output == "tokens":
-                found = token_states(steps, len(texts), width)
-            else:
-                found = word_states(steps, [Words.of(text) for text in texts], width)
-        tokenize.tell()
-        return found
+        batches = self._batches(texts, role, settings, task, progress, spans=output == "words")
+        with self._inferring(attention), batches as steps:
+            if output == "tokens":
+                return token_states(steps, len(texts), width)
+            if output == "words":
+                return word_states(steps, [Words.of(text) for text in texts], width)
+            unit = settings.normalize or dims is not None
+            found = np.empty((len(texts), width), dtype=np.float32)
+            for step in steps:
+                vectors = pooled(step.states, step.texts, settings)[:, :width].float()
+                vectors = F.normalize(vectors, dim=1) if unit else vectors
+                found[step.rows] = vectors.cpu().numpy()
+            return found
 
     def encode_vectors(
         self,
@@ -264,15 +272,29 @@ class Embedder(nn.Module):
         dims: int | None = None,
         progress: bool = False,
     ) -> Vectors:
-        """The vectors of all these kinds from one reading of each text, on the CPU in float32.
+        """Return vectors of several kinds, for which each text is read only once.
 
-        None takes all that the model makes. Dense vectors have unit length (where the settings
-        say so), and those of tokens too; a sparse one has each of its tokens once, by ascending
-        id. ``dims`` keeps that many leading coordinates of the dense ones.
+        Args:
+            texts: any number of texts; the role's prompt is put before each.
+            role: "query" for what is searched with, "document" for what is found.
+            kinds: of vectors; None takes all that the model makes.
+            task: take the prompt of this task instead of the model's default prompt.
+            dims: keep only this many leading coordinates of dense vectors, scaled to unit length.
+            progress: show a progress bar.
+
+        Returns:
+            Vectors on the CPU in float32. Dense ones have unit length if ``settings.normalize``,
+            token vectors always; a sparse vector has each of its token ids once, ascending.
 
         Raises:
-            RecipeError: for a kind that the model does not make, an unknown task, or ``dims`` out
-                of range.
+            RecipeError: for a kind that the model does not make, an unknown task, ``dims`` out of
+                range, or an empty text if ``settings.on_empty`` is "error".
+            TypeError: if ``texts`` is a single string.
+
+        Example::
+
+            vectors = embedder.encode_vectors(texts, kinds=["dense", "sparse"])
+            vectors.dense, vectors.sparse.ids, vectors.sparse.weights
         """
         wanted = tuple(self.kinds if kinds is None else kinds)
         width = self._width(dims)
@@ -286,31 +308,28 @@ class Embedder(nn.Module):
                 dense = F.normalize(dense, dim=1) if unit else dense
             return Vectors(dense, None if sparse is None else sparse.merged(), made.multi)
 
-        prompt, form = self.settings.prompt(role, task), self.settings.form(role)
-        tokenize = _Cutting(self, role, prompt, form)
-        if self.settings.on_empty == "error":
-            _refuse_empty(texts)
-        with self._inferring(), bar("encode", len(texts), shown=progress) as advance:
-            steps = batch_by_batch(
-                self.states, self.device, texts, tokenize, self.batch_tokens, advance
-            )
-            found = text_vectors(
-                steps, finished, Vectors.of_nothing(wanted, width, self.heads.width)
-            )
-        tokenize.tell()
-        return found
+        nothing = Vectors.of_nothing(wanted, width, self.heads.width)
+        batches = self._batches(texts, role, self.settings, task, progress)
+        with self._inferring(), batches as steps:
+            return text_vectors(steps, finished, nothing)
 
     def encode_words(
         self, sentences: Sequence[Sequence[str]], *, predictor: bool = False
     ) -> list[np.ndarray]:
-        """One vector for each word of each sentence: arrays of words and hidden, in float32.
+        """Return one vector for each word of each sentence.
 
-        A sentence is read as its words with a space between, without a prompt, and character
-        offsets tell which tokens are part of a word. Its vector is the mean of their states; with
-        ``predictor``, of the states that they are predicted from, one token earlier (for a model
-        after masked next-token prediction; arXiv 2404.05961, appendix D.1.3). The first token
-        keeps its own state where the tokenizer puts none before it. A word that does not fit into
-        ``document_tokens``, wholly, has no row; how many there were is logged.
+        A sentence is read as its words joined by spaces, without a prompt. A word's vector is the
+        mean state of the tokens that share a character with it, not normalized.
+
+        Args:
+            sentences: each a sequence of words.
+            predictor: average the states one token earlier, from which a model after masked
+                next-token prediction predicts the word (arXiv 2404.05961, appendix D.1.3). The
+                first token keeps its own state if the tokenizer puts none before it.
+
+        Returns:
+            One float32 array of shape [words, hidden] per sentence. A word that does not fit into
+            ``settings.document_tokens`` has no row; a warning says how many there were.
         """
         words = [Words.joined(sentence) for sentence in sentences]
         texts = [" ".join(sentence) for sentence in sentences]
@@ -326,17 +345,42 @@ class Embedder(nn.Module):
     def _width(self, dims: int | None) -> int:
         width = self.dim if dims is None else dims
         if not 0 < width <= self.dim:
-            raise RecipeError(
-                f"dims is {dims}, but the model's vectors have {self.dim} coordinates"
-            )
+            raise RecipeError(f"dims must be between 1 and the model's {self.dim}; got {dims}")
         return width
 
-    def say_once(self, role: Role, cut: int, texts: int) -> None:
-        """Log how many texts of a role were cut, the first time that any was."""
-        if cut and role not in self._told:
-            self._told.add(role)
-            limit = self.settings.max_tokens(role)
-            log.warning("%d of %d %s texts were cut to %d tokens", cut, texts, role, limit)
+    @contextmanager
+    def _batches(
+        self,
+        texts: Sequence[str],
+        role: Role,
+        settings: Settings,
+        task: str | None,
+        progress: bool,
+        *,
+        spans: bool = False,
+    ) -> Iterator[Iterator[Step]]:
+        """Check texts, offer their states batch by batch, then report how many texts were cut."""
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of texts; put a single text into a list")
+        prompt, form = settings.prompt(role, task), settings.form(role)
+        limit = settings.max_tokens(role)
+        if settings.on_empty == "error":
+            _refuse_empty(texts)
+        cut = 0
+
+        def tokenize(part: Sequence[str]) -> Tokens:
+            nonlocal cut
+            tokens = self.tokenizer(part, limit, prompt, form, spans=spans)
+            cut += tokens.truncated
+            return tokens
+
+        with bar("encode", len(texts), shown=progress) as advance:
+            yield batch_by_batch(
+                self.states, self.device, texts, tokenize, self.batch_tokens, advance
+            )
+        if cut and role not in self._cuts_reported:
+            self._cuts_reported.add(role)
+            log.warning("%d of %d %s texts were cut to %d tokens", cut, len(texts), role, limit)
 
     @contextmanager
     def _inferring(self, attention: Attention | None = None) -> Iterator[None]:
@@ -346,7 +390,7 @@ class Embedder(nn.Module):
             with (
                 torch.inference_mode(),
                 self._prepacked.in_use(),
-                self.backbone.reading(attention),
+                self.backbone.direction(attention),
             ):
                 yield
         finally:
@@ -364,14 +408,28 @@ class Embedder(nn.Module):
         keep_layers: int | None = None,
         **changes: Any,
     ) -> "Embedder":
-        """Load a zoo name, a saved folder, a sentence-transformers folder or a bare backbone.
+        """Load a model, ready to encode, on the CPU.
 
-        Settings come from the folder's ``tercet.json``, or from its sentence-transformers files,
-        or from the zoo; ``changes`` replace single ones (see :class:`Settings`). ``keep_layers``
-        drops all but the first layers of the network.
+        Settings come from the folder's ``tercet.json``, else from its sentence-transformers files,
+        else from the zoo, else they are the defaults.
+
+        Args:
+            source: a name from ``tercet models``, a folder saved by tercet, sentence-transformers,
+                transformers, FlagEmbedding (BGE-M3) or NVIDIA (NV-Embed), a GGUF file or a hub id.
+            dtype: of the weights.
+            attention: "causal" or "bidirectional" for a decoder; None keeps the model's direction.
+            window: "keep" or "full" for sliding windows; see :class:`Backbone`.
+            keep_layers: load only this many of the network's layers, the first ones.
+            **changes: new values of single settings, such as ``pooling="last"``; see
+                :class:`Settings`.
 
         Raises:
-            ModelError: when the folder is incomplete or the model cannot be packed.
+            ModelError: if the folder is incomplete or damaged, or the model cannot be packed.
+            RecipeError: for an unknown setting or a value that it cannot have.
+
+        Example::
+
+            embedder = Embedder.load("run/model", dtype=torch.bfloat16, query_tokens=64)
         """
         parts = load_parts(
             source,
@@ -402,38 +460,56 @@ class Embedder(nn.Module):
     def save(self, folder: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
         """Write a folder that tercet and sentence-transformers load; LoRA is merged first.
 
-        The folder appears whole or not at all. ``about`` is kept for people to read (base, data,
-        seed, stages); None keeps what the model was loaded with. Where sentence-transformers has no
-        words for the settings (a suffix, echo), its files are left out, with a warning, and the
-        folder is tercet's alone.
+        The folder appears whole or not at all, and replaces an older model. If
+        sentence-transformers cannot express the settings (such as a suffix or echo), its files are
+        left out, with a warning, and only tercet loads the folder.
+
+        Args:
+            folder: where to write; made if missing.
+            about: how the model was made, for people to read (base, data, seed, stages); None keeps
+                what it was loaded with.
 
         Raises:
-            StorageError: when the disk refuses; what was there before is still there.
-            ModelError: when the folder holds something that is not a model.
+            StorageError: if the disk refuses; the old folder is still there then.
+            ModelError: if the folder holds something that is not a model.
         """
         save_parts(self.parts, Path(folder), self.about if about is None else about)
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
-        """Write the low-rank updates alone, with the direction that they were trained in.
+        """Write the LoRA adapter without its base, with the direction it was trained in.
+
+        Args:
+            folder: where to write; an older folder is replaced.
+            base: the zoo name, folder or hub id of the model that the adapter belongs to.
 
         Raises:
-            ModelError: when the embedder has no LoRA, or is a decoder that reads both ways on a
-                base that does not say so: other libraries would read it one way again.
+            ModelError: if the embedder has no LoRA, or is a bidirectional decoder on a base that
+                does not say so: other libraries would read it causally.
+            StorageError: if the disk refuses; the old folder is still there then.
         """
         save_adapter(self.parts, Path(folder), base)
 
     def as_sentence_transformer(self) -> Any:
-        """The same embedder as a ``SentenceTransformer``, with the same weights in memory.
+        """Return the same embedder as a ``SentenceTransformer`` that shares the weights in memory.
 
-        It needs no ``trust_remote_code``; see
-        ``tercet.models.formats.sentence_transformer_module``.
+        Training one trains the other. It reads padded batches with the attention of transformers,
+        so it is slower. It stays on this embedder's device: move the embedder first. It needs no
+        ``trust_remote_code``; its ``save`` writes the folder that :meth:`save` writes.
+
+        Raises:
+            MissingExtraError: if sentence-transformers is not installed.
+            ModelError: if it cannot express the settings, or LoRA is not merged yet.
+
+        Example::
+
+            scores = mteb.evaluate(embedder.as_sentence_transformer(), tasks)
         """
         return as_sentence_transformer(self.parts).train(self.training)
 
     def fingerprint(self) -> str:
-        """Changes when weights or settings do: what an index remembers of its model.
+        """Return a fingerprint of weights and settings, by which an index recognizes its model.
 
-        Reads the two ends of each weight only, so that it costs nothing for large models.
+        Reads only both ends of each weight, so that it costs nothing for large models.
         """
         usual, settings = Settings(), asdict(self.settings)
         if "multi" not in self.kinds:  # a head that is still to be trained makes no vectors
@@ -454,33 +530,10 @@ class Embedder(nn.Module):
         return digest.hexdigest()
 
 
-class _Cutting:
-    """Tokenizes parts of a corpus, and remembers how many texts were cut."""
-
-    def __init__(
-        self, embedder: Embedder, role: Role, prompt: str, form: Form, *, spans: bool = False
-    ) -> None:
-        self.embedder, self.prompt, self.form = embedder, prompt, form
-        self.role: Role = role
-        self.spans, self.cut, self.texts = spans, 0, 0
-
-    def __call__(self, part: Sequence[str]) -> Tokens:
-        embedder = self.embedder
-        limit = embedder.settings.max_tokens(self.role)
-        tokens = embedder.tokenizer(part, limit, self.prompt, self.form, spans=self.spans)
-        self.cut += tokens.truncated
-        self.texts += len(part)
-        return tokens
-
-    def tell(self) -> None:
-        """Log the number, the first time for this role."""
-        self.embedder.say_once(self.role, self.cut, self.texts)
-
-
 def pooled(
     states: Float[Tensor, "tokens hidden"], texts: Packed, settings: Settings
 ) -> Float[Tensor, "texts hidden"]:
-    """One vector a text, in at least float32 and not scaled."""
+    """Return one vector per text, in at least float32 and not normalized."""
     if settings.cls_every is not None:
         return cls_mean(states, texts, settings.cls_every)
     return POOLINGS[settings.pooling](states, texts)

@@ -8,11 +8,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from tercet.errors import ModelError
+from tercet.models.choices import Attention
 from tercet.models.embedder import Embedder
 from tercet.models.formats.llm2vec import Llm2Vec, adapter_folder, read_llm2vec
 from tercet.models.formats.lora_adapters import merge_adapter
 from tercet.models.formats.parts import with_heads, with_layer
-from tercet.models.network.backbone import Attention, Backbone, probe
+from tercet.models.network.backbone import Backbone, probe
 from tercet.models.settings import FILE, Settings, read_settings
 from tercet.models.tokens import load_tokenizer
 from tercet.models.zoo import zoo

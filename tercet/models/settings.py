@@ -1,55 +1,54 @@
-"""How texts become vectors, apart from the weights: what is saved beside them."""
+"""The settings that are saved beside a model's weights: prompts, pooling, lengths and more."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from tercet.errors import ModelError, RecipeError
+from tercet.files.artifacts import read_json, write_json
 from tercet.kinds import KINDS, Kind, Weights
-from tercet.models.network.backbone import Attention, Window
-from tercet.models.network.latent_attention import Layer
-from tercet.models.network.pooling import POOLINGS, PoolingName
+from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.models.tokens import Form
-from tercet.rank.quantized import Ranges
+from tercet.rank.quantized import Precision, Quantizer, Ranges
 from tercet.types import Role
 
 VERSION: Final = 1
 FILE: Final = "tercet.json"
+_POOLINGS: Final = get_args(PoolingName)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How texts become vectors, apart from the weights. Saved with the model."""
+    """How texts become vectors, apart from the weights; saved with the model."""
 
     pooling: PoolingName = "mean"
     normalize: bool = True  # vectors of unit length, so that a dot product is a cosine
     prompts: Mapping[str, str] = field(default_factory=dict)  # role -> what is put before a text
     task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task -> the same
-    layer: Layer | None = None  # trained, between the states of the tokens and their pooling
+    layer: LayerSettings | None = None  # trained, between token states and pooling
     append_end: bool = False  # the end-of-text token after every text, part of the vector
     suffixes: Mapping[str, str] = field(default_factory=dict)  # role -> what is put after a text
     pool_prompt: bool = True  # false: a prompt is read, but not part of the vector
     pool_suffix: bool = False  # true: a suffix is part of the vector
-    pool_special: bool = True  # false: nor is what the tokenizer puts around a text by itself
-    echo: bool = False  # each text twice, and only the second time part of the vector
-    on_empty: Literal["all", "error"] = "all"  # encode a text of nothing by all tokens, or refuse
+    pool_special: bool = True  # false: the tokenizer's special tokens are not part of the vector
+    echo: bool = False  # each text twice, and only the second copy part of the vector
+    on_empty: Literal["all", "error"] = "all"  # pool all tokens of an empty text, or refuse it
     query_tokens: int = 512  # a longer text is cut
     document_tokens: int = 512
     dims: tuple[int, ...] = ()  # shorter widths that were trained to work alone (Matryoshka)
     kinds: tuple[Kind, ...] = ("dense",)  # of vectors that the model was trained for
-    multi_dim: int | None = None  # width of a token's vector; None: of the model's states
-    cls_every: int | None = None  # the start token before every so many tokens; their mean (MCLS)
-    weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of the kinds; "": usual
+    multi_dim: int | None = None  # width of token vectors; None: that of the states
+    cls_every: int | None = None  # repeat the start token every n tokens and average them (MCLS)
+    weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of kinds; "": default
     ranges: Mapping[int, Ranges] = field(default_factory=dict)  # coordinates kept -> of their codes
 
     def prompt(self, role: Role, task: str | None = None) -> str:
-        """What is put before a text of this role.
+        """Return what is put before a text of this role.
 
         Raises:
-            RecipeError: for a task that the model has no prompts for.
+            RecipeError: if the model has no prompts for the task.
         """
         if task is None:
             return self.prompts.get(role, "")
@@ -59,7 +58,7 @@ class Settings:
         return self.task_prompts[task].get(role, "")
 
     def form(self, role: Role) -> Form:
-        """What else is put around a text of this role, and which of it is pooled."""
+        """Return what else is put around a text of this role, and which of it is pooled."""
         return Form(
             pool_prompt=self.pool_prompt,
             suffix=self.suffixes.get(role, ""),
@@ -76,11 +75,11 @@ class Settings:
         return self.append_end or self.pooling == "last"
 
     def max_tokens(self, role: Role) -> int:
-        """The length at which texts of this role are cut, special tokens and prompt included."""
+        """Return the longest text of this role in tokens, special ones and prompt included."""
         return self.query_tokens if role == "query" else self.document_tokens
 
-    def only_ours(self) -> str | None:
-        """What sentence-transformers' files have no words for, where these settings use it."""
+    def inexpressible(self) -> str | None:
+        """Return a setting in use that sentence-transformers cannot express, in words."""
         used = {
             "a suffix after texts": any(self.suffixes.values()),
             "special tokens that are not pooled": not self.pool_special,
@@ -91,10 +90,10 @@ class Settings:
 
 
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """The settings with some replaced.
+    """Return the settings with some replaced.
 
     Raises:
-        RecipeError: for a setting that does not exist, or a value of the wrong kind.
+        RecipeError: for a setting that does not exist, or a value of the wrong type.
     """
     known = {f.name for f in fields(Settings)}
     unknown = set(changes) - known
@@ -115,31 +114,29 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     found = replace(settings, **given)
     if found.cls_every is not None and found.pooling != "first":
         raise RecipeError(
-            f"cls_every makes the vector of start tokens, and the pooling is {found.pooling}; set "
-            'pooling to "first" as well, or leave cls_every out'
+            f'cls_every averages start tokens, so pooling must be "first"; got "{found.pooling}"; '
+            "set it, or leave cls_every out"
         )
     if found.cls_every is not None and not found.pool_prompt:
         raise RecipeError(
-            "cls_every makes the vector of start tokens, of prompts as of texts; set pool_prompt "
-            "to true, or leave cls_every out"
+            "cls_every averages the start tokens of prompts as well, so pool_prompt must be true; "
+            "set it, or leave cls_every out"
         )
     return found
 
 
 def _check(name: str, value: Any) -> None:
-    """Refuse a value that does not fit, such as one from a file edited by hand."""
-    fits, wanted = _WANTED.get(name, (lambda it: isinstance(it, bool), "true or false"))
+    """Raise if a value has the wrong type, such as one from a file edited by hand."""
+    fits, expected = _EXPECTED.get(name, (lambda it: isinstance(it, bool), "true or false"))
     if not fits(value):
-        if name in ("pooling", "on_empty"):
-            raise RecipeError(f"no such {name}: {value}; choose from {wanted}")
-        raise RecipeError(f"the setting {name} is {value!r}; it should be {wanted}")
+        raise RecipeError(f"the setting {name} must be {expected}; got {value!r}")
 
 
-def _layer_of(record: Mapping[str, Any]) -> Layer:
+def _layer_of(record: Mapping[str, Any]) -> LayerSettings:
     try:
-        return Layer(**record)
+        return LayerSettings(**record)
     except TypeError as error:
-        raise RecipeError(f"the setting layer is {dict(record)}; {error}") from error
+        raise RecipeError(f"the setting layer cannot be {dict(record)}; {error}") from error
 
 
 def _weights_of(record: Any) -> Any:
@@ -148,17 +145,18 @@ def _weights_of(record: Any) -> Any:
     try:
         found = Weights(**{kind: float(weight) for kind, weight in record.items()})
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"the setting weights has {dict(record)}; {error}") from error
+        raise RecipeError(f"the setting weights cannot have {dict(record)}; {error}") from error
     each = [found.of(kind) for kind in KINDS]
     if not all(0 <= weight < inf for weight in each) or not any(each):
         raise RecipeError(
-            f"the setting weights has {dict(record)}; give numbers from 0, one of them above"
+            "the setting weights must have numbers from 0, at least one of them above 0; got "
+            f"{dict(record)}"
         )
     return found
 
 
 def _ranges_of(pair: tuple[Any, Any]) -> tuple[int, Ranges]:
-    """A number of coordinates, which JSON has as a text, and the ranges of their codes."""
+    """Return a number of coordinates, which JSON has as a string, and the ranges of their codes."""
     dims, record = pair
     if isinstance(record, Ranges):
         return dims, record
@@ -174,7 +172,7 @@ def _ranges_of(pair: tuple[Any, Any]) -> tuple[int, Ranges]:
     return int(dims), found
 
 
-def _is_texts(value: Any) -> bool:
+def _are_texts(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(text, str) for pair in value.items() for text in pair
     )
@@ -198,41 +196,41 @@ def _by_name(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, Mapping) and all(map(fits, value.values()))
 
 
-_WANTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
-    "pooling": (lambda it: it in tuple(POOLINGS), ", ".join(POOLINGS)),
-    "on_empty": (lambda it: it in ("all", "error"), "all, error"),
-    "prompts": (_is_texts, "texts by role"),
-    "suffixes": (_is_texts, "texts by role"),
-    "task_prompts": (_by_name(_is_texts), "texts by task and role"),
-    "layer": (lambda it: it is None or isinstance(it, Layer), "a layer or nothing"),
+_EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "pooling": (lambda it: it in _POOLINGS, f"one of {', '.join(_POOLINGS)}"),
+    "on_empty": (lambda it: it in ("all", "error"), "all or error"),
+    "prompts": (_are_texts, "texts by role"),
+    "suffixes": (_are_texts, "texts by role"),
+    "task_prompts": (_by_name(_are_texts), "texts by task and role"),
+    "layer": (lambda it: it is None or isinstance(it, LayerSettings), "a layer or null"),
     "dims": (lambda it: isinstance(it, tuple) and all(map(_is_count, it)), "a list of widths"),
-    "kinds": (_are_kinds, f"a list of kinds of vectors, of {', '.join(KINDS)}"),
+    "kinds": (_are_kinds, f"a list of kinds of vectors, from {', '.join(KINDS)}"),
     "weights": (_by_name(lambda it: isinstance(it, Weights)), "weights of the kinds by task"),
     "ranges": (lambda it: isinstance(it, Mapping), "ranges of codes by number of coordinates"),
     "query_tokens": (_is_count, "a whole number above 0"),
     "document_tokens": (_is_count, "a whole number above 0"),
-    "multi_dim": (_is_count_or_nothing, "a whole number above 0, or nothing"),
-    "cls_every": (_is_count_or_nothing, "a whole number above 0, or nothing"),
+    "multi_dim": (_is_count_or_nothing, "a whole number above 0, or null"),
+    "cls_every": (_is_count_or_nothing, "a whole number above 0, or null"),
 }
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The record that a saved model carries, its ``settings`` checked; None where there is none.
+    """Return the content of ``tercet.json``, its ``settings`` checked; None if there is none.
 
     Raises:
-        ModelError: where it is damaged, or of a newer tercet; or where the folder holds an adapter
-            that nobody says how to read.
+        ModelError: if it is damaged, or written by a newer tercet; or if the folder holds an
+            adapter without it.
     """
     path = folder / FILE
     if not path.exists():
         if (folder / "adapter_config.json").exists():
             raise ModelError(
-                f"{folder}: holds an adapter without {FILE}, so nothing says which way its model "
-                "reads; save it with save_adapter, or merge it into its base first (tercet merge)"
+                f"{folder}: holds an adapter without {FILE}, so the direction of its attention is "
+                "unknown; save it with save_adapter, or merge it into its base first (tercet merge)"
             )
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         version = int(saved["version"])
         attention, window, settings = saved["attention"], saved["window"], saved["settings"]
     except (ValueError, KeyError, TypeError) as error:
@@ -244,17 +242,17 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     for name, value, choices in (("attention", attention, Attention), ("window", window, Window)):
         if value not in get_args(choices):
             known = ", ".join(get_args(choices))
-            raise ModelError(f"{path}: no such {name}: {value!r}; choose from {known}")
+            raise ModelError(f"{path}: {name} must be one of {known}; got {value!r}")
     if not isinstance(saved.get("adapter_of", ""), str) or not isinstance(settings, dict):
-        raise ModelError(f"{path}: adapter_of should be a text, and settings an object")
+        raise ModelError(f"{path}: adapter_of must be a text, and settings an object")
     try:
         return {**saved, "settings": changed(Settings(), settings)}
     except RecipeError as error:
-        raise ModelError(f"{path}: {error}; mend it, or save the model again") from error
+        raise ModelError(f"{path}: {error}; correct it, or save the model again") from error
 
 
 def named_prompts(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Prompts by role, and those of tasks by names such as ``sections-query``, as mteb has them."""
+    """Yield prompts by role, and those of tasks as ``sections-query``, which is mteb's format."""
     for role, prompt in settings.prompts.items():
         if prompt:
             yield role, prompt
@@ -272,3 +270,60 @@ def as_prompt(instruction: str) -> str:
     """
     instruction = instruction.strip()
     return f"Instruct: {instruction}\nQuery: " if instruction else ""
+
+
+# ---- settings that are added to a saved model --------------------------------------------------
+
+
+def require_settings(folder: Path | str, what: str = "weights") -> None:
+    """Raise if ``what`` cannot be added to a folder's settings.
+
+    Raises:
+        ModelError: if the folder has no ``tercet.json``, or a damaged one.
+    """
+    if not Path(folder).is_dir() or read_settings(Path(folder)) is None:
+        raise ModelError(
+            f"{folder}: has no {FILE}, so {what} cannot be kept there; save the model with tercet "
+            "first: Embedder.load(...).save(folder)"
+        )
+
+
+def keep(folder: Path | str, setting: str, values: Mapping[str, Any]) -> None:
+    """Add to a setting that maps names to values; nothing else in the folder changes.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    path = Path(folder) / FILE
+    record = read_json(path)
+    record["settings"].setdefault(setting, {}).update(values)
+    write_json(path, record)
+
+
+def save_ranges(folder: Path | str, found: Mapping[int, Ranges]) -> None:
+    """Add the ranges of codes for some numbers of coordinates to a saved model.
+
+    Vectors and the files of sentence-transformers stay the same.
+
+    Raises:
+        ModelError: if the folder has no ``tercet.json``, or a damaged one.
+        StorageError: if the disk refuses.
+    """
+    require_settings(folder, "ranges of codes")
+    keep(folder, "ranges", {str(dims): asdict(each) for dims, each in found.items()})
+
+
+def quantizer_of(settings: Settings, precision: Precision, dims: int) -> Quantizer:
+    """Return the quantizer of a model's vectors with ``dims`` coordinates.
+
+    Raises:
+        RecipeError: if the model has no ranges for them.
+    """
+    if dims not in settings.ranges:
+        known = ", ".join(map(str, sorted(settings.ranges))) or "none"
+        raise RecipeError(
+            f"the model keeps no ranges for {precision} codes of {dims} coordinates (it has some "
+            f"for: {known}); learn them from documents: tercet calibrate MODEL texts.jsonl "
+            f"--dims {dims} --save"
+        )
+    return settings.ranges[dims].quantizer(precision)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import AutoTokenizer
 
 from tercet.errors import ModelError, RecipeError
 from tercet.segments import offsets_of, row_of
@@ -109,6 +108,8 @@ def load_tokenizer(place: str | Path) -> Any:
     Raises:
         ModelError: when there is none, or it is damaged.
     """
+    from transformers import AutoTokenizer  # slow to import
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place))
     except (OSError, ValueError, KeyError) as error:

@@ -30,10 +30,11 @@ _AGAINST: Final[Mapping[Policy, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive:
-    """InfoNCE of cosines, over the full width and each of ``dims`` alike (Matryoshka).
+    """InfoNCE of cosines, equally over the full width and each of ``dims`` (Matryoshka).
 
-    In several processes each takes its own queries against the documents of all, and divides by
-    the number of positive pairs of all: summed gradients are those of the whole batch.
+    arXiv 1807.03748, eq. 4; arXiv 2205.13147, eq. 1. In several processes each takes its own
+    queries against the documents of all, and divides by the number of positive pairs of all: summed
+    gradients are those of the whole batch.
     """
 
     temperature: float = 0.05
@@ -42,8 +43,7 @@ class Contrastive:
     def __post_init__(self) -> None:
         if not 0 < self.temperature < inf:
             raise RecipeError(f"temperature is {self.temperature}; give a number above 0")
-        if len(set(self.dims)) < len(self.dims) or min(self.dims, default=1) < 1:
-            raise RecipeError(f"dims are {self.dims}; give lengths of 1 or more, each once")
+        check_dims(self.dims)
 
     @property
     def traits(self) -> Traits:
@@ -71,31 +71,42 @@ class Contrastive:
         return {"loss": loss}
 
     def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "PairWork":
-        """Set to work on examples.
+        """Bind the objective to an embedder and examples.
 
         Raises:
-            RecipeError: when the model's vectors are shorter than one of ``dims``.
+            RecipeError: if the model's vectors are shorter than one of ``dims``.
         """
-        if max(self.dims, default=0) > embedder.dim:
-            raise RecipeError(
-                f"dims are {list(self.dims)}, but the model's vectors have {embedder.dim} "
-                "coordinates; give lengths up to that"
-            )
-        return PairWork(self.loss, embedder, sources, collate, pairs_of(collate))
+        require_dims(self.dims, embedder)
+        return PairWork(self.loss, embedder, sources, collate, unit_of(collate))
 
 
-def pairs_of(collate: Collator) -> str:
-    """What a batch is counted in, for people."""
+def check_dims(dims: Sequence[int]) -> None:
+    """Raise unless ``dims`` are widths of vectors, each once."""
+    if len(set(dims)) < len(dims) or min(dims, default=1) < 1:
+        raise RecipeError(f"dims are {tuple(dims)}; give lengths of 1 or more, each once")
+
+
+def require_dims(dims: Sequence[int], embedder: Embedder) -> None:
+    """Raise if one of ``dims`` is longer than the embedder's vectors."""
+    if max(dims, default=0) > embedder.dim:
+        raise RecipeError(
+            f"dims are {list(dims)}, but the model's vectors have {embedder.dim} coordinates; give "
+            "lengths up to that"
+        )
+
+
+def unit_of(collate: Collator) -> str:
+    """Return what a batch of a contrastive objective is counted in, for people."""
     return f"examples, each query against {_AGAINST[collate.in_batch]}"
 
 
 VectorLoss = Callable[[Vectors, Batch, int], Losses]
-"""The losses of a batch's vectors, queries first, after so many steps."""
+"""Returns the losses of a batch's vectors, queries first, after a number of optimizer steps."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairWork:
-    """A loss over the vectors of queries and documents, on an embedder and its data."""
+    """The work of any objective that is a loss over the vectors of queries and documents."""
 
     loss: VectorLoss
     embedder: Embedder
@@ -106,11 +117,11 @@ class PairWork:
     kinds: tuple[Kind, ...] = ("dense",)
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> Batch:
-        """The examples of these rows, with their documents chosen, tokenized and related."""
+        """Return the examples of these rows, with their documents chosen, tokenized and related."""
         return self.collate(rows.examples(self.drawn), seed)
 
     def backward(self, batch: Batch, chunks: Chunks, step: int = 0) -> Losses:
-        """Embed in chunks, take the loss over all vectors, carry the gradient back."""
+        """Embed in chunks, compute the loss over all vectors, and propagate its gradient."""
         # A small batch is shared by others; they wait for this one.
         if not len(batch.texts) and not chunks.in_step:
             return self._of_no_texts(batch, step)
@@ -122,7 +133,7 @@ class PairWork:
         )
 
     def finish(self) -> None:
-        """Undo what was changed for the training alone."""
+        """Undo what only training needs."""
         self.done()
 
     def _of_no_texts(self, batch: Batch, step: int) -> Losses:

@@ -1,4 +1,4 @@
-"""The language-model head of a decoder: what turns its states into logits, proved by numbers."""
+"""The language-model head of a decoder, which turns its states into logits."""
 
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,20 @@ from tercet.models.zoo import zoo
 
 @torch.no_grad()
 def load_head(source: str | Path) -> Head:
-    """The head of the model at a zoo name, a folder or a hub id, in float32, frozen.
+    """Return the head of the model at a zoo name, a folder or a hub id, in float32, frozen.
 
-    It is a copy, also where the head shares its weight with the token table. Loads the whole model
-    for a moment, to compare its own logits with those of the head on its states.
+    It is a copy, even if the head shares its weight with the token table. Loads the whole model
+    for a moment, to compare its logits with those of the head on its states.
 
     Raises:
-        ModelError: when the model has no such head, or one that bends logits in an unknown way.
+        ModelError: if the model has no such head, or one that changes logits in an unknown way.
     """
-    place = str(zoo.resolve(str(source)))
     with loading(f"{source}: has no language-model head"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True
-        )
-    model, report = loaded
-    if report["missing_keys"]:
-        lost = sorted(report["missing_keys"])[0]
-        raise ModelError(
-            f"{source}: the weights of its language-model head are missing ({lost}); masked "
-            "next-token prediction needs them: start from the model that still has its head"
+        model = load_with_head(
+            AutoModelForCausalLM,
+            source,
+            "language-model",
+            "masked next-token prediction needs them: start from the model that still has its head",
         )
     config = model.config.get_text_config()
     linear: Any = model.get_output_embeddings()
@@ -43,8 +38,22 @@ def load_head(source: str | Path) -> Head:
         scale=_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-    _prove(model, head, str(source))
+    _verify(model, head, str(source))
     return head
+
+
+def load_with_head(auto: Any, source: str | Path, kind: str, remedy: str) -> Any:
+    """Return the model that a transformers class loads, with its head, in float32.
+
+    Raises:
+        ModelError: if weights of the head are missing; it ends with ``remedy``.
+    """
+    place = str(zoo.resolve(str(source)))
+    model, report = auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"]:
+        lost = sorted(report["missing_keys"])[0]
+        raise ModelError(f"{source}: the weights of its {kind} head are missing ({lost}); {remedy}")
+    return model
 
 
 def _scale(config: Any) -> float:
@@ -54,8 +63,8 @@ def _scale(config: Any) -> float:
     )
 
 
-def _prove(model: nn.Module, head: Head, source: str) -> None:
-    """Compare the model's logits with those of the head on the model's own last states."""
+def _verify(model: nn.Module, head: Head, source: str) -> None:
+    """Raise unless the model's logits are those of the head on the model's last states."""
     ids = torch.arange(8)[None] % len(head.weight)
     base: Any = model.base_model
     states = base(input_ids=ids).last_hidden_state[0]

@@ -1,11 +1,11 @@
-"""What names a hidden token by its own state: the output layer of masked language models.
+"""The output layer of masked language models, which names a masked token by its state.
 
-It is a small transform and a product with the token table, which it shares with the inputs. Base
-folders of embedders come without one, so it is made anew where there is none.
+It is a small transform and a product with the token table, which it shares with the inputs. Most
+embedders come without one, and get a new one.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from tercet.errors import ModelError
 from tercet.losses.tokens import Head
 from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
+from tercet.objectives.lm_head import load_with_head
 
-_TOLERANCE = 1e-3  # of the logits, as a share of their length
+_TOLERANCE: Final = 1e-3  # of the logits, as a share of their length
+_NEW_HEAD: Final = "set head to None to have a new one made"
 
 
 class MaskedHead(nn.Module):
@@ -34,10 +36,10 @@ class MaskedHead(nn.Module):
     def new(
         table: Float[Tensor, "vocabulary hidden"], counts: Int[Tensor, "known"]
     ) -> "MaskedHead":
-        """One that, before it is trained, says how common each token is in the data.
+        """Return a head that, before it is trained, predicts how common each token is.
 
-        ``counts`` are those of the tokens that there are logits for. The transform begins as near
-        to the identity as a GELU lets it, and with logits that differ by about one.
+        ``counts`` has the tokens that get logits. The transform begins as near to the identity as
+        a GELU allows, with logits that differ by about one.
         """
         head = MaskedHead(table.shape[1], len(counts))
         common = (counts + 1).double()
@@ -49,42 +51,33 @@ class MaskedHead(nn.Module):
 
     @torch.no_grad()
     def narrowed(self, known: Int[Tensor, "known"]) -> "MaskedHead":
-        """The same transform, with logits for these tokens only."""
+        """Return the head with logits for these tokens only."""
         self.bias = nn.Parameter(self.bias[known].clone())
         return self
 
     def forward(self, states: Float[Tensor, "places hidden"]) -> Float[Tensor, "places hidden"]:
-        """The states as they are multiplied with the token table."""
+        """Return the states that are multiplied with the token table."""
         return self.norm(F.gelu(self.dense(states)))
 
     def output(self, rows: Float[Tensor, "known hidden"]) -> Head:
-        """What follows: the product with these rows of the token table."""
+        """Return the product with these rows of the token table, and the bias."""
         return Head(rows, self.bias)
 
 
 def find_masked_head(source: str | Path) -> MaskedHead | None:
-    """The output layer of the model at a zoo name, a folder or a hub id; None where it has none.
+    """Return the output layer of the model at a zoo name, a folder or a hub id, if it has one.
 
-    Loads the whole model for a moment, to compare its own logits with those of the head.
+    Loads the whole model for a moment, to compare its logits with those of the head.
 
     Raises:
-        ModelError: when its config promises one that is not there, or works in an unknown way.
+        ModelError: if its config promises one that is missing, or that works in an unknown way.
     """
-    place = str(zoo.resolve(str(source)))
     with loading(f"{source}: its masked-language head cannot be loaded"):
-        kinds = AutoConfig.from_pretrained(place).architectures or ()
+        kinds = AutoConfig.from_pretrained(str(zoo.resolve(str(source)))).architectures or ()
         if not any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds):
             return None
-        loaded: Any = AutoModelForMaskedLM.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True
-        )
-    model, report = loaded
-    if report["missing_keys"]:
-        lost = sorted(report["missing_keys"])[0]
-        raise ModelError(
-            f"{source}: the weights of its masked-language head are missing ({lost}), though its "
-            "config promises them; leave the head out to have a new one made"
-        )
+        remedy = f"its config promises them; {_NEW_HEAD}"
+        model = load_with_head(AutoModelForMaskedLM, source, "masked-language", remedy)
     return _taken_from(model.eval(), str(source))
 
 
@@ -99,7 +92,7 @@ def _taken_from(model: Any, source: str) -> MaskedHead:
     last: Any = model.get_output_embeddings()
     unknown = f"{source}: its masked-language head is not dense, GELU, norm and the token table"
     if len(dense) != 1 or len(norms) != 1 or not torch.equal(last.weight, table):
-        raise ModelError(f"{unknown}; leave the head out to have a new one made")
+        raise ModelError(f"{unknown}; {_NEW_HEAD}")
     head = MaskedHead(*reversed(table.shape))
     head.norm.eps = norms[0].eps
     for own, theirs in ((head.dense, dense[0]), (head.norm, norms[0])):
@@ -113,5 +106,5 @@ def _taken_from(model: Any, source: str) -> MaskedHead:
     wanted = model(input_ids=ids).logits[0]
     found = head.output(table).logits(head(model.base_model(input_ids=ids).last_hidden_state[0]))
     if (found - wanted).norm() > _TOLERANCE * wanted.norm():
-        raise ModelError(f"{unknown}; leave the head out to have a new one made")
+        raise ModelError(f"{unknown}; {_NEW_HEAD}")
     return head

@@ -1,7 +1,7 @@
-"""Masked next-token prediction: guess a hidden token from the state before it (arXiv 2404.05961).
+"""Masked next-token prediction: guess a masked token from the state before it.
 
-A decoder's head was trained to say, at each token, what the next one is. So it is asked there, with
-the difference that the model now reads both ways and the token itself is a gap.
+A decoder's head was trained to predict, at each token, the next one. It still does, but the model
+now reads both ways and the token itself is masked (arXiv 2404.05961, sec. 2.2).
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from tercet.objectives.objective import Traits
 from tercet.segments import batches_by_length, offsets_of
 from tercet.types import Packed
 
-NO_LABEL: Final = -1  # of a token that nobody has to guess
+NO_LABEL: Final = -1  # of a token that is not predicted
 _DRAW: Final = 0x3A5C  # keeps masks apart from other uses of the same seed
 _UNLIMITED: Final = 1 << 30
 
@@ -47,9 +47,8 @@ class MNTP:
         loss = -(1 / |M|) * sum over i in M of log softmax(W h[i-1])[x[i]]
 
     ``head`` names the model whose language-model head W predicts; it is frozen, since it is not
-    part of the embedder that comes out. ``train_head`` trains it nevertheless, and
-    ``concatenated`` lays texts end to end without regard to their borders: both as the reference
-    code does.
+    part of the trained embedder. ``train_head`` trains it nevertheless, and ``concatenated`` lets
+    texts of a block see each other: both as the reference code does.
     """
 
     head: str
@@ -69,7 +68,7 @@ class MNTP:
         return Traits(shardable=True)
 
     def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "MNTPWork":
-        """Set to work on texts. ``collate`` is not needed: nothing is contrasted.
+        """Bind the objective to an embedder and texts; ``collate`` is not used.
 
         Raises:
             RecipeError: for an encoder.
@@ -91,31 +90,24 @@ class MNTP:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskedBatch:
-    """Texts with gaps, and what was there."""
+    """Texts with masked tokens, and what these were."""
 
     texts: Packed
-    labels: Int[Tensor, "tokens"]  # the token that was there, or NO_LABEL
+    labels: Int[Tensor, "tokens"]  # the masked token, or NO_LABEL
     truncated: int = 0
 
 
 class MNTPWork:
-    """The objective on an embedder and its data."""
+    """Makes masked blocks of tokens, and computes their loss chunk by chunk."""
 
     def __init__(self, objective: MNTP, embedder: Embedder, sources: Sequence[Source]) -> None:
         self.objective, self.embedder, self.sources = objective, embedder, sources
         stock = embedder.tokenizer.stock
         self._mask = mask_id(stock, objective.mask_token)
-        self._vocabulary = len(stock)  # random tokens are drawn of it
+        self._vocabulary = len(stock)  # random tokens are drawn from it
         self._special = np.array(sorted(stock.all_special_ids), dtype=np.int32)
-
-    @property
-    def unit(self) -> str:
-        """What a batch is counted in."""
-        return f"blocks of {self._block_tokens} tokens"
-
-    @property
-    def _block_tokens(self) -> int:
-        return min(self.objective.block_tokens, self.embedder.backbone.max_tokens)
+        self._block_tokens = min(objective.block_tokens, embedder.backbone.max_tokens)
+        self.unit = f"blocks of {self._block_tokens} tokens"
 
     @property
     def drawn(self) -> Sequence[TokenBlocks]:
@@ -124,7 +116,7 @@ class MNTPWork:
 
     @cached_property
     def _blocks(self) -> list[TokenBlocks]:
-        """Tokenizes all texts, once, when the first batch is asked for."""
+        """All texts, tokenized once, when the first batch is needed."""
         return [
             token_blocks(
                 source, self._ids_of, self._block_tokens, concatenated=self.objective.concatenated
@@ -147,17 +139,17 @@ class MNTPWork:
         return found
 
     def trained_head(self) -> list[nn.Parameter]:
-        """The head's weights, to be trained as well."""
+        """Return the head's weights as parameters, to be trained as well."""
         head = self.head
         weights = [nn.Parameter(w) for w in (head.weight, head.bias) if w is not None]
         self.head = Head(weights[0], weights[1] if weights[1:] else None, head.scale, head.softcap)
         return weights
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> MaskedBatch:
-        """The texts of these blocks with gaps; where they are hangs on the block and the seed."""
+        """Return the texts of these blocks, masked in a way that depends on block and seed."""
         blocks = rows.read([source.read for source in self.drawn])
         names = zip(rows.source.tolist(), rows.row.tolist(), strict=True)
-        pieces, gaps, labels = [], [], []
+        gaps, labels = [], []
         for (source, row), block in zip(names, blocks, strict=True):
             rng = np.random.default_rng([_DRAW, *seed, source, row])
             for ids in block:
@@ -166,13 +158,12 @@ class MNTPWork:
                 masked, chosen = self.objective.masking(
                     ids, allowed, rng, mask=self._mask, vocabulary=self._vocabulary
                 )
-                pieces.append(len(ids))
                 gaps.append(masked)
                 labels.append(np.where(chosen, ids, NO_LABEL))
-        return MaskedBatch(_packed(gaps, pieces), _tensor(labels))
+        return MaskedBatch(packed(gaps), end_to_end(labels))
 
     def backward(self, batch: MaskedBatch, chunks: Chunks, step: int = 0) -> Losses:
-        """Read the texts chunk by chunk; each chunk's loss is a part of the sum."""
+        """Run the texts chunk by chunk; each chunk's loss is a part of the sum."""
         device = self.embedder.device
         counts = gather_ints((batch.labels != NO_LABEL).sum().reshape(1))
         total = max(1, int(counts.sum()))
@@ -198,7 +189,7 @@ class MNTPWork:
         return {"loss": loss, "accuracy": right / total}
 
     def finish(self) -> None:
-        """Drop the head: an embedder has none."""
+        """Drop the head, which is not part of an embedder."""
         if self.objective.train_head:
             del self.embedder.language_head
 
@@ -206,18 +197,20 @@ class MNTPWork:
         return self.embedder.tokenizer(texts, _UNLIMITED).ids
 
 
-def _packed(pieces: list[np.ndarray], lengths: list[int]) -> Packed:
-    ids = _tensor(pieces)
-    offsets = offsets_of(torch.tensor(lengths, dtype=torch.int64))
+def packed(texts: list[np.ndarray]) -> Packed:
+    """Return texts of token ids, all of which are pooled, as one row."""
+    ids = end_to_end(texts)
+    offsets = offsets_of(torch.tensor([len(text) for text in texts], dtype=torch.int64))
     return Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
 
 
-def _tensor(pieces: list[np.ndarray]) -> Tensor:
+def end_to_end(pieces: list[np.ndarray]) -> Int[Tensor, "tokens"]:
+    """Return the numbers of all pieces in one row."""
     return torch.from_numpy(np.concatenate([*pieces, np.empty(0, np.int64)]).astype(np.int64))
 
 
 def _room_for_one_more(embedder: Embedder) -> None:
-    """A row of the token table for a new token, the mean of the others, if there is none left."""
+    """Add a row to the token table for a new token, the mean of the others, if none is left."""
     model, needed = embedder.backbone.model, len(embedder.tokenizer.stock)
     table = model.get_input_embeddings().weight
     if needed > len(table):

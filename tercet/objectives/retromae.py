@@ -1,15 +1,14 @@
-"""RetroMAE: a vector is good when a text can be rebuilt from it (arXiv 2205.12035).
+"""RetroMAE: a vector is good if its text can be rebuilt from it (arXiv 2205.12035).
 
-The encoder reads the text with few words hidden, and names them. From its vector alone, and from
-glimpses of the text, a decoder of one layer names every token. The decoder is too weak to do that
-by itself, so what the text says has to be in the vector. Decoder and output layer are dropped
-afterwards.
+The encoder reads the text with a few masked words, and predicts these. From its vector, and from
+random parts of the text, a decoder of one layer predicts every token. The decoder is too weak to
+do that without the vector, which therefore has to carry the text. Decoder and output layer are
+dropped afterwards.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tercet.data.batches.blocks import TokenBlocks, token_blocks
+from tercet.data.batches.blocks import token_blocks
 from tercet.data.batches.collate import Collator
 from tercet.data.batches.masking import Masking, mask_id
 from tercet.data.batches.sampler import BatchRows
@@ -31,16 +30,16 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, own_random_state
 from tercet.models.network.pooling import POOLINGS
 from tercet.objectives.masked_head import MaskedHead, find_masked_head
+from tercet.objectives.mntp import NO_LABEL, end_to_end, packed
 from tercet.objectives.objective import Traits
 from tercet.objectives.retromae_decoder import Decoder
-from tercet.segments import batches_by_length, offsets_of
+from tercet.segments import batches_by_length
 from tercet.types import Packed
 
 Vocabulary: TypeAlias = Literal["all", "seen"]
 
-NO_LABEL: Final = -1  # of a token that the encoder does not have to name
 _DRAW: Final = 0x4E74  # keeps masks apart from other uses of the same seed
-_PARTS: Final = "retromae"  # the name of what is added to the embedder for a while
+_PARTS: Final = "retromae"  # the name of what is added to the embedder during training
 
 log = logging.getLogger("tercet")
 
@@ -49,30 +48,30 @@ log = logging.getLogger("tercet")
 class RetroMAE:
     """The loss of the encoder's masked words plus that of the decoder's tokens.
 
-        L_enc = -mean over hidden i   of log softmax(W t(H[i]))[x[i]]
+        L_enc = -mean over masked i   of log softmax(W t(H[i]))[x[i]]
         L_dec = -mean over 0 < i < n-1 of log softmax(W t(D[i]))[x[i]]
 
-    H are the encoder's states of the text with a share ``encoder_mask`` of its words hidden, D the
+    H are the encoder's states of the text with a share ``encoder_mask`` of its words masked, D the
     decoder's, a row for each token, which sees the vector and all but a share ``decoder_mask`` of
-    the other tokens (sec. 3.2 and 3.3; the shares are the reference code's). The vector is the
-    embedder's own, whatever it pools: the paper's is that of the first token.
+    the other tokens (sec. 3.1 to 3.3; the shares are the reference code's). The vector is the
+    embedder's, with its pooling; the paper pools the first token.
 
     W is the token table and t a transform, both the same in the two losses. ``head`` names a model
     to take t from; None, or a model without one, makes a new one, and so does one that cannot be
-    used, unless ``head_needed``. ``vocabulary`` "seen" leaves tokens that are nowhere in the data
-    out of the softmax: what is lost of the denominator is only their share, and a vocabulary for a
-    hundred languages costs as one of those that are there.
+    used, unless ``head_needed``. ``vocabulary`` "seen" leaves tokens that never occur in the data
+    out of the softmax: the denominator loses only their share, and the cost is that of the
+    languages in the data instead of those in the vocabulary.
     """
 
     encoder_mask: float = 0.3
     decoder_mask: float = 0.5
-    max_tokens: int = 512  # of a text, which is cut in several beyond, and of a block of texts
+    max_tokens: int = 512  # of a block; a longer text is cut into several
     vocabulary: Vocabulary = "seen"
     head: str | None = None
     head_needed: bool = True
 
     def __post_init__(self) -> None:
-        Masking(probability=self.encoder_mask)  # which looks at it
+        Masking(probability=self.encoder_mask)  # checks it
         if not 0 <= self.decoder_mask < 1:
             raise RecipeError(
                 f"decoder_mask is {self.decoder_mask}; give a share, from 0 to below 1"
@@ -91,36 +90,35 @@ class RetroMAE:
     def start(
         self, embedder: Embedder, sources: Sequence[Source], collate: Collator
     ) -> "RetroMAEWork":
-        """Set to work on all texts of the data. ``collate`` is not needed: nothing is contrasted.
+        """Bind the objective to an embedder and all texts of the data; ``collate`` is not used.
 
         Tokenizes the data, and adds the decoder and the transform to the embedder, to be trained.
 
         Raises:
-            RecipeError: when the token table is not as wide as the states.
-            ModelError: for a tokenizer without a mask token, or a ``head`` that is needed and
-                cannot be used.
+            RecipeError: if the token table is not as wide as the states.
+            ModelError: if the tokenizer has no mask token, or a needed ``head`` cannot be used.
         """
         return RetroMAEWork(self, embedder, sources)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HiddenBatch:
-    """Texts with hidden words, what the texts were, and where the decoder's masks come from."""
+class RetroMAEBatch:
+    """Texts with masked words, the original texts, and the seeds of the decoder's masks."""
 
     texts: Packed
-    labels: Int[Tensor, "tokens"]  # the token that was there, or NO_LABEL
+    labels: Int[Tensor, "tokens"]  # the masked token, or NO_LABEL
     originals: Int[Tensor, "tokens"]
     seeds: Int[Tensor, "texts"]
     truncated: int = 0
 
-    def to(self, device: torch.device) -> "HiddenBatch":
-        """The same batch on another device; seeds stay on the host."""
+    def to(self, device: torch.device) -> "RetroMAEBatch":
+        """Return the batch on another device; seeds stay on the host."""
         labels, originals = self.labels.to(device), self.originals.to(device)
-        return HiddenBatch(self.texts.to(device), labels, originals, self.seeds, self.truncated)
+        return RetroMAEBatch(self.texts.to(device), labels, originals, self.seeds, self.truncated)
 
 
 class RetroMAEWork:
-    """The objective on an embedder and its data."""
+    """Makes masked blocks of texts, and computes both losses chunk by chunk."""
 
     def __init__(self, objective: RetroMAE, embedder: Embedder, sources: Sequence[Source]) -> None:
         self.objective, self.embedder, self.sources = objective, embedder, sources
@@ -132,10 +130,16 @@ class RetroMAEWork:
         if table.shape[1] != embedder.backbone.hidden:
             raise RecipeError(
                 f"the model's token table is {table.shape[1]} wide and its states "
-                f"{embedder.backbone.hidden}; RetroMAE names tokens by that table, so use a model "
-                "where both are the same"
+                f"{embedder.backbone.hidden}; RetroMAE predicts tokens by that table, so use a "
+                "model where both are equal"
             )
-        self._drawn_tokens = min(len(stock), len(table))  # random tokens are drawn of these
+        self._drawn_tokens = min(len(stock), len(table))  # random tokens are drawn from these
+        self._max_tokens = min(objective.max_tokens, embedder.backbone.max_tokens)
+        self.unit = f"blocks of {self._max_tokens} tokens"
+        self.drawn = [  # all texts of the data, tokenized once, with marks at the starts of words
+            token_blocks(source, self._marked, self._max_tokens, every_text=True)
+            for source in sources
+        ]
         self._known = self._known_tokens()
         self.head = self._make_head()
         self.decoder = Decoder(embedder.backbone, objective.decoder_mask)
@@ -143,33 +147,11 @@ class RetroMAEWork:
         embedder.add_module(_PARTS, parts.to(table.device, table.dtype))
 
     @property
-    def unit(self) -> str:
-        """What a batch is counted in."""
-        return f"blocks of {self._max_tokens} tokens"
-
-    @property
-    def drawn(self) -> Sequence[TokenBlocks]:
-        """Blocks of tokens of each source."""
-        return self._blocks
-
-    @property
-    def _max_tokens(self) -> int:
-        return min(self.objective.max_tokens, self.embedder.backbone.max_tokens)
-
-    @property
     def _table(self) -> nn.Parameter:
         return self.embedder.backbone.model.get_input_embeddings().weight
 
-    @cached_property
-    def _blocks(self) -> list[TokenBlocks]:
-        """All texts of the data, tokenized once; each token with the mark of its word's start."""
-        return [
-            token_blocks(source, self._marked, self._max_tokens, every_text=True)
-            for source in self.sources
-        ]
-
-    def batch(self, rows: BatchRows, seed: Sequence[int]) -> HiddenBatch:
-        """The texts of these blocks with words hidden; which ones hangs on block and seed."""
+    def batch(self, rows: BatchRows, seed: Sequence[int]) -> RetroMAEBatch:
+        """Return the texts of these blocks, with words masked depending on block and seed."""
         blocks = rows.read([source.read for source in self.drawn])
         names = zip(rows.source.tolist(), rows.row.tolist(), strict=True)
         gaps, labels, originals, seeds = [], [], [], []
@@ -189,21 +171,18 @@ class RetroMAEWork:
                 labels.append(np.where(chosen, ids, NO_LABEL))
                 originals.append(ids)
                 seeds.append(int(rng.integers(1 << 62)))
-        offsets = offsets_of(torch.tensor([len(ids) for ids in gaps], dtype=torch.int64))
-        ids = _tensor(gaps)
-        texts = Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
-        known = torch.tensor(seeds, dtype=torch.int64)
-        return HiddenBatch(texts, _tensor(labels), _tensor(originals), known)
+        drawn = torch.tensor(seeds, dtype=torch.int64)
+        return RetroMAEBatch(packed(gaps), end_to_end(labels), end_to_end(originals), drawn)
 
-    def backward(self, batch: HiddenBatch, chunks: Chunks, step: int = 0) -> Losses:
-        """Read the texts chunk by chunk; each chunk's losses are parts of the sums."""
+    def backward(self, batch: RetroMAEBatch, chunks: Chunks, step: int = 0) -> Losses:
+        """Run the texts chunk by chunk; each chunk's losses are parts of the sums."""
         lengths = batch.texts.lengths
         named = torch.tensor([sum(max(length - 2, 0) for length in lengths)])
-        hidden = (batch.labels != NO_LABEL).sum().reshape(1)
-        counts = gather_ints(torch.stack([hidden, named], 1).to(self.embedder.device))
+        masked = (batch.labels != NO_LABEL).sum().reshape(1)
+        counts = gather_ints(torch.stack([masked, named], 1).to(self.embedder.device))
         totals = [max(1, total) for total in counts.sum(0).tolist()]
         batch = batch.to(self.embedder.device)
-        sums = torch.zeros(4, device=self.embedder.device)  # the two losses, and right guesses
+        sums = torch.zeros(4, device=self.embedder.device)  # the two losses, and numbers of hits
         # One gather of the table's rows a step: its gradient is as large as the table.
         rows = self._table if self._known is None else self._table[self._known]
         leaf = rows.detach().requires_grad_(rows.requires_grad)
@@ -224,13 +203,13 @@ class RetroMAEWork:
         }
 
     def finish(self) -> None:
-        """Drop decoder and output layer: an embedder has none."""
+        """Drop decoder and output layer, which are not part of an embedder."""
         delattr(self.embedder, _PARTS)
 
     def _losses(
-        self, batch: HiddenBatch, members: list[int], rows: Tensor, totals: list[int]
+        self, batch: RetroMAEBatch, members: list[int], rows: Tensor, totals: list[int]
     ) -> list[Tensor]:
-        """Of some texts: the sum of both losses, each of them, and each one's right guesses."""
+        """For some texts: the sum of both losses, each of them, and the number of hits of each."""
         texts = batch.texts.take(members)
         labels, originals = (
             Packed(ids, batch.texts.offsets, batch.texts.pooled).take(members).ids
@@ -239,9 +218,9 @@ class RetroMAEWork:
         states = self.embedder.states(texts)
         vectors = POOLINGS[self.embedder.settings.pooling](states, texts)
         output = self.head.output(rows)
-        hidden = labels != NO_LABEL
+        masked = labels != NO_LABEL
         encoder, right = next_token_loss(
-            self.head(states[hidden]), self._place(labels[hidden]), output, total=totals[0]
+            self.head(states[masked]), self._place(labels[masked]), output, total=totals[0]
         )
         known = self._place(originals)
         seeds = batch.seeds[members].tolist()
@@ -259,7 +238,7 @@ class RetroMAEWork:
         """The ids that the softmax runs over, in order; None for all."""
         if self.objective.vocabulary == "all":
             return None
-        ids = [np.unique(blocks.ids >> 1) for blocks in self._blocks]
+        ids = [np.unique(blocks.ids >> 1) for blocks in self.drawn]
         known = np.unique(np.concatenate([*ids, self._special])).astype(np.int64)
         return torch.from_numpy(known[known < len(self._table)]).to(self.embedder.device)
 
@@ -269,7 +248,7 @@ class RetroMAEWork:
             return found if self._known is None else found.narrowed(self._known.cpu())
         table = self._table.detach()
         counts = np.zeros(len(table), np.int64)
-        for blocks in self._blocks:
+        for blocks in self.drawn:
             counts += np.bincount(blocks.ids >> 1, minlength=len(table))
         counts = torch.from_numpy(counts)
         return MaskedHead.new(table, counts if self._known is None else counts[self._known.cpu()])
@@ -290,12 +269,8 @@ class RetroMAEWork:
         return found
 
     def _place(self, ids: Int[Tensor, "some"]) -> Int[Tensor, "some"]:
-        """Of each token, its place among those that the softmax runs over."""
+        """The place of each token among those that the softmax runs over."""
         return ids if self._known is None else torch.searchsorted(self._known, ids)
 
     def _marked(self, texts: Sequence[str]) -> list[np.ndarray]:
         return marked_pieces(self.embedder.tokenizer, list(texts), self._max_tokens)
-
-
-def _tensor(pieces: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate([*pieces, np.empty(0, np.int64)]).astype(np.int64))

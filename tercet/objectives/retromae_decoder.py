@@ -1,9 +1,8 @@
-"""One layer that rebuilds a text from its vector and from glimpses of its tokens.
+"""One layer that rebuilds a text from its vector and from random parts of its tokens.
 
-Enhanced decoding (RetroMAE, arXiv 2205.12035, sec. 3.3): every row of the attention has the vector
-and a position for its query, and sees the vector and its own random half of the other tokens, but
-never the token that it has to name. So each token is a task of its own, and the vector has to know
-what the glimpses do not tell.
+Enhanced decoding (RetroMAE, arXiv 2205.12035, sec. 3.3): the query of each row of the attention is
+the vector plus a position; the row sees the vector and a random half of the other tokens, but never
+the token that it predicts. So the vector has to carry what these tokens do not reveal.
 
 Row masks are drawn where they are used, for a block of rows at a time, and drawn again for the
 backward pass: a text of 8,192 tokens never has all of its 67 million entries in memory.
@@ -24,18 +23,18 @@ from tercet.models.network.positions import input_layer
 from tercet.segments import row_of
 from tercet.types import Packed
 
-MASK_ENTRIES: Final = 1 << 21  # of row masks that are there at a time
+MASK_ENTRIES: Final = 1 << 21  # of the row masks in memory at a time
 _ODD: Final = 0x9E3779B97F4A7C15  # keeps the draws of neighbouring blocks apart
 _ROTARY_BASE: Final = 10_000.0
 
 
 class Decoder(nn.Module):
-    """The layer, with attention inside each text; new weights, from a seed of its own.
+    """The layer, with attention inside each text; its new weights have their own fixed seed.
 
-    Where the backbone's embedding layer adds positions, it makes the inputs. For other backbones
-    (rotary positions, or a table elsewhere) the decoder has a norm of its own for them and turns
-    its queries and keys. Like the reference it adds up first and normalises then (BERT's order).
-    There is no dropout of attention weights: the row masks are one.
+    If the backbone's embedding layer adds positions, it makes the inputs. For other backbones
+    (rotary positions, or a table elsewhere) the decoder normalises the inputs itself and rotates
+    its queries and keys. Like the reference it adds first and normalises then (BERT's order).
+    Attention weights have no dropout: the row masks serve as one.
     """
 
     def __init__(self, backbone: Backbone, mask: float) -> None:
@@ -68,11 +67,11 @@ class Decoder(nn.Module):
         seeds: Sequence[int],
         backbone: Backbone,
     ) -> Float[Tensor, "rows hidden"]:
-        """A state for each token but the first and the last of each text, in their order.
+        """Return a state for each token but the first and last of each text, in their order.
 
-        ``embeddings`` are the tokens' own, before positions; that of a text's first token is not
-        looked at. The rows' masks follow from the text's seed and length alone, not from the texts
-        beside it. Texts of one length run together when they are neighbours.
+        ``embeddings`` are those of the token table, without positions; that of a text's first token
+        is ignored. Row masks depend only on the text's seed and length, not on the texts beside it.
+        Neighbouring texts of one length run together.
         """
         places = torch.arange(len(texts.ids), device=texts.ids.device)
         owner = row_of(texts.offsets)
@@ -96,7 +95,7 @@ class Decoder(nn.Module):
         return layer(inputs_embeds=x[None], position_ids=places[None] + self.first_position)[0]
 
     def _split(self, x: Tensor, turned: Tensor | None = None) -> Tensor:
-        """By heads, [heads, tokens, width]; with ``turned`` by these places, where it is due."""
+        """Split by heads, [heads, tokens, width]; rotated by the places ``turned`` if needed."""
         x = x.unflatten(1, (self.heads, -1)).transpose(0, 1)
         return x if turned is None or not self.rotary else _rotated(x, turned)
 
@@ -106,7 +105,7 @@ class Decoder(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], seeds: Sequence[int]
     ) -> Float[Tensor, "rows hidden"]:
-        """[heads, rows, width] and [heads, tokens, width] twice."""
+        """Attend with q [heads, rows, width] to k and v [heads, tokens, width]."""
         runs = list(_runs(lengths))
         counts = [max(length - 2, 0) * count for length, count in runs]
         sizes = [length * count for length, count in runs]
@@ -124,9 +123,9 @@ class Decoder(nn.Module):
         return torch.cat(found) if found else q.new_zeros(0, q.shape[0] * q.shape[2])
 
     def _attend_equal(self, q: Tensor, k: Tensor, v: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Texts of one length, a block of rows after the other."""
+        """Attend in texts of one length, one block of rows after the other."""
         rows, length = q.shape[2], k.shape[2]
-        block = max(1, min(rows, MASK_ENTRIES // length))  # hangs on the length alone
+        block = max(1, min(rows, MASK_ENTRIES // length))  # depends on the length alone
         found = []
         for start in range(0, rows, block):
             part = q[:, :, start : start + block]
@@ -139,7 +138,7 @@ class Decoder(nn.Module):
                     seeds,
                     start,
                     use_reentrant=False,
-                    preserve_rng_state=False,  # what is drawn has a seed of its own
+                    preserve_rng_state=False,  # masks are drawn from a given seed
                 )
             )
         return torch.cat(found, dim=2)
@@ -154,7 +153,7 @@ class Decoder(nn.Module):
     def seen(
         self, seed: int, start: int, rows: int, length: int, device: torch.device
     ) -> Bool[Tensor, "{rows} {length}"]:
-        """Which tokens of a text the rows from ``start`` on see; row 0 asks for token 1."""
+        """Return which tokens of a text the rows from ``start`` on see; row 0 predicts token 1."""
         draw = torch.Generator(device).manual_seed((seed + start * _ODD) % 2**63)
         visible = torch.empty(rows, length, dtype=torch.bool, device=device)
         visible.bernoulli_(1 - self.mask, generator=draw)
@@ -165,7 +164,7 @@ class Decoder(nn.Module):
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Lengths that are neighbours, and how many; not more together than masks may be there."""
+    """Runs of equal lengths and their sizes, limited by the memory of their masks."""
     for length, run in groupby(lengths):
         count = len(list(run))
         together = max(1, MASK_ENTRIES // length**2)
@@ -173,7 +172,7 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _heads(config: Any, hidden: int) -> int:
-    """As many as the backbone has, if they share the width evenly."""
+    """The number of the backbone's heads if it divides the width evenly, else 1."""
     heads = int(getattr(config, "num_attention_heads", 1) or 1)
     return heads if hidden % (2 * heads) == 0 else 1
 
@@ -181,7 +180,7 @@ def _heads(config: Any, hidden: int) -> int:
 def _rotated(
     x: Float[Tensor, "heads tokens width"], places: Int[Tensor, "tokens"]
 ) -> Float[Tensor, "heads tokens width"]:
-    """Turned by its place (RoFormer, arXiv 2104.09864), halves as pairs."""
+    """Rotate by place, with the two halves as pairs (RoFormer, arXiv 2104.09864, eq. 34)."""
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     speeds = _ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=wide) / half)

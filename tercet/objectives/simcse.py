@@ -1,4 +1,4 @@
-"""Two views of one text agree, and differ from those of other texts (arXiv 2104.08821)."""
+"""Two views of one text agree, and differ from those of other texts (arXiv 2104.08821, eq. 4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +15,16 @@ from tercet.objectives.contrastive import Contrastive, PairWork
 from tercet.objectives.objective import Traits
 from tercet.types import Role
 
-TRIED: Final = 4  # texts that are looked at twice before the training begins
+TRIED: Final = 4  # texts that are embedded twice before the training begins
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimCSE:
     """InfoNCE between two dropouts of a text, against the other texts of the batch.
 
-    Decoders have no dropout but that of their attention weights, which most ship with at zero:
-    it is raised while this objective is at work. Both views go through the model in one row; a
-    mask is drawn for each token, so they differ. Prompts are left out (arXiv 2404.05961, 3.1).
+    Decoders only drop out attention weights, and most ship with a rate of zero: it is raised while
+    this objective trains. Both views go through the model in one row; a mask is drawn for each
+    token, so they differ. Prompts are left out (arXiv 2404.05961, sec. 3.1).
     """
 
     temperature: float = 0.05
@@ -32,7 +32,7 @@ class SimCSE:
     max_tokens: int = 128  # a longer text is cut
 
     def __post_init__(self) -> None:
-        Contrastive(temperature=self.temperature)  # which looks at it
+        Contrastive(temperature=self.temperature)  # checks it
         if not 0 <= self.attention_dropout < 1:
             raise RecipeError(
                 f"attention_dropout is {self.attention_dropout}; give a share, from 0 to below 1"
@@ -46,10 +46,10 @@ class SimCSE:
         return Traits(kinds=("dense",), contrasts=True, shardable=True)
 
     def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> PairWork:
-        """Set to work on texts, each of which is an example with itself as the answer.
+        """Bind the objective to an embedder and texts, each an example with itself as the answer.
 
         Raises:
-            RecipeError: when two views of a text are equal: then there is nothing to learn.
+            RecipeError: if two views of a text are equal: then there is nothing to learn.
         """
 
         def tokenize(texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Tokens:
@@ -77,6 +77,6 @@ def _require_two_views(embedder: Embedder, work: PairWork) -> None:
     embedder.train(training)
     if torch.equal(first, second):
         raise RecipeError(
-            "two views of a text are equal, so SimCSE has nothing to learn: this model drops "
-            "nothing out; raise attention_dropout above 0"
+            "two views of a text are equal, so SimCSE has nothing to learn: this model has no "
+            "dropout; raise attention_dropout above 0"
         )

@@ -1,8 +1,8 @@
 """Arctic-Embed 2.0: much data of good quality first, hard negatives after, small vectors in both.
 
-Contrastive pretraining takes every other document of a large batch for a negative, and a batch has
-one language of one source. Fine-tuning then compares a query with its own mined negatives alone.
-Both train the first coordinates of a vector to work without the others (arXiv 2412.04506, sec. 3).
+In contrastive pretraining every other document of a large batch is a negative, and a batch has one
+language of one source. Fine-tuning then compares a query with its own mined negatives only. Both
+train the first coordinates of a vector to work without the others (arXiv 2412.04506, sec. 3).
 """
 
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.curate.mining.mine import Mining
 from tercet.curate.mining.rules import MiningRule
-from tercet.models.network.backbone import Attention
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import PoolingName
 from tercet.objectives.contrastive import Contrastive
-from tercet.train.recipe import Lora, Model, Recipe, Refresh, Stage, chosen
-from tercet.train.schedule import ScheduleName
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of, prompts_by_role
+from tercet.train.recipe import Model, Recipe, Refresh, ScheduleName, Stage, chosen
 
-Preset: TypeAlias = Literal["small", "arctic-m", "arctic-l"]
+ArcticPreset: TypeAlias = Literal["small", "arctic-m", "arctic-l"]
 
 DECAY: Final = 6_000 / 9_342  # share of the fine-tuning, in the paper
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
-    """What a preset says where no flag does."""
+class PresetNumbers:
+    """A preset's values for flags that are not given."""
 
     batch_size: int  # pairs
     learning_rate: float
@@ -37,17 +37,17 @@ class Numbers:
     document_prompt: str | None = None
 
 
-PRESETS: Final[Mapping[Preset, Numbers]] = {
-    "small": Numbers(1_024, 5e-5, 1.0, 64, 2e-5, None),
-    "arctic-m": Numbers(32_768, 1e-4, 3.0, 256, 1e-5, 9_342, "first", "query: ", ""),
-    "arctic-l": Numbers(32_768, 3e-5, 3.0, 256, 5e-6, 9_342, "first", "query: ", ""),
+PRESETS: Final[Mapping[ArcticPreset, PresetNumbers]] = {
+    "small": PresetNumbers(1_024, 5e-5, 1.0, 64, 2e-5, None),
+    "arctic-m": PresetNumbers(32_768, 1e-4, 3.0, 256, 1e-5, 9_342, "first", "query: ", ""),
+    "arctic-l": PresetNumbers(32_768, 3e-5, 3.0, 256, 5e-6, 9_342, "first", "query: ", ""),
 }
 
 
 def arctic_embed(
-    base: Annotated[str, "Zoo name, local folder or hub id."] = "me5-small",
+    base: flags.Base = "me5-small",
     preset: Annotated[
-        Preset,
+        ArcticPreset,
         "Numbers for what no flag says: for one machine, or the paper's for its sizes M and L.",
     ] = "small",
     stages: Annotated[str, "Of pretraining and finetuning, in order, with commas."] = (
@@ -70,7 +70,7 @@ def arctic_embed(
     finetuning_decay: Annotated[float, "Share of the fine-tuning, in the paper 6,000 of 9,342."] = (
         DECAY
     ),
-    temperature: Annotated[float, "Of the softmax over documents."] = 0.02,
+    temperature: flags.Temperature = 0.02,
     dims: Annotated[
         list[int] | None, "Shorter widths to train too; may be repeated. None: 256."
     ] = None,
@@ -85,12 +85,12 @@ def arctic_embed(
         float, "A negative scores below this share of the positive, where the model mines."
     ] = 0.98,
     pooling: Annotated[PoolingName | None, "None: the preset's, or the model's own."] = None,
-    attention: Annotated[Attention | None, "Turn a decoder both ways; None: as it is."] = None,
+    attention: flags.TurnDecoder = None,
     query_prompt: Annotated[str | None, "None: the preset's, or the model's own."] = None,
     document_prompt: Annotated[str | None, "None: the preset's, or the model's own."] = None,
-    lora_rank: Annotated[int | None, "Train low-rank updates of this rank instead of all."] = None,
-    freeze_embeddings: Annotated[bool, "Leave the token table as it is."] = False,
-    patience: Annotated[int | None, "Stop after so many evaluations without a better one."] = None,
+    lora_rank: flags.LoraRank = None,
+    freeze_embeddings: flags.FreezeEmbeddings = False,
+    patience: flags.Patience = None,
     seed: Annotated[int, "Of batches, dropout and LoRA."] = 0,
 ) -> Recipe:
     """Pretrain on pairs of many sources, fine-tune on mined negatives, with short vectors in both.
@@ -139,20 +139,18 @@ def arctic_embed(
             patience=patience,
         ),
     }
-    prompts = {
-        "query": usual.query_prompt if query_prompt is None else query_prompt,
-        "document": usual.document_prompt if document_prompt is None else document_prompt,
-    }
-    given = {role: prompt for role, prompt in prompts.items() if prompt is not None}
     return Recipe(
         name="arctic-embed",
         model=Model(
             base=base,
             pooling=pooling or usual.pooling,
             attention=attention,
-            lora=None if lora_rank is None else Lora(rank=lora_rank, alpha=2 * lora_rank),
+            lora=lora_of(lora_rank),
             freeze_embeddings=freeze_embeddings,
-            prompts=given or None,
+            prompts=prompts_by_role(
+                usual.query_prompt if query_prompt is None else query_prompt,
+                usual.document_prompt if document_prompt is None else document_prompt,
+            ),
         ),
         stages=chosen(built, stages),
         seed=seed,
@@ -168,7 +166,7 @@ def arctic_embed(
 
 
 def _mined_at_start(negatives: int, threshold: float) -> Refresh:
-    """Negatives for rows that bring fewer, if there is a source whose rows bring none."""
+    """Mine for rows with too few negatives, if there is a source without any."""
     rule = MiningRule(kind="percent", value=threshold)
     depth = max(100, 2 * negatives)
     return Refresh(

@@ -1,7 +1,7 @@
 """BGE-M3: dense, sparse and multi-vector retrieval from one model (arXiv 2402.03216).
 
-RetroMAE on texts makes an encoder that packs a text into a vector. Contrastive training on pairs,
-of the dense vector alone, follows. Then all three kinds are trained together on examples with hard
+RetroMAE on texts makes an encoder that compresses a text into a vector. Contrastive training of the
+dense vector on pairs follows. Then all three kinds are trained together on examples with hard
 negatives, and the weighted sum of their scores teaches each of them.
 """
 
@@ -11,14 +11,15 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
-from tercet.kinds import KINDS, Kind, Weights
-from tercet.losses.unified import Lesson
-from tercet.models.network.backbone import Attention
-from tercet.models.network.pooling import PoolingName
+from tercet.kinds import KINDS, Kind, Weights, parse_kinds
+from tercet.losses.unified import Distillation, Mixture
+from tercet.models.choices import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified
-from tercet.train.recipe import RANKS_10_TO_210, Lora, Model, Recipe, Refresh, Stage, chosen
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of, prompts_by_role
+from tercet.train.recipe import RANKS_10_TO_210, Model, Recipe, Refresh, Stage, chosen
 
 WARMUP: Final = 0.1  # share of a stage's steps
 
@@ -28,7 +29,7 @@ RefreshBy: TypeAlias = Literal["dense", "sparse", "multi", "hybrid"]
 
 
 def bge_m3(
-    base: Annotated[str, "Zoo name, local folder or hub id."] = "me5-small",
+    base: flags.Base = "me5-small",
     stages: Annotated[str, "Of retromae, contrastive and unified, in order, with commas."] = (
         "retromae,contrastive,unified"
     ),
@@ -50,7 +51,7 @@ def bge_m3(
     vocabulary: Annotated[
         Vocabulary, "Tokens that RetroMAE names: those that the data have, or all."
     ] = "seen",
-    temperature: Annotated[float, "Of the softmax over documents."] = 0.02,
+    temperature: flags.Temperature = 0.02,
     negatives: Annotated[int, "Mined negatives of a query, at most."] = 7,
     sum_weights: Annotated[str, "Of dense, sparse and multi scores in their sum."] = "1,0.3,1",
     self_distillation: Annotated[bool, "Let the sum of the scores teach each kind."] = True,
@@ -63,7 +64,7 @@ def bge_m3(
     multi_loss: Annotated[float, "Weight of the multi-vector loss."] = 1.0,
     sum_loss: Annotated[float, "Weight of the loss of the sum."] = 1.0,
     teacher: Annotated[
-        Lesson,
+        Distillation,
         "Learn the scores that examples bring, if they are a reranker's; not mining's cosines.",
     ] = "none",
     dims: Annotated[
@@ -72,9 +73,7 @@ def bge_m3(
     batching: Annotated[
         ByLength | None, "Batch sizes by length: what memory takes, or the paper's tables a device."
     ] = None,
-    length_edges: Annotated[
-        list[int] | None, "Border between length groups, in tokens; may be repeated."
-    ] = None,
+    length_edges: flags.LengthEdges = None,
     refresh_steps: Annotated[
         int | None, "Mine negatives anew with the model in training, every so many steps."
     ] = None,
@@ -89,15 +88,15 @@ def bge_m3(
     cls_every: Annotated[
         int | None, "The start token again before every so many tokens (MCLS; with first)."
     ] = None,
-    attention: Annotated[Attention | None, "Turn a decoder both ways; None: as it is."] = None,
-    patience: Annotated[int | None, "Stop after so many evaluations without a better one."] = None,
+    attention: flags.TurnDecoder = None,
+    patience: flags.Patience = None,
     train: Annotated[Train, "In the stage unified: every weight, or the new heads alone."] = "all",
-    freeze_embeddings: Annotated[bool, "Leave the token table as it is."] = False,
-    lora_rank: Annotated[int | None, "Train low-rank updates of this rank instead of all."] = None,
+    freeze_embeddings: flags.FreezeEmbeddings = False,
+    lora_rank: flags.LoraRank = None,
     query_prompt: Annotated[str | None, "Put before every query; None: the model's own."] = None,
     document_prompt: Annotated[str | None, "Put before every document."] = None,
-    query_tokens: Annotated[int | None, "Longer queries are cut."] = None,
-    document_tokens: Annotated[int | None, "Longer documents are cut."] = None,
+    query_tokens: flags.QueryTokens = None,
+    document_tokens: flags.DocumentTokens = None,
     positions: Annotated[
         int | None, "Give an encoder room for texts of so many tokens; train it on such texts."
     ] = None,
@@ -105,7 +104,7 @@ def bge_m3(
     seed: Annotated[int, "Of batches, masks, dropout and new weights."] = 0,
 ) -> Recipe:
     """Train one model for dense, sparse and multi-vector retrieval, each taught by their sum."""
-    trained = _kinds_of(kinds)
+    trained, summed = parse_kinds(kinds), Weights.parse(sum_weights)
     edges = tuple(length_edges or ())
     shuffles = {"shuffle_segments": shuffle_segments, "shuffle_at": shuffle_at}
     built = {
@@ -143,14 +142,16 @@ def bge_m3(
             name="unified",
             objective=Unified(
                 kinds=trained,
-                temperature=temperature,
-                in_sum=_weights_of(sum_weights),
-                in_loss=Weights(dense_loss, sparse_loss, multi_loss),
-                in_lesson=None if lesson_weights is None else _weights_of(lesson_weights),
-                of_sum=sum_loss,
-                distilled=1.0 if self_distillation else 0.0,
+                mixture=Mixture(
+                    temperature=temperature,
+                    in_sum=summed,
+                    in_loss=Weights(dense_loss, sparse_loss, multi_loss),
+                    of_sum=sum_loss,
+                    distilled=1.0 if self_distillation else 0.0,
+                    in_distilled=None if lesson_weights is None else Weights.parse(lesson_weights),
+                    distil=teacher,
+                ),
                 distil_after=distil_after,
-                lesson=teacher,
                 dims=tuple(dims or ()),
             ),
             data="examples",
@@ -159,7 +160,7 @@ def bge_m3(
             negatives=negatives,
             learning_rate=learning_rate,
             warmup=WARMUP,
-            refresh=_refresh(refresh_steps, refresh_by, trained, _weights_of(sum_weights)),
+            refresh=_refresh(refresh_steps, refresh_by, trained, summed),
             patience=patience,
             batching="bge-m3-finetune-80gb" if batching == "bge-m3-80gb" else batching,
             length_edges=edges,
@@ -172,8 +173,6 @@ def bge_m3(
             "training the heads alone leaves the other stages nothing to do; "
             "give --stages unified as well"
         )
-    prompts = {"query": query_prompt, "document": document_prompt}
-    given = {role: prompt for role, prompt in prompts.items() if prompt is not None}
     return Recipe(
         name="bge-m3",
         model=Model(
@@ -186,8 +185,8 @@ def bge_m3(
             freeze_backbone=train == "heads",
             freeze_embeddings=freeze_embeddings,
             positions=positions,
-            lora=None if lora_rank is None else Lora(rank=lora_rank, alpha=2 * lora_rank),
-            prompts=given or None,
+            lora=lora_of(lora_rank),
+            prompts=prompts_by_role(query_prompt, document_prompt),
             query_tokens=query_tokens,
             document_tokens=document_tokens,
         ),
@@ -204,18 +203,10 @@ def bge_m3(
     )
 
 
-def _kinds_of(named: str) -> tuple[Kind, ...]:
-    asked = [name.strip() for name in named.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in KINDS]
-    if unknown or not asked or len(set(asked)) < len(asked):
-        raise RecipeError(f"kinds are {named!r}; choose from {', '.join(KINDS)}, each once")
-    return tuple(kind for kind in KINDS if kind in asked)
-
-
 def _refresh(
     every: int | None, by: RefreshBy, kinds: Sequence[Kind], weights: Weights
 ) -> Refresh | None:
-    """What mines negatives in mid-run; a hybrid sum is that of the kinds in training."""
+    """How negatives are mined in mid-run; a hybrid sum has the kinds in training only."""
     if every is None:
         if by != "dense":
             raise RecipeError(f"refresh_by is {by}, but nothing is refreshed; give refresh_steps")
@@ -228,13 +219,3 @@ def _refresh(
         )
     summed = weights.only(("dense", *kinds)) if by == "hybrid" else None
     return Refresh(every=every, mining=replace(RANKS_10_TO_210, by=by, weights=summed))
-
-
-def _weights_of(named: str) -> Weights:
-    try:
-        dense, sparse, multi = (float(part) for part in named.split(","))
-    except ValueError as error:
-        raise RecipeError(
-            f"weights are {named!r}; give three numbers, for dense, sparse and multi: 1,0.3,1"
-        ) from error
-    return Weights(dense, sparse, multi)

@@ -1,24 +1,25 @@
 """LLM2Vec: any decoder-only language model becomes a text encoder (arXiv 2404.05961).
 
-Attention is turned both ways, then three stages, each with low-rank updates of its own that are
-merged before the next: masked next-token prediction, SimCSE, and on request contrastive training
-on pairs with instructions.
+Attention becomes bidirectional. Three stages follow, each with new low-rank updates that are merged
+before the next: masked next-token prediction, SimCSE, and on request contrastive training on pairs
+with instructions.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
 from tercet.data.batches.masking import Masking, MaskToken
-from tercet.models.network.backbone import Attention, Window
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, PoolingName, Window
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
 from tercet.objectives.simcse import SimCSE
-from tercet.train.recipe import Lora, Model, Recipe, Stage, chosen
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of, prompts_by_role
+from tercet.train.recipe import Model, Recipe, Stage, chosen
 
-Preset = Literal["default", "llama", "mistral", "mistral-words"]
+LLM2VecPreset = Literal["default", "llama", "mistral", "mistral-words"]
 
-PRESETS: Final[Mapping[Preset, Masking]] = {  # paper, appendix D.1
+PRESETS: Final[Mapping[LLM2VecPreset, Masking]] = {  # paper, appendix D.1
     "default": Masking(probability=0.2, kind="default"),
     "llama": Masking(probability=0.2, kind="default"),  # Sheared-LLaMA, Llama 2, 3 and 3.1
     "mistral": Masking(probability=0.8, kind="all"),  # Mistral 7B, for vectors of sentences
@@ -34,7 +35,9 @@ def llm2vec(
     mntp_steps: Annotated[int, "Of masked next-token prediction."] = 1_000,
     simcse_steps: Annotated[int, "Of SimCSE."] = 1_000,
     supervised_steps: Annotated[int, "Of training on pairs."] = 1_000,
-    preset: Annotated[Preset, "Masking as the paper chose it for a family of models."] = "default",
+    preset: Annotated[
+        LLM2VecPreset, "Masking as the paper chose it for a family of models."
+    ] = "default",
     mask_probability: Annotated[float | None, "Share of hidden tokens; None: the preset's."] = None,
     masking: Annotated[
         Literal["default", "all"] | None,
@@ -53,13 +56,13 @@ def llm2vec(
     batch_size: Annotated[int, "Pairs a step."] = 512,
     learning_rate: Annotated[float, "Of training on pairs, at its peak."] = 2e-4,
     temperature: Annotated[float, "Of training on pairs."] = 0.02,
-    negatives: Annotated[int, "Mined negatives of a query, at most."] = 1,
-    max_tokens: Annotated[int, "Longer texts are cut."] = 512,
+    negatives: flags.Negatives = 1,
+    max_tokens: flags.MaxTokens = 512,
     query_prompt: Annotated[
         str | None, "Instruction before queries; best ended by a line break."
     ] = None,
     document_prompt: Annotated[str | None, "Instruction before documents."] = None,
-    pool_prompt: Annotated[bool, "Pool the tokens of instructions too."] = False,
+    pool_prompt: flags.PoolPrompt = False,
     pooling: Annotated[PoolingName, "From states to a vector."] = "mean",
     attention: Annotated[
         Attention, "causal trains the ablation that the paper calls Uni."
@@ -67,16 +70,16 @@ def llm2vec(
     window: Annotated[
         Window | None, "Sliding windows; None: full where all layers have one (Mistral), else keep."
     ] = None,
-    lora_rank: Annotated[int, "Of the low-rank updates; 0 trains every weight."] = 16,
+    lora_rank: flags.LoraRankOrAll = 16,
     seed: Annotated[int, "Of batches, masks, dropout and LoRA."] = 0,
 ) -> Recipe:
     """Turn a decoder into a text encoder: MNTP and SimCSE on texts, then pairs on request."""
-    hidden = PRESETS[preset]
+    usual = PRESETS[preset]
     mntp = MNTP(
         head=base,
         masking=Masking(
-            probability=hidden.probability if mask_probability is None else mask_probability,
-            kind=masking or hidden.kind,
+            probability=usual.probability if mask_probability is None else mask_probability,
+            kind=masking or usual.kind,
         ),
         mask_token=mask_token,
         block_tokens=block_tokens,
@@ -119,8 +122,6 @@ def llm2vec(
             weight_decay=0.0,
         ),
     }
-    prompts = {"query": query_prompt, "document": document_prompt}
-    given = {role: prompt for role, prompt in prompts.items() if prompt is not None}
     return Recipe(
         name="llm2vec",
         model=Model(
@@ -128,8 +129,8 @@ def llm2vec(
             attention=attention,
             window=window,
             pooling=pooling,
-            lora=Lora(rank=lora_rank, alpha=2 * lora_rank) if lora_rank else None,
-            prompts=given or None,
+            lora=lora_of(lora_rank or None),
+            prompts=prompts_by_role(query_prompt, document_prompt),
             pool_prompt=pool_prompt,
             query_tokens=max_tokens,
             document_tokens=max_tokens,

@@ -2,8 +2,8 @@
 
 The first stage trains on retrieval, where the others' documents are good negatives. The second
 blends retrieval with classification, clustering and similarity in every batch, each query against
-its own negatives alone: labels repeat in a batch, so that another row's answer is often right here
-too (arXiv 2405.17428, sec. 3.2).
+its own negatives only: labels repeat in a batch, so that another row's answer is often right as
+well (arXiv 2405.17428, sec. 3.2).
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.collate import Policy
 from tercet.data.batches.sampler import Mixing
-from tercet.models.network.backbone import Attention
-from tercet.models.network.latent_attention import Layer
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, LayerSettings, PoolingName
 from tercet.models.settings import as_prompt
 from tercet.objectives.contrastive import Contrastive
-from tercet.train.recipe import Lora, Model, Recipe, Stage, chosen
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of
+from tercet.train.recipe import Model, Recipe, Stage, chosen
 
 Pooler: TypeAlias = Literal["latent", "self_attention", "mean", "eos"]
-Preset: TypeAlias = Literal["default", "nv-embed"]
+NVEmbedPreset: TypeAlias = Literal["default", "nv-embed"]
 
 POOLERS: Final[Mapping[Pooler, PoolingName]] = {
     "latent": "mean",
@@ -31,7 +31,7 @@ WARMUP: Final = 500  # steps, in the paper; a tenth of a shorter stage
 
 
 def nv_embed(
-    base: Annotated[str, "Zoo name, local folder or hub id."] = "smollm2",
+    base: flags.Base = "smollm2",
     stages: Annotated[str, "Of retrieval and blended, in order, with commas."] = (
         "retrieval,blended"
     ),
@@ -44,7 +44,7 @@ def nv_embed(
         int | None, "Of each stage; None: 500, or a tenth of a shorter stage."
     ] = None,
     temperature: Annotated[float, "Of the softmax over documents; the paper names none."] = 0.02,
-    negatives: Annotated[int, "Mined negatives of a query, at most."] = 7,
+    negatives: flags.Negatives = 7,
     in_batch: Annotated[
         Policy, "Others' documents that are negatives in the stage retrieval."
     ] = "all",
@@ -65,16 +65,17 @@ def nv_embed(
         Literal["normal", "identity"], "identity starts as plain mean pooling, for small data."
     ] = "identity",
     preset: Annotated[
-        Preset, "nv-embed: the published layer (512 latents, 8 heads as wide as the model, normal)."
+        NVEmbedPreset,
+        "nv-embed: the published layer (512 latents, 8 heads as wide as the model, normal).",
     ] = "default",
     attention: Annotated[Attention, "causal is the paper's ablation."] = "bidirectional",
     instruction: Annotated[
         str | None, "What the model does by default; None: the first task's of the data."
     ] = None,
-    pool_prompt: Annotated[bool, "Pool the tokens of instructions too."] = False,
+    pool_prompt: flags.PoolPrompt = False,
     append_end: Annotated[bool, "End every text with the end-of-text token."] = True,
-    max_tokens: Annotated[int, "Longer texts are cut."] = 512,
-    lora_rank: Annotated[int, "Of the low-rank updates; 0 trains every weight."] = 16,
+    max_tokens: flags.MaxTokens = 512,
+    lora_rank: flags.LoraRankOrAll = 16,
     lora_dropout: Annotated[float, "Of the low-rank updates."] = 0.1,
     keep_layers: Annotated[
         int | None, "Keep the first layers of the base only, for experiments; None: all."
@@ -82,10 +83,10 @@ def nv_embed(
     seed: Annotated[int, "Of batches, dropout and new weights."] = 0,
 ) -> Recipe:
     """Train on retrieval, then on all tasks with instructions, with latent attention pooling."""
-    layer: Layer | Literal["none"] = "none"
+    layer: LayerSettings | Literal["none"] = "none"
     if pooling in ("latent", "self_attention"):
         published = preset == "nv-embed"
-        layer = Layer(
+        layer = LayerSettings(
             kind=pooling,
             latents=512 if published else latents,
             heads=8 if published else heads,
@@ -130,9 +131,7 @@ def nv_embed(
             pooling=POOLERS[pooling],
             layer=layer,
             keep_layers=keep_layers,
-            lora=Lora(rank=lora_rank, alpha=2 * lora_rank, dropout=lora_dropout)
-            if lora_rank
-            else None,
+            lora=lora_of(lora_rank or None, lora_dropout),
             prompts={"query": as_prompt(instruction)} if instruction else None,
             pool_prompt=pool_prompt,
             append_end=append_end,

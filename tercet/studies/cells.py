@@ -30,8 +30,7 @@ from tercet.models.embedder import Embedder
 from tercet.models.settings import FILE
 from tercet.studies.tables import AnswersBySet, Picture, Results, Table
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # they change its vectors
 

@@ -1,6 +1,11 @@
-"""A stage's batches: the recipe counts in tokens, files in bytes."""
+"""Batches of a stage: who makes them, and how many examples each has.
 
-from collections.abc import Sequence
+A recipe counts in tokens, files in bytes; a few examples of each source tell how many bytes make a
+token. Short texts make large batches, long ones small batches (arXiv 2402.03216, sec. 3.4 and
+table 9): the sizes come from the paper's table, or from what fits into this machine's memory.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, get_args
 
@@ -10,16 +15,54 @@ import torch
 from tercet import distributed
 from tercet.data.batches.collate import Collator, PromptOf
 from tercet.data.batches.sampler import BatchPlan, Drawable, Sampler
+from tercet.data.batches.token_cache import CachedTokens, stored_tokens
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
+from tercet.files.artifacts import fingerprint
 from tercet.models.embedder import Embedder
+from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.tokens import Tokens
-from tercet.train.lengths import PRESETS, Costs, Groups, Shape, fitted, usual_edges
-from tercet.train.memory import Room
-from tercet.train.recipe import Stage
-from tercet.types import Role
+from tercet.train.memory import COPIES, MemoryBudget
+from tercet.train.recipe import LEAST, Batching, Stage
+from tercet.types import Example, Role
 
-SAMPLE: Final = 64  # examples of a source whose tokens are counted
+SAMPLE: Final = 64  # examples of a source that are looked at
+
+# Where the paper's length groups end, in tokens; the last one ends at the model's limit.
+_EDGES: Final = (500, 1000, 2000, 3000, 4000, 5000, 6000, 7000)
+_SHORT_EDGES: Final = (64, 128, 256)  # before them, if sizes are fitted
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Length groups: where each but the last ends, in tokens, and its batch size."""
+
+    edges: tuple[int, ...]
+    sizes: tuple[int, ...]  # examples a batch, over all processes unless stated otherwise
+
+    def __post_init__(self) -> None:
+        assert len(self.sizes) == len(self.edges) + 1, "a group below each edge, one above the last"
+
+    def times(self, processes: int) -> "Groups":
+        """Return the groups with batches ``processes`` times as large."""
+        return Groups(self.edges, tuple(size * processes for size in self.sizes))
+
+    @property
+    def summary(self) -> str:
+        """The sizes for people, that of the shortest texts first."""
+        first, last = self.sizes[0], self.sizes[-1]
+        return str(first) if len(set(self.sizes)) == 1 else f"{first} (short) to {last} (long)"
+
+
+# Examples a device and step: table 9 has the totals over 96 and 24 devices.
+PRESETS: Final[dict[Batching, Groups]] = {
+    "bge-m3-pairs-80gb": Groups(_EDGES, (700, 570, 388, 288, 224, 180, 157, 128, 104)),
+    "bge-m3-finetune-80gb": Groups(_EDGES, (48, 32, 20, 18, 14, 14, 12, 10, 8)),  # 8 documents each
+}
+assert set(PRESETS) == set(get_args(Batching)) - {"fit"}
+
+
+# ---- who makes batches -----------------------------------------------------------------------
 
 
 def sampler_of(
@@ -29,14 +72,13 @@ def sampler_of(
     embedder: Embedder,
     groups: Groups | None = None,
 ) -> Sampler:
-    """The sampler that hands out a stage's batches, with the batch sizes of these length groups.
+    """Return the sampler of a stage's batches, with the batch sizes of these length groups.
 
-    A row's length is that of its longest text, in tokens: its bytes, by the bytes a token of its
-    source has (a few rows of each source are counted), so that a source in Korean and one in
-    English are measured alike.
+    The length of a row is that of its longest text in tokens, estimated from its bytes by the
+    bytes per token of its source, so that sources in Korean and in English are measured alike.
 
     Raises:
-        RecipeError: when the data cannot form such batches.
+        RecipeError: if the data cannot form such batches.
     """
     smallest = stage.batch_size if groups is None else min(groups.sizes)
     if smallest < distributed.world():
@@ -52,9 +94,8 @@ def sampler_of(
     )
     if groups is None and stage.token_budget is None and not stage.length_edges:
         return Sampler(drawn, plan)
-    sources = _of_examples(stage, drawn)
     longest = longest_of(stage, embedder)
-    counted = [in_tokens(source, embedder, longest) for source in sources]
+    counted = [in_tokens(source, embedder, longest) for source in _of_examples(stage, drawn)]
     if groups is not None:
         return Sampler(counted, replace(plan, length_edges=groups.edges, batch_sizes=groups.sizes))
     edges, budget = stage.length_edges, stage.token_budget
@@ -62,7 +103,7 @@ def sampler_of(
 
 
 def collator_of(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collator:
-    """What makes a stage's batches of examples, cut to the stage's own lengths."""
+    """Return what makes a stage's batches from examples, cut to the stage's lengths."""
 
     def tokenize(texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Tokens:
         return embedder.tokenize(texts, role, prompts, max_tokens_of(stage, embedder, role))
@@ -79,16 +120,57 @@ def collator_of(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collat
     )
 
 
+def with_cached_tokens(
+    collate: Collator, embedder: Embedder, stage: Stage, sources: Sequence[Source]
+) -> Collator:
+    """Return a collator that reads tokens from disk, after tokenizing what is not there yet.
+
+    All processes have to call this. If the stage's objective is not ``cacheable``, the collator is
+    returned unchanged.
+
+    Raises:
+        StorageError: if the disk refuses.
+    """
+    if not stage.objective.traits.cacheable:
+        return collate
+    tokenizer = fingerprint(embedder.tokenizer.stock.backend_tokenizer.to_str())
+
+    def made_with(role: Role) -> str:
+        limit = max_tokens_of(stage, embedder, role)
+        return f"{tokenizer} {embedder.settings.form(role)!r} {limit}"
+
+    stored = stored_tokens(sources, made_with, collate.tokenize, collate.prompt_of)
+    return replace(collate, tokenize=CachedTokens(collate.tokenize, stored))
+
+
+def max_tokens_of(stage: Stage, embedder: Embedder, role: Role) -> int:
+    """Return where a stage cuts texts of this role; never more than the model takes."""
+    own = stage.query_tokens if role == "query" else stage.document_tokens
+    return min(own or embedder.settings.max_tokens(role), embedder.backbone.max_tokens)
+
+
+def longest_of(stage: Stage, embedder: Embedder) -> int:
+    """Return the largest number of tokens that a text can have in a stage."""
+    return max(max_tokens_of(stage, embedder, role) for role in get_args(Role))
+
+
+# ---- how large they are ----------------------------------------------------------------------
+
+
 def groups_of(
-    stage: Stage, drawn: Sequence[Drawable], embedder: Embedder, room: Room, chunk_tokens: int
+    stage: Stage,
+    drawn: Sequence[Drawable],
+    embedder: Embedder,
+    budget: MemoryBudget,
+    chunk_tokens: int,
 ) -> Groups | None:
-    """The length groups of a stage that has a batch size for each, over all processes.
+    """Return a stage's length groups with sizes over all processes; None if it has one size.
 
     A table counts examples a device, and is multiplied by the number of processes. A fit takes
     what the process with the least memory can take.
 
     Raises:
-        RecipeError: when not even the smallest batch fits into memory.
+        RecipeError: if not even the smallest batch fits into memory.
     """
     if stage.batch_sizes:
         return Groups(stage.length_edges, stage.batch_sizes)
@@ -101,9 +183,9 @@ def groups_of(
     return fitted(
         stage.length_edges or usual_edges(longest),
         longest,
-        costs=Costs(
+        costs=StepCosts(
             shape=shape_of(sources, stage, embedder),
-            room=replace(room, total=_least(room.total)),
+            budget=replace(budget, total=_least(budget.total)),
             chunk_tokens=chunk_tokens,
             processes=processes,
         ),
@@ -111,36 +193,103 @@ def groups_of(
     )
 
 
-def max_tokens_of(stage: Stage, embedder: Embedder, role: Role) -> int:
-    """The length at which a stage cuts texts of this role; never more than the model takes."""
-    own = stage.query_tokens if role == "query" else stage.document_tokens
-    return min(own or embedder.settings.max_tokens(role), embedder.backbone.max_tokens)
+def usual_edges(longest: int) -> tuple[int, ...]:
+    """Return the edges of the length groups that sizes are fitted to, up to this length."""
+    return tuple(edge for edge in (*_SHORT_EDGES, *_EDGES) if edge < longest)
 
 
-def longest_of(stage: Stage, embedder: Embedder) -> int:
-    """The length at which every text is cut."""
-    return max(max_tokens_of(stage, embedder, role) for role in get_args(Role))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleShape:
+    """Averages over examples."""
+
+    documents: float | int  # of one query
+    tokens: float | int  # of all texts, divided by those of the longest one
+    query_tokens: float | int  # of the query, divided by those of the longest text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """What a step takes of the memory of each process."""
+
+    shape: ExampleShape
+    budget: MemoryBudget
+    chunk_tokens: int
+    processes: int = 1
+
+    def of_step(self, own: int, length: int) -> float:
+        """Estimate the bytes that ``own`` examples in each process take, by their longest texts.
+
+        Counted are the vectors of all texts and their copies, the scores, and the graph of one
+        chunk; graphs of more chunks are kept only if there is room for them. That chunk holds one
+        text of ``length`` tokens alone, or shorter ones, whose tokens may cost more.
+        """
+        shape, budget = self.shape, self.budget
+        docs, query_tokens = own * shape.documents, own * shape.query_tokens * length
+        tokens = own * shape.tokens * length
+        vectors = COPIES * budget.vectors(own + docs, tokens)
+        # The others' documents arrive whole, and so does their gradient.
+        of_others = 2 * (self.processes - 1) * budget.vectors(docs, tokens - query_tokens)
+        scores = budget.scores(own, query_tokens, self.processes * docs)
+        shorter = self.chunk_tokens * budget.graph(min(length, KEPT_LENGTH))
+        return vectors + of_others + scores + max(shorter, length * budget.graph(length))
+
+
+def fitted(edges: Sequence[int], longest: int, *, costs: StepCosts, at_most: int) -> Groups:
+    """Return the largest batches whose step fits into the memory of each process.
+
+    ``at_most`` and the sizes are over all processes, which take equal shares.
+
+    Raises:
+        RecipeError: if not even ``LEAST`` examples of some group fit.
+    """
+    limits = [edge for edge in edges if edge < longest]
+    sizes = [_fitted_size(length, costs, at_most) for length in (*limits, longest)]
+    return Groups(tuple(limits), tuple(sizes))
+
+
+def _fitted_size(length: int, costs: StepCosts, at_most: int) -> int:
+    processes, total = costs.processes, costs.budget.total
+    least = -(-LEAST // processes)
+    if (needed := costs.of_step(least, length)) > total:
+        raise RecipeError(
+            f"a batch of {least * processes} examples of {length} tokens takes about "
+            f"{needed / 1e9:.3g} GB in each process, and {total / 1e9:.3g} GB may be taken; raise "
+            "memory_gb, encode fewer tokens together (chunk_tokens), or cut texts shorter"
+        )
+    most = max(least, at_most // processes)
+    return processes * _largest(lambda own: costs.of_step(own, length) <= total, least, most)
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number from ``low``, which fits, to ``high`` that fits."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+# ---- what examples look like -----------------------------------------------------------------
 
 
 def in_tokens(source: Source, embedder: Embedder, longest: int) -> Source:
-    """The source with its sizes in tokens, about; a longer text is cut to ``longest``."""
+    """Return the source with estimated sizes in tokens, at most ``longest``."""
     tokens = np.ceil(source.sizes / bytes_per_token([source], embedder))
     return replace(source, sizes=np.clip(tokens, 1, longest).astype(np.int32))
 
 
 def bytes_per_token(sources: Sequence[Source], embedder: Embedder) -> float:
-    """Bytes of the longest text of an example for each of its tokens, of a few of each source."""
-    samples = [sample for source in sources for sample in _sampled(source, embedder)]
+    """Return the mean bytes per token of the longest texts of some examples of each source."""
+    samples = [sample for source in sources for sample in _counted(source, embedder)]
     return sum(sample.bytes for sample in samples) / sum(max(s.lengths) for s in samples)
 
 
-def shape_of(sources: Sequence[Source], stage: Stage, embedder: Embedder) -> Shape:
-    """What a stage takes of an example on average, of a few of each source.
+def shape_of(sources: Sequence[Source], stage: Stage, embedder: Embedder) -> ExampleShape:
+    """Return what a stage takes of an example on average, from some examples of each source.
 
-    A stage that mines its negatives is taken to have as many as it asks for.
+    A stage that mines its negatives is assumed to have as many as it asks for.
     """
     documents = tokens = queries = longest = 0.0
-    samples = [sample for source in sources for sample in _sampled(source, embedder)]
+    samples = [sample for source in sources for sample in _counted(source, embedder)]
     cut_query, cut_document = (max_tokens_of(stage, embedder, role) for role in get_args(Role))
     for sample in samples:
         query = min(sample.lengths[0], cut_query)
@@ -153,27 +302,30 @@ def shape_of(sources: Sequence[Source], stage: Stage, embedder: Embedder) -> Sha
         tokens += query + taken * positives.mean() + others * of_others.mean()
         queries += query
         longest += max(query, lengths.max())
-    return Shape(
+    return ExampleShape(
         documents=documents / len(samples), tokens=tokens / longest, query_tokens=queries / longest
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """An example whose tokens were counted."""
+def sampled(source: Source) -> list[tuple[int, Example]]:
+    """Return the rows and examples of a few places all over a source."""
+    rows = np.linspace(0, len(source) - 1, num=min(len(source), SAMPLE)).astype(int).tolist()
+    return list(zip(rows, source.examples(rows), strict=True))
 
+
+@dataclass(frozen=True, slots=True)
+class _CountedExample:
     bytes: int  # of its longest text
     lengths: list[int]  # tokens of its query, positives and negatives, not cut
     positives: int
 
 
-def _sampled(source: Source, embedder: Embedder) -> list[_Sample]:
-    rows = np.linspace(0, len(source) - 1, num=min(len(source), SAMPLE)).astype(int).tolist()
-    found: list[_Sample] = []
-    for row, example in zip(rows, source.examples(rows), strict=True):
+def _counted(source: Source, embedder: Embedder) -> list[_CountedExample]:
+    found: list[_CountedExample] = []
+    for row, example in sampled(source):
         texts = [example.query, *example.positives, *example.negatives]
         lengths = embedder.tokenizer(texts, 1_000_000).lengths
-        found.append(_Sample(int(source.sizes[row]), lengths, len(example.positives)))
+        found.append(_CountedExample(int(source.sizes[row]), lengths, len(example.positives)))
     return found
 
 
@@ -181,8 +333,8 @@ def _of_examples(stage: Stage, drawn: Sequence[Drawable]) -> list[Source]:
     sources = [source for source in drawn if isinstance(source, Source)]
     if len(sources) < len(drawn):
         raise RecipeError(
-            f"the stage {stage.name} counts in blocks of tokens; it has no length groups and no "
-            "token budget: leave them out"
+            f"the stage {stage.name} counts in blocks of tokens, which have no length groups and "
+            "no token budget; remove these settings"
         )
     return sources
 

@@ -1,7 +1,7 @@
-"""Everything a run needs to go on after a kill as if nothing had happened.
+"""Everything that a run needs to go on after a kill as if nothing had happened.
 
 Random numbers are not saved: every draw (batches, documents, dropout) comes from a seed that
-hangs on the run's seed and the step alone.
+depends only on the run's seed and the step.
 """
 
 import pickle
@@ -18,10 +18,16 @@ from tercet.files.atomic import replacing_file
 from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1
+# Names of settings in runs of earlier versions, and in this one.
+_RENAMED: Final = (
+    ("objective.in_lesson", "objective.mixture.in_distilled"),
+    ("objective.lesson", "objective.mixture.distil"),
+    ("objective.", "objective.mixture."),
+)
 
 
 @dataclass(slots=True, kw_only=True)
-class Progress:
+class StageProgress:
     """How far a stage is."""
 
     step: int = 0  # optimizer steps taken
@@ -36,23 +42,23 @@ class Progress:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that training changes, by name."""
+    """Return the weights that training changes, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, to be saved; the first process has them whole.
+    """Return copies of the trained weights; whole in the first process, but all have to call this.
 
-    All processes have to ask for them. Those that are spread come one by one onto the CPU.
+    Sharded ones come one by one onto the CPU.
     """
     return {name: kept_by_main(p) for name, p in trainable(module).items()}
 
 
-def save(path: Path, what: dict[str, Any], progress: Progress, **states: Any) -> None:
-    """Write a checkpoint that appears whole or not at all. ``what`` says what run it is of.
+def save(path: Path, what: dict[str, Any], progress: StageProgress, **states: Any) -> None:
+    """Write a checkpoint that appears whole or not at all; ``what`` identifies the run.
 
     Raises:
-        StorageError: when the disk refuses; the checkpoint before it is still there.
+        StorageError: if the disk refuses; the checkpoint before it is still there.
     """
     record = {"version": VERSION, "what": what, "progress": asdict(progress), **states}
     with replacing_file(path) as fresh:
@@ -61,13 +67,13 @@ def save(path: Path, what: dict[str, Any], progress: Progress, **states: Any) ->
 
 def load(
     path: Path, what: dict[str, Any], *, mapped: bool = False
-) -> tuple[Progress, dict[str, Any]] | None:
-    """The progress and the states of the checkpoint at ``path``, None where there is none.
+) -> tuple[StageProgress, dict[str, Any]] | None:
+    """Return the progress and states of the checkpoint at ``path``; None if there is none.
 
-    ``mapped`` leaves them in the file until they are copied: the processes of one machine share it.
+    ``mapped`` leaves tensors in the file until they are copied: processes of a machine share it.
 
     Raises:
-        RecipeError: when it is of another run: another recipe, other data, other precision.
+        RecipeError: if it belongs to another run: another recipe, other data, other precision.
     """
     if not path.exists():
         return None
@@ -78,27 +84,37 @@ def load(
             f"{path.parent} holds a run with other settings ({changes or 'another version'}); "
             "give the settings it was started with, another --out, or delete that folder"
         )
-    return Progress(**record["progress"]), record
+    return StageProgress(**record["progress"]), record
 
 
 def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two runs, for people; nothing where they are the same."""
+    """Return the differences between two runs, for people; empty if they are the same run."""
+    was = _with_new_names(was, now)
     keys = [key for key in dict.fromkeys((*now, *was)) if was.get(key) != now.get(key)]
     return "; ".join(f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in keys)
 
 
+def _with_new_names(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in was.items():
+        old, new = next((pair for pair in _RENAMED if key.startswith(pair[0])), ("", ""))
+        renamed = new + key.removeprefix(old)
+        found[renamed if key not in now and renamed in now else key] = value
+    return found
+
+
 def read(path: Path, *, mapped: bool = False) -> Any:
-    """What a file of weights or of a checkpoint holds; ``mapped`` leaves tensors in the file.
+    """Return what a file of weights or of a checkpoint holds; see :func:`load` for ``mapped``.
 
     Raises:
-        RecipeError: when it is gone or damaged.
+        RecipeError: if it is missing or damaged.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise RecipeError(
             f"{path}: this file of an earlier run is gone or damaged; delete {path.parent} to "
-            "start anew, or give another --out"
+            "start again, or give another --out"
         ) from error
 
 

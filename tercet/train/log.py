@@ -1,15 +1,33 @@
-"""What happened at each step: a line of JSON for machines, TensorBoard on request."""
+"""What a run reports: a JSON line per step, a warning about dying heads, sizes of comparisons."""
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
+
+from tercet import distributed
+from tercet.data.files.sources import Source
 from tercet.errors import MissingExtraError
+from tercet.evaluate.measures.by_kind import EMPTY
 from tercet.files.atomic import clear_about, replacing_file
+from tercet.train.batches import Groups, sampled
+from tercet.train.recipe import Stage
+from tercet.types import Example
+
+_RECENT: Final = 32  # batches over which the share of empty vectors is averaged
+_RISE: Final = 0.1  # of that mean; on a dev set, whose texts stay the same, EMPTY is enough
+_DEVIATIONS: Final = 1.5  # standard deviations of single batches that a rise must exceed as well
+
+log = logging.getLogger("tercet")
 
 
 class Log:
-    """Appends records to ``log.jsonl``; on resume it forgets what lies after the checkpoint."""
+    """Appends records to ``log.jsonl``; a resumed run drops those after its checkpoint."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +57,7 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, without a last line that a kill cut short."""
+    """Return the records of a log, without a last line that a kill cut short."""
     if not path.exists():
         return []
     records = []
@@ -57,3 +75,108 @@ def _tensorboard(folder: Path, step: int) -> Any:
     except ImportError as error:
         raise MissingExtraError("writing TensorBoard files", "tensorboard") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+
+@dataclass(slots=True)
+class SparseAlarm:
+    """Warns when a sparse head is dying: when more and more of its vectors are empty.
+
+    A head that gives every token of a text less than zero gets no gradient from that text any more
+    (FlagEmbedding issue 982: most texts became empty). The share of empty vectors is compared with
+    the lowest so far, so that a slow rise counts, separately for batches and for the queries and
+    documents of a dev set; each is reported once. A checkpoint keeps all fields.
+    """
+
+    lowest: dict[str, float] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
+    batches: int = 0
+    recent: float = 0.0  # the mean share of the last batches, older ones fading out
+    variance: float = 0.0  # of their shares
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> "SparseAlarm":
+        """Return the alarm of a checkpoint; older ones call ``warned`` "told"."""
+        return cls(**{"warned" if name == "told" else name: x for name, x in state.items()})
+
+    def after_step(self, step: int, share: float | int) -> None:
+        """Look at the share of empty sparse vectors among the documents of a batch.
+
+        The mean of the last batches deviates by about an eighth of what single batches do, and the
+        lowest and highest of many such means lie four times that from the truth. So if batches
+        differ much, because they are small, only a larger rise is reported.
+        """
+        self.batches += 1
+        fading, before = 1 / min(self.batches, _RECENT), self.recent
+        self.recent += (share - before) * fading
+        self.variance += ((share - before) * (share - self.recent) - self.variance) * fading
+        if self.batches >= _RECENT:
+            rise = max(_RISE, _DEVIATIONS * sqrt(self.variance))
+            self._compare(step, "documents in training", self.recent, rise)
+
+    def after_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Look at the figures of ``tercet.evaluate.measures.embedder_kinds.dev_score``."""
+        for role in ("query", "document"):
+            if (share := figures.get(f"dev_{role}_empty")) is not None:
+                self._compare(step, f"{role} texts of the dev set", share, EMPTY)
+
+    def _compare(self, step: int, what: str, share: float | int, rise: float) -> None:
+        self.lowest[what] = min(share, self.lowest.get(what, share))
+        if what in self.warned or share <= self.lowest[what] + rise:
+            return
+        self.warned.append(what)
+        log.warning(
+            "step %d: the share of %s without a sparse term has risen from %.1f %% to %.1f %%: the "
+            "sparse head is dying; if that continues, start again with a lower learning rate or a "
+            "lower weight of its loss, or with a dev set (--dev), which keeps the best weights",
+            step,
+            what,
+            100 * self.lowest[what],
+            100 * share,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """The average number of documents that a query is compared with in a contrastive step."""
+
+    positives: float
+    negatives: float  # its own
+    others: float  # that each other example in the batch adds
+
+    @classmethod
+    def of(cls, stage: Stage, sources: Sequence[Source]) -> "Candidates":
+        """Return the averages over a few examples of each source, weighted by their number.
+
+        A stage that mines its negatives is assumed to have as many as it asks for.
+        """
+        found = [
+            np.mean([_counts(stage, example) for _, example in sampled(source)], axis=0)
+            for source in sources
+        ]
+        weights = [len(source) * source.weight for source in sources]
+        positives, negatives, others = np.average(found, axis=0, weights=weights).tolist()
+        return cls(positives=positives, negatives=negatives, others=others)
+
+    def in_batch(self, size: int) -> float:
+        """Return the documents of each query of a batch of ``size`` examples."""
+        return self.positives + self.negatives + (size - 1) * self.others
+
+    def summary(self, groups: Groups) -> str:
+        """Return all of it for people; documents that answer two queries are counted twice."""
+        counts = [round(self.in_batch(size)) for size in groups.sizes]
+        first, last = f"{counts[0]:,}", f"{counts[-1]:,}"
+        total = first if first == last else f"{first} (short texts) to {last} (long)"
+        world = distributed.world()
+        where = f" in all {world} processes" if world > 1 else ""
+        others = f"those of the other queries{where}" if self.others else "none of other queries"
+        return (
+            f"each query is compared with about {total} documents: {self.positives:.3g} that "
+            f"answer it, {self.negatives:.3g} negatives of its own, and {others}"
+        )
+
+
+def _counts(stage: Stage, example: Example) -> tuple[int, int, int]:
+    positives = min(len(example.positives), stage.positives)
+    mined = stage.negatives if stage.refresh else min(len(example.negatives), stage.negatives)
+    policy = (example.in_batch or "all") if stage.in_batch == "per_row" else stage.in_batch
+    return positives, mined, {"all": positives + mined, "positives": positives}.get(policy, 0)

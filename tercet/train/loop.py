@@ -10,28 +10,29 @@ from typing import Any
 import torch
 
 from tercet import distributed
-from tercet.data.batches.collate import PromptOf
 from tercet.files.atomic import sole_writer
 from tercet.kinds import Kind
-from tercet.models.embedder import Embedder, Settings
-from tercet.train.building import build, fingerprint_of_base, with_prompts_of
+from tercet.models.embedder import Embedder
 from tercet.train.plan import (
     Data,
-    Job,
+    TrainingPlan,
+    build,
     by_stage,
     describe,
+    fingerprint_of_base,
     is_saved,
+    prompts_of,
     refuse_other_model,
     refuse_other_stages,
     require_negatives,
     require_widths,
     warn_of_idle_heads,
+    with_prompts_of,
+    without_tuning,
 )
-from tercet.train.recipe import Recipe, Stage
-from tercet.train.run import Run
-from tercet.train.snapshots import STEPS, Series
+from tercet.train.recipe import Recipe, Run, Stage
+from tercet.train.snapshots import STEPS, Snapshots
 from tercet.train.trainer import Score, Trainer
-from tercet.types import Role
 
 
 def train(
@@ -45,38 +46,45 @@ def train(
 ) -> Embedder:
     """Run a recipe's stages and save the embedder under ``out/model``.
 
-    Where there are several stages, each one's model is kept too, under its own folder in ``out``.
-    The same call after a kill goes on from the last checkpoint, and on a CPU ends with the same
-    bits as a run that was never stopped. With ``score`` the model is measured before the first
-    step and along the way, and the best weights are the ones that stay. With ``Run.models_at`` the
-    first stage's model is saved under ``steps`` in its folder too, as it is after these steps.
+    Of several stages, each one's model is kept too, in its folder in ``out``. The same call after a
+    kill goes on from the last checkpoint, and on a CPU ends with the same bits as a run that was
+    never stopped. With ``Run.shard_weights`` each of several processes holds a part of the
+    network's weights while it trains; the embedder that is returned is whole, and on the CPU.
 
-    With ``Run.shard_weights`` each of several processes holds a part of the network's weights
-    while it trains; the embedder that comes back is whole, and on the CPU.
+    Args:
+        recipe: what to train; see ``tercet.recipes``.
+        data: sources of examples, or a mapping from the name in ``Stage.data`` to sources.
+        out: the run folder, which one run writes at a time.
+        score: measures the model before the first step and along the way; the best weights stay.
+        run: device, precision, memory, and how often to save and measure.
+        say: receives lines for people.
 
     Raises:
-        RecipeError: when recipe, data and an earlier run in ``out`` do not fit together.
-        TrainingError: at a loss or gradient that is not a number, naming the examples.
-        StorageError: when the disk refuses a checkpoint; the one before it is kept.
+        RecipeError: if recipe, data and an earlier run in ``out`` do not fit together.
+        TrainingError: if a loss or gradient is NaN or infinite; it names the examples.
+        StorageError: if the disk refuses a checkpoint; the one before it is kept.
+
+    Example:
+        ``train(finetune(steps=100), [open_source("pairs.jsonl")], Path("runs/mine"))``
     """
     run, out = run or Run(), Path(out)
     with sole_writer(out) if distributed.is_main() else nullcontext():
-        return _train(Job(recipe, by_stage(recipe, data), run, say), out, score)
+        return _train(TrainingPlan(recipe, by_stage(recipe, data), run, say), out, score)
 
 
-def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
-    recipe = job.recipe
+def _train(plan: TrainingPlan, out: Path, score: Score | None) -> Embedder:
+    recipe, run = plan.recipe, plan.run
     several = len(recipe.stages) > 1
     folders = [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
     refuse_other_stages(out, folders)
-    require_negatives(recipe, job.sources)
-    device = job.run.home
-    torch.manual_seed(recipe.seed)  # of the weights of a new layer
+    require_negatives(recipe, plan.sources)
+    device = run.home
+    torch.manual_seed(recipe.seed)  # for the weights of a new layer
     embedder = build(recipe.model).to(device)
     require_widths(recipe, embedder.dim)
-    job = replace(job, prompt_of=prompts_of(embedder.settings))  # before those of the data
-    embedder.settings = with_prompts_of(job.sources, embedder.settings)
-    embedder.settings = _without_tuning(embedder.settings, job.say)
+    plan = replace(plan, prompt_of=prompts_of(embedder.settings))  # before those of the data
+    embedder.settings = with_prompts_of(plan.sources, embedder.settings)
+    embedder.settings = without_tuning(embedder.settings, plan.say)
     begins_with = {"base": fingerprint_of_base(embedder)}
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     kinds, untrained = embedder.kinds, {*embedder.heads.drawn}
@@ -90,20 +98,21 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
         made: tuple[Kind, ...] = tuple(kind for kind in kinds if kind not in untrained)
         embedder.settings = replace(embedder.settings, kinds=made)
         warn_of_idle_heads(stage, recipe.model, made)
-        trainer = Trainer(embedder, stage, folder, job, begins_with)
+        snapshots = None
+        if number == 1 and run.models_at:
+            complete = partial(_describe_model, plan, stage, tuple(done))
+            snapshots = Snapshots(folder / STEPS, run.models_at, complete)
+        trainer = Trainer(embedder, stage, folder, plan, begins_with, snapshots)
         if several:
             refuse_other_model(folder / "model", trainer.what)
-        if number == 1 and job.run.models_at:
-            describe_model = partial(_describe_model, job, stage, tuple(done))
-            trainer.series = Series(folder / STEPS, job.run.models_at, describe_model)
         trainer.resume()
         if number == 1 and distributed.is_main():
-            describe(job, out)
+            describe(plan, out)
         trainer.run(score)
         done.append(trainer.record())
         begins_with = {**begins_with, "stage before": done[-1]["weights"]}
         embedder.backbone.merge_lora()
-        _describe_model(job, stage, done[:-1], embedder, done[-1])
+        _describe_model(plan, stage, done[:-1], embedder, done[-1])
         if distributed.is_main():
             if several and not is_saved(folder / "model", done):
                 embedder.save(folder / "model")
@@ -114,35 +123,16 @@ def _train(job: "Job", out: Path, score: Score | None) -> Embedder:
 
 
 def _describe_model(
-    job: Job,
+    plan: TrainingPlan,
     stage: Stage,
     before: Sequence[Mapping[str, Any]],
     embedder: Embedder,
     record: Mapping[str, Any],
 ) -> None:
-    """Give an embedder the widths that a stage trains, and say how it was made."""
-    dims = stage.objective.traits.dims
-    if short := {dim for dim in dims if dim < embedder.dim}:
+    """Add to an embedder the widths that a stage trains, and the record of how it was made."""
+    if short := {dim for dim in stage.objective.traits.dims if dim < embedder.dim}:
         known = {*embedder.settings.dims, *short}
         embedder.settings = replace(embedder.settings, dims=tuple(sorted(known)))
-    recipe = job.recipe
+    recipe = plan.recipe
     about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
-    embedder.about = {**about, "stages": [*before, record], "run": asdict(job.run)}
-
-
-def _without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
-    """The settings without what was found for the base's own vectors."""
-    if settings.weights:
-        say("training drops the base's tuned weights; find new ones (tercet tune-weights)")
-    if settings.ranges:
-        say("training drops the base's ranges of codes; learn new ones (tercet calibrate)")
-    return replace(settings, weights={}, ranges={})
-
-
-def prompts_of(settings: Settings) -> PromptOf:
-    """A model's prompts for rows that bring none; a task that it does not know has the usual."""
-
-    def prompt_of(role: Role, task: str) -> str:
-        return settings.prompt(role, task if task in settings.task_prompts else None)
-
-    return prompt_of
+    embedder.about = {**about, "stages": [*before, record], "run": asdict(plan.run)}

@@ -1,4 +1,4 @@
-"""What a training step may keep in memory: graphs of tokens, and the vectors of a whole batch."""
+"""How much memory a training step may take, and how much its graphs and vectors need."""
 
 import os
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import torch
 
 from tercet import distributed
 from tercet.kinds import Kind
+from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.latent_attention import Layer
 from tercet.types import Packed
 
 SHARE: Final = 0.5  # of free memory
@@ -19,34 +19,34 @@ COPIES: Final = 6  # of a batch's vectors: by chunk, joined, in order, as querie
 _NUMBER: Final = 4  # bytes; vectors are float32 whatever the products are in
 _PAIR: Final = 16  # bytes a pair and kind: scores, their softmax and gradients
 _WEIGHT: Final = 12  # bytes a head and pair of tokens: attention weights, dropout's mask, both
-_BENT: Final = 20  # the same where a model bends scores: the scores before and after as well
+_CAPPED: Final = 20  # with capped scores or sinks: the scores before and after as well
 _DROPOUTS: Final = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 _WINNER: Final = 16  # bytes a query token and document: the largest product, its place, gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """The memory that a step may take, and what its parts take of it, in bytes.
+class MemoryBudget:
+    """The memory that a step may take, and what its parts need of it, in bytes.
 
-    Not counted is what passes with one layer of one chunk: above all the attention weights of
-    texts longer than ``KEPT_LENGTH``, where they are computed a second time. These take 12 to 20
-    bytes a pair of tokens and head, for some heads at a time: about 0.2 GB, or what the heads of
-    one key take where that is more (0.8 to 1.3 GB for a text of 8192 tokens and heads that share
-    no keys). Leave that free where ``memory_gb`` is given.
+    Excludes temporary buffers that live only while one layer processes one chunk: above all the
+    attention weights of texts longer than ``KEPT_LENGTH``, which are computed a second time. These
+    take 12 to 20 bytes a pair of tokens and head, for some heads at a time: about 0.2 GB, or what
+    the heads of one key take if that is more (0.8 to 1.3 GB for a text of 8192 tokens and heads
+    that share no keys). Leave that much free when setting ``memory_gb``.
     """
 
     total: float
     token_graph: int  # of one token
-    pair_graph: int = 0  # of one token as well, for each token of its text
+    pair_graph: int = 0  # of one token, in addition, for each token of its text
     kinds: tuple[Kind, ...]  # of the vectors that the loss sees
     dim: int  # of a text's vector
     width: int | None  # of a token's
 
     def graph_tokens(self, texts: Packed) -> int:
-        """Tokens of the shortest texts whose graphs fit beside the vectors of all of them.
+        """Return how many tokens of the shortest texts have graphs that fit beside all vectors.
 
-        The shortest ones, since their graphs are kept (``tercet.models.network.chunked``); where
-        attention weights are kept as well, a token costs more in one text than in another.
+        The shortest, since their graphs are kept (``tercet.models.network.chunked``); if attention
+        weights are kept as well, tokens of long texts cost more.
         """
         left = self.total - COPIES * self.vectors(len(texts), len(texts.ids))
         tokens = 0
@@ -58,33 +58,36 @@ class Room:
         return tokens
 
     def graph(self, length: int) -> int:
-        """Bytes of the graph of each token of a text that long."""
+        """Return the bytes of the graph of each token of a text of this length."""
         return self.token_graph + (self.pair_graph * length if length <= KEPT_LENGTH else 0)
 
     def vectors(self, texts: float | int, tokens: float | int) -> float:
-        """Bytes of the vectors of so many texts that have so many tokens together."""
+        """Return the bytes of the vectors of some texts with this many tokens together."""
         dense = texts * self.dim * _NUMBER if "dense" in self.kinds else 0.0
         sparse = tokens * (8 + _NUMBER) if "sparse" in self.kinds else 0.0
         multi = tokens * (self.width or self.dim) * _NUMBER if "multi" in self.kinds else 0.0
         return float(dense + sparse + multi)
 
     def scores(self, queries: float | int, query_tokens: float | int, docs: float | int) -> float:
-        """Bytes of the scores of queries, which have so many tokens together, and documents."""
+        """Return the bytes of the scores of some queries, with these tokens, and documents."""
         winners = query_tokens * docs * _WINNER if "multi" in self.kinds else 0.0
         return float(queries * docs * _PAIR * len(self.kinds) + winners)
 
 
-def room_of(
+def memory_budget(
     embedder: Embedder,
     kinds: tuple[Kind, ...],
     memory_gb: float | None,
     *,
     half: bool = False,
     recomputed: bool = False,
-) -> Room:
-    """What a step with a loss over these kinds of vectors may take; None: half of what is free."""
+) -> MemoryBudget:
+    """Return the budget of a step with a loss over these kinds of vectors.
+
+    ``memory_gb`` None takes half of the free memory.
+    """
     backbone, layer = embedder.backbone, embedder.settings.layer
-    return Room(
+    return MemoryBudget(
         total=memory_for(embedder.device, memory_gb),
         token_graph=graph_bytes(backbone, layer=layer, half=half, recomputed=recomputed),
         pair_graph=0 if recomputed else pair_bytes(backbone),
@@ -97,18 +100,18 @@ def room_of(
 def graph_bytes(
     backbone: Backbone,
     *,
-    layer: Layer | None = None,
+    layer: LayerSettings | None = None,
     half: bool = False,
     recomputed: bool = False,
 ) -> int:
-    """Bytes that the graph of one token takes until its backward.
+    """Estimate the bytes that the graph of one token takes until its backward.
 
-    An estimate by the widths of the layers, on the safe side: 221 kB a token for MiniLM in
-    float32, where 170 kB were measured; for four layers of SmolLM2 in bfloat16 132 kB (127), and
-    225 kB (204) with low-rank updates, whose dropout keeps inputs a second time. The norms of an
-    encoder stay in float32. Attention weights come on top: see :func:`pair_bytes`. What is beyond
-    it is encoded a second time, so a wrong estimate costs time or memory, never a different
-    gradient. ``recomputed`` layers keep their inputs alone, in float32.
+    By the widths of the layers, on the safe side: 221 kB a token for MiniLM in float32 (measured:
+    170 kB); for four layers of SmolLM2 in bfloat16 132 kB (127 kB), and 225 kB (204 kB) with
+    low-rank updates, whose dropout keeps inputs a second time. The norms of an encoder stay in
+    float32. Attention weights are not included: see :func:`pair_bytes`. A wrong estimate costs
+    time or memory, never a different gradient. ``recomputed`` layers keep only their inputs, in
+    float32.
     """
     config = backbone.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * backbone.hidden
@@ -126,25 +129,25 @@ def graph_bytes(
 
 
 def pair_bytes(backbone: Backbone) -> int:
-    """Bytes that the graph of one token takes for each token of its text, the short ones alone.
+    """Estimate the bytes that the graph of one token takes for each token of a short text.
 
-    Zero where a fused kernel attends, which keeps no weights of attention. Where none does, they
-    are most of a graph: of 430 kB a token that were measured for multilingual E5 small in bfloat16,
-    with dropout and texts of 128 tokens, 220 kB.
+    Zero with a fused attention kernel, which keeps no attention weights. Otherwise they are most of
+    a graph: 220 of 430 kB a token measured for multilingual E5 small in bfloat16, with dropout and
+    texts of 128 tokens.
     """
     config = backbone.config.get_text_config()
     dropout = backbone.attention_dropout
     if dropout is None:
         dropout = max(float(getattr(config, name, None) or 0) for name in _DROPOUTS)
     sinks = any(name.endswith("sinks") for name, _ in backbone.named_parameters())
-    bends = sinks or getattr(config, "attn_logit_softcapping", None) is not None
-    if not bends and not keeps_weights(backbone.device, dropout):
+    capped = sinks or getattr(config, "attn_logit_softcapping", None) is not None
+    if not capped and not keeps_weights(backbone.device, dropout):
         return 0
-    return config.num_hidden_layers * config.num_attention_heads * (_BENT if bends else _WEIGHT)
+    return config.num_hidden_layers * config.num_attention_heads * (_CAPPED if capped else _WEIGHT)
 
 
 def memory_for(device: torch.device, memory_gb: float | None = None) -> float:
-    """Bytes that a step may take: as many as were asked for, or half of what is free now."""
+    """Return the bytes that a step may take: those asked for, or half of the free memory."""
     return _free_bytes(device) * SHARE if memory_gb is None else memory_gb * 1e9
 
 

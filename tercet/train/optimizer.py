@@ -1,7 +1,7 @@
-"""AdamW over the weights in training, and a state of it that any number of processes reads."""
+"""AdamW over the weights in training, its learning rate, and its state for a checkpoint."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -10,14 +10,36 @@ from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.sharding import is_sharded, kept_by_main, part_of
 from tercet.train import checkpoint
-from tercet.train.recipe import Stage
+from tercet.train.recipe import ScheduleName, Stage
+
+FLOOR: Final = 0.1  # of the peak learning rate, where the schedule "early" ends
+
+
+def factor(name: ScheduleName, step: int, steps: int, *, warmup: int = 0, decay: int = 0) -> float:
+    """Return the share of the peak learning rate for step ``step`` of ``steps``, counted from 0.
+
+    All schedules rise linearly over ``warmup`` steps and reach the peak at step ``warmup``. Then
+    "constant" stays, "linear" falls to zero at the end, and "wsd" (warmup-stable-decay, arXiv
+    2404.06395, sec. 4) stays until the last ``decay`` steps and falls linearly in those. "early"
+    falls in the first ``decay`` steps after the warmup instead, and stays at ``FLOOR``. Zero would
+    be reached at step ``steps``, so that every step trains.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if name == "constant":
+        return 1.0
+    if name == "early":
+        return max(1.0 - (1.0 - FLOOR) * (step - warmup) / decay, FLOOR) if decay else FLOOR
+    falling = steps - warmup if name == "linear" else decay
+    left = steps - step
+    return min(1.0, left / falling) if falling else 1.0
 
 
 def adamw(embedder: Embedder, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW over a stage's weights; biases and norms are not decayed.
+    """Make an AdamW for a stage's weights; biases and norms have no weight decay.
 
     Raises:
-        RecipeError: when there is nothing to train.
+        RecipeError: if every weight is frozen.
     """
     weights = list(checkpoint.trainable(embedder).values())
     if not weights:
@@ -31,18 +53,17 @@ def adamw(embedder: Embedder, stage: Stage) -> torch.optim.Optimizer:
 
 
 def state_of(optimizer: torch.optim.Optimizer, embedder: Embedder) -> dict[str, Any]:
-    """Its state as if nothing were sharded, in the first process; all have to ask for it."""
+    """Return the state as if nothing were sharded, in the first process; all have to call this."""
     plain = optimizer.state_dict()
     weights = list(checkpoint.trainable(embedder).values())
-    order = _places(optimizer)
-    groups = [group for group in _groups(weights) if group]
     if not any(map(is_sharded, weights)):
         return plain
+    order = _numbers_of(optimizer)
     state, described = {}, []
-    for group in groups:
+    for group in filter(None, _groups(weights)):
         settings = next(
-            told
-            for told, own in zip(plain["param_groups"], optimizer.param_groups, strict=True)
+            saved
+            for saved, own in zip(plain["param_groups"], optimizer.param_groups, strict=True)
             if any(p is group[0] for p in own["params"])
         )
         first = len(state)
@@ -54,13 +75,13 @@ def state_of(optimizer: torch.optim.Optimizer, embedder: Embedder) -> dict[str, 
 
 
 def restore(optimizer: torch.optim.Optimizer, embedder: Embedder, saved: Mapping[str, Any]) -> None:
-    """Take up a state of :func:`state_of`; of sharded weights, this process's parts of it."""
+    """Load a state of :func:`state_of`; of sharded weights, only this process's parts of it."""
     weights = list(checkpoint.trainable(embedder).values())
     if not any(map(is_sharded, weights)):
         optimizer.load_state_dict(dict(saved))
         return
     canonical = [weight for group in _groups(weights) for weight in group]
-    order, own = _places(optimizer), optimizer.state_dict()
+    order, own = _numbers_of(optimizer), optimizer.state_dict()
     own["state"] = {
         order[id(weight)]: {
             name: part_of(value, weight) if value.shape == weight.shape else value
@@ -73,11 +94,11 @@ def restore(optimizer: torch.optim.Optimizer, embedder: Embedder, saved: Mapping
 
 
 def _groups(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The weights that are decayed, and those that are not."""
+    """The weights with decay, and those without."""
     return [[p for p in weights if p.ndim > 1], [p for p in weights if p.ndim <= 1]]
 
 
-def _places(optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    """Of each weight, by its identity, the number that a state dict has for it."""
+def _numbers_of(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """The number of each weight, by its identity, in a state dict."""
     held = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {id(weight): number for number, weight in enumerate(held)}

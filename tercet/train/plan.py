@@ -1,9 +1,8 @@
-"""What a run is made of: recipe, data of each stage, and what says that it is the same run."""
+"""What a run starts from: data of each stage, the embedder, and the identity of the run."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,12 +10,16 @@ from tercet.data.batches.collate import PromptOf
 from tercet.data.batches.mixture import by_language, shares_of
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
-from tercet.files.atomic import replacing_file
-from tercet.kinds import Kind
+from tercet.files.artifacts import read_json, write_json
+from tercet.kinds import KINDS, Kind
+from tercet.models.embedder import Embedder, Settings
+from tercet.models.formats.tercet_folder import known_kinds
+from tercet.models.network.fingerprints import fingerprint_of
+from tercet.models.network.positions import extend_positions
 from tercet.models.settings import FILE
 from tercet.train import checkpoint
-from tercet.train.recipe import Model, Recipe, Stage
-from tercet.train.run import Run
+from tercet.train.recipe import Model, Recipe, Run, Stage
+from tercet.types import Role
 
 log = logging.getLogger("tercet")
 
@@ -24,28 +27,31 @@ CHECKPOINT: Final = "checkpoint.pt"
 MADE_WITH: Final = "made_with"  # of a stage, in the manifest of a model
 
 Data = Sequence[Source] | Mapping[str, Sequence[Source]]
-"""What a run reads: sources of examples, or for each ``Stage.data`` those that it asks for."""
+"""The sources of examples that a run reads, or a mapping from ``Stage.data`` to such."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrainingPlan:
     """What the stages of a run share."""
 
     recipe: Recipe
     sources: Sequence[Sequence[Source]]  # of each stage
     run: Run
     say: Callable[[str], None]
-    prompt_of: PromptOf = lambda role, task: ""  # of a row that brings none
+    prompt_of: PromptOf = lambda role, task: ""  # of a row without a prompt
+
+    def sources_of(self, stage: Stage) -> Sequence[Source]:
+        """Return what a stage reads."""
+        return self.sources[self.recipe.stages.index(stage)]
 
 
 def by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
-    """The sources of each stage.
+    """Return the sources of each stage.
 
     Raises:
-        RecipeError: when a stage has none, or when some are read by no stage.
+        RecipeError: if a stage has no sources, or if some sources are read by no stage.
     """
     given = data if isinstance(data, Mapping) else {"pairs": data}
-    asked = {stage.data for stage in recipe.stages}
     for stage in recipe.stages:
         if not given.get(stage.data):
             raise RecipeError(
@@ -53,7 +59,7 @@ def by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
                 "leave this stage out"
             )
     for name in given:
-        if given[name] and name not in asked:
+        if given[name] and name not in {stage.data for stage in recipe.stages}:
             stages = ", ".join(stage.name for stage in recipe.stages)
             raise RecipeError(
                 f"{name} are given, but no stage reads them (stages: {stages}); leave them out, or "
@@ -62,13 +68,113 @@ def by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
     return [given[stage.data] for stage in recipe.stages]
 
 
-def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
-    """Where others' documents are no negatives, an example that brings none teaches nothing.
+# ---- the embedder ----------------------------------------------------------------------------
 
-    Looked at before the first stage is trained.
+
+def build(model: Model) -> Embedder:
+    """Load the embedder that a recipe starts from."""
+    extended = model.positions is not None  # only then is there room for as many tokens
+    wanted = {
+        "pooling": model.pooling,
+        "prompts": model.prompts,
+        "pool_prompt": model.pool_prompt,
+        "append_end": model.append_end,
+        "layer": model.layer,
+        "query_tokens": None if extended else model.query_tokens,
+        "document_tokens": None if extended else model.document_tokens,
+        # A head that the base has is kept, trained or not.
+        "kinds": model.kinds and _in_order({*model.kinds, *known_kinds(model.base)}),
+        "multi_dim": model.multi_dim,
+        "cls_every": model.cls_every,
+    }
+    changes = {name: value for name, value in wanted.items() if value is not None}
+    if model.layer == "none":
+        changes["layer"] = None
+    embedder = Embedder.load(
+        model.base,
+        attention=model.attention,
+        window=model.window,
+        keep_layers=model.keep_layers,
+        **changes,
+    )
+    if model.positions is not None:
+        extend_positions(embedder.backbone, model.positions)
+        longest = model.document_tokens or model.positions
+        if longest > model.positions:
+            raise RecipeError(
+                f"document_tokens is {longest}, and positions gives room for {model.positions}; "
+                "give at most that"
+            )
+        queries = model.query_tokens or embedder.settings.query_tokens
+        embedder.settings = replace(
+            embedder.settings, document_tokens=longest, query_tokens=queries
+        )
+    if model.freeze_embeddings:
+        embedder.backbone.freeze_embeddings()
+    if model.freeze_backbone:
+        embedder.backbone.requires_grad_(False)
+    return embedder
+
+
+def _in_order(kinds: set[Kind]) -> tuple[Kind, ...]:
+    return tuple(kind for kind in KINDS if kind in kinds)
+
+
+def fingerprint_of_base(embedder: Embedder) -> str:
+    """Return a fingerprint of the weights that training begins with.
+
+    Newly created heads are left out: the recipe's seed creates the same ones again.
+    """
+    drawn = tuple(f"heads.{kind}." for kind in embedder.heads.drawn)
+    weights = embedder.state_dict()
+    return fingerprint_of({name: weights[name] for name in weights if not name.startswith(drawn)})
+
+
+def prompts_of(settings: Settings) -> PromptOf:
+    """Return the prompts of a model, for rows without one; unknown tasks get the usual prompt."""
+
+    def prompt_of(role: Role, task: str) -> str:
+        return settings.prompt(role, task if task in settings.task_prompts else None)
+
+    return prompt_of
+
+
+def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> Settings:
+    """Return the settings with the prompts of the examples of all stages, by task.
+
+    A model without prompts takes those of the very first source, if it has any, as its usual ones:
+    unless somebody says otherwise, a model is used with the prompts it was trained with. The first
+    prompt of a task and role counts, and any before an empty one.
+    """
+    brought: dict[str, dict[str, str]] = {}
+    for source in (source for of_stage in sources for source in of_stage):
+        for task, prompts in source.prompts.items():
+            known = brought.setdefault(task, {})
+            known.update({role: text for role, text in prompts.items() if not known.get(role)})
+    first = next((source for of_stage in sources for source in of_stage), None)
+    usual = settings.prompts
+    if first is not None and first.prompts and not any(usual.values()):
+        usual = brought[next(iter(first.prompts))]
+    return replace(settings, prompts=usual, task_prompts={**settings.task_prompts, **brought})
+
+
+def without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
+    """Return the settings without what was tuned for the vectors of the base."""
+    if settings.weights:
+        say("training drops the base's tuned weights; find new ones (tercet tune-weights)")
+    if settings.ranges:
+        say("training drops the base's ranges of codes; learn new ones (tercet calibrate)")
+    return replace(settings, weights={}, ranges={})
+
+
+# ---- checks before the first stage -----------------------------------------------------------
+
+
+def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
+    """Refuse examples without negatives if a stage takes none from other examples.
 
     Raises:
-        RecipeError: when no example of a source brings one.
+        RecipeError: if no example of a source has any.
     """
     for stage, of_stage in zip(recipe.stages, sources, strict=True):
         alone = stage.in_batch == "none" and not is_refreshed(stage, of_stage, at_start=True)
@@ -92,7 +198,7 @@ def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> No
 
 
 def is_refreshed(stage: Stage, sources: Sequence[Source], *, at_start: bool = False) -> bool:
-    """Whether the negatives of these sources are mined in the stage, or even before it."""
+    """Return whether a stage mines the negatives of these sources; ``at_start``: before step 1."""
     refresh = stage.refresh
     if refresh is None or (at_start and not refresh.at_start):
         return False
@@ -101,10 +207,10 @@ def is_refreshed(stage: Stage, sources: Sequence[Source], *, at_start: bool = Fa
 
 
 def require_widths(recipe: Recipe, dim: int) -> None:
-    """Look at the shorter widths of all stages before the first is trained.
+    """Check the shorter widths of all stages before the first is trained.
 
     Raises:
-        RecipeError: when one of them is longer than the model's vectors.
+        RecipeError: if one of them is longer than the model's vectors.
     """
     for stage in recipe.stages:
         dims = stage.objective.traits.dims
@@ -116,7 +222,7 @@ def require_widths(recipe: Recipe, dim: int) -> None:
 
 
 def warn_of_idle_heads(stage: Stage, model: Model, made: Sequence[Kind]) -> None:
-    """Say which heads stay as they are while the network below them is trained."""
+    """Log which heads a stage leaves untrained while it trains the network below them."""
     trained = stage.objective.traits.kinds
     idle = [kind for kind in made if kind != "dense" and kind not in trained]
     if idle and not model.freeze_backbone:
@@ -129,10 +235,10 @@ def warn_of_idle_heads(stage: Stage, model: Model, made: Sequence[Kind]) -> None
 
 
 def refuse_other_stages(out: Path, folders: Sequence[Path]) -> None:
-    """A run of other stages would lose its final model to this one.
+    """Refuse a folder with a run of other stages, whose final model would be lost.
 
     Raises:
-        RecipeError: when ``out`` holds a checkpoint that is not of one of these folders.
+        RecipeError: if ``out`` holds a checkpoint outside these folders.
     """
     found = [path.parent for path in (*out.glob(CHECKPOINT), *out.glob(f"[0-9]*-*/{CHECKPOINT}"))]
     others = sorted(set(found) - set(folders))
@@ -144,6 +250,9 @@ def refuse_other_stages(out: Path, folders: Sequence[Path]) -> None:
         )
 
 
+# ---- which run it is -------------------------------------------------------------------------
+
+
 def identity(
     recipe: Recipe,
     stage: Stage,
@@ -152,7 +261,7 @@ def identity(
     *,
     begins_with: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What has to be the same for a run to go on: plain values, compared key by key.
+    """Return what must be equal for a run to go on: plain values, compared key by key.
 
     ``begins_with`` are fingerprints of whatever else is read: the base, the stage before, files.
     """
@@ -171,17 +280,16 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def refuse_other_model(folder: Path, what: Mapping[str, Any]) -> None:
-    """The model of a stage is kept beside its checkpoint, and may outlive it.
+    """Refuse a stage's model of another run; it may outlive the checkpoint beside it.
 
     Raises:
-        RecipeError: when ``folder`` holds one that was made with other settings, data or weights.
+        RecipeError: if ``folder`` holds one that was made with other settings, data or weights.
     """
     if not folder.exists():
         return
     try:
-        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        was = saved["about"]["stages"][-1][MADE_WITH]
-        changes = checkpoint.changed(was, what)
+        saved = read_json(folder / FILE)
+        changes = checkpoint.changed(saved["about"]["stages"][-1][MADE_WITH], what)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         changes = "it does not say with which"
     if changes:
@@ -192,23 +300,27 @@ def refuse_other_model(folder: Path, what: Mapping[str, Any]) -> None:
 
 
 def is_saved(folder: Path, stages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a folder holds the model that these stages made.
+    """Return whether a folder holds the model that these stages made.
 
-    It may have been changed since, such as by ``tercet tune-weights``, and is not to be replaced.
+    It must not be replaced: it may have been changed since, such as by ``tercet tune-weights``.
     """
     try:
-        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return saved["about"]["stages"] == list(stages)
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = read_json(folder / FILE)["about"]["stages"]
+        return len(saved) == len(stages) and all(
+            was.get("weights") == now.get("weights")
+            and not checkpoint.changed(was.get(MADE_WITH, {}), now.get(MADE_WITH, {}))
+            for was, now in zip(saved, stages, strict=True)
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def describe(job: Job, out: Path) -> None:
+def describe(plan: TrainingPlan, out: Path) -> None:
     """Write ``recipe.json`` and ``mixture.json`` for people and diffs; nothing reads them back."""
-    sources = {source.name: source for given in job.sources for source in given}
+    sources = {source.name: source for given in plan.sources for source in given}
     record = {
-        "recipe": asdict(job.recipe),
-        "run": asdict(job.run),
+        "recipe": asdict(plan.recipe),
+        "run": asdict(plan.run),
         "data": {
             name: {"examples": len(source), "fingerprint": source.fingerprint}
             for name, source in sources.items()
@@ -216,15 +328,14 @@ def describe(job: Job, out: Path) -> None:
     }
     mixture = {
         stage.name: _mixture(stage, of_stage)
-        for stage, of_stage in zip(job.recipe.stages, job.sources, strict=True)
+        for stage, of_stage in zip(plan.recipe.stages, plan.sources, strict=True)
     }
-    for name, told in (("recipe.json", record), ("mixture.json", mixture)):
-        with replacing_file(out / name) as fresh:
-            fresh.write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(out / "recipe.json", record, default=str)
+    write_json(out / "mixture.json", mixture, default=str)
 
 
 def _mixture(stage: Stage, sources: Sequence[Source]) -> dict[str, Any]:
-    """What an epoch of a stage takes of each source and language."""
+    """What an epoch of a stage takes from each source and language."""
     shares = shares_of(sources, stage.batch_size, single=stage.mixing == "single")
     return {
         "batch_size": stage.batch_size,

@@ -1,10 +1,16 @@
-"""What a recipe is made of. A recipe holds no code that runs: it only says what to run."""
+"""A recipe: which model, which stages, which numbers. It holds no code that runs.
+
+``Run`` holds what depends on the machine instead: it changes time and memory only.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Final, Literal, get_args
+from typing import Final, Literal, TypeAlias, get_args
 
+import torch
+
+from tercet import distributed
 from tercet.curate.mining.mine import Mining
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.batches.collate import Policy
@@ -12,12 +18,15 @@ from tercet.data.batches.sampler import Mixing
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
-from tercet.models.network.backbone import Attention, Window
-from tercet.models.network.latent_attention import Layer
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.objectives.objective import Objective
-from tercet.train.lengths import LEAST, Batching
-from tercet.train.schedule import ScheduleName
+
+Batching: TypeAlias = Literal["fit", "bge-m3-pairs-80gb", "bge-m3-finetune-80gb"]
+"""Where batch sizes come from: this machine's memory, or the paper's table for 80 GB devices."""
+
+ScheduleName: TypeAlias = Literal["constant", "linear", "wsd", "early"]
+
+LEAST: Final = 2  # examples of a batch: with one there is nothing to contrast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,60 +44,60 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which network, and how its hidden states become vectors. None: as the model says itself."""
+    """The network, and how its states become vectors. None: what the model's folder says."""
 
     base: str  # a zoo name, a local folder, or a name on the hub
     pooling: PoolingName | None = None
     attention: Attention | None = None
     window: Window | None = None
-    layer: Layer | Literal["none"] | None = None  # trained, between states and pooling
-    keep_layers: int | None = None  # of the network, the first ones; None: all
+    layer: LayerSettings | Literal["none"] | None = None  # trained, between states and pooling
+    keep_layers: int | None = None  # only the first ones of the network; None: all
     lora: Lora | None = None  # None: every weight is trained
-    freeze_embeddings: bool = False  # leave the token table as it is
+    freeze_embeddings: bool = False  # do not train the token table
     prompts: Mapping[str, str] | None = None  # role -> what is put before its texts
     pool_prompt: bool | None = None
     append_end: bool | None = None  # the end-of-text token after every text
     query_tokens: int | None = None  # a longer text is cut
     document_tokens: int | None = None
-    kinds: tuple[Kind, ...] | None = None  # of vectors that it makes; new heads are drawn
+    kinds: tuple[Kind, ...] | None = None  # of vectors that it makes; missing heads are created
     multi_dim: int | None = None  # width of a token's vector
-    cls_every: int | None = None  # the start token again before every so many tokens
+    cls_every: int | None = None  # repeat the start token after this many tokens
     freeze_backbone: bool = False  # train the heads (and the layer) alone
-    positions: int | None = None  # of a longer table for longer texts, to be trained on such
+    positions: int | None = None  # extend the position table for longer texts; train on such texts
 
     def __post_init__(self) -> None:
         at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
         at_least(1, self, "keep_layers", "multi_dim", "cls_every", "positions")
         if self.lora is not None and (self.freeze_backbone or self.positions is not None):
             what = "a frozen backbone" if self.freeze_backbone else "a longer table of positions"
-            raise RecipeError(f"{what} and LoRA do not go together; leave one of them out")
+            raise RecipeError(f"{what} and LoRA do not go together; remove one of them")
 
 
 RANKS_10_TO_210: Final = Mining(
     rule=MiningRule(kind="naive", shift=10, sample_from=200), negatives=15, depth=220
 )
-"""As FlagEmbedding mines: some of ranks 10 to 210, whatever they score."""
+"""FlagEmbedding's way of mining: some of ranks 10 to 210, whatever their scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
     """Hard negatives mined again by the model in training (ANCE, arXiv 2007.00808).
 
-    They take the place of those that the examples bring, unless ``mining.keep`` says to keep these,
-    and ``Stage.negatives`` of them are drawn for a batch. Mined are the documents of all the
-    stage's examples. What is drawn of the ranks differs from one refresh to the next.
+    They replace those of the examples, unless ``mining.keep`` says to keep these, and
+    ``Stage.negatives`` of them are drawn for a batch. They are mined from the documents of all the
+    stage's examples. Each refresh draws other ones of the allowed ranks.
     """
 
-    every: int | None  # optimizer steps; None: not again
+    every: int | None  # optimizer steps; None: only at the start
     at_start: bool = False  # before the first step too
-    missing: bool = False  # only if the examples of some source bring none
+    missing: bool = False  # only if no example of some source has any
     mining: Mining = RANKS_10_TO_210
-    corpus: tuple[str, ...] = ()  # files of further documents that are mined
+    corpus: tuple[str, ...] = ()  # files of further documents to mine from
 
     def __post_init__(self) -> None:
         at_least(1, self, "every")
         if self.every is None and not self.at_start:
-            raise RecipeError("a refresh is neither at the start nor later; leave it out")
+            raise RecipeError("a refresh is neither at the start nor later; remove it")
         if self.mining.at_least:
             raise RecipeError(
                 f"a refresh has at_least {self.mining.at_least}, but leaves out no row; give 0"
@@ -106,25 +115,25 @@ class Stage:
 
     name: str
     objective: Objective
-    data: str = "pairs"  # which of the run's mixtures it reads, where there are several
-    keep: Literal["best", "last"] = "best"  # the weights that stay, where a dev set is measured
+    data: str = "pairs"  # which of the run's mixtures it reads
+    keep: Literal["best", "last"] = "best"  # which weights stay, if a dev set is measured
     epochs: float = 1.0
     steps: int | None = None  # overrides epochs
     batch_size: int = 64  # examples of one optimizer step, over all processes
     positives: int = 1  # of one query in a batch, at most
     negatives: int = 8  # mined ones of one query, at most
     in_batch: Policy = "per_row"  # which documents of other examples are negatives
-    mask_duplicates: bool = True  # never take a text that answers the query too for a negative
-    query_tokens: int | None = None  # longer ones are cut in this stage; None: as the model does
+    mask_duplicates: bool = True  # copies of a query's positives are never its negatives
+    query_tokens: int | None = None  # longer ones are cut in this stage; None: the model's limit
     document_tokens: int | None = None
     mixing: Mixing = "single"  # one source a batch, or all in each
     length_edges: tuple[int, ...] = ()  # borders of length groups, in tokens; a batch has one group
     token_budget: int | None = None  # examples times tokens of their group's longest text, at most
     batch_sizes: tuple[int, ...] = ()  # one for each length group, in place of batch_size
-    batching: Batching | None = None  # "fit": as many as memory takes, up to batch_size; or a table
+    batching: Batching | None = None  # "fit": what memory takes, up to batch_size; or a table
     shuffle_segments: float = 0.0  # share of the long positives whose thirds change places
     shuffle_at: CutName = "characters"  # where they are cut
-    refresh: Refresh | None = None  # mine negatives again with the model as it is by then
+    refresh: Refresh | None = None  # mine negatives again with the model in training
     learning_rate: float = 2e-5  # at the peak
     schedule: ScheduleName = "linear"
     warmup: float = 0.1  # share of the steps
@@ -147,7 +156,11 @@ class Stage:
                 known = ", ".join(get_args(choices))
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {known}")
         self._check_batch_sizes()
-        self._check_refresh()
+        if self.refresh is not None and self.objective.traits.needs_scores:
+            raise RecipeError(
+                f"the stage {self.name} learns the scores of a reranker, and the negatives that a "
+                "refresh mines have none; remove the refresh or that part of the objective"
+            )
         above(0, self, "epochs", "learning_rate", "clip")
         at_least(1, self, "steps", "positives", "token_budget", "patience")
         at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
@@ -167,7 +180,7 @@ class Stage:
         }
         given = [name for name, is_given in ways.items() if is_given]
         if len(given) > 1:
-            raise RecipeError(f"{' and '.join(given)} all say how large a batch is; give one")
+            raise RecipeError(f"{' and '.join(given)} each set the size of a batch; give one")
         groups, sizes = len(self.length_edges) + 1, self.batch_sizes
         if sizes and (len(sizes) != groups or min(sizes) < LEAST):
             raise RecipeError(
@@ -176,20 +189,13 @@ class Stage:
             )
         if self.batching not in (None, "fit") and self.length_edges:
             raise RecipeError(
-                f"the table {self.batching} brings its own length groups; leave out length_edges"
-            )
-
-    def _check_refresh(self) -> None:
-        if self.refresh is not None and self.objective.traits.needs_scores:
-            raise RecipeError(
-                f"the stage {self.name} learns the scores of a reranker, and the negatives that a "
-                "refresh mines have none; remove the refresh or that part of the objective"
+                f"the table {self.batching} has its own length groups; remove length_edges"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Stages run in order, each starting from the weights the one before it left."""
+    """Stages that run in order, each starting from the weights of the one before it."""
 
     name: str
     model: Model
@@ -199,11 +205,64 @@ class Recipe:
     notes: Mapping[str, str] = field(default_factory=dict)  # where we depart from it, and why
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a recipe is run on this machine."""
+
+    device: str | None = None  # None: a GPU if there is one
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
+    chunk_tokens: int | None = None  # encoded together; None: 2,048 on a CPU, 16,384 on a GPU
+    memory_gb: float | None = None  # for kept activations; None: half of the free memory
+    save_minutes: float = 5.0  # between checkpoints
+    save_steps: int | None = None  # between checkpoints, as well
+    eval_steps: int | None = None  # between evaluations; None: ten times a stage
+    shard_weights: bool = False  # over the processes, with gradients and optimizer (FSDP2)
+    checkpoint_activations: bool = False  # layers are computed again instead of kept
+    models_at: tuple[int, ...] = ()  # steps of the first stage after which its model is saved
+    cache_tokens: bool = False  # tokenize training texts once, and keep their tokens on disk
+    tensorboard: bool = False
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        above(0, self, "save_minutes")
+        at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
+        at_least(0, self, "memory_gb")
+        if min(self.models_at, default=0) < 0:
+            raise RecipeError(f"models_at is {list(self.models_at)}; give steps, 0 for the base")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether weights are spread over processes, which takes more than one."""
+        return self.shard_weights and distributed.world() > 1
+
+    @property
+    def home(self) -> torch.device:
+        """Where an embedder is between stages: sharded, it may be too large for one device."""
+        return torch.device("cpu") if self.shards_weights else self.find_device()
+
+    def find_device(self) -> torch.device:
+        """Return the device asked for; by default a GPU if there is one.
+
+        Raises:
+            RecipeError: if there is no such device here.
+        """
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.zeros(1, device=name).device
+        # torch has no error class for this: a RuntimeError says that the name, the number or the
+        # driver is unknown, an AssertionError that torch was built without such devices.
+        except (RuntimeError, AssertionError) as error:
+            raise RecipeError(
+                f"the device {name!r} cannot be used here; leave it out to take a GPU if there is "
+                "one, or else the CPU"
+            ) from error
+
+
 def chosen(stages: Mapping[str, Stage], names: str) -> tuple[Stage, ...]:
-    """The stages of these names, with commas between, in the order given.
+    """Return the stages with these comma-separated names, in the order given.
 
     Raises:
-        RecipeError: when a name is unknown or given twice, or there is none.
+        RecipeError: if a name is unknown, missing, or given twice.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted or set(wanted) - set(stages) or len(set(wanted)) < len(wanted):
@@ -212,21 +271,21 @@ def chosen(stages: Mapping[str, Stage], names: str) -> tuple[Stage, ...]:
 
 
 def above(limit: int, record: object, *fields: str) -> None:
-    """Refuse numbers that are not above ``limit``; None is no number."""
+    """Raise unless these fields are None or above ``limit``."""
     for name, value in _numbers(record, fields):
         if not (value > limit and isfinite(value)):
             raise RecipeError(f"{name} is {value}; give a number above {limit}")
 
 
 def at_least(limit: int, record: object, *fields: str) -> None:
-    """Refuse numbers below ``limit``; None is no number."""
+    """Raise unless these fields are None or at least ``limit``."""
     for name, value in _numbers(record, fields):
         if not (value >= limit and isfinite(value)):
             raise RecipeError(f"{name} is {value}; give {limit} or more")
 
 
 def shares(record: object, *fields: str) -> None:
-    """Refuse numbers that are no share of a whole."""
+    """Raise unless these fields are None or between 0 and 1."""
     for name, value in _numbers(record, fields):
         if not 0 <= value <= 1:
             raise RecipeError(f"{name} is {value}; give a share, from 0 to 1")

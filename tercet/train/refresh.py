@@ -1,18 +1,16 @@
-"""Hard negatives that the model mines for itself while it learns (ANCE, arXiv 2007.00808).
+"""Hard negatives that the model mines for itself while it learns (ANCE, arXiv 2007.00808, sec. 4).
 
-What was hard for the model that a run began with is easy for it soon. So every so many steps the
-documents are encoded again, and the examples' negatives are replaced. Their rows, and so the order
-of batches, stay as they are: a source is read through a view that looks up the newest negatives.
+What was hard for the model at the start of a run is soon easy for it. So at regular steps the
+documents are encoded again, and the examples' negatives are replaced. Rows, and so the order of
+batches, do not change: a source is read through a reader that looks up the newest negatives.
 
 A refresh is a folder ``refresh-STEP`` of the stage: parts of some thousand rows, written one by
 one by all processes, and ``refresh.json`` once they are all there. A run that was killed goes on
 with the parts that it finds. The refresh before it is deleted, and so are the vectors.
 """
 
-import hashlib
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +27,8 @@ from tercet.data.files.documents import read_documents
 from tercet.data.files.examples import parse_example
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import DataError, RecipeError
-from tercet.files.atomic import clear_about, replacing_file
+from tercet.files.artifacts import fingerprint_of_file, read_json, write_json
+from tercet.files.atomic import clear_about
 from tercet.files.progress import Bars, bar
 from tercet.files.records import readable
 from tercet.models.embedder import Embedder
@@ -37,19 +36,19 @@ from tercet.train.recipe import Refresh
 from tercet.types import Example
 
 FOLDER: Final = "refresh-{step}"
-ABOUT: Final = "about.json"  # of which model, from the beginning
-DONE: Final = "refresh.json"  # what was found, at the end
+ABOUT: Final = "about.json"  # which model mines, from the beginning
+DONE: Final = "refresh.json"  # what changed, at the end
 VECTORS: Final = "vectors"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RefreshCounts:
     """What a refresh changed."""
 
-    rows: int = 0
-    negatives: int = 0
-    new: int = 0  # of these; the row did not have them before
-    empty: int = 0  # rows without any
+    rows: int
+    negatives: int
+    new: int  # negatives that the row did not have before
+    empty: int  # rows without any
 
     @property
     def new_share(self) -> float:
@@ -57,23 +56,19 @@ class Found:
         return self.new / max(self.negatives, 1)
 
     @property
-    def told(self) -> str:
-        """All of it, for people."""
+    def summary(self) -> str:
+        """All counts, for people."""
         return (
             f"{self.negatives:,} negatives for {self.rows:,} queries, {self.new_share:.0%} of them "
             f"new; {self.empty:,} queries have none"
         )
-
-    def plus(self, other: "Found") -> "Found":
-        """Both together."""
-        return Found(*(a + b for a, b in zip(_numbers(self), _numbers(other), strict=True)))
 
 
 class Refresher:
     """The sources of a stage, with the negatives that were mined last.
 
     Raises:
-        RecipeError: for sources that are no examples, or a corpus that is not there.
+        RecipeError: if a source has no examples, or a corpus file does not exist.
     """
 
     def __init__(
@@ -82,34 +77,35 @@ class Refresher:
         _check(refresh, sources)
         self._refresh, self._given, self._folder, self._seed = refresh, sources, folder, seed
         self._files = {file: _digest(file) for file in refresh.corpus}
-        self._views = [_View(source) for source in sources]
+        self._parts = _parts_of(sources)
+        self._readers = [_NewestNegatives(source) for source in sources]
         self.sources = [
-            replace(source, reader=view, parse=_as_it_is)
-            for source, view in zip(sources, self._views, strict=True)
+            replace(source, reader=reader, parse=_already_parsed)
+            for source, reader in zip(sources, self._readers, strict=True)
         ]
         self._state: dict[str, Any] | None = None
 
     @property
     def read(self) -> dict[str, str]:
-        """Fingerprints of the further files of documents, as they were when the run began."""
+        """Fingerprints of the corpus files, as they were when the run began."""
         return {f"corpus {file}": digest for file, digest in self._files.items()}
 
     def state(self) -> dict[str, Any] | None:
-        """Which refresh is in force, for a checkpoint."""
+        """Return which refresh is in force, for a checkpoint."""
         return self._state
 
     def due(self, step: int) -> bool:
-        """Whether new negatives are to be mined after so many steps."""
+        """Return whether new negatives are to be mined after ``step`` steps."""
         before = -1 if self._refresh.at_start else 0
         in_force = before if self._state is None else self._state["step"]
         every = self._refresh.every
         return step > in_force and (step % every == 0 if every else step == 0)
 
     def restore(self, state: Mapping[str, Any] | None, step: int) -> None:
-        """Take the negatives that were in force when a checkpoint was made after ``step`` steps.
+        """Read the negatives that were in force when a checkpoint was made after ``step`` steps.
 
         Raises:
-            RecipeError: when they are gone.
+            RecipeError: if they are gone.
         """
         if state is None:
             return
@@ -118,15 +114,15 @@ class Refresher:
             return  # they are replaced before they are read, and may be deleted by now
         self._take(state["step"], state["model"])
 
-    def mine(self, embedder: Embedder, step: int, bars: Bars = bar) -> Found:
-        """Mine with the model as it is, and read these negatives from now on.
+    def mine(self, embedder: Embedder, step: int, bars: Bars = bar) -> RefreshCounts:
+        """Mine with the current model, and read these negatives from now on.
 
-        All processes have to call this. What is found hangs on the model, the seed, the step and
+        All processes have to call this. The result depends on the model, the seed, the step and
         the examples, not on the number of processes.
 
         Raises:
-            StorageError: when the disk refuses; what was mined is still there.
-            DataError: when a source has changed since it was opened.
+            StorageError: if the disk refuses; what was mined is still there.
+            DataError: if a source has changed since it was opened.
         """
         folder, model = self._of(step), embedder.fingerprint()
         if distributed.is_main():
@@ -136,30 +132,31 @@ class Refresher:
             self._mine_parts(embedder, folder, step, bars)
             distributed.barrier()
             if distributed.is_main():
-                found = Found()
-                for part in _parts(self._given):
-                    found = found.plus(Found(**_read_json(folder / part.counts)))
-                _write_json(folder / DONE, {"model": model, "step": step, **asdict(found)})
+                counts = [_read(folder / part.counts) for part in self._parts]
+                total = {name: sum(count[name] for count in counts) for name in counts[0]}
+                write_json(folder / DONE, {"model": model, "step": step, **total})
         distributed.barrier()
         self._take(step, model)
         distributed.barrier()
         if distributed.is_main():
             self._sweep(step)
-        return _found_in(folder)
+        record = _read(folder / DONE)
+        return RefreshCounts(*(record[name] for name in RefreshCounts.__slots__))
 
     def _of(self, step: int) -> Path:
         return self._folder / FOLDER.format(step=step)
 
     def _mine_parts(self, embedder: Embedder, folder: Path, step: int, bars: Bars) -> None:
-        """Write the parts that are this process's turn and not there yet."""
-        own = _parts(self._given)[distributed.rank() :: distributed.world()]
+        """Write this process's share of the parts that are missing."""
+        own = self._parts[distributed.rank() :: distributed.world()]
         missing = [part for part in own if not (folder / part.counts).exists()]
         self._refuse_changed_files()
         anywhere = distributed.gather_ints(torch.tensor([len(missing)]))
         if not int(anywhere.sum()):
             return
         mining = _seeded(self._refresh.mining, self._seed, step)
-        texts = _texts(self._refresh.corpus)
+        files = self._refresh.corpus
+        texts = (document.text for file in files for document in read_documents(file))
         work = folder / VECTORS
         with closing(Miner(embedder, self._given, mining, texts, work, bars=bars)) as miner:
             reports = [miner.report(source) for source in self._given]
@@ -167,11 +164,11 @@ class Refresher:
             with bars("mine", sum(len(part.rows) for part in missing)) as advance:
                 for part in missing:
                     block = self._given[part.source].examples(part.rows)
-                    before = self._views[part.source].current.examples(part.rows)
+                    before = self._readers[part.source].current.examples(part.rows)
                     mined = miner.mined(block, reports[part.source])
                     assert len(mined) == len(block), "no row is left out"
                     write_examples(folder / part.name, map(_unscored, mined))
-                    _write_json(folder / part.counts, asdict(_compared(before, mined)))
+                    write_json(folder / part.counts, asdict(_compared(before, mined)))
                     advance(len(part.rows))
 
     def _refuse_changed_files(self) -> None:
@@ -181,23 +178,23 @@ class Refresher:
                     file,
                     None,
                     "these documents have changed since the run began; put them back and give the "
-                    "same command again, or start anew in another --out",
+                    "same command again, or start again in another --out",
                 )
 
     def _take(self, step: int, model: str) -> None:
         folder = self._of(step)
-        record = _read_json(folder / DONE) if (folder / DONE).exists() else {}
+        record = _read(folder / DONE) if (folder / DONE).exists() else {}
         if record.get("model") != model:
             raise RecipeError(
                 f"{folder}: the negatives that this run was trained with are gone; put the folder "
-                f"back, or delete {self._folder} to start anew"
+                f"back, or delete {self._folder} to start again"
             )
         parts: list[list[Source]] = [[] for _ in self._given]
-        for part in _parts(self._given):
+        for part in self._parts:
             name = self._given[part.source].name
             parts[part.source].append(open_source(folder / part.name, name=name))
-        for view, of_source in zip(self._views, parts, strict=True):
-            view.current = _Parts(of_source)
+        for reader, of_source in zip(self._readers, parts, strict=True):
+            reader.current = _JoinedSources(of_source)
         self._state = {"step": step, "model": model}
 
     def _sweep(self, step: int) -> None:
@@ -209,8 +206,8 @@ class Refresher:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """Some rows of a source, mined and written together."""
+class _MinedRows:
+    """Rows of a source that are mined and written together."""
 
     source: int
     rows: range
@@ -221,32 +218,32 @@ class _Part:
 
     @property
     def counts(self) -> str:
-        """The file that says what changed; written last: with it, the part is whole."""
+        """The file of what changed; it is written last, so the part is complete if it exists."""
         return f"{self.source}-{self.rows.start}.json"
 
 
-def _parts(sources: Sequence[Source]) -> list[_Part]:
+def _parts_of(sources: Sequence[Source]) -> list[_MinedRows]:
     size = mining_documents.SHARD
     return [
-        _Part(number, range(start, min(start + size, len(source))))
+        _MinedRows(number, range(start, min(start + size, len(source))))
         for number, source in enumerate(sources)
         for start in range(0, len(source), size)
     ]
 
 
-class _View:
-    """Reads the examples of a source, with the negatives that hold now."""
+class _NewestNegatives:
+    """Reads the examples of a source with the negatives that are in force."""
 
     def __init__(self, source: Source) -> None:
-        self.current: Source | _Parts = source
+        self.current: Source | _JoinedSources = source
 
     def read(self, rows: Sequence[int]) -> list[object]:
         """The examples of these rows."""
         return list(self.current.examples(rows))
 
 
-class _Parts:
-    """The examples of several files as if they were one."""
+class _JoinedSources:
+    """Reads the examples of several files as if they were one."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self._parts = parts
@@ -264,51 +261,43 @@ class _Parts:
         return [found[place] for place in range(len(rows))]
 
 
-def _as_it_is(record: object, task: str) -> Example:
-    """What a view has read is an example already."""
-    assert isinstance(record, Example), "read by a view"
+def _already_parsed(record: object, task: str) -> Example:
+    assert isinstance(record, Example), "read by _NewestNegatives"
     return record
 
 
 def _unscored(example: Example) -> Example:
-    """Scores are those of a teacher; the model's own would be taken for them."""
+    """Without scores: the model's own would be taken for those of a teacher."""
     return replace(example, positive_scores=None, negative_scores=None)
 
 
-def _compared(before: Sequence[Example], after: Sequence[Example]) -> Found:
+def _compared(before: Sequence[Example], after: Sequence[Example]) -> RefreshCounts:
     negatives = new = empty = 0
     for old, fresh in zip(before, after, strict=True):
         known = {text_key(text) for text in old.negatives}
         negatives += len(fresh.negatives)
         new += sum(text_key(text) not in known for text in fresh.negatives)
         empty += not fresh.negatives
-    return Found(len(after), negatives, new, empty)
+    return RefreshCounts(len(after), negatives, new, empty)
 
 
 def _seeded(mining: Mining, seed: int, step: int) -> Mining:
-    """What is drawn differs from run to run and from refresh to refresh."""
+    """A seed that differs from run to run and from refresh to refresh."""
     drawn = np.random.SeedSequence([mining.rule.seed, seed, step]).generate_state(1, np.uint32)
     return replace(mining, rule=replace(mining.rule, seed=int(drawn[0])))
 
 
 def _digest(file: str) -> str:
-    """Changes when a byte of the file does."""
-    with readable(Path(file)), open(file, "rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _texts(files: Sequence[str]) -> Iterator[str]:
-    for file in files:
-        for document in read_documents(file):
-            yield document.text
+    with readable(Path(file)):
+        return fingerprint_of_file(Path(file))
 
 
 def _check(refresh: Refresh, sources: Sequence[Source]) -> None:
     for source in sources:
         if source.parse is not parse_example:
             raise RecipeError(
-                f"{source.path}: holds texts, and negatives are mined for examples; leave out the "
-                "refresh in this stage"
+                f"{source.path}: holds texts, and negatives are mined for examples; remove the "
+                "refresh of this stage"
             )
     for file in refresh.corpus:
         if not Path(file).is_file():
@@ -316,34 +305,20 @@ def _check(refresh: Refresh, sources: Sequence[Source]) -> None:
 
 
 def _clear_unless_of(folder: Path, model: str) -> None:
-    """Forget what another model mined there, as an earlier run with the same folder may have."""
-    about = _read_json(folder / ABOUT) if (folder / ABOUT).exists() else {}
+    """Delete what another model mined there, such as one of an earlier run."""
+    about = _read(folder / ABOUT) if (folder / ABOUT).exists() else {}
     if about.get("model") != model:
         with clear_about(folder):
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
-        _write_json(folder / ABOUT, {"model": model})
+        write_json(folder / ABOUT, {"model": model})
 
 
-def _found_in(folder: Path) -> Found:
-    record = _read_json(folder / DONE)
-    return Found(*(record[name] for name in Found.__slots__))
-
-
-def _numbers(found: Found) -> tuple[int, ...]:
-    return found.rows, found.negatives, found.new, found.empty
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"{path}: this file of an earlier run is damaged; delete {path.parent} to mine again"
         ) from error
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    with replacing_file(path) as fresh:
-        fresh.write_text(json.dumps(record) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An embedder whose network is spread over the processes while a stage is trained."""
+"""An embedder whose network is sharded over the processes while a stage is trained."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ from tercet.sharding import Sharded
 from tercet.train.recipe import Stage
 
 
-class Spread:
-    """Spreads the network's weights over the processes, and puts them together again.
+class ShardedEmbedder:
+    """Shards the network's weights over the processes, and makes the embedder whole again.
 
     Heads and a trained layer are small and stay whole in each process. Their gradients are summed
     as usual.
@@ -29,9 +29,9 @@ class Spread:
 
     @contextmanager
     def whole(self, *, main_alone: bool) -> Iterator[None]:
-        """The embedder as a plain one for a while, in every process or in the first alone.
+        """Make the embedder whole for a while, in every process or only in the first.
 
-        In the others it is still spread, and must not be run.
+        In the others it is still sharded, and must not be run.
         """
         backbone = self.embedder.backbone
         plain = self._sharded.whole(self.embedder.device, main_alone=main_alone)
@@ -43,7 +43,7 @@ class Spread:
             backbone.model = self._sharded.model
 
     def put_together(self) -> None:
-        """Make the embedder a plain one again, on the CPU, where a large one has room."""
+        """Make the embedder whole for good, on the CPU, where there is room for a large one."""
         host = torch.device("cpu")
         self.embedder.backbone.model = self._sharded.whole(host)
         self._move_the_rest(host)
@@ -55,9 +55,9 @@ class Spread:
 
 
 def blocks_of(backbone: Backbone) -> list[nn.Module]:
-    """The token table and the layers: parts that are not needed at the same time.
+    """Return the token table and the layers, which are not needed at the same time.
 
-    Of a model that runs one layer several times, none: its weights are few, and are gathered
+    A model that runs one layer several times has no such blocks: its few weights are gathered
     together.
     """
     layers = layers_of(backbone)

@@ -21,33 +21,23 @@ from tercet.files.progress import Advance, bar, notes
 from tercet.models.embedder import Embedder
 from tercet.models.network.checkpointing import recomputable, recomputed
 from tercet.models.network.chunked import Chunks, Losses
-from tercet.models.network.precision import warning_of
+from tercet.models.network.cpu import warning_of
 from tercet.objectives.objective import TextBatch
 from tercet.sharding import clip_gradients, is_sharded
-from tercet.train import checkpoint, optimizer, schedule
-from tercet.train.alarm import SparseAlarm
-from tercet.train.batches import collator_of, groups_of, sampler_of
-from tercet.train.cached import with_cached_tokens
-from tercet.train.candidates import Candidates
-from tercet.train.lengths import Groups
-from tercet.train.log import Log
-from tercet.train.memory import room_of
-from tercet.train.plan import (
-    CHECKPOINT,
-    MADE_WITH,
-    Job,
-    identity,
-    is_refreshed,
-)
+from tercet.train import checkpoint, optimizer
+from tercet.train.batches import Groups, collator_of, groups_of, sampler_of, with_cached_tokens
+from tercet.train.log import Candidates, Log, SparseAlarm
+from tercet.train.memory import memory_budget
+from tercet.train.plan import CHECKPOINT, MADE_WITH, TrainingPlan, identity, is_refreshed
 from tercet.train.recipe import Stage
 from tercet.train.refresh import Refresher
-from tercet.train.sharded import Spread, require_shardable
-from tercet.train.snapshots import Series
+from tercet.train.sharded import ShardedEmbedder, require_shardable
+from tercet.train.snapshots import Snapshots
 
 BEST: Final = "best.pt"
 
 Score = Callable[[Embedder], float | Mapping[str, float]]
-"""How good an embedder is on the dev set; higher is better.
+"""Measures an embedder on the dev set; higher is better.
 
 Of several figures, by name, the one under ``dev_score`` counts, and all are logged.
 """
@@ -61,51 +51,42 @@ class Trainer:
         embedder: Embedder,
         stage: Stage,
         folder: Path,
-        job: Job,
+        plan: TrainingPlan,
         begins_with: dict[str, str],
+        snapshots: Snapshots | None = None,
     ) -> None:
-        recipe, run = job.recipe, job.run
-        self.sources = job.sources[recipe.stages.index(stage)]
-        self.embedder, self.stage, self.folder = embedder, stage, folder
-        self.seed, self.options, self.say = recipe.seed, run, job.say
-        self.series: Series | None = None
+        recipe, run = plan.recipe, plan.run
+        self.sources = plan.sources_of(stage)
+        self.embedder, self.stage, self.folder, self.snapshots = embedder, stage, folder, snapshots
+        self.seed, self.options, self.say = recipe.seed, run, plan.say
+        collate = collator_of(embedder, stage, plan.prompt_of)
+        if run.cache_tokens:
+            collate = with_cached_tokens(collate, embedder, stage, self.sources)
         self.refresher = None
         if stage.refresh is not None and is_refreshed(stage, self.sources):
             self.refresher = Refresher(stage.refresh, self.sources, folder, recipe.seed)
             self.sources = self.refresher.sources
-        collate = collator_of(embedder, stage, job.prompt_of)
-        if run.cache_tokens:
-            given = job.sources[recipe.stages.index(stage)]
-            collate = with_cached_tokens(collate, embedder, stage, given)
         self.work = stage.objective.start(embedder, self.sources, collate)
-        self.spread = None
+        self.sharded = None
         if run.shards_weights:
             require_shardable(stage)
-            self.spread = Spread(embedder, run.find_device())
+            self.sharded = ShardedEmbedder(embedder, run.find_device())
         self.recomputed = recomputable(embedder.backbone) if run.checkpoint_activations else []
         self.optimizer = optimizer.adamw(embedder, stage)
         on_gpu = embedder.device.type == "cuda"
         self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
-        self.room = room_of(
+        self.budget = memory_budget(
             embedder,
             stage.objective.traits.kinds,
             run.memory_gb,
             half=run.precision == "bfloat16",
             recomputed=bool(self.recomputed),
         )
-        self.progress, self.alarm = checkpoint.Progress(), SparseAlarm()
+        self.progress, self.alarm = checkpoint.StageProgress(), SparseAlarm()
+        self.groups: Groups | None = None  # batch sizes by length
+        self.sampler: Sampler  # made by resume(), unless the stage is finished
         read = dict(begins_with) if self.refresher is None else begins_with | self.refresher.read
         self.what = identity(recipe, stage, self.sources, run, begins_with=read)
-
-    @cached_property
-    def sampler(self) -> Sampler:
-        """What hands out the batches; not needed for a stage that is finished."""
-        return sampler_of(self.stage, self.work.drawn, self.seed, self.embedder, self.groups)
-
-    @cached_property
-    def groups(self) -> Groups | None:
-        """Batch sizes by length; a run that goes on keeps those that it began with."""
-        return groups_of(self.stage, self.work.drawn, self.embedder, self.room, self.chunk_tokens)
 
     @cached_property
     def steps(self) -> int:
@@ -119,13 +100,13 @@ class Trainer:
 
     def run(self, score: Score | None) -> None:
         """Train to the end."""
-        self._look_at_series()
+        self._check_snapshots()
         if self.progress.finished:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
             self._end()
             return
         if self.progress.step == 0:
-            self._greet()
+            self._introduce()
             self._evaluate(score)
         self._keep_model()
         saved_at = started = time.monotonic()
@@ -136,13 +117,14 @@ class Trainer:
                 log = Log(self.folder, step=step, tensorboard=self.options.tensorboard)
                 stack.callback(log.close)
             advance = stack.enter_context(bar(self.stage.name, self.steps, step, shown=shown))
-            before = self.progress.seconds
-            while self.progress.step < self.steps and not self._gave_up():
+            before, patience = self.progress.seconds, self.stage.patience or math.inf
+            eval_steps = self.options.eval_steps or max(1, math.ceil(self.steps / 10))
+            while self.progress.step < self.steps and self.progress.stale < patience:
                 self._refresh(log, advance)
                 self._step(log, advance)
                 self.progress.seconds = before + time.monotonic() - started
                 self._keep_model()  # before a checkpoint, after which it would not be made again
-                if self._due(self._eval_every()):
+                if self._due(eval_steps):
                     self._evaluate(score, log)
                 if self._should_save(time.monotonic() - saved_at):
                     self._save()
@@ -150,14 +132,14 @@ class Trainer:
         self.progress.finished = True
         self._save()
         if cut := self.progress.truncated:
-            self.say(f"{cut:,} times a text was longer than the model takes, and its end was cut")
+            self.say(f"{cut:,} times a text was longer than the model takes, and was cut")
         self._end()
 
     def _end(self) -> None:
-        """Leave the embedder with the weights that stay, and as it was given."""
+        """Leave the embedder whole, with the weights that stay."""
         self._take_best()
-        if self.spread is not None:
-            self.spread.put_together()
+        if self.sharded is not None:
+            self.sharded.put_together()
         self.work.finish()
 
     def _step(self, log: Log | None, advance: Advance) -> None:
@@ -166,7 +148,7 @@ class Trainer:
         assert rows is not None, "a stage has no more steps than its data have batches"
         mine = rows.share(distributed.rank(), distributed.world())
         batch = self.work.batch(mine, [self.seed, step])
-        rate = self.stage.learning_rate * schedule.factor(
+        rate = self.stage.learning_rate * optimizer.factor(
             self.stage.schedule,
             step,
             self.steps,
@@ -214,7 +196,7 @@ class Trainer:
             self.alarm.after_step(self.progress.step, losses["empty_sparse"])
 
     def _clipped(self, weights: list[nn.Parameter]) -> float:
-        if self.spread is not None:
+        if self.sharded is not None:
             return clip_gradients(weights, self.stage.clip)
         return float(nn.utils.clip_grad_norm_(weights, self.stage.clip))
 
@@ -222,12 +204,12 @@ class Trainer:
         self.embedder.train()
         step = self.progress.step
         seed = _seed_of(self.seed, step, distributed.rank())
-        half, spread = self.options.precision == "bfloat16", self.spread is not None
+        half, sharded = self.options.precision == "bfloat16", self.sharded is not None
         device = self.embedder.device.type
-        graph_tokens = self.room.graph_tokens(batch.texts)
-        chunks = Chunks(self.chunk_tokens, graph_tokens, seed, in_step=spread)
+        graph_tokens = self.budget.graph_tokens(batch.texts)
+        chunks = Chunks(self.chunk_tokens, graph_tokens, seed, in_step=sharded)
         # The cache would hold the whole model in 16 bits until the end of the step.
-        cached = torch.is_autocast_cache_enabled() and not spread
+        cached = torch.is_autocast_cache_enabled() and not sharded
         with (
             torch.autocast(device, dtype=torch.bfloat16, enabled=half, cache_enabled=cached),
             recomputed(self.recomputed),
@@ -235,15 +217,15 @@ class Trainer:
             return self.work.backward(batch, chunks, step)
 
     def _refresh(self, log: Log | None, advance: Advance) -> None:
-        """Mine negatives anew where it is time to, after a checkpoint: a kill costs little."""
+        """Mine negatives again if it is time, after a checkpoint, so that a kill costs little."""
         step = self.progress.step
         if self.refresher is None or not self.refresher.due(step):
             return
         self._save()
         with self._whole(main_alone=False):
             found = self.refresher.mine(self.embedder, step, bars=notes(advance))
-        self.say(f"after step {step}: {found.told}")
-        if log is not None:  # it is the next step that reads them
+        self.say(f"after step {step}: {found.summary}")
+        if log is not None:  # the next step reads them
             log.write(
                 step + 1,
                 negatives=found.negatives,
@@ -251,26 +233,24 @@ class Trainer:
                 without_negatives=found.empty,
             )
 
-    def _look_at_series(self) -> None:
-        """Refuse models after steps that never come, and say which can no longer be made."""
-        if self.series is None:
+    def _check_snapshots(self) -> None:
+        """Refuse snapshots after steps that never come, and report those that are missed."""
+        if self.snapshots is None:
             return
-        finished = self.progress.finished
-        if not finished:
-            self.series.check(self.steps)
-        if gone := self.series.missing(None if finished else self.progress.step):
+        steps = None if self.progress.finished else self.steps
+        if missed := self.snapshots.missed(self.progress, steps):
             self.say(
-                f"{self.series.folder}: no model after step {', '.join(map(str, gone))}, which "
-                "the run has behind it; a run in a new folder makes it"
+                f"{self.snapshots.folder}: no model after step {', '.join(map(str, missed))}, "
+                "which the run has behind it; a run in a new folder makes it"
             )
 
     def _keep_model(self) -> None:
         step = self.progress.step
-        if self.series is None or step not in self.series.steps:
+        if self.snapshots is None or step not in self.snapshots.steps:
             return
         with self._whole(main_alone=True):
             if distributed.is_main():
-                self.series.keep(self.embedder, step, self.record())
+                self.snapshots.keep(self.embedder, step, self.record())
 
     # ---- measuring ---------------------------------------------------------------------------
 
@@ -297,11 +277,11 @@ class Trainer:
             progress.stale += 1
 
     def _whole(self, *, main_alone: bool) -> AbstractContextManager[None]:
-        """The embedder with whole weights, to be used; in other processes it may be in parts."""
-        return nullcontext() if self.spread is None else self.spread.whole(main_alone=main_alone)
+        """Make the embedder whole for use; in the other processes it may stay sharded."""
+        return nullcontext() if self.sharded is None else self.sharded.whole(main_alone=main_alone)
 
     def _take_best(self) -> None:
-        """The weights that scored best; the last ones where nothing was measured."""
+        """Take the weights that scored best, or the last ones if nothing was measured."""
         distributed.barrier()
         progress = self.progress
         if progress.best_score is None:
@@ -313,14 +293,8 @@ class Trainer:
             f"best, after step {progress.best_step} of {progress.step}; taking {taken}"
         )
         if best and progress.best_step != progress.step:
-            weights = checkpoint.read(self.folder / BEST, mapped=self.spread is not None)
+            weights = checkpoint.read(self.folder / BEST, mapped=self.sharded is not None)
             checkpoint.restore(self.embedder, weights)
-
-    def _gave_up(self) -> bool:
-        return self.stage.patience is not None and self.progress.stale >= self.stage.patience
-
-    def _eval_every(self) -> int:
-        return self.options.eval_steps or max(1, math.ceil(self.steps / 10))
 
     def _due(self, every: int | None) -> bool:
         step = self.progress.step
@@ -330,12 +304,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
-        mapped = self.spread is not None
+        mapped = self.sharded is not None
         found = checkpoint.load(self.folder / CHECKPOINT, self.what, mapped=mapped)
-        if found is not None and found[1].get("groups") is not None:
-            self.groups = Groups(*map(tuple, found[1]["groups"]))
         if found is None or not found[0].finished:
-            _ = self.sampler  # made here, so that data of which no batch comes are told at once
+            self._prepare_batches(None if found is None else found[1].get("groups"))
         step = torch.tensor([0 if found is None else found[0].step])
         if len(distributed.gather_ints(step).unique()) > 1:
             raise RecipeError(
@@ -344,7 +316,7 @@ class Trainer:
             )
         if found is not None:
             self.progress, states = found
-            self.alarm = SparseAlarm(**states.get("alarm", {}))
+            self.alarm = SparseAlarm.restored(states.get("alarm", {}))
             checkpoint.restore(self.embedder, states["weights"])
             if self.progress.finished:
                 return
@@ -354,14 +326,25 @@ class Trainer:
             self.sampler.restore(states["sampler"])
             self.say(f"going on from step {self.progress.step} of {self.steps}")
 
+    def _prepare_batches(self, groups: Any) -> None:
+        """Make the sampler, which refuses data without a batch; ``groups`` are a checkpoint's."""
+        if groups is not None:
+            self.groups = Groups(*map(tuple, groups))
+        else:
+            self.groups = groups_of(
+                self.stage, self.work.drawn, self.embedder, self.budget, self.chunk_tokens
+            )
+        drawn = self.work.drawn
+        self.sampler = sampler_of(self.stage, drawn, self.seed, self.embedder, self.groups)
+
     def _should_save(self, seconds: float) -> bool:
-        """Whether it is time to; clocks differ, so all ask the first process where all save."""
+        """Whether to save; clocks differ, so the first process decides if all take part."""
         late = seconds >= 60 * self.options.save_minutes
-        late = late if self.spread is None else distributed.broadcast_object(late)
+        late = late if self.sharded is None else distributed.broadcast_object(late)
         return self._due(self.options.save_steps) or late
 
     def _save(self) -> None:
-        if not distributed.is_main() and self.spread is None:
+        if not distributed.is_main() and self.sharded is None:
             return
         weights = checkpoint.weights_of(self.embedder)
         state = optimizer.state_of(self.optimizer, self.embedder)
@@ -379,10 +362,10 @@ class Trainer:
             alarm=asdict(self.alarm),
         )
 
-    # ---- telling -----------------------------------------------------------------------------
+    # ---- reports -----------------------------------------------------------------------------
 
     def record(self) -> dict[str, Any]:
-        """What was done, for the manifest that a saved model carries."""
+        """Return what was done, for the manifest of a saved model."""
         digest = hashlib.blake2b(digest_size=16)
         for name, weight in checkpoint.trainable(self.embedder).items():
             digest.update(name.encode())
@@ -401,10 +384,10 @@ class Trainer:
             MADE_WITH: self.what,
         }
 
-    def _greet(self) -> None:
+    def _introduce(self) -> None:
         count = sum(p.numel() for p in self.embedder.parameters() if p.requires_grad)
         rows = sum(map(len, self.work.drawn))
-        size = min(self.stage.batch_size, rows) if self.groups is None else self.groups.told
+        size = min(self.stage.batch_size, rows) if self.groups is None else self.groups.summary
         self.say(
             f"{self.stage.name}: {self.steps} steps of {size} {self.work.unit}; "
             f"{count:,} weights in training"
@@ -414,7 +397,7 @@ class Trainer:
             self.say(f"tercet: note: {warning}")
         if self.stage.objective.traits.contrasts:
             groups = self.groups or Groups((), (min(self.stage.batch_size, rows),))
-            self.say(Candidates.of(self.stage, self.sources).told(groups))
+            self.say(Candidates.of(self.stage, self.sources).summary(groups))
 
     def _complaint(self, problem: str, rows: BatchRows) -> str:
         pairs = list(zip(rows.source.tolist(), rows.row.tolist(), strict=True))
@@ -437,5 +420,5 @@ def _seed_of(*numbers: int) -> int:
 
 
 def everyones(share: Tensor) -> float:
-    """The sum of a number over all processes."""
+    """Return the sum of a number over all processes."""
     return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())

@@ -109,7 +109,7 @@ def test_a_missing_or_empty_file_is_named_by_every_verb(
 
 def test_dims_that_the_model_does_not_have_are_refused(refused, encoder_folder, files, tmp_path):
     texts, docs, pairs = (files / name for name in ("texts.txt", "docs.jsonl", "pairs.jsonl"))
-    expected = "dims is 65, but the model's vectors have 64 coordinates"
+    expected = "dims must be between 1 and the model's 64; got 65"
     out = ["--out", tmp_path / "out", "--dims", "65"]
     assert refused("encode", encoder_folder, texts, *out) == expected
     assert refused("index", encoder_folder, docs, *out) == expected
@@ -129,7 +129,7 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_work(
     assert "is not an index and would be overwritten" in said
     monkeypatch.setattr(Embedder, "encode", None)
     said = refused("encode", encoder_folder, blocked, "--out", tmp_path)
-    assert said.startswith(f"{tmp_path}: could not be written: it is no file")
+    assert said.startswith(f"{tmp_path}: could not be written: it is not a file")
     said = refused("encode", encoder_folder, blocked, "--out", inside)
     assert said.startswith(f"{blocked}: could not be written: a file is where")
 

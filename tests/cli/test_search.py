@@ -210,9 +210,7 @@ def test_a_field_that_no_document_has_is_told(tercet, indexed):
 
 def test_a_query_that_is_no_unicode_is_refused_wherever_it_stands(refused, files):
     said = refused("search", files / "index", "music", "caf\udce9")
-    assert said == (
-        "the query 'caf\\udce9' holds what is no character, at position 3; write it in UTF-8"
-    )
+    assert said == ("query must be valid UTF-8; got 'caf\\udce9', wrong at position 3")
 
 
 def test_a_field_asked_for_in_bytes_that_are_no_unicode_finds_nothing(tercet, indexed):
@@ -258,7 +256,7 @@ def test_a_second_call_leaves_a_collection_with_what_the_file_holds_too(
         file.write_text("".join(lines[:kept]))
         ended = tercet(*words, *flags)
         assert (ended.status, ended.out) == (0, f"{tmp_path / 'index'}: {held} documents\n")
-        assert ("3 others" in ended.err) == ("--keep" in flags)
+        assert ("3 documents that" in ended.err) == ("--keep" in flags)
         assert server.count("tercet").count == held
     assert len(rows(tercet("search", tmp_path / "index", "music", "-k", "20"))) == 4
 
@@ -314,11 +312,11 @@ def test_a_second_call_encodes_what_is_new_and_removes_what_is_gone(
     words = ["index", hybrid / "model", shorter, "--out", indexed]
     ended = tercet(*words, "--keep")
     assert ended.out == f"{indexed}: 13 documents\n"
-    assert f"1 encoded, 10 as they were, 0 removed because {shorter} lacks them" in ended.err
-    assert f"2 others, which {shorter} lacks, were kept; to remove them, call it " in ended.err
+    assert f"1 encoded, 10 unchanged, 0 removed because {shorter} lacks them" in ended.err
+    assert f"2 documents that {shorter} lacks were kept; to remove them, omit " in ended.err
     ended = tercet(*words)
     assert ended.out == f"{indexed}: 11 documents\n"
-    assert f"0 encoded, 11 as they were, 2 removed because {shorter} lacks them" in ended.err
+    assert f"0 encoded, 11 unchanged, 2 removed because {shorter} lacks them" in ended.err
 
 
 def test_an_index_of_another_model_is_replaced_on_request_only(
@@ -337,17 +335,17 @@ def test_an_index_that_is_not_complete_says_so(tercet, indexed):
     ended = tercet("search", indexed, "music")
     assert ended.status == 0
     assert ended.err == (
-        f"tercet: note: {indexed}: not all documents are there yet; call tercet index again\n"
+        f"tercet: note: {indexed}: some documents are missing; call tercet index again\n"
     )
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--weights", "1,0.3"], "--weights 1,0.3: give three numbers"),
-        (["--weights", "1,-1,1"], "--weights 1,-1,1: give three numbers"),
-        (["--weights", "nan,1,1"], "--weights nan,1,1: give three numbers"),
-        (["--weights", "0,0,0"], "--weights 0,0,0: give three numbers"),
+        (["--weights", "1,0.3"], "weights are '1,0.3'; give three numbers"),
+        (["--weights", "1,-1,1"], "weights are '1,-1,1'; give three numbers"),
+        (["--weights", "nan,1,1"], "weights are 'nan,1,1'; give three numbers"),
+        (["--weights", "0,0,0"], "weights are '0,0,0'; give one of them a number above 0"),
         (["--where", "web"], "--where web: write a field and its value"),
         (["--where", "=web"], "--where =web: write a field and its value"),
         (["--fusion", "rrf", "--candidates", "0"], "--candidates 0: rrf needs some"),
@@ -360,8 +358,8 @@ def test_what_cannot_be_searched_for_is_said(refused, indexed, flags, said):
 def test_what_cannot_be_indexed_is_said(refused, encoder_folder, files, tmp_path):
     words = ["index", encoder_folder, files / "docs.jsonl", "--out", tmp_path / "index"]
     said = refused(*words, "--kinds", "dense,sparse")
-    assert said == "--kinds dense,sparse: the model makes dense vectors; name some of these"
-    assert refused(*words, "--url", "http://localhost:1").startswith("--url is of a Qdrant server")
+    assert said == "kinds must be among dense, which the model makes; got dense, sparse"
+    assert refused(*words, "--url", "http://localhost:1").startswith("url needs the engine")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -432,7 +430,7 @@ def test_documents_that_teach_no_codes_replace_no_index(
 def test_codes_of_what_has_none_are_refused(refused, hybrid, files, tmp_path):
     words = ["index", hybrid / "model", files / "docs.jsonl", "--out", tmp_path / "index"]
     told = refused(*words, "--kinds", "sparse", "--precision", "int8")
-    assert "--precision int8 is of dense vectors, and sparse are to be kept" in told
+    assert "precision int8 needs dense vectors; got the kinds sparse" in told
     told = refused(*words, "--engine", "qdrant", "--precision", "binary+int8")
     assert "take binary in place of binary+int8, or the exact engine" in told
     assert not (tmp_path / "index").exists()

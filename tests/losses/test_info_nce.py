@@ -321,7 +321,7 @@ def test_a17_a_block_never_reaches_two_to_the_31_scores(docs: int):
 
 @pytest.mark.parametrize("temperature", [0.0, -0.02])
 def test_a_temperature_that_is_not_positive_is_refused(temperature: float):
-    with pytest.raises(RecipeError, match="it has to be above zero"):
+    with pytest.raises(RecipeError, match="it must be above zero"):
         info_nce(vectors(2, 3), vectors(2, 3), identity(2), temperature)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tercet.data.batches.relation import Relation, relation_of
 from tercet.kinds import KINDS, Kind, Weights
-from tercet.losses.unified import Lesson, Mixture, unified_loss
+from tercet.losses.unified import Distillation, Mixture, unified_loss
 from tercet.segments import offsets_of
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
 from tercet.vectors import Terms, TokenRows, Vectors
@@ -105,7 +105,7 @@ def slow_loss(
     together = torch.stack([mixture.in_sum.of(k) * logits[k] for k in kinds]).sum(0)
     hard.append(mixture.of_sum * slow_info_nce(together, relation))
     first = torch.stack(hard).sum() / len(hard)
-    taught = mixture.in_lesson or mixture.in_loss
+    taught = mixture.in_distilled or mixture.in_loss
     soft = [taught.of(k) * slow_distillation(together, logits[k], relation) for k in kinds]
     second = torch.stack(soft).sum() / len(soft)
     return (first + mixture.distilled * second) / (1 + mixture.distilled)
@@ -150,7 +150,7 @@ def test_b1_loss_and_gradients_are_those_of_the_equations(
         Mixture(temperature=0.1, of_sum=0.0),
         Mixture(temperature=0.1, distilled=3.0, in_sum=Weights(0.5, 2.0, 0.1)),
         Mixture(temperature=0.1, in_loss=Weights(0.0, 1.0, 0.0), of_sum=0.0),
-        Mixture(temperature=0.1, in_lesson=Weights(0.0, 3.0, 0.5)),
+        Mixture(temperature=0.1, in_distilled=Weights(0.0, 3.0, 0.5)),
     ],
 )
 def test_every_part_has_a_weight_of_its_own(mixture: Mixture):
@@ -200,7 +200,7 @@ def test_matryoshka_is_the_mean_over_prefixes_of_the_dense_losses():
 
 
 def test_b7_the_teacher_is_a_constant_and_the_lesson_is_its_divergence():
-    """No gradient flows through the sum; less its entropy the lesson is the KL divergence."""
+    """No gradient flows through the sum; less its entropy the distil is the KL divergence."""
     relation = examples()
     queries, docs = leaves(made(SIX, seed=1)), leaves(made(len(relation.owners), seed=2))
     only_lessons = Mixture(temperature=TEMPERATURE, of_sum=0.0, distilled=1e12)
@@ -229,15 +229,15 @@ def test_a_row_without_candidates_or_positives_counts_for_nothing():
         assert tensor.grad is None or not tensor.grad.any()
 
 
-@pytest.mark.parametrize("lesson", ["none", "kl", "listwise"])
+@pytest.mark.parametrize("distil", ["none", "kl", "listwise"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_b9_half_precision_is_scored_in_float32(dtype: torch.dtype, lesson: Lesson):
+def test_b9_half_precision_is_scored_in_float32(dtype: torch.dtype, distil: Distillation):
     """A score of 1 over a temperature of 0.02 is 50, and e^50 no number of float16."""
     relation = examples()
     queries, docs = made(SIX, seed=1), made(len(relation.owners), seed=2)
     low = [side.with_tensors([t.to(dtype) for t in side.tensors()]) for side in (queries, docs)]
     sides = [leaves(side) for side in low]
-    mixture, teacher = Mixture(lesson=lesson), torch.linspace(-1, 1, len(docs))
+    mixture, teacher = Mixture(distil=distil), torch.linspace(-1, 1, len(docs))
     how: dict[str, Any] = {"queries_of_all": SIX, "teacher": teacher}
     found = unified_loss(sides[0], sides[1], relation, mixture, **how)["loss"]
     wide = [leaves(side.with_tensors([t.double() for t in side.tensors()])) for side in low]
@@ -251,9 +251,9 @@ def test_b9_half_precision_is_scored_in_float32(dtype: torch.dtype, lesson: Less
             assert tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("lesson", ["kl", "listwise"])
+@pytest.mark.parametrize("distil", ["kl", "listwise"])
 @pytest.mark.parametrize("unjudged", [[], [1, 4], [0, 1, 2, 3, 4, 5]])
-def test_an_outside_teacher(lesson: Lesson, unjudged: list[int]):
+def test_an_outside_teacher(distil: Distillation, unjudged: list[int]):
     """``kl`` adds to every InfoNCE, that of the sum too; ``listwise`` takes their place.
 
     Queries without any score learn by InfoNCE alone.
@@ -265,12 +265,12 @@ def test_an_outside_teacher(lesson: Lesson, unjudged: list[int]):
     )
     teacher[1] = torch.nan
     teacher[torch.isin(relation.owners, torch.tensor(unjudged))] = torch.nan
-    mixture = Mixture(temperature=TEMPERATURE, lesson=lesson)
+    mixture = Mixture(temperature=TEMPERATURE, distil=distil)
     fast = unified_loss(queries, docs, relation, mixture, queries_of_all=SIX, teacher=teacher)
     known = matrix(relation)
     logits = {k: slow_scores(k, queries, docs) / TEMPERATURE for k in KINDS}
     together = torch.stack([mixture.in_sum.of(k) * logits[k] for k in KINDS]).sum(0)
-    slow = slow_kl if lesson == "kl" else slow_listwise
+    slow = slow_kl if distil == "kl" else slow_listwise
     weights = [*(mixture.in_loss.of(k) for k in KINDS), 1.0]
     hard = [
         weight * slow(x, teacher, relation, known)
@@ -280,7 +280,7 @@ def test_an_outside_teacher(lesson: Lesson, unjudged: list[int]):
     expected = (torch.stack(hard).sum() / 4 + torch.stack(soft).sum() / 3) / 2
     assert_same(fast["loss"], expected, [queries, docs])
     by_labels = slow_info_nce(logits["dense"], known)
-    if lesson == "listwise":
+    if distil == "listwise":
         by_labels = slow_unjudged(logits["dense"], teacher, relation, known)
     torch.testing.assert_close(fast["dense"], by_labels)
     torch.testing.assert_close(fast["dense"] + fast["dense_taught"], hard[0])
@@ -324,11 +324,11 @@ def slow_listwise(logits: Tensor, teacher: Tensor, relation: Relation, known: Te
     return torch.stack(terms).sum() / SIX + by_labels
 
 
-@pytest.mark.parametrize("lesson", ["kl", "listwise"])
-def test_b13_the_order_of_passages_does_not_matter(lesson: Lesson):
+@pytest.mark.parametrize("distil", ["kl", "listwise"])
+def test_b13_the_order_of_passages_does_not_matter(distil: Distillation):
     scores = torch.tensor([3.0, 1.0, 2.0, 0.0, 4.0], dtype=torch.float64)
     docs, queries = made(5, seed=2), made(1, seed=1)
-    mixture = Mixture(temperature=TEMPERATURE, lesson=lesson, distilled=0.0)
+    mixture = Mixture(temperature=TEMPERATURE, distil=distil, distilled=0.0)
     found = []
     for order in ([0, 1, 2, 3, 4], [0, 4, 2, 1, 3]):
         relation = relation_of(["q"], [["t0"]], [[f"t{i}" for i in order[1:]]])

@@ -34,7 +34,7 @@ def states_of(embedder: Embedder, text: str, role, form: Form) -> tuple[torch.Te
 def test_each_pooling_and_direction_of_a_call_equals_a_loop(decoder, pooling, attention):  # spec 11
     found = decoder.encode(TEXTS, "query", pooling=pooling, attention=attention)
     form = Form(pool_prompt=False, end=pooling == "last")
-    with decoder.backbone.reading(attention):
+    with decoder.backbone.direction(attention):
         for text, vector in zip(TEXTS, found, strict=True):
             states, pooled = states_of(decoder, text, "query", form)
             states = states[pooled].double()

@@ -18,7 +18,7 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
 from tercet.models.network.pooling import POOLINGS
 from tercet.objectives import retromae_decoder as decoding
-from tercet.objectives.retromae import NO_LABEL, HiddenBatch, RetroMAE
+from tercet.objectives.retromae import NO_LABEL, RetroMAE, RetroMAEBatch
 from tercet.types import Example
 from tests.objectives.retromaes import ALL, KINDS, at_work, gradients, quiet_model, rows
 from tests.processes import run_together
@@ -73,7 +73,7 @@ def decoder_row(work, queries, keys, row: int, seen):
     return decoder.norm_ff(state + decoder.ff_out(F.gelu(decoder.ff_in(state))))
 
 
-def plain_losses(embedder, work, batch: HiddenBatch):
+def plain_losses(embedder, work, batch: RetroMAEBatch):
     """Both losses, text by text and row by row, with logits of all known tokens."""
     table = embedder.backbone.model.get_input_embeddings().weight
     known = torch.arange(len(table)) if work._known is None else work._known

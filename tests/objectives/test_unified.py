@@ -20,13 +20,14 @@ from tercet.objectives.unified import Unified
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.train.log import read
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 from tercet.types import Example
 from tests import toy
 
 QUIET = Run(device="cpu", show_progress=False)
 WHOLE = Chunks(1 << 20)
+
+MILD = Mixture(temperature=0.1)
 
 
 def examples() -> list[Example]:
@@ -96,7 +97,7 @@ def gradients(work: PairWork, chunks: Chunks, step: int = 0) -> tuple[Losses, di
 @pytest.mark.parametrize("kinds", [KINDS, ("sparse", "multi"), ("multi",)])
 def test_b5_chunks_of_any_size_equal_one_batch(folder: Path, base: str, kinds: tuple[Kind, ...]):
     """With all heads, on an encoder and on a decoder, with and without kept graphs."""
-    work = at_work(folder, base, Unified(kinds=kinds, temperature=0.1))
+    work = at_work(folder, base, Unified(kinds=kinds, mixture=MILD))
     losses, expected = gradients(work, WHOLE)
     assert losses["loss"] > 0.01
     for chunks in (Chunks(12, 0), Chunks(25, 40), Chunks(12)):
@@ -108,14 +109,14 @@ def test_b5_chunks_of_any_size_equal_one_batch(folder: Path, base: str, kinds: t
 
 
 def test_only_the_trained_kinds_get_a_gradient(folder: Path):
-    work = at_work(folder, "xlm-roberta", Unified(kinds=("dense", "sparse"), temperature=0.1))
+    work = at_work(folder, "xlm-roberta", Unified(kinds=("dense", "sparse"), mixture=MILD))
     _, found = gradients(work, WHOLE)
     heads = {name for name in found if name.startswith("heads.")}
     assert heads == {"heads.sparse.weight", "heads.sparse.bias"}
 
 
 def test_b8_distillation_begins_at_its_optimizer_step(folder: Path):
-    work = at_work(folder, "xlm-roberta", Unified(temperature=0.1, distil_after=3))
+    work = at_work(folder, "xlm-roberta", Unified(mixture=MILD, distil_after=3))
     before, after = gradients(work, WHOLE, 2)[0], gradients(work, WHOLE, 3)[0]
     assert "dense_distilled" not in before and "dense_distilled" in after
 
@@ -232,17 +233,21 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path):
     narrow = replace(plain, model=replace(plain.model, kinds=("dense",)))
     with pytest.raises(RecipeError, match="no sparse and no multi vectors"):
         train(narrow, data(folder), tmp_path / "run", run=QUIET)
-    refused: list[dict[str, Any]] = [{"kinds": ()}, {"of_sum": -1.0}, {"temperature": 0.0}]
+    refused: list[dict[str, Any]] = [{"kinds": ()}, {"dims": (0,)}]
     for wrong in [*refused, {"distil_after": -1}]:
         with pytest.raises(RecipeError):
             Unified(**wrong)
+    with pytest.raises(RecipeError, match="every weight must be 0 or more"):
+        Mixture(of_sum=-1.0)
+    with pytest.raises(RecipeError, match=r"temperature is 0\.0; give"):
+        Mixture(temperature=0.0)
     with pytest.raises(RecipeError, match="choose from dense, sparse, multi"):
         bge_m3(kinds="dense,colbert")
 
 
 def test_the_share_of_empty_sparse_vectors_is_logged(folder: Path):
     """B18: where every weight is cut to zero, all of them are empty."""
-    work = at_work(folder, "xlm-roberta", Unified(temperature=0.1))
+    work = at_work(folder, "xlm-roberta", Unified(mixture=MILD))
     assert work.embedder.heads.sparse is not None
     torch.nn.init.constant_(work.embedder.heads.sparse.bias, 100.0)
     assert gradients(work, WHOLE)[0]["empty_sparse"] == 0
@@ -252,7 +257,7 @@ def test_the_share_of_empty_sparse_vectors_is_logged(folder: Path):
 
 def test_the_objective_is_the_loss_of_its_vectors(folder: Path):
     """The objective hands its numbers to the loss as they are."""
-    work = at_work(folder, "xlm-roberta", Unified(temperature=0.1, distilled=0.5))
+    work = at_work(folder, "xlm-roberta", Unified(mixture=Mixture(temperature=0.1, distilled=0.5)))
     batch = work.collate(work.drawn[0].examples(range(6)), [0, 0])
     with torch.no_grad():
         vectors = work.embedder.vectors(batch.texts)

@@ -271,7 +271,7 @@ def test_our_loss_is_the_references_and_so_are_its_gradients_b1(name, lesson, ki
         made.take(slice(0, queries)),
         made.take(slice(queries, len(texts))),
         own,
-        Mixture(distilled=float(case["distill"]), lesson=lesson),
+        Mixture(distilled=float(case["distill"]), distil=lesson),
         queries_of_all=queries,
         teacher=torch.tensor(case["teacher_scores"]) if "teacher_scores" in case else None,
         block=2,

@@ -12,8 +12,9 @@ import transformers as t
 from torch import Tensor
 
 from tercet.errors import ModelError
+from tercet.models.choices import Attention
 from tercet.models.network.attention import NAME
-from tercet.models.network.backbone import Attention, Backbone, probe
+from tercet.models.network.backbone import Backbone, probe
 from tests.toy import pack, random_model, random_texts
 
 VOCABULARY = 120

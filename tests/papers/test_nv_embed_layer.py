@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tercet.models.network.folded import Folded, folding_pays
-from tercet.models.network.latent_attention import Layer, build_layer
+from tercet.models.choices import LayerSettings
+from tercet.models.network.latent_attention import Folded, build_layer, folding_pays
 from tercet.models.network.pooling import mean
 from tests.toy import pack, random_texts
 
@@ -19,7 +19,7 @@ SIZES = [HIDDEN, None]  # as wide as the model, as the reference; hidden / heads
 
 def some_layer(hidden=HIDDEN, latents=LATENTS, **fields):
     """A layer none of whose parts is without effect."""
-    layer = build_layer(Layer(latents=latents, heads=HEADS, **fields), hidden).eval()
+    layer = build_layer(LayerSettings(latents=latents, heads=HEADS, **fields), hidden).eval()
     with torch.no_grad():
         for norm in (layer.norm_query, layer.norm_context, layer.norm_ff):
             norm.weight.copy_(1 + torch.randn(hidden) / 3)
@@ -258,12 +258,12 @@ def test_04_inference_takes_the_form_that_the_rule_chooses(head_size):
     inferred(layer, *some_states(*LENGTHS))
     assert layer._kept._held is not None
     pays = folding_pays(20, HIDDEN, layer.to_q.out_features // HEADS)
-    assert isinstance(layer._kept._held[1], Folded) == pays == (head_size is not None)
+    assert isinstance(layer._kept._held[2], Folded) == pays == (head_size is not None)
 
 
 def test_04_the_published_sizes_have_740_million_parameters():
     with torch.device("meta"):
-        layer = build_layer(Layer(head_size=4096), 4096)
+        layer = build_layer(LayerSettings(head_size=4096), 4096)
     assert round(sum(weight.numel() for weight in layer.parameters()) / 1e6, 1) == 740.4
 
 

@@ -23,8 +23,7 @@ from tercet.losses.info_nce import info_nce
 from tercet.recipes.nv_embed import nv_embed
 from tercet.train import loop, trainer
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 from tercet.types import Example, InBatch
 from tests import toy
 from tests.processes import run_together

@@ -11,9 +11,8 @@ from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Refresh
-from tercet.train.run import Run
-from tercet.train.schedule import factor
+from tercet.train.optimizer import factor
+from tercet.train.recipe import Recipe, Refresh, Run
 from tercet.train.trainer import Trainer, collator_of
 from tercet.types import Example
 from tests.toy import SENTENCES

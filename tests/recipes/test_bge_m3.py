@@ -13,15 +13,14 @@ from tercet.errors import RecipeError
 from tercet.evaluate.measures.tuned_weights import save_weights
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
-from tercet.models.kept import save_ranges
+from tercet.models.settings import save_ranges
 from tercet.objectives.retromae import RetroMAE
 from tercet.objectives.unified import Unified
 from tercet.rank.quantized import Ranges
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.train.log import read
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Refresh
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Refresh, Run
 from tercet.types import Example
 from tests import toy
 
@@ -59,9 +58,10 @@ def test_its_usual_numbers_are_those_of_the_paper_and_its_code():
     assert isinstance(retromae.objective, RetroMAE) and isinstance(unified.objective, Unified)
     assert (retromae.objective.encoder_mask, retromae.objective.decoder_mask) == (0.3, 0.5)
     assert retromae.learning_rate == 7e-5 and contrastive.learning_rate == 5e-5
-    weights = unified.objective.in_sum, unified.objective.in_loss
+    mixture = unified.objective.mixture
+    weights = mixture.in_sum, mixture.in_loss
     assert [(w.dense, w.sparse, w.multi) for w in weights] == [(1, 0.3, 1), (1, 0.1, 1)]
-    assert unified.objective.temperature == 0.02 and unified.objective.distilled == 1
+    assert mixture.temperature == 0.02 and mixture.distilled == 1
     assert unified.negatives == 7 and contrastive.negatives == 0
     assert recipe.model.kinds == KINDS
 
@@ -126,8 +126,8 @@ def test_options_of_the_stages_reach_them(folder: Path):
     (stage,) = recipe.stages
     assert isinstance(stage.objective, Unified)
     assert stage.objective.kinds == ("dense", "multi") == recipe.model.kinds
-    assert stage.objective.dims == (16, 32) and stage.objective.of_sum == 0.5
-    assert stage.objective.distilled == 0 and stage.objective.distil_after == 7
+    assert stage.objective.dims == (16, 32) and stage.objective.mixture.of_sum == 0.5
+    assert stage.objective.mixture.distilled == 0 and stage.objective.distil_after == 7
     assert stage.refresh is not None and stage.refresh.every == 100
     assert stage.shuffle_segments == 0.002 and stage.batching == "bge-m3-finetune-80gb"
 
@@ -150,7 +150,7 @@ def test_negatives_are_refreshed_by_the_scores_that_are_asked_for(folder: Path):
 
 def test_a_rerankers_scores_and_refreshed_negatives_do_not_go_together(folder: Path):
     for lesson in ("kl", "listwise"):
-        with pytest.raises(RecipeError, match="the negatives of a refresh have none"):
+        with pytest.raises(RecipeError, match="a refresh mines have none"):
             small(folder, refresh_steps=100, teacher=lesson)
 
 

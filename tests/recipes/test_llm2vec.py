@@ -21,7 +21,7 @@ from tercet.objectives.simcse import SimCSE
 from tercet.recipes.llm2vec import llm2vec
 from tercet.train.log import read
 from tercet.train.loop import train
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example
 from tests.toy import DECODERS, SENTENCES, byte_bpe
 

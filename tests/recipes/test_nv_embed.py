@@ -9,18 +9,18 @@ import pytest
 
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import ModelError, RecipeError
+from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder, Settings
 from tercet.models.formats.manifest import manifest
 from tercet.models.merge import load_adapters
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.latent_attention import Layer
 from tercet.models.settings import as_prompt
 from tercet.recipes.finetune import finetune
 from tercet.recipes.nv_embed import nv_embed
 from tercet.train.log import read
 from tercet.train.loop import build, train, with_prompts_of
 from tercet.train.memory import graph_bytes
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 
@@ -80,7 +80,7 @@ def test_the_recipe_has_the_papers_numbers():
     assert first.weight_decay == 0
     assert nv_embed(steps=20_000).stages[0].warmup_steps == 500
     published = nv_embed(preset="nv-embed").model.layer
-    assert published == Layer(latents=512, heads=8, head_size="hidden", init="normal")
+    assert published == LayerSettings(latents=512, heads=8, head_size="hidden", init="normal")
 
 
 @pytest.mark.parametrize("pooling", ["latent", "self_attention", "mean", "eos"])
@@ -233,7 +233,7 @@ def test_another_layer_takes_the_place_of_a_trained_one_with_a_warning(
 ):
     train(small(decoder_folder, steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET)
     model = str(tmp_path / "run/model")
-    same = Layer(latents=8, heads=4, init="normal")  # of the same sizes, however it begins
+    same = LayerSettings(latents=8, heads=4, init="normal")  # of the same sizes, however it begins
     kept, trained = Embedder.load(model, layer=same), Embedder.load(model)
     assert np.array_equal(kept.encode(["a"]), trained.encode(["a"]))
     with caplog.at_level(logging.WARNING, "tercet"):
@@ -258,7 +258,7 @@ def test_a_model_whose_layer_was_not_copied_is_refused(decoder_folder, data, tmp
 def test_an_adapter_keeps_its_layer_alone_and_merged(decoder_folder, tmp_path):
     flagged = tmp_path / "flagged"
     Embedder.load(decoder_folder, attention="bidirectional").save(flagged)
-    embedder = Embedder.load(flagged, layer=Layer(latents=5, heads=2))
+    embedder = Embedder.load(flagged, layer=LayerSettings(latents=5, heads=2))
     embedder.backbone.add_lora(rank=3, alpha=6, dropout=0.0)
     embedder.eval()
     embedder.save_adapter(tmp_path / "adapter", str(flagged))

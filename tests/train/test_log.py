@@ -1,8 +1,20 @@
+from dataclasses import asdict, replace
+
+import numpy as np
 import pytest
 
+from tercet import distributed
+from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import StorageError
-from tercet.train.log import Log, read
-from tests.toy import small_disk
+from tercet.objectives import contrastive
+from tercet.objectives.contrastive import Contrastive
+from tercet.recipes.finetune import finetune
+from tercet.train.batches import Groups
+from tercet.train.log import Candidates, Log, SparseAlarm, read
+from tercet.train.loop import train
+from tercet.train.recipe import Refresh, Run, Stage
+from tercet.types import Example
+from tests.toy import SENTENCES, small_disk
 
 
 def test_a_log_goes_on_behind_the_checkpoint_and_forgets_what_came_after(tmp_path):
@@ -35,3 +47,159 @@ def test_a_full_disk_is_a_storage_error_when_writing_and_when_closing(tmp_path):
         with pytest.raises(StorageError, match=r"log\.jsonl: could not be written"):
             log.close()
     assert [record["step"] for record in read(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
+
+
+def risen(caplog) -> list[str]:
+    return [line for line in caplog.messages if "without a sparse term has risen" in line]
+
+
+def test_b18_a_slow_rise_on_the_dev_set_is_told_once_for_each_side(caplog):
+    """No evaluation is much worse than the one before."""
+    alarm = SparseAlarm()
+    for step, share in enumerate([0.02, 0.0, 0.04, 0.05, 0.08, 0.12]):
+        alarm.after_evaluation(step, {"dev_document_empty": share, "dev_score": 0.5})
+    (told,) = caplog.messages
+    assert told.startswith("step 4: the share of document texts of the dev set without a sparse")
+    assert "has risen from 0.0 % to 8.0 %: the sparse head is dying; if that continues" in told
+    alarm.after_evaluation(6, {"dev_document_empty": 0.2, "dev_query_empty": 0.5})
+    alarm.after_evaluation(7, {"dev_document_empty": 0.2, "dev_query_empty": 0.56})
+    assert len(caplog.messages) == 2 and "query texts" in caplog.messages[1]
+
+
+def test_b18_a_slow_rise_in_training_is_told_once_without_a_dev_set(caplog):
+    alarm = SparseAlarm()
+    for step in range(400):
+        alarm.after_step(step, step / 1000)
+    (told,) = caplog.messages
+    number = int(told.split(":")[0].removeprefix("step "))
+    assert 100 < number < 150 and "documents in training" in told
+
+
+def test_b18_single_batches_with_many_empty_documents_are_no_alarm(caplog):
+    alarm = SparseAlarm()
+    for step in range(400):
+        alarm.after_step(step, 0.5 if step % 20 == 3 else 0.0)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("documents", [4, 16])
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.5])
+def test_b18_a_constant_share_in_small_batches_is_no_alarm(caplog, documents, share):
+    """80 runs of 300 steps; compared from the first batch on, a third of some gave an alarm."""
+    drawn = np.random.default_rng(5).binomial(documents, share, (80, 300)) / documents
+    for run in drawn.tolist():
+        alarm = SparseAlarm()
+        for step, empty in enumerate(run):
+            alarm.after_step(step, empty)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("documents", [4, 16])
+def test_b18_a_share_that_rises_to_all_is_told_of_in_small_batches_too(caplog, documents):
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        alarm = SparseAlarm()
+        for step in range(600):
+            share = min(0.9, 0.1 + max(0, step - 200) / 250)
+            alarm.after_step(step, float(rng.binomial(documents, share)) / documents)
+    steps = [int(line.split(":")[0].removeprefix("step ")) for line in risen(caplog)]
+    assert len(steps) == 20 and min(steps) > 200 and max(steps) < 430
+
+
+def test_b18_an_alarm_goes_on_from_what_a_checkpoint_holds(caplog):
+    alarm = SparseAlarm()
+    alarm.after_evaluation(0, {"dev_query_empty": 0.0})
+    alarm = SparseAlarm(**asdict(alarm))
+    alarm.after_evaluation(1, {"dev_query_empty": 0.08})
+    alarm = SparseAlarm(**asdict(alarm))
+    alarm.after_evaluation(2, {"dev_query_empty": 0.2})
+    assert len(caplog.messages) == 1
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+@pytest.mark.parametrize("killed_at", [2, 5])
+def test_b18_a_slow_rise_is_told_once_in_a_run_that_was_killed(
+    encoder_folder, tmp_path, monkeypatch, caplog, killed_at
+):
+    """0, 4, 8, 12 % of the dev texts, and a kill before or after the alarm."""
+    write_examples(tmp_path / "pairs.jsonl", [Example(t.split()[-1], (t,)) for t in SENTENCES])
+    source = open_source(tmp_path / "pairs.jsonl")
+    recipe = finetune(base=str(encoder_folder), batch_size=6)
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], steps=6),))
+    run = Run(device="cpu", show_progress=False, save_steps=1, eval_steps=2)
+    shares = iter([0.0, 0.04, 0.08, 0.12])
+
+    def score(_: object) -> dict[str, float]:
+        share = next(shares)
+        return {"dev_score": 0.5 - share, "dev_document_empty": share}
+
+    real, calls = contrastive.backward_in_chunks, []
+
+    def dying(*args, **options):
+        if len(calls) == killed_at:
+            raise Killed
+        calls.append(1)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contrastive, "backward_in_chunks", dying)
+        with pytest.raises(Killed):
+            train(recipe, [source], tmp_path / "run", score=score, run=run)
+    assert len(risen(caplog)) == (killed_at == 5)
+    train(recipe, [source], tmp_path / "run", score=score, run=run)
+    (told,) = risen(caplog)
+    assert told.startswith("step 4:") and "from 0.0 % to 8.0 %" in told
+
+
+STAGE = Stage(name="toy", objective=Contrastive(), batch_size=8, positives=2, negatives=3)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Of four rows two bring two positives, and two bring five negatives."""
+    rows = [
+        Example(f"q{i}", ("a", "b")[: 1 + i % 2], tuple(f"n{j}" for j in range(5 * (i < 2))))
+        for i in range(4)
+    ]
+    write_examples(tmp_path / "pairs.jsonl", rows)
+    return open_source(tmp_path / "pairs.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("policy", "seen"),
+    [("all", 8 * (1.5 + 1.5)), ("positives", 8 * 1.5 + 1.5), ("none", 3.0), ("per_row", 24.0)],
+)
+def test_a_query_sees_its_own_documents_and_those_that_the_policy_allows(source, policy, seen):
+    assert Candidates.of(replace(STAGE, in_batch=policy), [source]).in_batch(8) == seen
+
+
+def test_what_a_row_says_of_itself_counts(tmp_path, source):
+    write_examples(
+        tmp_path / "own.jsonl", [Example(f"q{i}", ("a",), (), in_batch="none") for i in range(4)]
+    )
+    own = open_source(tmp_path / "own.jsonl")
+    assert Candidates.of(STAGE, [own]).in_batch(8) == 1
+    both = Candidates.of(STAGE, [source, replace(own, weight=3.0)])
+    assert both.in_batch(8) == pytest.approx(0.25 * 24 + 0.75 * 1)
+
+
+def test_negatives_that_will_be_mined_are_as_many_as_are_asked_for(source):
+    found = Candidates.of(replace(STAGE, refresh=Refresh(every=2)), [source])
+    assert (found.positives, found.negatives) == (1.5, 3.0)
+
+
+def test_it_is_said_for_people(source, monkeypatch):
+    found = Candidates.of(STAGE, [source])
+    assert found.summary(Groups((), (8,))) == (
+        "each query is compared with about 24 documents: 1.5 that answer it, 1.5 negatives of its "
+        "own, and those of the other queries"
+    )
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    told = found.summary(Groups((100,), (1_000, 8)))
+    assert "about 3,000 (short texts) to 24 (long) documents" in told
+    assert told.endswith("those of the other queries in all 4 processes")
+    alone = Candidates.of(replace(STAGE, in_batch="none"), [source])
+    assert alone.summary(Groups((), (8,))).endswith("and none of other queries")

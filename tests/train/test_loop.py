@@ -22,7 +22,7 @@ from tercet.recipes.finetune import finetune
 from tercet.train import loop
 from tercet.train.log import read
 from tercet.train.loop import train
-from tercet.train.run import Run
+from tercet.train.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 

@@ -10,12 +10,12 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.network.chunked import _first_kept
 from tercet.segments import batches_by_length
-from tercet.train.memory import COPIES, Room, graph_bytes, pair_bytes
+from tercet.train.memory import COPIES, MemoryBudget, graph_bytes, pair_bytes
 from tercet.types import Packed
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests import toy
 
-ROOM = Room(total=1e6, token_graph=1000, kinds=("dense", "sparse", "multi"), dim=8, width=4)
+ROOM = MemoryBudget(total=1e6, token_graph=1000, kinds=("dense", "sparse", "multi"), dim=8, width=4)
 
 
 def bytes_of(vectors: Vectors) -> int:

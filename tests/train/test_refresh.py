@@ -160,7 +160,7 @@ def test_what_changed_is_counted(source, embedder, tmp_path):
     assert (first.rows, first.negatives, first.new, first.empty) == (24, 72, new, 0)
     again = refresher.mine(embedder, 4)  # the same model finds the same
     assert (again.negatives, again.new) == (72, 0)
-    assert again.told == "72 negatives for 24 queries, 0% of them new; 0 queries have none"
+    assert again.summary == "72 negatives for 24 queries, 0% of them new; 0 queries have none"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["refresh-4"]
     assert not (tmp_path / "run/refresh-4/vectors").exists()
 

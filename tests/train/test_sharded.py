@@ -23,8 +23,7 @@ from tercet.objectives.mntp import MNTP
 from tercet.objectives.retromae import RetroMAE
 from tercet.sharding import whole_of
 from tercet.train import loop
-from tercet.train.recipe import Lora, Model, Recipe, Stage
-from tercet.train.run import Run
+from tercet.train.recipe import Lora, Model, Recipe, Run, Stage
 from tercet.train.sharded import blocks_of, require_shardable
 from tercet.train.trainer import Trainer
 from tests import toy

@@ -14,8 +14,7 @@ from tercet.models.embedder import Embedder
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.recipes.finetune import finetune
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 from tercet.train.snapshots import models_in
 from tercet.train.trainer import Trainer
 from tercet.types import Example

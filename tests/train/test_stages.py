@@ -11,12 +11,11 @@ import torch
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.kinds import KINDS
+from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
-from tercet.models.network.latent_attention import Layer
 from tercet.recipes.finetune import finetune
 from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 from tercet.types import Example
 from tests import toy
 from tests.toy import SENTENCES
@@ -119,7 +118,7 @@ def test_a_base_whose_weights_have_changed_is_noticed(data, tmp_path):
 
 def test_an_edit_in_the_middle_of_any_part_of_a_base_is_noticed(data, tmp_path):
     """And what is loaded, or drawn with the recipe's seed, is not."""
-    base, layer = toy.save_model(tmp_path / "base", "llama"), Layer(latents=4, heads=2)
+    base, layer = toy.save_model(tmp_path / "base", "llama"), LayerSettings(latents=4, heads=2)
     drawn = recipe_on(base, 1e-3, 1e-3)
     drawn = replace(drawn, model=replace(drawn.model, kinds=KINDS, layer=layer))
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from tercet.data.batches.sampler import BatchRows
 from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError, TrainingError
 from tercet.kinds import KINDS
+from tercet.losses.unified import Mixture
 from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
@@ -27,22 +28,27 @@ from tercet.train import checkpoint, loop, trainer
 from tercet.train.log import read
 from tercet.train.loop import train
 from tercet.train.memory import memory_for
-from tercet.train.recipe import Recipe
-from tercet.train.run import Run
+from tercet.train.recipe import Recipe, Run
 from tercet.types import Example
 from tests import toy
 from tests.processes import ROOT, run_together
 
 QUIET = Run(device="cpu", show_progress=False, save_steps=2)
 CHUNKED = replace(QUIET, chunk_tokens=40, memory_gb=0.0)  # every chunk is embedded twice
+
+
+def unified(**numbers: Any) -> Unified:
+    return Unified(mixture=Mixture(temperature=0.1, **numbers))
+
+
 CASES: dict[str, dict[str, Any]] = {
     "in-batch": {},
     "own negatives": {"in_batch": "none"},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
-    "B6 all kinds": {"objective": Unified(temperature=0.1, dims=(8,))},
-    "B6 own negatives": {"objective": Unified(temperature=0.1), "in_batch": "none"},
-    "B6 kl": {"objective": Unified(temperature=0.1, lesson="kl")},
-    "B6 listwise": {"objective": Unified(temperature=0.1, lesson="listwise")},
+    "B6 all kinds": {"objective": replace(unified(), dims=(8,))},
+    "B6 own negatives": {"objective": unified(), "in_batch": "none"},
+    "B6 kl": {"objective": unified(distil="kl")},
+    "B6 listwise": {"objective": unified(distil="listwise")},
 }
 IDLE = ("in-batch", "B6 all kinds", "B6 listwise")
 # How far gradients may be apart, as a share of their length. In float32 one process that takes

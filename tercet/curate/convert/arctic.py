@@ -2,23 +2,22 @@
 
 ``queries.parquet`` (QUERY_ID, QUERY_TEXT), ``documents.parquet`` (DOCUMENT_ID, DOCUMENT_TEXT) and
 ``labels.parquet`` (QUERY_ID, DOCUMENT_ID); a mined file adds RELEVANCE, below zero for a negative.
-Ids are numbers or strings. Documents are spooled to disk, a row group at a time; memory holds 8
-bytes for an id and 16 for a pair.
+Ids are numbers or strings. Documents are spooled to disk; memory holds about 120 bytes for an id
+and 16 for a pair.
 """
 
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tercet.curate.mining.documents import TextStore
+from tercet.curate.mining.relevant import RelevantDocuments
 from tercet.data.batches.relation import hash_of
 from tercet.data.files.examples import nonblank, shown, text_of
 from tercet.errors import DataError
@@ -71,120 +70,78 @@ def examples_of_tables(
         work.mkdir(parents=True, exist_ok=True)
         texts = TextStore(work)
     with closing(texts):
-        ids = array("Q")
+        documents: dict[int, int] = {}  # row by id
         with clear_about(work):
-            for row, values in _rows(path, (DOCUMENT_ID, DOCUMENT_TEXT)):
-                ids.append(_key(values[0], path, row))
-                texts.add(_text(values[1], DOCUMENT_TEXT, path, row))
-        documents = _IdIndex.of(ids, path, DOCUMENT_ID)
-        right, wrong = _LabelledPairs(documents), _LabelledPairs(documents)
-        for row, values in _rows(labels, (QUERY_ID, DOCUMENT_ID)):
-            right.add(values[0], values[1], labels, row)
+            for row, (document, text) in _rows(path, (DOCUMENT_ID, DOCUMENT_TEXT)):
+                _add_id(documents, document, DOCUMENT_ID, path, row)
+                texts.add(_text(text, DOCUMENT_TEXT, path, row))
+        right, wrong = RelevantDocuments(), RelevantDocuments()
+        for row, pair in _rows(labels, (QUERY_ID, DOCUMENT_ID)):
+            right.add(*_pair(pair, documents, labels, row))
         if mined is not None:
-            for row, values in _rows(mined, (QUERY_ID, DOCUMENT_ID, RELEVANCE)):
-                if values[2] is not None and values[2] != 0:
-                    (right if values[2] > 0 else wrong).add(values[0], values[1], mined, row)
+            for row, (*pair, relevance) in _rows(mined, (QUERY_ID, DOCUMENT_ID, RELEVANCE)):
+                if relevance:
+                    (right if relevance > 0 else wrong).add(*_pair(pair, documents, mined, row))
         yield from _rows_of_queries(folder / "queries.parquet", right, wrong, texts, report)
-        for pairs, place in ((right, labels), (wrong, mined)):
-            if place is not None:
-                pairs.check_used(place)
 
 
 def _rows_of_queries(
     path: Path,
-    right: "_LabelledPairs",
-    wrong: "_LabelledPairs",
+    right: RelevantDocuments,
+    wrong: RelevantDocuments,
     texts: TextStore,
     report: TablesReport,
 ) -> Iterator[Example]:
-    seen = array("Q")
-    for row, values in _rows(path, (QUERY_ID, QUERY_TEXT)):
-        key = _key(values[0], path, row)
-        seen.append(key)
-        query = _text(values[1], QUERY_TEXT, path, row)
+    seen: dict[int, int] = {}
+    unused = len(right) + len(wrong)
+    for row, (query, text) in _rows(path, (QUERY_ID, QUERY_TEXT)):
+        key = _add_id(seen, query, QUERY_ID, path, row)
+        query = _text(text, QUERY_TEXT, path, row)
         report.queries += 1
-        answers = dict.fromkeys(right.of(key))
-        others = [document for document in dict.fromkeys(wrong.of(key)) if document not in answers]
-        if not answers:
+        found, others = right.of(key).tolist(), wrong.of(key).tolist()
+        unused -= len(found) + len(others)
+        if not found:
             report.unanswered += 1
             continue
+        positives = dict.fromkeys(found)
+        negatives = [document for document in dict.fromkeys(others) if document not in positives]
         report.rows += 1
-        report.negatives += len(others)
-        yield Example(query, tuple(texts.read(answers)), tuple(texts.read(others)))
-    _IdIndex.of(seen, path, QUERY_ID)
+        report.negatives += len(negatives)
+        yield Example(query, tuple(texts.read(positives)), tuple(texts.read(negatives)))
+    if unused:
+        raise DataError(
+            path.parent,
+            None,
+            f"{unused:,} rows of the labels or mined documents name queries that are not in "
+            "queries.parquet; drop them",
+        )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _IdIndex:
-    """The row of each id of a table."""
-
-    ordered: np.ndarray
-    rows: np.ndarray
-
-    @classmethod
-    def of(cls, ids: array, path: Path, name: str) -> "_IdIndex":
-        found = np.frombuffer(ids, np.uint64)
-        rows = np.argsort(found, kind="stable")
-        ordered = found[rows]
-        if len(repeats := np.flatnonzero(ordered[1:] == ordered[:-1])):
-            first, second = sorted(rows[repeats[0] : repeats[0] + 2].tolist())
-            raise DataError(
-                path,
-                second + 1,
-                f'"{name}" repeats the id of row {first + 1}; give each row a unique id',
-            )
-        return cls(ordered, rows)
-
-    def row(self, key: int) -> int | None:
-        """Return the row of an id, if the table has it."""
-        place = int(np.searchsorted(self.ordered, np.uint64(key)))
-        known = place < len(self.ordered) and int(self.ordered[place]) == key
-        return int(self.rows[place]) if known else None
+def _add_id(rows: dict[int, int], value: object, name: str, path: Path, row: int) -> int:
+    """Add the row of an id and return its key; raise for a repeated one."""
+    key = _key(value, path, row)
+    first = rows.setdefault(key, len(rows))
+    if first != row - 1:
+        raise DataError(
+            path, row, f'"{name}" repeats the id of row {first + 1}; give each row a unique id'
+        )
+    return key
 
 
-class _LabelledPairs:
-    """Rows of documents by query; 16 bytes a pair."""
-
-    def __init__(self, documents: _IdIndex) -> None:
-        self._documents = documents
-        self._queries, self._rows = array("Q"), array("q")
-        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
-        self._used = 0
-
-    def add(self, query: object, document: object, path: Path, line: int) -> None:
-        """Add a pair; all of them before the first call of ``of``."""
-        row = self._documents.row(_key(document, path, line))
-        if row is None:
-            raise DataError(
-                path,
-                line,
-                f'"{DOCUMENT_ID}" {shown(document)} is not in documents.parquet; add it or drop '
-                "this row",
-            )
-        self._queries.append(_key(query, path, line))
-        self._rows.append(row)
-
-    def of(self, query: int) -> list[int]:
-        """Return the documents of a query, in the order in which they were added."""
-        if self._sorted is None:
-            queries = np.frombuffer(self._queries, np.uint64)
-            order = np.argsort(queries, kind="stable")
-            self._sorted = queries[order], np.frombuffer(self._rows, np.int64)[order]
-        queries, rows = self._sorted
-        wanted = np.uint64(query)
-        start = np.searchsorted(queries, wanted, side="left")
-        found = rows[start : np.searchsorted(queries, wanted, side="right")].tolist()
-        self._used += len(found)
-        return found
-
-    def check_used(self, path: Path) -> None:
-        """Raise if some pairs belong to queries that were never asked for."""
-        if lost := len(self._queries) - self._used:
-            raise DataError(
-                path,
-                None,
-                f"{lost:,} rows name queries that are not in queries.parquet; drop them",
-            )
+def _pair(
+    pair: Sequence[object], documents: Mapping[int, int], path: Path, row: int
+) -> tuple[int, int]:
+    """Return the key of the query and the row of the document."""
+    query, document = pair
+    found = documents.get(_key(document, path, row))
+    if found is None:
+        raise DataError(
+            path,
+            row,
+            f'"{DOCUMENT_ID}" {shown(document)} is not in documents.parquet; add it or drop '
+            "this row",
+        )
+    return _key(query, path, row), found
 
 
 def _rows(path: Path, names: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ...]]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tercet.errors import ModelError
 from tercet.files.progress import Advance
+from tercet.rank.topk import BROKEN_MODEL
 
 _PANEL: Final = 1 << 16  # documents that are float32 at the same time
 _MANY_THREADS: Final = 2  # with more, torch compares faster than numpy, which uses one
@@ -146,10 +147,7 @@ class _RankCounter:
             diagonal = torch.arange(rows.stop - rows.start, device=self.device)
             found = product[diagonal, diagonal + (first - start)].cpu()
             if not found.isfinite().all():
-                raise ModelError(
-                    "a vector contains NaN or infinity; the model is damaged, or the precision is "
-                    "too low for it"
-                )
+                raise ModelError(f"a vector contains NaN or infinity; {BROKEN_MODEL}")
             self.scores[rows] = found
             self._count(rows, columns)
 

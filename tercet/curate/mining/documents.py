@@ -1,9 +1,8 @@
 """The documents that are mined: distinct texts on disk, and a teacher's vectors of them.
 
-Nothing here holds all texts or all vectors. A document costs about 120 bytes of memory.
+Memory never holds all texts or all vectors. A document costs about 120 bytes of memory.
 """
 
-import hashlib
 import os
 import tempfile
 import weakref
@@ -23,64 +22,65 @@ from tercet import distributed
 from tercet.data.files.examples import shown
 from tercet.data.files.texts import text_key
 from tercet.errors import ModelError
+from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
 from tercet.files.progress import Advance
 from tercet.files.records import readable
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
-from tercet.rank.topk import Hits, TopK, check_queries
+from tercet.rank.topk import BROKEN_MODEL, Hits, TopK, check_queries
 from tercet.search.export import first_broken
 from tercet.types import Role
 from tercet.vectors import Vectors
 
-SHARD: Final = 4096  # texts that are encoded between two points where a killed run goes on
-_VERSION: Final = 1  # of what the name of a shard says
-_TOGETHER: Final = 1024  # queries that meet a shard of documents together
-_PAIRS: Final = 8192  # pairs of a query and a document that are scored together
+SHARD: Final = 4096  # texts per file of vectors; a run that was killed loses at most one
+_VERSION: Final = 1  # of the names of shards
+_TOGETHER: Final = 1024  # queries that are compared with a shard of documents at the same time
+_PAIRS: Final = 8192  # pairs of a query and a document that are scored at the same time
 
 
 class TextStore:
-    """Texts in a file without a name, gone when the process is; 8 bytes a text in memory."""
+    """Texts in an unnamed file, which ends with the process; 8 bytes of memory per text."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)
-        weakref.finalize(self, self._file.close)  # a worker of a job is never told to close
+        weakref.finalize(self, self._file.close)  # workers of a job do not call close
         self._ends = array("q", [0])
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def add(self, text: str) -> None:
-        """Put a text behind the others."""
+        """Append a text."""
         content = text.encode()
         self._file.write(content)
         self._ends.append(self._ends[-1] + len(content))
 
     def read(self, rows: Iterable[int]) -> list[str]:
-        """The texts of these rows."""
+        """Return the texts of these rows."""
         self._file.flush()
         number, ends = self._file.fileno(), self._ends
         return [os.pread(number, ends[row + 1] - ends[row], ends[row]).decode() for row in rows]
 
     def close(self) -> None:
-        """Give the disk space back."""
+        """Free the disk space."""
         self._file.close()
 
 
 @dataclass(eq=False)
 class Pool:
-    """Distinct documents that are encoded after one prompt. Of equal ones the first one counts."""
+    """Distinct documents with the same prompt. Of equal documents the first is kept."""
 
     prompt: str
     texts: TextStore
-    rows: dict[int, int] = field(default_factory=dict)  # the key of a text, to its row
-    shards: list[Path] = field(default_factory=list)  # vectors of SHARD rows each
+    rows: dict[int, int] = field(default_factory=dict)  # row by key of the text
+    shards: list[Path] = field(default_factory=list)  # files with the vectors of SHARD rows each
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, text: str) -> None:
-        """Take a document in; blank ones are none."""
+        """Add a document; blank and known ones are ignored."""
         if not text or text.isspace():
             return
         row = len(self.rows)
@@ -89,13 +89,13 @@ class Pool:
 
     @cached_property
     def keys(self) -> UInt64[np.ndarray, "docs"]:
-        """The keys of all documents, by row; not before the last one is there."""
+        """The keys of all documents, by row; valid after the last one is added."""
         return np.fromiter(self.rows, np.uint64, len(self.rows))
 
     def search(self, queries: Float32[np.ndarray, "queries dim"], k: int) -> Hits:
-        """The ``k`` documents of largest score for each query; each shard is read once.
+        """Return the ``k`` best documents of each query; each shard is read once.
 
-        Some queries meet a shard at a time: their scores are 16 MB, whatever there is to search.
+        Queries are compared in blocks, whose scores need 16 MB of memory.
         """
         k = min(k, len(self))
         if k < 1 or not len(queries):
@@ -108,8 +108,8 @@ class Pool:
         for number, path in enumerate(self.shards):
             docs = torch.from_numpy(np.array(_opened(path)))
             for part, found in zip(parts, best, strict=True):
-                # Torch's product: faster by a tenth and more than numpy's. Into the same memory:
-                # to get 16 MB afresh for each costs half as much again.
+                # Torch's product is at least 10 % faster than numpy's. It is written into the same
+                # memory: new 16 MB for each product would cost half as much again.
                 scores = product[: len(part) * len(docs)].view(len(part), len(docs))
                 torch.mm(part, docs.T, out=scores)
                 found.add(scores.numpy(), number * SHARD)
@@ -117,7 +117,7 @@ class Pool:
         return Hits(*(np.concatenate(some) for some in zip(*hits, strict=True)))
 
     def vectors(self, rows: Int[np.ndarray, "wanted"]) -> Float32[np.ndarray, "wanted dim"]:
-        """The vectors of these rows; each shard that holds one is opened once."""
+        """Return the vectors of these rows; each shard is opened at most once."""
         shards = rows // SHARD
         found = np.empty((len(rows), _opened(self.shards[0]).shape[1]), np.float32)
         for number in np.unique(shards).tolist():
@@ -128,23 +128,23 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredVectors:
-    """A teacher's vectors, kept in a folder: the same texts are encoded once.
+    """A teacher's vectors, kept in a folder so that texts are encoded once.
 
-    The name of a shard is a hash of all that its vectors hang on: teacher, role, prompts and
-    texts. So a run that was killed goes on with the shards that are there, another threshold costs
-    no encoding, and what a changed teacher or file had left is never read. Float32: halves would
-    save half of the disk, and would be converted again for each block of queries.
+    The name of a shard is a fingerprint of all that its vectors depend on: teacher, role, prompts
+    and texts. So a run that was killed continues with the existing shards, another rule encodes
+    nothing, and vectors of a changed teacher or file are never read. They are float32: float16
+    would save half of the disk, but be converted again for each block of queries.
     """
 
     teacher: Embedder
     folder: Path
 
     def shard(self, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Path:
-        """The file with the vectors of these texts, each after its prompt.
+        """Return the file with the vectors of these texts, each after its prompt.
 
         Raises:
-            ModelError: when a vector is not finite.
-            StorageError: when the disk refuses.
+            ModelError: if a vector contains NaN or infinity.
+            StorageError: if the disk refuses.
         """
         path = self.folder / f"{shard_name(self.teacher, texts, role, prompts)}.npy"
         if not _is_whole(path, (len(texts), self.teacher.dim)):
@@ -157,24 +157,24 @@ class StoredVectors:
     def queries(
         self, texts: Sequence[str], prompts: Sequence[str]
     ) -> Float32[np.ndarray, "queries dim"]:
-        """The vectors of queries."""
+        """Return the vectors of queries."""
         return np.array(_opened(self.shard(texts, "query", prompts)))
 
     def fill(self, pool: Pool, advance: Advance) -> None:
-        """Encode the documents of a pool; of several processes, which all call this, each some."""
+        """Encode the documents of a pool; several processes, which all call this, share them."""
         encode_pool(pool, self.shard, advance)
 
     def prepare(self, pool: Pool, start: int) -> None:
-        """Encode one shard of a pool, whose rows are from ``start`` on."""
+        """Encode the shard of a pool that starts at this row."""
         encode_shard(pool, self.shard, start)
 
     @property
     def settings(self) -> Settings:
-        """The teacher's, which say what is put before texts."""
+        """The settings of the teacher, which have its prompts."""
         return self.teacher.settings
 
     def nearest(self, queries: Float32[np.ndarray, "queries dim"], pool: Pool, k: int) -> Hits:
-        """The documents of largest score for each query."""
+        """Return the ``k`` best documents of each query."""
         return pool.search(queries, k)
 
     def scores(
@@ -184,7 +184,7 @@ class StoredVectors:
         pool: Pool,
         rows: Int64[np.ndarray, "pairs"],
     ) -> Float32[np.ndarray, "pairs"]:
-        """The score of query ``owners[i]`` with document ``rows[i]``, for each ``i``."""
+        """Return the score of query ``owners[i]`` with document ``rows[i]``, for each ``i``."""
         found = np.empty(len(rows), np.float32)
         for start in range(0, len(rows), _PAIRS):
             part = slice(start, start + _PAIRS)
@@ -192,7 +192,7 @@ class StoredVectors:
         return found
 
     def close(self) -> None:
-        """What was encoded stays for the next mining."""
+        """Do nothing: vectors are kept for the next mining."""
 
     def _encode(
         self, texts: Sequence[str], role: Role, prompts: Sequence[str]
@@ -211,7 +211,7 @@ class StoredVectors:
 def encode_pool(
     pool: Pool, shard: Callable[[Sequence[str], Role, Sequence[str]], Path], advance: Advance
 ) -> None:
-    """Give a pool its shards; of several processes, which all call this, each makes some."""
+    """Make the shards of a pool; several processes, which all call this, share the work."""
     starts = range(0, len(pool), SHARD)
     found: dict[int, Path] = {}
     own = starts[distributed.rank() :: distributed.world()]
@@ -220,46 +220,45 @@ def encode_pool(
             if start not in found:
                 found[start] = encode_shard(pool, shard, start)
                 advance(min(SHARD, len(pool) - start))
-        distributed.barrier()  # what others have encoded is found
+        distributed.barrier()  # after it, the shards of other processes are found
     pool.shards += [found[start] for start in starts]
 
 
 def encode_shard(
     pool: Pool, shard: Callable[[Sequence[str], Role, Sequence[str]], Path], start: int
 ) -> Path:
-    """The shard of the documents from a row on, encoded when it is not there."""
+    """Return the shard of the documents from ``start`` on; encode it if it is missing."""
     rows = range(start, min(start + SHARD, len(pool)))
     return shard(pool.texts.read(rows), "document", [pool.prompt] * len(rows))
 
 
 def shard_name(teacher: Embedder, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> str:
-    """A hash of all that a teacher's vectors of these texts hang on."""
+    """Return a fingerprint of all that a teacher's vectors of these texts depend on."""
     backbone = teacher.backbone
-    kind = next(backbone.parameters()).dtype
-    about = (_VERSION, teacher.fingerprint(), backbone.attention, backbone.window, kind)
-    digest = hashlib.blake2b(repr((*about, role, len(texts))).encode(), digest_size=16)
+    dtype = next(backbone.parameters()).dtype
+    about = (_VERSION, teacher.fingerprint(), backbone.attention, backbone.window, dtype)
+    parts = [repr((*about, role, len(texts))).encode()]
     for text in (*prompts, *texts):
         content = text.encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
+        parts += [len(content).to_bytes(8, "little"), content]
+    return fingerprint(b"".join(parts))
 
 
 def check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
-    """Refuse vectors of these texts that hold NaN or infinity.
+    """Check the vectors of these texts.
 
     Raises:
-        ModelError: naming the first such text.
+        ModelError: for the first text whose vector contains NaN or infinity.
     """
     if (row := first_broken(vectors)) is not None:
         raise ModelError(
-            f"the teacher's vector of {shown(texts[row])} holds NaN or infinity; the model is "
-            "broken, or it was run in a precision too low for it"
+            f"the teacher's vector of {shown(texts[row])} contains NaN or infinity; {BROKEN_MODEL}"
         )
 
 
 @contextmanager
 def prompted(teacher: Embedder, role: Role, prompt: str) -> Iterator[None]:
-    """For a while the teacher's prompt for this role is another one."""
+    """Replace the teacher's prompt for this role while the block runs."""
     settings = teacher.settings
     teacher.settings = replace(settings, prompts={**settings.prompts, role: prompt})
     try:
@@ -269,7 +268,7 @@ def prompted(teacher: Embedder, role: Role, prompt: str) -> Iterator[None]:
 
 
 def _opened(path: Path) -> np.ndarray:
-    # Opened for each use: a thousand files that stay open are more than a process may have.
+    # Opened for each use: a process may not keep thousands of files open.
     with readable(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
@@ -277,6 +276,6 @@ def _opened(path: Path) -> np.ndarray:
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
     try:
         found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # absent, or cut short by a copy
+    except (OSError, ValueError, EOFError):  # missing, or cut off by a copy
         return False
     return found.shape == shape and found.dtype == np.float32

@@ -24,6 +24,9 @@ class RelevantDocuments:
     def __init__(self) -> None:
         self._queries, self._documents = array("Q"), array("Q")
 
+    def __len__(self) -> int:
+        return len(self._queries)
+
     def add(self, query: int, document: int) -> None:
         """Add an answer; all of them before the first look-up."""
         self._queries.append(query)

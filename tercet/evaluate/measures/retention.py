@@ -24,8 +24,7 @@ from tercet.evaluate.measures.retrieval import (
 from tercet.evaluate.report.intervals import Interval
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.models.embedder import Embedder
-from tercet.models.kept import quantizer_of
-from tercet.models.settings import Settings
+from tercet.models.settings import Settings, quantizer_of
 from tercet.rank.coded import FACTOR, top_k_coded
 from tercet.rank.quantized import (
     PRECISIONS,

@@ -30,7 +30,7 @@ from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.progress import bar
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
-from tercet.models.kept import keep, require_settings
+from tercet.models.settings import keep, require_settings
 from tercet.rank.hybrid import HybridHits, each_alone, ranked
 from tercet.vectors import Vectors
 

@@ -1,12 +1,11 @@
-"""What llm2vec 0.2.3 publishes: adapter folders, and the form that it gives a text.
+"""Published models of llm2vec 0.2.3: adapter folders, and the template around a text.
 
 Nothing here imports llm2vec. A published model is a base, named but not contained, and one or two
 folders with adapters of it: the ``-mntp`` folder, which holds the tokenizer too, and on top of it
 one trained with SimCSE or on labelled pairs. What the last folder's ``llm2vec_config.json`` leaves
-open takes the package's own defaults.
+out has the package's defaults.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any, Final
 from huggingface_hub import snapshot_download
 
 from tercet.errors import ModelError
-from tercet.models.network.pooling import PoolingName
+from tercet.models.choices import PoolingName
+from tercet.models.network.loading import read_object
 from tercet.models.zoo import zoo
 
 POOLINGS: Final[Mapping[str, PoolingName]] = {
@@ -33,7 +33,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 }
 SEPARATOR: Final = "!@#$%^&*()"  # the package puts it before a text, and takes it out again
 
-# What goes around instruction and text, by the exact name of the base.
+# What stands around instruction and text, by the exact name of the base.
 _INST: Final = ("[INST] ", " [/INST]")
 _IM: Final = ("<|im_start|>user\n", "<|im_end|>")
 _LLAMA3: Final = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -57,10 +57,10 @@ _FILES: Final = ("*.json", "*.model", "*.jinja", "adapter_model.*")
 
 @dataclass(frozen=True, slots=True)
 class Llm2Vec:
-    """What a published model says, apart from its weights."""
+    """The configuration of a published model."""
 
-    base: str  # the name of the model that the first adapter goes onto; "" if it does not say
-    tokenizer: Path  # the folder that holds it
+    base: str  # name of the model that the first adapter is for; "" if unknown
+    tokenizer: Path  # its folder
     pooling: PoolingName
     max_tokens: int  # of instruction, text and template together
     text_tokens: int  # a longer text loses words at its end
@@ -69,7 +69,7 @@ class Llm2Vec:
     after: str  # read and pooled, as part of the text
 
     def joined(self, instruction: str, text: str) -> str:
-        """The input with its separators, one of them right before the text."""
+        """Return the input with its separator right before the text."""
         head = f"{instruction.strip()} " if instruction else ""
         whole = f"{head}{SEPARATOR}{text}"
         if not (self.before or self.after):
@@ -78,10 +78,10 @@ class Llm2Vec:
 
 
 def adapter_folder(name: str | Path) -> Path:
-    """The local folder of an adapter, fetched from the hub if it is not one already.
+    """Return the local folder of an adapter, fetched from the hub if needed.
 
     Raises:
-        ModelError: when there is no such folder and the hub does not give it.
+        ModelError: if there is no such folder and the hub does not provide it.
     """
     place = zoo.resolve(name)
     if isinstance(place, Path):
@@ -103,23 +103,24 @@ def adapter_folder(name: str | Path) -> Path:
 
 
 def read_llm2vec(folders: Sequence[Path]) -> Llm2Vec:
-    """What these adapter folders say, in the order in which they go onto the base.
+    """Return what adapter folders say, given in the order in which they are merged.
 
     Raises:
-        ModelError: when a file is damaged, or asks for a pooling that the package does not have.
+        ModelError: if a file is damaged, or names a pooling that the package does not have.
     """
     first, last = folders[0], folders[-1]
-    config = _read_object(first / "config.json") or {}
-    base = (_read_object(first / "adapter_config.json") or {}).get("base_model_name_or_path") or ""
+    config = read_object(first / "config.json", optional=True)
+    adapter = read_object(first / "adapter_config.json", optional=True)
+    base = adapter.get("base_model_name_or_path") or ""
     named = config.get("_name_or_path") or base
     path = last / "llm2vec_config.json"
-    settings = {**DEFAULTS, **(_read_object(path) or {})}
+    settings = {**DEFAULTS, **read_object(path, optional=True)}
     mode = settings["pooling_mode"]
     if mode not in POOLINGS:
-        raise ModelError(f'{path}: pools by "{mode}"; llm2vec knows {", ".join(POOLINGS)}')
+        raise ModelError(f'{path}: pooling_mode must be one of {", ".join(POOLINGS)}; got "{mode}"')
     for key, default in DEFAULTS.items():
         if type(settings[key]) is not type(default):
-            raise ModelError(f'{path}: "{key}" should be {default!r} or the like')
+            raise ModelError(f'{path}: "{key}" must be like {default!r}; got {settings[key]!r}')
     before, after = TEMPLATES.get(named, ("", ""))
     if mode == "eos_token" and named != _LLAMA3:
         plain = named == "meta-llama/Meta-Llama-3-8B"
@@ -134,16 +135,3 @@ def read_llm2vec(folders: Sequence[Path]) -> Llm2Vec:
         before=before,
         after=after,
     )
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in this file; None if there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise ModelError(f"{path}: is not JSON ({error}); is the download complete?") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: should hold one JSON object; is the download complete?")
-    return content

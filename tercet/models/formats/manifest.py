@@ -1,27 +1,28 @@
-"""What a model folder says of itself, without loading its weights."""
+"""Facts about a model folder, read without loading its weights."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tercet.errors import ModelError
+from tercet.models.network.loading import read_object
 from tercet.models.settings import FILE, read_settings
 from tercet.models.zoo import zoo
 
 
 def manifest(source: str) -> dict[str, str]:
-    """How a model reads and what made it, as lines for people.
+    """Return how a model reads texts and how it was made, as lines for people.
 
     Raises:
-        ModelError: when the folder is no model, or its files are damaged.
+        ModelError: if the folder is not a model, or its files are damaged.
     """
     place = Path(zoo.resolve(source))
     if place.is_file():
         raise ModelError(f"{source}: is a file; inspect reads folders and installed models")
     if not place.is_dir():
         raise ModelError(f"{source}: is not here; inspect reads folders and installed models")
-    config = _read(place / "config.json") or _read(place / "adapter_config.json")
+    config = read_object(place / "config.json", optional=True)
+    config = config or read_object(place / "adapter_config.json", optional=True)
     saved = read_settings(place) if (place / FILE).exists() else None
     return dict(_lines(place, config, saved))
 
@@ -58,7 +59,7 @@ def _lines(
 
 
 def _history(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The stages that made it, in order, or the adapters that were merged."""
+    """Yield the training stages, in order, and the adapters that were merged."""
     for name in ("recipe", "base", "seed"):
         if name in about:
             yield name, str(about[name])
@@ -72,13 +73,3 @@ def _history(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
     for number, merged in enumerate(about.get("merged", ()), start=1):
         yield f"adapter {number}", f"{merged['adapter']}; sha256 {merged['sha256'][:12]}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: is not JSON ({error}); is the download complete?") from error
-    return content if isinstance(content, dict) else {}

@@ -4,30 +4,30 @@ None of the code in such a folder runs. Its licence (cc-by-nc-4.0) allows loadin
 passing it on nor passing on weights that were made from it.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tercet.errors import ModelError
+from tercet.models.choices import Attention, LayerSettings, Window
 from tercet.models.formats.parts import ModelParts, replaced_layer
-from tercet.models.network.backbone import Attention, Backbone, Window
-from tercet.models.network.latent_attention import AttentionLayer, Layer, build_layer
-from tercet.models.network.loading import quiet
+from tercet.models.network.backbone import Backbone
+from tercet.models.network.latent_attention import AttentionLayer, build_layer
+from tercet.models.network.loading import REMEDY, as_object, loading, misfits, quiet, read_object
 from tercet.models.settings import Settings, as_prompt, changed
 from tercet.models.tokens import load_tokenizer
 
 MAX_TOKENS: Final = 4_096  # the reference's default; the model itself has more positions
 
-Part: TypeAlias = Literal["backbone", "layer"]
+PartName: TypeAlias = Literal["backbone", "layer"]
 
-# The sizes of a configuration that leaves them open.
+# Sizes that a configuration may leave out.
 DEFAULTS: Final[Mapping[str, Any]] = {
     "num_latents_value": 512,
     "num_cross_heads": 8,
@@ -36,13 +36,13 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "latent_dim": 4096,
     "output_normalize": True,
 }
-PREFIXES: Final[Mapping[Part, str]] = {
+PREFIXES: Final[Mapping[PartName, str]] = {
     "backbone": "embedding_model.",
     "layer": "latent_attention_model.",
 }
 _READ: Final = "cross_attend_blocks.0"
 _CHANGE: Final = "cross_attend_blocks.1"
-LAYER_NAMES: Final[Mapping[str, str]] = {  # ours, and the published one without its prefix
+LAYER_NAMES: Final[Mapping[str, str]] = {  # ours -> the published one without its prefix
     "latents": "latents",
     "norm_query.weight": f"{_READ}.norm.weight",
     "norm_query.bias": f"{_READ}.norm.bias",
@@ -58,21 +58,19 @@ LAYER_NAMES: Final[Mapping[str, str]] = {  # ours, and the published one without
     "ff_out.weight": f"{_CHANGE}.fn.net.2.weight",
     "ff_out.bias": f"{_CHANGE}.fn.net.2.bias",
 }
-_OURS: Final[Mapping[str, str]] = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
-_REMEDY: Final = "is the download complete?"
 
 
 @dataclass(frozen=True, slots=True)
 class NvEmbed:
-    """What a published model says, apart from its weights."""
+    """The configuration of a published model."""
 
-    text_config: Mapping[str, Any]  # of a stock Mistral
+    text_config: Mapping[str, Any]  # of a Mistral of transformers
     latents: int
     heads: int
     head_size: int
     normalize: bool
     masks_instruction: bool  # whether the reference leaves instructions out of the mean at all
-    instructions: Mapping[str, Mapping[str, str]]  # task -> role -> what to do, not yet a prompt
+    instructions: Mapping[str, Mapping[str, str]]  # task -> role -> instruction, not yet a prompt
 
 
 def load_nv_embed(
@@ -83,14 +81,14 @@ def load_nv_embed(
     window: Window | None = None,
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> ModelParts:
-    """Load a folder as ``nvidia/NV-Embed-v1`` and ``-v2`` are; none of its code runs.
+    """Load a folder in the format of ``nvidia/NV-Embed-v1`` and ``-v2``; none of its code runs.
 
-    The files are read one after another, so that no weight is there twice. Texts carry no prompt
-    unless a task of the folder's ``instructions.json`` is asked for. It is read both ways, and all
-    windows are open, unless asked otherwise; ``changes`` replace settings.
+    Weight files are read one at a time, so that no weight is in memory twice. Texts carry no prompt
+    unless a task of the folder's ``instructions.json`` is given. The default is bidirectional
+    attention without sliding windows; ``changes`` replace settings.
 
     Raises:
-        ModelError: when weights are missing, unknown or of another size.
+        ModelError: if weights are missing, unknown or of another size.
     """
     published = read_nv_embed(folder)
     backbone, layer = _load_weights(folder, published, dtype, attention, window)
@@ -107,7 +105,7 @@ def load_nv_embed(
         query_tokens=MAX_TOKENS,
         document_tokens=MAX_TOKENS,
     )
-    with quiet():  # transformers does not know this kind of configuration, and need not
+    with quiet():  # transformers warns that it does not know the type of this configuration
         tokenizer = load_tokenizer(folder)
     if "layer" in changes:
         settings, used = replaced_layer(folder, changed(settings, changes), layer, backbone.hidden)
@@ -126,11 +124,13 @@ def _load_weights(
     from transformers import MistralConfig, MistralModel  # not needed for other models
 
     config = MistralConfig.from_dict(dict(published.text_config))
-    sizes = Layer(latents=published.latents, heads=published.heads, head_size=published.head_size)
+    sizes = LayerSettings(
+        latents=published.latents, heads=published.heads, head_size=published.head_size
+    )
     with torch.device("meta"):
         model: Any = MistralModel(config)
         layer = build_layer(sizes, config.hidden_size)
-    model.rotary_emb = type(model.rotary_emb)(config=config)  # computed, so in no file
+    model.rotary_emb = type(model.rotary_emb)(config=config)  # computed, not stored in files
     _fill({"backbone": model, "layer": layer}, folder, dtype)
     backbone = Backbone(
         model.eval(), attention=attention or "bidirectional", window=window or "full"
@@ -139,75 +139,67 @@ def _load_weights(
     return backbone, layer.eval()
 
 
-def _fill(parts: Mapping[Part, nn.Module], folder: Path, dtype: torch.dtype) -> None:
-    """Put the weights of all files in their places, which are on no device yet."""
+def _fill(parts: Mapping[PartName, nn.Module], folder: Path, dtype: torch.dtype) -> None:
+    """Load the weights of all files into modules whose parameters are on the meta device."""
     files = weight_files(folder)
-    places = {
-        published_name(part, name): place.shape
+    places: dict[str, tuple[PartName, str, tuple[int, ...]]] = {
+        published_name(part, name): (part, name, tuple(weight.shape))
         for part, module in parts.items()
-        for name, place in module.state_dict().items()
+        for name, weight in module.state_dict().items()
     }
-    shapes = {name: shape for path in files for name, shape in _shapes(path)}
-    check_names(folder, [*shapes], [*places])
-    for name, shape in shapes.items():
-        if shape != tuple(places[name]):
-            raise ModelError(
-                f"{folder}: {name} is {shape} and should be {tuple(places[name])}, as config.json "
-                "has it; copy or download the folder again"
-            )
+    found = {name: shape for path in files for name, shape in _shapes(path)}
+    if problems := misfits(found, {name: place[2] for name, place in places.items()}):
+        raise ModelError(
+            f"{folder}: its weights are not those of NV-Embed-v1 or -v2 with this config.json: "
+            f"{problems}; copy or download the folder again"
+        )
     for path in files:
-        found: dict[Part, dict[str, Tensor]] = {"backbone": {}, "layer": {}}
+        read: dict[PartName, dict[str, Tensor]] = {"backbone": {}, "layer": {}}
         with safe_open(path, framework="pt") as weights:
             for published in weights.keys():
-                place = our_name(published)
-                assert place is not None  # names were checked
-                part, name = place
-                # A copy: a tensor read from a file lies at odd places, and hangs on the file.
-                found[part][name] = weights.get_tensor(published).to(dtype, copy=True)
+                part, name, _ = places[published]
+                # A copy: a tensor read from a file is unaligned, and keeps the file open.
+                read[part][name] = weights.get_tensor(published).to(dtype, copy=True)
         for part, module in parts.items():
-            module.load_state_dict(found[part], strict=False, assign=True)
+            module.load_state_dict(read[part], strict=False, assign=True)
 
 
 def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    try:
-        with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():
-                yield name, tuple(weights.get_slice(name).get_shape())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}; copy or download it again") from error
+    with (
+        loading(f"{path}: cannot be read", "; copy or download it again"),
+        safe_open(path, framework="pt") as weights,
+    ):
+        for name in weights.keys():
+            yield name, tuple(weights.get_slice(name).get_shape())
 
 
 def is_nv_embed(folder: Path) -> bool:
-    """Whether the folder is laid out as the published models are."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    config = _read(path)
-    return isinstance(config, dict) and config.get("model_type") == "nvembed"
+    """Whether the folder's config.json is that of a published NV-Embed model."""
+    return read_object(folder / "config.json", optional=True).get("model_type") == "nvembed"
 
 
 def read_nv_embed(folder: Path) -> NvEmbed:
-    """What the folder says.
+    """Return what the folder's files say.
 
     Raises:
-        ModelError: when a file is missing or damaged, or the sizes do not belong together.
+        ModelError: if a file is missing or damaged, or sizes contradict each other.
     """
     path = folder / "config.json"
-    config = _object(path, _read(path))
-    text = dict(_object(path, config.get("text_config")))
+    config = read_object(path)
+    text = dict(as_object(path, config.get("text_config")))
     if text.pop("model_type", None) not in ("bidir_mistral", "mistral"):
-        raise ModelError(f'{path}: "text_config" is not that of a Mistral; {_REMEDY}')
+        raise ModelError(f'{path}: "text_config" must be that of a Mistral; {REMEDY}')
     for name in ("architectures", "auto_map", "_name_or_path", "_attn_implementation"):
         text.pop(name, None)
-    sizes = {**DEFAULTS, **_object(path, config.get("latent_attention_config") or {})}
+    sizes = {**DEFAULTS, **as_object(path, config.get("latent_attention_config") or {})}
     for name, default in DEFAULTS.items():
         if type(sizes[name]) is not type(default) or not (default is True or sizes[name] > 0):
-            raise ModelError(f'{path}: "{name}" is {sizes[name]!r}; it should be like {default!r}')
+            raise ModelError(f'{path}: "{name}" must be like {default!r}; got {sizes[name]!r}')
     widths = {sizes["hidden_dim"], sizes["latent_dim"], text.get("hidden_size", 4096)}
     if len(widths) > 1:
         raise ModelError(
-            f"{path}: gives the width as {', '.join(map(str, sorted(widths)))}; hidden_dim, "
-            f"latent_dim and the text model's hidden_size should be one number; {_REMEDY}"
+            f"{path}: hidden_dim, latent_dim and the text model's hidden_size must be equal; got "
+            f"{', '.join(map(str, sorted(widths)))}; {REMEDY}"
         )
     return NvEmbed(
         text_config=MappingProxyType(text),
@@ -221,83 +213,37 @@ def read_nv_embed(folder: Path) -> NvEmbed:
     )
 
 
-def our_name(published: str) -> tuple[Part, str] | None:
-    """The part of our model that a published weight belongs to, and its name in there."""
-    for part, prefix in PREFIXES.items():
-        if published.startswith(prefix):
-            name = published.removeprefix(prefix)
-            found = name if part == "backbone" else _OURS.get(name)
-            return None if found is None else (part, found)
-    return None
-
-
-def published_name(part: Part, name: str) -> str:
-    """The name under which a weight of ours is published."""
+def published_name(part: PartName, name: str) -> str:
+    """Return the name under which a weight of our model is published."""
     return PREFIXES[part] + (name if part == "backbone" else LAYER_NAMES[name])
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, in order.
+    """Return the files that hold the weights, in order.
 
     Raises:
-        ModelError: when one of them is missing.
+        ModelError: if one of them is missing.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         files = [folder / "model.safetensors"]
     else:
-        places = _object(index, _object(index, _read(index)).get("weight_map"))
+        places = as_object(index, read_object(index).get("weight_map"))
         files = [folder / name for name in sorted({*map(str, places.values())})]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
-        raise ModelError(f"{folder}: lacks {', '.join(missing) or 'weights'}; {_REMEDY}")
+        raise ModelError(f"{folder}: lacks {', '.join(missing) or 'weights'}; {REMEDY}")
     return files
 
 
-def check_names(folder: Path, found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse weights that are missing, and those that nobody would read.
-
-    Raises:
-        ModelError: naming some of them.
-    """
-    missing, extra = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("are missing", missing), ("are unknown", extra))
-        if names
-    ]
-    if problems:
-        raise ModelError(
-            f"{folder}: of the weights {' and '.join(problems)}; it is not laid out as "
-            "NV-Embed-v1 and -v2 are, or not complete; copy or download it again"
-        )
-
-
 def _read_instructions(path: Path) -> dict[str, dict[str, str]]:
-    """Instructions by task: one text for both sides, or one each for queries and documents."""
-    if not path.is_file():
-        return {}
+    """Return instructions by task and role; a single text counts for both roles."""
     found: dict[str, dict[str, str]] = {}
-    for task, said in _object(path, _read(path)).items():
+    for task, said in read_object(path, optional=True).items():
         sides = {"query": said, "document": said} if isinstance(said, str) else said
         if not isinstance(sides, dict) or not all(isinstance(x, str) for x in sides.values()):
-            raise ModelError(f'{path}: "{task}" should be a text, or texts by side; {_REMEDY}')
+            raise ModelError(f'{path}: "{task}" must be a text, or texts by side; {REMEDY}')
         document = next((sides[n] for n in ("document", "corpus", "passage") if n in sides), "")
         roles = {"query": sides.get("query", ""), "document": document}
         found[task] = {role: text for role, text in roles.items() if text}
     return found
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: is missing; {_REMEDY}") from error
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise ModelError(f"{path}: is not JSON ({error}); {_REMEDY}") from error
-
-
-def _object(path: Path, content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: should hold a JSON object where it does not; {_REMEDY}")
-    return content

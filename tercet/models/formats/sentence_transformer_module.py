@@ -30,7 +30,7 @@ def as_sentence_transformer(parts: ModelParts) -> Any:
     except ImportError as error:
         raise MissingExtraError("as_sentence_transformer", "sentence-transformers") from error
     backbone, settings = parts.backbone, parts.settings
-    inexpressible = settings.only_ours()
+    inexpressible = settings.inexpressible()
     if inexpressible is not None:
         raise ModelError(
             f"sentence-transformers cannot express {inexpressible}; use encode instead"

@@ -1,4 +1,4 @@
-"""The folder format of sentence-transformers: what it says beside weights and tokenizer.
+"""The folder format of sentence-transformers: the files beside weights and tokenizer.
 
 Nothing here imports sentence-transformers: the format is a few small JSON files.
 
@@ -9,13 +9,12 @@ Nothing here imports sentence-transformers: the format is a few small JSON files
 - ``sentence_bert_config.json``: the longest text, in tokens
 - ``config_sentence_transformers.json``: prompts by name, similarity, versions
 
-It is written as releases 2 to 5 wrote it. Release 6 renamed modules and keys but still reads the
-old ones without a warning; other programs that serve embedders know the old ones only.
+The layout written is that of releases 2 to 5. Release 6 renamed modules and keys but reads the old
+ones without a warning; other programs that serve embedders know the old ones only.
 """
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -23,12 +22,13 @@ from typing import Any, Final, get_args
 from tokenizers import Tokenizer
 
 from tercet.errors import ModelError
-from tercet.models.network.latent_attention import Layer
-from tercet.models.network.pooling import PoolingName
+from tercet.files.artifacts import write_json
+from tercet.models.choices import LayerSettings, PoolingName
+from tercet.models.network.loading import read_object, read_value
 from tercet.models.settings import Settings, named_prompts
 from tercet.types import Role
 
-# Our name, their name, and the flag by which releases before 6 say the same.
+# Their name -> our name, and the flag that stands for it before release 6.
 POOLINGS: Final[Mapping[str, tuple[PoolingName | None, str]]] = {
     "cls": ("first", "pooling_mode_cls_token"),
     "mean": ("mean", "pooling_mode_mean_tokens"),
@@ -38,7 +38,7 @@ POOLINGS: Final[Mapping[str, tuple[PoolingName | None, str]]] = {
     "lasttoken": ("last", "pooling_mode_lasttoken"),
 }
 MODULES: Final = ("Transformer", "Layer", "Pooling", "Normalize")
-LAYER: Final = "tercet_layer.Layer"  # the class of the layer, in the file that is written beside
+LAYER: Final = "tercet_layer.Layer"  # the layer's class, in the file that is copied into the folder
 LAYER_CODE: Final = Path(__file__).with_name("tercet_layer.py")
 WRITTEN_AS: Final = "5.0.0"  # the release whose layout is written; readers compare it with theirs
 REMEDY: Final = "load the model with sentence-transformers itself, or use another one"
@@ -47,16 +47,16 @@ REMEDY: Final = "load the model with sentence-transformers itself, or use anothe
 def write_modules(folder: Path, settings: Settings, dim: int) -> None:
     """Make a folder with weights and tokenizer one that ``SentenceTransformer(folder)`` loads.
 
-    Attention both ways of a decoder is not said here but by ``is_causal`` in ``config.json``. The
-    sizes and weights of a trained layer are not written here, but its code and its prompts. A
-    tokenizer that has no padding gets its end token for it, as is usual: texts are padded there.
+    A decoder's direction is not written here but as ``is_causal`` in ``config.json``; of a trained
+    layer, the code and the prompts, but not its sizes and weights. A tokenizer without a padding
+    token gets its end token as one, as is usual, since texts are padded there.
     """
-    _mend_tokenizer(folder / "tokenizer_config.json")
+    _complete_tokenizer(folder / "tokenizer_config.json")
     used = {"Transformer": True, "Pooling": True}
     used |= {"Layer": settings.layer is not None, "Normalize": settings.normalize}
     modules = [name for name in MODULES if used[name]]
     paths = {name: f"{i}_{name}" if i else "" for i, name in enumerate(modules)}
-    _write(
+    write_json(
         folder / "modules.json",
         [
             {
@@ -72,17 +72,17 @@ def write_modules(folder: Path, settings: Settings, dim: int) -> None:
         (folder / path).mkdir(exist_ok=True)
     if settings.layer is not None:
         shutil.copyfile(LAYER_CODE, folder / LAYER_CODE.name)
-        _write(folder / paths["Layer"] / "prompts.json", prompt_ids(folder, settings))
+        write_json(folder / paths["Layer"] / "prompts.json", prompt_ids(folder, settings))
     modes = {flag: ours == settings.pooling for ours, flag in POOLINGS.values()}
-    _write(
+    write_json(
         folder / paths["Pooling"] / "config.json",
         {"word_embedding_dimension": dim, **modes, "include_prompt": settings.pool_prompt},
     )
     longest = max(settings.query_tokens, settings.document_tokens)
-    _write(
+    write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}
     )
-    _write(
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
@@ -98,23 +98,23 @@ def write_modules(folder: Path, settings: Settings, dim: int) -> None:
     )
 
 
-def _mend_tokenizer(path: Path) -> None:
-    """Name a padding token, and the tokenizer's class as transformers before release 5 knows it."""
-    config = _read_object(path) if path.is_file() else {}
-    mended = dict(config)
+def _complete_tokenizer(path: Path) -> None:
+    """Name a padding token, and a tokenizer class that transformers knew before release 5."""
+    config = read_object(path, optional=True)
+    complete = dict(config)
     if config.get("eos_token") and not config.get("pad_token"):
-        mended["pad_token"] = config["eos_token"]
+        complete["pad_token"] = config["eos_token"]
     if config.get("tokenizer_class") == "TokenizersBackend":
-        mended["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if mended != config:
-        _write(path, mended)
+        complete["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if complete != config:
+        write_json(path, complete)
 
 
 def prompt_ids(folder: Path, settings: Settings) -> list[list[int]]:
-    """What a layer has to know of the prompts, where they are left out of the vectors.
+    """Return token ids of the prompts that a layer leaves out of the vectors.
 
-    The token ids of each alone, with the special tokens before it and without the one after; the
-    folder holds the tokenizer.
+    Each prompt is tokenized alone, by the folder's tokenizer, with the special tokens before it and
+    without the one after it.
     """
     prompts = dict.fromkeys(prompt for _, prompt in named_prompts(settings))
     if settings.pool_prompt or not prompts:
@@ -131,7 +131,7 @@ def read_modules(folder: Path) -> Settings | None:
     """Return the settings in a sentence-transformers folder; None for any other folder.
 
     Raises:
-        ModelError: a file is missing or damaged, or the model has a part that tercet has not.
+        ModelError: if a file is missing or damaged, or the model has a part that tercet lacks.
     """
     if not (folder / "modules.json").is_file():
         return None
@@ -141,7 +141,7 @@ def read_modules(folder: Path) -> Settings | None:
     return Settings(
         pooling=pooling,
         normalize="Normalize" in modules,
-        layer=Layer() if "Layer" in modules else None,  # its sizes are beside its weights
+        layer=LayerSettings() if "Layer" in modules else None,  # its sizes are beside its weights
         **_read_prompts(folder / "config_sentence_transformers.json"),
         pool_prompt=pool_prompt,
         query_tokens=max_tokens,
@@ -150,16 +150,16 @@ def read_modules(folder: Path) -> Settings | None:
 
 
 def _read_module_list(path: Path) -> dict[str, str]:
-    """The subfolder of each module, by its class; transformer and pooling are among them."""
+    """Return the subfolder of each module by its class, transformer and pooling included."""
     try:
-        found = [(module["type"], module["path"]) for module in _read(path)]
+        found = [(module["type"], module["path"]) for module in read_value(path)]
     except (KeyError, TypeError) as error:
-        raise ModelError(f"{path}: is not a list of modules with type and path") from error
+        raise ModelError(f"{path}: must be a list of modules with type and path") from error
     names = [kind.rpartition(".")[2] for kind, _ in found]
     for (kind, _), name in zip(found, names, strict=True):
-        stock = kind.startswith("sentence_transformers.") and name != "Layer"
-        if name not in MODULES or not (stock or kind == LAYER):
-            raise ModelError(f'{path}: has the module "{kind}", which tercet does not; {REMEDY}')
+        theirs = kind.startswith("sentence_transformers.") and name != "Layer"
+        if name not in MODULES or not (theirs or kind == LAYER):
+            raise ModelError(f'{path}: has the module "{kind}", which tercet lacks; {REMEDY}')
     needed = {"Transformer", "Pooling"} <= {*names}
     if not needed or names != [name for name in MODULES if name in names]:
         raise ModelError(
@@ -181,7 +181,7 @@ def _read_module_list(path: Path) -> dict[str, str]:
 
 def _read_pooling(path: Path) -> tuple[PoolingName, bool]:
     """Return the pooling and whether prompts are pooled; release 6 and earlier ones differ."""
-    config = _read_object(path)
+    config = read_object(path)
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [name for name, (_, flag) in POOLINGS.items() if config.get(flag)] or ["mean"]
@@ -190,24 +190,23 @@ def _read_pooling(path: Path) -> tuple[PoolingName, bool]:
     if ours is None:
         known = ", ".join(name for name, (our_name, _) in POOLINGS.items() if our_name)
         raise ModelError(
-            f'{path}: pools by "{" + ".join(modes)}"; tercet knows {known}, one of them; {REMEDY}'
+            f'{path}: pooling must be one of {known}; got "{" + ".join(modes)}"; {REMEDY}'
         )
-    if not isinstance(
-        config.get("embedding_dimension", config.get("word_embedding_dimension")), int
-    ):
-        raise ModelError(f"{path}: says no embedding_dimension; is the download complete?")
+    dim = config.get("embedding_dimension", config.get("word_embedding_dimension"))
+    if not isinstance(dim, int):
+        raise ModelError(f"{path}: has no embedding_dimension; is the download complete?")
     return ours, config.get("include_prompt", True)
 
 
 def _read_max_tokens(folder: Path) -> int:
-    """The longest text: as set, else what both tokenizer and model take."""
+    """Return the longest text in tokens: as set, else what both tokenizer and model take."""
     # Old releases put the architecture in the name: sentence_roberta_config.json.
     names = [
         "sentence_bert_config.json",
         *sorted(p.name for p in folder.glob("sentence_*_config.json")),
     ]
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    config = _read_object(path) if path else {}
+    path = folder / next((name for name in names if (folder / name).is_file()), names[0])
+    config = read_object(path, optional=True)
     if config.get("do_lower_case"):
         raise ModelError(
             f"{path}: asks for lower case before the tokenizer, which tercet does not do; if the "
@@ -215,31 +214,31 @@ def _read_max_tokens(folder: Path) -> int:
         )
     task = config.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
-        raise ModelError(f'{path}: uses the transformer for "{task}", tercet for states; {REMEDY}')
+        raise ModelError(
+            f'{path}: transformer_task must be feature-extraction; got "{task}"; {REMEDY}'
+        )
     limits = [config.get("max_seq_length")]
     if not limits[0]:
-        tokenizer, model = folder / "tokenizer_config.json", folder / "config.json"
-        limits = [
-            _read_object(tokenizer).get("model_max_length") if tokenizer.is_file() else None,
-            _read_object(model).get("max_position_embeddings") if model.is_file() else None,
-        ]
+        tokenizer = read_object(folder / "tokenizer_config.json", optional=True)
+        model = read_object(folder / "config.json", optional=True)
+        limits = [tokenizer.get("model_max_length"), model.get("max_position_embeddings")]
     known = [limit for limit in limits if isinstance(limit, int)]
     if not known:
         raise ModelError(
-            f"{folder}: does not say how long a text may be; "
-            'set "max_seq_length" in sentence_bert_config.json'
+            f'{folder}: the longest text is unknown; set "max_seq_length" in '
+            "sentence_bert_config.json"
         )
     return min(known)
 
 
 def _read_prompts(path: Path) -> dict[str, Any]:
-    """Return prompts by role and by task, the one for documents also if it has another name.
+    """Return prompts by role and by task, the one for documents even if it has another name.
 
     Authors call it "passage" or "corpus" as well. Release 6 then encodes documents without a
     prompt, because it adds an empty one called "document" and prefers it.
     """
-    read = _read_object(path).get("prompts") if path.is_file() else None
-    named = {name: prompt or "" for name, prompt in (read or {}).items()}
+    read = read_object(path, optional=True).get("prompts") or {}
+    named = {name: prompt or "" for name, prompt in read.items()}
     for name in ("passage", "corpus"):
         if named.get(name) and not named.get("document"):
             named["document"] = named[name]
@@ -251,24 +250,3 @@ def _read_prompts(path: Path) -> dict[str, Any]:
         else:
             found["prompts"][name] = prompt
     return found
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    content = _read(path)
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: should hold one JSON object; is the download complete?")
-    return content
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: is missing; is the download complete?") from error
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise ModelError(f"{path}: is not JSON ({error}); is the download complete?") from error
-
-
-def _write(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(f"{text}\n", encoding="utf-8")

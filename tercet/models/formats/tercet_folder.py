@@ -12,6 +12,7 @@ from tercet.errors import ModelError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import replacing_folder
 from tercet.kinds import Kind
+from tercet.models.choices import Attention, Window
 from tercet.models.formats.lora_adapters import merge_adapter
 from tercet.models.formats.nv_embed import is_nv_embed, load_nv_embed
 from tercet.models.formats.parts import (
@@ -22,7 +23,7 @@ from tercet.models.formats.parts import (
     with_layer,
 )
 from tercet.models.formats.sentence_transformers import write_modules
-from tercet.models.network.backbone import Attention, Backbone, Window, probe
+from tercet.models.network.backbone import Backbone, probe
 from tercet.models.network.heads import save_heads
 from tercet.models.network.latent_attention import save_layer
 from tercet.models.settings import FILE, VERSION, Settings, changed, named_prompts, read_settings
@@ -101,7 +102,7 @@ def save_parts(parts: ModelParts, folder: Path, about: Mapping[str, Any]) -> Non
             f"{folder}: is not a model and would be overwritten; choose another folder"
         )
     parts.backbone.merge_lora()
-    inexpressible = parts.settings.only_ours()
+    inexpressible = parts.settings.inexpressible()
     with replacing_folder(folder) as fresh:
         _write(parts, fresh, {"about": dict(about)})
         if inexpressible is None:

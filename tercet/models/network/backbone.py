@@ -8,7 +8,7 @@ changes a token and looks at what moves.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tercet.errors import ModelError
-from tercet.models.network.allocator import keep_freed_memory
+from tercet.models.choices import Attention, Window
 from tercet.models.network.attention import NAME, Layout
+from tercet.models.network.cpu import keep_freed_memory
 from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
 from tercet.segments import offsets_of
 from tercet.types import Packed
-
-Attention: TypeAlias = Literal["causal", "bidirectional"]
-Window: TypeAlias = Literal["keep", "full"]
 
 
 class Backbone(nn.Module):
@@ -154,7 +152,7 @@ class Backbone(nn.Module):
         return states[:, back]
 
     @contextmanager
-    def reading(self, attention: Attention | None) -> Iterator[None]:
+    def direction(self, attention: Attention | None) -> Iterator[None]:
         """Read in this direction for a while; None leaves it as it is. Weights stay the same.
 
         Raises:

@@ -6,16 +6,15 @@ token (an empty text after an instruction) is pooled over all of its tokens, alo
 alike.
 """
 
-from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tercet import segments
+from tercet.models.choices import PoolingName
 from tercet.types import Packed
-
-PoolingName: TypeAlias = Literal["mean", "weighted_mean", "first", "last"]
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ a kind that did not find it scores zero. Of candidates there are at least as man
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 from tercet.errors import RecipeError
 from tercet.kinds import Kind, Weights
@@ -158,6 +158,3 @@ def counted(fusion: Fusion, present: Sequence[Kind]) -> tuple[Kind, ...]:
             "these counts; give one of them a weight"
         )
     return kinds
-
-
-FusionName: TypeAlias = Literal["weighted", "rrf", "rerank"]

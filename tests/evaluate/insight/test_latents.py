@@ -7,8 +7,9 @@ import torch
 from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.insight.latents import LatentUse, latent_use
 from tercet.evaluate.report.figures import drawing, heat_maps
+from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
-from tercet.models.network.latent_attention import Layer, build_layer
+from tercet.models.network.latent_attention import build_layer
 from tests.toy import SENTENCES
 
 PROMPT = "find it:\n"
@@ -19,7 +20,7 @@ def embedder(decoder_folder):
     """Five latents and three heads behind a tiny decoder whose prompts are not pooled."""
     found = Embedder.load(decoder_folder, prompts={"query": PROMPT}, pool_prompt=False)
     torch.manual_seed(0)
-    found.layer = build_layer(Layer(latents=5, heads=3, head_size=16), 64)
+    found.layer = build_layer(LayerSettings(latents=5, heads=3, head_size=16), 64)
     with torch.no_grad():
         found.layer.to_q.weight.mul_(4)
     return found
@@ -102,14 +103,14 @@ def test_the_heat_map_has_the_most_used_latents_first():
         heat_maps({"model": found})
 
 
-@pytest.mark.parametrize("layer", [None, Layer(kind="self_attention", heads=4)])
+@pytest.mark.parametrize("layer", [None, LayerSettings(kind="self_attention", heads=4)])
 def test_a_model_without_latents_is_refused(decoder_folder, layer):
     embedder = Embedder.load(decoder_folder)
     embedder.layer = layer and build_layer(layer, 64)
-    with pytest.raises(ModelError, match="no latent attention layer"):
+    with pytest.raises(ModelError, match="must have a latent attention layer"):
         latent_use(embedder, SENTENCES)
 
 
 def test_no_texts_are_refused(embedder):
-    with pytest.raises(RecipeError, match="0 texts have no token"):
+    with pytest.raises(RecipeError, match="0 texts have no pooled token"):
         latent_use(embedder, [])

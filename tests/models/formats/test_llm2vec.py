@@ -191,14 +191,14 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ModelError) as error:
         read_llm2vec(folders)
     assert str(error.value) == (
-        f'{path}: pools by "max"; llm2vec knows mean, weighted_mean, eos_token, last_token, '
-        "bos_token"
+        f"{path}: pooling_mode must be one of mean, weighted_mean, eos_token, last_token, "
+        'bos_token; got "max"'
     )
     path.write_text('{"max_length": "long"}')
-    with pytest.raises(ModelError, match='"max_length" should be 512 or the like'):
+    with pytest.raises(ModelError, match='"max_length" must be like 512; got'):
         read_llm2vec(folders)
     path.write_text("[]")
-    with pytest.raises(ModelError, match="should hold one JSON object"):
+    with pytest.raises(ModelError, match="must hold a JSON object"):
         read_llm2vec(folders)
     path.write_text("{")
     with pytest.raises(ModelError, match="is not JSON"):

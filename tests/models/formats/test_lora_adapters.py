@@ -126,9 +126,9 @@ def test_missing_and_unexpected_weights_are_listed(tmp_path):
     with pytest.raises(ModelError) as error:
         merge_adapter(Backbone(stock()), folder)
     assert str(error.value) == (
-        f"{folder}: the adapter does not fit its base: 1 weights are missing "
-        "(layers.1.self_attn.q_proj.lora_A.weight); 1 have no place in the base "
-        "(lm_head.lora_A.weight); give the base that it was trained on"
+        f"{folder}: the adapter does not fit its base, which is 64 wide: 1 missing: "
+        "layers.1.self_attn.q_proj.lora_A.weight; 1 unknown: lm_head.lora_A.weight; "
+        "give the base that it was trained on"
     )
 
 
@@ -136,14 +136,14 @@ def test_an_adapter_of_a_base_of_another_width_is_refused_with_both_widths(tmp_p
     with pytest.raises(ModelError) as error:
         merge_adapter(Backbone(stock()), FIXTURE / "mntp")
     message = str(error.value)
-    assert "14 weights are missing (layers.2." in message
-    assert "lora_A.weight is 4 x 32, here 4 x 64" in message
-    assert "; the base is 64 wide)" in message
+    assert "14 missing: layers.2." in message
+    assert "lora_A.weight (4 x 32, expected 4 x 64)" in message
+    assert "its base, which is 64 wide" in message
 
 
 def test_an_adapter_of_another_architecture_is_refused():
     gpt2 = toy.random_model(toy.t.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=100))
-    with pytest.raises(ModelError, match=r"does not fit its base: none of the modules"):
+    with pytest.raises(ModelError, match=r"does not fit its base, which has none of the modules"):
         merge_adapter(Backbone(gpt2), FIXTURE / "mntp")
 
 
@@ -151,7 +151,7 @@ def test_other_kinds_of_adapters_are_refused(tmp_path):
     folder = tmp_path / "ia3"
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(stock(), config).save_pretrained(str(folder))
-    with pytest.raises(ModelError, match="is an adapter of the kind IA3; tercet merges LoRA only"):
+    with pytest.raises(ModelError, match="is an adapter of type IA3; tercet merges LoRA only"):
         merge_adapter(Backbone(stock()), folder)
 
 

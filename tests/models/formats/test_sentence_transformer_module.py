@@ -7,14 +7,18 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tercet.errors import MissingExtraError, ModelError
+from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder, Settings
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.latent_attention import Layer
 from tests.toy import DECODERS, ENCODERS, SENTENCES, byte_bpe, random_model, wordpiece
 
 TEXTS = [*SENTENCES, "7 days", "x", "maps " * 60]
 KINDS = ["llama", "mistral", "gemma2", "gemma3", "bert", "xlm-roberta", "modernbert"]
-LAYERS = [None, Layer(latents=5, heads=2, head_size=12), Layer(kind="self_attention", heads=4)]
+LAYERS = [
+    None,
+    LayerSettings(latents=5, heads=2, head_size=12),
+    LayerSettings(kind="self_attention", heads=4),
+]
 
 
 def embedder_of(kind: str, **settings) -> Embedder:

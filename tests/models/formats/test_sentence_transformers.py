@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from tercet.errors import ModelError
+from tercet.models.choices import LayerSettings
 from tercet.models.formats.sentence_transformers import (
     LAYER,
     POOLINGS,
     read_modules,
     write_modules,
 )
-from tercet.models.network.latent_attention import Layer
 from tercet.models.settings import Settings
 from tercet.models.zoo import zoo
 
@@ -185,7 +185,7 @@ def test_a_decoder_attends_as_its_config_says_and_padding_has_no_side(
 @pytest.mark.parametrize("pooling", POOLING_NAMES)
 def test_what_is_written_is_read(tmp_path, pooling, normalize, include_prompt, layer):
     save_tokenizer(tmp_path)
-    trained = Layer() if layer else None
+    trained = LayerSettings() if layer else None
     st = settings(pooling=pooling, normalize=normalize, pool_prompt=include_prompt, layer=trained)
     write_modules(tmp_path, st, DIM)
     assert read_modules(tmp_path) == st
@@ -231,11 +231,11 @@ def test_a_folder_of_transformers_alone_says_nothing(bert):
 
 def test_a_layer_is_told_the_prompts_that_it_leaves_out(bert, tmp_path):
     folder = copy(bert, tmp_path)
-    write_modules(folder, settings(layer=Layer()), DIM)
+    write_modules(folder, settings(layer=LayerSettings()), DIM)
     known = folder / "1_Layer" / "prompts.json"
     assert json.loads(known.read_text()) == []
     same = {"query": "query: ", "again": "query: ", "empty": "", "document": "passage: "}
-    write_modules(folder, settings(layer=Layer(), pool_prompt=False, prompts=same), DIM)
+    write_modules(folder, settings(layer=LayerSettings(), pool_prompt=False, prompts=same), DIM)
     cls, query, colon, passage = (WORDS.index(w) for w in ("[CLS]", "query", ":", "passage"))
     assert json.loads(known.read_text()) == [[cls, query, colon], [cls, passage, colon]]
 
@@ -327,7 +327,7 @@ SQRT = '{"word_embedding_dimension": 8, "pooling_mode_mean_sqrt_len_tokens": tru
         ),
         (STOCK.replace('""', '"0_BERT"'), "the subfolder 0_BERT"),
         ("[]", r"has the modules \(none\)"),
-        ("[1]", "is not a list of modules"),
+        ("[1]", "must be a list of modules"),
         ("[", "is not JSON .*is the download complete"),
     ],
 )
@@ -342,12 +342,15 @@ def test_a_module_that_tercet_has_not_is_an_error_that_names_it(written, content
     [
         (
             '{"embedding_dimension": 8, "pooling_mode": "max"}',
-            'pools by "max"; tercet knows cls, mean',
+            'pooling must be one of cls, mean, .*; got "max"',
         ),
-        ('{"embedding_dimension": 8, "pooling_mode": ["cls", "mean"]}', r'pools by "cls \+ mean"'),
-        (SQRT, 'pools by "mean_sqrt_len_tokens"'),
-        ("{}", "says no embedding_dimension"),
-        ("[]", "should hold one JSON object"),
+        (
+            '{"embedding_dimension": 8, "pooling_mode": ["cls", "mean"]}',
+            r'pooling must be .*; got "cls \+ mean"',
+        ),
+        (SQRT, 'pooling must be .*; got "mean_sqrt_len_tokens"'),
+        ("{}", "has no embedding_dimension"),
+        ("[]", "must hold a JSON object"),
         (None, "is missing; is the download complete"),
     ],
 )
@@ -362,8 +365,8 @@ def test_a_pooling_that_tercet_has_not_is_an_error_that_names_it(written, conten
     ("content", "message"),
     [
         ('{"do_lower_case": true}', 'asks for lower case .*set "do_lower_case" to false'),
-        ('{"transformer_task": "fill-mask"}', 'uses the transformer for "fill-mask"'),
-        ("{}", 'long a text may be; set "max_seq_length" in sentence_bert_config.json'),
+        ('{"transformer_task": "fill-mask"}', 'transformer_task must be .*; got "fill-mask"'),
+        ("{}", 'longest text is unknown; set "max_seq_length" in sentence_bert_config.json'),
     ],
 )
 def test_a_transformer_used_in_another_way_is_an_error(written, content, message):

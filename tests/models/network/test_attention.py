@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tercet.models.network import attention
 from tercet.models.network.attention import _attend_equal, _attend_run, _Rule
+from tests.toy import DECODERS, ENCODERS
 
 RULES = {
     "dropout": _Rule(causal=False, limit=None, scale=None, dropout=0.3),
@@ -51,3 +52,15 @@ def test_heads_that_are_taken_in_turn_have_one_dropout_with_a_graph_and_without(
         torch.testing.assert_close(states, plain)
         for found, expected in zip(their_gradients, gradients, strict=True):
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_bfloat16_attention_by_products_equals_the_fused_kernel(kind):
+    config = {**DECODERS, **ENCODERS}[kind]
+    heads = config.num_attention_heads
+    rule = _Rule(causal=False, limit=None, scale=None, dropout=0.0)
+    q, k, v = (torch.randn(3, heads, 17, 16, dtype=torch.bfloat16) for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    with torch.inference_mode():
+        got = _attend_equal(q, k, v, rule)
+    torch.testing.assert_close(got.float(), exact, atol=0.02, rtol=0.02)

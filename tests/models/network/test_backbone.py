@@ -207,9 +207,9 @@ def test_a_decoder_can_be_read_the_other_way_for_a_while(kind):
     turned = Backbone(random_model(DECODERS[kind]), attention="bidirectional", window="keep")
     with torch.no_grad():
         before, other = causal(texts), turned(texts)
-        with causal.reading("bidirectional"):
+        with causal.direction("bidirectional"):
             torch.testing.assert_close(causal(texts), other)
-        with turned.reading("causal"):
+        with turned.direction("causal"):
             torch.testing.assert_close(turned(texts), before)
         torch.testing.assert_close(causal(texts), before, rtol=0, atol=0)
     assert causal.config.is_causal and not turned.config.is_causal
@@ -217,9 +217,9 @@ def test_a_decoder_can_be_read_the_other_way_for_a_while(kind):
 
 def test_an_encoder_has_no_causal_form_to_read():
     encoder = Backbone(random_model(ENCODERS["bert"]))
-    with pytest.raises(ModelError, match="is an encoder"), encoder.reading("causal"):
+    with pytest.raises(ModelError, match="is an encoder"), encoder.direction("causal"):
         pass
-    with encoder.reading(None), encoder.reading("bidirectional"):
+    with encoder.direction(None), encoder.direction("bidirectional"):
         assert encoder.attention == "bidirectional"
 
 
@@ -248,10 +248,10 @@ def test_a_decoder_that_does_not_turn_is_refused_when_it_is_read_both_ways(monke
     turn = backbone._turn
     monkeypatch.setattr(backbone, "_turn", lambda way: setattr(backbone, "attention", way))
     with pytest.raises(ModelError, match="asked to read both ways"):
-        with backbone.reading("bidirectional"):
+        with backbone.direction("bidirectional"):
             pass
     monkeypatch.setattr(backbone, "_turn", turn)
-    with backbone.reading("bidirectional"):
+    with backbone.direction("bidirectional"):
         assert backbone.attention == "bidirectional"
 
 

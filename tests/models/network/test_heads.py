@@ -276,7 +276,7 @@ def test_b11_start_tokens_inside_of_texts_make_the_dense_vector(tmp_path: Path):
     assert len(starts) == -(-(len(packed.ids) - 2) // 5)
     torch.testing.assert_close(embedder(packed)[0], starts.mean(0), rtol=0, atol=1e-5)
     torch.testing.assert_close(F.normalize(starts.mean(0), dim=0), ours.dense[0], rtol=0, atol=1e-5)
-    with pytest.raises(RecipeError, match="cls_every makes the vector of start tokens"):
+    with pytest.raises(RecipeError, match="cls_every averages start tokens"):
         Embedder.load(folder, pooling="mean", cls_every=4)
 
 

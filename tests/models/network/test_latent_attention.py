@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tercet.errors import ModelError, RecipeError, StorageError
-from tercet.models.network.folded import Kept
-from tercet.models.network.latent_attention import Layer, build_layer, load_layer, save_layer
+from tercet.models.choices import LayerSettings
+from tercet.models.network.fingerprints import WeightCache
+from tercet.models.network.latent_attention import build_layer, load_layer, save_layer
 from tests.toy import pack, random_texts, small_disk
 
-LATENT = Layer(latents=20, heads=3, head_size=24)  # folded
-KINDS = [LATENT, Layer(latents=7, heads=3), Layer(kind="self_attention", heads=3)]
+LATENT = LayerSettings(latents=20, heads=3, head_size=24)  # folded
+KINDS = [LATENT, LayerSettings(latents=7, heads=3), LayerSettings(kind="self_attention", heads=3)]
 
 
 def states_of(*lengths, hidden=24):
@@ -45,14 +46,14 @@ def change_weights(folder, change):
     [
         ({"kind": "latents"}, "no such layer kind: 'latents'; choose latent, self_attention"),
         ({"init": "zero"}, "no such layer init: 'zero'; choose normal, identity"),
-        ({"latents": 0}, "a layer's latents is 0; give a whole number, at least 1"),
-        ({"heads": 2.0}, "a layer's heads is 2.0; give a whole number"),
-        ({"head_size": -1}, "a layer's head_size is -1; give a whole number"),
-        ({"heads": None}, "a layer's heads is None; give a whole number"),
+        ({"latents": 0}, "a layer's latents must be a whole number of at least 1; got 0"),
+        ({"heads": 2.0}, "a layer's heads must be a whole number of at least 1; got 2.0"),
+        ({"head_size": -1}, "a layer's head_size must be .*; got -1"),
+        ({"heads": None}, "a layer's heads must be .*; got None"),
     ],
 )
 def test_a_layer_of_no_sense_is_refused(fields, message):
-    layer = object.__new__(Layer)  # the tests' type checks would be quicker
+    layer = object.__new__(LayerSettings)  # the tests' type checks would be quicker
     for name, value in {**asdict(LATENT), **fields}.items():
         object.__setattr__(layer, name, value)
     with pytest.raises(RecipeError, match=message):
@@ -61,12 +62,12 @@ def test_a_layer_of_no_sense_is_refused(fields, message):
 
 def test_heads_that_do_not_divide_the_width_need_a_size():
     with pytest.raises(RecipeError, match="5 heads does not share 24 columns evenly"):
-        build_layer(Layer(heads=5), 24)
-    assert build_layer(Layer(heads=5, head_size=4), 24).to_q.out_features == 20
+        build_layer(LayerSettings(heads=5), 24)
+    assert build_layer(LayerSettings(heads=5, head_size=4), 24).to_q.out_features == 20
 
 
 def test_latents_begin_as_normal_numbers_and_only_a_latent_layer_has_them():
-    latents = build_layer(Layer(latents=500, heads=3), 24).latents
+    latents = build_layer(LayerSettings(latents=500, heads=3), 24).latents
     assert abs(latents.mean()) < 0.05 and abs(latents.std() - 1) < 0.05
     names = [name for name, _ in build_layer(KINDS[2], 24).named_parameters()]
     assert "latents" not in names and "to_kv.weight" in names
@@ -193,7 +194,7 @@ def test_what_was_kept_in_inference_mode_serves_without_it():
 
 def test_something_is_made_once_until_a_weight_changes():
     weights = [torch.randn(512, 4), torch.zeros(300)]
-    made, kept = [], Kept()
+    made, kept = [], WeightCache()
 
     def made_anew(*given):
         before = len(made)

@@ -1,6 +1,6 @@
 import pytest
 
-from tercet.train.schedule import factor
+from tercet.train.optimizer import factor
 
 
 def test_wsd_rises_stays_and_falls():  # trap A14
