@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.rank.quantized import Quantizer, Ranges, bytes_of, inner_products, truncated
+from tercet.rank.quantized import Quantizer, Ranges, bytes_of, truncated
 from tercet.search.engine.engine import Record
 from tercet.search.exact.exact_engine import ExactEngine
 from tercet.vectors import Vectors
+from tests.rank.formulas import inner_products
 
 CLIPS = {"int8": 0.30, "int4": 0.18}  # published, for 256 dimensions
 

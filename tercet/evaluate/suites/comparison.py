@@ -7,8 +7,8 @@ from typing import Any, Final, TypeAlias
 
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import WordsOf, by_tokens_of
+from tercet.evaluate.measures.by_kind import KindsResult, ProtocolName
 from tercet.evaluate.measures.embedder_kinds import measure_kinds, tuned_weights
-from tercet.evaluate.measures.kinds import KindsResult, ProtocolName
 from tercet.evaluate.measures.prompts import drop_prompts, known_task, require_prompt
 from tercet.evaluate.measures.retention import Retained, measure_coded
 from tercet.evaluate.measures.retrieval import conditions, measure_bm25, versions
