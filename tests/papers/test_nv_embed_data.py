@@ -63,7 +63,7 @@ def test_an_example_row_answers_a_text_with_another_of_its_class():
 def test_a_binary_set_is_in_label_mode_with_one_negative_and_no_copies_of_it():
     """Trap 12 of NV-Embed."""
     converted = convert_labelled(BINARY, WANTED)
-    assert converted.report.mode == "label"
+    assert converted.mode == "label"
     assert {row.negatives for row in converted.rows} == {("joy",), ("fear",)}
 
 
@@ -81,10 +81,10 @@ def test_a_class_with_one_example_gets_its_label_or_no_row_and_is_counted():
     assert lone.positives == ("awe",)
     assert sorted(lone.negatives) == ["anger", "fear", "joy"]
     assert lone.document_prompt == ""
-    assert (instead.report.rows, instead.report.label_instead) == (14, 1)
+    assert (len(instead.rows), instead.label_instead) == (14, 1)
     skipped = convert_labelled(CLASSES, WANTED, lonely="skip")
     assert all(row.query != "awe 0" for row in skipped.rows)
-    assert skipped.report.skipped == {"no other text of its label": 1}
+    assert skipped.skipped == {"no other text of its label": 1}
 
 
 def test_a_query_is_never_its_own_positive_nor_is_a_copy_of_it():
@@ -98,10 +98,10 @@ def test_a_query_is_never_its_own_positive_nor_is_a_copy_of_it():
 
 def test_rows_are_balanced_by_the_label_of_their_positive():
     """Trap 12 of NV-Embed."""
-    report = convert_labelled(CLASSES, WANTED, rows=8).report
+    converted = convert_labelled(CLASSES, WANTED, rows=8)
     # ceil(8 / 4) = 2 each; of awe there is one, and what it leaves goes to the largest.
-    assert report.labels == {"joy": 3, "fear": 2, "anger": 2, "awe": 1}
-    assert report.skipped == {"not drawn": 6}
+    assert converted.labels == {"joy": 3, "fear": 2, "anger": 2, "awe": 1}
+    assert converted.skipped == {"not drawn": 6}
 
 
 @pytest.mark.parametrize("mode", ["label", "example"])
@@ -150,7 +150,7 @@ def test_of_several_topics_one_that_another_text_has_is_drawn():
     texts = [*TOPICS, LabelledText("quarks", ("physics", "quantum"))]
     for seed in range(20):
         converted = convert_labelled(texts, replace(WANTED, seed=seed))
-        assert converted.report.label_instead == 0
+        assert converted.label_instead == 0
 
 
 # ---- 13: scored pairs ------------------------------------------------------------------------
@@ -177,8 +177,8 @@ def test_a_score_of_4_gives_both_directions_and_3_99_gives_none():
         (first, (second,)),
         (second, (first,)),
     ]
-    assert (converted.report.records, converted.report.rows) == (5, 2)
-    assert converted.report.skipped == {"score too low": 4}
+    assert (converted.records, len(converted.rows)) == (5, 2)
+    assert converted.skipped == {"score too low": 4}
 
 
 def test_no_text_with_a_recorded_score_above_2_5_is_a_negative():
