@@ -21,14 +21,14 @@ from jaxtyping import Float, Float32, Int, Int64, UInt64
 from tercet import distributed
 from tercet.data.files.examples import shown
 from tercet.data.files.texts import text_key
-from tercet.errors import ModelError
+from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
 from tercet.files.progress import Advance
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
-from tercet.rank.topk import BROKEN_MODEL, Hits, TopK, check_queries
+from tercet.rank.topk import Hits, TopK, check_queries
 from tercet.search.export import first_broken
 from tercet.types import Role
 from tercet.vectors import Vectors
