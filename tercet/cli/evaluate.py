@@ -238,12 +238,8 @@ def _show_figures(
     if differences:
         gains = columns(title, *metrics)
         for name, row in differences.items():
-            gains.add_row(name, *map(_signed, row.values()))
+            gains.add_row(name, *(gain.signed() for gain in row.values()))
         results().print(gains)
-
-
-def _signed(value: "Interval") -> str:
-    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
 def _show_languages(found: "LanguageComparison") -> None:
@@ -269,7 +265,7 @@ def _show_sets(found: "LanguageComparison") -> None:
         figure = interval(main_scores(each), seed=found.options.seed)
         recall = f"{each.scores['recall@100'].mean():.3f}"
         row = (each.name, each.axis, each.languages, f"{len(each.langs):,}", str(figure), recall)
-        table.add_row(*row, *(_signed(found.difference(each, name)) for name in found.others))
+        table.add_row(*row, *(found.difference(each, name).signed() for name in found.others))
     results().print(table)
 
 
@@ -278,11 +274,8 @@ def _show_averages(found: "LanguageComparison") -> None:
     table = columns("nDCG@10 over", *found.scores)
     gains = columns(f"{next(iter(found.scores))} minus", *found.others)
     for label, axis in found.axes.items():
-        for shown, part, as_text in (
-            (table, axis.figures, str),
-            (gains, axis.differences, _signed),
-        ):
-            cells = [_cells(each, as_text) for each in part.values()]
+        for shown, part in ((table, axis.figures), (gains, axis.differences)):
+            cells = [_cells(each, signed=shown is gains) for each in part.values()]
             for row in cells[0] if cells else ():
                 shown.add_row(f"{label}: {row}", *(each[row] for each in cells))
     for shown in (table, gains):
@@ -290,8 +283,11 @@ def _show_averages(found: "LanguageComparison") -> None:
             results().print(shown)
 
 
-def _cells(found: "Averages", as_text: "Callable[[Interval], str]") -> dict[str, str]:
-    return {row: f"{as_text(figure)} {lang}".rstrip() for row, figure, lang in found.rows()}
+def _cells(found: "Averages", *, signed: bool) -> dict[str, str]:
+    return {
+        row: f"{figure.signed() if signed else figure} {lang}".rstrip()
+        for row, figure, lang in found.rows()
+    }
 
 
 def _show_bias(found: "LanguageComparison") -> None:
@@ -316,7 +312,7 @@ def _bias_row(each: "SetScores", lang: str | None, seed: int) -> list[str]:
     if found is None:
         return [*row, "nothing was found"]
     figures = [str(it) if it.queries else "" for it in (found.figure, found.own, found.other)]
-    return [*row, *figures, f"{found.same:.3f}", f"{found.chance:.3f}", _signed(found.bias)]
+    return [*row, *figures, f"{found.same:.3f}", f"{found.chance:.3f}", found.bias.signed()]
 
 
 def _draw_languages(path: Path, found: "LanguageComparison") -> None:
@@ -459,7 +455,7 @@ def _show_sizes(found: "Sequence[Retained]", metric: str, seed: int) -> None:
     table = columns("coordinates", "stored as", "bytes", metric, "minus the first", "kept")
     for each in found:
         value = each.result.interval(metric, seed=seed)
-        loss = "" if each is full else _signed(each.minus(full, metric, seed))
+        loss = "" if each is full else each.minus(full, metric, seed).signed()
         share = f"{value.mean / best:.1%}" if best else ""
         table.add_row(str(each.dims), each.stored, f"{each.bytes:,}", str(value), loss, share)
     results().print(table)
@@ -561,7 +557,7 @@ def _show_weights(tuned: "Tuned", seed: int) -> None:
     rows |= {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in tuned.kinds}
     for name, weights in rows.items():
         numbers = [f"{weights.of(kind):g}" for kind in tuned.kinds]
-        gain = "" if name == "tuned" else _signed(tuned.gain(name, seed))
+        gain = "" if name == "tuned" else tuned.gain(name, seed).signed()
         table.add_row(name, *numbers, str(tuned.interval(name, seed)), gain)
     results().print(table)
     of_folds = "; ".join(

@@ -1,4 +1,4 @@
-"""The verb that finds hard negatives."""
+"""The verb that mines hard negatives."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -107,7 +107,7 @@ def mine(
     where = Runner(engine=runner, workers=workers, address=address)
     values = _numbers(sweep)
     if (out is None) == (sweep is None):
-        raise RecipeError("give --out, where the mined rows go, or --sweep, to only count")
+        raise RecipeError("give either --out, to write mined rows, or --sweep, to only count")
     mining = Mining(
         rule=MiningRule(
             kind=rule,
@@ -127,9 +127,9 @@ def mine(
         weights=weights_of(weights),
     )
     if teacher is None and by != "bm25":
-        raise RecipeError(f"--by {by} needs a --teacher; without one, mine by bm25")
+        raise RecipeError(f"--by {by} needs a --teacher; without one, use --by bm25")
     if out is None and where.several:
-        raise RecipeError("--sweep is done in one process; leave --workers and --runner out")
+        raise RecipeError("--sweep runs in one process; leave out --workers and --runner")
     sources = [source for file in files for source in opened(file)]
     more = {"documents": _DocumentTexts(corpus or [], text_field), "work": work}
     loaded = None if teacher is None else partial(load, teacher, precision)
@@ -146,22 +146,22 @@ def mine(
     if by != "bm25":
         say(f"vectors stay in {work} for the next mining; it may be deleted")
     if by not in COSINES:
-        say(f"rows were written without scores: those by {by} are no cosines")
+        say(f"rows were written without scores: scores by {by} are not cosines")
 
 
 def _numbers(text: str | None) -> list[float]:
-    """The values of a sweep; none without one."""
+    """Parse the values of a sweep."""
     found: list[float] = []
     with suppress(ValueError):
         found = [float(part) for part in (text or "").split(",") if part.strip()]
     if text is not None and not found:
-        raise RecipeError(f"--sweep is {text!r}; give numbers, as in 0.9,0.95,0.98")
+        raise RecipeError(f"--sweep must be numbers, as in 0.9,0.95,0.98; got {text!r}")
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class _DocumentTexts:
-    """The documents of files, read again at each iteration."""
+    """The texts of documents in files; each iteration reads the files."""
 
     files: Sequence[Path]
     text_field: str
@@ -173,7 +173,7 @@ class _DocumentTexts:
 
 
 def _show(reports: Sequence["MiningReport"]) -> None:
-    """Three tables with a line for each report; one with all columns is wider than a screen."""
+    """Print three tables with a line per report; one with all columns would be too wide."""
     names = list(reports[0].dropped)
     dropped = columns("source", "rule", "value", "seen", *names)
     made = columns("source", "value", "rows", "written", "a row", "short", "empty")
@@ -208,7 +208,7 @@ def _advise(reports: Sequence["MiningReport"], negatives: int, *, keep: bool) ->
             done = "kept" if keep else "replaced; --keep keeps them"
             say(f"{report.source}: {report.had_negatives:,} rows had negatives: {done}")
         if report.refused:
-            say(f"{report.source}: {report.refused:,} of them are positives, repeats or blank")
+            say(f"{report.source}: {report.refused:,} of them are positives, duplicates or blank")
         if report.short and near > _MANY:
             say(
                 f"{report.source}: {near:.0%} of the candidates score too close to the positive, "

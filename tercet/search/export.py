@@ -69,7 +69,7 @@ def write_vectors(
     _refuse_other_files(out)
     written = Written()
     with replacing_folder(out) as fresh, bars("encode", total) as advance:
-        with VectorWriter(fresh) as writer:
+        with VectorWriter.open(fresh) as writer:
             for batch in document_batches(texts, len):
                 vectors = _encoded(embedder, batch, wanted)
                 writer.add(vectors)
@@ -106,7 +106,7 @@ def write_dense(
             )
             _check_finite(Vectors(dense=torch.from_numpy(vectors)), window)
             if file is None:
-                array = GrowingArray(fresh, vectors.dtype, vectors.shape[1:])
+                array = GrowingArray.open(fresh, vectors.dtype, vectors.shape[1:])
                 file = opened.enter_context(array)
             file.add(vectors)
             written.texts += len(window)

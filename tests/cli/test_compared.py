@@ -67,8 +67,9 @@ def test_kinds_and_protocol_are_as_asked_for(tercet, refused, of_all_kinds, file
     names = [f"{of_all_kinds} {each}" for each in ("dense", "multi", "dense+multi")]
     assert [row[0] for row in rows[2:5]] == names
     assert "best 200 of dense" in ended.err and "terms" not in ended.err
-    assert "no kind 'colbert'" in refused(*words, "--kinds", "colbert")
-    for wrong in ("1,2", "1,x,3", "0,0,0", "1,-1,1", "1,nan,1"):
+    assert "kinds are 'colbert'; choose" in refused(*words, "--kinds", "colbert")
+    assert "a number above 0" in refused(*words, "--weights", "0,0,0")
+    for wrong in ("1,2", "1,x,3", "1,-1,1", "1,nan,1"):
         assert "give three numbers" in refused(*words, "--weights", wrong)
     scored = write(
         tmp_path / "scored.jsonl", *({"text1": "a", "text2": "b", "score": i} for i in (1, 2))

@@ -299,7 +299,7 @@ def test_a_diagnosis_does_not_replace_the_report_of_a_run(
 ):
     (tmp_path / "report.html").write_text("of a run")
     said = refused("diagnose", decoder_folder, "--triples", triples, "--out", tmp_path)
-    assert said.startswith(f"{tmp_path}: holds the report of another run")
+    assert said.startswith(f"{tmp_path}: contains the report of another run")
     assert (tmp_path / "report.html").read_text() == "of a run"
 
 
@@ -327,9 +327,9 @@ def test_probe_compares_models_with_what_words_alone_tell(
     [
         ("a X\nb Y Z\n", "a X\n", "train.conll:2: has 3 columns, but line 1 has 2"),
         ("a X\nb Y\n", "a X\nb\n", "test.conll:2: has 1 columns, but line 1 has 2"),
-        ("a X\nb X\n", "a X\n", "the training sentences have one label only, 'X'"),
-        ("a _\nb _\n", "a X\n", "the training sentences hold no labelled word"),
-        ("a X\nb Y\n", "a _\n", "the test sentences hold no labelled word"),
+        ("a X\nb X\n", "a X\n", "the training sentences have only one label, 'X'"),
+        ("a _\nb _\n", "a X\n", "the training sentences have no labelled word"),
+        ("a X\nb Y\n", "a _\n", "the test sentences have no labelled word"),
         ("\n\n", "a X\n", "train.conll: holds no sentences"),
     ],
 )
@@ -348,7 +348,7 @@ def test_a_column_that_holds_no_labels_is_named(refused, decoder_folder, labelle
     assert refused(*words, "4").startswith(f"{labelled}:1: has 3 columns, and none of them is col")
     assert refused(*words, "1").startswith("column 1 holds no labels")
     assert refused(*words, "2") == (
-        "the training sentences have one label only, 'x'; a probe needs two labels to tell apart"
+        "the training sentences have only one label, 'x'; a probe needs at least two labels"
     )
 
 

@@ -47,10 +47,10 @@ def test_pairs_are_written_counted_and_ready_for_a_training(tercet, start, tmp_p
     counted = lines(ended.out, "which rule dropped them")
     ranked = lines(ended.out, "how many each k keeps")
     report = json.loads((out / "report.json").read_text())["sources"]
-    for row, levels, told, lang in zip(counted, ranked, report, ("de", "en"), strict=True):
+    for row, levels, written, lang in zip(counted, ranked, report, ("de", "en"), strict=True):
         kept = list(iter_examples(out / f"pairs/toys/lang={lang}/0000.parquet"))
         assert (row["lang"], row["pairs"], row["duplicate"]) == (lang, "13", "1")
-        assert row["kept"] == str(len(kept)) == levels["3"] == str(told["kept"])
+        assert row["kept"] == str(len(kept)) == levels["3"] == str(written["kept"])
         assert row["dropped"] == f"{1 - len(kept) / 13:.1%}"
         assert (levels["ranked"], levels["shards"], levels["of"], levels["k"]) == (
             "12",

@@ -119,14 +119,16 @@ def test_the_way_that_is_mined_by_is_taken(tercet, all_kinds, files, tmp_path, f
     expected, source = tmp_path / "expected.jsonl", open_source(files / "pairs.jsonl")
     mine(teacher, [source], expected, mining=mining, work=work)
     assert out.read_text() == expected.read_text()
-    unscored = f"rows were written without scores: those by {flags[0]} are no cosines" in ended.err
+    unscored = (
+        f"rows were written without scores: scores by {flags[0]} are not cosines" in ended.err
+    )
     assert unscored == (flags[0] != "multi")
     assert ("vectors stay in" in ended.err) == bool(of)
 
 
 def test_ways_that_need_what_is_not_there_are_refused(refused, encoder_folder, files, tmp_path):
     words = ["mine", files / "pairs.jsonl", "--out", tmp_path / "mined.jsonl"]
-    assert refused(*words) == "--by dense needs a --teacher; without one, mine by bm25"
+    assert refused(*words) == "--by dense needs a --teacher; without one, use --by bm25"
     said = refused(*words, "--by", "hybrid", "--teacher", encoder_folder)
     assert said.startswith("mining by hybrid needs sparse vectors, and the teacher makes dense")
     said = refused(*words, "--by", "bm25", "--weights", "1,1,1")
@@ -143,16 +145,16 @@ def test_a_rule_that_drops_most_candidates_is_remarked(tercet, start, tmp_path):
 def test_wrong_words_are_refused_before_the_teacher_is_loaded(refused, files, tmp_path):
     words = ["mine", files / "pairs.jsonl", "--teacher", tmp_path / "lost"]
     out = ["--out", tmp_path / "mined.jsonl"]
-    either = "give --out, where the mined rows go, or --sweep, to only count"
+    either = "give either --out, to write mined rows, or --sweep, to only count"
     assert refused(*words) == either
     assert refused(*words, *out, "--sweep", "0.9") == either
     assert (
         refused(*words, "--sweep", "0.9;1")
-        == "--sweep is '0.9;1'; give numbers, as in 0.9,0.95,0.98"
+        == "--sweep must be numbers, as in 0.9,0.95,0.98; got '0.9;1'"
     )
     for nothing in ("", ",", " , "):
         assert refused("mine", files / "pairs.jsonl", "--by", "bm25", "--sweep", nothing) == (
-            f"--sweep is {nothing!r}; give numbers, as in 0.9,0.95,0.98"
+            f"--sweep must be numbers, as in 0.9,0.95,0.98; got {nothing!r}"
         )
     assert refused(*words, *out, "--value", "95").startswith(
         "the value of the rule percent must be between 0 and 1"

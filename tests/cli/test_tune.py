@@ -60,7 +60,7 @@ def test_saved_weights_are_taken_by_eval_for_their_task(tercet, model, dev, tmp_
         (["--metric", "good@1"], 'no metric "good@1"'),
         (["--folds", "13"], "folds must be between 2 and the number of queries, 12; got 13"),
         (["--kinds", "dense"], "makes only dense vectors"),
-        (["--kinds", "dense,colbert"], "there is no kind 'colbert'"),
+        (["--kinds", "dense,colbert"], "kinds are 'dense,colbert'; choose from"),
     ],
 )
 def test_what_cannot_be_tuned_is_told(refused, model, dev, words, problem):

@@ -1,4 +1,4 @@
-"""Jobs whose driver is a process of its own, so that it can be killed."""
+"""Jobs whose driver is a separate process, so that it can be killed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.processes import ROOT
 
 
 def start(out: Path, runner: dict[str, Any], count: int = 6, **job: Any) -> subprocess.Popen:
-    """A driver in a process of its own, in a folder where nothing of ours lies."""
+    """Start a driver in another process, in a folder without our code."""
     out.mkdir(exist_ok=True)
     how = json.dumps({"out": str(out), "runner": runner, "count": count, "job": job})
     command = [sys.executable, "-m", "tests.curate.squares", how]
@@ -22,7 +22,7 @@ def start(out: Path, runner: dict[str, Any], count: int = 6, **job: Any) -> subp
 
 
 def ended(driver: subprocess.Popen, *, seconds: float = 300) -> tuple[int, str, str]:
-    """The exit status of a driver, and what it said; one that takes too long is killed."""
+    """Return the exit status and output of a driver; kill it if it takes too long."""
     try:
         said, complaint = driver.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -39,7 +39,7 @@ def wait_for(path: Path, *, seconds: float = 60) -> None:
 
 
 def wait_until_quiet(out: Path) -> None:
-    """Workers whose driver was killed finish the unit that they are at."""
+    """Wait for workers whose driver was killed to finish their units."""
     before = None
     while before != (before := (out / "log").read_text()):
         time.sleep(0.5)

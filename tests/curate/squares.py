@@ -1,6 +1,6 @@
 """A job for tests that other processes can import, and a driver that can be killed.
 
-A unit writes the square of a number into a file. Who did which is told in ``log``.
+A unit writes the square of a number into a file. ``log`` says which process did which.
 """
 
 import json
@@ -29,7 +29,7 @@ class Squares:
     out: Path
     power: int = 2
     pause: float = 0.0  # seconds a unit
-    breaks_at: int | None = None  # what a user can mend
+    breaks_at: int | None = None  # an error of the user
     fails_at: int | None = None  # a bug
     dies_at: int | None = None  # its process is killed
     times: int = 1  # so often
@@ -69,13 +69,13 @@ class Squares:
 
 
 def log_of(out: Path, what: str) -> list[list[str]]:
-    """The lines of the log that begin so: what follows, in words."""
+    """Return the words of the lines of the log that begin with ``what``."""
     lines = [line.split() for line in (out / "log").read_text().splitlines()]
     return [line[1:] for line in lines if line[0] == what]
 
 
 def files(out: Path) -> dict[str, str]:
-    """What the job has written, its records among them."""
+    """Return what the job has written, with its records."""
     places = (*out.glob("*.txt"), *out.rglob("*.json"))
     return {str(path.relative_to(out)): path.read_text() for path in places}
 
@@ -89,7 +89,7 @@ def _node() -> str:
 
 
 def drive(how: Mapping[str, Any]) -> None:
-    """Do a job as it is described, and print its results."""
+    """Do the described job, and print its results."""
     out = Path(how["out"])
     job = Squares(out, **how.get("job", {}))
     runner = Runner(**how["runner"])

@@ -111,6 +111,6 @@ def test_a_mistake_of_the_user_is_told_in_one_line(tmp_path: Path, runner: dict[
     out = tmp_path / "job"
     status, _, complaint = ended(start(out, runner, COUNT, breaks_at=5))
     assert status == 1
-    told = complaint.strip().splitlines()[-1]
-    assert told == f"tercet.errors.DataError: {out}/numbers.jsonl:5: is odd; make it even"
+    said = complaint.strip().splitlines()[-1]
+    assert said == f"tercet.errors.DataError: {out}/numbers.jsonl:5: is odd; make it even"
     assert results(out, runner) == SQUARES

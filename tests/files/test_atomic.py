@@ -211,7 +211,7 @@ def test_a_file_in_place_of_a_parent_is_a_storage_error(tmp_path, replacing):
 
 
 def test_a_file_does_not_take_the_place_of_a_folder_nor_a_folder_that_of_a_file(folder):
-    with pytest.raises(StorageError, match="it is no file"), replacing_file(folder):
+    with pytest.raises(StorageError, match="it is not a file"), replacing_file(folder):
         pass
     with pytest.raises(StorageError, match="it is a file"), replacing_folder(folder / "old"):
         pass
@@ -219,7 +219,7 @@ def test_a_file_does_not_take_the_place_of_a_folder_nor_a_folder_that_of_a_file(
 
 
 def test_a_device_is_not_replaced():
-    with pytest.raises(StorageError, match="it is no file"), replacing_file(Path("/dev/null")):
+    with pytest.raises(StorageError, match="it is not a file"), replacing_file(Path("/dev/null")):
         pass
     assert Path("/dev/null").is_char_device()
 

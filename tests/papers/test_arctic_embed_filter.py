@@ -31,6 +31,7 @@ def by_sorting(queries: np.ndarray, documents: np.ndarray, keys: np.ndarray) -> 
 
 
 def test_the_rank_by_counting_is_that_of_a_full_sort():
+    """Trap A11 of Arctic-Embed."""
     queries, documents = pairs()
     keys = np.arange(len(queries), dtype=np.uint64)
     ranks, scores = paired_ranks(queries, documents, keys)
@@ -41,6 +42,7 @@ def test_the_rank_by_counting_is_that_of_a_full_sort():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_block_does_not_matter(block):
+    """Trap A11 of Arctic-Embed."""
     queries, documents = pairs()
     keys = np.arange(len(queries), dtype=np.uint64)
     assert paired_ranks(queries, documents, keys, block=block)[0].tolist() == by_sorting(
@@ -50,6 +52,7 @@ def test_the_block_does_not_matter(block):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 63, 64, 65, 129])
 def test_numbers_without_rounding_give_the_same_bits_in_each_block(count):
+    """Trap A11 of Arctic-Embed."""
     g = np.random.default_rng(count)
     queries = g.integers(-3, 4, (count, 8)).astype(np.float32)
     documents = g.integers(-3, 4, (count, 8)).astype(np.float32)  # with many equal scores
@@ -61,6 +64,7 @@ def test_numbers_without_rounding_give_the_same_bits_in_each_block(count):
 
 
 def test_a_pair_does_not_beat_itself_nor_do_documents_of_its_text():
+    """Trap A11 of Arctic-Embed."""
     queries, documents = pairs(40)
     documents[:20] = documents[20:]  # every document is there twice
     keys = np.tile(np.arange(20, dtype=np.uint64), 2)
@@ -71,7 +75,7 @@ def test_a_pair_does_not_beat_itself_nor_do_documents_of_its_text():
 
 
 def test_a_positive_score_of_its_own_would_beat_itself_and_ours_never_does():
-    """With a product of its own, the same number comes out higher or lower in the last bits."""
+    """Trap A11 of Arctic-Embed. A separate product differs in the last bits."""
     queries, documents = pairs(2000)
     inside = np.diag(queries @ documents.T)
     apart = np.array([q @ d for q, d in zip(queries, documents, strict=True)])

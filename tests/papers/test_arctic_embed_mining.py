@@ -55,7 +55,7 @@ def sorted_rows(queries, docs, k):
 
 @pytest.fixture
 def mined(encoder_folder, tmp_path, monkeypatch):
-    """Mines examples with a teacher that gives each text the vector that it is told to."""
+    """Mine examples with a teacher that takes the vector of each text from a table."""
     teacher = Embedder.load(encoder_folder)
 
     def run(examples: list[Example], table: dict[str, Any], **how: Any):
@@ -85,9 +85,10 @@ def mined(encoder_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("docs", "k"), [(13, 5), (13, 13), (13, 40), (3, 8), (12, 4)])
-def test_a12_a_last_slice_or_a_corpus_smaller_than_k_changes_nothing(
+def test_a_last_slice_or_a_corpus_smaller_than_k_changes_nothing(
     random, tmp_path, monkeypatch, docs, k
 ):
+    """Trap A12 of Arctic-Embed."""
     small_shards(monkeypatch, 6)
     vectors, queries = coarse(random, docs), coarse(random, 9)
     expected = sorted_rows(queries, vectors, k)
@@ -99,7 +100,8 @@ def test_a12_a_last_slice_or_a_corpus_smaller_than_k_changes_nothing(
     np.testing.assert_array_equal(topk.top_k(queries, vectors, k, block=6).rows, expected)
 
 
-def test_a12_a_corpus_smaller_than_the_depth_gives_each_document_once(mined):
+def test_a_corpus_smaller_than_the_depth_gives_each_document_once(mined):
+    """Trap A12 of Arctic-Embed."""
     examples = [Example(f"q{i}", (f"d{i}",)) for i in range(3)]
     table = {**{f"q{i}": [1, 0.1 * i] for i in range(3)}, **{f"d{i}": [1, i] for i in range(3)}}
     found, report = mined(examples, table, depth=50, negatives=7)
@@ -114,7 +116,8 @@ def test_a12_a_corpus_smaller_than_the_depth_gives_each_document_once(mined):
 
 @pytest.mark.parametrize("kind", ["percent", "relative"])
 @pytest.mark.parametrize("positive", [0.5, 0.0, -0.5])
-def test_a13_at_theta_one_a_negative_scores_strictly_below_its_positive(kind, positive):
+def test_at_theta_one_a_negative_scores_strictly_below_its_positive(kind, positive):
+    """Trap A13 of Arctic-Embed."""
     scores = np.array([[positive + 0.1, positive, positive - 1e-6, positive - 0.1]])
     verdicts = judge(
         MiningRule(kind=kind, value=1.0), scores, np.array([positive]), np.zeros((1, 4), np.int8)
@@ -122,7 +125,8 @@ def test_a13_at_theta_one_a_negative_scores_strictly_below_its_positive(kind, po
     assert verdicts.tolist() == [[TOO_CLOSE, TOO_CLOSE, LEFT, LEFT]]
 
 
-def test_a13_a_negative_positive_score_lowers_the_cut(mined):
+def test_a_negative_positive_score_lowers_the_cut(mined):
+    """Trap A13 of Arctic-Embed."""
     # Positives score 0.6, 0 and -0.4: cuts at 95 % are 0.57, 0 and -0.42, by hand.
     table = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1]}
     table |= {"da": [0.6, 0.0, -0.41], "db": [0.57, 0.0, -0.42], "dc": [0.5699, -0.1, -0.4]}
@@ -135,7 +139,8 @@ def test_a13_a_negative_positive_score_lowers_the_cut(mined):
     assert report.ratio == pytest.approx(report.negative_score / report.positive_score)
 
 
-def test_a13_a_relative_cut_moves_with_the_scores():
+def test_a_relative_cut_moves_with_the_scores():
+    """Trap A13 of Arctic-Embed."""
     # s = 0.9, median of the candidates 0.86: the cut is 0.9 - 0.25 * 0.04 = 0.89, by hand.
     scores = np.array([[0.91, 0.9, 0.89, 0.86, 0.85, 0.84, 0.83]])
     rule, barred = MiningRule(kind="relative", value=0.75), np.zeros((1, 7), np.int8)
@@ -170,7 +175,8 @@ def test_the_rule_can_compare_with_the_best_positives_among_the_candidates(mined
 # ---- A16: equal texts ----
 
 
-def test_a16_a_text_that_answers_a_query_under_any_id_is_never_its_negative(mined):
+def test_a_text_that_answers_a_query_under_any_id_is_never_its_negative(mined):
+    """Trap A16 of Arctic-Embed."""
     table = {"Ask": [1], "ask": [1], "other": [1], "An answer": [0.9], "another": [0.8]}
     table |= {"an  ANSWER": [0.9], "third": [0.5]}
     examples = [
@@ -186,7 +192,8 @@ def test_a16_a_text_that_answers_a_query_under_any_id_is_never_its_negative(mine
     assert report.candidates == 4 * 3
 
 
-def test_a16_equal_texts_of_a_batch_are_ignored_whichever_example_brought_them():
+def test_equal_texts_of_a_batch_are_ignored_whichever_example_brought_them():
+    """Trap A16 of Arctic-Embed."""
     relation = relation_of(
         ["a", "b", "c"],
         [["one text"], ["two"], ["one text"]],
@@ -205,7 +212,8 @@ def test_a16_equal_texts_of_a_batch_are_ignored_whichever_example_brought_them()
 # ---- A17: more scores than 32 bits count ----
 
 
-def test_a17_no_product_of_mining_is_larger_than_its_block(random, tmp_path, monkeypatch):
+def test_no_product_of_mining_is_larger_than_its_block(random, tmp_path, monkeypatch):
+    """Trap A17 of Arctic-Embed."""
     small_shards(monkeypatch, 4)
     monkeypatch.setattr(mining_documents, "_TOGETHER", 3)
     sizes: list[int] = []
@@ -222,7 +230,8 @@ def test_a17_no_product_of_mining_is_larger_than_its_block(random, tmp_path, mon
     assert sum(sizes) == 8 * 11 and max(sizes) <= 3 * 4
 
 
-def test_a17_blocks_of_scores_stay_below_two_to_the_31():
+def test_blocks_of_scores_stay_below_two_to_the_31():
+    """Trap A17 of Arctic-Embed."""
     assert mining_documents._TOGETHER * mining_documents.SHARD < 2**31
     assert topk._QUERY_BLOCK * 16_384 < 2**31
     # 131,072 queries against as many documents are 2 ** 34 scores, and 4 bytes each.

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from tercet.curate.convert.conversion import Conversion, ConversionReport, Converted
+from tercet.curate.convert.conversion import Conversion, Converted
 from tercet.data.files.similarity import SimilaritySet
 from tercet.data.files.texts import normal_form
 from tercet.errors import RecipeError
@@ -73,14 +73,8 @@ def convert_similarity(
         ]
         skipped[_NO_NEGATIVE] += not made
         rows += made
-    report = ConversionReport(
-        records=len(data.pairs),
-        rows=len(rows),
-        negatives=sum(len(row.negatives) for row in rows),
-        skipped={reason: count for reason, count in skipped.items() if count},
-        labels={},
-    )
-    return Converted(tuple(rows), report)
+    reasons = {reason: count for reason, count in skipped.items() if count}
+    return Converted(tuple(rows), len(data.pairs), reasons)
 
 
 def _negatives(

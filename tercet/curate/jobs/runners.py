@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from tercet.errors import MissingExtraError, RecipeError
 
-EngineName: TypeAlias = Literal["auto", "loop", "daft", "ray"]
+RunnerName: TypeAlias = Literal["auto", "loop", "daft", "ray"]
 """What distributes the work: a plain loop, Daft on this machine, or Daft on a Ray cluster."""
 
 _SILENT: Final = {  # in all workers: no telemetry, no progress bars but our own
@@ -50,7 +50,7 @@ class Runner:
         RecipeError: for fewer than 1 worker, or settings that contradict each other.
     """
 
-    engine: EngineName = "auto"  # a plain loop for one process, Daft for several
+    engine: RunnerName = "auto"  # a plain loop for one process, Daft for several
     workers: int = 1  # processes on each machine
     address: str | None = None  # of a Ray cluster: HOST:PORT of its head, or auto
 

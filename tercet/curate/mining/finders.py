@@ -252,7 +252,7 @@ class EncodedShelf:
             writers: dict[Kind, VectorWriter] = {}
             for kind in missing:
                 fresh = stack.enter_context(replacing_folder(_folder(shard, kind)))
-                writers[kind] = stack.enter_context(VectorWriter(fresh))
+                writers[kind] = stack.enter_context(VectorWriter.open(fresh))
             done = 0
             for batch in document_batches(texts, len):
                 vectors = self._encode(batch, role, prompts[done : done + len(batch)], missing)

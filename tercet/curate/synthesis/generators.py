@@ -58,7 +58,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to a prompt: a text, or the reason why there is none."""
+    """The answer to a prompt: a text, or the reason for a failure."""
 
     text: str = ""
     failure: str | None = None

@@ -49,7 +49,7 @@ _SENTENCE: Final = re.compile(r"(?<=\w{3})(?<!\betc)[.!]\s+\S|[。\uff01]\s*\S")
 
 @dataclass(frozen=True, slots=True)
 class ParsedQuestion:
-    """The question of an answer or, with a refusal, the text that is no usable question."""
+    """The question of an answer or, with a refusal, the refused text."""
 
     question: str
     refusal: str = ""

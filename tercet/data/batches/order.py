@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from tercet.data.files.readers import gathered
 from tercet.data.files.sources import Source
 from tercet.types import Example
 
@@ -166,12 +167,9 @@ class BatchRows:
 
     def read(self, readers: Sequence[Callable[[Sequence[int]], list[Row]]]) -> list[Row]:
         """Return what the reader of each source finds, in the order of the batch."""
-        found: dict[int, Row] = {}
-        for index in np.unique(self.source).tolist():
-            places = np.flatnonzero(self.source == index)
-            rows = readers[index](self.row[places].tolist())
-            found.update(zip(places.tolist(), rows, strict=True))
-        return [found[place] for place in range(len(self))]
+        return gathered(
+            self.source, lambda index, places: readers[index](self.row[places].tolist())
+        )
 
 
 class LazyBatches:

@@ -64,7 +64,7 @@ def test_ids_may_be_texts_and_a_query_without_a_label_gives_no_row(folder):
             "RELEVANCE": [-1, -1, 0],
         },
     )
-    # A document that answers the query is no negative of it.
+    # A document that answers the query is not its negative.
     assert read(folder, mined=folder / "mined.parquet")[0] == Example("one", ("a",), ("b",))
 
 
@@ -84,7 +84,7 @@ def test_ids_may_be_texts_and_a_query_without_a_label_gives_no_row(folder):
         (
             "labels",
             {"QUERY_ID": ["x", "q"], "DOCUMENT_ID": ["1", "1"]},
-            r"1 rows of the labels or mined documents name queries that are not in queries.parquet; drop them",
+            r"1 rows of the labels or mined documents name queries that are not in queries",
         ),
         (
             "documents",

@@ -25,7 +25,7 @@ def _small_blocks(monkeypatch):
 
 @pytest.fixture
 def sources(tmp_path):
-    """Two files: seven pairs, and four with a prompt of their own."""
+    """Two files: seven pairs, and four with their own prompt."""
     words = [sentence.split() for sentence in SENTENCES]
     pairs = [
         Example(" ".join(some[:3]), (text,)) for some, text in zip(words, SENTENCES, strict=True)

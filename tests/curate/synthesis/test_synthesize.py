@@ -62,7 +62,7 @@ def first_word(prompt: str) -> str:
 
 
 def documents(count: int = 9) -> list[Document]:
-    """Each has a word of its own in each of its paragraphs."""
+    """Each has its own word in each paragraph."""
     found = []
     for n in range(count):
         word = "word" + "abcdefghijklmnopqrstuvwxyz"[n] * 3
