@@ -74,7 +74,7 @@ def opened(base: Path, folder: Path) -> Path:
 def test_a_merged_model_and_an_adapter_reload_both_ways_without_a_difference(
     decoder_folder, tmp_path
 ):
-    """Trap 2 of LLM2Vec."""
+    """Test 2 of LLM2Vec."""
     flagged = opened(decoder_folder, tmp_path / "flagged")
     embedder = with_adapter(flagged, 1)
     embedder.save_adapter(tmp_path / "adapter", str(flagged))
@@ -88,7 +88,7 @@ def test_a_merged_model_and_an_adapter_reload_both_ways_without_a_difference(
 
 
 def test_an_adapter_that_would_silently_be_causal_again_is_refused(decoder_folder, tmp_path):
-    """Trap 2 of LLM2Vec."""
+    """Test 2 of LLM2Vec."""
     embedder = with_adapter(decoder_folder, 1, attention="bidirectional")
     with pytest.raises(ModelError, match="does not say that it reads both ways"):
         embedder.save_adapter(tmp_path / "adapter", str(decoder_folder))
@@ -103,7 +103,7 @@ def test_an_adapter_that_would_silently_be_causal_again_is_refused(decoder_folde
 
 
 def test_the_gap_is_the_bare_underscore_whatever_encoding_it_gives():
-    """Trap 6 of LLM2Vec."""
+    """Test 6 of LLM2Vec."""
     tokenizer = sentencepiece()  # encodes "_" with a space before it
     gap = mask_id(tokenizer, "blank")
     assert tokenizer.convert_ids_to_tokens(gap) == "_"
@@ -116,7 +116,7 @@ def test_the_gap_is_the_bare_underscore_whatever_encoding_it_gives():
 @pytest.mark.parametrize("build", [sentencepiece, byte_bpe])
 @pytest.mark.parametrize("text", HARD)
 def test_a_prompt_is_never_pooled_and_its_text_always_is(build, text):
-    """Trap 10 of LLM2Vec."""
+    """Test 10 of LLM2Vec."""
     stock = build()
     tokens = Tokenizer(stock)([text], 200, PROMPT, Form(pool_prompt=False))
     ids, pooled = torch.from_numpy(tokens.ids[0]), tokens.pack().pooled
@@ -126,7 +126,7 @@ def test_a_prompt_is_never_pooled_and_its_text_always_is(build, text):
 
 @pytest.mark.parametrize("build", [sentencepiece, byte_bpe])
 def test_an_over_long_text_is_cut_and_its_prompt_is_not(build):
-    """Trap 10 of LLM2Vec."""
+    """Test 10 of LLM2Vec."""
     stock, form = build(), Form(pool_prompt=False)
     whole = Tokenizer(stock)([SENTENCES[0]], 200, PROMPT, form)
     prompt = whole.skipped[0]
@@ -136,7 +136,7 @@ def test_an_over_long_text_is_cut_and_its_prompt_is_not(build):
 
 
 def test_an_empty_text_after_a_prompt_has_one_vector_alone_and_in_company(decoder_folder):
-    """Trap 10 of LLM2Vec."""
+    """Test 10 of LLM2Vec."""
     embedder = Embedder.load(decoder_folder, prompts={"query": PROMPT}, pool_prompt=False)
     alone, among = embedder.encode([""], "query"), embedder.encode(["", *SENTENCES], "query")
     np.testing.assert_allclose(among[0], alone[0], atol=1e-6)
@@ -147,7 +147,7 @@ def test_an_empty_text_after_a_prompt_has_one_vector_alone_and_in_company(decode
 
 
 def test_a_weighted_mean_equals_a_loop_over_the_pooled_tokens():
-    """Trap 11 of LLM2Vec."""
+    """Test 11 of LLM2Vec."""
     texts = pack(*random_texts(6, 1, 9))
     texts.pooled[[0, 1, 8]] = False
     hidden = torch.randn(16, 5)
@@ -166,7 +166,7 @@ def test_a_weighted_mean_equals_a_loop_over_the_pooled_tokens():
 
 @torch.no_grad()
 def test_the_last_token_is_that_of_a_row_padded_on_either_side(decoder_folder):
-    """Trap 11 of LLM2Vec."""
+    """Test 11 of LLM2Vec."""
     embedder = Embedder.load(decoder_folder, attention="causal", pooling="last", normalize=False)
     stock, model = embedder.tokenizer.stock, t.AutoModel.from_pretrained(decoder_folder).eval()
     expected = embedder.encode(SENTENCES)
@@ -184,7 +184,7 @@ def test_the_last_token_is_that_of_a_row_padded_on_either_side(decoder_folder):
 
 @pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
 def test_states_of_16_bits_are_summed_in_32(pooling):
-    """Trap 11 of LLM2Vec."""
+    """Test 11 of LLM2Vec."""
     hidden = torch.randn(700, 4).to(torch.bfloat16)
     weights = torch.ones(700) if pooling == "mean" else torch.arange(1, 701.0)
     exact = (hidden.double() * weights[:, None]).sum(0) / weights.sum()
@@ -210,7 +210,7 @@ def letters() -> t.PreTrainedTokenizerFast:
 
 
 def test_the_words_of_the_papers_example_in_both_modes():
-    """Trap 12 of LLM2Vec."""
+    """Test 12 of LLM2Vec."""
     model = Backbone(random_model(DECODERS["llama"]), attention="bidirectional")
     embedder = Embedder(model, letters(), Settings())
     packed = embedder.tokenizer(["ab cde f"], 20).pack()  # BOS t11 t12 t21 t22 t23 t31
@@ -228,7 +228,7 @@ def test_the_words_of_the_papers_example_in_both_modes():
 
 @pytest.mark.parametrize("predictor", [False, True])
 def test_words_of_many_texts_equal_a_loop(predictor):
-    """Trap 12 of LLM2Vec."""
+    """Test 12 of LLM2Vec."""
     rng = np.random.default_rng(4)
     sentences = [["x" * n for n in rng.integers(1, 6, count)] for count in (3, 1, 7, 0, 4)]
     words = [Words.joined(sentence) for sentence in sentences]
@@ -252,7 +252,7 @@ def test_words_of_many_texts_equal_a_loop(predictor):
 
 @torch.no_grad()
 def test_echo_pools_the_second_copy_of_the_same_ids_in_a_causal_model(decoder_folder):
-    """Trap 13 of LLM2Vec."""
+    """Test 13 of LLM2Vec."""
     embedder = Embedder.load(decoder_folder, attention="causal", echo=True)
     model = t.AutoModel.from_pretrained(decoder_folder, attn_implementation="eager").eval()
     for text, vector in zip(SENTENCES, embedder.encode(SENTENCES), strict=True):
@@ -271,7 +271,7 @@ def test_echo_pools_the_second_copy_of_the_same_ids_in_a_causal_model(decoder_fo
 
 
 def test_a_causal_prefix_has_cosine_1_and_maps_begin_with_1(decoder_folder):
-    """Trap 14 of LLM2Vec."""
+    """Test 14 of LLM2Vec."""
     embedder = Embedder.load(decoder_folder, attention="bidirectional")
     triples = read_triples()[:9]
     control = prefix_sensitivity(embedder, triples, attention="causal")
@@ -290,7 +290,7 @@ def test_a_causal_prefix_has_cosine_1_and_maps_begin_with_1(decoder_folder):
 def test_merged_adapters_equal_the_stages_in_turn_and_the_manifest_lists_both(
     decoder_folder, tmp_path
 ):
-    """Trap 15 of LLM2Vec."""
+    """Test 15 of LLM2Vec."""
     first = opened(decoder_folder, tmp_path / "opened")
     one = with_adapter(first, 1)
     one.save_adapter(tmp_path / "1", str(first))
@@ -309,7 +309,7 @@ def test_merged_adapters_equal_the_stages_in_turn_and_the_manifest_lists_both(
 
 
 def test_vectors_are_those_of_llm2vec_0_2_3():
-    """Trap 16 of LLM2Vec."""
+    """Test 16 of LLM2Vec."""
     folders = [FIXTURE / "mntp", FIXTURE / "simcse"]
     recorded = np.load(FIXTURE / "vectors.npz")
     asked = json.loads((FIXTURE / "recorded.json").read_text(encoding="utf-8"))["pairs"]
@@ -325,7 +325,7 @@ def test_vectors_are_those_of_llm2vec_0_2_3():
 def test_sentence_transformers_reads_an_export_alike_with_its_own_modules(
     decoder_folder, tmp_path, pooling
 ):
-    """Trap 17 of LLM2Vec."""
+    """Test 17 of LLM2Vec."""
     embedder = with_adapter(decoder_folder, 1, attention="bidirectional", pooling=pooling)
     embedder.save(tmp_path / "model")
     modules = json.loads((tmp_path / "model" / "modules.json").read_text())

@@ -105,7 +105,7 @@ def moved_by_the_last_token(states_of) -> Tensor:
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("kind", OPENED)
 def test_the_probe_passes_and_a_token_sees_the_next_one_only_both_ways(kind, attention):
-    """Trap 1 of LLM2Vec."""
+    """Test 1 of LLM2Vec."""
     backbone = Backbone(random_model(config_of(kind, **OPENED[kind])), attention=attention)
     probe(backbone)
     moved = moved_by_the_last_token(lambda ids: backbone(pack(ids)))
@@ -116,7 +116,7 @@ def test_the_probe_passes_and_a_token_sees_the_next_one_only_both_ways(kind, att
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_that_cannot_be_opened_up_is_refused_with_the_reason(kind, attention):
-    """Trap 1 of LLM2Vec."""
+    """Test 1 of LLM2Vec."""
     more, reason = REFUSED[kind]
     with pytest.raises(ModelError, match=reason):
         probe(Backbone(random_model(config_of(kind, **more)), attention=attention))
@@ -125,7 +125,7 @@ def test_a_model_that_cannot_be_opened_up_is_refused_with_the_reason(kind, atten
 @pytest.mark.parametrize(("kind", "sees"), [("nemotron", False), ("llama", True)])
 @pytest.mark.parametrize("modules", [False, True])
 def test_the_switch_in_the_config_alone_leaves_nemotron_causal(kind, sees, modules):
-    """Trap 1 of LLM2Vec. Which is why ``Backbone`` sets both, and looks at numbers."""
+    """Test 1 of LLM2Vec: which is why ``Backbone`` sets both, and looks at numbers."""
     model = random_model(config_of(kind, **GROUPED))
     model.set_attn_implementation("sdpa")
     open_up(model, modules=modules)
@@ -134,7 +134,7 @@ def test_the_switch_in_the_config_alone_leaves_nemotron_causal(kind, sees, modul
 
 
 def test_the_probe_refuses_a_model_whose_switches_were_turned_back():
-    """Trap 1 of LLM2Vec."""
+    """Test 1 of LLM2Vec."""
     backbone = Backbone(random_model(config_of("qwen2", **GROUPED)), attention="bidirectional")
     backbone.config.is_causal = True
     for module in backbone.modules():
@@ -147,7 +147,7 @@ def test_the_probe_refuses_a_model_whose_switches_were_turned_back():
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @torch.no_grad()
 def test_packed_equals_separate_and_positions_alone_do_not(kind):
-    """Trap 3 of LLM2Vec."""
+    """Test 3 of LLM2Vec."""
     config = config_of(kind, **OPENED[kind])
     texts = random_texts(7, 12, 3, vocabulary=VOCABULARY)
     row, positions = torch.cat(texts)[None], torch.cat([torch.arange(len(x)) for x in texts])[None]
@@ -179,7 +179,7 @@ def padded(model: Any, texts: list[Tensor], *, left: bool, pad: int, positions: 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
 def test_either_side_of_padding_and_any_pad_token_give_what_packing_gives(kind):
-    """Trap 4 of LLM2Vec."""
+    """Test 4 of LLM2Vec."""
     config = config_of(kind, **OPENED[kind])
     texts = random_texts(9, 4, 11, vocabulary=VOCABULARY)
     stock = open_up(random_model(config))
@@ -205,7 +205,7 @@ def test_either_side_of_padding_and_any_pad_token_give_what_packing_gives(kind):
 @pytest.mark.parametrize("layers", [1, 2])
 @torch.no_grad()
 def test_a_kept_window_reaches_as_far_as_layers_times_its_width(kind, more, reach, layers):
-    """Trap 4 of LLM2Vec."""
+    """Test 4 of LLM2Vec."""
     more = {**more, "num_hidden_layers": layers, "layer_types": ["sliding_attention"] * layers}
     if kind == "mistral":
         del more["layer_types"]

@@ -76,7 +76,7 @@ def gradients(embedder: Embedder) -> list[Tensor]:
 
 
 def test_the_loss_is_the_cross_entropy_of_each_token_from_the_state_before_it(base):
-    """Trap 5 of LLM2Vec."""
+    """Test 5 of LLM2Vec."""
     embedder, work = mntp(base)
     batch = work.batch(rows(0, 2, 1), [0])
     found = work.backward(batch, Chunks(30))["loss"]
@@ -99,7 +99,7 @@ def test_the_loss_is_the_cross_entropy_of_each_token_from_the_state_before_it(ba
 
 
 def test_the_first_token_of_a_text_has_no_label_since_nothing_predicts_it(base):
-    """Trap 5 of LLM2Vec."""
+    """Test 5 of LLM2Vec."""
     _, work = mntp(base, masking=Masking(probability=0.9, kind="all"))
     batch = work.batch(rows(*range(len(work.drawn[0]))), [0])
     labelled = batch.labels != NO_LABEL
@@ -109,7 +109,7 @@ def test_the_first_token_of_a_text_has_no_label_since_nothing_predicts_it(base):
 
 
 def test_gathered_places_have_the_loss_and_gradient_of_all_places():
-    """Trap 5 of LLM2Vec."""
+    """Test 5 of LLM2Vec."""
     states = torch.randn(40, 16, requires_grad=True)
     head = Head(torch.randn(90, 16), torch.randn(90))
     labels = torch.where(torch.rand(40) < 0.3, torch.randint(90, (40,)), -100)
@@ -125,7 +125,7 @@ def test_gathered_places_have_the_loss_and_gradient_of_all_places():
 
 @pytest.mark.parametrize("probability", [0.3, 0.6])
 def test_of_a_million_tokens_the_share_is_chosen_and_80_10_10_of_it(probability):
-    """Trap 6 of LLM2Vec."""
+    """Test 6 of LLM2Vec."""
     rng = np.random.default_rng(5)
     ids = rng.integers(10, 3_000, 1_000_000)
     allowed = ids % 7 > 0
@@ -138,7 +138,7 @@ def test_of_a_million_tokens_the_share_is_chosen_and_80_10_10_of_it(probability)
 
 
 def test_special_tokens_are_never_chosen_and_all_others_may_be(base, tmp_path):
-    """Trap 6 of LLM2Vec."""
+    """Test 6 of LLM2Vec."""
     (tmp_path / "texts.txt").write_text("".join(f"<s>{text}</s>\n" for text in SENTENCES))
     embedder = Embedder.load(base, attention="bidirectional")
     masking = Masking(probability=0.9, kind="all")
@@ -155,7 +155,7 @@ def test_special_tokens_are_never_chosen_and_all_others_may_be(base, tmp_path):
 
 
 def test_the_tokenizer_saved_after_mntp_reads_code_as_before(base, tmp_path):
-    """Trap 7 of LLM2Vec."""
+    """Test 7 of LLM2Vec."""
     embedder, work = mntp(base)
     work.backward(work.batch(rows(0), [0]), Chunks(1_000))
     work.finish()
@@ -175,7 +175,7 @@ def test_the_tokenizer_saved_after_mntp_reads_code_as_before(base, tmp_path):
 
 @torch.no_grad()
 def test_two_views_differ_in_training_and_vectors_know_no_neighbours(base):
-    """Trap 8 of LLM2Vec."""
+    """Test 8 of LLM2Vec."""
     embedder, work = at_work(base, SimCSE())
     texts = work.batch(rows(0, 3, 9, 6), [0]).texts
     first, second = embedder.train()(texts).chunk(2)
@@ -211,7 +211,7 @@ def one_of_two(base: Path) -> None:
 
 
 def test_two_processes_have_the_gradient_of_one_in_its_size_too(base):
-    """Trap 9 of LLM2Vec."""
+    """Test 9 of LLM2Vec."""
     run_together(__file__, str(base))
     both = [torch.load(base / f"{rank}.pt") for rank in range(2)]
     for case, batch in SHARED.items():

@@ -56,7 +56,7 @@ def border(instruction: str) -> int:
 
 
 def test_with_a_final_space_the_lone_token_makes_up_for_the_one_before_every_text():
-    """Trap 7 of NV-Embed."""
+    """Test 7 of NV-Embed."""
     encoder = reading()
     for instruction in INSTRUCTIONS:
         for text in WORDS:
@@ -66,7 +66,7 @@ def test_with_a_final_space_the_lone_token_makes_up_for_the_one_before_every_tex
 
 
 def test_without_a_final_space_the_last_token_of_the_instruction_is_pooled():
-    """Trap 7 of NV-Embed."""
+    """Test 7 of NV-Embed."""
     encoder = reading()
     for instruction in INSTRUCTIONS:
         for text in WORDS:
@@ -78,7 +78,7 @@ def test_without_a_final_space_the_last_token_of_the_instruction_is_pooled():
 
 @pytest.mark.parametrize("text", ["7 days", "\nline"])
 def test_before_a_digit_or_a_newline_the_space_is_a_token_and_pooled(text):
-    """Trap 7 of NV-Embed."""
+    """Test 7 of NV-Embed."""
     tokens, pooled = tokens_and_pooled(reading(), text, INSTRUCTION)
     first = border(INSTRUCTION)
     assert tokens[first] == "▁"
@@ -86,7 +86,7 @@ def test_before_a_digit_or_a_newline_the_space_is_a_token_and_pooled(text):
 
 
 def test_without_a_token_before_every_text_the_first_of_the_text_is_lost():
-    """Trap 7 of NV-Embed."""
+    """Test 7 of NV-Embed."""
     encoder = reading(bos=False)
     for text in WORDS:
         tokens, pooled = tokens_and_pooled(encoder, text, INSTRUCTION)
@@ -96,7 +96,7 @@ def test_without_a_token_before_every_text_the_first_of_the_text_is_lost():
 
 
 def test_a_document_is_pooled_from_its_first_token_to_its_end():
-    """Trap 7 of NV-Embed."""
+    """Test 7 of NV-Embed."""
     for text in WORDS:
         tokens, pooled = tokens_and_pooled(reading(), text, "")
         assert (tokens[0], tokens[-1]) == ("<s>", "</s>")
@@ -104,7 +104,7 @@ def test_a_document_is_pooled_from_its_first_token_to_its_end():
 
 
 def test_an_instruction_that_fills_the_window_leaves_nothing_to_pool():
-    """Trap 7 of NV-Embed."""
+    """Test 7 of NV-Embed."""
     limit = border(INSTRUCTION) - 1
     texts = reading().tokenize(WORDS, INSTRUCTION, limit)
     assert texts.lengths == [limit] * len(WORDS)
@@ -112,7 +112,7 @@ def test_an_instruction_that_fills_the_window_leaves_nothing_to_pool():
 
 
 def test_the_exact_mask_has_none_of_these_faults():
-    """Trap 7 of NV-Embed."""
+    """Test 7 of NV-Embed."""
     for encoder in (reading(), reading(bos=False)):
         encoder.count_mask = False
         for instruction in (INSTRUCTION, INSTRUCTION.rstrip(" ")):
@@ -126,7 +126,7 @@ def test_the_exact_mask_has_none_of_these_faults():
 
 
 def test_all_published_weights_arrive_under_our_names(tmp_path):
-    """Trap 16 of NV-Embed."""
+    """Test 16 of NV-Embed."""
     embedder = Embedder.load(publish(tmp_path))
     assert embedder.layer is not None
     network = embedder.backbone.model.state_dict()
@@ -178,7 +178,7 @@ def exported(kind: Any, tokenizer: Any, folder: Any) -> Embedder:
 @pytest.mark.parametrize("build", [sentencepiece, byte_bpe])
 @pytest.mark.parametrize("kind", ["latent", "self_attention"])
 def test_an_export_gives_the_same_vectors_after_every_save(kind, build, tmp_path):
-    """Trap 17 of NV-Embed."""
+    """Test 17 of NV-Embed."""
     embedder = exported(kind, build(), tmp_path / "0")
     for number in range(3):
         model = SentenceTransformer(
@@ -195,7 +195,7 @@ def test_an_export_gives_the_same_vectors_after_every_save(kind, build, tmp_path
 
 
 def test_an_export_and_its_copy_load_where_tercet_is_not_installed(tmp_path):
-    """Trap 17 of NV-Embed."""
+    """Test 17 of NV-Embed."""
     kinds = ("latent", "self_attention")
     models = {kind: exported(kind, sentencepiece(), tmp_path / kind) for kind in kinds}
     subprocess.run(
@@ -214,7 +214,7 @@ def test_an_export_and_its_copy_load_where_tercet_is_not_installed(tmp_path):
 
 
 def test_a_published_model_is_exported_with_its_end_token_and_prompts(tmp_path):
-    """Trap 17 of NV-Embed."""
+    """Test 17 of NV-Embed."""
     sizes = {**CONFIG["latent_attention_config"], "output_normalize": False}
     published = publish(tmp_path / "published", latent_attention_config=sizes)
     embedder = Embedder.load(published)

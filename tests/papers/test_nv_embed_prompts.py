@@ -82,7 +82,7 @@ def expected(stock, prompt: str, text: str) -> tuple[list[int], list[bool]]:
 
 
 def test_the_oracle_tells_what_a_token_covers():
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     stock = pieces_with_bos()
     ids, pooled = expected(stock, "find it: ", "7 days")
     assert stock.decode(ids[1:-1]) == "find it: 7 days"
@@ -93,7 +93,7 @@ def test_the_oracle_tells_what_a_token_covers():
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_the_text_and_eos_are_pooled_and_bos_and_prompt_are_not(build):
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     stock = build()
     known = list(product(PROMPTS, TEXTS))
     wanted = [expected(stock, prompt, text) for prompt, text in known]
@@ -107,7 +107,7 @@ def test_the_text_and_eos_are_pooled_and_bos_and_prompt_are_not(build):
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_bos_is_pooled_where_there_is_no_prompt(build, text):
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     ids, pooled = expected(build(), "", text)
     packed = Tokenizer(build(), append_end=True)([text], 200, "", FORM).pack()
     assert packed.ids.tolist() == ids
@@ -117,7 +117,7 @@ def test_bos_is_pooled_where_there_is_no_prompt(build, text):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_each_row_has_its_own_prompt_and_what_is_pooled_of_it_is_the_same_alone(build):
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     prompts = [SPACED, "", "find it: ", SPACED.rstrip(), "", "Query:\n"]
     texts = [TEXTS[0], TEXTS[1], TEXTS[3], TEXTS[5], TEXTS[6], TEXTS[2]]
     tokenize = Tokenizer(build(), append_end=True)
@@ -131,7 +131,7 @@ def test_each_row_has_its_own_prompt_and_what_is_pooled_of_it_is_the_same_alone(
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("prompt", ["", *PROMPTS])
 def test_a_cut_text_keeps_its_prompt_and_its_eos(build, prompt):
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     ids, pooled = expected(build(), prompt, SENTENCES[0] * 9)
     tokenize = Tokenizer(build(), append_end=True)
     begins = pooled.index(True) if prompt else 0
@@ -147,7 +147,7 @@ def test_a_cut_text_keeps_its_prompt_and_its_eos(build, prompt):
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_of_an_empty_text_after_a_prompt_eos_alone_is_pooled(build, prompt):
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     packed = Tokenizer(build(), append_end=True)([""], 200, prompt, FORM).pack()
     assert packed.ids[-1] == 2
     assert packed.pooled.tolist() == [False] * (len(packed.ids) - 1) + [True]
@@ -155,14 +155,14 @@ def test_of_an_empty_text_after_a_prompt_eos_alone_is_pooled(build, prompt):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_prompt_that_fills_the_window_leaves_eos_to_pool(build):
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     packed = Tokenizer(build(), append_end=True)(["text"], 6, SPACED * 3, FORM).pack()
     assert packed.lengths == [6]
     assert packed.pooled.tolist() == [False] * 5 + [True]
 
 
 def test_bos_is_not_pooled_where_prompt_and_text_are_one_token():
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     ids, pooled = expected(pieces_with_bos(), "Q:", "a")
     assert (len(ids), pooled) == (3, [False, True, True])
     packed = Tokenizer(pieces_with_bos(), append_end=True)(["a"], 200, "Q:", FORM).pack()
@@ -171,7 +171,7 @@ def test_bos_is_not_pooled_where_prompt_and_text_are_one_token():
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_eos_as_a_text_after_the_text_is_pooled_alike(build):
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     tokenize = Tokenizer(build())
     form = Form(pool_prompt=False, suffix="</s>", pool_suffix=True)
     for prompt, text in product(("", *PROMPTS), TEXTS):
@@ -187,7 +187,7 @@ def test_eos_as_a_text_after_the_text_is_pooled_alike(build):
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_an_embedder_takes_the_mean_of_just_these_tokens(build):
-    """Trap 6 of NV-Embed."""
+    """Test 6 of NV-Embed."""
     model = Backbone(random_model(DECODERS["llama"]), attention="bidirectional")
     prompts = {"query": SPACED}
     settings = Settings(pooling="mean", prompts=prompts, pool_prompt=False, append_end=True)

@@ -19,7 +19,7 @@ from tercet.curate.filtering.pair_rules import KEPT, RANK, PairRules
 from tercet.curate.filtering.pair_scores import paired_ranks
 from tercet.curate.filtering.screen import ScreenedPairs, SourceLanguage
 from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit
-from tercet.curate.mining.documents import SHARD, StoredVectors
+from tercet.curate.mining.document_pools import SHARD, StoredVectors
 from tercet.data.files.examples import example_record
 from tercet.data.files.sources import Source, write_records
 from tercet.errors import RecipeError

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int8, Int32, Int64, UInt64
 from tercet.curate.filtering.pair_rules import DUPLICATE, KEPT, RULES, PairRules
 from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
-from tercet.curate.mining.documents import text_key
+from tercet.curate.mining.document_pools import text_key
 from tercet.data.files.sources import Source
 from tercet.files.artifacts import fingerprint, fingerprint_number, write_arrays
 from tercet.files.records import readable

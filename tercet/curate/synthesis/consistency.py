@@ -9,7 +9,7 @@ from typing import Final, Literal
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from tercet.curate.mining.documents import SHARD, StoredVectors
+from tercet.curate.mining.document_pools import SHARD, StoredVectors
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
