@@ -1,14 +1,14 @@
-"""Several processes that train one model: what they say to each other.
+"""Communication between the processes that train one model.
 
-This module and :mod:`tercet.sharding` alone import ``torch.distributed``.
+Only this module and :mod:`tercet.sharding` import ``torch.distributed``.
 
 ``torchrun`` starts the processes and describes them in environment variables. Without it there is
-one process, and every function here is the identity. All processes have to call the same
-functions in the same order: each call waits for the others.
+one process, and every function here is the identity. All processes must call the same functions
+in the same order: each call waits for the others.
 
 The gradient of a batch that is spread over processes is the *sum* of what each of them computes,
 as long as each divides its loss by counts of the whole batch (``Relation.positives``). Their mean
-is too small by the number of processes, and no constant repairs a mean of per-process means.
+is too small by the number of processes, and no constant corrects a mean of per-process means.
 """
 
 import os
@@ -23,11 +23,11 @@ from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
 
-BUCKET_NUMBERS: Final = 1 << 24  # summed in one message: 64 MiB of float32
+BUCKET_NUMBERS: Final = 1 << 24  # numbers per message: 64 MiB of float32
 
 
 def start() -> None:
-    """Join the processes that ``torchrun`` started; does nothing in a process of its own.
+    """Join the processes that ``torchrun`` started; do nothing if there is only this one.
 
     Tensors on the CPU travel by gloo, tensors on a GPU by NCCL.
     """
@@ -48,33 +48,33 @@ def stop() -> None:
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is, counted from zero."""
+    """Return the number of this process, from zero."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_world_size() -> int:
-    """How many processes share this machine, this one included."""
+    """Return the number of processes on this machine, this one included."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
+    """Whether this is the process that writes files and prints messages."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if world() > 1:
         dist.barrier()
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
-    """The value that process ``source`` holds; it is pickled on its way."""
+    """Return the value of process ``source``, which is sent pickled."""
     if world() == 1:
         return value
     box = [value]
@@ -83,24 +83,24 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 
 def gather_rows(x: Float[Tensor, "rows dim"]) -> Float[Tensor, "all_rows dim"]:
-    """The rows of all processes, in the order of their ranks; they may differ in number.
+    """Return the rows of all processes in the order of ranks; their numbers may differ.
 
-    The gradient of a row is summed over every process that used it, and returned to the one
-    process that the row came from.
+    The gradient of a row is summed over every process, and returned to the process that the row
+    came from.
     """
     return x if world() == 1 else _GatherRows.apply(x)
 
 
 def gather_ints(x: Int[Tensor, "rows *rest"]) -> Int[Tensor, "all_rows *rest"]:
-    """The rows of all processes, in the order of their ranks; they may differ in number."""
+    """Return the rows of all processes in the order of ranks; their numbers may differ."""
     return x if world() == 1 else torch.cat(_gathered(x))
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes; call it once a step.
+    """Replace each gradient by its sum over the processes; call this once per step.
 
-    A gradient that only some processes have counts as zero in the others. One that none has stays
-    None. Summed in at least float32.
+    A gradient that only some processes have counts as zero in the others. One that no process has
+    stays None. Sums are computed in at least float32.
     """
     if world() == 1:
         return
@@ -126,7 +126,7 @@ def _gradient_or_zeros(parameter: nn.Parameter) -> Tensor:
 
 
 def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Runs of tensors of one dtype and device, short enough to be copied into one message."""
+    """Group tensors of one dtype and device into lists that fit into one message."""
     buckets: list[list[Tensor]] = []
     room, kind = 0, None
     for tensor in sorted(tensors, key=lambda t: (str(t.dtype), str(t.device))):
@@ -147,7 +147,7 @@ def _sum_in_place(tensors: list[Tensor]) -> None:
 
 
 def _gathered(x: Tensor) -> list[Tensor]:
-    """One tensor for each process. Messages have one size, so short ones are filled up and cut."""
+    """Gather the tensor of each process; messages are padded to one size, then cut."""
     count = torch.tensor([len(x)], device=x.device)
     counts = [torch.empty_like(count) for _ in range(world())]
     dist.all_gather(counts, count)
@@ -170,7 +170,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # A copy, since autograd may own the tensor, and one whose rows lie end to end.
+        # A contiguous copy, since autograd may own the tensor.
         summed = torch.empty_like(
             gradient,
             dtype=torch.promote_types(gradient.dtype, torch.float32),

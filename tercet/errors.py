@@ -4,6 +4,10 @@ Anything else that escapes (an AssertionError, a torch RuntimeError) is a bug in
 """
 
 from pathlib import Path
+from typing import Final
+
+BROKEN_MODEL: Final = "the model is broken, or it was run in a precision too low for it"
+"""The end of a message about NaN or infinity in vectors or scores."""
 
 
 class TercetError(Exception):
@@ -11,7 +15,7 @@ class TercetError(Exception):
 
 
 class DataError(TercetError):
-    """A data file does not say what it should; the message starts with ``file:line:``."""
+    """A data file has invalid content; the message starts with ``file:line:``."""
 
     def __init__(self, path: Path | str, line: int | None, problem: str) -> None:
         where = str(path) if line is None else f"{path}:{line}"
@@ -31,7 +35,7 @@ class IndexFolderError(TercetError):
 
 
 class MissingExtraError(TercetError):
-    """A part of the package that is installed on request is not there."""
+    """An optional dependency is not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(
@@ -40,7 +44,7 @@ class MissingExtraError(TercetError):
 
 
 class StorageError(TercetError):
-    """A file or folder could not be written; what was there before is still there."""
+    """A file or folder could not be written; the old one is still there."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(
@@ -50,4 +54,4 @@ class StorageError(TercetError):
 
 
 class TrainingError(TercetError):
-    """Training cannot go on, such as at a loss that is not a number; the checkpoint is kept."""
+    """Training cannot continue, such as after a NaN loss; the checkpoint is kept."""

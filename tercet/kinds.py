@@ -2,10 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Final, Literal, TypeAlias
+
+from tercet.errors import RecipeError
 
 Kind: TypeAlias = Literal["dense", "sparse", "multi"]
 KINDS: Final[tuple[Kind, ...]] = ("dense", "sparse", "multi")
+
+
+def parse_kinds(text: str) -> tuple[Kind, ...]:
+    """Return the kinds in a text such as ``"sparse,dense"``, in the order of ``KINDS``.
+
+    Raises:
+        RecipeError: if a kind is unknown or given twice, or there is none.
+    """
+    named = [name.strip() for name in text.split(",")]
+    if set(named) - set(KINDS) or len(set(named)) < len(named):
+        raise RecipeError(f"kinds are {text!r}; choose from {', '.join(KINDS)}, each once")
+    return tuple(kind for kind in KINDS if kind in named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +30,24 @@ class Weights:
     dense: float = 1.0
     sparse: float = 0.3
     multi: float = 1.0
+
+    @staticmethod
+    def parse(text: str) -> "Weights":
+        """Return the weights in a text such as ``"1,0.3,1"``.
+
+        Raises:
+            RecipeError: unless it has three numbers of 0 or more.
+        """
+        try:
+            numbers = [float(number) for number in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != len(KINDS) or not all(0 <= number < inf for number in numbers):
+            raise RecipeError(
+                f"weights are {text!r}; give three numbers of 0 or more, for dense, sparse and "
+                "multi, such as 1,0.3,1"
+            )
+        return Weights(*numbers)
 
     def of(self, kind: Kind) -> float:
         """Return the weight of one kind."""

@@ -1,12 +1,12 @@
 """Ranking metrics as trec_eval computes them, for all queries at once.
 
-A ranking is an array with a row a query: document rows, best first, each at most once, and -1
-where the list is over. Every metric returns one number in [0, 1] a query, so that intervals and
-paired tests can be taken over queries; the mean of the array is the published figure.
+A ranking is an array with one row per query: document rows, best first, each at most once, and -1
+after the end of the list. Every metric returns one number in [0, 1] per query, so that intervals
+and paired tests can be taken over queries; the mean of the array is the published figure.
 
 A document is relevant when its grade is above zero. A query without a relevant document scores 0.
 trec_eval sorts a run by score itself and puts the *later* document id first among equal scores;
-here the order of the ranking is taken as it is, and our searches put the *lower* row first.
+here the given order counts, and our searches put the *lower* row first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from jaxtyping import Float64, Int
 
 @dataclass(frozen=True, slots=True)
 class Judgements:
-    """What people said of each query's documents: rows and grades, end to end.
+    """Relevance judgements of each query's documents: rows and grades, end to end.
 
     Those of query ``i`` are ``docs[offsets[i]:offsets[i + 1]]``, in rising order of row.
     """
@@ -32,7 +32,7 @@ class Judgements:
 
     @classmethod
     def of(cls, queries: Sequence[Mapping[int, int]]) -> "Judgements":
-        """From one mapping of document row to grade a query."""
+        """Make judgements from one mapping of document row to grade per query."""
         pairs = [sorted(grades.items()) for grades in queries]
         flat = np.array([pair for row in pairs for pair in row], dtype=np.int64).reshape(-1, 2)
         lengths = np.array([len(row) for row in pairs], dtype=np.int64)
@@ -40,21 +40,21 @@ class Judgements:
         return cls(flat[:, 0].copy(), flat[:, 1].copy(), bounds)
 
     def query_of(self) -> Int[np.ndarray, "judged"]:
-        """The query that each judgement belongs to."""
+        """Return the query that each judgement belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def relevant(self) -> Int[np.ndarray, "queries"]:
-        """How many documents are relevant, for each query."""
+        """Return the number of relevant documents of each query."""
         return np.bincount(self.query_of()[self.grades > 0], minlength=len(self))
 
     def grades_of(
         self, ranking: Int[np.ndarray, "queries ranks"]
     ) -> Int[np.ndarray, "queries ranks"]:
-        """The grade at each place of a ranking, 0 where there is no document or no judgement."""
+        """Return the grade at each place of a ranking, 0 without a document or judgement."""
         assert len(ranking) == len(self), f"{len(ranking)} rankings for {len(self)} queries"
         if not len(self.docs):
             return np.zeros(ranking.shape, np.int64)
-        # One number for a pair of query and document, so that one binary search finds them all.
+        # Each pair of query and document is one number, so that one binary search finds all pairs.
         width = 1 + max(int(self.docs.max()), int(ranking.max(initial=0)))
         judged = self.query_of() * width + self.docs
         wanted = np.arange(len(ranking))[:, None] * width + np.maximum(ranking, 0)
@@ -66,10 +66,11 @@ class Judgements:
 def ndcg(
     ranking: Int[np.ndarray, "queries ranks"], judgements: Judgements, k: int
 ) -> Float64[np.ndarray, "queries"]:
-    """Normalised discounted cumulative gain at ``k`` (Järvelin & Kekäläinen 2002), linear gain.
+    """Return nDCG at ``k``, normalised discounted cumulative gain with linear gain.
 
-    Linear gain is what BEIR and MTEB report; Burges et al. 2005 take ``2**grade - 1``, which
-    gives other numbers when there are more than two grades. Grades below zero gain nothing.
+    See Järvelin and Kekäläinen 2002. Linear gain is what BEIR and MTEB report; Burges et al.
+    2005 take ``2**grade - 1``, which differs if there are more than two grades. Grades below zero
+    gain nothing.
     """
     gains = np.maximum(judgements.grades_of(ranking[:, :k]), 0)
     return _share(gains @ _discount(np.arange(gains.shape[1])), _ideal_dcg(judgements, k))
@@ -78,7 +79,7 @@ def ndcg(
 def recall(
     ranking: Int[np.ndarray, "queries ranks"], judgements: Judgements, k: int
 ) -> Float64[np.ndarray, "queries"]:
-    """The share of the relevant documents that are among the first ``k``."""
+    """Return the share of the relevant documents that are among the first ``k``."""
     found = (judgements.grades_of(ranking[:, :k]) > 0).sum(axis=1)
     return _share(found, judgements.relevant())
 
@@ -86,23 +87,23 @@ def recall(
 def reciprocal_rank(
     ranking: Int[np.ndarray, "queries ranks"], judgements: Judgements, k: int | None = None
 ) -> Float64[np.ndarray, "queries"]:
-    """1 / rank of the first relevant document, 0 if the first ``k`` (or all) hold none.
+    """Return 1 / rank of the first relevant document, 0 if none is among the first ``k`` (or all).
 
     Its mean over queries is MRR.
     """
     relevant = judgements.grades_of(ranking[:, :k]) > 0
     if not relevant.shape[1]:
         return np.zeros(len(ranking))
-    first = relevant.argmax(axis=1)  # 0 where there is none
+    first = relevant.argmax(axis=1)  # 0 if there is none
     return np.divide(relevant.any(axis=1), 1 + first)
 
 
 def average_precision(
     ranking: Int[np.ndarray, "queries ranks"], judgements: Judgements, k: int | None = None
 ) -> Float64[np.ndarray, "queries"]:
-    """The mean, over all relevant documents, of the precision at the rank where each is found.
+    """Return the mean precision at the ranks of all relevant documents.
 
-    A relevant document that is not found counts 0. Its mean over queries is MAP.
+    A relevant document that is not found counts as 0. Its mean over queries is MAP.
     """
     relevant = judgements.grades_of(ranking[:, :k]) > 0
     precision = relevant.cumsum(axis=1) / np.arange(1, relevant.shape[1] + 1)
@@ -112,7 +113,7 @@ def average_precision(
 def success(
     ranking: Int[np.ndarray, "queries ranks"], judgements: Judgements, k: int = 1
 ) -> Float64[np.ndarray, "queries"]:
-    """1 where a relevant document is among the first ``k``, else 0."""
+    """Return 1 where a relevant document is among the first ``k``, else 0."""
     relevant = judgements.grades_of(ranking[:, :k]) > 0
     return np.any(relevant, axis=1).astype(np.float64)
 
@@ -122,7 +123,7 @@ def _discount(place: Int[np.ndarray, "places"]) -> Float64[np.ndarray, "places"]
 
 
 def _ideal_dcg(judgements: Judgements, k: int) -> Float64[np.ndarray, "queries"]:
-    """The gain of the best possible ranking of each query's judged documents."""
+    """Return the gain of the best possible ranking of each query's judged documents."""
     query = judgements.query_of()
     best_first = np.lexsort((-judgements.grades, query))  # by query, then by falling grade
     gains = np.maximum(judgements.grades[best_first], 0)
@@ -132,5 +133,5 @@ def _ideal_dcg(judgements: Judgements, k: int) -> Float64[np.ndarray, "queries"]
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> Float64[np.ndarray, "queries"]:
-    """Part / whole, and 0 where the whole is nothing."""
+    """Return part / whole, and 0 where the whole is 0."""
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)

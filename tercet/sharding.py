@@ -1,12 +1,12 @@
-"""Weights spread over the processes, a part of each in each (torch's ``fully_shard``, FSDP2).
+"""Weights sharded over the processes (torch's ``fully_shard``, FSDP2).
 
-A block's weights are gathered when the block is computed, and dropped after it. Gradients are
-summed over the processes, as :mod:`tercet.distributed` does, and not averaged; each process gets
-the sums for its own parts, and its optimizer knows no others. With as many processes, weights,
-gradients and optimizer take that much less memory in each.
+The weights of a block are gathered when the block is computed, and dropped afterwards. Gradients
+are summed over the processes, as in :mod:`tercet.distributed`, and not averaged; each process gets
+the sums of its own parts, which are all that its optimizer updates. With N processes, weights,
+gradients and optimizer states take 1/N of the memory in each.
 
-Every run through such a model, forwards or backwards, is a conversation of all processes: they
-have to make the same number of them in the same order.
+Every forward and backward pass through such a model involves all processes: they must make the
+same passes in the same order.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,11 +23,11 @@ from tercet import distributed
 
 
 class Sharded:
-    """A model whose weights are spread over the processes, and the way back.
+    """A model whose weights are sharded over the processes, and how to get the whole back.
 
-    ``blocks`` are parts of it whose weights are gathered together; what is in none of them is
-    gathered with the model itself. The weights move to ``device`` block by block, so that a device
-    never holds more than its parts and one block.
+    ``blocks`` are parts of it whose weights are gathered together; other weights are gathered with
+    the model itself. The weights move to ``device`` block by block, so that a device never holds
+    more than its parts and one block.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -35,14 +35,14 @@ class Sharded:
         mesh = init_device_mesh(device.type, (distributed.world(),))
         for part in (*blocks, model):
             fully_shard(part, mesh=mesh)
-            assert isinstance(part, FSDPModule), "which it was just made"
+            assert isinstance(part, FSDPModule), "fully_shard made it one"
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it sums
 
     def whole(self, device: torch.device, *, main_alone: bool = False) -> nn.Module | None:
-        """A plain model with all weights on a device, for every process or the first alone.
+        """Return a plain model with all weights on a device, in every process or the first only.
 
-        All processes have to ask for it. It shares no memory with the sharded one.
+        All processes must call this. The model shares no memory with the sharded one.
         """
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -66,23 +66,23 @@ class Sharded:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of it only."""
+    """Whether this process holds only a part of a tensor."""
     return isinstance(tensor, DTensor)
 
 
 @torch.no_grad()
 def whole_of(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is spread over the processes; any other as it is.
+    """Return the whole of a sharded tensor, and any other tensor unchanged.
 
-    All processes have to ask for it.
+    All processes must call this.
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def kept_by_main(tensor: Tensor) -> Tensor:
-    """The whole of a spread tensor on the CPU of the first process; in the others it is empty.
+    """Return the whole of a sharded tensor on the CPU in the first process, empty in the others.
 
-    Any other tensor comes back as it is. All processes have to ask for it.
+    Any other tensor is returned unchanged. All processes must call this.
     """
     if not is_sharded(tensor):
         return tensor.detach()
@@ -92,19 +92,19 @@ def kept_by_main(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has whole, spread as ``like`` is; says nothing to the others."""
+    """Shard a tensor that every process has whole like ``like``, without communication."""
     if not isinstance(like, DTensor):
         return whole
     there = whole.to(like.device, like.dtype)
     part = distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
-    return part.clone()  # which would be a view, and hold the whole in memory
+    return part.clone()  # a view would hold the whole in memory
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Scale gradients down to a norm of ``limit`` where theirs is larger; return what it was.
+    """Scale gradients down to a norm of at most ``limit``; return their norm before.
 
-    Parts of a gradient count with those that the other processes hold.
+    The norm includes the parts of gradients that other processes hold.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -121,7 +121,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
 
 
 def _square(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all numbers, in at least float32, on the gradients' device."""
+    """Return the sum of squares, in at least float32, on the device of the gradients."""
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     total = torch.zeros((), dtype=dtype, device=gradients[0].device)
     for tensor in tensors:
@@ -130,7 +130,7 @@ def _square(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy with the same parts, whose weights have shapes and no numbers."""
+    """Return a copy with the same parts, whose weights have shapes but no values."""
     empty = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()

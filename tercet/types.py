@@ -1,4 +1,4 @@
-"""The nouns of the package. Everything else is a function from one of these to another.
+"""The central types of the package; most functions map one of these to another.
 
 There is no padding anywhere: the tokens of a batch lie end to end in one row, and ``offsets``
 says where each text begins. Axis names, the same in every signature:
@@ -10,7 +10,7 @@ says where each text begins. Axis names, the same in every signature:
 
 Words: a *query* is searched with, a *document* is found. A document is a *positive* of a query
 that it answers; a *mined* negative comes with the example, an *in-batch* negative is another
-example's document. A *task* names where examples come from; its *prompt* is put before a text.
+example's document. A *task* is where examples come from; its *prompt* is put before a text.
 A *source* is a set of examples that share batches: one file, or one language of a folder.
 """
 
@@ -31,12 +31,12 @@ IGNORED: Final = 0
 Role: TypeAlias = Literal["query", "document"]
 
 InBatch: TypeAlias = Literal["all", "positives", "none"]
-"""Which documents of other examples are negatives of a query: all, no mined ones, none."""
+"""Which documents of other examples are negatives: all, all but mined ones, none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training record: a query, the documents it matches, and some that it does not.
+    """One training record: a query, documents that match it, and some that do not.
 
     Scores, where given, are a teacher's, one for each text of the field they belong to.
     A prompt of None means: use the model's.
@@ -50,13 +50,13 @@ class Example:
     query_prompt: str | None = None
     document_prompt: str | None = None
     task: str = ""
-    in_batch: InBatch | None = None  # what its task allows; None: all
-    lang: str = ""  # of its texts, such as "de"; empty: not told
+    in_batch: InBatch | None = None  # negatives that its task allows; None: all
+    lang: str = ""  # of its texts, such as "de"; empty: unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Texts as token ids, end to end. No text is without a token."""
+    """Texts as token ids, end to end. Each text has at least one token."""
 
     ids: Int[Tensor, "tokens"]
     offsets: Int[Tensor, "bounds"]
@@ -67,11 +67,11 @@ class Packed:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text."""
+        """The number of tokens of each text."""
         return self.offsets.diff().tolist()
 
     def take(self, texts: Sequence[int]) -> "Packed":
-        """These texts, in this order."""
+        """Return these texts, in this order."""
         if not len(texts):
             return Packed(self.ids[:0], self.offsets[:1], self.pooled[:0])
         chosen = torch.tensor(texts, device=self.offsets.device)
@@ -79,5 +79,5 @@ class Packed:
         return Packed(self.ids[places], offsets, self.pooled[places])
 
     def to(self, device: torch.device | str) -> "Packed":
-        """The same texts on another device."""
+        """Return the same texts on another device."""
         return Packed(self.ids.to(device), self.offsets.to(device), self.pooled.to(device))

@@ -1,8 +1,8 @@
-"""What a model makes of texts: up to three kinds of vectors of each, without padding.
+"""Vectors of texts: up to three kinds for each text, without padding.
 
-- *dense*: one vector a text;
-- *sparse*: a weight for each of its tokens that says how much a word matters (lexical weights);
-- *multi*: one vector a token, compared token by token (late interaction).
+- *dense*: one vector per text;
+- *sparse*: a weight for each of its tokens (lexical weights);
+- *multi*: one vector per token, compared token by token (late interaction).
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ class Terms:
         return len(self.offsets) - 1
 
     def take(self, texts: Int[Tensor, "chosen"]) -> "Terms":
-        """These texts, in this order."""
+        """Return these texts, in this order."""
         places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
         return Terms(self.ids[places], self.weights[places], offsets)
 
     def merged(self) -> "Terms":
-        """Each token of a text once, by ascending id, with its largest weight; none of zero."""
+        """Return each token of a text once, by ascending id, with its largest weight above zero."""
         row, weights = row_of(self.offsets), self.weights
         size = int(self.ids.max()) + 1 if len(self.ids) else 1
         cells, place = (row * size + self.ids).unique(return_inverse=True)
@@ -50,7 +50,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """One vector a token, the texts' rows end to end."""
+    """One vector per token, the rows of all texts end to end."""
 
     vectors: Float[Tensor, "rows width"]
     offsets: Int[Tensor, "bounds"]
@@ -59,7 +59,7 @@ class TokenRows:
         return len(self.offsets) - 1
 
     def take(self, texts: Int[Tensor, "chosen"]) -> "TokenRows":
-        """These texts, in this order."""
+        """Return these texts, in this order."""
         places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
         return TokenRows(self.vectors[places], offsets)
 
@@ -78,15 +78,15 @@ class Vectors:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """Those that are there."""
+        """The kinds that are present."""
         return tuple(kind for kind in KINDS if getattr(self, kind) is not None)
 
     def only(self, kinds: Sequence[Kind]) -> "Vectors":
-        """Without the kinds that are not named."""
+        """Return the vectors of these kinds only."""
         return Vectors(**{kind: getattr(self, kind) for kind in self.kinds if kind in kinds})
 
     def take(self, texts: Sequence[int] | slice | Tensor) -> "Vectors":
-        """These texts, in this order."""
+        """Return these texts, in this order."""
         chosen = texts
         if isinstance(chosen, slice):
             chosen = torch.arange(*chosen.indices(len(self)))
@@ -100,7 +100,7 @@ class Vectors:
         )
 
     def tensors(self) -> list[Tensor]:
-        """What a gradient flows through: dense vectors, weights of terms, vectors of tokens."""
+        """Return the tensors with gradients: dense vectors, weights of terms, vectors of tokens."""
         found: list[Tensor] = []
         if self.dense is not None:
             found.append(self.dense)
@@ -111,7 +111,7 @@ class Vectors:
         return found
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Vectors":
-        """The same texts with other numbers, in the order of ``tensors()``."""
+        """Return the same texts with other values, in the order of ``tensors()``."""
         rest = iter(tensors)
         dense = None if self.dense is None else next(rest)
         sparse = None if self.sparse is None else replace(self.sparse, weights=next(rest))
@@ -119,7 +119,7 @@ class Vectors:
         return Vectors(dense, sparse, multi)
 
     def to(self, device: torch.device | str) -> "Vectors":
-        """The same on another device."""
+        """Return the same on another device."""
         sparse, multi = self.sparse, self.multi
         return Vectors(
             None if self.dense is None else self.dense.to(device),
@@ -133,7 +133,7 @@ class Vectors:
 
     @staticmethod
     def of_nothing(kinds: Sequence[Kind], dim: int, width: int | None) -> "Vectors":
-        """No texts, with dense vectors of ``dim`` and tokens' vectors of ``width`` numbers."""
+        """Return vectors of no text, with ``dim`` numbers (dense) and ``width`` (multi)."""
         start = torch.zeros(1, dtype=torch.int64)
         return Vectors(
             torch.empty(0, dim) if "dense" in kinds else None,
@@ -143,7 +143,7 @@ class Vectors:
 
     @staticmethod
     def join(parts: Sequence["Vectors"]) -> "Vectors":
-        """The texts of all parts, which have the same kinds, in order."""
+        """Return the texts of all parts, which have the same kinds, in order."""
         if not parts:
             return Vectors()
         dense = [part.dense for part in parts if part.dense is not None]

@@ -351,29 +351,31 @@ def _withheld(
 def _write(out: Path, converted: Any) -> None:
     from tercet.data.files.sources import write_examples
 
-    report = converted.report
-    if not report.rows:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.skipped.items())
-        raise RecipeError(f"{report.records:,} records gave no row: {reasons or 'none'}")
-    write_examples(out, converted.rows)
+    rows = converted.rows
+    if not rows:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in converted.skipped.items())
+        raise RecipeError(f"{converted.records:,} records gave no row: {reasons or 'none'}")
+    write_examples(out, rows)
     table = columns("what", "count")
-    table.add_row("records", f"{report.records:,}")
-    for reason, count in report.skipped.items():
+    table.add_row("records", f"{converted.records:,}")
+    for reason, count in converted.skipped.items():
         table.add_row(f"no row: {reason}", f"{count:,}")
-    table.add_row("rows", f"{report.rows:,}")
-    table.add_row("negatives per row", f"{report.negatives / max(report.rows, 1):.2f}")
-    if report.label_instead:
-        table.add_row("rows with the label for want of another text", f"{report.label_instead:,}")
+    table.add_row("rows", f"{len(rows):,}")
+    table.add_row("negatives per row", f"{sum(len(row.negatives) for row in rows) / len(rows):.2f}")
+    if converted.label_instead:
+        table.add_row(
+            "rows with the label for want of another text", f"{converted.label_instead:,}"
+        )
     results().print(table)
-    if report.labels:
+    if converted.labels:
         labels = columns("label", "rows")
-        for label, count in list(report.labels.items())[:SHOWN_LABELS]:
+        for label, count in list(converted.labels.items())[:SHOWN_LABELS]:
             labels.add_row(one_line(label), f"{count:,}")
         results().print(labels)
-    if len(report.labels) > SHOWN_LABELS:
-        say(f"tercet: note: {len(report.labels) - SHOWN_LABELS} smaller labels are not shown")
-    if report.mode:
-        say(f"tercet: note: rows of mode {report.mode}")
+    if len(converted.labels) > SHOWN_LABELS:
+        say(f"tercet: note: {len(converted.labels) - SHOWN_LABELS} smaller labels are not shown")
+    if converted.mode:
+        say(f"tercet: note: rows of mode {converted.mode}")
 
 
 def _show_removal(removal: Any) -> None:

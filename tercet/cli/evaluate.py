@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from tercet.evaluate.suites.by_language import SetScores
     from tercet.evaluate.suites.comparison import LanguageComparison
 
-AgainstOption = Annotated[
+OtherModelsOption = Annotated[
     list[str] | None, typer.Option(help="Another model to compare with; may be repeated.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Of the bootstrap.")]
+BootstrapSeed = Annotated[int, typer.Option(help="Of the bootstrap.")]
 StoreAsOption = Annotated[
     Literal["float32", "bfloat16", "int8", "int4", "binary"],
     typer.Option(
@@ -70,7 +70,7 @@ def evaluate(
             "a folder in the layout of BEIR or FlagEmbedding, or a folder of such sets."
         ),
     ] = None,
-    against: AgainstOption = None,
+    against: OtherModelsOption = None,
     split: Annotated[
         str | None, typer.Option(help="Of a folder; None: its only one, or test of BEIR's.")
     ] = None,
@@ -106,7 +106,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Longer documents are cut; None: as the model says.")
     ] = None,
     precision: StoreAsOption = "float32",
-    seed: SeedOption = 0,
+    seed: BootstrapSeed = 0,
     seen: Annotated[
         str | None,
         typer.Option(help="Languages that training had, such as en,de; of a folder of sets."),
@@ -238,12 +238,8 @@ def _show_figures(
     if differences:
         gains = columns(title, *metrics)
         for name, row in differences.items():
-            gains.add_row(name, *map(_signed, row.values()))
+            gains.add_row(name, *(gain.signed() for gain in row.values()))
         results().print(gains)
-
-
-def _signed(value: "Interval") -> str:
-    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
 def _show_languages(found: "LanguageComparison") -> None:
@@ -269,7 +265,7 @@ def _show_sets(found: "LanguageComparison") -> None:
         figure = interval(main_scores(each), seed=found.options.seed)
         recall = f"{each.scores['recall@100'].mean():.3f}"
         row = (each.name, each.axis, each.languages, f"{len(each.langs):,}", str(figure), recall)
-        table.add_row(*row, *(_signed(found.difference(each, name)) for name in found.others))
+        table.add_row(*row, *(found.difference(each, name).signed() for name in found.others))
     results().print(table)
 
 
@@ -278,11 +274,8 @@ def _show_averages(found: "LanguageComparison") -> None:
     table = columns("nDCG@10 over", *found.scores)
     gains = columns(f"{next(iter(found.scores))} minus", *found.others)
     for label, axis in found.axes.items():
-        for shown, part, as_text in (
-            (table, axis.figures, str),
-            (gains, axis.differences, _signed),
-        ):
-            cells = [_cells(each, as_text) for each in part.values()]
+        for shown, part in ((table, axis.figures), (gains, axis.differences)):
+            cells = [_cells(each, signed=shown is gains) for each in part.values()]
             for row in cells[0] if cells else ():
                 shown.add_row(f"{label}: {row}", *(each[row] for each in cells))
     for shown in (table, gains):
@@ -290,8 +283,11 @@ def _show_averages(found: "LanguageComparison") -> None:
             results().print(shown)
 
 
-def _cells(found: "Averages", as_text: "Callable[[Interval], str]") -> dict[str, str]:
-    return {row: f"{as_text(figure)} {lang}".rstrip() for row, figure, lang in found.rows()}
+def _cells(found: "Averages", *, signed: bool) -> dict[str, str]:
+    return {
+        row: f"{figure.signed() if signed else figure} {lang}".rstrip()
+        for row, figure, lang in found.rows()
+    }
 
 
 def _show_bias(found: "LanguageComparison") -> None:
@@ -316,7 +312,7 @@ def _bias_row(each: "SetScores", lang: str | None, seed: int) -> list[str]:
     if found is None:
         return [*row, "nothing was found"]
     figures = [str(it) if it.queries else "" for it in (found.figure, found.own, found.other)]
-    return [*row, *figures, f"{found.same:.3f}", f"{found.chance:.3f}", _signed(found.bias)]
+    return [*row, *figures, f"{found.same:.3f}", f"{found.chance:.3f}", found.bias.signed()]
 
 
 def _draw_languages(path: Path, found: "LanguageComparison") -> None:
@@ -393,7 +389,7 @@ def sizes(
         int, typer.Option(min=1, help="Candidates for each place, which are scored again.")
     ] = 4,
     precision: Precision = "float32",
-    seed: SeedOption = 0,
+    seed: BootstrapSeed = 0,
     figures: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them into this PNG file.")] = None,
 ) -> None:
@@ -459,7 +455,7 @@ def _show_sizes(found: "Sequence[Retained]", metric: str, seed: int) -> None:
     table = columns("coordinates", "stored as", "bytes", metric, "minus the first", "kept")
     for each in found:
         value = each.result.interval(metric, seed=seed)
-        loss = "" if each is full else _signed(each.minus(full, metric, seed))
+        loss = "" if each is full else each.minus(full, metric, seed).signed()
         share = f"{value.mean / best:.1%}" if best else ""
         table.add_row(str(each.dims), each.stored, f"{each.bytes:,}", str(value), loss, share)
     results().print(table)
@@ -561,7 +557,7 @@ def _show_weights(tuned: "Tuned", seed: int) -> None:
     rows |= {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in tuned.kinds}
     for name, weights in rows.items():
         numbers = [f"{weights.of(kind):g}" for kind in tuned.kinds]
-        gain = "" if name == "tuned" else _signed(tuned.gain(name, seed))
+        gain = "" if name == "tuned" else tuned.gain(name, seed).signed()
         table.add_row(name, *numbers, str(tuned.interval(name, seed)), gain)
     results().print(table)
     of_folds = "; ".join(
@@ -580,7 +576,7 @@ def _show_weights(tuned: "Tuned", seed: int) -> None:
 def diagnose(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for numbers, figures and report.html.")],
-    against: AgainstOption = None,
+    against: OtherModelsOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Texts to map: .txt, .jsonl or .parquet; None: our own.")
     ] = None,
@@ -588,7 +584,7 @@ def diagnose(
         Path | None, typer.Option(help="Lines with prefix, query, positive, negative.")
     ] = None,
     precision: Precision = "float32",
-    seed: SeedOption = 0,
+    seed: BootstrapSeed = 0,
 ) -> None:
     """Show what reading both ways does to a decoder, and whether it needs training for it.
 
@@ -652,7 +648,7 @@ def probe(
     model: ModelName,
     train: Annotated[Path, typer.Option(help="Labelled words: CoNLL columns or .jsonl.")],
     test: Annotated[Path, typer.Option(help="The same, of other sentences.")],
-    against: AgainstOption = None,
+    against: OtherModelsOption = None,
     column: Annotated[
         int | None, typer.Option(help="Of the label, from 1; None: the last.")
     ] = None,
@@ -661,7 +657,7 @@ def probe(
     ] = False,
     attention: ReadingOption = None,
     precision: Precision = "float32",
-    seed: SeedOption = 0,
+    seed: BootstrapSeed = 0,
 ) -> None:
     """Learn labels of words from their vectors alone, to see what a model knows of single words.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
@@ -10,7 +9,7 @@ import typer
 
 from tercet.errors import RecipeError
 from tercet.files.console import say
-from tercet.kinds import KINDS, Kind, Weights
+from tercet.kinds import KINDS, Kind, Weights, parse_kinds
 
 if TYPE_CHECKING:
     from tercet.data.files.scan import RecordFormat, ReportProgress
@@ -85,40 +84,18 @@ def where(model: str) -> str:
 
 
 def kinds_of(named: str | None) -> tuple[Kind, ...] | None:
-    """Return the kinds of vectors that a flag names, in their usual order; None if not given.
-
-    Raises:
-        RecipeError: for a kind that does not exist.
-    """
-    if named is None:
-        return None
-    names = {name.strip() for name in named.split(",")}
-    if unknown := names - set(KINDS):
-        raise RecipeError(
-            f"--kinds {named}: there is no kind {min(unknown)!r}; name some of {', '.join(KINDS)}"
-        )
-    return tuple(kind for kind in KINDS if kind in names)
+    """Return the kinds of vectors that ``--kinds`` names; None if it is not given."""
+    return None if named is None else parse_kinds(named)
 
 
 def weights_of(named: str | None) -> Weights | None:
-    """Return the weights of dense, sparse and multi that a flag gives; None if not given.
-
-    Raises:
-        RecipeError: unless these are three numbers, none negative, one positive.
-    """
+    """Return the weights of kinds that ``--weights`` gives; None if it is not given."""
     if named is None:
         return None
-    try:
-        numbers = [float(number) for number in named.split(",")]
-    except ValueError:
-        numbers = []
-    fits = len(numbers) == len(KINDS) and all(0 <= number < inf for number in numbers)
-    if not fits or not any(numbers):
-        raise RecipeError(
-            f"--weights {named}: give three numbers, of dense, sparse and multi, none below 0 and "
-            "one above it, such as 1,0.3,1"
-        )
-    return Weights(*numbers)
+    weights = Weights.parse(named)
+    if not any(weights.of(kind) for kind in KINDS):
+        raise RecipeError(f"weights are {named!r}; give one of them a number above 0")
+    return weights
 
 
 def whole_numbers(flag: str, named: str | None) -> tuple[int, ...]:

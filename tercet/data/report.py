@@ -1,6 +1,7 @@
 """What files of training data hold, by source and language, and what would spoil a training."""
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,8 +131,11 @@ def check_data(
         if progress is not None:
             progress((number + 1) / len(shards))
     rows = sum(tally.rows for tally in tallies.values())
-    sources = tuple(tallies[key].report(key, rows, options) for key in sorted(tallies))
-    total = _total(list(tallies.values()), sources, options) if sources else None
+    sources = tuple(_source_report(key, [tallies[key]], rows, options) for key in sorted(tallies))
+    total = None
+    if sources:
+        total = _source_report(("all", ""), list(tallies.values()), rows, options)
+        total = replace(total, batches=sum(source.batches for source in sources))
     places = np.linspace(0, len(samples.kept) - 1, min(SHOWN_SAMPLES, len(samples.kept))).round()
     return DataReport(
         sources=sources,
@@ -181,14 +185,6 @@ class _TextTally:
             self.words.append(len(text.split()))
             self.bytes.append(len(text.encode()))
 
-    def report(self, sample: Sequence[str], role: Role, options: CheckOptions) -> TextReport:
-        known = TextReport(_lengths(self.words), _lengths(self.bytes))
-        if options.tokens is None or not sample:
-            return known
-        tokens, limit = np.asarray(options.tokens(sample, role)), options.limit(role)
-        truncated = None if limit is None else float((tokens > limit).mean())
-        return replace(known, tokens=_lengths(tokens), truncated=truncated)
-
 
 @dataclass(slots=True)
 class _Tally:
@@ -202,7 +198,7 @@ class _Tally:
     queries: _TextTally = field(default_factory=_TextTally)
     documents: _TextTally = field(default_factory=_TextTally)
     pairs: array = field(default_factory=lambda: array("q"))
-    overlap: dict[str, int] = field(default_factory=dict)
+    overlap: Counter[str] = field(default_factory=Counter)
     sample: EvenSample[Example] = field(default_factory=lambda: EvenSample(TOKEN_SAMPLE))
 
     def add(self, row: Example, options: CheckOptions) -> None:
@@ -217,56 +213,55 @@ class _Tally:
         if options.against:
             keys = {text_key(text) for text in (row.query, *row.positives)}
             for name, known in options.against.items():
-                self.overlap[name] = self.overlap.get(name, 0) + any(key in known for key in keys)
+                self.overlap[name] += any(key in known for key in keys)
         if options.tokens is not None:
             self.sample.add(row)
 
-    def merge(self, other: "_Tally") -> None:
-        """Add the counts of another tally; token samples are left out."""
-        self.rows += other.rows
-        self.with_negatives += other.with_negatives
-        self.queries_as_positive += other.queries_as_positive
-        self.negatives_as_positive += other.negatives_as_positive
-        self.blank_negatives += other.blank_negatives
-        self.pairs.extend(other.pairs)
-        for mine, theirs in ((self.queries, other.queries), (self.documents, other.documents)):
-            mine.hashes.extend(theirs.hashes)
-            mine.words.extend(theirs.words)
-            mine.bytes.extend(theirs.bytes)
-        for name, rows in other.overlap.items():
-            self.overlap[name] = self.overlap.get(name, 0) + rows
 
-    def report(self, key: tuple[str, str], all_rows: int, options: CheckOptions) -> SourceReport:
-        queries = [row.query for row in self.sample.kept]
-        documents = [row.positives[0] for row in self.sample.kept]
-        return SourceReport(
-            source=key[0],
-            lang=key[1],
-            rows=self.rows,
-            share=self.rows / all_rows,
-            batches=batches_of(self.rows, 1.0, options.batch_size),
-            pairs=len(self.pairs),
-            duplicate_pairs=len(self.pairs) - _distinct(self.pairs),
-            with_negatives=self.with_negatives,
-            distinct_queries=_distinct(self.queries.hashes),
-            distinct_documents=_distinct(self.documents.hashes),
-            queries_as_positive=self.queries_as_positive,
-            negatives_as_positive=self.negatives_as_positive,
-            blank_negatives=self.blank_negatives,
-            queries=self.queries.report(queries, "query", options),
-            documents=self.documents.report(documents, "document", options),
-            overlap=dict(self.overlap),
-        )
-
-
-def _total(
-    tallies: Sequence[_Tally], sources: Sequence[SourceReport], options: CheckOptions
+def _source_report(
+    key: tuple[str, str], tallies: Sequence[_Tally], all_rows: int, options: CheckOptions
 ) -> SourceReport:
-    whole = _Tally()
+    rows = sum(tally.rows for tally in tallies)
+    sample = tallies[0].sample.kept if len(tallies) == 1 else []
+    pairs = _numbers([tally.pairs for tally in tallies])
+    overlap: Counter[str] = Counter()
     for tally in tallies:
-        whole.merge(tally)
-    batches = sum(source.batches for source in sources)
-    return replace(whole.report(("all", ""), whole.rows, options), batches=batches)
+        overlap.update(tally.overlap)
+    queries, documents = [t.queries for t in tallies], [t.documents for t in tallies]
+    return SourceReport(
+        source=key[0],
+        lang=key[1],
+        rows=rows,
+        share=rows / all_rows,
+        batches=batches_of(rows, 1.0, options.batch_size),
+        pairs=len(pairs),
+        duplicate_pairs=len(pairs) - len(np.unique(pairs)),
+        with_negatives=sum(tally.with_negatives for tally in tallies),
+        distinct_queries=len(np.unique(_numbers([texts.hashes for texts in queries]))),
+        distinct_documents=len(np.unique(_numbers([texts.hashes for texts in documents]))),
+        queries_as_positive=sum(tally.queries_as_positive for tally in tallies),
+        negatives_as_positive=sum(tally.negatives_as_positive for tally in tallies),
+        blank_negatives=sum(tally.blank_negatives for tally in tallies),
+        queries=_text_report(queries, [row.query for row in sample], "query", options),
+        documents=_text_report(
+            documents, [row.positives[0] for row in sample], "document", options
+        ),
+        overlap=dict(overlap),
+    )
+
+
+def _text_report(
+    tallies: Sequence[_TextTally], sample: Sequence[str], role: Role, options: CheckOptions
+) -> TextReport:
+    known = TextReport(
+        words=_lengths(_numbers([tally.words for tally in tallies])),
+        bytes=_lengths(_numbers([tally.bytes for tally in tallies])),
+    )
+    if options.tokens is None or not sample:
+        return known
+    tokens, limit = np.asarray(options.tokens(sample, role)), options.limit(role)
+    truncated = None if limit is None else float((tokens > limit).mean())
+    return replace(known, tokens=_lengths(tokens), truncated=truncated)
 
 
 def _warnings(total: SourceReport | None, errors: int) -> Iterable[str]:
@@ -301,9 +296,9 @@ def _warnings(total: SourceReport | None, errors: int) -> Iterable[str]:
         )
 
 
-def _distinct(hashes: array) -> int:
-    return len(np.unique(np.frombuffer(hashes, np.int64)))
+def _numbers(parts: Sequence[array]) -> np.ndarray:
+    return np.concatenate([np.asarray(part) for part in parts])
 
 
-def _lengths(numbers: "array | np.ndarray") -> Lengths:
-    return Lengths(*np.quantile(np.asarray(numbers), QUANTILES).tolist())
+def _lengths(numbers: np.ndarray) -> Lengths:
+    return Lengths(*np.quantile(numbers, QUANTILES).tolist())

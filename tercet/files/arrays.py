@@ -10,9 +10,9 @@
 Files of other kinds are absent. ``numpy.load(path, mmap_mode="r")`` opens each.
 """
 
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -44,27 +44,23 @@ NAMES: Final = frozenset(  # of all files that may be in such a folder
 
 
 class VectorWriter:
-    """Writes the vectors of texts into an empty folder, some texts at a time.
+    """Writes the vectors of texts into an empty folder, some texts at a time."""
 
-    The end of its context finishes the files. After an error they are useless, so the folder
-    should be one that appears whole (``tercet.files.atomic.replacing_folder``).
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._files = folder, dict[str, GrowingArray]()
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        self._folder, self._open_files = folder, files
+        self._files: dict[str, GrowingArray] = {}
         self._ends: dict[Kind, int] = {}
-        self._held = ExitStack()
 
-    def __enter__(self) -> "VectorWriter":
-        return self
+    @staticmethod
+    @contextmanager
+    def open(folder: Path) -> "Iterator[VectorWriter]":
+        """Yield a writer; the end of the context finishes its files.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._held.__exit__(kind, error, trace)
+        After an error they are useless, so the folder should be one that appears whole
+        (``tercet.files.atomic.replacing_folder``).
+        """
+        with ExitStack() as files:
+            yield VectorWriter(folder, files)
 
     def add(self, vectors: Vectors) -> None:
         """Append the vectors of some texts, of the same kinds as those before."""
@@ -82,21 +78,21 @@ class VectorWriter:
     def _grow(self, name: str, values: Tensor) -> None:
         found = values.detach().cpu().numpy()
         if name not in self._files:
-            self._open(name, _TYPES[name], found.shape[1:])
+            self._begin(name, _TYPES[name], found.shape[1:])
         self._files[name].add(found)
 
     def _grow_offsets(self, kind: Kind, offsets: Tensor) -> None:
         name, bounds = f"{kind}_offsets", offsets.cpu().numpy()
         if name not in self._files:
-            self._open(name, _OFFSETS, ())
+            self._begin(name, _OFFSETS, ())
             self._files[name].add(bounds[:1])
         end = self._ends.get(kind, 0)
         self._files[name].add(end + bounds[1:])
         self._ends[kind] = end + int(bounds[-1])
 
-    def _open(self, name: str, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
-        file = GrowingArray(self._folder / f"{name}.npy", dtype, row)
-        self._files[name] = self._held.enter_context(file)
+    def _begin(self, name: str, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
+        file = GrowingArray.open(self._folder / f"{name}.npy", dtype, row)
+        self._files[name] = self._open_files.enter_context(file)
 
 
 def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Vectors:
@@ -105,10 +101,10 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
     Raises:
         DataError: if a file is absent or damaged.
     """
-    values = [_mapped(folder, name) for name in _VALUES[kind]]
+    values = [mapped_array(folder / f"{name}.npy") for name in _VALUES[kind]]
     if kind == "dense":
         return Vectors(dense=torch.from_numpy(np.array(values[0][rows])))
-    offsets = _mapped(folder, f"{kind}_offsets")
+    offsets = mapped_array(folder / f"{kind}_offsets.npy")
     begins, ends = (torch.from_numpy(np.array(offsets[each])) for each in (rows, rows + 1))
     places, bounds = ragged_places(begins, ends)
     chosen = [np.array(each[places.numpy()]) for each in values]
@@ -131,30 +127,26 @@ def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
 
 
 class GrowingArray:
-    """An array in a .npy file whose number of rows is written at the end of its context.
+    """An array in a .npy file that grows by rows."""
 
-    After an error the file states that it holds no rows.
-    """
+    def __init__(self, file: BinaryIO, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
+        self._file, self._dtype, self._row, self._rows = file, dtype, row, 0
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
-        self._dtype, self._row, self._rows = dtype, row, 0
-        self._file: BinaryIO = path.open("wb")
-        self._begin = self._write_header()
+    @staticmethod
+    @contextmanager
+    def open(path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> "Iterator[GrowingArray]":
+        """Yield an array with rows of this shape, whose number is written at the end.
 
-    def __enter__(self) -> "GrowingArray":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            with self._file:
-                self._finish()
-        with suppress(OSError):  # the first error is the one to report
-            self._file.close()
+        After an error the file states that it holds no rows.
+        """
+        with path.open("wb") as file:
+            array = GrowingArray(file, dtype, row)
+            write_npy_header(file, (0, *row), dtype)
+            begin = file.tell()
+            yield array
+            file.seek(0)
+            write_npy_header(file, (array._rows, *row), dtype)
+            assert file.tell() == begin, "numpy leaves room in a header for a growing number"
 
     def add(self, values: Shaped[np.ndarray, "..."]) -> None:
         """Append rows."""
@@ -162,18 +154,12 @@ class GrowingArray:
         self._file.write(np.ascontiguousarray(values, self._dtype).tobytes())
         self._rows += len(values)
 
-    def _finish(self) -> None:
-        self._file.seek(0)
-        end = self._write_header()  # numpy leaves room in it for a number of rows that grows
-        assert end == self._begin, "a header of the same length"
 
-    def _write_header(self) -> int:
-        write_npy_header(self._file, (self._rows, *self._row), self._dtype)
-        return self._file.tell()
+def mapped_array(path: Path) -> np.ndarray:
+    """Map a ``.npy`` file; for each use, as a process may not keep thousands of files open.
 
-
-def _mapped(folder: Path, name: str) -> np.ndarray:
-    # Mapped for each use: a process may not keep a thousand files open.
-    path = folder / f"{name}.npy"
+    Raises:
+        DataError: if it cannot be read.
+    """
     with readable(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)

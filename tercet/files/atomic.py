@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written.
 
-What is not finished lies beside its place, under ``.NAME.new-HOST-PID-N``. A killed process cannot
-sweep that away; the next one that writes the same name does.
+Unfinished ones are in the same folder, as ``.NAME.new-HOST-PID-N``. What a killed process left is
+deleted by the next one that writes the same name.
 """
 
 import errno
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from tercet.errors import RecipeError, StorageError
 
-_TURNED_UP: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # or gone: another process did it
+_RACED: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # another process was faster
 _TORCH_WRITES: Final = ("PytorchStreamWriter", "inline_container", "iostream")
 _ATTEMPTS: Final = 50  # to put a folder in place while others do the same
 _numbers: Final = itertools.count()
@@ -30,21 +30,21 @@ _numbers: Final = itertools.count()
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; when all went well it takes the place of ``folder``.
+    """Yield an empty folder to fill, which replaces ``folder`` if no error occurs.
 
-    Its files get the mode that the umask gives, whatever the writer chose. A kill leaves the old
-    folder as it was, or for a moment under the name ``.NAME.old-...``, from where the next write
-    or :func:`recover_folder` takes it back. Of two processes that write at the same time, the
-    later one to finish wins.
+    Its files get the mode that the umask gives, whatever the writer chose. If the process is
+    killed, the old folder is unchanged, or for a moment called ``.NAME.old-...``; the next write
+    or :func:`recover_folder` restores it. If two processes write at the same time, the last one
+    to finish wins.
 
     Raises:
-        StorageError: when the disk refuses; what was there before is still there.
+        StorageError: if the disk refuses; the old folder is still there then.
     """
-    folder = Path(folder).resolve()  # a link stays a link: what it points to is replaced
+    folder = Path(folder).resolve()  # a link stays a link: its target is replaced
     fresh, old = _beside(folder, "new"), _beside(folder, "old")
-    with suppress(OSError):  # one look, since another process may be renaming here
+    with suppress(OSError):  # a single check, since another process may be renaming here
         if not stat.S_ISDIR(folder.stat().st_mode):
-            raise StorageError(folder, "it is a file, and a folder is to be written")
+            raise StorageError(folder, "it is a file, not a folder")
     _make_folder(folder.parent)
     with clear_about(folder):
         recover_folder(folder)
@@ -63,8 +63,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             _sync(folder.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        if not folder.exists() and old.exists():  # the disk refused the second of two renames
-            with suppress(OSError):  # unless another process has put its own in place by now
+        if not folder.exists() and old.exists():  # the second of two renames failed
+            with suppress(OSError):  # another process may have put its own in place
                 old.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -77,8 +77,8 @@ def recover_folder(folder: Path) -> None:
             break
         try:
             old.rename(folder)
-        except OSError as error:  # a living writer may have been quicker
-            if error.errno not in _TURNED_UP:
+        except OSError as error:  # a running writer may have been faster
+            if error.errno not in _RACED:
                 with clear_about(folder):
                     raise
     _sweep(folder, "old")
@@ -86,20 +86,20 @@ def recover_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Give an empty file to write to; when all went well it takes the place of ``path``.
+    """Yield an empty file to write to, which replaces ``path`` if no error occurs.
 
     Raises:
-        StorageError: when the disk refuses; what was there before is still there.
+        StorageError: if the disk refuses; the old file is still there then.
     """
     path = Path(path).resolve()
     fresh = _beside(path, "new")
     if path.exists() and not path.is_file():
-        raise StorageError(path, "it is no file, and a file is to be written")
+        raise StorageError(path, "it is not a file")
     _make_folder(path.parent)
     try:
         with clear_about(path):
             _sweep(path, "new")
-            fresh.touch()  # a place that cannot be written to shows before the work is done
+            fresh.touch()  # fails before the work is done if the place cannot be written to
             yield fresh
             _sync(fresh)
             fresh.replace(path)
@@ -111,14 +111,14 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes from doing the same in ``folder``; a killed one keeps nobody out.
+    """Lock a folder against other writers; the lock of a killed process is void.
 
     Raises:
-        RecipeError: when another process is at it, saying which.
-        StorageError: when the folder cannot be written to.
+        RecipeError: if another process holds the lock, naming it.
+        StorageError: if the folder cannot be written to.
     """
     path = Path(folder) / ".lock"
-    lock = FileLock(path, thread_local=False)  # any thread may let go of it
+    lock = FileLock(path, thread_local=False)  # any thread may release it
     _make_folder(path.parent)
     with clear_about(path.parent):
         holder = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -149,7 +149,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _swap(fresh: Path, folder: Path, old: Path) -> None:
-    """Two renames. Between them another process may put its own folder in place: then again."""
+    """Rename twice; try again if another process puts its own folder in place in between."""
     for attempt in range(_ATTEMPTS):
         try:
             if folder.exists():
@@ -158,31 +158,31 @@ def _swap(fresh: Path, folder: Path, old: Path) -> None:
             fresh.rename(folder)
             return
         except OSError as error:
-            if attempt + 1 == _ATTEMPTS or error.errno not in _TURNED_UP:
+            if attempt + 1 == _ATTEMPTS or error.errno not in _RACED:
                 raise
-            time.sleep(0.001 * attempt)  # let the others finish
+            time.sleep(0.001 * attempt)
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """A name that no other process or thread uses, in the same folder, so that a rename is all."""
+    """Return a unique name in the same folder, so that one rename puts a file in place."""
     return path.with_name(
         f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
     )
 
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
-    """What writers of ``path`` left beside it, or are still busy with; the newest first."""
+    """Return what writers of ``path`` left, or are still writing, newest first."""
     prefix = f".{path.name}.{kind}-"
     try:
         found = [entry for entry in os.scandir(path.parent) if entry.name.startswith(prefix)]
         found.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime, reverse=True)
-    except OSError:  # no such folder, or it may not be listed, or another process sweeps too
+    except OSError:  # no such folder, or not readable, or another process deletes too
         return []
     return [Path(entry.path) for entry in found]
 
 
 def _sweep(path: Path, kind: str) -> None:
-    """Delete what processes left that were killed on this machine."""
+    """Delete what was left by processes that were killed on this machine."""
     for leftover in _leftovers(path, kind):
         if _of_a_dead_process(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -194,7 +194,7 @@ def _of_a_dead_process(leftover: Path) -> bool:
     about, _, number = leftover.name.rpartition("-")
     about, _, process = about.rpartition("-")
     if not about.endswith(f"-{socket.gethostname()}") or not (process + number).isdecimal():
-        return False  # of another machine, or not ours at all
+        return False  # of another machine, or of another program
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
@@ -214,12 +214,12 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def clear_about(path: Path) -> Iterator[None]:
-    """Name the path and the remedy when the disk is full or closed to us."""
+    """Turn write errors into a ``StorageError`` with the path and the remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise StorageError(path, getattr(error, "strerror", None) or str(error)) from error
-    except RuntimeError as error:  # torch.save reports a failed write in words that say little
+    except RuntimeError as error:  # torch.save reports a failed write in unclear words
         if not any(part in str(error) for part in _TORCH_WRITES):
             raise
-        raise StorageError(path, "not all of it could be written; is the disk full?") from error
+        raise StorageError(path, "it was written in part only; is the disk full?") from error

@@ -1,4 +1,4 @@
-"""A progress bar on standard error, and nothing at all where nobody looks at one."""
+"""A progress bar on standard error, shown on a terminal only."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +17,7 @@ from rich.progress import (
 
 @runtime_checkable
 class Advance(Protocol):
-    """Say that ``count`` more are done, and what to show beside the bar."""
+    """Reports that ``count`` more are done, and a note to show after the bar."""
 
     def __call__(self, count: int = 1, note: str = "") -> None:
         """Move the bar."""
@@ -25,12 +25,12 @@ class Advance(Protocol):
 
 
 Bars: TypeAlias = Callable[..., AbstractContextManager[Advance]]
-"""What shows how far a job is, by its label and its total: ``bar``, or ``notes`` on another bar."""
+"""A function that shows progress, given a label and a total: ``bar``, or ``notes`` of a bar."""
 
 
 @contextmanager
 def bar(label: str, total: int | None, done: int = 0, *, shown: bool = True) -> Iterator[Advance]:
-    """Show how far a long job is; the time left is an estimate of the job's own speed."""
+    """Show the progress of a long job; the time left is estimated from its speed so far."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -52,17 +52,17 @@ def bar(label: str, total: int | None, done: int = 0, *, shown: bool = True) -> 
 
 
 def notes(advance: Advance) -> Bars:
-    """Jobs inside of a longer one show how far they are beside its bar."""
+    """Return bars for jobs inside a longer one, shown as notes after its bar."""
 
     @contextmanager
-    def beside(label: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+    def note_of(label: str, total: int | None, done: int = 0) -> Iterator[Advance]:
         so_far = done
 
-        def tell(count: int = 1, note: str = "") -> None:
+        def report(count: int = 1, note: str = "") -> None:
             nonlocal so_far
             so_far += count
             advance(0, f"{label} {so_far:,}" + (f" of {total:,}" if total else ""))
 
-        yield tell
+        yield report
 
-    return beside
+    return note_of

@@ -1,4 +1,4 @@
-"""Data files record by record: lines of JSON, rows of parquet, or why one cannot be told."""
+"""Data files record by record: lines of JSON, rows of parquet, or why one cannot be read."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from tercet.errors import DataError
 
 BOM: Final = b"\xef\xbb\xbf"
-MAX_LINE_BYTES: Final = 1 << 26  # 64 MiB: more is not a line but a file without line ends
+MAX_LINE_BYTES: Final = 1 << 26  # 64 MiB: anything longer is a file without line ends
 ROWS_AT_ONCE: Final = 1024  # rows of parquet that are Python objects at the same time
 
 # What pyarrow raises on a damaged file. UnicodeDecodeError and ArrowInvalid are ValueErrors.
@@ -25,18 +25,18 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record as it stands in a file, or the reason why it cannot be told."""
+    """One record of a file, or the reason why it cannot be read."""
 
     line: int  # of the file, from 1; of parquet, the row
     offset: int  # the byte where the line begins; 0 for parquet
-    done: float  # the part of the file that lies before the record
-    content: bytes  # what a fingerprint is taken of
+    done: float  # the part of the file before the record
+    content: bytes  # for fingerprints
     value: object = None
     problem: str | None = None
 
 
 def parsed(path: Path, record: Record, parse: Callable[[Record], Parsed]) -> Parsed:
-    """What ``parse`` makes of a record; its ValueError becomes a DataError with file and line."""
+    """Return ``parse(record)``; its ValueError becomes a DataError with file and line."""
     if record.problem is not None:
         raise DataError(path, record.line, record.problem)
     try:
@@ -46,31 +46,31 @@ def parsed(path: Path, record: Record, parse: Callable[[Record], Parsed]) -> Par
 
 
 def iter_records(path: Path, fields: Sequence[str], *, needs: Needs) -> Iterator[Record]:
-    """The records of a .jsonl or .parquet file; blank lines are none.
+    """Yield the records of a .jsonl or .parquet file, without blank lines.
 
-    Of parquet, only the columns in ``fields`` are read, and of each group in ``needs`` one column
-    must be there. A line that is no JSON is a record with a problem, so that a caller who
-    collects problems can go on to the next.
+    Of parquet, only the columns in ``fields`` are read, and one column of each group in ``needs``
+    is required. A line that is not JSON is a record with a problem, so that a caller who
+    collects problems can continue.
 
     Raises:
         DataError: if the file cannot be read at all, or holds no record.
     """
     empty = True
-    for record in _records_of_suffix(path, fields, needs):
+    is_parquet = known_suffix(path) == ".parquet"
+    for record in _parquet_records(path, fields, needs) if is_parquet else _jsonl_records(path):
         empty = False
         yield record
     if empty:
-        raise DataError(path, None, "holds no records; write one JSON object a line")
+        raise DataError(path, None, "holds no records; write one JSON object per line")
 
 
 def begins_with(path: Path | str, *fields: Sequence[str]) -> bool:
-    """Whether the first record of a file has a field of each group, which tells what it holds.
+    """Whether the first record of a file has a field of each group, to recognise its type.
 
-    No folder does. Says nothing of a file whose first line is damaged: that one is left to its
-    reader.
+    False for folders, and for a file whose first line is damaged: its reader reports that.
 
     Raises:
-        DataError: when the file cannot be read at all, or is empty.
+        DataError: if the file cannot be read at all, or is empty.
     """
     path = Path(path)
     if path.is_dir():
@@ -81,7 +81,7 @@ def begins_with(path: Path | str, *fields: Sequence[str]) -> bool:
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """The number, the first byte and the content of each line, line end and BOM taken off."""
+    """Yield the number, the first byte and the content of each line, line end and BOM taken off."""
     with readable(path), path.open("rb") as file:
         offset = len(BOM) if file.read(len(BOM)) == BOM else 0
         file.seek(offset)
@@ -90,14 +90,16 @@ def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
             number += 1
             if len(line) == MAX_LINE_BYTES:
                 raise DataError(
-                    path, number, f"is longer than {MAX_LINE_BYTES} bytes; end each record's line"
+                    path,
+                    number,
+                    f"is longer than {MAX_LINE_BYTES} bytes; end the line of each record",
                 )
             yield number, offset, line.removesuffix(b"\n").removesuffix(b"\r")
             offset += len(line)
 
 
 def decoded(line: bytes, offset: int) -> str:
-    """The text of a line that begins at this byte of its file.
+    """Return the text of a line that begins at this byte of its file.
 
     Raises:
         ValueError: if it is not UTF-8, naming the byte.
@@ -111,14 +113,8 @@ def decoded(line: bytes, offset: int) -> str:
         ) from None
 
 
-def _records_of_suffix(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:
-    if known_suffix(path) == ".parquet":
-        return _parquet_records(path, fields, needs)
-    return _jsonl_records(path)
-
-
 def known_suffix(path: Path) -> str:
-    """The ending of a file that can be read, with its dot."""
+    """Return the ending of a file that can be read, with its dot."""
     if path.is_dir() and not path.suffix:
         raise DataError(path, None, "is a folder; give one of its files")
     if path.suffix not in (".jsonl", ".parquet"):
@@ -136,9 +132,11 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
         try:
             value = json.loads(decoded(line, offset))
         except json.JSONDecodeError as error:
-            problem = f"not JSON: {error.msg}, at character {error.colno}; one object a line"
+            problem = (
+                f"not JSON: {error.msg}, at character {error.colno}; write one object per line"
+            )
         except RecursionError:
-            problem = "not JSON that can be read: nested too deeply"
+            problem = "JSON is nested too deeply"
         except ValueError as error:
             problem = str(error)
         yield Record(number, offset, offset / total, line, value, problem)
@@ -163,30 +161,30 @@ def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterato
                 yield Record(row, 0, (row - 1) / total, repr(value).encode(), value)
         if row != file.metadata.num_rows:
             promised = file.metadata.num_rows
-            raise DataError(path, None, f"holds {row} rows, not the {promised} that it promises")
+            raise DataError(path, None, f"holds {row} rows, but its header states {promised}")
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """The file, to be read a row group at a time.
+    """Return the file, to be read one row group at a time.
 
-    By default pyarrow fetches all row groups ahead: the whole file would be in memory.
+    By default pyarrow prefetches all row groups: the whole file would be in memory.
     """
     return pq.ParquetFile(path, pre_buffer=False)
 
 
 def columns_of(file: pq.ParquetFile, fields: Sequence[str]) -> list[str]:
-    """Those of the fields that the file has."""
+    """Return those fields that the file has."""
     names = file.schema_arrow.names
     return [field for field in fields if field in names]
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what a missing, forbidden or damaged file raises into a DataError."""
+    """Turn the errors of a missing, forbidden or damaged file into a DataError."""
     try:
         yield
     except FileNotFoundError as error:
         raise DataError(path, None, "no such file") from error
     except DAMAGED as error:
-        told = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(path, None, f"cannot be read: {told}") from error
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(path, None, f"cannot be read: {problem}") from error

@@ -7,16 +7,17 @@ kind. So its losses, their targets and all gradients are computed at once, and i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tercet.data.batches.relation import Relation
 from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Kind, Weights
-from tercet.losses.info_nce import BlockwiseRelation, PairBlock, finished, loss_and_gradient
+from tercet.losses.info_nce import PairBlock, finished, loss_and_gradient
 from tercet.losses.listwise import group_distillation, listwise
 from tercet.models.network.chunked import Losses
 from tercet.rank.scoring import scores_of
@@ -26,15 +27,6 @@ from tercet.vectors import Vectors
 BLOCK_BYTES: Final = 64 << 20  # of the scores of one block, at most
 Distillation: TypeAlias = Literal["none", "kl", "listwise"]
 """How the scores of a reranker are learned. Not for the cosines of mining, which teach little."""
-
-
-@runtime_checkable
-class GroupedRelation(BlockwiseRelation, Protocol):
-    """A relation that also knows which documents came with a query."""
-
-    def group(self, start: int, stop: int) -> tuple[Int[Tensor, "own"], Int[Tensor, "own"]]:
-        """Return rows, counted from ``start``, and columns of the documents that came with them."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +56,7 @@ class Mixture:
 def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     queries: Vectors,
     docs: Vectors,
-    relation: GroupedRelation,
+    relation: Relation,
     mixture: Mixture,
     *,
     queries_of_all: int,
@@ -174,7 +166,7 @@ class _UnifiedSweep:
 
     left: _Side
     right: _Side
-    relation: GroupedRelation
+    relation: Relation
     mixture: Mixture
     kinds: tuple[Kind, ...]
     queries: int  # of all processes

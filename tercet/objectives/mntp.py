@@ -106,15 +106,8 @@ class MNTPWork:
         self._mask = mask_id(stock, objective.mask_token)
         self._vocabulary = len(stock)  # random tokens are drawn from it
         self._special = np.array(sorted(stock.all_special_ids), dtype=np.int32)
-
-    @property
-    def unit(self) -> str:
-        """What a batch is counted in."""
-        return f"blocks of {self._block_tokens} tokens"
-
-    @property
-    def _block_tokens(self) -> int:
-        return min(self.objective.block_tokens, self.embedder.backbone.max_tokens)
+        self._block_tokens = min(objective.block_tokens, embedder.backbone.max_tokens)
+        self.unit = f"blocks of {self._block_tokens} tokens"
 
     @property
     def drawn(self) -> Sequence[TokenBlocks]:

@@ -9,7 +9,6 @@ dropped afterwards.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tercet.data.batches.blocks import TokenBlocks, token_blocks
+from tercet.data.batches.blocks import token_blocks
 from tercet.data.batches.collate import Collator
 from tercet.data.batches.masking import Masking, mask_id
 from tercet.data.batches.sampler import BatchRows
@@ -135,6 +134,12 @@ class RetroMAEWork:
                 "model where both are equal"
             )
         self._drawn_tokens = min(len(stock), len(table))  # random tokens are drawn from these
+        self._max_tokens = min(objective.max_tokens, embedder.backbone.max_tokens)
+        self.unit = f"blocks of {self._max_tokens} tokens"
+        self.drawn = [  # all texts of the data, tokenized once, with marks at the starts of words
+            token_blocks(source, self._marked, self._max_tokens, every_text=True)
+            for source in sources
+        ]
         self._known = self._known_tokens()
         self.head = self._make_head()
         self.decoder = Decoder(embedder.backbone, objective.decoder_mask)
@@ -142,30 +147,8 @@ class RetroMAEWork:
         embedder.add_module(_PARTS, parts.to(table.device, table.dtype))
 
     @property
-    def unit(self) -> str:
-        """What a batch is counted in."""
-        return f"blocks of {self._max_tokens} tokens"
-
-    @property
-    def drawn(self) -> Sequence[TokenBlocks]:
-        """Blocks of tokens of each source."""
-        return self._blocks
-
-    @property
-    def _max_tokens(self) -> int:
-        return min(self.objective.max_tokens, self.embedder.backbone.max_tokens)
-
-    @property
     def _table(self) -> nn.Parameter:
         return self.embedder.backbone.model.get_input_embeddings().weight
-
-    @cached_property
-    def _blocks(self) -> list[TokenBlocks]:
-        """All texts of the data, tokenized once, with marks at the starts of words."""
-        return [
-            token_blocks(source, self._marked, self._max_tokens, every_text=True)
-            for source in self.sources
-        ]
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> RetroMAEBatch:
         """Return the texts of these blocks, with words masked depending on block and seed."""
@@ -255,7 +238,7 @@ class RetroMAEWork:
         """The ids that the softmax runs over, in order; None for all."""
         if self.objective.vocabulary == "all":
             return None
-        ids = [np.unique(blocks.ids >> 1) for blocks in self._blocks]
+        ids = [np.unique(blocks.ids >> 1) for blocks in self.drawn]
         known = np.unique(np.concatenate([*ids, self._special])).astype(np.int64)
         return torch.from_numpy(known[known < len(self._table)]).to(self.embedder.device)
 
@@ -265,7 +248,7 @@ class RetroMAEWork:
             return found if self._known is None else found.narrowed(self._known.cpu())
         table = self._table.detach()
         counts = np.zeros(len(table), np.int64)
-        for blocks in self._blocks:
+        for blocks in self.drawn:
             counts += np.bincount(blocks.ids >> 1, minlength=len(table))
         counts = torch.from_numpy(counts)
         return MaskedHead.new(table, counts if self._known is None else counts[self._known.cpu()])

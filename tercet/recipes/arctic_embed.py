@@ -9,20 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TypeAlias
 
-from tercet.curate.mining.mine import Mining
+from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
 from tercet.models.choices import PoolingName
 from tercet.objectives.contrastive import Contrastive
-from tercet.recipes.flags import (
-    Base,
-    FreezeEmbeddings,
-    LoraRank,
-    Patience,
-    Temperature,
-    TurnDecoder,
-    lora_of,
-    prompts_by_role,
-)
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of, prompts_by_role
 from tercet.train.recipe import Model, Recipe, Refresh, ScheduleName, Stage, chosen
 
 ArcticPreset: TypeAlias = Literal["small", "arctic-m", "arctic-l"]
@@ -53,7 +45,7 @@ PRESETS: Final[Mapping[ArcticPreset, PresetNumbers]] = {
 
 
 def arctic_embed(
-    base: Base = "me5-small",
+    base: flags.Base = "me5-small",
     preset: Annotated[
         ArcticPreset,
         "Numbers for what no flag says: for one machine, or the paper's for its sizes M and L.",
@@ -78,7 +70,7 @@ def arctic_embed(
     finetuning_decay: Annotated[float, "Share of the fine-tuning, in the paper 6,000 of 9,342."] = (
         DECAY
     ),
-    temperature: Temperature = 0.02,
+    temperature: flags.Temperature = 0.02,
     dims: Annotated[
         list[int] | None, "Shorter widths to train too; may be repeated. None: 256."
     ] = None,
@@ -93,12 +85,12 @@ def arctic_embed(
         float, "A negative scores below this share of the positive, where the model mines."
     ] = 0.98,
     pooling: Annotated[PoolingName | None, "None: the preset's, or the model's own."] = None,
-    attention: TurnDecoder = None,
+    attention: flags.TurnDecoder = None,
     query_prompt: Annotated[str | None, "None: the preset's, or the model's own."] = None,
     document_prompt: Annotated[str | None, "None: the preset's, or the model's own."] = None,
-    lora_rank: LoraRank = None,
-    freeze_embeddings: FreezeEmbeddings = False,
-    patience: Patience = None,
+    lora_rank: flags.LoraRank = None,
+    freeze_embeddings: flags.FreezeEmbeddings = False,
+    patience: flags.Patience = None,
     seed: Annotated[int, "Of batches, dropout and LoRA."] = 0,
 ) -> Recipe:
     """Pretrain on pairs of many sources, fine-tune on mined negatives, with short vectors in both.

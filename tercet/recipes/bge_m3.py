@@ -11,25 +11,14 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
-from tercet.kinds import KINDS, Kind, Weights
+from tercet.kinds import KINDS, Kind, Weights, parse_kinds
 from tercet.losses.unified import Distillation, Mixture
 from tercet.models.choices import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified
-from tercet.recipes.flags import (
-    Base,
-    DocumentTokens,
-    FreezeEmbeddings,
-    LengthEdges,
-    LoraRank,
-    Patience,
-    QueryTokens,
-    Temperature,
-    TurnDecoder,
-    lora_of,
-    prompts_by_role,
-)
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of, prompts_by_role
 from tercet.train.recipe import RANKS_10_TO_210, Model, Recipe, Refresh, Stage, chosen
 
 WARMUP: Final = 0.1  # share of a stage's steps
@@ -40,7 +29,7 @@ RefreshBy: TypeAlias = Literal["dense", "sparse", "multi", "hybrid"]
 
 
 def bge_m3(
-    base: Base = "me5-small",
+    base: flags.Base = "me5-small",
     stages: Annotated[str, "Of retromae, contrastive and unified, in order, with commas."] = (
         "retromae,contrastive,unified"
     ),
@@ -62,7 +51,7 @@ def bge_m3(
     vocabulary: Annotated[
         Vocabulary, "Tokens that RetroMAE names: those that the data have, or all."
     ] = "seen",
-    temperature: Temperature = 0.02,
+    temperature: flags.Temperature = 0.02,
     negatives: Annotated[int, "Mined negatives of a query, at most."] = 7,
     sum_weights: Annotated[str, "Of dense, sparse and multi scores in their sum."] = "1,0.3,1",
     self_distillation: Annotated[bool, "Let the sum of the scores teach each kind."] = True,
@@ -84,7 +73,7 @@ def bge_m3(
     batching: Annotated[
         ByLength | None, "Batch sizes by length: what memory takes, or the paper's tables a device."
     ] = None,
-    length_edges: LengthEdges = None,
+    length_edges: flags.LengthEdges = None,
     refresh_steps: Annotated[
         int | None, "Mine negatives anew with the model in training, every so many steps."
     ] = None,
@@ -99,15 +88,15 @@ def bge_m3(
     cls_every: Annotated[
         int | None, "The start token again before every so many tokens (MCLS; with first)."
     ] = None,
-    attention: TurnDecoder = None,
-    patience: Patience = None,
+    attention: flags.TurnDecoder = None,
+    patience: flags.Patience = None,
     train: Annotated[Train, "In the stage unified: every weight, or the new heads alone."] = "all",
-    freeze_embeddings: FreezeEmbeddings = False,
-    lora_rank: LoraRank = None,
+    freeze_embeddings: flags.FreezeEmbeddings = False,
+    lora_rank: flags.LoraRank = None,
     query_prompt: Annotated[str | None, "Put before every query; None: the model's own."] = None,
     document_prompt: Annotated[str | None, "Put before every document."] = None,
-    query_tokens: QueryTokens = None,
-    document_tokens: DocumentTokens = None,
+    query_tokens: flags.QueryTokens = None,
+    document_tokens: flags.DocumentTokens = None,
     positions: Annotated[
         int | None, "Give an encoder room for texts of so many tokens; train it on such texts."
     ] = None,
@@ -115,7 +104,7 @@ def bge_m3(
     seed: Annotated[int, "Of batches, masks, dropout and new weights."] = 0,
 ) -> Recipe:
     """Train one model for dense, sparse and multi-vector retrieval, each taught by their sum."""
-    trained, summed = _kinds_of(kinds), _weights_of(sum_weights)
+    trained, summed = parse_kinds(kinds), Weights.parse(sum_weights)
     edges = tuple(length_edges or ())
     shuffles = {"shuffle_segments": shuffle_segments, "shuffle_at": shuffle_at}
     built = {
@@ -159,7 +148,7 @@ def bge_m3(
                     in_loss=Weights(dense_loss, sparse_loss, multi_loss),
                     of_sum=sum_loss,
                     distilled=1.0 if self_distillation else 0.0,
-                    in_distilled=None if lesson_weights is None else _weights_of(lesson_weights),
+                    in_distilled=None if lesson_weights is None else Weights.parse(lesson_weights),
                     distil=teacher,
                 ),
                 distil_after=distil_after,
@@ -214,14 +203,6 @@ def bge_m3(
     )
 
 
-def _kinds_of(named: str) -> tuple[Kind, ...]:
-    asked = [name.strip() for name in named.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in KINDS]
-    if unknown or not asked or len(set(asked)) < len(asked):
-        raise RecipeError(f"kinds are {named!r}; choose from {', '.join(KINDS)}, each once")
-    return tuple(kind for kind in KINDS if kind in asked)
-
-
 def _refresh(
     every: int | None, by: RefreshBy, kinds: Sequence[Kind], weights: Weights
 ) -> Refresh | None:
@@ -238,13 +219,3 @@ def _refresh(
         )
     summed = weights.only(("dense", *kinds)) if by == "hybrid" else None
     return Refresh(every=every, mining=replace(RANKS_10_TO_210, by=by, weights=summed))
-
-
-def _weights_of(named: str) -> Weights:
-    try:
-        dense, sparse, multi = (float(part) for part in named.split(","))
-    except ValueError as error:
-        raise RecipeError(
-            f"weights are {named!r}; give three numbers, for dense, sparse and multi: 1,0.3,1"
-        ) from error
-    return Weights(dense, sparse, multi)

@@ -9,26 +9,13 @@ from typing import Annotated, Literal
 
 from tercet.data.batches.collate import Policy
 from tercet.objectives.contrastive import Contrastive
-from tercet.recipes.flags import (
-    Base,
-    DocumentTokens,
-    FreezeEmbeddings,
-    LengthEdges,
-    LoraRank,
-    ModelsPooling,
-    Negatives,
-    Patience,
-    QueryTokens,
-    Temperature,
-    TurnDecoder,
-    lora_of,
-    prompts_by_role,
-)
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of, prompts_by_role
 from tercet.train.recipe import Model, Recipe, Stage
 
 
 def finetune(
-    base: Base = "minilm",
+    base: flags.Base = "minilm",
     epochs: Annotated[float, "Passes over the data."] = 1.0,
     steps: Annotated[int | None, "Optimizer steps; overrides epochs."] = None,
     batch_size: Annotated[int, "Examples a step, over all processes."] = 64,
@@ -37,28 +24,28 @@ def finetune(
         Literal["constant", "linear", "wsd"],
         "Of the learning rate; wsd: warmup-stable-decay.",
     ] = "linear",
-    temperature: Temperature = 0.05,
+    temperature: flags.Temperature = 0.05,
     dims: Annotated[list[int] | None, "A shorter width to train as well; may be repeated."] = None,
-    negatives: Negatives = 8,
+    negatives: flags.Negatives = 8,
     in_batch: Annotated[
         Policy, "Others' documents that are negatives; per_row: all, but what a row's task forbids."
     ] = "per_row",
     mixing: Annotated[
         Literal["single", "blended"], "One source a batch, or all in each."
     ] = "single",
-    length_edges: LengthEdges = None,
+    length_edges: flags.LengthEdges = None,
     token_budget: Annotated[
         int | None, "Examples times tokens of the longest text of their group, at most."
     ] = None,
-    query_tokens: QueryTokens = None,
-    document_tokens: DocumentTokens = None,
+    query_tokens: flags.QueryTokens = None,
+    document_tokens: flags.DocumentTokens = None,
     query_prompt: Annotated[str | None, "Put before every query."] = None,
     document_prompt: Annotated[str | None, "Put before every document."] = None,
-    pooling: ModelsPooling = None,
-    attention: TurnDecoder = None,
-    lora_rank: LoraRank = None,
-    freeze_embeddings: FreezeEmbeddings = False,
-    patience: Patience = None,
+    pooling: flags.ModelsPooling = None,
+    attention: flags.TurnDecoder = None,
+    lora_rank: flags.LoraRank = None,
+    freeze_embeddings: flags.FreezeEmbeddings = False,
+    patience: flags.Patience = None,
     seed: Annotated[int, "Of batches, dropout and LoRA."] = 0,
 ) -> Recipe:
     """Fine-tune on files of queries, positives and, where there are any, mined negatives."""

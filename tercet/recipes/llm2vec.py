@@ -13,14 +13,8 @@ from tercet.models.choices import Attention, PoolingName, Window
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
 from tercet.objectives.simcse import SimCSE
-from tercet.recipes.flags import (
-    LoraRankOrAll,
-    MaxTokens,
-    Negatives,
-    PoolPrompt,
-    lora_of,
-    prompts_by_role,
-)
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of, prompts_by_role
 from tercet.train.recipe import Model, Recipe, Stage, chosen
 
 LLM2VecPreset = Literal["default", "llama", "mistral", "mistral-words"]
@@ -62,13 +56,13 @@ def llm2vec(
     batch_size: Annotated[int, "Pairs a step."] = 512,
     learning_rate: Annotated[float, "Of training on pairs, at its peak."] = 2e-4,
     temperature: Annotated[float, "Of training on pairs."] = 0.02,
-    negatives: Negatives = 1,
-    max_tokens: MaxTokens = 512,
+    negatives: flags.Negatives = 1,
+    max_tokens: flags.MaxTokens = 512,
     query_prompt: Annotated[
         str | None, "Instruction before queries; best ended by a line break."
     ] = None,
     document_prompt: Annotated[str | None, "Instruction before documents."] = None,
-    pool_prompt: PoolPrompt = False,
+    pool_prompt: flags.PoolPrompt = False,
     pooling: Annotated[PoolingName, "From states to a vector."] = "mean",
     attention: Annotated[
         Attention, "causal trains the ablation that the paper calls Uni."
@@ -76,7 +70,7 @@ def llm2vec(
     window: Annotated[
         Window | None, "Sliding windows; None: full where all layers have one (Mistral), else keep."
     ] = None,
-    lora_rank: LoraRankOrAll = 16,
+    lora_rank: flags.LoraRankOrAll = 16,
     seed: Annotated[int, "Of batches, masks, dropout and LoRA."] = 0,
 ) -> Recipe:
     """Turn a decoder into a text encoder: MNTP and SimCSE on texts, then pairs on request."""

@@ -14,14 +14,8 @@ from tercet.data.batches.sampler import Mixing
 from tercet.models.choices import Attention, LayerSettings, PoolingName
 from tercet.models.settings import as_prompt
 from tercet.objectives.contrastive import Contrastive
-from tercet.recipes.flags import (
-    Base,
-    LoraRankOrAll,
-    MaxTokens,
-    Negatives,
-    PoolPrompt,
-    lora_of,
-)
+from tercet.recipes import flags
+from tercet.recipes.flags import lora_of
 from tercet.train.recipe import Model, Recipe, Stage, chosen
 
 Pooler: TypeAlias = Literal["latent", "self_attention", "mean", "eos"]
@@ -37,7 +31,7 @@ WARMUP: Final = 500  # steps, in the paper; a tenth of a shorter stage
 
 
 def nv_embed(
-    base: Base = "smollm2",
+    base: flags.Base = "smollm2",
     stages: Annotated[str, "Of retrieval and blended, in order, with commas."] = (
         "retrieval,blended"
     ),
@@ -50,7 +44,7 @@ def nv_embed(
         int | None, "Of each stage; None: 500, or a tenth of a shorter stage."
     ] = None,
     temperature: Annotated[float, "Of the softmax over documents; the paper names none."] = 0.02,
-    negatives: Negatives = 7,
+    negatives: flags.Negatives = 7,
     in_batch: Annotated[
         Policy, "Others' documents that are negatives in the stage retrieval."
     ] = "all",
@@ -78,10 +72,10 @@ def nv_embed(
     instruction: Annotated[
         str | None, "What the model does by default; None: the first task's of the data."
     ] = None,
-    pool_prompt: PoolPrompt = False,
+    pool_prompt: flags.PoolPrompt = False,
     append_end: Annotated[bool, "End every text with the end-of-text token."] = True,
-    max_tokens: MaxTokens = 512,
-    lora_rank: LoraRankOrAll = 16,
+    max_tokens: flags.MaxTokens = 512,
+    lora_rank: flags.LoraRankOrAll = 16,
     lora_dropout: Annotated[float, "Of the low-rank updates."] = 0.1,
     keep_layers: Annotated[
         int | None, "Keep the first layers of the base only, for experiments; None: all."

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from tercet import distributed
-from tercet.curate.mining import documents as mining_documents
-from tercet.curate.mining.documents import text_key
-from tercet.curate.mining.mine import Miner, Mining
+from tercet.curate.mining import document_pools as mining_documents
+from tercet.curate.mining.document_pools import text_key
+from tercet.curate.mining.miner import Miner, Mining
 from tercet.data.files.documents import read_documents
 from tercet.data.files.examples import parse_example
 from tercet.data.files.sources import Source, open_source, write_examples
@@ -45,10 +45,10 @@ VECTORS: Final = "vectors"
 class RefreshCounts:
     """What a refresh changed."""
 
-    rows: int = 0
-    negatives: int = 0
-    new: int = 0  # negatives that the row did not have before
-    empty: int = 0  # rows without any
+    rows: int
+    negatives: int
+    new: int  # negatives that the row did not have before
+    empty: int  # rows without any
 
     @property
     def new_share(self) -> float:
@@ -61,14 +61,6 @@ class RefreshCounts:
         return (
             f"{self.negatives:,} negatives for {self.rows:,} queries, {self.new_share:.0%} of them "
             f"new; {self.empty:,} queries have none"
-        )
-
-    def __add__(self, other: "RefreshCounts") -> "RefreshCounts":
-        return RefreshCounts(
-            self.rows + other.rows,
-            self.negatives + other.negatives,
-            self.new + other.new,
-            self.empty + other.empty,
         )
 
 
@@ -140,9 +132,9 @@ class Refresher:
             self._mine_parts(embedder, folder, step, bars)
             distributed.barrier()
             if distributed.is_main():
-                counts = [RefreshCounts(**_read(folder / part.counts)) for part in self._parts]
-                found = asdict(sum(counts, RefreshCounts()))
-                write_json(folder / DONE, {"model": model, "step": step, **found})
+                counts = [_read(folder / part.counts) for part in self._parts]
+                total = {name: sum(count[name] for count in counts) for name in counts[0]}
+                write_json(folder / DONE, {"model": model, "step": step, **total})
         distributed.barrier()
         self._take(step, model)
         distributed.barrier()

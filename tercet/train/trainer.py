@@ -117,13 +117,14 @@ class Trainer:
                 log = Log(self.folder, step=step, tensorboard=self.options.tensorboard)
                 stack.callback(log.close)
             advance = stack.enter_context(bar(self.stage.name, self.steps, step, shown=shown))
-            before = self.progress.seconds
-            while self.progress.step < self.steps and not self._gave_up():
+            before, patience = self.progress.seconds, self.stage.patience or math.inf
+            eval_steps = self.options.eval_steps or max(1, math.ceil(self.steps / 10))
+            while self.progress.step < self.steps and self.progress.stale < patience:
                 self._refresh(log, advance)
                 self._step(log, advance)
                 self.progress.seconds = before + time.monotonic() - started
                 self._keep_model()  # before a checkpoint, after which it would not be made again
-                if self._due(self._eval_every()):
+                if self._due(eval_steps):
                     self._evaluate(score, log)
                 if self._should_save(time.monotonic() - saved_at):
                     self._save()
@@ -294,12 +295,6 @@ class Trainer:
         if best and progress.best_step != progress.step:
             weights = checkpoint.read(self.folder / BEST, mapped=self.sharded is not None)
             checkpoint.restore(self.embedder, weights)
-
-    def _gave_up(self) -> bool:
-        return self.stage.patience is not None and self.progress.stale >= self.stage.patience
-
-    def _eval_every(self) -> int:
-        return self.options.eval_steps or max(1, math.ceil(self.steps / 10))
 
     def _due(self, every: int | None) -> bool:
         step = self.progress.step

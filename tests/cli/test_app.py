@@ -129,7 +129,7 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_work(
     assert "is not an index and would be overwritten" in said
     monkeypatch.setattr(Embedder, "encode", None)
     said = refused("encode", encoder_folder, blocked, "--out", tmp_path)
-    assert said.startswith(f"{tmp_path}: could not be written: it is no file")
+    assert said.startswith(f"{tmp_path}: could not be written: it is not a file")
     said = refused("encode", encoder_folder, blocked, "--out", inside)
     assert said.startswith(f"{blocked}: could not be written: a file is where")
 

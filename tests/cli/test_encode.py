@@ -143,7 +143,7 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(refused
         assert f"{name}: vectors of some kinds are a folder of arrays; name it without" in said
     said = refused(*words, folder, "--kinds", "sparse", "--output", "tokens")
     assert said == "--output tokens is of dense vectors alone; leave --kinds out"
-    assert "there is no kind 'terms'" in refused(*words, folder, "--kinds", "terms")
+    assert "kinds are 'terms'; choose from" in refused(*words, folder, "--kinds", "terms")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,8 +7,9 @@ import pytest
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import Ranges
-from tercet.rank.scoring import scores_of, weighted_scores
+from tercet.rank.scoring import scores_of
 from tests.cli.lines import cells, write
+from tests.rank.formulas import weighted_scores
 from tests.toy import SENTENCES
 
 
@@ -341,10 +342,10 @@ def test_an_index_that_is_not_complete_says_so(tercet, indexed):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--weights", "1,0.3"], "--weights 1,0.3: give three numbers"),
-        (["--weights", "1,-1,1"], "--weights 1,-1,1: give three numbers"),
-        (["--weights", "nan,1,1"], "--weights nan,1,1: give three numbers"),
-        (["--weights", "0,0,0"], "--weights 0,0,0: give three numbers"),
+        (["--weights", "1,0.3"], "weights are '1,0.3'; give three numbers"),
+        (["--weights", "1,-1,1"], "weights are '1,-1,1'; give three numbers"),
+        (["--weights", "nan,1,1"], "weights are 'nan,1,1'; give three numbers"),
+        (["--weights", "0,0,0"], "weights are '0,0,0'; give one of them a number above 0"),
         (["--where", "web"], "--where web: write a field and its value"),
         (["--where", "=web"], "--where =web: write a field and its value"),
         (["--fusion", "rrf", "--candidates", "0"], "--candidates 0: rrf needs some"),

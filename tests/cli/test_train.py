@@ -43,7 +43,7 @@ def test_the_flags_of_a_recipe_are_its_parameters(tercet):
     ("name", "problem"),
     [
         ("missing.jsonl", "no such file"),
-        ("empty.jsonl", "holds no records; write one JSON object a line"),
+        ("empty.jsonl", "holds no records; write one JSON object per line"),
         ("pairs.csv", 'unknown kind of file ".csv"; use .jsonl or .parquet'),
         ("folder", "is a folder that holds no .jsonl or .parquet file; put data into it"),
         ("pairs.jsonl:x", "no such file"),

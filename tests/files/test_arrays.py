@@ -19,7 +19,7 @@ def vectors() -> Vectors:
 @pytest.fixture
 def folder(tmp_path, vectors):
     """The same vectors, written in three parts, one of them of no text."""
-    with VectorWriter(tmp_path) as writer:
+    with VectorWriter.open(tmp_path) as writer:
         for part in (slice(0, 4), slice(4, 4), slice(4, 9)):
             writer.add(vectors.take(part))
     return tmp_path
@@ -50,7 +50,7 @@ def test_a_folder_holds_the_files_that_are_named_and_no_others(folder):
 def test_files_are_closed_when_an_error_ends_the_writing(tmp_path, vectors, monkeypatch):
     opened, real = [], Path.open
     monkeypatch.setattr(Path, "open", lambda *how: opened.append(real(*how)) or opened[-1])
-    with pytest.raises(KeyError), VectorWriter(tmp_path) as writer:
+    with pytest.raises(KeyError), VectorWriter.open(tmp_path) as writer:
         writer.add(vectors)
         assert not any(file.closed for file in opened)
         raise KeyError
@@ -68,7 +68,7 @@ def test_the_files_are_arrays_that_numpy_maps(folder, vectors):
 
 def test_a_token_that_occurs_twice_in_a_text_is_kept_once(tmp_path):
     ids, weights = torch.tensor([7, 3, 7]), torch.tensor([0.5, 0.2, 0.9])
-    with VectorWriter(tmp_path) as writer:
+    with VectorWriter.open(tmp_path) as writer:
         writer.add(Vectors(sparse=Terms(ids, weights, torch.tensor([0, 3]))))
     found = read_vectors(tmp_path, np.array([0]), "sparse").sparse
     assert found is not None
@@ -77,7 +77,7 @@ def test_a_token_that_occurs_twice_in_a_text_is_kept_once(tmp_path):
 
 
 def test_texts_without_any_term_are_whole(tmp_path):
-    with VectorWriter(tmp_path) as writer:
+    with VectorWriter.open(tmp_path) as writer:
         writer.add(Vectors(sparse=Terms(*_nothing(), torch.zeros(4, dtype=torch.int64))))
     found = read_vectors(tmp_path, np.array([0, 2]), "sparse").sparse
     assert found is not None and found.offsets.tolist() == [0, 0, 0]

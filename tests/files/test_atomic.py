@@ -211,7 +211,7 @@ def test_a_file_in_place_of_a_parent_is_a_storage_error(tmp_path, replacing):
 
 
 def test_a_file_does_not_take_the_place_of_a_folder_nor_a_folder_that_of_a_file(folder):
-    with pytest.raises(StorageError, match="it is no file"), replacing_file(folder):
+    with pytest.raises(StorageError, match="it is not a file"), replacing_file(folder):
         pass
     with pytest.raises(StorageError, match="it is a file"), replacing_folder(folder / "old"):
         pass
@@ -219,7 +219,7 @@ def test_a_file_does_not_take_the_place_of_a_folder_nor_a_folder_that_of_a_file(
 
 
 def test_a_device_is_not_replaced():
-    with pytest.raises(StorageError, match="it is no file"), replacing_file(Path("/dev/null")):
+    with pytest.raises(StorageError, match="it is not a file"), replacing_file(Path("/dev/null")):
         pass
     assert Path("/dev/null").is_char_device()
 
@@ -263,7 +263,7 @@ def test_another_runtime_error_passes_as_it_is(tmp_path):
         raise RuntimeError("shape")
 
 
-def test_of_two_writers_the_second_is_refused_and_told_who_the_first_is(tmp_path):
+def test_the_second_of_two_writers_is_refused_and_the_first_is_named(tmp_path):
     with sole_writer(tmp_path / "run"):
         for _ in range(2):  # the first one refused does not wipe out who it is
             with pytest.raises(RecipeError, match=f"run: process {os.getpid()} on .* is writing"):

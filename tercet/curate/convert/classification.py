@@ -9,7 +9,6 @@ import numpy as np
 
 from tercet.curate.convert.conversion import (
     Conversion,
-    ConversionReport,
     Converted,
     Mode,
     stratified,
@@ -99,16 +98,14 @@ def _convert(
         made.append(row)
         labels[label] += 1
         instead += maker.mode == "example" and not row.document_prompt
-    report = ConversionReport(
-        records=records,
-        rows=len(made),
-        negatives=sum(len(row.negatives) for row in made),
-        skipped={reason: count for reason, count in skipped.items() if count},
-        labels=dict(labels.most_common()),
-        mode=maker.mode,
-        label_instead=instead,
+    return Converted(
+        tuple(made),
+        records,
+        {reason: count for reason, count in skipped.items() if count},
+        dict(labels.most_common()),
+        maker.mode,
+        instead,
     )
-    return Converted(tuple(made), report)
 
 
 class _LabelledPool:

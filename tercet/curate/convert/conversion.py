@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -61,24 +61,15 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
-class ConversionReport:
-    """Counts of a conversion."""
-
-    records: int  # read
-    rows: int  # made
-    negatives: int  # of all rows together
-    skipped: Mapping[str, int]  # records that gave no row, by reason
-    labels: Mapping[str, int]  # rows by the label of the positive, the largest first
-    mode: Mode | None = None
-    label_instead: int = 0  # rows in example mode whose label had no other text
-
-
-@dataclass(frozen=True, slots=True)
 class Converted:
-    """The rows of a conversion, in the order of their records."""
+    """The rows of a conversion, in the order of their records, and counts."""
 
     rows: tuple[Example, ...]
-    report: ConversionReport
+    records: int  # read
+    skipped: Mapping[str, int]  # records that gave no row, by reason
+    labels: Mapping[str, int] = field(default_factory=dict)  # rows by label, the largest first
+    mode: Mode | None = None
+    label_instead: int = 0  # rows in example mode whose label had no other text
 
 
 def stratified(labels: Sequence[str], rows: int | None, conversion: Conversion) -> list[int]:

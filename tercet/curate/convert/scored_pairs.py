@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from tercet.curate.convert.conversion import Conversion, ConversionReport, Converted
+from tercet.curate.convert.conversion import Conversion, Converted
 from tercet.data.files.similarity import SimilaritySet
 from tercet.data.files.texts import normal_form
 from tercet.errors import RecipeError
@@ -36,7 +36,7 @@ def convert_similarity(
 
     Negatives are texts of the set by BM25 rank, from rank 2 on: the query itself is nearly always
     the first. Texts whose known score with the query is above ``unlike``, and copies of the query,
-    are skipped. A text without negatives gives no row. The prompt stands before both texts.
+    are skipped. A text without negatives gives no row. The prompt precedes both texts.
 
     Scores lie between 0 and 5, or between the two values of ``rescale``, which map to 0 and 5.
 
@@ -73,14 +73,8 @@ def convert_similarity(
         ]
         skipped[_NO_NEGATIVE] += not made
         rows += made
-    report = ConversionReport(
-        records=len(data.pairs),
-        rows=len(rows),
-        negatives=sum(len(row.negatives) for row in rows),
-        skipped={reason: count for reason, count in skipped.items() if count},
-        labels={},
-    )
-    return Converted(tuple(rows), report)
+    reasons = {reason: count for reason, count in skipped.items() if count}
+    return Converted(tuple(rows), len(data.pairs), reasons)
 
 
 def _negatives(

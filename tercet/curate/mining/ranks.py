@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from jaxtyping import Bool, Float64, Int8, Int64, UInt64
 
-from tercet.curate.mining.documents import Pool, text_key
+from tercet.curate.mining.document_pools import Pool, text_key
 from tercet.curate.mining.nearness import Finder
 from tercet.curate.mining.relevant import Collection
 from tercet.curate.mining.rules import (
@@ -129,6 +129,7 @@ class Ranker:
             keys = np.array([text_key(example.query) for example in examples], np.uint64)
             answers = [list(map(text_key, example.positives)) for example in examples]
             own, kept = self._own(examples, keys, pool, queries)
+            refused = sum(len(e.negatives) for e in examples) - sum(map(len, own))
             yield RankedExamples(
                 places=places,
                 examples=examples,
@@ -140,7 +141,7 @@ class Ranker:
                 positives=self._scores(queries, pool, answers),
                 found=_found(candidates, answers),
                 own=own,
-                refused=_refused(examples, own) if self.keep else 0,
+                refused=refused if self.keep else 0,
             )
 
     def lowest_positives(self, block: Sequence[Example]) -> list[float]:
@@ -251,10 +252,6 @@ def _mark(
         part = slice(start, start + _PAIRS)
         pair, column = np.nonzero(_where(candidates, places[part], keys[part]))
         barred[places[part][pair], column] = verdict
-
-
-def _refused(examples: Sequence[Example], own: Sequence[Sequence[tuple[str, float]]]) -> int:
-    return sum(len(e.negatives) - len(kept) for e, kept in zip(examples, own, strict=True))
 
 
 def _rounded(scores: np.ndarray) -> np.ndarray:

@@ -79,8 +79,8 @@ class Collator:
             for example, right, wrong in zip(examples, positives, negatives, strict=True)
             for _ in range(len(right) + len(wrong))
         ]
-        query_prompts = [self._prompt(e.query_prompt, "query", e) for e in examples]
-        document_prompts = [self._prompt(e.document_prompt, "document", e) for e in owners]
+        query_prompts = [example_prompt(e, "query", self.prompt_of) for e in examples]
+        document_prompts = [example_prompt(e, "document", self.prompt_of) for e in owners]
         tokens = Tokens.join(
             [
                 self.tokenize(queries, "query", query_prompts),
@@ -112,8 +112,11 @@ class Collator:
     def _policy(self, example: Example) -> InBatch:
         return (example.in_batch or "all") if self.in_batch == "per_row" else self.in_batch
 
-    def _prompt(self, own: str | None, role: Role, example: Example) -> str:
-        return self.prompt_of(role, example.task) if own is None else own
+
+def example_prompt(example: Example, role: Role, prompt_of: PromptOf) -> str:
+    """Return the prompt of an example's texts of a role: its own, or that of its task."""
+    own = example.query_prompt if role == "query" else example.document_prompt
+    return prompt_of(role, example.task) if own is None else own
 
 
 def _drawn(count: int, at_most: int, rng: np.random.Generator) -> list[int]:

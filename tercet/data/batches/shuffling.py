@@ -1,7 +1,7 @@
-"""Long documents whose parts change places, so that the beginning does not give the answer away.
+"""Reordering of the parts of long documents, so that the answer is not always at the beginning.
 
-In many pairs the first sentences of a document say what its query asks, and a model that learns
-to read those alone is good for nothing on long texts (arXiv 2402.03216, appendix on data).
+In many pairs the first sentences of a document already answer its query, and a model that learns
+to read only those fails on long texts (arXiv 2402.03216, appendix on data).
 """
 
 import re
@@ -14,7 +14,7 @@ import numpy as np
 CutName: TypeAlias = Literal["characters", "words", "sentences"]
 """Where a document may be cut: anywhere, before a word, before a sentence."""
 
-LONG: Final = 100  # characters; a text that is not longer stays as it is
+LONG: Final = 100  # characters; shorter texts are unchanged
 PARTS: Final = 3
 
 _BEFORE_WORDS: Final = re.compile(r"(?<=\s)(?=\S)")
@@ -28,10 +28,10 @@ _BEFORE_SENTENCES: Final = re.compile(
 
 
 def shuffled(text: str, random: np.random.Generator, at: CutName = "characters") -> str:
-    """The text in three parts of about a third each, in another order, with a space between.
+    """Return the text in three parts of about a third each, in another order, with a space between.
 
     It is cut at the places nearest to its thirds. A text of up to 100 characters, or with fewer
-    than two such places, comes back as it is.
+    than two such places, is returned unchanged.
     """
     if len(text) <= LONG:
         return text
@@ -44,7 +44,7 @@ def shuffled(text: str, random: np.random.Generator, at: CutName = "characters")
 
 
 def _nearest(places: np.ndarray, length: int) -> tuple[int, ...] | None:
-    """For each third of the text the place nearest to it, if there are as many."""
+    """Return the places nearest to the thirds of the text; None if there are too few."""
     inner = places[(places > 0) & (places < length)]
     if len(inner) < PARTS - 1:
         return None

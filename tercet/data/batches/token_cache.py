@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from tercet import distributed
-from tercet.data.batches.collate import PromptOf, Tokenize
+from tercet.data.batches.collate import PromptOf, Tokenize, example_prompt
 from tercet.data.files.sources import Source
 from tercet.files.arrays import GrowingArray
 from tercet.files.artifacts import KeptResults, fingerprint
@@ -22,7 +22,7 @@ from tercet.files.atomic import replacing_folder
 from tercet.files.progress import Bars, bar
 from tercet.models.tokens import Tokens
 from tercet.models.zoo.zoo import cache_folder
-from tercet.types import Example, Role
+from tercet.types import Role
 
 ROLES: Final[tuple[Role, ...]] = ("query", "document")
 _EXAMPLES_AT_ONCE: Final = 512
@@ -137,9 +137,9 @@ def _write(
     keys: list[np.ndarray] = []
     with (
         replacing_folder(folder) as fresh,
-        GrowingArray(fresh / "ids.npy", np.dtype(np.uint32), ()) as ids,
-        GrowingArray(fresh / "offsets.npy", np.dtype(np.int64), ()) as offsets,
-        GrowingArray(fresh / "about.npy", np.dtype(np.int32), (4,)) as about,
+        GrowingArray.open(fresh / "ids.npy", np.dtype(np.uint32), ()) as ids,
+        GrowingArray.open(fresh / "offsets.npy", np.dtype(np.int64), ()) as offsets,
+        GrowingArray.open(fresh / "about.npy", np.dtype(np.int32), (4,)) as about,
         bars(f"tokens of {source.name}, {role}", len(source)) as advance,
     ):
         offsets.add(np.zeros(1, np.int64))
@@ -174,21 +174,12 @@ def _texts(
         pairs = dict.fromkeys(
             (text, prompt)
             for example in source.examples(rows)
-            for prompt in [_prompt(example, role, prompt_of)]
-            for text in _of_role(example, role)
+            for prompt in [example_prompt(example, role, prompt_of)]
+            for text in (
+                (example.query,) if role == "query" else (*example.positives, *example.negatives)
+            )
         )
         yield [text for text, _ in pairs], [prompt for _, prompt in pairs], len(rows)
-
-
-def _of_role(example: Example, role: Role) -> tuple[str, ...]:
-    if role == "query":
-        return (example.query,)
-    return (*example.positives, *example.negatives)
-
-
-def _prompt(example: Example, role: Role, prompt_of: PromptOf) -> str:
-    own = example.query_prompt if role == "query" else example.document_prompt
-    return prompt_of(role, example.task) if own is None else own
 
 
 def _each(tokens: Tokens) -> list[_TokenizedText]:

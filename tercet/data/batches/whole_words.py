@@ -1,7 +1,7 @@
-"""Texts as tokens that remember where words begin, for masks that hide whole words.
+"""Tokens that are marked where words begin, to mask whole words.
 
-A token and its mark share one number, twice the id plus one for the first token of a word, so
-that a source's tokens stay one array.
+A marked token is one number, twice the id, plus one for the first token of a word, so that the
+tokens of a source are one array.
 """
 
 from typing import Final
@@ -28,10 +28,10 @@ _UNSPACED: Final = (
 def marked_pieces(
     tokenizer: Tokenizer, texts: list[str], max_tokens: int
 ) -> list[Int[np.ndarray, "tokens"]]:
-    """The texts as marked tokens, in pieces of at most ``max_tokens``, in the order of the texts.
+    """Return the texts as marked tokens, in order, in pieces of at most ``max_tokens``.
 
-    Each piece stands between the tokenizer's special tokens: what is too long is not cut off but
-    is another text. A text without a token is left out.
+    Each piece has the tokenizer's special tokens around it: a long text becomes several. A text
+    without a token is left out.
     """
     head, tail = (_marked_special(ids) for ids in tokenizer.around)
     room = max(1, max_tokens - len(head) - len(tail))
@@ -47,16 +47,16 @@ def marked_pieces(
 def unmarked(
     marked: Integer[np.ndarray, "tokens"],
 ) -> tuple[Integer[np.ndarray, "tokens"], Int[np.ndarray, "tokens"]]:
-    """Token ids, and which word each token is part of, counted from zero."""
+    """Return token ids, and the number of the word of each token, from zero."""
     return marked >> 1, np.cumsum(marked & 1) - 1
 
 
 def word_starts(text: str, encoding: Encoding) -> Bool[np.ndarray, "tokens"]:
-    """Which tokens begin a word.
+    """Return which tokens begin a word.
 
-    A word is what the tokenizer's own first cut leaves together, and never goes across white
-    space. Where a script has no spaces, each of its tokens is a word: a sentence would be one
-    otherwise, and hidden as a whole.
+    A word is what the tokenizer's pre-tokenizer leaves together, and never contains white space.
+    In a script without spaces each token is a word; otherwise a sentence would be one, and be
+    masked as a whole.
     """
     words = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
     spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -67,7 +67,7 @@ def word_starts(text: str, encoding: Encoding) -> Bool[np.ndarray, "tokens"]:
     space = np.fromiter((letter.isspace() for letter in text), bool, len(text))
     spaces = np.concatenate(([0], space.cumsum()))  # before each character
     begin, end = np.minimum(spans, len(text)).T
-    blank = spaces[end] - spaces[begin] == end - begin  # tokens of nothing else
+    blank = spaces[end] - spaces[begin] == end - begin  # tokens of white space only
     at, before = np.minimum(begin, len(text) - 1), np.maximum(begin - 1, 0)
     after_space = space[before][1:] & (begin[1:] > 0) & ~blank[:-1]
     unspaced = _unspaced(letters)

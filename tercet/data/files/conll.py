@@ -1,4 +1,4 @@
-"""Sentences with a label a word: columns as CoNLL has them, CoNLL-U, or records of tokens."""
+"""Sentences with a label per word: CoNLL columns, CoNLL-U, or records of tokens."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tercet.data.files.examples import as_object, nonblank, shown, text_of
 from tercet.errors import DataError, RecipeError
 from tercet.files.records import Record, decoded, iter_lines, iter_records, parsed
 
-UNLABELLED: Final = "_"  # a word that is read, but neither learned from nor counted
+UNLABELLED: Final = "_"  # a word that is encoded, but neither trained on nor counted
 
 _TOKENS, _LABELS = "tokens", "labels"
 _DOCUMENT_BORDER: Final = "-DOCSTART-"
@@ -21,7 +21,7 @@ _FORM, _UPOS = 2, 4  # columns of CoNLL-U, from 1
 
 @dataclass(frozen=True, slots=True)
 class LabelledSentence:
-    """Words and the label of each; ``UNLABELLED`` where nobody gave one."""
+    """Words and the label of each; ``UNLABELLED`` if it has none."""
 
     words: tuple[str, ...]
     labels: tuple[str, ...]
@@ -29,11 +29,11 @@ class LabelledSentence:
 
 class _Row(NamedTuple):
     line: int
-    columns: list[str]  # none for a blank line, which ends a sentence
+    columns: list[str]  # empty for a blank line, which ends a sentence
 
 
 def read_labelled(path: Path | str, column: int | None = None) -> list[LabelledSentence]:
-    """The labelled sentences of a file, in order.
+    """Return the labelled sentences of a file, in order.
 
     A .jsonl or .parquet file has records ``{"tokens": [...], "labels": [...]}``. Any other file
     has a word a line and a blank line after each sentence; columns are separated by tabs, where
@@ -44,23 +44,23 @@ def read_labelled(path: Path | str, column: int | None = None) -> list[LabelledS
     and the numbers of multiword and empty tokens (``3-4``, ``5.1``) are skipped.
 
     Raises:
-        DataError: at the first line that does not fit, naming it.
-        RecipeError: for a ``column`` that cannot hold labels, or of a file without columns.
+        DataError: at the first invalid line, naming it.
+        RecipeError: for a ``column`` that cannot hold labels, or for a file without columns.
     """
     path = Path(path)
     if path.suffix in (".jsonl", ".parquet"):
         if column is not None:
-            raise RecipeError(f"{path} has no columns; leave the column of the labels out")
+            raise RecipeError(f"{path} has no columns; remove the column of the labels")
         records = iter_records(path, (_TOKENS, _LABELS), needs=((_TOKENS,), (_LABELS,)))
         return [parsed(path, record, _of_record) for record in records]
     sentences = list(_sentences(path, _rows(path), column))
     if not sentences:
-        raise DataError(path, None, "holds no sentences; write a word and its label a line")
+        raise DataError(path, None, "holds no sentences; write a word and its label per line")
     return sentences
 
 
 def _rows(path: Path) -> list[_Row]:
-    """Columns of each line; comments go where the file is CoNLL-U, elsewhere ``#`` is a word."""
+    """Return the columns of each line; comments are removed from CoNLL-U only."""
     lines: list[tuple[int, str]] = []
     for number, offset, content in iter_lines(path):
         try:
@@ -95,9 +95,9 @@ def _sentences(path: Path, rows: list[_Row], column: int | None) -> Iterator[Lab
     word_at = _FORM if conllu else 1
     label_at = column or (_UPOS if conllu else width)
     if column == word_at or (column is not None and column < 1):
-        raise RecipeError(f"column {column} holds no labels; give a later one, counted from 1")
+        raise RecipeError(f"column {column} cannot hold labels; give a later one, counted from 1")
     if width < 2 or label_at > width:
-        problem = f"has {width} columns, and none of them is column {max(label_at, 2)}"
+        problem = f"has only {width} columns; there is no column {max(label_at, 2)}"
         raise DataError(path, first.line, f"{problem}, which would hold the label")
     words: list[str] = []
     labels: list[str] = []

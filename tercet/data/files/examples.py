@@ -1,4 +1,4 @@
-"""What a line of training data may say, and what is wrong with it when it does not."""
+"""The fields of a line of training data, and how they are checked."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from typing import Any, Final, get_args
 
 from tercet.types import Example, InBatch
 
-# The first name of each field is ours and the one we write; the others are read as well. The
-# short ones are those of FlagEmbedding's files.
+# The first name of each field is the one that is written; the others are read as well. The short
+# ones are those of FlagEmbedding's files.
 QUERY: Final = ("query",)
 POSITIVES: Final = ("positives", "positive", "pos")
 NEGATIVES: Final = ("negatives", "negative", "neg")
@@ -35,14 +35,14 @@ SHOWN_CHARACTERS: Final = 60  # of a wrong value, in a message
 
 
 def parse_example(record: object, task: str) -> Example:
-    """The training example that a decoded JSON object or a parquet row holds.
+    """Return the training example that a decoded JSON object or a parquet row holds.
 
     Unknown fields are ignored, and a field that is null counts as absent. ``task`` is the name
     for a record that gives none. A negative that equals a positive is kept: the relation matrix
     ignores equal texts, and ``check`` counts them.
 
     Raises:
-        ValueError: naming the field; the caller knows the file and the line and adds them.
+        ValueError: naming the field; the caller adds file and line.
     """
     fields = as_object(record)
     name, query = given(fields, QUERY)
@@ -71,7 +71,7 @@ def parse_example(record: object, task: str) -> Example:
 
 
 def example_record(example: Example) -> dict[str, Any]:
-    """The record that ``parse_example`` reads this example from; absent fields are left out."""
+    """Return the record of an example, as ``parse_example`` reads it, without absent fields."""
     record: dict[str, Any] = {
         "query": example.query,
         "positives": list(example.positives),
@@ -88,7 +88,7 @@ def example_record(example: Example) -> dict[str, Any]:
 
 
 def as_object(record: object) -> Mapping[str, Any]:
-    """The record itself, if it has fields at all."""
+    """Return the record if it is an object with fields."""
     if not isinstance(record, dict):
         raise ValueError(
             f"expected an object with named fields, {{...}}, got {type(record).__name__}"
@@ -97,11 +97,11 @@ def as_object(record: object) -> Mapping[str, Any]:
 
 
 def text_of(value: object, field: str) -> str:
-    """The value itself, if it is a text that UTF-8 can carry to a tokenizer."""
+    """Return the value if it is a text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise ValueError(f'"{field}" must be a text, got {shown(value)}')
-    # JSON can write half of a character that needs two escapes ("\ud83d" without its second
-    # half). Python holds it in a string, but no tokenizer takes it.
+    # JSON can contain half of a character that needs two escapes ("\ud83d" without its second
+    # half). Python accepts it in a string, but tokenizers do not.
     if value.isascii():
         return value
     try:
@@ -115,20 +115,20 @@ def text_of(value: object, field: str) -> str:
 
 
 def nonblank(text: str, field: str) -> str:
-    """The text itself, if there is something to read in it."""
+    """Return the text if it is not blank."""
     if not text or text.isspace():
         raise ValueError(f'"{field}" holds a blank text; write the text or remove the record')
     return text
 
 
 def shown(value: object) -> str:
-    """A value as a message can quote it: never longer than a line."""
+    """Return a value for a message, at most one line long."""
     whole = repr(value)
     return whole if len(whole) <= SHOWN_CHARACTERS else whole[:SHOWN_CHARACTERS] + "..."
 
 
 def given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
-    """The name a field goes by in this record, and its value; None if it is absent."""
+    """Return the name of a field in this record, and its value; None if it is absent."""
     if len(names) == 1:
         return names[0], fields.get(names[0])
     used = [name for name in names if fields.get(name) is not None]
@@ -140,7 +140,7 @@ def given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
 
 
 def finite(value: object, field: str) -> float:
-    """The number itself, if it is one and finite."""
+    """Return the value if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f'"{field}" must hold numbers, got {shown(value)}')
     try:

@@ -13,22 +13,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
-from tercet.data.files.readers import WINDOW_BLOCKS, ShardReader, stamp_of
+from tercet.data.files.readers import stamp_of
 from tercet.data.files.scan import (
     EXAMPLE_FORMAT,
     FileFacts,
-    LanguageRows,
     ReadableRows,
     RecordFormat,
     ReportProgress,
     cached_scan,
-    joined_sizes,
 )
-from tercet.data.files.sources import Source, in_language, iter_examples
+from tercet.data.files.sources import Source, in_language, iter_examples, joined_source
 from tercet.errors import DataError
-from tercet.files.artifacts import fingerprint
 from tercet.files.records import readable
 from tercet.types import Example
 
@@ -122,7 +117,17 @@ def open_sources(
             for piece in scan.readable(record_format):
                 found.setdefault(piece.rows.lang, []).append(piece)
             done += sizes[shard.path]
-        sources += [_joined(group, found[lang], record_format, weight) for lang in sorted(found)]
+        sources += [
+            joined_source(
+                found[lang],
+                path=group.path,
+                name=f"{group.name}/{lang}" if lang else group.name,
+                weight=weight,
+                parse=record_format.parse,
+                task=group.name,
+            )
+            for lang in sorted(found)
+        ]
     return sources
 
 
@@ -130,52 +135,6 @@ def shard_examples(shard: Shard) -> Iterator[Example]:
     """Yield the examples of one file of a source, with their task and language."""
     for example in iter_examples(shard.path, shard.source):
         yield in_language(example, shard.lang)
-
-
-def _joined(
-    group: SourceFiles,
-    pieces: Sequence[ReadableRows],
-    record_format: RecordFormat,
-    weight: float | int,
-) -> Source:
-    """Join the rows of one language of all shards to a source."""
-    parts = [piece.rows for piece in pieces]
-    lang = parts[0].lang
-    reader, blocks, window = pieces[0].reader, pieces[0].blocks, pieces[0].window
-    sizes, joined = parts[0].sizes, parts[0].fingerprint
-    if len(pieces) > 1:
-        firsts = np.cumsum([0, *(len(part.sizes) for part in parts[:-1])], dtype=np.int64)
-        reader = ShardReader(tuple(piece.reader for piece in pieces), firsts)
-        blocks = np.concatenate([p.blocks + first for p, first in zip(pieces, firsts, strict=True)])
-        # A file of one block does not show how many blocks are cheap to read in turns.
-        window = min((p.window for p in pieces if len(p.blocks) > 1), default=WINDOW_BLOCKS)
-        joined = fingerprint(" ".join(part.fingerprint for part in parts))
-        sizes = joined_sizes([part.sizes for part in parts], joined)
-    return Source(
-        path=group.path,
-        name=f"{group.name}/{lang}" if lang else group.name,
-        weight=weight,
-        sizes=sizes,
-        blocks=blocks,
-        window=window,
-        fingerprint=joined,
-        reader=reader,
-        parse=record_format.parse,
-        prompts=_prompts(parts),
-        without_negatives=sum(part.without_negatives for part in parts),
-        lang=lang,
-        task=group.name,
-    )
-
-
-def _prompts(parts: Sequence[LanguageRows]) -> dict[str, dict[str, str]]:
-    """Return the first prompt of each task and role; an empty one only if there is no other."""
-    found: dict[str, dict[str, str]] = {}
-    for part in parts:
-        for task, prompts in part.prompts.items():
-            known = found.setdefault(task, {})
-            known.update({role: text for role, text in prompts.items() if not known.get(role)})
-    return found
 
 
 def _named_children(folder: Path) -> list[tuple[str, Path]]:

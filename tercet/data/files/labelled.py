@@ -1,4 +1,4 @@
-"""Labelled texts: one text a record, and the classes or topics that people gave it."""
+"""Labelled texts: one text per record, and its classes or topics."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,10 @@ SPLIT: Final = "split"
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """A text and its labels: one class, several topics, or none where nobody gave any."""
+    """A text and its labels: one class, several topics, or none."""
 
     text: str
-    labels: tuple[str, ...]  # each once
+    labels: tuple[str, ...]  # distinct
     split: str | None = None
 
 
@@ -31,14 +31,14 @@ def read_labelled_texts(
     label_field: str = LABELS[0],
     label_prefix: str = "",
 ) -> Iterator[LabelledText]:
-    """The labelled texts of a .jsonl or .parquet file, in order.
+    """Yield the labelled texts of a .jsonl or .parquet file, in order.
 
     Several text fields, such as title and abstract, are joined by spaces; all but the first may
-    be absent. A label is a text or a whole number, or a list of them; ``labels`` is read where
-    ``label`` is asked for. With ``label_prefix`` only labels that begin so count, without it.
+    be absent. A label is a text or a whole number, or a list of them; the field ``labels`` is read
+    as well as ``label``. With ``label_prefix`` only labels with that prefix count; it is removed.
 
     Raises:
-        DataError: at the first record that is no labelled text, naming file and line.
+        DataError: at the first record that is not a labelled text, naming file and line.
     """
     path = Path(path)
     fields = (text_field,) if isinstance(text_field, str) else tuple(text_field)
@@ -48,10 +48,10 @@ def read_labelled_texts(
 
 
 def read_label_texts(path: Path | str) -> dict[str, str]:
-    """The words of labels, from a file with one JSON object: ``{"0": "sadness", "1": "joy"}``.
+    """Read the names of labels from a file with a JSON object: ``{"0": "sadness", "1": "joy"}``.
 
     Raises:
-        DataError: when the file is no such object.
+        DataError: if the file holds anything else.
     """
     path = Path(path)
     with readable(path):
@@ -61,7 +61,7 @@ def read_label_texts(path: Path | str) -> dict[str, str]:
         return {label: nonblank(text_of(text, label), label) for label, text in words.items()}
     except (ValueError, RecursionError) as error:
         raise DataError(
-            path, None, f"is no object of labels and their words, {{...}}: {error}"
+            path, None, f"must be one object of labels and their names, {{...}}: {error}"
         ) from error
 
 
@@ -69,7 +69,7 @@ def is_labelled_file(path: Path | str) -> bool:
     """Whether the first record of a file has a text and a label.
 
     Raises:
-        DataError: when the file cannot be read at all, or is empty.
+        DataError: if the file cannot be read at all, or is empty.
     """
     return begins_with(path, (TEXT,), LABELS)
 
@@ -107,7 +107,7 @@ def _labels(name: str, value: object, prefix: str) -> tuple[str, ...]:
 
 
 def _label(value: object, name: str) -> str:
-    if isinstance(value, int):  # a class by its number; of true and false, JSON's own words
+    if isinstance(value, int):  # the number of a class; true and false as in JSON
         return str(value).lower() if isinstance(value, bool) else str(value)
     if not isinstance(value, str):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Languages and the families that they belong to, as tables of results group them."""
+"""Languages and their families, by which tables of results are grouped."""
 
 import re
 from typing import Final
@@ -20,7 +20,7 @@ FAMILIES: Final[dict[str, str]] = {
     "vi": "Austroasiatic",
     "el": "Hellenic",
 }
-"""The families of arXiv 2412.04506, section 5, and of the languages that it does not name ours."""
+"""The families of arXiv 2412.04506, section 5; those of languages it does not name are ours."""
 
 OTHER: Final = "other"
 
@@ -30,17 +30,17 @@ _PAIR: Final = re.compile(rf"(?:.*?-)??({_CODE})(?:-({_CODE}))?")
 
 
 def family_of(lang: str) -> str:
-    """The family of a language; a country is no matter: ``pt_BR`` and ``pt-PT`` are Romance."""
+    """Return the family of a language in any country: ``pt_BR`` and ``pt-PT`` are Romance."""
     return FAMILIES.get(plain(lang), OTHER)
 
 
 def plain(lang: str) -> str:
-    """A language without its country or script: ``pt`` of ``pt_BR``."""
+    """Return a language without its country or script: ``pt`` of ``pt_BR``."""
     return lang.replace("-", "_").partition("_")[0].lower()
 
 
 def named_pair(name: str) -> tuple[str, str]:
-    """The languages of queries and documents that a name ends in, or empty ones.
+    """Return the languages of queries and documents that a name ends with, or empty ones.
 
     ``de`` and ``longdocs-de`` name German for both, ``ko-en`` and ``wiki-ko-en`` Korean queries and
     English documents. Only languages of ``FAMILIES`` are found: others are words as well.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,8 @@ CACHED_BYTES: Final = 1 << 28  # 256 MiB: two windows of one file's row groups f
 KEPT_BYTES: Final = 1 << 30  # 1 GiB of row groups in memory, of all files; at least two groups
 WINDOW_BLOCKS: Final = 8  # are shuffled together, if two such windows fit in the cache
 LINES_BYTES: Final = 1 << 26  # 64 MiB of lines are a block of the shuffle
+
+Found = TypeVar("Found")
 
 FileStamp: TypeAlias = tuple[int, int]
 """The size and modification time of a file, which change when it is written to."""
@@ -75,15 +77,13 @@ class ParquetReader:
         check_stamp(self.path, self.stamp)
         wanted = np.asarray(rows, np.int64)
         groups = np.searchsorted(self.blocks, wanted, side="right") - 1
-        records: list[object] = [None] * len(wanted)
+
+        def of_group(group: int, places: np.ndarray) -> list[object]:
+            inside = pa.array(wanted[places] - self.blocks[group])
+            return self._group(group).take(inside).to_pylist()
+
         with readable(self.path):
-            for group in np.unique(groups).tolist():
-                places = np.flatnonzero(groups == group)
-                table = self._group(group)
-                found = table.take(pa.array(wanted[places] - self.blocks[group])).to_pylist()
-                for place, record in zip(places.tolist(), found, strict=True):
-                    records[place] = record
-        return records
+            return gathered(groups, of_group)
 
     def _group(self, group: int) -> pa.Table:
         key = (self.path, self.stamp, tuple(self.fields), group)
@@ -143,13 +143,21 @@ class ShardReader:
         """Return the records of these rows; each part is read once."""
         wanted = np.asarray(rows, np.int64)
         owners = np.searchsorted(self.firsts, wanted, side="right") - 1
-        records: list[object] = [None] * len(wanted)
-        for part in np.unique(owners).tolist():
-            places = np.flatnonzero(owners == part)
-            found = self.parts[part].read((wanted[places] - self.firsts[part]).tolist())
-            for place, record in zip(places.tolist(), found, strict=True):
-                records[place] = record
-        return records
+        return gathered(
+            owners,
+            lambda part, places: self.parts[part].read(
+                (wanted[places] - self.firsts[part]).tolist()
+            ),
+        )
+
+
+def gathered(owners: np.ndarray, read: Callable[[int, np.ndarray], Sequence[Found]]) -> list[Found]:
+    """Call ``read`` once for each owner with the places it owns; return all in order."""
+    found: dict[int, Found] = {}
+    for owner in np.unique(owners).tolist():
+        places = np.flatnonzero(owners == owner)
+        found.update(zip(places.tolist(), read(owner, places), strict=True))
+    return [found[place] for place in range(len(owners))]
 
 
 def row_groups(path: Path) -> tuple[np.ndarray, int]:

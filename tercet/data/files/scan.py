@@ -159,17 +159,12 @@ class _GrowingRows:
         self.where.append(place)
         texts = (example.query, *example.positives, *example.negatives)
         self.sizes.append(max(len(text.encode()) for text in texts))
-        self._note_prompts(example)
-        self.without_negatives += not example.negatives
-        self.digest.update(record.content)
-
-    def _note_prompts(self, example: Example) -> None:
-        """Keep the first prompt that a task's examples have for each role, a blank one last."""
         given = {"query": example.query_prompt, "document": example.document_prompt}
         found = {role: prompt for role, prompt in given.items() if prompt is not None}
         if found and (example.task in self.prompts or len(self.prompts) < MAX_TASKS):
-            known = self.prompts.setdefault(example.task, {})
-            known.update({role: prompt for role, prompt in found.items() if not known.get(role)})
+            add_prompts(self.prompts.setdefault(example.task, {}), found)
+        self.without_negatives += not example.negatives
+        self.digest.update(record.content)
 
     def finished(self, lang: str) -> LanguageRows:
         return LanguageRows(
@@ -259,6 +254,11 @@ def joined_sizes(parts: Sequence[np.ndarray], fingerprint: str) -> np.ndarray:
     except (StorageError, OSError, ValueError) as error:
         log.warning("%s: cannot be used, so sizes are held in memory: %s", path, error)
     return np.concatenate(parts)
+
+
+def add_prompts(known: dict[str, str], given: Mapping[str, str]) -> None:
+    """Add the prompts of roles that are not known, or known to be empty only."""
+    known.update({role: prompt for role, prompt in given.items() if not known.get(role)})
 
 
 def _keep(cache: KeptResults, key: tuple[Any, ...], found: FileScan) -> None:

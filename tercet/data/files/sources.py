@@ -17,17 +17,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tercet.data.files.examples import example_record, parse_example
-from tercet.data.files.readers import Reader, changed
+from tercet.data.files.readers import WINDOW_BLOCKS, Reader, ShardReader, changed
 from tercet.data.files.scan import (
     EXAMPLE_FORMAT,
     FileFacts,
     Parse,
+    ReadableRows,
     RecordFormat,
     ReportProgress,
+    add_prompts,
     example_records,
+    joined_sizes,
     scan,
 )
 from tercet.errors import DataError
+from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
 from tercet.files.records import known_suffix, parsed
 from tercet.types import Example
@@ -110,19 +114,49 @@ def open_source(
     """
     path = Path(path)
     name = path.stem if name is None else name
-    (piece,) = scan(path, record_format, FileFacts(name), progress).readable(record_format)
+    pieces = scan(path, record_format, FileFacts(name), progress).readable(record_format)
+    return joined_source(pieces, path=path, name=name, weight=weight, parse=record_format.parse)
+
+
+def joined_source(
+    pieces: Sequence[ReadableRows],
+    *,
+    path: Path,
+    name: str,
+    weight: float | int,
+    parse: Parse,
+    task: str = "",
+) -> Source:
+    """Join rows of one language, of one file after the other, to a source."""
+    parts = [piece.rows for piece in pieces]
+    reader, blocks, window = pieces[0].reader, pieces[0].blocks, pieces[0].window
+    sizes, joined = parts[0].sizes, parts[0].fingerprint
+    if len(pieces) > 1:
+        firsts = np.cumsum([0, *(len(part.sizes) for part in parts[:-1])], dtype=np.int64)
+        reader = ShardReader(tuple(piece.reader for piece in pieces), firsts)
+        blocks = np.concatenate([p.blocks + first for p, first in zip(pieces, firsts, strict=True)])
+        # A file of one block does not show how many blocks are cheap to read in turns.
+        window = min((p.window for p in pieces if len(p.blocks) > 1), default=WINDOW_BLOCKS)
+        joined = fingerprint(" ".join(part.fingerprint for part in parts))
+        sizes = joined_sizes([part.sizes for part in parts], joined)
+    prompts: dict[str, dict[str, str]] = {}
+    for part in parts:
+        for name_of_task, given in part.prompts.items():
+            add_prompts(prompts.setdefault(name_of_task, {}), given)
     return Source(
         path=path,
         name=name,
         weight=weight,
-        sizes=piece.rows.sizes,
-        blocks=piece.blocks,
-        window=piece.window,
-        fingerprint=piece.rows.fingerprint,
-        reader=piece.reader,
-        parse=record_format.parse,
-        prompts=piece.rows.prompts,
-        without_negatives=piece.rows.without_negatives,
+        sizes=sizes,
+        blocks=blocks,
+        window=window,
+        fingerprint=joined,
+        reader=reader,
+        parse=parse,
+        prompts=prompts,
+        without_negatives=sum(part.without_negatives for part in parts),
+        lang=parts[0].lang,
+        task=task,
     )
 
 

@@ -1,6 +1,5 @@
-"""Files of plain texts: .txt with one text a line, .jsonl and .parquet with a field of text."""
+"""Files of plain texts: .txt with one text per line, .jsonl and .parquet with a text field."""
 
-import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -11,6 +10,7 @@ from tercet.data.files.examples import as_object, nonblank, text_of
 from tercet.data.files.scan import RecordFormat
 from tercet.data.files.sources import Source, open_source
 from tercet.errors import DataError
+from tercet.files.artifacts import fingerprint_number
 from tercet.files.records import Record, decoded, iter_lines, iter_records, parsed
 from tercet.types import Example
 
@@ -18,9 +18,9 @@ Value = TypeVar("Value")
 
 
 def read_texts(path: Path | str, field: str = "text") -> Iterator[str]:
-    """The texts of a .jsonl, .parquet or .txt file, in order and blank ones included.
+    """Yield the texts of a .jsonl, .parquet or .txt file in order, with blank ones.
 
-    A text stands for a row of the vectors made of it, so a blank line of a .txt file is a text.
+    Each text becomes a row of an array of vectors, so a blank line of a .txt file is a text.
 
     Raises:
         DataError: at the first record without such a text, naming the line.
@@ -52,7 +52,7 @@ def open_texts(
 
 
 def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
-    """Files of texts, as :func:`open_texts` reads them."""
+    """Return the format of files of texts."""
     return RecordFormat(
         about=f"texts {field!r} {blank}",
         records=partial(text_records, fields=(field,), blank_lines=blank),
@@ -65,10 +65,10 @@ def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
 def text_records(
     path: Path, fields: tuple[str, ...], *, blank_lines: bool = False
 ) -> Iterator[Record]:
-    """The records of a file; a line of plain text is a record with the first field only.
+    """Yield the records of a file; a line of plain text is a record with only the first field.
 
     Raises:
-        DataError: when the file cannot be read, is of an unknown kind, or holds no text.
+        DataError: if the file cannot be read, is of an unknown type, or holds no text.
     """
     if path.suffix in (".jsonl", ".parquet"):
         yield from iter_records(path, fields, needs=(fields[:1],))
@@ -86,7 +86,7 @@ def text_records(
             empty = False
             yield Record(number, offset, 0.0, line, {fields[0]: text}, problem)
     if empty:
-        raise DataError(path, None, "holds no texts; write one text a line")
+        raise DataError(path, None, "holds no texts; write one text per line")
 
 
 def _as_example(record: object, task: str, *, field: str, blank: bool) -> Example:
@@ -99,10 +99,10 @@ def _line_as_record(line: str, *, field: str) -> dict[str, str]:
 
 
 def text_under(record: object, field: str) -> str:
-    """The text of a record.
+    """Return the text of a record.
 
     Raises:
-        ValueError: naming the field; the caller knows the file and the line and adds them.
+        ValueError: naming the field; the caller adds file and line.
     """
     value = as_object(record).get(field)
     if value is None:
@@ -113,8 +113,8 @@ def text_under(record: object, field: str) -> str:
 
 
 def normal_form(text: str) -> str:
-    """The text in NFKC and lower case, with single spaces: two that agree in it are one text."""
-    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)  # ascii is in NFKC
+    """Return a text in NFKC and lower case, with single spaces, to recognise duplicates."""
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)  # ASCII is NFKC
     return " ".join(plain.lower().split())
 
 
@@ -143,6 +143,5 @@ def evenly_spaced(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def text_key(text: str) -> int:
-    """64 bits that are equal for texts that differ in case, spaces or Unicode form only."""
-    same = normal_form(text).encode()
-    return int.from_bytes(hashlib.blake2b(same, digest_size=8).digest(), "little")
+    """Return a 64-bit hash that ignores case, spaces and Unicode form."""
+    return fingerprint_number(normal_form(text))

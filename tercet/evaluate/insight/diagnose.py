@@ -1,6 +1,5 @@
-"""Models side by side: whether reading ahead helps them, and whether they need training for it."""
+"""Compare how models use the words that follow, and whether they need training for it."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from tercet.evaluate.report.figures import (
 )
 from tercet.evaluate.report.intervals import Interval, interval
 from tercet.evaluate.report.page import PageFigure, RunReport, Section, write_report
-from tercet.files.atomic import replacing_file
+from tercet.files.artifacts import write_json
 from tercet.models.embedder import Embedder
 
 if TYPE_CHECKING:
@@ -60,19 +59,19 @@ PARAGRAPHS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What one model showed."""
+    """The results of one model."""
 
-    prefixes: Mapping[ReadingMode, PrefixResult]  # of an encoder, "bidirectional" alone
-    maps: tuple[DirectionMap, ...]  # one a text; none of an encoder, which has one direction
+    prefixes: Mapping[ReadingMode, PrefixResult]  # of an encoder: only "bidirectional"
+    maps: tuple[DirectionMap, ...]  # one a text; empty for an encoder
 
     def layer_means(self) -> Float64[np.ndarray, "layers"]:
-        """The mean of each layer over the tokens of all texts."""
+        """Return the mean of each layer over the tokens of all texts."""
         return np.concatenate([each.cosines for each in self.maps], axis=1).mean(axis=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What the models are given to read, and where it is from."""
+    """The texts that models read, and their origin."""
 
     triples: Sequence[PrefixTriple]
     texts: Sequence[str]
@@ -80,10 +79,10 @@ class Material:
 
     @staticmethod
     def read(triples: Path | None = None, text: Path | None = None) -> "Material":
-        """From a user's files; None takes those of the package. Of texts, the first five.
+        """Read a user's files, or by default those of the package; at most five texts.
 
         Raises:
-            DataError: at the first record that is no triple, or no text, naming the line.
+            DataError: at the first record that is not a triple or not a text, naming the line.
         """
         own = "tercet's own"
         texts = (
@@ -100,18 +99,18 @@ def diagnose(
     material: Material | None = None,
     seed: int = 0,
 ) -> dict[str, Diagnosis]:
-    """Look at each model, and write what was found to the folder ``out``.
+    """Analyse each model, and write the results to the folder ``out``.
 
-    The first decoder is read in both directions, as a control: its causal cosines are 1, unless
-    it reads each text twice (echo). Those after it, such as later stages, are read both ways only.
-    ``models`` may load each when it is asked for: one at a time is in memory.
+    The first decoder is also measured with causal attention, as a control: its cosines are 1,
+    unless each text is repeated (echo). Later models are measured with bidirectional attention
+    only. ``models`` may load each model when it is needed, so that only one is in memory.
 
     Raises:
-        MissingExtraError: when matplotlib is not installed.
-        RecipeError: when ``out`` is another run's folder, or the material does not fit a model.
-        StorageError: when the disk refuses.
+        MissingExtraError: if matplotlib is not installed.
+        RecipeError: if ``out`` holds the report of another run, or the texts do not fit a model.
+        StorageError: if the disk refuses.
     """
-    with drawing():  # what stands in the way shows before the work
+    with drawing():  # raises before the work
         _refuse_other_report(out)
     material = material or Material.read()
     found: dict[str, Diagnosis] = {}
@@ -141,19 +140,17 @@ def _diagnosis(embedder: Embedder, material: Material, *, control: bool) -> Diag
 def write_diagnosis(
     folder: Path, found: Mapping[str, Diagnosis], material: Material, *, seed: int = 0
 ) -> None:
-    """Write ``diagnosis.json``, ``report.html`` and a PNG a figure; equal numbers, equal bytes.
+    """Write ``diagnosis.json``, ``report.html`` and PNG figures; equal numbers give equal bytes.
 
     Raises:
-        MissingExtraError: when matplotlib is not installed.
-        RecipeError: when the folder is another run's.
-        StorageError: when the disk refuses.
+        MissingExtraError: if matplotlib is not installed.
+        RecipeError: if the folder holds the report of another run.
+        StorageError: if the disk refuses.
     """
     _refuse_other_report(folder)
     section = diagnosis_section(found, seed=seed)
     record = _record(found, material, seed)
-    with replacing_file(folder / FILE) as fresh:
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-        fresh.write_text(text + "\n", encoding="utf-8")
+    write_json(folder / FILE, record, indent=1)
     with drawing():
         write_png(folder / "prefix_sensitivity.png", _prefix_figure(found))
         if _mapped(found):
@@ -173,33 +170,34 @@ def write_diagnosis(
 def _refuse_other_report(folder: Path) -> None:
     if (folder / "report.html").exists() and not (folder / FILE).exists():
         raise RecipeError(
-            f"{folder}: holds the report of another run, which would be lost; choose another folder"
+            f"{folder}: contains the report of another run, which would be overwritten; choose "
+            "another folder"
         )
 
 
 def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Section:
-    """The part of a report that shows models, such as the stages of one, side by side."""
+    """Return the part of a report that compares models, such as the stages of one."""
     drawings = [
         PageFigure(
             partial(_prefix_figure, found),
-            "How alike a beginning is to itself when it goes on with the same meaning in other "
-            "words (blue) and with another meaning (orange). A causal model cannot see what "
-            "follows: all its cosines are 1, unless it reads each text twice (echo). The further "
-            "the blue hill lies to the right of the orange one, the better the model reads ahead.",
+            "Cosine of a prefix with itself when the continuation has the same meaning in other "
+            "words (blue) and another meaning (orange). A causal model does not see what follows: "
+            "all its cosines are 1, unless each text is repeated (echo). The further the blue "
+            "histogram is to the right of the orange one, the more the model uses what follows.",
         )
     ]
     if _mapped(found):
         drawings.append(
             PageFigure(
                 partial(heat_maps, _mapped(found)),
-                "How alike a token's state is when the same weights read causally and both ways, "
-                "by layer, for the tokens of the first text; at the right the mean of each layer "
-                "over the tokens of all texts. Bright everywhere: reading both ways may work "
-                "without training. Dark: the model has to learn it.",
+                "Cosine of a token's states with causal and with bidirectional attention and the "
+                "same weights, by layer, for the tokens of the first text; at the right the mean "
+                "of each layer over the tokens of all texts. Bright everywhere: bidirectional "
+                "attention may work without training. Dark: the model has to learn it.",
             )
         )
     return Section(
-        "What the words after a text change",
+        "The effect of the words that follow",
         [_map_summary(name, each) for name, each in found.items() if each.maps],
         prefix_table(found, seed=seed),
         drawings,
@@ -209,7 +207,7 @@ def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Secti
 def prefix_table(
     found: Mapping[str, Diagnosis], *, seed: int = 0
 ) -> dict[str, dict[str, Interval]]:
-    """A row for each model and way of reading, such as "smollm2 causal"."""
+    """Return a row for each model and reading mode, such as "smollm2 causal"."""
     return {name: result.intervals(seed) for name, result in _readings(found).items()}
 
 
@@ -224,7 +222,7 @@ def _readings(found: Mapping[str, Diagnosis]) -> dict[str, PrefixResult]:
 def _map_summary(name: str, found: Diagnosis) -> str:
     means = found.layer_means()[1:]
     return (
-        f"{name}: read causally and both ways, its states have a mean cosine of {means.mean():.3f} "
+        f"{name}: its causal and bidirectional states have a mean cosine of {means.mean():.3f} "
         f"over layers 1 to {len(means)}; the lowest is {means.min():.3f}, in layer "
         f"{means.argmin() + 1}, and the last is {means[-1]:.3f}."
     )
@@ -248,7 +246,7 @@ def _mapped(found: Mapping[str, Diagnosis]) -> dict[str, HeatMap]:
 
 
 def _record(found: Mapping[str, Diagnosis], material: Material, seed: int) -> dict[str, Any]:
-    """All numbers, and what it takes to get them again."""
+    """Return all numbers, and what is needed to reproduce them."""
     return {
         "models": {
             name: {

@@ -1,9 +1,9 @@
-"""What the tokens of some texts take from a trained dictionary (NV-Embed, arXiv 2405.17428).
+"""How tokens use the latents of a latent attention layer (arXiv 2405.17428, section 3.1.2).
 
-The paper's idea is that the latents keep what a plain mean dilutes. Two numbers a head show whether
-they are looked up at all: how much of the dictionary all tokens together use, and how much of it a
-single token does. Both are shares: the exponential of the entropy, over the number of latents. When
-each token uses as much as all do, tokens take the same mixture, and the head only adds a constant.
+Two numbers for each head show whether its dictionary is used: how much of it all tokens together
+attend to, and how much of it a single token does. Both are shares: the exponential of the entropy,
+over the number of latents. If they are equal, all tokens get the same mixture, and the head only
+adds a constant.
 """
 
 from collections.abc import Sequence
@@ -28,22 +28,22 @@ _TOKENS_AT_ONCE: Final = 2_048
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentUse:
-    """The attention of pooled tokens to each latent, head by head."""
+    """The attention of pooled tokens to each latent, by head."""
 
     mass: Float64[np.ndarray, "heads latents"]  # mean weight over the tokens; a head's sum is 1
-    token_entropy: Float64[np.ndarray, "heads"]  # of one token's weights, their mean; in nats
-    tokens: int  # that were looked at
+    token_entropy: Float64[np.ndarray, "heads"]  # mean over tokens of their weights' entropy, nats
+    tokens: int  # number of pooled tokens
 
     @property
     def entropy(self) -> Float64[np.ndarray, "heads"]:
-        """Of the weights of all tokens together, in nats; never below ``token_entropy``."""
+        """The entropy of the mean weights, in nats; never below ``token_entropy``."""
         return _entropy(self.mass)
 
     def rows(self) -> dict[str, dict[str, float]]:
-        """A table: a row for each head, and one for the mean of their weights.
+        """Return a table with a row for each head, and one for the mean of their weights.
 
         ``used`` and ``used by a token`` are shares of the dictionary between ``1 / latents`` and 1,
-        and ``largest`` is the mass of the latent that most is taken of.
+        and ``largest`` is the mass of the most used latent.
         """
         mass = np.concatenate([self.mass, self.mass.mean(0, keepdims=True)])
         of_a_token = np.append(self.token_entropy, self.token_entropy.mean())
@@ -61,10 +61,10 @@ class LatentUse:
         }
 
     def heat_map(self) -> HeatMap:
-        """Heads upwards, latents to the right, those that most is taken of first.
+        """Return a map with heads upwards and latents to the right, the most used ones first.
 
-        A number is the mass over the largest of its head, since shares of hundreds of latents would
-        all look alike; beside the map, the share of the dictionary that the head uses.
+        A number is the mass over the largest of its head, so that differences are visible; beside
+        the map is the share of the dictionary that the head uses.
         """
         order = np.argsort(-self.mass.sum(0), kind="stable")
         scaled = self.mass[:, order] / self.mass.max(1, keepdims=True)
@@ -73,17 +73,17 @@ class LatentUse:
 
 
 def latent_use(embedder: Embedder, texts: Sequence[str], role: Role = "document") -> LatentUse:
-    """What the pooled tokens of these texts, after the model's own prompt, take of the latents.
+    """Measure the attention to the latents over the pooled tokens of texts with their prompt.
 
     Raises:
         ModelError: for a model without a latent attention layer.
-        RecipeError: when there is no token to look at.
+        RecipeError: if the texts have no pooled token.
     """
     layer = embedder.layer
     if layer is None or layer.layer.kind != "latent":
         raise ModelError(
-            "the model has no latent attention layer, so there are no latents to look at; train "
-            'one with layer=Layer(kind="latent")'
+            "the model must have a latent attention layer; train one with "
+            'layer=Layer(kind="latent")'
         )
     heads, latents = layer.layer.heads, layer.layer.latents
     mass = torch.zeros(heads, latents, dtype=torch.float64)
@@ -107,7 +107,7 @@ def latent_use(embedder: Embedder, texts: Sequence[str], role: Role = "document"
     finally:
         embedder.train(training)
     if not count:
-        raise RecipeError(f"{len(texts)} texts have no token that is pooled; give texts with words")
+        raise RecipeError(f"{len(texts)} texts have no pooled token; give texts with words")
     return LatentUse((mass / count).numpy(), (entropy / count).numpy(), count)
 
 

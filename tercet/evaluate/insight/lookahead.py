@@ -1,11 +1,11 @@
-"""What a decoder makes of the words that follow: two looks at its states (arXiv 2404.05961).
+"""How a decoder uses the words that follow: two analyses of LLM2Vec (arXiv 2404.05961, section 5).
 
-Prefix sensitivity: ``prefix + query``, ``prefix + positive`` and ``prefix + negative``, where query
-and positive mean the same and the negative does not. Only the prefix is pooled. A causal model
-cannot tell the three apart: its cosines are 1. One that reads ahead well finds the positive nearer.
+Prefix sensitivity (5.1): ``prefix + query``, ``prefix + positive`` and ``prefix + negative``, where
+query and positive mean the same and the negative does not. Only the prefix is pooled. For a causal
+model all cosines are 1; in one that uses what follows, the positive is nearer.
 
-Direction map: the cosine of each token's causal and bidirectional state, layer by layer, with the
-same weights. Where it is high, reading both ways asks little of the model that it has not learned.
+Direction map (5.2): the cosine of each token's causal and bidirectional state, by layer, with the
+same weights. If it is high, the model needs little training for bidirectional attention.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ from tercet.models.tokens import Form
 from tercet.segments import offsets_of
 from tercet.types import Packed
 
-NOISE: Final = 1e-5  # of a cosine of float32 states; a smaller gap is none
+NOISE: Final = 1e-5  # of a cosine of float32 states; a smaller gap counts as 0
 _FIELDS: Final = ("prefix", "query", "positive", "negative")
 _TRIPLES_AT_ONCE: Final = 64
 _TEXT_TOKENS: Final = 256  # of a mapped text; more columns cannot be seen
@@ -39,7 +39,7 @@ _TEXT_TOKENS: Final = 256  # of a mapped text; more columns cannot be seen
 
 @dataclass(frozen=True, slots=True)
 class PrefixTriple:
-    """A beginning and three ways to go on; query and positive mean the same, the negative not."""
+    """A prefix and three continuations; query and positive mean the same, the negative does not."""
 
     prefix: str
     query: str
@@ -47,31 +47,31 @@ class PrefixTriple:
     negative: str
 
     def texts(self) -> list[str]:
-        """The beginning with each of the three; nothing is put between."""
+        """Return the prefix with each continuation, without a separator."""
         return [self.prefix + rest for rest in (self.query, self.positive, self.negative)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixResult:
-    """Cosines of the prefix's vector before the query with that before each of the others."""
+    """Cosines of the prefix's vector before the query with those before the other two."""
 
     positive: Float64[np.ndarray, "triples"]
     negative: Float64[np.ndarray, "triples"]
-    skipped: int  # triples too long for the model, or of whose prefix no token stays itself
+    skipped: int  # triples too long for the model, or whose prefix shares no token
 
     @property
     def gap(self) -> Float64[np.ndarray, "triples"]:
-        """How much nearer the positive is; exactly 0 where the difference is no more than noise."""
+        """By how much the positive is nearer; exactly 0 if the difference is only noise."""
         gap = self.positive - self.negative
         return np.where(np.abs(gap) > NOISE, gap, 0.0)
 
     @property
     def accuracy(self) -> float:
-        """The share of triples whose positive is nearer."""
+        """The share of triples whose positive is nearer than the negative."""
         return float((self.gap > 0).mean())
 
     def intervals(self, seed: int = 0) -> dict[str, Interval]:
-        """The figures of a table, by column."""
+        """Return the figures of a table, by column."""
         numbers = {
             "cosine, same": self.positive,
             "cosine, other": self.negative,
@@ -85,20 +85,20 @@ class PrefixResult:
 class DirectionMap:
     """Cosines of the causal and the bidirectional state of each token of a text.
 
-    Layer 0 is the embeddings and always 1; so is the last token in layer 1, which has read the
-    same either way (in a text no longer than the model's sliding window). The last layer is taken
+    Layer 0 is the embeddings and always 1; so is the last token in layer 1, which attends to the
+    same tokens in both directions (within the model's sliding window). The last layer is taken
     after the final norm.
     """
 
-    tokens: tuple[str, ...]  # as they stand in the text
+    tokens: tuple[str, ...]  # as written in the text
     cosines: Float64[np.ndarray, "layers tokens"]
 
 
 def read_triples(path: Path | None = None) -> list[PrefixTriple]:
-    """The triples of a .jsonl or .parquet file; None: the 40 English ones of the package.
+    """Read triples from a .jsonl or .parquet file; None: the 40 English ones of the package.
 
     Raises:
-        DataError: at the first record that is no triple, naming the line.
+        DataError: at the first record that is not a triple, naming the line.
     """
     if path is None:
         with as_file(files("tercet.evaluate.insight") / "prefix_triples.jsonl") as own:
@@ -122,16 +122,16 @@ def prefix_sensitivity(
     attention: Attention | None = None,
     echo: bool = False,
 ) -> PrefixResult:
-    """How much the vector of a prefix changes with what follows it, and whether for the better.
+    """Measure how the vector of a prefix changes with what follows it (arXiv 2404.05961, 5.1).
 
-    Pooled is the mean over tokens that lie inside the prefix and are the same in all three texts:
-    one that straddles the border may not be. Texts are read bare, without the model's prompts.
-    ``attention`` None reads in the model's own direction. With ``echo`` each text is read twice,
-    and the prefix is that of the second copy, so that even a causal model has read on.
+    The mean is over tokens that lie inside the prefix and are the same in all three texts, which
+    one across the border may not be. Texts are read without prompts. ``attention`` defaults to the
+    model's own. With ``echo`` each text is repeated, and the prefix of the second copy is pooled,
+    so that even a causal model has seen what follows.
 
     Raises:
-        RecipeError: when no triple can be used.
-        ModelError: for an encoder asked to be causal.
+        RecipeError: if no triple can be used.
+        ModelError: for an encoder with causal attention.
     """
     limit = embedder.settings.document_tokens
     form = Form(end=embedder.settings.pooling == "last", echo="document" if echo else None)
@@ -154,7 +154,7 @@ def prefix_sensitivity(
 
 
 def _prefix_rows(embedder: Embedder, triple: PrefixTriple, limit: int, form: Form) -> Packed | None:
-    """The three texts, pooled where they share the prefix; None where that is nowhere."""
+    """Return the three texts, with the shared tokens of the prefix pooled; None without any."""
     texts = triple.texts()
     tokens = embedder.tokenizer(texts, limit, "", form, spans=True)
     starts = [int((spans[:, 0] >= 0).argmax()) for spans in tokens.spans]  # of the (second) copy
@@ -184,9 +184,9 @@ def _joined(parts: Sequence[Packed]) -> Packed:
 
 
 def direction_map(embedder: Embedder, text: str) -> DirectionMap:
-    """How alike the states of a text's tokens are, read causally and both ways.
+    """Compare the causal and bidirectional states of a text's tokens (arXiv 2404.05961, 5.2).
 
-    Only the beginning of a long text, 256 tokens, is read, and without the model's prompt.
+    Only the first 256 tokens of a long text are read, without the model's prompt.
 
     Raises:
         ModelError: for an encoder.
@@ -194,8 +194,8 @@ def direction_map(embedder: Embedder, text: str) -> DirectionMap:
     backbone = embedder.backbone
     if not backbone.is_decoder:
         raise ModelError(
-            f"{type(backbone.model).__name__} is an encoder: it always reads both ways, so there "
-            "is no causal state to compare with; a direction map needs a decoder"
+            f"a direction map needs a decoder; {type(backbone.model).__name__} is an encoder, "
+            "which has no causal states"
         )
     limit = min(_TEXT_TOKENS, embedder.settings.document_tokens)
     tokens = embedder.tokenizer([text], limit, spans=True)
@@ -213,7 +213,7 @@ def direction_map(embedder: Embedder, text: str) -> DirectionMap:
 
 @contextmanager
 def _measuring(embedder: Embedder) -> Iterator[None]:
-    """Without dropout and gradients; the mode comes back after."""
+    """Turn off dropout and gradients; the training mode is restored afterwards."""
     training = embedder.training
     embedder.eval()
     try:

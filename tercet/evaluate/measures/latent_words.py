@@ -1,12 +1,10 @@
-"""What the vectors of single words know: a linear probe on a frozen encoder (arXiv 2404.05961).
+"""What the vectors of single words know: a linear probe on a frozen encoder.
 
-A linear classifier learns to tell the label of a word from its vector alone; how well it does on
-other sentences says what the vector holds. Two baselines know nothing of the context: the most
+LLM2Vec, arXiv 2404.05961, section 3.1. A linear classifier learns to predict the label of a word
+from its vector alone, and is scored on other sentences. Two baselines ignore the context: the most
 frequent label of all, and that of the word itself. What a probe gains over the second one comes
-from the words around.
-
-The paper trains a linear layer with dropout by gradient steps; here it is a regularised logistic
-regression on standardised vectors, which has one solution and no learning rate.
+from the surrounding words. The paper trains a linear layer with dropout by gradient steps; here it
+is a regularised logistic regression on standardised vectors, which has a unique solution.
 """
 
 import re
@@ -25,8 +23,8 @@ from tercet.evaluate.report.intervals import Interval, pooled_interval
 from tercet.models.embedder import Embedder
 
 ACCURACY: Final = "accuracy"  # over labelled words; "micro precision" in the paper
-MACRO_F1: Final = "macro F1"  # each label counts the same
-ENTITY_F1: Final = "entity F1"  # of whole spans, where the labels are B-, I- and O
+MACRO_F1: Final = "macro F1"  # each label has equal weight
+ENTITY_F1: Final = "entity F1"  # of whole spans, if the labels are B-, I- and O
 
 _NEEDS: Final = "the word probe"
 
@@ -34,39 +32,39 @@ _BIO = re.compile(r"O|[BI]-.+")
 
 Predicted: TypeAlias = tuple[tuple[str, ...], ...]
 EntitySpan: TypeAlias = tuple[str, int, int]  # kind, first word, and the word after the last
-# Of each sentence and label: words (or spans) told right, there in truth, told at all.
+# For each sentence and label: words (or spans) predicted correctly, in truth, and predicted.
 Tallies: TypeAlias = Float64[np.ndarray, "sentences labels 3"]
 
 
 @dataclass(frozen=True, slots=True)
 class WordResult:
-    """What a probe, or a baseline, told of the words of a test set."""
+    """The labels that a probe, or a baseline, predicted for the words of a test set."""
 
     name: str
     scores: Mapping[str, Interval]  # by metric; the intervals are over sentences
-    predicted: Predicted  # fewer than words where the model cut the sentence
-    cut: int  # labelled test words that the model cut, and that no score counts
-    train_cut: int = 0  # labelled words that it did not learn from, for the same reason
+    predicted: Predicted  # fewer than words if the model truncated the sentence
+    cut: int  # labelled test words that the model truncated; no score counts them
+    train_cut: int = 0  # labelled train words that were truncated
 
 
 @dataclass(frozen=True, slots=True)
 class ProbedModel:
-    """A model to compare, loaded when its turn comes, so that one at a time is in memory."""
+    """A model to compare, which is loaded when it is needed, so that only one is in memory."""
 
     name: str
     load: Callable[[], Embedder]
-    predictor: bool = False  # a word's vector is taken one token earlier, as MNTP learns it
+    predictor: bool = False  # use the vector one token earlier, from which MNTP predicts a word
 
 
 @dataclass(frozen=True, slots=True)
 class WordComparison:
-    """The baselines and each model on the same words, and what each gains over the first model."""
+    """The baselines and each model on the same words, and their gains over the first model."""
 
     results: tuple[WordResult, ...]
     differences: Mapping[str, Mapping[str, Interval]]  # by name, then by metric
 
     def rows(self) -> tuple[tuple[str, ...], ...]:
-        """A table: the header, then a row a model. The last column counts words that were cut."""
+        """Return the rows of a table, with its header; the last column counts truncated words."""
         metrics = tuple(self.results[0].scores)
         header = ("model", *(part for name in metrics for part in (name, "minus first")), "cut")
         return (header, *(self._row(result, metrics) for result in self.results))
@@ -75,9 +73,8 @@ class WordComparison:
         gained = self.differences.get(result.name, {})
         cells: list[str] = []
         for metric in metrics:
-            each = gained.get(metric)
-            told = f"{each.mean:+.3f} [{each.low:+.3f}, {each.high:+.3f}]" if each else "-"
-            cells += [str(result.scores[metric]), told]
+            gain = gained.get(metric)
+            cells += [str(result.scores[metric]), gain.signed() if gain else "-"]
         return (result.name, *cells, str(result.cut))
 
 
@@ -90,17 +87,16 @@ def word_probe(
     seed: int = 0,
     name: str = "probe",
 ) -> WordResult:
-    """Learn the labels of the training words from their vectors, and tell those of the test words.
+    """Learn labels from the vectors of the training words, and predict those of the test words.
 
-    The encoder stays as it is and reads each sentence once. Words past its longest text have no
-    vector: the result counts them, and the encoder says it in the log. The seed decides the
-    intervals only; the probe has nothing random.
+    The encoder is frozen. Words past its length limit have no vector; the result counts them. The
+    seed affects the intervals only.
 
     Raises:
-        RecipeError: when no labelled word is left, or the training words have one label only.
-        MissingExtraError: when scikit-learn is not installed.
+        RecipeError: if no labelled word is left, or the training words have only one label.
+        MissingExtraError: if scikit-learn is not installed.
     """
-    regression(_NEEDS)  # a missing package is told before the encoder works for minutes
+    regression(_NEEDS)  # raises for a missing package before minutes of encoding
     train_vectors = embedder.encode_words([it.words for it in train], predictor=predictor)
     classify = linear_probe(train, train_vectors)
     test_vectors = embedder.encode_words([it.words for it in test], predictor=predictor)
@@ -119,8 +115,8 @@ def compare_words(
     """Probe each model in turn; differences are to the first one, on the words both have read.
 
     Raises:
-        RecipeError: see :func:`word_probe`; also when two models have the same name.
-        MissingExtraError: when scikit-learn is not installed.
+        RecipeError: see :func:`word_probe`; also if two models have the same name.
+        MissingExtraError: if scikit-learn is not installed.
     """
     baselines = word_baselines(train, test, seed=seed)
     names = [*(it.name for it in baselines), *(it.name for it in stages)]
@@ -143,9 +139,9 @@ def compare_words(
 def word_baselines(
     train: Sequence[LabelledSentence], test: Sequence[LabelledSentence], *, seed: int = 0
 ) -> tuple[WordResult, WordResult]:
-    """What is reached without a model: the most frequent label, and that of the word itself.
+    """Score two baselines: the most frequent label, and that of the word itself.
 
-    A word that the training sentences lack gets the most frequent label of all. Of equally
+    A word that is not in the training sentences gets the most frequent label of all. Of equally
     frequent labels, the one seen first is taken.
     """
     overall: Counter[str] = Counter()
@@ -154,7 +150,7 @@ def word_baselines(
         overall[label] += 1
         of_word.setdefault(word, Counter())[label] += 1
     if not overall:
-        raise RecipeError("the training sentences hold no labelled word; label some")
+        raise RecipeError("the training sentences have no labelled word; label some")
     usual = overall.most_common(1)[0][0]
     best = {word: labels.most_common(1)[0][0] for word, labels in of_word.items()}
     majority = tuple((usual,) * len(it.words) for it in test)
@@ -168,10 +164,10 @@ def word_baselines(
 def linear_probe(
     sentences: Sequence[LabelledSentence], vectors: Sequence[Float32[np.ndarray, "_ hidden"]]
 ) -> Callable[[Float32[np.ndarray, "words hidden"]], list[str]]:
-    """A function from vectors to labels, learned from the labelled words of these sentences.
+    """Return a function from vectors to labels, learned from the labelled words of sentences.
 
     Raises:
-        RecipeError: when no labelled word is left, or there is one label only.
+        RecipeError: if no labelled word is left, or there is only one label.
     """
     model = regression(_NEEDS, vectors[0].shape[1] if vectors else 1)
     labels = np.array(
@@ -184,11 +180,11 @@ def linear_probe(
     counted = labels != UNLABELLED
     known = np.unique(labels[counted])
     if len(known) < 2:
-        held = f"have one label only, {str(known[0])!r}" if len(known) else "hold no labelled word"
-        raise RecipeError(f"the training sentences {held}; a probe needs two labels to tell apart")
+        have = f"have only one label, {str(known[0])!r}" if len(known) else "have no labelled word"
+        raise RecipeError(f"the training sentences {have}; a probe needs at least two labels")
     features = np.concatenate(vectors)[counted].astype(np.float32, copy=False)
-    tell = vector_probe(model, features, labels[counted])
-    return lambda words: [str(it) for it in tell(words)]
+    classify = vector_probe(model, features, labels[counted])
+    return lambda words: [str(label) for label in classify(words)]
 
 
 def score_words(
@@ -199,18 +195,18 @@ def score_words(
     train_cut: int = 0,
     seed: int = 0,
 ) -> WordResult:
-    """Accuracy, macro F1 and, for labels that begin with B-, I- or are O, F1 of whole entities.
+    """Compute accuracy, macro F1 and, for labels with B-, I- and O, the F1 of whole entities.
 
-    Macro F1 is over the labels that occur in the test words. A label that was not predicted, or
-    not learned, counts as any other mistake.
+    Macro F1 is over the labels of the test words. A label that was not predicted, or not learned,
+    counts like any other mistake.
 
     Raises:
-        RecipeError: when there is no labelled word to score.
+        RecipeError: if there is no labelled word to score.
     """
     read = [len(labels) for labels in predicted]
     tallies = _tallies(test, predicted, read)
     if not tallies[ACCURACY].sum():
-        raise RecipeError("the test sentences hold no labelled word that the model reads")
+        raise RecipeError("the test sentences have no labelled word that the model reads")
     return WordResult(
         name=name,
         scores={metric: _interval((each,), seed) for metric, each in tallies.items()},
@@ -223,10 +219,9 @@ def score_words(
 def word_differences(
     after: WordResult, before: WordResult, test: Sequence[LabelledSentence], *, seed: int = 0
 ) -> dict[str, Interval]:
-    """How much better ``after`` is, metric by metric, on the words that both have read.
+    """Return by how much ``after`` is better, by metric, on the words that both have read.
 
-    Both are scored on the same draws of sentences, so what makes a sentence hard for both drops
-    out, and the interval is far narrower than the distance of two.
+    Both are scored on the same draws of sentences, so that their difficulty cancels out.
     """
     read = [min(len(a), len(b)) for a, b in zip(after.predicted, before.predicted, strict=True)]
     first, second = (_tallies(test, each.predicted, read) for each in (after, before))
@@ -234,10 +229,10 @@ def word_differences(
 
 
 def entities(labels: Sequence[str]) -> set[EntitySpan]:
-    """The spans that B-, I- and O labels mark; an unlabelled word is O.
+    """Return the spans that B-, I- and O labels mark, by the rules of conlleval.
 
-    As conlleval reads them: I- goes on with a span of its kind, and begins one where there is
-    none. So both writings, with B- at each beginning or only between neighbours, are read.
+    An unlabelled word is O. I- continues a span of its kind, or else begins one. So both schemes
+    are read: B- at each beginning, or only between adjacent entities.
     """
     found: set[EntitySpan] = set()
     kind, start = "", 0
@@ -254,16 +249,16 @@ def entities(labels: Sequence[str]) -> set[EntitySpan]:
 def _tallies(
     test: Sequence[LabelledSentence], predicted: Predicted, read: Sequence[int]
 ) -> dict[str, Tallies]:
-    """For each metric, what its F1 is made of; only the first ``read`` words count."""
+    """Return the counts that the F1 of each metric needs; only the first ``read`` words count."""
     labels = sorted({label for _, label in _labelled(test)})
     row_of = {label: row for row, label in enumerate(labels)}
     total = np.zeros((len(test), 1, 3))
     each = np.zeros((len(test), len(labels), 3))
     spans = np.zeros((len(test), 1, 3))
-    for place, (sentence, told, words) in enumerate(zip(test, predicted, read, strict=True)):
+    for place, (sentence, guesses, words) in enumerate(zip(test, predicted, read, strict=True)):
         pairs = [
             (gold, guess if gold != UNLABELLED else UNLABELLED)
-            for gold, guess in zip(sentence.labels[:words], told[:words], strict=True)
+            for gold, guess in zip(sentence.labels[:words], guesses[:words], strict=True)
         ]
         for gold, guess in pairs:
             if gold != UNLABELLED:
@@ -279,7 +274,7 @@ def _tallies(
 
 
 def _interval(tallies: Sequence[Tallies], seed: int) -> Interval:
-    """Of one system, or of what the first of two has more than the second."""
+    """Return the F1 of one system, or by how much the first of two is better."""
     counts = np.stack(tallies, axis=1)  # [sentences, systems, labels, 3]
 
     def statistic(sums: Float64[np.ndarray, "draws counts"]) -> Float64[np.ndarray, "draws"]:
@@ -297,5 +292,5 @@ def _labelled(sentences: Sequence[LabelledSentence]) -> Iterator[tuple[str, str]
 
 
 def _cut(sentence: LabelledSentence, read: int) -> int:
-    """How many labelled words lie past the ones that the model has read."""
+    """Return how many labelled words lie past the ones that the model has read."""
     return sum(label != UNLABELLED for label in sentence.labels[read:])

@@ -1,6 +1,6 @@
-"""The figures of our pages: plain matplotlib in one style, and the same bytes for the same numbers.
+"""Figures: plain matplotlib in one style, with equal bytes for equal numbers.
 
-Draw inside :func:`drawing`, which sets the style and says what to install where matplotlib is not.
+Draw inside :func:`drawing`, which sets the style, and raises if matplotlib is not installed.
 """
 
 import re
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's palette, which the colour-blind can tell apart; systems take them in this order.
+# Okabe & Ito's palette, which is safe for the colour-blind; systems use it in this order.
 COLOURS: Final = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
 _POSITIVE, _NEGATIVE, _CURVE, _FAINT = "#0072B2", "#E69F00", "#0072B2", "#A9C9E2"
 _INK, GRID = "#222222", "#DDDDDD"
@@ -58,7 +58,7 @@ _STYLE: Final[dict[Any, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class ScoreSample:
-    """Scores of relevant pairs, and of pairs that are not, by one model."""
+    """Scores of relevant and of other pairs, by one model."""
 
     positives: Sequence[float]
     negatives: Sequence[float]
@@ -75,10 +75,10 @@ class HeatMap:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Our style while figures are drawn; the user's own comes back after.
+    """Set our style while figures are drawn; the user's is restored afterwards.
 
     Raises:
-        MissingExtraError: when matplotlib is not installed.
+        MissingExtraError: if matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -89,7 +89,7 @@ def drawing() -> Iterator[None]:
 
 
 def bars(results: Mapping[str, Mapping[str, Interval]]) -> "Figure":
-    """A group of bars a metric, a colour a system."""
+    """Draw a group of bars for each metric, and a colour for each system."""
     figure = new_figure(height=3.2)
     axes = figure.add_subplot()
     names, width = metrics_of(results), 0.8 / len(results)
@@ -131,7 +131,7 @@ def loss_curve(
     learning_rates: Float64[np.ndarray, "rates"],
     steps_apart: int,
 ) -> "Figure":
-    """Losses and their running mean; below them the learning rate, if it is given."""
+    """Draw losses and their running mean; below them the learning rate, if it is given."""
     with_rates = len(learning_rates) > 0
     figure = new_figure(height=3.8 if with_rates else 2.8)
     shares = {"height_ratios": [3, 1]} if with_rates else {}
@@ -171,7 +171,7 @@ Curves: TypeAlias = Mapping[str, Sequence[CurvePoint]]
 
 
 def curves(lines: Curves, *, x: str, y: str) -> "Figure":
-    """A curve a name over a logarithmic axis, with the interval of each point."""
+    """Draw a curve for each name over a logarithmic axis, with the interval of each point."""
     figure = new_figure(height=3.8)
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(lines.items()):
@@ -206,7 +206,7 @@ def curves(lines: Curves, *, x: str, y: str) -> "Figure":
 def dots(
     panels: Mapping[str, Mapping[str, Mapping[str, Interval]]], *, y: str = "nDCG@10"
 ) -> "Figure":
-    """A panel a title, a place a language (or another name), a dot with its interval a system."""
+    """Draw a panel for each title, with a dot and its interval for each language and system."""
     figure = new_figure(height=0.6 + 2.2 * len(panels))
     grid = figure.subplots(len(panels), 1, sharey=True, squeeze=False)[:, 0]
     for axes, (title, rows) in zip(grid, panels.items(), strict=True):
@@ -235,7 +235,7 @@ def dots(
 
 
 def mixture_bars(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
-    """Shares by source and language, the largest source on top. Draw inside ``drawing()``."""
+    """Draw the shares of a mixture by source and language, the largest source on top."""
     from matplotlib import colormaps
 
     totals = {source: sum(langs.values()) for source, langs in shares.items()}
@@ -272,9 +272,9 @@ def panels(
     y: str,
     marked: float | None = None,
 ) -> "Figure":
-    """A heading a group, and below it a drawing a name; bands are the intervals.
+    """Draw a heading for each group, and below it a panel for each name; bands are intervals.
 
-    Drawings of one group have one scale. A dotted line stands at ``marked``.
+    Panels of a group share one scale. ``marked`` is the place of a dotted line.
     """
     rows = [-(-len(group) // _PANEL_COLUMNS) for group in groups.values()]
     figure = new_figure(height=0.5 + _PANEL_HEIGHT * sum(rows) + 0.3 * len(rows))
@@ -313,14 +313,14 @@ def _draw_panel(axes: "Axes", lines: Curves, marked: float | None) -> None:
 
 
 def metrics_of(rows: Mapping[str, Mapping[str, Interval]]) -> list[str]:
-    """All metrics, in order of first appearance."""
+    """Return all metrics, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows.values() for name in row))
 
 
 def running_mean(values: Float64[np.ndarray, "steps"]) -> Float64[np.ndarray, "steps"]:
-    """The mean of the values around each, a thirtieth of all on either side, so it lags nowhere.
+    """Return the mean of the values around each, a thirtieth of all on either side.
 
-    Values that are not finite are left out; where there are no others, it is NaN.
+    Values that are not finite are left out; NaN if there are no others.
     """
     reach, finite = len(values) // 30, np.isfinite(values)
     sums = np.concatenate([[0.0], np.where(finite, values, 0.0).cumsum()])
@@ -333,7 +333,7 @@ def running_mean(values: Float64[np.ndarray, "steps"]) -> Float64[np.ndarray, "s
 
 
 def _thinned(count: int) -> Int64[np.ndarray, "points"]:
-    """Places of at most so many points as can be seen, the first and the last among them."""
+    """Return the indices of at most ``_POINTS`` points, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(np.int64))
 
 
@@ -345,7 +345,7 @@ def histograms(
     counted: str = "pairs",
     bins: int = 40,
 ) -> "Figure":
-    """A panel a model on one scale, to compare them by; ``names`` are the hills'."""
+    """Draw a panel for each model on a common scale; ``names`` are those of the histograms."""
     rows = -(-len(scores) // 3)
     columns = -(-len(scores) // rows)
     figure = new_figure(height=0.6 + 2 * rows)
@@ -364,7 +364,7 @@ def histograms(
         axes.set_ylabel(f"% of {counted}")
     for axes in grid.flat[len(scores) :]:
         axes.set_visible(False)
-    for axes in grid.flat[max(len(scores) - columns, 0) : len(scores)]:  # nothing stands below
+    for axes in grid.flat[max(len(scores) - columns, 0) : len(scores)]:  # nothing below them
         axes.set_xlabel(score)
         axes.tick_params(labelbottom=True)
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -373,7 +373,7 @@ def histograms(
 
 
 def _edges(scores: Mapping[str, ScoreSample], bins: int) -> Float64[np.ndarray, "edges"]:
-    """Bins over all scores; a unit wide in all where the scores do not differ."""
+    """Return the edges of bins over all scores; one unit altogether if the scores are equal."""
     everything = np.concatenate(
         [np.r_[sample.positives, sample.negatives] for sample in scores.values()]
     )
@@ -385,7 +385,7 @@ def _edges(scores: Mapping[str, ScoreSample], bins: int) -> Float64[np.ndarray, 
 
 @dataclass(frozen=True, slots=True)
 class MapLabels:
-    """What rows, columns, numbers and the curve of a heat map are called."""
+    """The names of rows, columns, numbers and the curve of a heat map."""
 
     row: str = "layer"
     column: str = "token"
@@ -394,10 +394,10 @@ class MapLabels:
 
 
 def heat_maps(maps: Mapping[str, HeatMap], labels: MapLabels | None = None) -> "Figure":
-    """A row a model: layers upwards, tokens to the right, and each layer's mean beside them.
+    """Draw a row for each model: layers upwards, tokens to the right, and the mean of each layer.
 
-    The numbers are cosines of states, or what ``labels`` say, all on one scale from 0 to 1. Tokens
-    stand below the last map, and below one whose tokens differ from those of the next.
+    The numbers, by default cosines of states, are on one scale from 0 to 1. Tokens are shown below
+    the last map, and below one whose tokens differ from those of the next.
     """
     labels = labels or MapLabels()
     figure = new_figure(height=0.8 + 2.5 * len(maps))
@@ -443,12 +443,12 @@ def _name_tokens(axes: "Axes", tokens: Sequence[str], name: str) -> None:
 
 
 def new_figure(height: float) -> "Figure":
-    """An empty figure as wide as all of ours, of this height in inches."""
+    """Return an empty figure of the common width and of this height in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    FigureCanvasSVG(figure)  # this figure only: the user's backend stays what it is
+    FigureCanvasSVG(figure)  # of this figure only: the user's backend does not change
     return figure
 
 
@@ -457,7 +457,7 @@ def _legend_above(axes: "Axes", columns: int) -> None:
 
 
 def as_svg(figure: "Figure", name: str) -> str:
-    """The drawing as part of a page, with a name for those who cannot see it."""
+    """Return a figure as part of a page, with a name for screen readers."""
     from matplotlib import rc_context
 
     out = StringIO()
@@ -466,17 +466,17 @@ def as_svg(figure: "Figure", name: str) -> str:
         figure.savefig(out, format="svg", metadata=nothing)
     drawing = out.getvalue()
     drawing = drawing[drawing.index("<svg") :]
-    # Names such as axes_1 would stand in every drawing; nothing refers to them.
+    # Ids such as axes_1 would be repeated in every drawing; nothing refers to them.
     drawing = re.sub(r' id="([A-Za-z0-9.]+_\d+|image[0-9a-f]+)"', "", drawing)
     drawing = re.sub(r' (width|height)="[\d.]+pt"', "", drawing, count=2)
     return drawing.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
 
 
 def write_png(path: Path, figure: "Figure") -> None:
-    """Write the drawing as a file of its own, which appears whole or not at all.
+    """Write a figure as a file, which appears whole or not at all.
 
     Raises:
-        StorageError: when the disk refuses.
+        StorageError: if the disk refuses.
     """
     with replacing_file(path) as fresh, _any_script():
         figure.savefig(fresh, format="png", dpi=_DPI, metadata={"Software": None})
@@ -484,7 +484,7 @@ def write_png(path: Path, figure: "Figure") -> None:
 
 @contextmanager
 def _any_script() -> Iterator[None]:
-    """A sign that matplotlib's font lacks becomes a box, and no warning a sign."""
+    """Ignore warnings about characters that matplotlib's font lacks; they become boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

@@ -1,8 +1,8 @@
-"""How sure a mean over queries is: bootstrap intervals (Efron 1979), percentile method.
+"""Uncertainty of a mean over queries: bootstrap intervals (Efron 1979), percentile method.
 
-Queries are drawn again, with replacement, as often as there are; the mean is taken; the middle
-95 % of many such means is the interval. It says what other queries of the same kind would have
-given. It says nothing of another training run, or of queries of another kind.
+As many queries as there are are drawn with replacement; the middle 95 % of the means of many such
+draws is the interval. It estimates the result on other queries of the same kind. It does not cover
+another training run, or queries of another kind.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import Float64
 
 RESAMPLES: Final = 10_000
+_LEVEL: Final = 0.95
 _DRAWS_AT_ONCE: Final = 1 << 22  # of one block of resamples: 32 MB of row numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and its interval, with all that is needed to compute it again."""
+    """A mean and its interval, with all that is needed to reproduce it."""
 
     mean: float
     low: float
@@ -26,13 +27,17 @@ class Interval:
     queries: int
     resamples: int = RESAMPLES
     seed: int = 0
-    level: float = 0.95
+    level: float = _LEVEL
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def signed(self) -> str:
+        """Format a difference, with the signs of its numbers."""
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
     def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero: of a difference, that it is real."""
+        """Return whether the interval is on one side of zero: that a difference is significant."""
         return self.low > 0 or self.high < 0
 
 
@@ -41,12 +46,12 @@ def interval(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = 0.95,
+    level: float = _LEVEL,
 ) -> Interval:
-    """The mean of one number a query, and its bootstrap interval.
+    """Return the mean of one number a query, and its bootstrap interval.
 
-    The seed decides the draws: equal input, equal interval. Too narrow below some 30 queries,
-    and when queries depend on one another. Without queries everything is NaN.
+    The seed decides the draws: equal input, equal interval. Too narrow below about 30 queries, and
+    if queries depend on one another. Without queries all numbers are NaN.
     """
     count = len(values)
     if not count:
@@ -54,8 +59,16 @@ def interval(
     means = _drawn_means(values, np.random.default_rng(seed), resamples)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    mean = float(values.mean())
-    return Interval(mean, float(low), float(high), count, resamples, seed, level)
+    return Interval(float(values.mean()), float(low), float(high), count, resamples, seed, level)
+
+
+def _middle(draws: Float64[np.ndarray, "resamples"]) -> tuple[float, float]:
+    """Return the bounds of the middle 95 % of draws, without those that are NaN."""
+    tail = (1 - _LEVEL) / 2
+    if np.isnan(draws).all():
+        return np.nan, np.nan
+    low, high = np.nanquantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def paired_difference(
@@ -64,14 +77,13 @@ def paired_difference(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
-    """How much better ``after`` is than ``before`` on the same queries, and its interval.
+    """Return by how much ``after`` is better than ``before`` on the same queries.
 
-    Query by query: what makes a query hard for both drops out, so this is far narrower than the
-    distance of two intervals. Above zero means that ``after`` is the better one.
+    It is computed query by query, so that their difficulty cancels out: the interval is much
+    narrower than the distance of two intervals. Above zero, ``after`` is better.
     """
-    return interval(after - before, resamples=resamples, seed=seed, level=level)
+    return interval(after - before, resamples=resamples, seed=seed)
 
 
 def relative_change(
@@ -80,37 +92,31 @@ def relative_change(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
-    """By which share the mean has changed, and its interval: -0.1 is a tenth less than before.
+    """Return the relative change of a mean, and its interval: -0.1 is a tenth less than before.
 
-    Of several sets, it is the mean of their means, so that each counts alike, and the queries of
-    each are drawn apart. The same queries are drawn of ``after`` and ``before``, in the same order.
-    NaN where the mean before is zero.
+    For several sets, the mean is that of their means, so that each has equal weight, and the
+    queries of each are drawn separately, in the same order for ``after`` and ``before``. NaN if the
+    mean before is zero.
     """
     random = np.random.default_rng(seed)
     both = [np.stack(pair, axis=1) for pair in zip(after, before, strict=True)]
     count = sum(map(len, both))
     if not both or not min(map(len, both)):
-        return Interval(np.nan, np.nan, np.nan, count, resamples, seed, level)
+        return Interval(np.nan, np.nan, np.nan, count, resamples, seed)
     draws = np.sum([_drawn_means(each, random, resamples) for each in both], axis=0)
-    changes = _share_changed(draws)
-    tail = (1 - level) / 2
-    low, high = np.full(2, np.nan)
-    if not np.isnan(changes).all():
-        low, high = np.nanquantile(changes, [tail, 1 - tail])
     whole = float(_share_changed(np.sum([each.mean(axis=0) for each in both], axis=0)))
-    return Interval(whole, float(low), float(high), count, resamples, seed, level)
+    return Interval(whole, *_middle(_share_changed(draws)), count, resamples, seed)
 
 
 def _share_changed(sums: np.ndarray) -> np.ndarray:
-    """Of pairs of what is now and what was, along the last axis."""
-    now, was = sums[..., 0], sums[..., 1]
-    return np.divide(now - was, was, out=np.full_like(was, np.nan), where=was > 0)
+    """Return the relative change of pairs (after, before) along the last axis."""
+    after, before = sums[..., 0], sums[..., 1]
+    return np.divide(after - before, before, out=np.full_like(before, np.nan), where=before > 0)
 
 
 def _drawn_means(values: np.ndarray, random: np.random.Generator, resamples: int) -> np.ndarray:
-    """The mean over queries, the first axis, of each of so many draws of them."""
+    """Return the mean over queries, the first axis, of each of ``resamples`` draws."""
     count = len(values)
     means = np.empty((resamples, *values.shape[1:]))
     at_once = max(1, _DRAWS_AT_ONCE // count)
@@ -126,17 +132,16 @@ def pooled_interval(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
-    """A figure of the summed counts, such as an F1, and its bootstrap interval.
+    """Return a figure of summed counts, such as an F1, and its bootstrap interval.
 
-    For items that come in groups and are not independent inside them, such as the words of a
-    sentence: a row holds the counts of one group, and groups are drawn whole. ``statistic`` makes
-    one figure of each row of summed counts. A draw whose figure is NaN is left out.
+    For items that come in groups and depend on each other within a group, such as the words of a
+    sentence: a row holds the counts of one group, and whole groups are drawn. ``statistic`` maps
+    each row of summed counts to a figure. A draw whose figure is NaN is left out.
     """
     groups = len(counts)
     if not groups:
-        return Interval(np.nan, np.nan, np.nan, 0, resamples, seed, level)
+        return Interval(np.nan, np.nan, np.nan, 0, resamples, seed)
     random = np.random.default_rng(seed)
     figures = np.empty(resamples)
     at_once = max(1, _DRAWS_AT_ONCE // groups)
@@ -146,9 +151,5 @@ def pooled_interval(
         drawn += groups * np.arange(len(part))[:, None]
         times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
         part[:] = statistic(times @ counts)
-    tail = (1 - level) / 2
-    low, high = np.full(2, np.nan)
-    if not np.isnan(figures).all():
-        low, high = np.nanquantile(figures, [tail, 1 - tail])
     whole = float(statistic(counts.sum(axis=0, keepdims=True))[0])
-    return Interval(whole, float(low), float(high), groups, resamples, seed, level)
+    return Interval(whole, *_middle(figures), groups, resamples, seed)

@@ -1,6 +1,6 @@
-"""One page that says what a training run did and what it gained, for people.
+"""One HTML page about a training run and what it gained.
 
-A file of its own: no scripts, no fonts, nothing is fetched. The same report gives the same bytes.
+The file is self-contained: no scripts, no fonts, no downloads. Equal reports give equal bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ExampleSearch:
-    """A query and the titles it found, best first, with their scores."""
+    """A query and the titles that it found, best first, with their scores."""
 
     query: str
     found: Sequence[tuple[str, float]]
@@ -45,7 +45,7 @@ class PageFigure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What another analysis has to show. A part that is left empty is left out."""
+    """A part of the page about another analysis. Empty fields are left out."""
 
     title: str
     text: Sequence[str] = ()  # a paragraph each
@@ -55,10 +55,10 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What the page shows. A part that is left empty is left out."""
+    """The contents of the page. Empty fields are left out."""
 
     title: str
-    summary: Sequence[str]  # what was done and what came of it, a paragraph each
+    summary: Sequence[str]  # what was done with which result, a paragraph each
     results: Mapping[str, Mapping[str, Interval]]  # by system, such as "BM25", then by metric
     differences: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)  # paired
     losses: Sequence[float] = ()  # of each logged step
@@ -74,8 +74,8 @@ def write_report(path: Path | str, report: RunReport) -> None:
     """Write the page; the file appears whole or not at all.
 
     Raises:
-        MissingExtraError: when matplotlib is not installed.
-        StorageError: when the disk refuses.
+        MissingExtraError: if matplotlib is not installed.
+        StorageError: if the disk refuses.
     """
     with drawing():
         page = _page(report)
@@ -115,7 +115,7 @@ def _results(report: RunReport) -> Iterator[str]:
 def _interval_table(
     head: str, rows: Mapping[str, Mapping[str, Interval]], *, signed: bool = False
 ) -> str:
-    """A row a system, a column a metric, and below how the intervals were made."""
+    """Return a table with a row for each system, and a note on how the intervals were computed."""
     names = metrics_of(rows)
     header = "".join(f"<th>{escape(name)}</th>" for name in names)
     lines = [
@@ -159,11 +159,11 @@ def _training(report: RunReport) -> Iterator[str]:
 
 def _score_histograms(report: RunReport) -> Iterator[str]:
     if report.scores:
-        yield "<h2>Scores of right and wrong documents</h2>"
+        yield "<h2>Scores of relevant and other documents</h2>"
         yield _figure(
             histograms(report.scores),
-            "How alike a model finds queries and the documents that answer them, and queries and "
-            "other documents. The less the two hills overlap, the better.",
+            "Scores of queries with the documents that answer them, and with other documents. The "
+            "less the two histograms overlap, the better.",
         )
 
 

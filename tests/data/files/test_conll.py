@@ -71,19 +71,19 @@ def test_a_record_has_tokens_and_labels_and_null_is_no_label(write):
     [
         ("a X\nb Y Z\n", 2, "has 3 columns, but line 1 has 2; give each word the same columns"),
         ("a X\n\nb\n", 3, "has 1 columns, but line 1 has 2; give each word the same columns"),
-        ("\na\n", 2, "has 1 columns, and none of them is column 2, which would hold the label"),
+        ("\na\n", 2, "has only 1 columns; there is no column 2, which would hold the label"),
         ("a\tX\nb\t \n", 2, 'column 2 is blank; write "_" for a word without a label'),
         (b"a X\nb \xff\n", 2, "invalid UTF-8 at byte 6 of the file (0xff); save the file as UTF-8"),
-        ("\n\n", None, "holds no sentences; write a word and its label a line"),
-        ("-DOCSTART- O\n", None, "holds no sentences; write a word and its label a line"),
-        ("", None, "holds no sentences; write a word and its label a line"),
+        ("\n\n", None, "holds no sentences; write a word and its label per line"),
+        ("-DOCSTART- O\n", None, "holds no sentences; write a word and its label per line"),
+        ("", None, "holds no sentences; write a word and its label per line"),
     ],
 )
 def test_what_is_wrong_with_columns_is_said_with_its_line(write, text, line, problem):
     path = write(text)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         read_labelled(path)
-    assert str(told.value) == f"{path}{'' if line is None else f':{line}'}: {problem}"
+    assert str(caught.value) == f"{path}{'' if line is None else f':{line}'}: {problem}"
 
 
 @pytest.mark.parametrize(
@@ -106,24 +106,24 @@ def test_what_is_wrong_with_columns_is_said_with_its_line(write, text, line, pro
 )
 def test_what_is_wrong_with_a_record_is_said_with_its_line(write, record, problem):
     path = write('{"tokens": ["a"], "labels": ["X"]}\n' + record + "\n", "words.jsonl")
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         read_labelled(path)
-    assert str(told.value) == f"{path}:2: {problem}"
+    assert str(caught.value) == f"{path}:2: {problem}"
 
 
 def test_a_column_that_is_not_there_is_named(write):
     path = write("\na X\n")
-    with pytest.raises(DataError, match=f"{path}:2: has 2 columns, and none of them is column 4"):
+    with pytest.raises(DataError, match=f"{path}:2: has only 2 columns; there is no column 4"):
         read_labelled(path, 4)
 
 
 @pytest.mark.parametrize("column", [1, 0, -1])
 def test_the_column_of_the_word_holds_no_labels(write, column):
-    with pytest.raises(RecipeError, match=f"column {column} holds no labels; give a later one"):
+    with pytest.raises(RecipeError, match=f"column {column} cannot hold labels; give a later one"):
         read_labelled(write("a X\n"), column)
 
 
 def test_records_have_no_columns(write):
     path = write('{"tokens": ["a"], "labels": ["X"]}\n', "words.jsonl")
-    with pytest.raises(RecipeError, match="has no columns; leave the column of the labels out"):
+    with pytest.raises(RecipeError, match="has no columns; remove the column of the labels"):
         read_labelled(path, 2)

@@ -114,10 +114,10 @@ def test_the_words_of_labels_are_one_object(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('["joy"]', r"words.json: is no object of labels .* got list"),
+        ('["joy"]', r"words.json: must be one object of labels .* got list"),
         ('{"0": 1}', r'"0" must be a text, got 1'),
         ('{"0": " "}', r'"0" holds a blank text'),
-        ("{", r"is no object of labels"),
+        ("{", r"must be one object of labels"),
     ],
 )
 def test_a_file_of_words_that_is_none_says_why(tmp_path, content, message):

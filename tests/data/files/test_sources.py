@@ -173,7 +173,7 @@ def test_a_byte_order_mark_right_before_the_first_example_is_no_content(tmp_path
         (b'{"query": "q"}', ':3: "positives" is missing or empty; a query needs'),
         (b'{"query": 1, "positives": ["p"]}', ':3: "query" must be a text, got 1'),
         (b'{"query": "\xff"}', ":3: invalid UTF-8 at byte 47 of the file (0xff); save the file as"),
-        (b"[" * 100_000, ":3: not JSON that can be read: nested too deeply"),
+        (b"[" * 100_000, ":3: JSON is nested too deeply"),
         (b"1" * 5000, ":3: "),
     ],
 )
@@ -194,14 +194,14 @@ def test_the_byte_of_invalid_utf8_counts_a_byte_order_mark(tmp_path):
 def test_a_file_without_records_is_refused(tmp_path, content):
     path = tmp_path / "nq.jsonl"
     path.write_bytes(content)
-    assert error_of(path) == ": holds no records; write one JSON object a line"
+    assert error_of(path) == ": holds no records; write one JSON object per line"
 
 
 def test_a_file_without_line_ends_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_LINE_BYTES", 50)
     path = tmp_path / "nq.jsonl"
     path.write_text(GOOD + "[" + GOOD.strip() * 10)
-    assert error_of(path) == ":2: is longer than 50 bytes; end each record's line"
+    assert error_of(path) == ":2: is longer than 50 bytes; end the line of each record"
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):
@@ -344,9 +344,9 @@ def test_progress_rises_to_one(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(scan, "ROWS_PER_REPORT", 10)
     path = tmp_path / f"a.{suffix}"
     write_examples(path, numbered(25))
-    told = []
-    open_source(path, progress=told.append)
-    assert told == pytest.approx([0.36, 0.76, 1.0], abs=0.04)
+    reported = []
+    open_source(path, progress=reported.append)
+    assert reported == pytest.approx([0.36, 0.76, 1.0], abs=0.04)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -394,7 +394,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one_alone(tmp_path, suffi
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_who_reads_a_file_while_it_is_written_anew_goes_on_with_the_old_one(tmp_path):
+def test_a_reader_of_a_file_that_is_replaced_continues_with_the_old_one(tmp_path):
     path = tmp_path / "a.jsonl"
     write_examples(path, numbered(2))
     before = path.read_bytes()

@@ -46,7 +46,7 @@ def test_blank_lines_are_texts_on_request(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.txt", b"\n \n", "holds no texts; write one text a line"),
+        ("a.txt", b"\n \n", "holds no texts; write one text per line"),
         ("a.txt", b"fine\n\xff\n", ":2: invalid UTF-8 at byte 5"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', ':2: "text" is missing'),
         ("a.jsonl", b'{"text": " "}\n', ':1: "text" holds a blank text'),

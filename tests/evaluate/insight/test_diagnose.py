@@ -158,7 +158,7 @@ def test_the_lowest_layer_is_told_with_its_number(found):
     one = {"base": Diagnosis(found["base"].prefixes, (DirectionMap(("a", "b"), cosines),))}
     # layers 1 to 3: means 0.8, 0.2 and 0.5
     assert diagnosis_section(one).text == [
-        "base: read causally and both ways, its states have a mean cosine of 0.500 over layers "
+        "base: its causal and bidirectional states have a mean cosine of 0.500 over layers "
         "1 to 3; the lowest is 0.200, in layer 2, and the last is 0.500."
     ]
 
@@ -211,7 +211,7 @@ def test_a_section_can_stand_in_the_report_of_a_run(found, tmp_path):
     report = RunReport("A run", ["It ran."], {}, sections=[diagnosis_section(found)])
     write_report(tmp_path / "report.html", report)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.index("It ran.") < page.index("<h2>What the words after a text change</h2>")
+    assert page.index("It ran.") < page.index("<h2>The effect of the words that follow</h2>")
 
 
 def test_the_report_of_another_run_is_not_overwritten(found, tmp_path, decoder_folder):
@@ -222,7 +222,7 @@ def test_the_report_of_another_run_is_not_overwritten(found, tmp_path, decoder_f
         asked.append(1)
         yield "base", Embedder.load(decoder_folder)
 
-    with pytest.raises(RecipeError, match="holds the report of another run"):
+    with pytest.raises(RecipeError, match="contains the report of another run"):
         diagnose(models(), tmp_path, material=MATERIAL)
     with pytest.raises(RecipeError, match="choose another folder"):
         write_diagnosis(tmp_path, found, MATERIAL)

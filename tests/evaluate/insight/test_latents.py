@@ -107,10 +107,10 @@ def test_the_heat_map_has_the_most_used_latents_first():
 def test_a_model_without_latents_is_refused(decoder_folder, layer):
     embedder = Embedder.load(decoder_folder)
     embedder.layer = layer and build_layer(layer, 64)
-    with pytest.raises(ModelError, match="no latent attention layer"):
+    with pytest.raises(ModelError, match="must have a latent attention layer"):
         latent_use(embedder, SENTENCES)
 
 
 def test_no_texts_are_refused(embedder):
-    with pytest.raises(RecipeError, match="0 texts have no token"):
+    with pytest.raises(RecipeError, match="0 texts have no pooled token"):
         latent_use(embedder, [])

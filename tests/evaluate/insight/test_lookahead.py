@@ -201,7 +201,7 @@ def test_only_the_beginning_of_a_long_text_is_mapped(decoder):
 
 def test_an_encoder_has_no_direction_map_and_no_causal_reading(encoder_folder):
     encoder = Embedder.load(encoder_folder)
-    with pytest.raises(ModelError, match=r"BertModel is an encoder: .* needs a decoder"):
+    with pytest.raises(ModelError, match=r"needs a decoder; BertModel is an encoder"):
         direction_map(encoder, "a text")
     with pytest.raises(ModelError, match="is an encoder"):
         prefix_sensitivity(encoder, TRIPLES, attention="causal")

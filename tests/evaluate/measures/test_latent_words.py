@@ -181,8 +181,8 @@ def test_a_coordinate_that_never_changes_is_no_harm(random):
 @pytest.mark.parametrize(
     ("labels", "problem"),
     [
-        ("a/X b/X", "the training sentences have one label only, 'X'"),
-        ("a/_ b/_", "the training sentences hold no labelled word"),
+        ("a/X b/X", "the training sentences have only one label, 'X'"),
+        ("a/_ b/_", "the training sentences have no labelled word"),
     ],
 )
 def test_a_probe_needs_two_labels(labels, problem):

@@ -56,7 +56,10 @@ def test_queries_of_a_beir_folder_keep_the_order_of_their_file(tmp_path):
         ({"corpus": [{"text": "a"}]}, r'corpus.jsonl:1: "_id" must be a text, got None'),
         ({"corpus": [["a"]]}, r"corpus.jsonl:1: expected an object"),
         ({"queries": [{"_id": "x", "text": " "}]}, r'queries.jsonl:1: "text" holds a blank text'),
-        ({"qrels": "x\ta\n"}, r"test.tsv:1: has 2 columns; write query id, document id and grade"),
+        (
+            {"qrels": "x\ta\n"},
+            r"test.tsv:1: must have 3 columns .* got 2",
+        ),
         ({"qrels": "x\ta\t1\nx\tb\t1.5\n"}, r'test.tsv:2: "relevance" must be a whole number'),
         ({"qrels": "x\ta\thigh\n"}, r"test.tsv:1: .* must be a whole number, got 'high'"),
         ({"qrels": "x\ta\tinf\n"}, r"test.tsv:1: .* must be a whole number, got 'inf'"),
@@ -71,7 +74,7 @@ def test_queries_of_a_beir_folder_keep_the_order_of_their_file(tmp_path):
         ({"qrels": "x\tnone\t1\n"}, r"test.tsv:1: id 'none' is not in corpus.jsonl; add it"),
         ({"qrels": "none\ta\t1\n"}, r"test.tsv:1: id 'none' is not in queries.jsonl"),
         ({"qrels": '{"qid": "x"}\n', "at": "qrels.jsonl"}, r'qrels.jsonl:1: "docid" must be a'),
-        ({"at": "elsewhere/test.tsv"}, r"has no judgements; write one of qrels/test.tsv"),
+        ({"at": "elsewhere/test.tsv"}, r"has no judgements; add qrels/test.tsv"),
         (
             {"queries": [{"_id": "x", "text": "t", "answers": 3}]},
             r'jsonl:1: "answers" must be a list',
@@ -121,7 +124,7 @@ def test_of_several_splits_one_has_to_be_named(tmp_path):
     with pytest.raises(DataError, match=r"has the splits dev, test; name one \(--split\)"):
         RetrievalSet.from_folder(folder)
     with pytest.raises(
-        DataError, match=r"has no split 'train'; name one of those there .*dev, test"
+        DataError, match=r"has no split 'train'; name one of its splits .*dev, test"
     ):
         RetrievalSet.from_folder(folder, "train")
     for row, split in enumerate(("dev", "test")):
@@ -200,7 +203,7 @@ def test_answers_beside_judgements_are_measured_too(tmp_path):
     assert found.scores["ndcg@10"].tolist() == [1, 1]
     assert found.scores["answer@20"].tolist() == [1, 0]
     write_beir(tmp_path, queries=answered(["one"], None), qrels="y\ta\t1\nx\ta\t1\n")
-    with pytest.raises(DataError, match="query 'y' has no \"answers\", and others have"):
+    with pytest.raises(DataError, match="query 'y' has no \"answers\", but others have"):
         RetrievalSet.from_folder(tmp_path)
 
 
