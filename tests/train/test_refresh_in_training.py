@@ -198,10 +198,13 @@ def test_a_run_is_not_gone_on_with_when_its_further_documents_are_other_ones(
 
 
 @pytest.mark.parametrize("in_batch", ["all", "none"])
-def test_b17_rows_may_have_fewer_negatives_after_a_refresh_or_longer_ones_or_none(
+def test_rows_may_have_fewer_negatives_after_a_refresh_or_longer_ones_or_none(
     source, recipe, tmp_path, monkeypatch, in_batch
 ):
-    """Length groups, and so the batches, stay those of the texts that the rows came with."""
+    """Trap B17 of BGE-M3.
+
+    Length groups, and so the batches, stay those of the texts that the rows came with.
+    """
     found: list[Example] = []
     real = Miner.mined
 
