@@ -110,7 +110,7 @@ def dying(monkeypatch, where: Any, name: str, after: int) -> None:
 KILLS = {
     "while documents are encoded": (mining_documents, "replacing_file", 2),
     "between two parts": (refreshing, "write_examples", 1),
-    "before it is done": (refreshing, "_write_json", 4),
+    "before it is done": (refreshing, "write_json", 4),
     "before the one before is deleted": (Refresher, "_sweep", 1),
     "in the step after": (contrastive, "backward_in_chunks", 2),
     "in the last step": (contrastive, "backward_in_chunks", 5),
