@@ -220,7 +220,7 @@ def _sweep_rows(work: Path) -> Iterator[Row]:
     """What each threshold of the positive-aware rule leaves of the candidates."""
     path = work / "sweep.json"
     if not path.exists():
-        from tercet.curate.mining.mine import Mining, sweep
+        from tercet.curate.mining.miner import Mining, sweep
         from tercet.curate.mining.rules import MiningRule
         from tercet.data.files.sources import open_source
 

@@ -147,8 +147,8 @@ class Given:
 
 
 def mine_here(job: Job, rule: str, out: str) -> Answer:
-    """Mine by ``tercet.curate.mining.mine``."""
-    from tercet.curate.mining.mine import Mining, mine
+    """Mine by ``tercet.curate.mining.miner``."""
+    from tercet.curate.mining.miner import Mining, mine
     from tercet.curate.mining.rules import MiningRule
     from tercet.data.files.documents import read_documents
     from tercet.data.files.sources import open_source
@@ -299,7 +299,7 @@ def worker(side: str) -> None:
         datasets.disable_progress_bars()
     else:
         import tercet.curate.filtering.pair_scores
-        import tercet.curate.mining.mine
+        import tercet.curate.mining.miner
         import tercet.models.embedder  # noqa: F401
 
     def answer(do: str, folder: str, **how: Any) -> Answer:

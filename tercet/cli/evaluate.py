@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from tercet.evaluate.suites.by_language import SetScores
     from tercet.evaluate.suites.comparison import LanguageComparison
 
-AgainstOption = Annotated[
+OtherModelsOption = Annotated[
     list[str] | None, typer.Option(help="Another model to compare with; may be repeated.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Of the bootstrap.")]
+BootstrapSeed = Annotated[int, typer.Option(help="Of the bootstrap.")]
 StoreAsOption = Annotated[
     Literal["float32", "bfloat16", "int8", "int4", "binary"],
     typer.Option(
@@ -70,7 +70,7 @@ def evaluate(
             "a folder in the layout of BEIR or FlagEmbedding, or a folder of such sets."
         ),
     ] = None,
-    against: AgainstOption = None,
+    against: OtherModelsOption = None,
     split: Annotated[
         str | None, typer.Option(help="Of a folder; None: its only one, or test of BEIR's.")
     ] = None,
@@ -106,7 +106,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Longer documents are cut; None: as the model says.")
     ] = None,
     precision: StoreAsOption = "float32",
-    seed: SeedOption = 0,
+    seed: BootstrapSeed = 0,
     seen: Annotated[
         str | None,
         typer.Option(help="Languages that training had, such as en,de; of a folder of sets."),
@@ -389,7 +389,7 @@ def sizes(
         int, typer.Option(min=1, help="Candidates for each place, which are scored again.")
     ] = 4,
     precision: Precision = "float32",
-    seed: SeedOption = 0,
+    seed: BootstrapSeed = 0,
     figures: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them into this PNG file.")] = None,
 ) -> None:
@@ -576,7 +576,7 @@ def _show_weights(tuned: "Tuned", seed: int) -> None:
 def diagnose(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for numbers, figures and report.html.")],
-    against: AgainstOption = None,
+    against: OtherModelsOption = None,
     text: Annotated[
         Path | None, typer.Option(help="Texts to map: .txt, .jsonl or .parquet; None: our own.")
     ] = None,
@@ -584,7 +584,7 @@ def diagnose(
         Path | None, typer.Option(help="Lines with prefix, query, positive, negative.")
     ] = None,
     precision: Precision = "float32",
-    seed: SeedOption = 0,
+    seed: BootstrapSeed = 0,
 ) -> None:
     """Show what reading both ways does to a decoder, and whether it needs training for it.
 
@@ -648,7 +648,7 @@ def probe(
     model: ModelName,
     train: Annotated[Path, typer.Option(help="Labelled words: CoNLL columns or .jsonl.")],
     test: Annotated[Path, typer.Option(help="The same, of other sentences.")],
-    against: AgainstOption = None,
+    against: OtherModelsOption = None,
     column: Annotated[
         int | None, typer.Option(help="Of the label, from 1; None: the last.")
     ] = None,
@@ -657,7 +657,7 @@ def probe(
     ] = False,
     attention: ReadingOption = None,
     precision: Precision = "float32",
-    seed: SeedOption = 0,
+    seed: BootstrapSeed = 0,
 ) -> None:
     """Learn labels of words from their vectors alone, to see what a model knows of single words.
 

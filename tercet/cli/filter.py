@@ -75,7 +75,8 @@ def filter_pairs(
 
     Example: tercet filter news.parquet faq.jsonl --model me5-small --out filtered
     """
-    from tercet.curate.filtering.filter import (
+    from tercet.curate.filtering.judge import PRESETS, FilterFolders, Judge
+    from tercet.curate.filtering.pair_filter import (
         DRAWING,
         filter_sources,
         finished,
@@ -83,7 +84,6 @@ def filter_pairs(
         settings_of,
         write_report,
     )
-    from tercet.curate.filtering.judge import PRESETS, FilterFolders, Judge
     from tercet.curate.filtering.pair_rules import PairRules
     from tercet.curate.jobs.runners import Runner
 

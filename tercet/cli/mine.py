@@ -23,7 +23,7 @@ from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
 
 if TYPE_CHECKING:
-    from tercet.curate.mining.mine import MiningReport
+    from tercet.curate.mining.miner import MiningReport
 
 _MANY: Final = 0.5  # of the candidates dropped as too close: worth a note
 
@@ -97,10 +97,10 @@ def mine(
     Example: tercet mine pairs.jsonl --teacher minilm --out mined.jsonl
     """
     from tercet.curate.jobs.runners import Runner
-    from tercet.curate.mining.mine import Mining
-    from tercet.curate.mining.mine import mine as run_mining
-    from tercet.curate.mining.mine import sweep as try_values
     from tercet.curate.mining.mine_together import SharedMining, mine_together
+    from tercet.curate.mining.miner import Mining
+    from tercet.curate.mining.miner import mine as run_mining
+    from tercet.curate.mining.miner import sweep as try_values
     from tercet.curate.mining.nearness import COSINES
     from tercet.curate.mining.rules import MiningRule
 

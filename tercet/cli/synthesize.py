@@ -12,7 +12,7 @@ from tercet.errors import RecipeError
 from tercet.files.console import columns, one_line, results, say, shortened
 
 if TYPE_CHECKING:
-    from tercet.curate.synthesis.synthesize import SynthesisReport
+    from tercet.curate.synthesis.question_pairs import SynthesisReport
 
 _SHOWN_FAILURES = 5
 
@@ -76,8 +76,8 @@ def synthesize(
     from tercet.curate.synthesis.consistency import Consistency
     from tercet.curate.synthesis.generators import QuestionPrompt, TokenSampling
     from tercet.curate.synthesis.passages import PassageSampling
-    from tercet.curate.synthesis.synthesize import Synthesis, log_path
-    from tercet.curate.synthesis.synthesize import synthesize as run_synthesis
+    from tercet.curate.synthesis.question_pairs import Synthesis, log_path
+    from tercet.curate.synthesis.question_pairs import synthesize as run_synthesis
     from tercet.files.records import known_suffix
 
     known_suffix(out)

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int8, Int32, Int64, UInt8
 from torch import Tensor
 
-from tercet.errors import ModelError, RecipeError
+from tercet.errors import BROKEN_MODEL, ModelError, RecipeError
 
 Precision: TypeAlias = Literal["int8", "int4", "binary"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
@@ -41,7 +41,6 @@ _SHARES: Final = (  # of coordinates inside of the range: those that are tried
 _COORDINATES: Final = 1 << 20  # that a range is learned from
 _DIGITS: Final = 6  # of a centre's coordinates: a thousandth of the finest step
 _EXACT: Final = 1_024  # products of two signed bytes whose sum float32 still holds exactly: 2^24
-_BROKEN: Final = "the model is broken, or it was run in a precision too low for it"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -232,29 +231,6 @@ class Ranges:
         return Quantizer(precision, limit, np.array(self.centre, dtype=np.float32))
 
 
-def inner_products(left: Codes, right: Codes) -> Float64[np.ndarray, "left right"]:
-    """All inner products of what both stand for, from one product of their whole numbers.
-
-    With values c s + a on one side and c' t + a' on the other, it is
-    c c' <s, t> + c a' sum s + c' a sum t + dims a a'. The product of whole numbers has no error.
-    A centre m adds <c s + a, m'> + <m, c' t + a'> + <m, m'>: one number a text.
-    For vectors of one bit without a centre it says how many signs differ: dims - <x, y> / limit^2
-    is twice their Hamming distance.
-    """
-    assert left.dims == right.dims, "vectors of one width"
-    ours, theirs = left.integers(), right.integers()
-    one, other = left.quantizer, right.quantizer
-    found = integer_product(ours, theirs) * (one.step * other.step)
-    found += one.step * other.origin * ours.sum(axis=1, dtype=np.int64)[:, None]
-    found += other.step * one.origin * theirs.sum(axis=1, dtype=np.int64)
-    found += left.dims * one.origin * other.origin
-    nothing = np.zeros(left.dims)
-    here, there = (nothing if it.centre is None else it.centre + nothing for it in (one, other))
-    found += (one.step * (ours @ there) + one.origin * there.sum())[:, None]
-    found += other.step * (theirs @ here) + other.origin * here.sum()
-    return found + here @ there
-
-
 def integer_product(
     left: Int8[np.ndarray, "left dims"], right: Int8[np.ndarray, "right dims"]
 ) -> Int32[np.ndarray, "left right"]:
@@ -327,4 +303,4 @@ def _refuse_broken(vectors: np.ndarray, before: int = 0) -> None:
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         row = before + int(finite.argmin())
-        raise ModelError(f"vector {row} holds NaN or infinity and has no code; {_BROKEN}")
+        raise ModelError(f"vector {row} holds NaN or infinity and has no code; {BROKEN_MODEL}")

@@ -1,26 +1,35 @@
-"""How well texts match, by each kind of vector: matrices of all queries and all documents.
+"""Scores of queries with documents by each kind of vectors (arXiv 2402.03216, section 3.2).
 
-Nothing here is padded, and nothing is as wide as the vocabulary. All of it can be differentiated.
+- *Lexical scores* by terms: the sum over shared tokens of the product of their
+  weights. :func:`lexical_scores` has gradients; :func:`lexical_sums` and :class:`Postings` touch
+  matching terms only.
+- *Late interaction* by token vectors: the mean over a query's tokens of their largest dot
+  product with a token of the document; zero where a text has no tokens. :func:`late_interaction`
+  has gradients; :func:`late_interaction_of_dots` and :func:`listed_late_interaction` are for
+  search.
+
+Nothing is padded, and nothing is as wide as the vocabulary.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass
+from math import inf
 from typing import Any, Final
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tercet.kinds import Kind, Weights
-from tercet.segments import row_of
+from tercet.kinds import Kind
+from tercet.segments import maximum, ragged_places, row_of, runs_within
 from tercet.vectors import Terms, TokenRows, Vectors
 
 BLOCK_TOKENS: Final = 2_048  # of documents, compared at a time
 
 
 def scores_of(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, "queries docs"]:
-    """The scores by one kind, which both sides have."""
+    """Return the scores of all pairs by one kind, which both sides have."""
     if kind == "dense":
         assert queries.dense is not None and docs.dense is not None
         return queries.dense @ docs.dense.T
@@ -31,32 +40,44 @@ def scores_of(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, "que
     return late_interaction(queries.multi, docs.multi)
 
 
-def weighted_scores(
-    queries: Vectors, docs: Vectors, weights: Weights
-) -> Float[Tensor, "queries docs"]:
-    """The weighted sum of the scores by every kind that both sides have and that counts."""
-    total = None
-    for kind in queries.kinds:
-        if weights.of(kind) and kind in docs.kinds:
-            part = scores_of(kind, queries, docs) * weights.of(kind)
-            total = part if total is None else total + part
-    assert total is not None, "a kind with a weight that both sides have"
-    return total
+def paired_scores(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, "pairs"]:
+    """Return the score of each query with the document of the same row, by one kind.
+
+    Equal to the diagonal of :func:`scores_of`, which would compare all with all.
+    """
+    assert len(queries) == len(docs), "a document for each query"
+    if kind == "dense":
+        assert queries.dense is not None and docs.dense is not None
+        return (queries.dense * docs.dense).sum(1)
+    if kind == "sparse":
+        assert queries.sparse is not None and docs.sparse is not None
+        return _paired_lexical_scores(queries.sparse.merged(), docs.sparse.merged())
+    assert queries.multi is not None and docs.multi is not None
+    found = queries.multi.vectors.new_zeros(len(queries))
+    own, others = (each.offsets.diff().tolist() for each in (queries.multi, docs.multi))
+    pairs = zip(queries.multi.vectors.split(own), docs.multi.vectors.split(others), strict=True)
+    for row, (tokens, of_doc) in enumerate(pairs):
+        if len(tokens) and len(of_doc):
+            found[row] = (tokens @ of_doc.T).amax(1).mean()
+    return found
+
+
+# ---- terms ---------------------------------------------------------------------------------------
 
 
 def lexical_scores(queries: Terms, docs: Terms) -> Float[Tensor, "queries docs"]:
-    """The sum over tokens in both texts of the product of their largest weights there.
+    """Return the lexical scores of all pairs, with gradients (arXiv 2402.03216, section 3.2).
 
-    Only tokens that occur in some query can score, so the vocabulary is those: documents drop the
-    rest, both sides become small matrices, and one product scores all pairs (arXiv 2402.03216,
-    section 3.2; exact).
+    A token that occurs several times in a text counts by its largest weight there. Only tokens of
+    the queries can score: documents drop all others, both sides become small matrices, and one
+    product scores all pairs.
     """
     vocabulary = queries.ids.unique()
     return _columns(queries, vocabulary) @ _columns(docs, vocabulary).T
 
 
 def _columns(texts: Terms, vocabulary: Int[Tensor, "words"]) -> Float[Tensor, "texts words"]:
-    """The largest weight of each word in each text."""
+    """Return the largest weight of each word in each text."""
     flat = texts.weights.new_zeros(len(texts) * len(vocabulary))
     if len(vocabulary):
         place = torch.searchsorted(vocabulary, texts.ids).clamp_max(len(vocabulary) - 1)
@@ -66,48 +87,132 @@ def _columns(texts: Terms, vocabulary: Int[Tensor, "words"]) -> Float[Tensor, "t
     return flat.view(len(texts), len(vocabulary))
 
 
-def late_interaction(
-    queries: TokenRows, docs: TokenRows, *, padded_rows: bool = False
-) -> Float[Tensor, "queries docs"]:
-    """The mean over a query's tokens of their largest dot product with a token of the document.
+def lexical_sums(queries: Terms, docs: Terms) -> Float[Tensor, "queries docs"]:
+    """Return the lexical scores of merged terms, by inverted lists; without gradients."""
+    order = docs.ids.argsort(stable=True)
+    ids, weights = docs.ids[order], docs.weights[order]
+    owner = row_of(docs.offsets)[order]
+    low = torch.searchsorted(ids, queries.ids)
+    places, bounds = ragged_places(low, torch.searchsorted(ids, queries.ids, right=True))
+    term = row_of(bounds)  # the query's term of each place
+    cell = row_of(queries.offsets)[term] * len(docs) + owner[places]
+    products = queries.weights[term] * weights[places]
+    flat = products.new_zeros(len(queries) * len(docs)).index_add_(0, cell, products)
+    return flat.view(len(queries), len(docs))
 
-    A text without tokens scores zero. Forward keeps only which token won; backward touches the
-    winners alone (arXiv 2402.03216, section 3.2).
 
-    ``padded_rows`` repeats a defect of the reference code, to compare with it: a document shorter
-    than the longest one has a row of zeros too, so that no dot product with it is below zero.
+def _paired_lexical_scores(queries: Terms, docs: Terms) -> Float[Tensor, "pairs"]:
+    """Join merged terms on the row and the token."""
+    size = 1 + max((int(each.ids.max()) for each in (queries, docs) if len(each.ids)), default=0)
+    cells, of_docs = (row_of(each.offsets) * size + each.ids for each in (queries, docs))
+    found = queries.weights.new_zeros(len(queries))
+    if not len(of_docs):
+        return found
+    place = torch.searchsorted(of_docs, cells).clamp_max(len(of_docs) - 1)
+    (shared,) = (of_docs[place] == cells).nonzero(as_tuple=True)
+    products = queries.weights[shared] * docs.weights[place[shared]]
+    return found.index_add(0, cells[shared] // size, products)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Postings:
+    """The documents that contain each token, and its weight there; arrays may be mapped files."""
+
+    tokens: Int64[np.ndarray, "words"]  # ascending
+    offsets: Int64[np.ndarray, "bounds"]  # word i has rows[offsets[i]:offsets[i + 1]]
+    rows: Int32[np.ndarray, "postings"]  # ascending within a word
+    weights: Float32[np.ndarray, "postings"]
+
+    def scores(
+        self, tokens: Int64[np.ndarray, "terms"], weights: Float32[np.ndarray, "terms"], count: int
+    ) -> Float32[np.ndarray, "count"]:
+        """Return the lexical score of one query's merged terms with each of ``count`` rows.
+
+        Sums are computed in float64, and read no more than the lists of the query's tokens.
+        """
+        place = np.searchsorted(self.tokens, tokens)
+        known = place < len(self.tokens)
+        known[known] = self.tokens[place[known]] == tokens[known]
+        rows, parts = [], []
+        for word, weight in zip(place[known].tolist(), weights[known].tolist(), strict=True):
+            where = slice(self.offsets[word], self.offsets[word + 1])
+            rows.append(self.rows[where])
+            parts.append(self.weights[where] * np.float32(weight))
+        if not rows:
+            return np.zeros(count, np.float32)
+        summed = np.bincount(np.concatenate(rows), np.concatenate(parts), minlength=count)
+        return summed.astype(np.float32)
+
+
+# ---- token vectors -------------------------------------------------------------------------------
+
+
+def late_interaction(queries: TokenRows, docs: TokenRows) -> Float[Tensor, "queries docs"]:
+    """Return the late interaction of all pairs, with gradients (arXiv 2402.03216, section 3.2).
+
+    Forward keeps only which token of the document won; backward touches the winners alone.
     """
-    rows = row_of(queries.offsets)
     best = _MaxSim.apply(
-        queries.vectors, docs.vectors, docs.offsets, BLOCK_TOKENS, padded_rows
+        queries.vectors, docs.vectors, docs.offsets, BLOCK_TOKENS
     )  # [docs, query tokens]
-    sums = best.new_zeros(len(queries), len(docs)).index_add(0, rows, best.T)
-    return sums / queries.offsets.diff().clamp_min(1)[:, None]
+    return _query_means(best, queries.offsets)
+
+
+def late_interaction_of_dots(
+    dots: Float[Tensor, "doc_tokens query_tokens"],
+    doc_offsets: Int[Tensor, "doc_bounds"],
+    query_offsets: Int[Tensor, "query_bounds"],
+) -> Float[Tensor, "queries docs"]:
+    """Return the late interaction of all pairs from the dot products of their tokens."""
+    best = maximum(dots, doc_offsets)
+    return _query_means(best.masked_fill(best == -inf, 0), query_offsets)
+
+
+def listed_late_interaction(
+    queries: TokenRows,
+    docs: TokenRows,
+    rows: Int[Tensor, "docs"],
+    wanted: Int[Tensor, "queries ranks"],
+) -> Float[Tensor, "queries ranks"]:
+    """Return the late interaction of each query with the documents that its list names.
+
+    ``rows`` are those of ``docs``, ascending; other documents of a list score zero.
+    """
+    found = torch.zeros(wanted.shape)
+    if not len(rows):
+        return found
+    place = torch.searchsorted(rows, wanted.clamp_min(0)).clamp_max(len(rows) - 1)
+    here = rows[place] == wanted
+    for query in here.any(dim=1).nonzero().ravel().tolist():
+        some = docs.take(place[query][here[query]])
+        scores = late_interaction(queries.take(torch.tensor([query])), some)
+        found[query, here[query]] = scores[0]
+    return found
+
+
+def _query_means(
+    best: Float[Tensor, "docs query_tokens"], offsets: Int[Tensor, "bounds"]
+) -> Float[Tensor, "queries docs"]:
+    sums = best.new_zeros(len(offsets) - 1, len(best)).index_add(0, row_of(offsets), best.T)
+    return sums / offsets.diff().clamp_min(1)[:, None]
 
 
 class _MaxSim(torch.autograd.Function):
     """For each document and query token, the largest dot product."""
 
     @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, docs: Tensor, offsets: Tensor, block: int, padded_rows: bool
-    ) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, docs: Tensor, offsets: Tensor, block: int) -> Tensor:
         bounds = offsets.tolist()
         best = queries.new_zeros(len(bounds) - 1, len(queries))
         winner = torch.full(best.shape, -1, dtype=torch.int32, device=queries.device)
-        longest = max((high - low for low, high in pairwise(bounds)), default=0)
-        for first, last in _blocks(bounds, block):
+        for first, end in runs_within(bounds, block):
             base = bounds[first]
-            dots = docs[base : bounds[last]] @ queries.T  # a document is a run of rows
-            for doc in range(first, last):
+            dots = docs[base : bounds[end]] @ queries.T  # a document is a run of rows
+            for doc in range(first, end):
                 low, high = bounds[doc] - base, bounds[doc + 1] - base
-                if low == high:
-                    continue
-                value, place = dots[low:high].max(0)
-                won = (place + bounds[doc]).to(torch.int32)
-                if padded_rows and high - low < longest:
-                    won, value = won.masked_fill(value < 0, -1), value.clamp_min(0)
-                best[doc], winner[doc] = value, won
+                if low < high:
+                    best[doc], place = dots[low:high].max(0)
+                    winner[doc] = (place + bounds[doc]).to(torch.int32)
         ctx.save_for_backward(queries, docs, winner)
         return best
 
@@ -125,50 +230,4 @@ class _MaxSim(torch.autograd.Function):
                 break
             by_queries.addcmul_(weight, docs[won])
             by_docs.index_add_(0, won, weight * queries)
-        return by_queries, by_docs, None, None, None
-
-
-def _blocks(bounds: list[int], tokens: int) -> Iterator[tuple[int, int]]:
-    """Runs of documents of at most ``tokens`` tokens together, or one longer document."""
-    first = 0
-    while first < len(bounds) - 1:
-        last = first + 1
-        while last < len(bounds) - 1 and bounds[last + 1] - bounds[first] <= tokens:
-            last += 1
-        yield first, last
-        first = last
-
-
-def paired_scores(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, "pairs"]:
-    """The score of each query with the document of the same row, by one kind that both have.
-
-    Equal to the diagonal of :func:`scores_of`, which would compare all with all.
-    """
-    assert len(queries) == len(docs), "a document for each query"
-    if kind == "dense":
-        assert queries.dense is not None and docs.dense is not None
-        return (queries.dense * docs.dense).sum(1)
-    if kind == "sparse":
-        assert queries.sparse is not None and docs.sparse is not None
-        return _paired_terms(queries.sparse.merged(), docs.sparse.merged())
-    assert queries.multi is not None and docs.multi is not None
-    found = queries.multi.vectors.new_zeros(len(queries))
-    own, others = (each.offsets.diff().tolist() for each in (queries.multi, docs.multi))
-    pairs = zip(queries.multi.vectors.split(own), docs.multi.vectors.split(others), strict=True)
-    for row, (tokens, of_doc) in enumerate(pairs):
-        if len(tokens) and len(of_doc):
-            found[row] = (tokens @ of_doc.T).amax(1).mean()
-    return found
-
-
-def _paired_terms(queries: Terms, docs: Terms) -> Float[Tensor, "pairs"]:
-    """Where each text has each token once: a join on the row and the token."""
-    size = 1 + max((int(each.ids.max()) for each in (queries, docs) if len(each.ids)), default=0)
-    cells, of_docs = (row_of(each.offsets) * size + each.ids for each in (queries, docs))
-    found = queries.weights.new_zeros(len(queries))
-    if not len(of_docs):
-        return found
-    place = torch.searchsorted(of_docs, cells).clamp_max(len(of_docs) - 1)
-    (shared,) = (of_docs[place] == cells).nonzero(as_tuple=True)
-    products = queries.weights[shared] * docs.weights[place[shared]]
-    return found.index_add(0, cells[shared] // size, products)
+        return by_queries, by_docs, None, None

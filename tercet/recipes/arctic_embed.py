@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal, TypeAlias
 
-from tercet.curate.mining.mine import Mining
+from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
 from tercet.models.choices import PoolingName
 from tercet.objectives.contrastive import Contrastive

@@ -13,7 +13,7 @@ import numpy as np
 from tercet import distributed
 from tercet.data.files.sources import Source
 from tercet.errors import MissingExtraError
-from tercet.evaluate.measures.kinds import EMPTY
+from tercet.evaluate.measures.by_kind import EMPTY
 from tercet.files.atomic import clear_about, replacing_file
 from tercet.train.batches import Groups, sampled
 from tercet.train.recipe import Stage

@@ -11,7 +11,7 @@ from typing import Final, Literal, TypeAlias, get_args
 import torch
 
 from tercet import distributed
-from tercet.curate.mining.mine import Mining
+from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.batches.collate import Policy
 from tercet.data.batches.sampler import Mixing

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from tercet import distributed
-from tercet.curate.mining import documents as mining_documents
-from tercet.curate.mining.documents import text_key
-from tercet.curate.mining.mine import Miner, Mining
+from tercet.curate.mining import document_pools as mining_documents
+from tercet.curate.mining.document_pools import text_key
+from tercet.curate.mining.miner import Miner, Mining
 from tercet.data.files.documents import read_documents
 from tercet.data.files.examples import parse_example
 from tercet.data.files.sources import Source, open_source, write_examples

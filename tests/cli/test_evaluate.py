@@ -1,19 +1,31 @@
+"""What ``tercet eval`` measures and prints: one set, a folder of sets, a task of mteb."""
+
 import json
-import re
+import math
+from dataclasses import asdict
 from itertools import pairwise
 
-import numpy as np
 import pytest
 
 from tercet.data.files.similarity import SimilaritySet
+from tercet.evaluate.measures.bm25 import by_tokens_of
+from tercet.evaluate.measures.embedder_kinds import measure_kinds
 from tercet.evaluate.measures.labels import (
     measure_classification,
     measure_clustering,
     measure_clustering_by_words,
 )
+from tercet.evaluate.measures.retrieval import measure_bm25
 from tercet.evaluate.measures.sts import measure_similarity
+from tercet.evaluate.report.intervals import paired_difference
 from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, read_label_set
-from tercet.models.choices import LayerSettings
+from tercet.evaluate.sets.location import sets_in
+from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
+from tercet.evaluate.suites import mteb as ours
+from tercet.evaluate.suites.averages import averages, cells_of, language_bias
+from tercet.evaluate.suites.by_language import measure_sets
+from tercet.evaluate.suites.mteb import TaskScore
+from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
@@ -52,24 +64,6 @@ def prompted(encoder_folder, tmp_path_factory):
     tasks = {"sections": {"query": "tell: "}, "pairs": {"query": "find a: ", "document": "b: "}}
     Embedder.load(encoder_folder, task_prompts=tasks).save(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def triples(tmp_path_factory):
-    """Beginnings, and three ways for each to go on."""
-    rest = {"query": " in a file", "positive": " in a map", "negative": " of the moon"}
-    file = tmp_path_factory.mktemp("triples") / "triples.jsonl"
-    return write(file, *({"prefix": text, **rest} for text in SENTENCES[:4]))
-
-
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory):
-    """Words of the sentences, labelled by their length."""
-    file = tmp_path_factory.mktemp("labelled") / "words.conll"
-    kinds = ("SHORT", "LONG")
-    rows = ["\n".join(f"{w} x {kinds[len(w) > 3]}" for w in text.split()) for text in SENTENCES]
-    file.write_text("\n\n".join(rows) + "\n")
-    return file
 
 
 # --- eval -------------------------------------------------------------------------------------
@@ -247,121 +241,430 @@ def test_figures_of_any_set_are_written_on_request(tercet, encoder_folder, score
     assert list(record["differences"]) == [f"{encoder_folder} minus"]
 
 
-# --- diagnose ---------------------------------------------------------------------------------
+# --- kinds of vectors -----------------------------------------------------------------------------
 
 
-def test_diagnose_prints_readings_and_layers_and_where_the_report_is(
-    tercet, decoder_folder, encoder_folder, triples, tmp_path
+@pytest.fixture(scope="session")
+def of_all_kinds(encoder_folder, tmp_path_factory):
+    """A model that makes all kinds of vectors, untrained."""
+    folder = tmp_path_factory.mktemp("kinds") / "model"
+    Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(folder)
+    return folder
+
+
+SEVEN = ["dense", "sparse", "multi", "dense+sparse", "dense+multi", "sparse+multi"]
+SEVEN.append("dense+sparse+multi")
+
+
+def test_every_kind_and_every_sum_stand_beside_both_bm25(
+    tercet, of_all_kinds, encoder_folder, files, tmp_path
 ):
-    out = tmp_path / "diagnosis"
-    ended = tercet(
-        *("diagnose", decoder_folder, "--against", encoder_folder),
-        *("--triples", triples, "--out", out),
+    figures = tmp_path / "figures.json"
+    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--against", encoder_folder]
+    ended = tercet(*words, "--json", figures, "--weights", "1,0.5,2")
+    rows = [cells(line) for line in ended.out.splitlines()]
+    names = [*(f"{of_all_kinds} {each}" for each in SEVEN), str(encoder_folder), "BM25"]
+    names.append(f"BM25, tokens of {of_all_kinds}")
+    assert ended.status == 0 and [row[0] for row in rows[2:12]] == names
+    assert rows[12][0] == f"minus {names[0]}" and [row[0] for row in rows[13:]] == names[1:]
+    assert "every document scored by every kind; weights: dense 1, sparse 0.5, multi 2" in ended.err
+    assert f"{of_all_kinds}: document terms: " in ended.err
+
+    data = RetrievalSet.from_examples(files / "pairs.jsonl")
+    embedder = Embedder.load(of_all_kinds)
+    found = measure_kinds(embedder, data, weights=Weights(1.0, 0.5, 2.0))
+    own = measure_bm25(data, by_tokens_of(embedder))
+    for name, result in zip(names, [*found.results.values(), None, None, own], strict=True):
+        if result is not None:
+            shown = rows[2 + names.index(name)]
+            assert shown[1:] == [str(result.interval(metric)) for metric in METRICS]
+    record = json.loads(figures.read_text())
+    assert list(record["results"]) == names
+    gain = found.minus(SEVEN[-1], "dense", "ndcg@10")
+    kept = record["differences"][f"minus {names[0]}"][names[6]]["ndcg@10"]
+    assert (kept["mean"], kept["low"], kept["high"]) == (gain.mean, gain.low, gain.high)
+    assert rows[18][1] == f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    search = record["search"][str(of_all_kinds)]
+    assert search["protocol"] == "exact" and search["weights"]["sparse"] == 0.5
+    assert search["terms"]["document"] == asdict(found.terms["document"])
+
+
+def test_kinds_and_protocol_are_as_asked_for(tercet, refused, of_all_kinds, files, tmp_path):
+    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--no-bm25"]
+    ended = tercet(*words, "--kinds", "multi,dense", "--protocol", "paper")
+    rows = [cells(line) for line in ended.out.splitlines()]
+    names = [f"{of_all_kinds} {each}" for each in ("dense", "multi", "dense+multi")]
+    assert [row[0] for row in rows[2:5]] == names
+    assert "best 200 of dense" in ended.err and "terms" not in ended.err
+    assert "kinds are 'colbert'; choose" in refused(*words, "--kinds", "colbert")
+    assert "a number above 0" in refused(*words, "--weights", "0,0,0")
+    for wrong in ("1,2", "1,x,3", "1,-1,1", "1,nan,1"):
+        assert "give three numbers" in refused(*words, "--weights", wrong)
+    scored = write(
+        tmp_path / "scored.jsonl", *({"text1": "a", "text2": "b", "score": i} for i in (1, 2))
     )
-    assert (ended.status, ended.err) == (0, "")
-    rows = [cells(line) for line in ended.out.splitlines()]
-    assert rows[0] == ["model and reading", "cosine, same", "cosine, other", "gap", "gap > 0"]
-    ways = [f"{decoder_folder} {way}" for way in ("causal", "echo", "bidirectional")]
-    assert [row[0] for row in rows[1:5]] == [*ways, f"{encoder_folder} bidirectional"]
-    assert rows[5] == ["both ways and causal", "mean cosine", "lowest", "in layer", "last layer"]
-    record = json.loads((out / "diagnosis.json").read_text())["models"]
-    layers = record[str(decoder_folder)]["direction_map"]["layer_means"][1:]
-    lowest = int(np.argmin(layers))
-    numbers = [f"{number:.3f}" for number in (np.mean(layers), layers[lowest], layers[-1])]
-    where = f"{lowest + 1} of 3"
-    assert rows[6] == [str(decoder_folder), numbers[0], numbers[1], where, numbers[2]]
-    assert rows[7:] == [[f"{out}/report.html"]] and (out / "report.html").exists()
+    assert "is not a retrieval set" in refused("eval", of_all_kinds, scored, "--kinds", "dense")
 
 
-def test_diagnose_of_an_encoder_alone_has_no_layers_to_compare(
-    tercet, encoder_folder, triples, tmp_path
-):
-    ended = tercet("diagnose", encoder_folder, "--triples", triples, "--out", tmp_path)
-    rows = [cells(line)[0] for line in ended.out.splitlines()]
-    assert rows[1:] == [f"{encoder_folder} bidirectional", f"{tmp_path}/report.html"]
+def test_a_kind_that_the_model_does_not_make_is_told(refused, encoder_folder, files):
+    words = ["eval", encoder_folder, files / "pairs.jsonl", "--kinds", "sparse"]
+    assert "makes no sparse vectors" in refused(*words)
 
 
-def test_material_that_cannot_be_read_is_named_before_a_model_is_loaded(
-    refused, decoder_folder, triples, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(Embedder, "load", None)
-    words = ["diagnose", decoder_folder, "--out", tmp_path / "out"]
-    bad = write(tmp_path / "bad.jsonl", {"prefix": "a", "query": "b", "positive": "c"})
-    said = refused(*words, "--triples", bad)
-    assert said.startswith(f"{bad}:1: ") and '"negative" is missing' in said
-    said = refused(*words, "--triples", triples, "--text", tmp_path / "lost.txt")
-    assert said == f"{tmp_path}/lost.txt: no such file"
-    assert not (tmp_path / "out").exists()
+# --- flags without effect ---------------------------------------------------------------------
 
 
-def test_a_diagnosis_does_not_replace_the_report_of_a_run(
-    refused, decoder_folder, triples, tmp_path
-):
-    (tmp_path / "report.html").write_text("of a run")
-    said = refused("diagnose", decoder_folder, "--triples", triples, "--out", tmp_path)
-    assert said.startswith(f"{tmp_path}: contains the report of another run")
-    assert (tmp_path / "report.html").read_text() == "of a run"
-
-
-# --- probe ------------------------------------------------------------------------------------
-
-
-def test_probe_compares_models_with_what_words_alone_tell(
-    tercet, decoder_folder, encoder_folder, labelled
-):
-    words = ["probe", decoder_folder, "--train", labelled, "--test", labelled]
-    ended = tercet(*words, "--against", encoder_folder)
-    assert (ended.status, ended.err) == (0, "")
-    rows = [cells(line) for line in ended.out.splitlines()]
-    assert rows[0] == ["model", "accuracy", "minus first", "macro F1", "minus first", "cut"]
-    models = [str(decoder_folder), str(encoder_folder)]
-    assert [row[0] for row in rows[1:]] == ["most frequent label", "label of the word", *models]
-    assert all(re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", row[1]) for row in rows[1:])
-    assert rows[2][1].startswith("1.000") and rows[3][2] == "-"
-    assert tercet(*words, "--predictor").out != tercet(*words).out
-    assert tercet(*words, "--attention", "bidirectional").out != tercet(*words).out
+ALONE = "measured by dense vectors only"
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "problem"),
+    ("flags", "said"),
     [
-        ("a X\nb Y Z\n", "a X\n", "train.conll:2: has 3 columns, but line 1 has 2"),
-        ("a X\nb Y\n", "a X\nb\n", "test.conll:2: has 1 columns, but line 1 has 2"),
-        ("a X\nb X\n", "a X\n", "the training sentences have only one label, 'X'"),
-        ("a _\nb _\n", "a X\n", "the training sentences have no labelled word"),
-        ("a X\nb Y\n", "a _\n", "the test sentences have no labelled word"),
-        ("\n\n", "a X\n", "train.conll: holds no sentences"),
+        ([], None),
+        (["--weights", "1,0.3,1"], f"{ALONE}: --weights has no effect"),
+        (["--protocol", "reference"], f"{ALONE}: --protocol has no effect"),
+        (
+            ["--weights", "1,1,1", "--protocol", "paper"],
+            f"{ALONE}: --weights and --protocol have no effect",
+        ),
+        (["--kinds", "dense"], None),
+        (["--kinds", "dense", "--weights", "1,0.3,1"], f"{ALONE}: --weights has no effect"),
     ],
 )
-def test_labels_that_cannot_be_learned_are_named(
-    refused, decoder_folder, tmp_path, train, test, problem
+def test_flags_that_say_nothing_of_a_dense_model_are_named(
+    tercet, encoder_folder, files, flags, said
 ):
-    files = []
-    for name, text in (("train", train), ("test", test)):
-        (tmp_path / f"{name}.conll").write_text(text)
-        files += [f"--{name}", tmp_path / f"{name}.conll"]
-    assert problem in refused("probe", decoder_folder, *files)
+    words = ["eval", encoder_folder, files / "pairs.jsonl", "--no-bm25"]
+    ended = tercet(*words, *flags)
+    lines = [line for line in ended.err.splitlines() if "vectors only" in line]
+    if said is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and lines[0].startswith(f"{encoder_folder}: {said}")
+    plain = tercet(*words).out.splitlines()[2]
+    assert cells(ended.out.splitlines()[2])[1:] == cells(plain)[1:]
 
 
-def test_a_column_that_holds_no_labels_is_named(refused, decoder_folder, labelled):
-    words = ["probe", decoder_folder, "--train", labelled, "--test", labelled, "--column"]
-    assert refused(*words, "4").startswith(f"{labelled}:1: has 3 columns, and none of them is col")
-    assert refused(*words, "1").startswith("column 1 holds no labels")
-    assert refused(*words, "2") == (
-        "the training sentences have only one label, 'x'; a probe needs at least two labels"
+def test_a_dense_model_beside_one_of_all_kinds_is_said_to_be_measured_by_dense_alone(
+    tercet, of_all_kinds, encoder_folder, files
+):
+    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--against", encoder_folder, "--no-bm25"]
+    ended = tercet(*words, "--kinds", "sparse", "--weights", "1,1,1", "--protocol", "reference")
+    assert (
+        f"{encoder_folder}: {ALONE}: --kinds and --weights and --protocol have no effect"
+        in ended.err
     )
+    one = f"{of_all_kinds}: measured by sparse vectors only: --weights has no effect"
+    assert one in ended.err.splitlines()
 
 
-def test_diagnose_shows_how_much_of_its_dictionary_each_head_uses(tercet, decoder_folder, tmp_path):
-    layer = LayerSettings(latents=6, heads=2, init="normal")
-    Embedder.load(decoder_folder, attention="bidirectional", layer=layer).save(tmp_path / "model")
-    triples = tmp_path / "triples.jsonl"
-    words = {"prefix": "the editor", "query": " for mail", "positive": " of mail"}
-    triples.write_text(json.dumps(words | {"negative": " for music"}) + "\n")
-    out = tmp_path / "out"
-    ended = tercet("diagnose", tmp_path / "model", "--triples", triples, "--out", out)
+def test_only_weights_of_kinds_that_are_measured_are_shown(tercet, of_all_kinds, files):
+    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--no-bm25"]
+    ended = tercet(*words, "--kinds", "dense,sparse", "--weights", "1,0.5,2")
+    assert "weights: dense 1, sparse 0.5\n" in ended.err
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+
+def flag_folder(folder, *splits, answers=False):
+    """FlagEmbedding's layout: the sentences, each asked for by its last word."""
+    folder.mkdir()
+    corpus = [{"id": str(i), "text": text} for i, text in enumerate(SENTENCES)]
+    write(folder / "corpus.jsonl", *corpus)
+    for size, split in enumerate(splits, start=5):
+        asked = [{"id": f"q{i}", "text": SENTENCES[i].split()[-1]} for i in range(size)]
+        judged = [{"qid": f"q{i}", "docid": str(i), "relevance": 1} for i in range(size)]
+        held = [{**each, "answers": [each["text"].upper()]} for each in asked]
+        write(folder / f"{split}_queries.jsonl", *(held if answers else asked))
+        if not answers:
+            write(folder / f"{split}_qrels.jsonl", *judged)
+    return folder
+
+
+def test_a_folder_of_flagembedding_is_measured_by_its_split(
+    tercet, refused, encoder_folder, files, tmp_path
+):
+    folder = flag_folder(tmp_path / "set", "dev", "test")
+    words = ["eval", encoder_folder, folder, "--no-bm25"]
+    assert "set: has the splits dev, test; name one (--split)" in refused(*words)
+    assert "has no split 'train'" in refused(*words, "--split", "train")
+    for split, queries in (("dev", 5), ("test", 6)):
+        out = tercet(*words, "--split", split).out
+        assert out.startswith(f"{queries} queries, 12 documents\n")
+    pairs = ["eval", encoder_folder, files / "pairs.jsonl", "--split", "dev"]
+    assert "--split applies to folders only" in refused(*pairs)
+
+
+def test_queries_with_answers_are_measured_by_what_holds_them(
+    tercet, refused, of_all_kinds, tmp_path
+):
+    folder = flag_folder(tmp_path / "set", "test", answers=True)
+    lines = tercet("eval", of_all_kinds, folder).out.splitlines()
+    assert cells(lines[1]) == ["model", "answer@20", "answer@100"]
+    rows = {row[0]: row[1:] for row in map(cells, lines[2:11])}
+    assert rows["BM25"][0].startswith("1.000")  # it finds the document by the word asked for
+    assert list(rows)[:7] == [f"{of_all_kinds} {each}" for each in SEVEN]
+    assert all(figure.startswith("1.000") for figure in rows[f"{of_all_kinds} dense"])
+    said = refused("tune-weights", of_all_kinds, folder, "--split", "test")
+    assert "set: its queries have answers but no judged documents, which tune-weights" in said
+
+
+# --- documents in codes ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_model(encoder_folder, tmp_path):
+    Embedder.load(encoder_folder, dims=(16,)).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_eval_measures_documents_in_codes(tercet, short_model, files, tmp_path):
+    figures = tmp_path / "figures.json"
+    words = [
+        "eval",
+        short_model,
+        files / "pairs.jsonl",
+        "--no-bm25",
+        "--dims",
+        "16",
+        "--json",
+        figures,
+    ]
+    ended = tercet(*words, "--precision", "int4")
+    assert ended.status == 0
+    assert f"{short_model}: documents in int4, 8 bytes each, queries in full; range " in ended.err
+    assert "learned from these documents, not from queries" in ended.err
+    found = json.loads(figures.read_text())["search"][str(short_model)]
+    assert (found["bytes"], found["dims"], found["learned_here"]) == (8, 16, True)
+    tercet("calibrate", short_model, files / "texts.txt", "--save")
+    again = tercet(*words, "--precision", "int4")
+    kept = Embedder.load(short_model).settings.ranges[16].int4
+    assert f"range {kept:.4f}, saved with the model" in again.err
+    assert json.loads(figures.read_text())["search"][str(short_model)]["limit"] == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--weights", "1,1,1"], "applies to dense vectors only; remove --weights"),
+        (["--kinds", "dense,sparse"], "dense, sparse are measured; add --kinds dense"),
+        ([], "dense, sparse, multi are measured; add --kinds dense"),
+    ],
+)
+def test_codes_are_of_dense_vectors(refused, encoder_folder, files, tmp_path, words, problem):
+    Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(tmp_path / "kinds")
+    command = ["eval", tmp_path / "kinds", files / "pairs.jsonl", "--precision", "int8"]
+    assert problem in refused(*command, *words)
+
+
+def test_dense_vectors_of_a_model_with_others_can_be_measured_in_codes(
+    tercet, encoder_folder, files, tmp_path
+):
+    Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(tmp_path / "kinds")
+    command = ["eval", tmp_path / "kinds", files / "pairs.jsonl", "--precision", "binary"]
+    ended = tercet(*command, "--kinds", "dense", "--no-bm25")
+    assert ended.status == 0 and "documents in binary, 8 bytes each" in ended.err
+
+
+def test_sets_without_documents_are_not_measured_in_codes(refused, short_model, tmp_path):
+    pairs = [{"text1": "a b", "text2": "c", "score": i} for i in range(3)]
+    file = write(tmp_path / "pairs.jsonl", *pairs)
+    told = refused("eval", short_model, file, "--precision", "int4")
+    assert "is not a retrieval set" in told and "codes of --precision do not apply" in told
+
+
+# --- a folder of sets in several languages --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def language_sets(tmp_path_factory):
+    """Sets in German, French and Korean, from Korean to English, and in all of them."""
+    folder = tmp_path_factory.mktemp("suite")
+    rows = [{"query": text.split()[-1], "positives": [text]} for text in SENTENCES]
+    for lang, some in (("de", rows[:4]), ("fr", rows[4:8]), ("ko", rows[:6])):
+        write(folder / f"{lang}.jsonl", *some)
+    for name in ("ko-en", "mixed"):
+        (folder / name).mkdir()
+        known = [(i, text, ("de", "fr", "ko")[i % 3]) for i, text in enumerate(SENTENCES)]
+        langs = {} if name == "ko-en" else {i: {"lang": lang} for i, _, lang in known}
+        write(
+            folder / name / "corpus.jsonl",
+            *({"_id": f"d{i}", "text": text} | langs.get(i, {}) for i, text, _ in known),
+        )
+        write(
+            folder / name / "queries.jsonl",
+            *(
+                {"_id": f"q{i}", "text": t[:9]} | langs.get(i + 1, langs.get(0, {}))
+                for i, t, _ in known
+            ),
+        )
+        write(
+            folder / name / "qrels.jsonl",
+            *({"qid": f"q{i}", "docid": f"d{i}", "score": 1} for i, *_ in known),
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_folder(encoder_folder, tmp_path_factory):
+    """A second model: the first with fewer layers."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    Embedder.load(encoder_folder, keep_layers=1).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(language_sets, encoder_folder, other_folder):
+    """What the two models are worth, set by set."""
+    return [
+        {each.name: each for each in measure_sets(Embedder.load(model), sets_in(language_sets))}
+        for model in (encoder_folder, other_folder)
+    ]
+
+
+def test_every_set_is_measured_and_averages_never_cross_an_axis(
+    tercet, language_sets, encoder_folder, other_folder, expected, tmp_path
+):
+    file, plot = tmp_path / "figures.json", tmp_path / "figures.png"
+    ended = tercet(
+        *("eval", encoder_folder, language_sets, "--against", other_folder, "--seen", "de, fr"),
+        *("--seed", 3, "--json", file, "--plot", plot),
+    )
     assert ended.status == 0, ended.err
-    shown = [line.split() for line in ended.out.splitlines() if line.startswith(("head ", "all "))]
-    assert [row[:2] for row in shown] == [["head", "1"], ["head", "2"], ["all", "heads"]]
-    assert all(0 < float(row[4]) <= 1 for row in shown)
-    assert (out / "latents.png").stat().st_size > 1_000
+    lines = [cells(line) for line in ended.out.splitlines()]
+    one, two = expected
+    for name, each in one.items():
+        (row,) = [line for line in lines if line[:2] == [name, each.axis]]
+        gain = paired_difference(each.scores["ndcg@10"], two[name].scores["ndcg@10"], seed=3)
+        assert f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]" in row
+        assert row[2:4] == [each.languages, str(len(each.langs))]
+    alone = [each for each in one.values() if each.axis == "monolingual"]
+    ours = averages(cells_of(alone, lambda it: it.scores["ndcg@10"], seed=3), seen=["de", "fr"])
+    for row, figure, lang in ours.rows():
+        (line,) = [
+            line for line in lines if line[0] == f"monolingual: {row}" and "+" not in line[1]
+        ]
+        assert line[1] == f"{figure} {lang}".strip()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(file.read_text())
+    assert set(record["averages"]) == {"monolingual", "cross-lingual", "mixed"}
+    figures = record["averages"]["monolingual"]["figures"][str(encoder_folder)]
+    assert figures["unseen"]["mean"] == pytest.approx(figures["languages"]["ko"]["mean"])
+    assert figures["over_families"]["mean"] == pytest.approx(ours.over_families.mean)
+
+
+def test_the_record_says_under_which_conditions_each_figure_was_measured(
+    tercet, language_sets, encoder_folder, expected, tmp_path
+):
+    file = tmp_path / "figures.json"
+    how = ("--dims", 8, "--precision", "int8", "--query-tokens", 7, "--json", file)
+    assert tercet("eval", encoder_folder, language_sets, *how).status == 0
+    record = json.loads(file.read_text(), parse_constant=pytest.fail)  # no NaN
+    model = record["models"][str(encoder_folder)]
+    assert (model["dims"], model["stored"], model["query_tokens"]) == (8, "int8", 7)
+    assert model["prompts"] == {} and model["weights"] == "float32"
+    assert {"torch", "transformers", "bm25s"} <= set(record["versions"]) and record["seed"] == 0
+    assert set(record["sets"]) == set(expected[0])
+    of_mixed = record["sets"]["mixed"]["results"]
+    assert set(of_mixed) == {str(encoder_folder), "BM25", "BM25 of 3 letters"}
+    assert set(of_mixed["BM25"]["languages"]) == {"de", "fr", "ko"}
+
+
+def test_language_bias_is_shown_for_every_system_and_for_each_language_of_the_first(
+    tercet, language_sets, encoder_folder, expected
+):
+    ended = tercet("eval", encoder_folder, language_sets)
+    rows = [cells(line) for line in ended.out.splitlines()]
+    shown = {(row[0], row[2]): row[3:] for row in rows if row[1:2] == ["mixed"] and len(row) > 6}
+    assert set(shown) >= {
+        *((str(encoder_folder), lang) for lang in ("all", "de", "fr", "ko")),
+        ("BM25", "all"),
+    }
+    found = language_bias(expected[0]["mixed"], "ndcg@10")
+    assert found is not None and not math.isnan(found.bias.mean)
+    bias = f"{found.bias.mean:+.3f} [{found.bias.low:+.3f}, {found.bias.high:+.3f}]"
+    last = shown[str(encoder_folder), "all"]
+    assert last[-3:] == [f"{found.same:.3f}", f"{found.chance:.3f}", bias]
+
+
+def test_a_set_whose_language_nothing_tells_is_said_to_be_in_no_average(
+    tercet, encoder_folder, tmp_path
+):
+    write(tmp_path / "lost.jsonl", {"query": "maps", "positives": [SENTENCES[3]]})
+    ended = tercet("eval", encoder_folder, tmp_path, "--no-bm25")
+    assert "lost: of unknown language, so left out of all averages" in ended.err
+    assert [cells(line)[:2] for line in ended.out.splitlines()[1:]] == [["lost", "unknown"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--kinds", "dense"), "--kinds does not apply to a folder of sets; remove it"),
+        (("--per-label", "3"), "--per-label does not apply to a folder of sets; remove it"),
+    ],
+)
+def test_what_does_not_apply_to_a_folder_of_sets_is_refused(
+    refused, encoder_folder, language_sets, words, said
+):
+    assert refused("eval", encoder_folder, language_sets, *words) == said
+
+
+def test_what_says_nothing_of_a_single_set_is_refused(
+    refused, encoder_folder, language_sets, tmp_path
+):
+    said = refused("eval", encoder_folder, language_sets / "de.jsonl", "--seen", "de")
+    assert said == "--seen does not apply to a single set; remove it"
+    said = refused("eval", encoder_folder)
+    assert said == "give either data to measure on, or --mteb with a task"
+
+
+def test_a_folder_of_one_set_is_measured_as_before(tercet, encoder_folder, language_sets):
+    ended = tercet("eval", encoder_folder, language_sets / "ko-en", "--no-bm25")
+    assert ended.out.splitlines()[0] == "12 queries, 12 documents"
+
+
+# --- tasks of mteb --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_tasks(monkeypatch):
+    """One task that is run, and one that is skipped; mteb itself is not needed."""
+    found = TaskScore(
+        "SciFact", "default", ("eng-Latn",), "test", "1", "ndcg_at_10", 0.25, (("recall@100", 0.5),)
+    )
+    away = TaskScore("NFCorpus", skipped="the hub cannot be reached (no network)")
+    monkeypatch.setattr(ours, "named_tasks", lambda names: list(names))
+    monkeypatch.setattr(ours, "as_mteb", lambda embedder, name, dims: dims)
+    monkeypatch.setattr(ours, "run_tasks", lambda model, tasks: iter([found, away][: len(tasks)]))
+
+
+def test_scores_are_shown_and_what_was_skipped_is_said_and_both_are_written(
+    tercet, encoder_folder, two_tasks, tmp_path
+):
+    file = tmp_path / "figures.json"
+    tasks = ("--mteb", "SciFact", "--mteb", "NFCorpus")
+    ended = tercet("eval", encoder_folder, *tasks, "--dims", 8, "--json", file)
+    assert ended.status == 0
+    assert ended.out.split()[-4:] == ["default", "ndcg_at_10", "0.250", "0.500"]
+    assert "NFCorpus: skipped: the hub cannot be reached (no network)" in ended.err
+    record = json.loads(file.read_text(), parse_constant=pytest.fail)  # no NaN
+    rows = record["results"][str(encoder_folder)]
+    assert [(row["task"], row["score"]) for row in rows] == [("SciFact", 0.25), ("NFCorpus", None)]
+    assert record["models"][str(encoder_folder)]["dims"] == 8
+    assert record["models"][str(encoder_folder)]["query_tokens"] > 0
+    assert "torch" in record["versions"]
+
+
+def test_nothing_is_shown_where_all_were_skipped(tercet, encoder_folder, monkeypatch, two_tasks):
+    away = TaskScore("SciFact", skipped="the hub cannot be reached")
+    monkeypatch.setattr(ours, "run_tasks", lambda model, tasks: iter([away]))
+    ended = tercet("eval", encoder_folder, "--mteb", "SciFact")
+    assert (ended.status, ended.out) == (0, "")
+
+
+def test_a_task_takes_the_place_of_data(refused, encoder_folder, files):
+    said = refused("eval", encoder_folder, files / "pairs.jsonl", "--mteb", "SciFact")
+    assert said == "give either data to measure on, or --mteb with a task"
+    said = refused("eval", encoder_folder, "--mteb", "SciFact", "--precision", "int4")
+    assert said == "--precision does not apply to --mteb; remove it"

@@ -3,7 +3,7 @@ from typing import cast
 
 import pytest
 
-from tercet.curate.mining.mine import Mining, mine
+from tercet.curate.mining.miner import Mining, mine
 from tercet.curate.mining.nearness import By
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import iter_examples, open_source

@@ -127,3 +127,36 @@ def test_a_model_gets_another_ones_tokenizer_and_says_what_that_costs_each_langu
     made = Embedder.load(out)
     assert len(made.tokenizer.stock) == len(Embedder.load(decoder_folder).tokenizer.stock)
     assert "exists already, and this would replace it" in refused(*words)
+
+
+# --- calibrate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_model(encoder_folder, tmp_path):
+    Embedder.load(encoder_folder, dims=(16,)).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_ranges_are_learned_shown_and_kept(tercet, short_model, files):
+    shown = tercet("calibrate", short_model, files / "texts.txt")
+    rows = [cells(line) for line in shown.out.splitlines()]
+    assert rows[0] == ["coordinates", "codes", "range", "beyond it", "error", "bytes"]
+    wanted = [("64", "int8", "64"), ("64", "int4", "32"), ("64", "binary", "8")]
+    wanted += [("16", "int8", "16"), ("16", "int4", "8"), ("16", "binary", "2")]
+    assert [(row[0], row[1], row[5]) for row in rows[1:]] == wanted
+    assert "12 texts are few" in shown.err and "nothing was saved" in shown.err
+    assert Embedder.load(short_model).settings.ranges == {}
+    kept = tercet("calibrate", short_model, files / "texts.txt", "--save", "--dims", "8")
+    assert kept.out.endswith(f"{short_model}: saved these ranges\n")
+    assert "was not trained to be cut to 8 coordinates" in kept.err
+    ranges = Embedder.load(short_model).settings.ranges
+    assert list(ranges) == [8] and len(ranges[8].centre) == 8
+    assert f"{ranges[8].int4:.4f}" == cells(kept.out.splitlines()[2])[2]
+
+
+def test_what_cannot_be_learned_is_told(refused, encoder_folder, short_model, files, tmp_path):
+    write(tmp_path / "blank.jsonl", {"text": " "})
+    assert "contains no text" in refused("calibrate", short_model, tmp_path / "blank.jsonl")
+    told = refused("calibrate", encoder_folder, files / "texts.txt", "--save")
+    assert "so ranges of codes cannot be kept there" in told

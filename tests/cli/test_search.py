@@ -7,8 +7,9 @@ import pytest
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import Ranges
-from tercet.rank.scoring import scores_of, weighted_scores
+from tercet.rank.scoring import scores_of
 from tests.cli.lines import cells, write
+from tests.rank.formulas import weighted_scores
 from tests.toy import SENTENCES
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.curate.mining import documents as mining_documents
+from tercet.curate.mining import document_pools as mining_documents
 from tercet.curate.mining import relevant as mining_relevant
-from tercet.curate.mining.documents import Pool, TextStore
-from tercet.curate.mining.mine import Mining, mine
+from tercet.curate.mining.document_pools import Pool, TextStore
+from tercet.curate.mining.miner import Mining, mine
 from tercet.curate.mining.rules import ABSENT, LEFT, TOO_CLOSE, MiningRule, judge
 from tercet.data.batches.relation import relation_of
 from tercet.data.files.sources import iter_examples, open_source, write_examples

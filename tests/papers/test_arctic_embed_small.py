@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.rank.quantized import Quantizer, Ranges, bytes_of, inner_products, truncated
+from tercet.rank.quantized import Quantizer, Ranges, bytes_of, truncated
 from tercet.search.engine.engine import Record
 from tercet.search.exact.exact_engine import ExactEngine
 from tercet.vectors import Vectors
+from tests.rank.formulas import inner_products
 
 CLIPS = {"int8": 0.30, "int4": 0.18}  # published, for 256 dimensions
 
@@ -20,8 +21,8 @@ def unit(count, seed, dims=256):
 
 
 @pytest.mark.parametrize("precision", CLIPS)
-def test_a18_the_inner_product_of_codes_is_the_published_identity(precision):
-    """<x, y> = c^2 <u, v> - c b (sum u + sum v) + dims b^2, with codes worked out here."""
+def test_the_inner_product_of_codes_is_the_published_identity(precision):
+    """Trap A18 of Arctic-Embed: <x, y> = c^2 <u, v> - c b (sum u + sum v) + dims b^2."""
     bits, b = {"int8": 8, "int4": 4}[precision], CLIPS[precision]
     left, right = unit(30, 0), unit(40, 1)
     step = 2 * b / (2**bits - 1)
@@ -37,9 +38,10 @@ def test_a18_the_inner_product_of_codes_is_the_published_identity(precision):
 
 
 @pytest.mark.parametrize(("precision", "size"), [("int8", 256), ("int4", 128)])
-def test_a18_a_vector_of_256_dimensions_has_so_many_bytes_in_memory_and_on_the_disk(
+def test_a_vector_of_256_dimensions_has_the_published_size_in_memory_and_on_disk(
     precision, size, tmp_path
 ):
+    """Trap A18 of Arctic-Embed."""
     docs = truncated(unit(500, 2, dims=384), 256)
     assert Ranges.learned(docs).quantizer(precision).codes(docs).packed.nbytes == 500 * size
     assert bytes_of(precision, 256) == size
@@ -52,7 +54,8 @@ def test_a18_a_vector_of_256_dimensions_has_so_many_bytes_in_memory_and_on_the_d
 
 
 @pytest.mark.parametrize(("precision", "lowest", "highest"), [("int8", -128, 127), ("int4", 0, 15)])
-def test_a18_codes_end_at_the_clip_and_what_is_beyond_becomes_its_edge(precision, lowest, highest):
+def test_codes_end_at_the_clip_and_values_beyond_it_are_clipped(precision, lowest, highest):
+    """Trap A18 of Arctic-Embed."""
     b = CLIPS[precision]
     quantizer = Quantizer(precision, b)
     near = quantizer.step / 2 * 0.99  # of the edge: still rounds to it

@@ -40,7 +40,8 @@ def drawn(sampler, sources, world):
 PLAN = BatchPlan(batch_size=8, seed=5, epochs=2)
 
 
-def test_a15_every_batch_has_one_source_and_language_and_every_row_comes_once(folder):
+def test_every_batch_has_one_source_and_language_and_every_row_comes_once(folder):
+    """Trap A15 of Arctic-Embed."""
     sources = open_sources(folder)
     assert len(sources) == 6
     batches = list(drawn(Sampler(sources, PLAN), sources, 1))
@@ -54,7 +55,8 @@ def test_a15_every_batch_has_one_source_and_language_and_every_row_comes_once(fo
         assert set(seen) <= every
 
 
-def test_a15_the_order_differs_by_epoch(folder):
+def test_the_order_differs_by_epoch(folder):
+    """Trap A15 of Arctic-Embed."""
     sources = open_sources(folder)
     batches = list(drawn(Sampler(sources, PLAN), sources, 1))
     first, second = batches[: len(batches) // 2], batches[len(batches) // 2 :]
@@ -69,7 +71,8 @@ def test_a15_the_order_differs_by_epoch(folder):
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (2, 1), (4, 2)])
-def test_a15_a_resumed_run_draws_the_same_next_batch_also_in_another_world(folder, before, after):
+def test_a_resumed_run_draws_the_same_next_batch_also_in_another_world(folder, before, after):
+    """Trap A15 of Arctic-Embed."""
     sources = open_sources(folder)
     whole = list(drawn(Sampler(sources, PLAN), sources, 1))
     for done in (0, 1, 7, len(whole) // 2, len(whole) - 2, len(whole)):
@@ -82,7 +85,8 @@ def test_a15_a_resumed_run_draws_the_same_next_batch_also_in_another_world(folde
         assert list(drawn(other, opened, after)) == whole[done:]
 
 
-def test_a15_a_run_does_not_go_on_when_a_shard_has_changed(folder):
+def test_a_run_does_not_go_on_when_a_shard_has_changed(folder):
+    """Trap A15 of Arctic-Embed."""
     sources = open_sources(folder)
     sampler = Sampler(sources, PLAN)
     sampler.next_batch()
@@ -93,7 +97,8 @@ def test_a15_a_run_does_not_go_on_when_a_shard_has_changed(folder):
         Sampler(open_sources(folder), PLAN).restore(sampler.state())
 
 
-def test_a15_the_rows_of_a_source_come_in_windows_of_few_row_groups(tmp_path, monkeypatch):
+def test_the_rows_of_a_source_come_in_windows_of_few_row_groups(tmp_path, monkeypatch):
+    """Trap A15 of Arctic-Embed."""
     monkeypatch.setattr(files, "ROWS_PER_GROUP", 64)
     for shard in range(4):
         rows = [Example(f"{shard} {i}", ("p",)) for i in range(1024)]
@@ -109,7 +114,8 @@ def test_a15_the_rows_of_a_source_come_in_windows_of_few_row_groups(tmp_path, mo
         assert len(set(window.tolist())) == 8
 
 
-def test_a9_token_ids_above_65535_survive_the_token_cache(folder, monkeypatch, tmp_path):
+def test_token_ids_above_65535_survive_the_token_cache(folder, monkeypatch, tmp_path):
+    """Trap A9 of Arctic-Embed."""
     monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
 
     def tokenize(texts, role, prompts):

@@ -26,6 +26,7 @@ from tercet.rank.scoring import late_interaction, lexical_scores, scores_of
 from tercet.types import InBatch, Packed
 from tercet.vectors import TokenRows, Vectors
 from tests.oracles import terms_of
+from tests.rank.formulas import with_padded_rows
 from tests.toy import pack
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/flagembedding"
@@ -134,12 +135,12 @@ def test_sums_are_the_references_once_divided_by_their_weights(vectors):
         np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
 
 
-def test_a_flag_repeats_the_padded_rows_of_the_references_batches_b2(vectors):
+def test_rows_of_zeros_repeat_the_padding_of_the_references_batches_b2(vectors):
     """In a batch the reference lets rows of padding compete, and a pair's score changes."""
     queries, documents = sides(vectors)
     assert queries.multi is not None and documents.multi is not None
     exact = late_interaction(queries.multi, documents.multi).diagonal()
-    padded = late_interaction(queries.multi, documents.multi, padded_rows=True).diagonal()
+    padded = late_interaction(queries.multi, with_padded_rows(documents.multi)).diagonal()
     together = np.array(RECORD["scores"]["colbert"])
     alone = np.array([scores["colbert"][0] for scores in RECORD["scores_alone"]])
     np.testing.assert_allclose(padded.numpy(), together, atol=1e-5)
@@ -155,7 +156,7 @@ def test_a_score_does_not_depend_on_the_documents_beside_it_b2():
     beside = TokenRows(rows, torch.tensor([0, 1, 4]))
     assert late_interaction(query, alone).item() == pytest.approx(-0.6)
     assert late_interaction(query, beside)[0].tolist() == pytest.approx([-0.6, 0.0])
-    padded = late_interaction(query, beside, padded_rows=True)[0]
+    padded = late_interaction(query, with_padded_rows(beside))[0]
     assert padded.tolist() == pytest.approx([0.0, 0.0])  # a row of zeros beats -0.6
 
 
@@ -178,7 +179,8 @@ def scores(embedder: Embedder, name: str, *, padded_rows: bool = False) -> dict[
     made = made.with_tensors([F.normalize(made.dense, dim=1), *made.tensors()[1:]])
     asked, found = made.take(slice(0, queries)), made.take(slice(queries, len(made)))
     assert asked.multi is not None and found.multi is not None
-    multi = late_interaction(asked.multi, found.multi, padded_rows=padded_rows)
+    docs = with_padded_rows(found.multi) if padded_rows else found.multi
+    multi = late_interaction(asked.multi, docs)
     return {
         "dense": scores_of("dense", asked, found) / TEMPERATURE,
         "sparse": scores_of("sparse", asked, found) / TEMPERATURE,

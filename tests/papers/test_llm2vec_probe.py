@@ -62,7 +62,7 @@ OPENED: dict[str, dict[str, Any]] = {
     "stablelm": GROUPED,
     "ministral": WIDE,
 }
-NO_ATTENTION = "cannot be packed, nor be turned both ways; use a model with a standard"
+NO_ATTENTION = "cannot be packed or made bidirectional; use a model with a standard"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama4_text": (
         {**WIDE, "num_local_experts": 2, "intermediate_size_mlp": 96, "attention_chunk_size": 64},
@@ -104,7 +104,8 @@ def moved_by_the_last_token(states_of) -> Tensor:
 
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("kind", OPENED)
-def test_01_the_probe_passes_and_a_token_sees_the_next_one_only_both_ways(kind, attention):
+def test_the_probe_passes_and_a_token_sees_the_next_one_only_both_ways(kind, attention):
+    """Test 1 of LLM2Vec."""
     backbone = Backbone(random_model(config_of(kind, **OPENED[kind])), attention=attention)
     probe(backbone)
     moved = moved_by_the_last_token(lambda ids: backbone(pack(ids)))
@@ -114,7 +115,8 @@ def test_01_the_probe_passes_and_a_token_sees_the_next_one_only_both_ways(kind, 
 
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("kind", REFUSED)
-def test_01_a_model_that_cannot_be_opened_up_is_refused_with_the_reason(kind, attention):
+def test_a_model_that_cannot_be_opened_up_is_refused_with_the_reason(kind, attention):
+    """Test 1 of LLM2Vec."""
     more, reason = REFUSED[kind]
     with pytest.raises(ModelError, match=reason):
         probe(Backbone(random_model(config_of(kind, **more)), attention=attention))
@@ -122,8 +124,8 @@ def test_01_a_model_that_cannot_be_opened_up_is_refused_with_the_reason(kind, at
 
 @pytest.mark.parametrize(("kind", "sees"), [("nemotron", False), ("llama", True)])
 @pytest.mark.parametrize("modules", [False, True])
-def test_01_the_switch_in_the_config_alone_leaves_nemotron_causal(kind, sees, modules):
-    """Which is why ``Backbone`` sets both, and looks at numbers."""
+def test_the_switch_in_the_config_alone_leaves_nemotron_causal(kind, sees, modules):
+    """Test 1 of LLM2Vec: which is why ``Backbone`` sets both, and looks at numbers."""
     model = random_model(config_of(kind, **GROUPED))
     model.set_attn_implementation("sdpa")
     open_up(model, modules=modules)
@@ -131,7 +133,8 @@ def test_01_the_switch_in_the_config_alone_leaves_nemotron_causal(kind, sees, mo
     assert bool(moved[:-1].max() > 1e-3) == (sees or modules)
 
 
-def test_01_the_probe_refuses_a_model_whose_switches_were_turned_back():
+def test_the_probe_refuses_a_model_whose_switches_were_turned_back():
+    """Test 1 of LLM2Vec."""
     backbone = Backbone(random_model(config_of("qwen2", **GROUPED)), attention="bidirectional")
     backbone.config.is_causal = True
     for module in backbone.modules():
@@ -143,7 +146,8 @@ def test_01_the_probe_refuses_a_model_whose_switches_were_turned_back():
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @torch.no_grad()
-def test_03_packed_equals_separate_and_positions_alone_do_not(kind):
+def test_packed_equals_separate_and_positions_alone_do_not(kind):
+    """Test 3 of LLM2Vec."""
     config = config_of(kind, **OPENED[kind])
     texts = random_texts(7, 12, 3, vocabulary=VOCABULARY)
     row, positions = torch.cat(texts)[None], torch.cat([torch.arange(len(x)) for x in texts])[None]
@@ -174,7 +178,8 @@ def padded(model: Any, texts: list[Tensor], *, left: bool, pad: int, positions: 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
-def test_04_either_side_of_padding_and_any_pad_token_give_what_packing_gives(kind):
+def test_either_side_of_padding_and_any_pad_token_give_what_packing_gives(kind):
+    """Test 4 of LLM2Vec."""
     config = config_of(kind, **OPENED[kind])
     texts = random_texts(9, 4, 11, vocabulary=VOCABULARY)
     stock = open_up(random_model(config))
@@ -199,7 +204,8 @@ def test_04_either_side_of_padding_and_any_pad_token_give_what_packing_gives(kin
 )
 @pytest.mark.parametrize("layers", [1, 2])
 @torch.no_grad()
-def test_04_a_kept_window_reaches_as_far_as_layers_times_its_width(kind, more, reach, layers):
+def test_a_kept_window_reaches_as_far_as_layers_times_its_width(kind, more, reach, layers):
+    """Test 4 of LLM2Vec."""
     more = {**more, "num_hidden_layers": layers, "layer_types": ["sliding_attention"] * layers}
     if kind == "mistral":
         del more["layer_types"]

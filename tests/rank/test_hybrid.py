@@ -5,8 +5,13 @@ import torch
 from tercet.errors import ModelError
 from tercet.kinds import Weights
 from tercet.rank import hybrid as module
-from tercet.rank.hybrid import Ranked, kind_scores, lexical_sums, pair_scores, ranked
-from tercet.rank.scoring import late_interaction, lexical_scores
+from tercet.rank.hybrid import HybridHits, kind_scores, ranked
+from tercet.rank.scoring import (
+    late_interaction,
+    lexical_scores,
+    lexical_sums,
+    listed_late_interaction,
+)
 from tercet.vectors import Terms, Vectors
 from tests.evaluate.kinds import drawn, slow_scores
 
@@ -74,7 +79,7 @@ def test_what_shares_no_term_is_not_found_by_terms():
 def test_a_union_has_each_document_once():
     sums = {"dense": Weights(1.0, 0.0, 0.0), "sparse": Weights(0.0, 1.0, 0.0)}
     lists = ranked(QUERIES, blocks(DOCS, 40), sums, 5)
-    union = Ranked.union(list(lists.values()))
+    union = HybridHits.union(list(lists.values()))
     for query, rows in enumerate(union.rows.tolist()):
         inside = {row for each in lists.values() for row in each.rows[query].tolist()} - {-1}
         assert sorted(inside) == [row for row in rows if row >= 0]
@@ -95,7 +100,7 @@ def test_pairs_are_scored_like_all_of_them():
     everything = late_interaction(QUERIES.multi, DOCS.multi)
     found = torch.zeros(wanted.shape)
     for some in (torch.arange(0, 40, 2), torch.arange(1, 40, 2)):
-        found += pair_scores(QUERIES.multi, DOCS.multi.take(some), some, wanted)
+        found += listed_late_interaction(QUERIES.multi, DOCS.multi.take(some), some, wanted)
     expected = everything.gather(1, wanted.clamp_min(0)).masked_fill(wanted < 0, 0)
     torch.testing.assert_close(found, expected)
 

@@ -11,10 +11,10 @@ from tercet.rank.quantized import (
     Quantizer,
     Ranges,
     bytes_of,
-    inner_products,
     integer_product,
     truncated,
 )
+from tests.rank.formulas import inner_products
 
 RANGES = {"int8": 0.30, "int4": 0.18, "binary": 0.125}
 

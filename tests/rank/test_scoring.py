@@ -10,11 +10,11 @@ from tercet.rank.scoring import (
     lexical_scores,
     paired_scores,
     scores_of,
-    weighted_scores,
 )
 from tercet.segments import offsets_of
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests.losses.test_unified import leaves, made, slow_scores
+from tests.rank.formulas import weighted_scores, with_padded_rows
 
 
 def rows(*lengths: int, seed: int = 0) -> TokenRows:
@@ -73,10 +73,10 @@ def test_b2_late_interaction_is_that_of_each_pair_alone(block: int, monkeypatch)
         torch.testing.assert_close(one, other)
 
 
-def test_b2_the_flag_repeats_the_rows_of_zeros_of_the_reference():
+def test_a_row_of_zeros_a_document_repeats_the_padding_of_the_reference():
     """A document shorter than the longest cannot score below zero there."""
     queries, docs = rows(2, 1, seed=1), rows(1, 3, seed=2)
-    found = late_interaction(queries, docs, padded_rows=True)
+    found = late_interaction(queries, with_padded_rows(docs))
     for i, j in [(0, 0), (1, 0), (0, 1), (1, 1)]:
         query = queries.vectors[queries.offsets[i] : queries.offsets[i + 1]]
         doc = docs.vectors[docs.offsets[j] : docs.offsets[j + 1]]

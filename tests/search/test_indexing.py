@@ -110,7 +110,9 @@ def test_a_job_that_was_killed_goes_on_after_its_last_batch(tmp_path):
 
 def test_batches_of_long_documents_are_short(tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "CHARACTERS_AT_ONCE", 20)
-    sizes = [len(batch) for batch in indexing._batches(documents(8))]
+    sizes = [
+        len(batch) for batch in indexing.document_batches(documents(8), lambda it: len(it.text))
+    ]
     assert sizes == [4, 4]  # of six characters each
 
 

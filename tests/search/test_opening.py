@@ -91,8 +91,8 @@ def test_an_index_is_not_replaced_by_one_of_an_engine_whose_package_is_missing(
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    module = {"qdrant": "edge"}.get(engine, engine)
-    monkeypatch.delitem(sys.modules, f"tercet.search.qdrant_{module}", raising=False)
+    module = {"qdrant": "edge", "cluster": "server"}[engine]
+    monkeypatch.delitem(sys.modules, f"tercet.search.qdrant.{module}", raising=False)
     other = About(settings={}, engine=engine, **where)
     with pytest.raises(MissingExtraError, match=r"tercet\[qdrant\]"):
         make_engine(tmp_path / "index", other, fresh=True)

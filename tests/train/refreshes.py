@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tercet.curate.mining import documents as mining_documents
+from tercet.curate.mining import document_pools as mining_documents
 from tercet.curate.mining import relevant as mining_relevant
-from tercet.curate.mining.mine import Mining
+from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.recipes.finetune import finetune

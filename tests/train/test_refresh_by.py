@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tercet.curate.mining.mine import Mining, mine
+from tercet.curate.mining.miner import Mining, mine
 from tercet.curate.mining.nearness import By
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import Source, iter_examples

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tercet.curate.mining import documents as mining_documents
-from tercet.curate.mining.mine import Miner
+from tercet.curate.mining import document_pools as mining_documents
+from tercet.curate.mining.miner import Miner
 from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder

@@ -16,7 +16,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tercet.curate.mining.documents import TextStore
+from tercet.curate.mining.document_pools import TextStore
 from tercet.curate.mining.relevant import RelevantDocuments
 from tercet.data.batches.relation import hash_of
 from tercet.data.files.examples import nonblank, shown, text_of

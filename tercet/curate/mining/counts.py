@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from tercet.curate.mining.documents import SHARD, Pool
+from tercet.curate.mining.document_pools import SHARD, Pool
 from tercet.curate.mining.finders import Queries
 from tercet.evaluate.measures.bm25 import K1, B, WordsOf, by_words
 from tercet.files.atomic import clear_about

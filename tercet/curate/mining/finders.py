@@ -6,7 +6,7 @@ kind that counts, and ranks them by the weighted sum (arXiv 2402.03216, section 
 that one list lacks does not score zero there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from tercet.curate.mining import documents as mining_documents
-from tercet.curate.mining.documents import (
+from tercet.curate.mining import document_pools as mining_documents
+from tercet.curate.mining.document_pools import (
     Pool,
     check_finite,
     encode_pool,
@@ -32,7 +32,7 @@ from tercet.files.progress import Advance
 from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
-from tercet.rank.hybrid import Ranked, pair_scores, ranked
+from tercet.rank.hybrid import VectorBlocks, hybrid_ranking
 from tercet.rank.scoring import paired_scores
 from tercet.rank.topk import Hits
 from tercet.search.indexing import document_batches
@@ -128,7 +128,9 @@ class ByVectors:
         step = QUERIES_OF_TOKENS if "multi" in self.kinds else QUERIES
         for start in range(0, queries.count, step):
             some = np.arange(start, min(start + step, queries.count))
-            found = self._best(queries.read(pool, some), pool, k)
+            of_queries = queries.read(pool, some)
+            docs = _PoolVectors(self.shelf, pool)
+            found = hybrid_ranking(of_queries, docs, self.weights, k)
             width = found.rows.shape[1]
             sums = found.sums(self.weights)
             rows[some, :width] = found.rows.numpy()
@@ -156,47 +158,29 @@ class ByVectors:
             found[part] = total.numpy()
         return found
 
-    def _best(self, queries: Vectors, pool: Pool, k: int) -> Ranked:
-        """The best documents of queries, with their scores by every kind that counts."""
-        if len(self.kinds) == 1:
-            (kind,) = self.kinds
-            return ranked(queries, self._blocks(pool, self.kinds), {kind: self.weights}, k)[kind]
-        single: tuple[Kind, ...] = tuple(kind for kind in self.kinds if kind != "multi")
-        alone = {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in single}
-        lists = ranked(queries.only(single), self._blocks(pool, single), alone, k)
-        union = Ranked.union([lists[kind] for kind in single])
-        if "multi" in self.kinds:
-            union = self._with_multi(union, queries, pool)
-        return union.best(self.weights, k)
 
-    def _with_multi(self, few: Ranked, queries: Vectors, pool: Pool) -> Ranked:
-        """The same documents with their scores by token vectors too."""
-        assert queries.multi is not None
-        scores = torch.zeros(few.rows.shape)
-        needed = few.rows[few.rows >= 0].unique()
-        for rows, docs in self._blocks(pool, ("multi",), needed.numpy()):
-            assert docs.multi is not None
-            scores += pair_scores(queries.multi, docs.multi, rows, few.rows)
-        return Ranked((*few.kinds, "multi"), few.rows, torch.cat([few.parts, scores[None]]))
+@dataclass(frozen=True, slots=True)
+class _PoolVectors:
+    """The documents of a pool for a hybrid ranking; no block of vectors is kept."""
 
-    def _blocks(
-        self, pool: Pool, kinds: Sequence[Kind], rows: np.ndarray | None = None
-    ) -> Iterator[tuple[Tensor, Vectors]]:
-        """Rows of documents, all or these, and their vectors; none of a block is kept."""
-        wanted = np.arange(len(pool)) if rows is None else rows
-        step = _docs_together(kinds)
-        for start in range(0, len(wanted), step):
-            part = wanted[start : start + step]
-            yield torch.from_numpy(part), self.shelf.read(pool, part, kinds)
+    shelf: Shelf
+    pool: Pool
+
+    def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> VectorBlocks:
+        """Yield the vectors of these kinds of these documents, or of all."""
+        chosen = torch.arange(len(self.pool)) if rows is None else rows
+        for part in chosen.split(_docs_together(kinds)):
+            if len(part):
+                yield part, self.shelf.read(self.pool, part.numpy(), kinds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedShelf:
     """A teacher's vectors of several kinds, kept in a folder: the same texts are encoded once.
 
-    A shard of texts is a folder for each kind, named as in ``tercet.curate.mining.documents``. A
-    text is read once for all kinds that are not there yet, and no shard of token vectors lies in
-    memory.
+    A shard of texts is a folder for each kind, named as in
+    ``tercet.curate.mining.document_pools``. A text is read once for all missing kinds, and no shard
+    of token vectors is held in memory.
     """
 
     teacher: Embedder

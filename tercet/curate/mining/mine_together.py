@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import Runner
-from tercet.curate.mining.documents import SHARD
-from tercet.curate.mining.mine import WORK, Miner, Mining, MiningReport, outputs_of
+from tercet.curate.mining.document_pools import SHARD
+from tercet.curate.mining.miner import WORK, Miner, Mining, MiningReport, outputs_of
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.examples import example_record
 from tercet.data.files.sources import Source, write_records
@@ -79,7 +79,7 @@ class MineBlocksJob:
         return partial(self._do, self.shared.miner())
 
     def units(self) -> list[WorkUnit]:
-        """The blocks of all sources, in order."""
+        """Return the blocks of all sources, in order."""
         return [
             WorkUnit(
                 f"{number}/{start:012}",
@@ -109,7 +109,7 @@ _OF_SOURCE: Final = ("source", "rule")
 
 
 def mine_together(shared: SharedMining, out: Path, runner: Runner) -> list[MiningReport]:
-    """Do what :func:`tercet.curate.mining.mine.mine` does, in the processes of a runner.
+    """Do what :func:`tercet.curate.mining.miner.mine` does, in the processes of a runner.
 
     A run that was killed continues with the missing shards and blocks.
 

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from tercet.curate.mining.documents import Pool
+from tercet.curate.mining.document_pools import Pool
 from tercet.files.progress import Advance
 from tercet.models.settings import Settings
 from tercet.rank.topk import Hits

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt64
 
-from tercet.curate.mining.documents import SHARD, Pool, TextStore, text_key
+from tercet.curate.mining.document_pools import SHARD, Pool, TextStore, text_key
 from tercet.data.files.sources import Source
 from tercet.files.atomic import clear_about
 from tercet.files.progress import Bars, bar

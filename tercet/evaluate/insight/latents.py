@@ -1,4 +1,4 @@
-"""How tokens use the latents of a latent attention layer (NV-Embed, arXiv 2405.17428, section 3.1.2).
+"""How tokens use the latents of a latent attention layer (arXiv 2405.17428, section 3.1.2).
 
 Two numbers for each head show whether its dictionary is used: how much of it all tokens together
 attend to, and how much of it a single token does. Both are shares: the exponential of the entropy,

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tercet.evaluate.measures.kinds import KindsResult, ProtocolName, feasible, search_kinds
+from tercet.evaluate.measures.by_kind import KindsResult, ProtocolName, feasible, search_kinds
 from tercet.evaluate.measures.prompts import known_task, warn_unprompted
 from tercet.evaluate.measures.retrieval import encode_both, evaluate_retrieval
 from tercet.evaluate.sets.retrieval_set import RetrievalSet

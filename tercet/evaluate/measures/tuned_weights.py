@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from tercet.errors import RecipeError
+from tercet.evaluate.measures.by_kind import DEPTH, Corpus
 from tercet.evaluate.measures.embedder_kinds import CorpusEncoder
-from tercet.evaluate.measures.kinds import DEPTH, Corpus
 from tercet.evaluate.measures.prompts import known_task, warn_unprompted
 from tercet.evaluate.measures.retrieval import depth_of, evaluate_hits
 from tercet.evaluate.report.intervals import Interval, interval, paired_difference
@@ -31,7 +31,7 @@ from tercet.files.progress import bar
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import keep, require_settings
-from tercet.rank.hybrid import Ranked, ranked
+from tercet.rank.hybrid import HybridHits, each_alone, ranked
 from tercet.vectors import Vectors
 
 TuningMethod: TypeAlias = Literal["usual", "grid", "logistic"]
@@ -68,14 +68,13 @@ class Tuned:
         return paired_difference(self.scores["tuned"], self.scores[over], seed=seed)
 
 
-def candidates(queries: Vectors, corpus: Corpus, *, depth: int = DEPTH) -> Ranked:
+def candidates(queries: Vectors, corpus: Corpus, *, depth: int = DEPTH) -> HybridHits:
     """Return each query's best documents by each kind and by the usual sum, with all scores.
 
     A document outside of these lists, worse than ``depth`` others by every kind, is never ranked.
     """
-    alone = [Weights(1.0, 1.0, 1.0).only((kind,)) for kind in queries.kinds]
-    sums = {str(weights): weights for weights in [*alone, Weights()]}
-    return Ranked.union(list(ranked(queries, corpus.blocks(queries.kinds), sums, depth).values()))
+    sums = {**each_alone(queries.kinds), "usual": Weights()}
+    return HybridHits.union(ranked(queries, corpus.blocks(queries.kinds), sums, depth).values())
 
 
 def dev_candidates(
@@ -86,7 +85,7 @@ def dev_candidates(
     kinds: Sequence[Kind],
     depth: int,
     progress: bool = False,
-) -> Ranked:
+) -> HybridHits:
     """Encode a dev set and return the candidates of each query, with their scores by every kind.
 
     The prompts are those of the first task that the model knows, or the default ones.
@@ -101,7 +100,7 @@ def dev_candidates(
 
 def tune(
     data: RetrievalSet,
-    found: Ranked,
+    found: HybridHits,
     *,
     metric: str = "ndcg@10",
     folds: int = FOLDS,
@@ -138,12 +137,12 @@ def tune(
         weights, method, top = list(grid)[best], "grid" if best else "usual", table[best].mean()
     else:
         weights, method, top = fitted, "logistic", learned.mean()
-    alone = {kind: values(Weights(1.0, 1.0, 1.0).only((kind,))) for kind in found.kinds}
+    alone = {kind: values(weights) for kind, weights in each_alone(found.kinds).items()}
     scores = {**held_out, "usual": table[0], **alone}
     return Tuned(weights, method, metric, found.kinds, tuple(chosen), float(top), scores)
 
 
-def spreads(found: Ranked) -> dict[Kind, float]:
+def spreads(found: HybridHits) -> dict[Kind, float]:
     """Return the standard deviation of each kind's scores within a query's candidates; 1 for 0."""
     here = found.rows >= 0
     count = here.sum(dim=1, keepdim=True).clamp_min(1)
@@ -156,7 +155,7 @@ def spreads(found: Ranked) -> dict[Kind, float]:
 
 
 def logistic(
-    found: Ranked,
+    found: HybridHits,
     relevant: Bool[Tensor, "queries ranks"],
     spread: Mapping[Kind, float],
     chosen: Bool[np.ndarray, "queries"],
@@ -241,7 +240,7 @@ def _scaled(weights: Mapping[Kind, float]) -> Weights:
     return Weights(*(float(f"{weights.get(kind, 0.0) / most:.3g}") for kind in KINDS))
 
 
-def _scores_by_weights(data: RetrievalSet, found: Ranked, metric: str) -> ScoresByWeights:
+def _scores_by_weights(data: RetrievalSet, found: HybridHits, metric: str) -> ScoresByWeights:
     """Return a function from weights to the metric of each query."""
     depth = depth_of(metric)
 
@@ -252,7 +251,7 @@ def _scores_by_weights(data: RetrievalSet, found: Ranked, metric: str) -> Scores
     return values
 
 
-def _check(found: Ranked, relevant: Tensor, folds: int) -> None:
+def _check(found: HybridHits, relevant: Tensor, folds: int) -> None:
     if len(found.kinds) < 2:
         raise RecipeError(
             f"the model makes only {' and '.join(found.kinds)} vectors, so there are no weights to "

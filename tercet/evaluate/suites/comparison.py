@@ -7,8 +7,8 @@ from typing import Any, Final, TypeAlias
 
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import WordsOf, by_tokens_of
+from tercet.evaluate.measures.by_kind import KindsResult, ProtocolName
 from tercet.evaluate.measures.embedder_kinds import measure_kinds, tuned_weights
-from tercet.evaluate.measures.kinds import KindsResult, ProtocolName
 from tercet.evaluate.measures.prompts import drop_prompts, known_task, require_prompt
 from tercet.evaluate.measures.retention import Retained, measure_coded
 from tercet.evaluate.measures.retrieval import conditions, measure_bm25, versions
@@ -37,7 +37,7 @@ from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import Precision
 
-Load: TypeAlias = Callable[[str], Embedder]
+LoadModel: TypeAlias = Callable[[str], Embedder]
 Figures: TypeAlias = dict[str, dict[str, Interval]]
 """By the name of a system, then by metric."""
 
@@ -72,7 +72,7 @@ class ComparisonOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class SetComparison:
     """The figures of several systems on one set, and their differences to the first one."""
 
     size: str
@@ -97,8 +97,8 @@ class Comparison:
 
 
 def compare(
-    names: Sequence[str], load: Load, examined: EvaluationSet, options: ComparisonOptions
-) -> Comparison:
+    names: Sequence[str], load: LoadModel, examined: EvaluationSet, options: ComparisonOptions
+) -> SetComparison:
     """Measure models on a set one after the other, and compare each with the first.
 
     A first model with several kinds of vectors is compared kind by kind with its first one.
@@ -154,7 +154,7 @@ def _compared(
     within_first: bool,
     search: Mapping[str, dict[str, Any]],
     models: Mapping[str, dict[str, Any]],
-) -> Comparison:
+) -> SetComparison:
     first, *others = measured
 
     def difference(name: str, metric: str) -> Interval:
@@ -162,7 +162,7 @@ def _compared(
         after, before = (measured[each] for each in pair)
         return after.minus(before, metric, seed=seed)
 
-    return Comparison(
+    return SetComparison(
         examined.size,
         examined.metrics,
         {
@@ -375,7 +375,7 @@ def main_scores(each: SetScores) -> Any:
 
 def compare_by_language(
     names: Sequence[str],
-    load: Load,
+    load: LoadModel,
     locations: Sequence[SetLocation],
     options: ComparisonOptions,
 ) -> LanguageComparison:

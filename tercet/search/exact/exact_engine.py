@@ -5,9 +5,9 @@ are mapped into memory, and records are read for the hits alone: opening is inst
 may be larger than memory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -19,15 +19,31 @@ from jaxtyping import Int64
 
 from tercet.errors import IndexFolderError, ModelError, RecipeError
 from tercet.files.atomic import sole_writer
-from tercet.kinds import KINDS, Kind
+from tercet.kinds import KINDS, Kind, Weights
+from tercet.rank.hybrid import HybridHits, each_alone
 from tercet.rank.quantized import Ranges, Stored
 from tercet.search.engine.checks import check_queries, check_records, require_same, widths_of
-from tercet.search.engine.engine import Fusion, Hit, Record, Stats, Weighted, Where, counted
+from tercet.search.engine.engine import (
+    Fusion,
+    Hit,
+    ReciprocalRank,
+    Record,
+    Stats,
+    Weighted,
+    Where,
+    counted,
+)
+from tercet.search.engine.fusion import proposing, reciprocal_ranks, wanted, weighted_sum
 from tercet.search.exact import manifest as manifests
-from tercet.search.exact.manifest import Manifest, Precision
-from tercet.search.exact.merging import Part, merged_in_memory, part_of, segment_of, write_merged
-from tercet.search.exact.ranking import Ranked, rank
-from tercet.search.exact.scanning import View, blocks_of_queries
+from tercet.search.exact.manifest import Manifest, TokenPrecision
+from tercet.search.exact.merging import (
+    LivePart,
+    merged_in_memory,
+    part_of,
+    segment_of,
+    write_merged,
+)
+from tercet.search.exact.scanning import SegmentScan, SegmentView, blocks_of_queries
 from tercet.search.exact.segment import damaged
 from tercet.vectors import Vectors
 
@@ -53,7 +69,7 @@ class ExactEngine:
         self,
         folder: Path | str,
         *,
-        precision: Precision | None = None,
+        precision: TokenPrecision | None = None,
         stored: Stored | None = None,
         read_only: bool = False,
     ) -> None:
@@ -68,7 +84,9 @@ class ExactEngine:
         self.read_only = read_only
         self._open = ExitStack()
         self._lock = RLock()  # of what follows
-        self._places: dict[str, tuple[Part, int]] | None = None  # of each id, once they are needed
+        self._places: dict[str, tuple[LivePart, int]] | None = (
+            None  # of each id, once they are needed
+        )
         self._changed = False  # since the last commit
         if read_only:
             self._manifest, self._parts = _read(self.folder)
@@ -210,7 +228,7 @@ class ExactEngine:
                 f"{self.folder}: is closed, or was opened for reading only; open it to write"
             )
 
-    def _by_id(self) -> dict[str, tuple[Part, int]]:
+    def _by_id(self) -> dict[str, tuple[LivePart, int]]:
         """Where each id is; read when the first change or look-up needs it."""
         if self._places is None:
             self._places = {}
@@ -218,7 +236,7 @@ class ExactEngine:
                 self._place(part)
         return self._places
 
-    def _place(self, part: Part) -> None:
+    def _place(self, part: LivePart) -> None:
         assert self._places is not None
         for row, name in enumerate(part.segment.documents.ids()):
             if part.alive[row]:
@@ -261,7 +279,7 @@ class ExactEngine:
         folder = self.folder / f"segment-{self._written}"
         self._replace(start, part_of(write_merged(folder, self._parts[start:]), folder))
 
-    def _replace(self, start: int, part: Part | None) -> None:
+    def _replace(self, start: int, part: LivePart | None) -> None:
         self._parts[start:] = [] if part is None else [part]
         self._changed = True
         if part is not None and self._places is not None:
@@ -288,10 +306,10 @@ class ExactEngine:
             return [[] for _ in range(len(queries))]
         present: list[Kind] = [kind for kind in queries.kinds if kind in self._manifest.widths]
         kinds = counted(fusion, present)
-        found: list[list[Ranked]] = []
+        found: list[list[RankedRow]] = []
         queries = _as_compared(queries.only(present))
         for block in blocks_of_queries(queries, views):
-            found += rank(queries.take(block), views, fusion, kinds, k)
+            found += _ranked(SegmentScan(queries.take(block), views), fusion, kinds, k)
         rows = np.unique(np.array([hit.row for hits in found for hit in hits], np.int64))
         records = dict(zip(rows.tolist(), _records(views, rows), strict=True))
         self._check_scores(hit.score for hits in found for hit in hits)
@@ -342,16 +360,71 @@ class ExactEngine:
                 pending=sum(len(p) for i, p in enumerate(parts) if i or p.folder is None),
             )
 
-    def _views(self, where: Where) -> list[View]:
+    def _views(self, where: Where) -> list[SegmentView]:
         """The segments, and which of their rows may be found; not changed by later changes."""
         views, begin = [], 0
         for part in self._parts:
             allowed = None if part.alive.all() else part.alive.copy()
             if where:
                 allowed = part.alive & part.segment.fulfilling(where)
-            views.append(View(part.segment, allowed, begin))
+            views.append(SegmentView(part.segment, allowed, begin))
             begin += len(part.segment)
         return views
+
+
+@dataclass(frozen=True, slots=True)
+class RankedRow:
+    """A row that was found, counted over all segments."""
+
+    row: int
+    score: float
+    scores: Mapping[Kind, float]
+
+
+def _ranked(
+    scan: SegmentScan, fusion: Fusion, kinds: Sequence[Kind], k: int
+) -> list[list[RankedRow]]:
+    """Return the best ``k`` rows of each query by the kinds that count, best first.
+
+    Raises:
+        RecipeError: when candidates are to be found by dense vectors, and there are none.
+    """
+    proposers = proposing(fusion, scan.queries.kinds)
+    if not proposers:
+        assert not isinstance(fusion, ReciprocalRank), "one of its kinds counts"
+        return _rows_of(scan.best(fusion.weights, kinds, k), fusion.weights)
+    alone = each_alone(proposers)
+    lists = [
+        scan.best(alone[kind], (kind,), wanted(fusion, k), approximate=True) for kind in proposers
+    ]
+    found = []
+    for query in range(len(scan.queries)):
+        rows = [row[row >= 0].numpy() for row in (each.rows[query] for each in lists)]
+        scores = scan.pairs(query, np.unique(np.concatenate(rows)), kinds)
+        if isinstance(fusion, ReciprocalRank):
+            sums = reciprocal_ranks([names.tolist() for names in rows], fusion.k)
+        else:
+            sums = {row: weighted_sum(parts, fusion.weights) for row, parts in scores.items()}
+        best = sorted(sums, key=lambda row: (-sums[row], row))
+        found.append([RankedRow(row, sums[row], scores[row]) for row in best if row in scores][:k])
+    return found
+
+
+def _rows_of(found: HybridHits, weights: Weights) -> list[list[RankedRow]]:
+    """Return the rows of each query's list, with their sums and scores."""
+    sums, parts = found.sums(weights).tolist(), found.parts.tolist()
+    return [
+        [
+            RankedRow(
+                row,
+                sums[query][place],
+                {kind: part[query][place] for kind, part in zip(found.kinds, parts, strict=True)},
+            )
+            for place, row in enumerate(rows)
+            if row >= 0
+        ]
+        for query, rows in enumerate(found.rows.tolist())
+    ]
 
 
 def _as_compared(queries: Vectors) -> Vectors:
@@ -360,7 +433,7 @@ def _as_compared(queries: Vectors) -> Vectors:
     return queries if queries.sparse is None else replace(queries, sparse=queries.sparse.merged())
 
 
-def _records(views: Sequence[View], rows: Int64[np.ndarray, "rows"]) -> list[Record]:
+def _records(views: Sequence[SegmentView], rows: Int64[np.ndarray, "rows"]) -> list[Record]:
     """The records of these rows, which ascend."""
     found = []
     for view in views:
@@ -370,7 +443,7 @@ def _records(views: Sequence[View], rows: Int64[np.ndarray, "rows"]) -> list[Rec
     return found
 
 
-def _read(folder: Path) -> tuple[Manifest, list[Part]]:
+def _read(folder: Path) -> tuple[Manifest, list[LivePart]]:
     """The last commit; another process may replace it while we read."""
     look = partial(manifests.read, folder)
     for _ in range(_ATTEMPTS):

@@ -18,15 +18,14 @@ from tercet.errors import IndexFolderError
 from tercet.files.atomic import replacing_file
 from tercet.kinds import KINDS, Kind
 from tercet.rank.quantized import STORED, Ranges, Stored
-from tercet.search.exact.coding import Coding
-from tercet.search.exact.merging import Part, mapped, open_segment
-from tercet.search.exact.segment import damaged
+from tercet.search.exact.merging import LivePart, mapped, open_segment
+from tercet.search.exact.segment import Coding, damaged
 
 FILE: Final = "manifest.json"
 VERSION: Final = 2
 OURS: Final = ("segment-", "deleted-")
 
-Precision: TypeAlias = Literal["float16", "float32"]
+TokenPrecision: TypeAlias = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class Manifest:
 
     number: int = 0  # of the commit
     widths: Mapping[Kind, int] = field(default_factory=dict)  # of each kind; 0 for terms
-    precision: Precision = "float16"  # of token vectors
+    precision: TokenPrecision = "float16"  # of token vectors
     stored: Stored = "float32"  # the dense vectors
     ranges: Ranges | None = None  # of their codes; None: no vector has come yet, or in float32
     segments: Sequence[str] = ()
@@ -97,7 +96,7 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
         and all(isinstance(about[name], kind) for name, kind in kinds.items())
         and set(about["widths"]) <= set(KINDS)
         and all(isinstance(width, int) for width in about["widths"].values())
-        and about["precision"] in get_args(Precision)
+        and about["precision"] in get_args(TokenPrecision)
         and about["stored"] in STORED
         and all(_is_ours(name) for name in about["segments"])
         and len(set(about["segments"])) == len(about["segments"])
@@ -116,7 +115,7 @@ def number_of(name: str) -> int:
     return int(Path(name).stem.rpartition("-")[2])
 
 
-def open_parts(folder: Path, manifest: Manifest) -> list[Part]:
+def open_parts(folder: Path, manifest: Manifest) -> list[LivePart]:
     """The segments of a commit, and which of their rows are alive.
 
     Raises:
@@ -131,13 +130,13 @@ def open_parts(folder: Path, manifest: Manifest) -> list[Part]:
             raise damaged(folder / name, f"its vectors have widths {widths}")
         if segment.multi is not None and segment.multi.vectors.dtype != manifest.precision:
             raise damaged(folder / name, f"its token vectors are not in {manifest.precision}")
-        parts.append(Part(segment, np.ones(len(segment), dtype=np.bool_), folder / name))
+        parts.append(LivePart(segment, np.ones(len(segment), dtype=np.bool_), folder / name))
     if manifest.deleted is not None:
         _mark(folder / manifest.deleted, parts)
     return parts
 
 
-def _mark(path: Path, parts: Sequence[Part]) -> None:
+def _mark(path: Path, parts: Sequence[LivePart]) -> None:
     rows = mapped(path)
     if rows.ndim != 1 or rows.dtype != np.int64 or not (rows[1:] > rows[:-1]).all():
         raise damaged(path.parent, f"{path.name} holds other things")
@@ -150,7 +149,7 @@ def _mark(path: Path, parts: Sequence[Part]) -> None:
         begin = end
 
 
-def commit(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> Manifest:
+def commit(folder: Path, manifest: Manifest, parts: Sequence[LivePart]) -> Manifest:
     """Make these parts, all of them in the folder, what the next one to open it finds.
 
     Raises:

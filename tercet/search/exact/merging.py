@@ -19,16 +19,20 @@ from jaxtyping import Bool, Int64, Shaped
 from tercet.errors import ModelError
 from tercet.files.atomic import replacing_folder
 from tercet.kinds import Kind
+from tercet.rank.scoring import Postings
 from tercet.search.engine.engine import Record
-from tercet.search.exact.coding import Coding, Dense, arrays_of, coding_of, dense_of
 from tercet.search.exact.segment import (
     ROWS_PER_GROUP,
     SCHEMA,
-    Documents,
-    Postings,
-    Rows,
+    Coding,
+    DenseVectors,
+    RecordTable,
     Segment,
+    SegmentTokens,
+    arrays_of,
+    coding_of,
     damaged,
+    dense_of,
 )
 from tercet.segments import row_of
 from tercet.vectors import Terms, TokenRows, Vectors
@@ -61,7 +65,7 @@ _TABLES: Final = ("dense", *_CODES, "multi")  # a row a vector; other files have
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class LivePart:
     """A segment, and which of its rows have not been deleted; the mask is changed in place."""
 
     segment: Segment
@@ -73,9 +77,9 @@ class Part:
         return int(self.alive.sum())
 
 
-def part_of(segment: Segment, folder: Path | None = None) -> Part:
+def part_of(segment: Segment, folder: Path | None = None) -> LivePart:
     """The segment with all of its rows alive."""
-    return Part(segment, np.ones(len(segment), dtype=np.bool_), folder)
+    return LivePart(segment, np.ones(len(segment), dtype=np.bool_), folder)
 
 
 def segment_of(
@@ -88,18 +92,18 @@ def segment_of(
     """
     dense, sparse, multi = vectors.dense, vectors.sparse, vectors.multi
     return Segment(
-        Documents.of(records),
+        RecordTable.of(records),
         None if dense is None else _coded(dense.detach().float().numpy(), coding),
         None if sparse is None else _postings(sparse.merged()),
         None if multi is None else _rows(multi, precision),
     )
 
 
-def _coded(dense: np.ndarray, coding: Coding | None) -> Dense:
+def _coded(dense: np.ndarray, coding: Coding | None) -> DenseVectors:
     return dense if coding is None else coding.coded(dense)
 
 
-def _rows(multi: TokenRows, precision: str) -> Rows:
+def _rows(multi: TokenRows, precision: str) -> SegmentTokens:
     with np.errstate(over="ignore"):
         vectors = multi.vectors.detach().float().numpy().astype(precision)
     if not np.isfinite(vectors).all():
@@ -107,7 +111,7 @@ def _rows(multi: TokenRows, precision: str) -> Rows:
             f"token vectors hold values too large for {precision}; make them of unit length, "
             "or make the index in float32"
         )
-    return Rows(vectors, multi.offsets.long().numpy())
+    return SegmentTokens(vectors, multi.offsets.long().numpy())
 
 
 def _postings(terms: Terms) -> Postings:
@@ -123,22 +127,22 @@ def _sorted(tokens: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Postin
     return Postings(words.astype(np.int64), offsets, rows[order], weights[order])
 
 
-def merged_in_memory(parts: Sequence[Part]) -> Segment:
+def merged_in_memory(parts: Sequence[LivePart]) -> Segment:
     """One segment of what is alive in these."""
     tables = list(_tables(parts))
     table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     first = parts[0].segment
     return Segment(
-        Documents(table.combine_chunks()),
+        RecordTable(table.combine_chunks()),
         None if first.dense is None else _merged_dense(first.dense, parts),
         None if first.sparse is None else _merged_postings(parts),
         None
         if first.multi is None
-        else Rows(np.concatenate(list(_multi(parts))), _multi_offsets(parts)),
+        else SegmentTokens(np.concatenate(list(_multi(parts))), _multi_offsets(parts)),
     )
 
 
-def write_merged(folder: Path, parts: Sequence[Part]) -> Segment:
+def write_merged(folder: Path, parts: Sequence[LivePart]) -> Segment:
     """Write one segment of what is alive in these, and open it.
 
     Vectors are copied block by block and need not fit in memory; lists of terms have to.
@@ -181,7 +185,7 @@ def open_segment(folder: Path, kinds: Sequence[Kind], coding: Coding | None = No
     Raises:
         IndexFolderError: when a file is missing, damaged, or disagrees with another.
     """
-    documents = Documents(_records_file(folder), folder)
+    documents = RecordTable(_records_file(folder), folder)
     names = [name for kind in kinds for name in _names(kind, coding)]
     arrays = {name: mapped(folder / _FILES[name]) for name in names}
     for name, array in arrays.items():
@@ -201,7 +205,7 @@ def open_segment(folder: Path, kinds: Sequence[Kind], coding: Coding | None = No
     lists = Postings(*(arrays[name] for name in _ARRAYS["sparse"])) if "sparse" in kinds else None
     if lists is not None and not _are_lists(lists, count):
         raise damaged(folder, f"the terms are not those of {count} records")
-    multi = Rows(arrays["multi"], arrays["multi_offsets"]) if "multi" in kinds else None
+    multi = SegmentTokens(arrays["multi"], arrays["multi_offsets"]) if "multi" in kinds else None
     return Segment(documents, dense_of(dense, coding) if dense else None, lists, multi)
 
 
@@ -275,13 +279,13 @@ def _names(kind: Kind, coding: Coding | None) -> tuple[str, ...]:
     return _ARRAYS[kind]
 
 
-def _merged_dense(first: Dense, parts: Sequence[Part]) -> Dense:
+def _merged_dense(first: DenseVectors, parts: Sequence[LivePart]) -> DenseVectors:
     places = range(len(arrays_of(first)))
     merged = [np.concatenate(list(_dense(parts, place))) for place in places]
     return dense_of(merged, coding_of(first))
 
 
-def _dense(parts: Sequence[Part], place: int) -> Iterator[Shaped[np.ndarray, "docs width"]]:
+def _dense(parts: Sequence[LivePart], place: int) -> Iterator[Shaped[np.ndarray, "docs width"]]:
     """Of each vector what is alive; ``place`` tells coarse codes from finer ones."""
     for part in parts:
         assert part.segment.dense is not None
@@ -291,7 +295,7 @@ def _dense(parts: Sequence[Part], place: int) -> Iterator[Shaped[np.ndarray, "do
             yield vectors[block][part.alive[block]]
 
 
-def _multi(parts: Sequence[Part]) -> Iterator[Shaped[np.ndarray, "rows width"]]:
+def _multi(parts: Sequence[LivePart]) -> Iterator[Shaped[np.ndarray, "rows width"]]:
     for part in parts:
         rows = part.segment.multi
         assert rows is not None
@@ -302,7 +306,7 @@ def _multi(parts: Sequence[Part]) -> Iterator[Shaped[np.ndarray, "rows width"]]:
             yield rows.vectors[block][alive[block]]
 
 
-def _multi_offsets(parts: Sequence[Part]) -> Int64[np.ndarray, "bounds"]:
+def _multi_offsets(parts: Sequence[LivePart]) -> Int64[np.ndarray, "bounds"]:
     lengths = [
         np.diff(part.segment.multi.offsets)[part.alive]
         for part in parts
@@ -311,7 +315,7 @@ def _multi_offsets(parts: Sequence[Part]) -> Int64[np.ndarray, "bounds"]:
     return np.concatenate([[0], np.concatenate(lengths).cumsum()]).astype(np.int64)
 
 
-def _merged_postings(parts: Sequence[Part]) -> Postings:
+def _merged_postings(parts: Sequence[LivePart]) -> Postings:
     tokens, rows, weights, before = [], [], [], 0
     for part in parts:
         lists = part.segment.sparse
@@ -325,7 +329,7 @@ def _merged_postings(parts: Sequence[Part]) -> Postings:
     return _sorted(np.concatenate(tokens), np.concatenate(rows), np.concatenate(weights))
 
 
-def _tables(parts: Sequence[Part]) -> Iterator[pa.Table]:
+def _tables(parts: Sequence[LivePart]) -> Iterator[pa.Table]:
     """The records that are alive, as they were read."""
     for part in parts:
         start = 0

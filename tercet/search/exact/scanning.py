@@ -1,4 +1,4 @@
-"""Scores of queries with everything in some segments, kind by kind and block by block.
+"""Scores of queries with all records of some segments, by kind and block by block.
 
 Equal scores are ranked by earlier row, and rows are in the order in which records came.
 """
@@ -6,7 +6,6 @@ Equal scores are ranked by earlier row, and rows are in the order in which recor
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import inf
 from typing import Final
 
 import numpy as np
@@ -15,10 +14,11 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from tercet.kinds import Kind, Weights
-from tercet.rank.topk import Hits, largest, top_k
-from tercet.search.exact.coding import Coded, Dense
-from tercet.search.exact.segment import Rows, Segment
-from tercet.segments import maximum, total
+from tercet.rank.hybrid import BestBySum, HybridHits
+from tercet.rank.scoring import late_interaction_of_dots
+from tercet.rank.topk import Hits, top_k
+from tercet.search.exact.segment import CodedVectors, DenseVectors, Segment
+from tercet.segments import ragged_places, runs_within
 from tercet.vectors import Vectors
 
 DOCS_AT_ONCE: Final = 16_384
@@ -27,7 +27,7 @@ SCORES_AT_ONCE: Final = 1 << 24  # queries times records whose terms are compare
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class View:
+class SegmentView:
     """A segment, which of its rows may be found (None: all), and the number of its first row."""
 
     segment: Segment
@@ -36,77 +36,56 @@ class View:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Best:
-    """The best rows of each query with their sums and parts; minus infinity where none is left."""
-
-    sums: Float32[Tensor, "queries ranks"]
-    rows: Int64[Tensor, "queries ranks"]
-    parts: Mapping[Kind, Float32[Tensor, "queries ranks"]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scan:
-    """Some queries, with weighted terms merged, and what they are compared with."""
+class SegmentScan:
+    """Some queries, whose terms are merged, and the segments that they are compared with."""
 
     queries: Vectors
-    views: Sequence[View]
+    views: Sequence[SegmentView]
     _lexical: dict[int, Float32[np.ndarray, "queries docs"]] = field(default_factory=dict)
 
     def best(
-        self, weights: Weights, kinds: Sequence[Kind], k: int, *, nearly: bool = False
-    ) -> Best:
-        """The ``k`` best rows by the weighted sum of these kinds, of those that one of them finds.
+        self, weights: Weights, kinds: Sequence[Kind], k: int, *, approximate: bool = False
+    ) -> HybridHits:
+        """Return the ``k`` best rows by the weighted sum of these kinds, if any of them finds them.
 
-        The kinds are present in queries and segments. Dense vectors in codes are all scored, or
-        ``nearly`` all: candidates are found by whole numbers, and these are scored.
+        Queries and segments have the kinds. Dense vectors in codes are all scored exactly, or with
+        ``approximate`` only the best by whole numbers.
         """
-        count = len(self.queries)
-        none = torch.zeros(count, 0)
-        found = Best(none, none.long(), dict.fromkeys(kinds, none))
+        best = BestBySum(len(self.queries), k, tuple(kinds), weights)
         for view in self.views:
             alone = tuple(kinds) == ("dense",) and weights.dense == 1
-            hits = self._nearest(view, k, nearly) if alone else None
+            hits = self._nearest(view, k, approximate=approximate) if alone else None
             if hits is not None:
-                scores = torch.from_numpy(hits.scores)
                 rows = torch.from_numpy(hits.rows) + view.begin
-                found = _merged(found, Best(scores, rows, {"dense": scores}), k)
+                best.add(rows, torch.from_numpy(hits.scores)[None])
                 continue
-            for block in self._blocks_of(view, weights, kinds, k):
-                found = _merged(found, block, k)
-        return found
+            for start, stop in _blocks(view.segment, by_tokens="multi" in kinds):
+                if view.allowed is None or view.allowed[start:stop].any():
+                    self._add_block(best, view, start, stop)
+        return best.found
 
-    def _nearest(self, view: View, k: int, nearly: bool) -> Hits | None:
-        """The best by dense vectors alone, where there is a faster way than by blocks."""
+    def _nearest(self, view: SegmentView, k: int, *, approximate: bool) -> Hits | None:
+        """Return the best by dense vectors alone, where there is a faster way than by blocks."""
         assert self.queries.dense is not None and view.segment.dense is not None
         queries, docs = self.queries.dense.numpy(), view.segment.dense
-        if isinstance(docs, Coded):
-            return docs.nearest(queries, k, view.allowed) if nearly else None
+        if isinstance(docs, CodedVectors):
+            return docs.nearest(queries, k, view.allowed) if approximate else None
         return top_k(queries, docs, k) if view.allowed is None else None
 
-    def _blocks_of(
-        self, view: View, weights: Weights, kinds: Sequence[Kind], k: int
-    ) -> Iterator[Best]:
-        """The best of each block of a segment."""
-        for start, stop in _bounds(view.segment, "multi" in kinds):
-            if view.allowed is not None and not view.allowed[start:stop].any():
-                continue
-            parts: dict[Kind, Tensor]
-            parts = {kind: self._scores(kind, view, start, stop) for kind in kinds}
-            sums = torch.stack([weights.of(kind) * part for kind, part in parts.items()]).sum(0)
-            hidden = ~_found(parts, self.queries, view.segment, slice(start, stop))
-            if view.allowed is not None:
-                hidden |= torch.from_numpy(~view.allowed[start:stop])
-            sums, columns = largest(sums.masked_fill(hidden, -inf), k)
-            yield Best(
-                sums,
-                columns + (view.begin + start),
-                {kind: part.gather(1, columns) for kind, part in parts.items()},
-            )
+    def _add_block(self, best: BestBySum, view: SegmentView, start: int, stop: int) -> None:
+        """Add the scores of a block of a segment by all kinds."""
+        parts: dict[Kind, Tensor]
+        parts = {kind: self._scores(kind, view, start, stop) for kind in best.kinds}
+        excluded = ~_found(parts, self.queries, view.segment, slice(start, stop))
+        if view.allowed is not None:
+            excluded |= torch.from_numpy(~view.allowed[start:stop])
+        rows = torch.arange(view.begin + start, view.begin + stop).expand(len(self.queries), -1)
+        best.add(rows, torch.stack(list(parts.values())), excluded)
 
     def _scores(
-        self, kind: Kind, view: View, start: int, stop: int
+        self, kind: Kind, view: SegmentView, start: int, stop: int
     ) -> Float32[Tensor, "queries docs"]:
-        """The scores of a block by one kind."""
+        """Return the scores of a block by one kind."""
         segment = view.segment
         if kind == "dense":
             assert self.queries.dense is not None and segment.dense is not None
@@ -118,19 +97,18 @@ class Scan:
         assert self.queries.multi is not None and segment.multi is not None
         offsets = segment.multi.offsets[start : stop + 1]
         vectors = segment.multi.vectors[offsets[0] : offsets[-1]]
-        return _late(self.queries, vectors, offsets - offsets[0])
+        return _late(self.queries, vectors, torch.from_numpy(offsets - offsets[0]))
 
-    def lexical(self, view: View) -> Float32[np.ndarray, "queries docs"]:
-        """The scores by terms with all rows of a segment, worked out once."""
+    def lexical(self, view: SegmentView) -> Float32[np.ndarray, "queries docs"]:
+        """Return the scores by terms with all rows of a segment, computed once."""
         if view.begin not in self._lexical:
             terms, lists = self.queries.sparse, view.segment.sparse
             assert terms is not None and lists is not None
-            bounds = terms.offsets.tolist()
             ids, weights = terms.ids.numpy(), terms.weights.numpy()
             self._lexical[view.begin] = np.stack(
                 [
                     lists.scores(ids[low:high], weights[low:high], len(view.segment))
-                    for low, high in pairwise(bounds)
+                    for low, high in pairwise(terms.offsets.tolist())
                 ]
             )
         return self._lexical[view.begin]
@@ -138,9 +116,9 @@ class Scan:
     def pairs(
         self, query: int, rows: Int64[np.ndarray, "rows"], kinds: Sequence[Kind]
     ) -> dict[int, dict[Kind, float]]:
-        """The true scores of one query with some rows, ascending, by each of the kinds.
+        """Return the true scores of one query with some rows, ascending, by each of the kinds.
 
-        Without rows that none of the kinds finds.
+        Rows that none of the kinds finds are left out.
         """
         asked = self.queries.take([query])
         scores: dict[int, dict[Kind, float]] = {}
@@ -159,25 +137,56 @@ class Scan:
         return scores
 
     def _pair(
-        self, kind: Kind, query: int, asked: Vectors, view: View, rows: Int64[np.ndarray, "rows"]
+        self,
+        kind: Kind,
+        query: int,
+        asked: Vectors,
+        view: SegmentView,
+        rows: Int64[np.ndarray, "rows"],
     ) -> Float32[Tensor, "rows"]:
-        """The scores of one query with rows of one segment by one kind."""
+        """Return the scores of one query with rows of one segment by one kind."""
         if kind == "sparse":
             return torch.from_numpy(self.lexical(view)[query][rows])
         if kind == "dense":
             assert asked.dense is not None and view.segment.dense is not None
             return torch.from_numpy(_products(asked.dense.numpy(), view.segment.dense, rows)[0])
-        assert view.segment.multi is not None
-        return _late(asked, *_taken(view.segment.multi, rows))[0]
+        multi = view.segment.multi
+        assert multi is not None
+        begins, ends = (torch.from_numpy(multi.offsets[each]) for each in (rows, rows + 1))
+        places, offsets = ragged_places(begins, ends)
+        return _late(asked, multi.vectors[places.numpy()], offsets)[0]
+
+
+def blocks_of_queries(queries: Vectors, views: Sequence[SegmentView]) -> Iterator[slice]:
+    """Yield runs of queries whose scores by terms with all records fit into memory."""
+    docs = sum(len(view.segment) for view in views)
+    size = 64 if queries.multi is not None else 256
+    size = max(1, min(size, SCORES_AT_ONCE // max(docs, 1)))
+    for start in range(0, len(queries), size):
+        yield slice(start, start + size)
 
 
 def _products(
     queries: Float32[np.ndarray, "queries dim"],
-    docs: Dense,
+    docs: DenseVectors,
     rows: slice | Int64[np.ndarray, "rows"],
 ) -> Float32[np.ndarray, "queries rows"]:
-    """The inner products of all queries with some documents."""
-    return docs.scores(queries, rows) if isinstance(docs, Coded) else (docs[rows] @ queries.T).T
+    """Return the inner products of all queries with some documents."""
+    if isinstance(docs, CodedVectors):
+        return docs.scores(queries, rows)
+    return (docs[rows] @ queries.T).T
+
+
+def _late(
+    queries: Vectors,
+    vectors: Float[np.ndarray, "tokens width"],
+    offsets: Int64[Tensor, "bounds"],
+) -> Float32[Tensor, "queries docs"]:
+    """Return the late interaction of all queries with records whose token vectors are these."""
+    asked = queries.multi
+    assert asked is not None
+    dots = torch.from_numpy(vectors.astype(np.float32, copy=False) @ asked.vectors.numpy().T)
+    return late_interaction_of_dots(dots, offsets, asked.offsets)
 
 
 def _found(
@@ -186,7 +195,7 @@ def _found(
     segment: Segment,
     rows: slice | Int64[np.ndarray, "docs"],
 ) -> Bool[Tensor, "queries docs"]:
-    """Which pairs one of the kinds finds; ``tercet.search.engine.engine`` says when it does."""
+    """Return which pairs one of the kinds finds, as ``tercet.search.engine.engine`` defines it."""
     found = torch.zeros(next(iter(parts.values())).shape, dtype=torch.bool)
     if "dense" in parts:
         return ~found
@@ -200,64 +209,11 @@ def _found(
     return found
 
 
-def blocks_of_queries(queries: Vectors, views: Sequence[View]) -> Iterator[slice]:
-    """Runs of queries whose scores by terms with all records fit in memory."""
-    docs = sum(len(view.segment) for view in views)
-    size = 64 if queries.multi is not None else 256
-    size = max(1, min(size, SCORES_AT_ONCE // max(docs, 1)))
-    for start in range(0, len(queries), size):
-        yield slice(start, start + size)
-
-
-def _taken(
-    multi: Rows, rows: Int64[np.ndarray, "rows"]
-) -> tuple[Float[np.ndarray, "tokens width"], Int64[np.ndarray, "bounds"]]:
-    """The token vectors of these records end to end."""
-    begins = multi.offsets[rows]
-    lengths = multi.offsets[rows + 1] - begins
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    places = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], lengths)
-    return multi.vectors[places], offsets
-
-
-def _late(
-    queries: Vectors,
-    vectors: Float[np.ndarray, "tokens width"],
-    offsets: Int64[np.ndarray, "bounds"],
-) -> Float32[Tensor, "queries docs"]:
-    """The mean over a query's tokens of their largest dot product; zero without tokens.
-
-    As :func:`tercet.rank.scoring.late_interaction`, without what a gradient needs.
-    """
-    asked = queries.multi
-    assert asked is not None
-    dots = torch.from_numpy(vectors.astype(np.float32, copy=False) @ asked.vectors.numpy().T)
-    best = maximum(dots, torch.from_numpy(np.ascontiguousarray(offsets)))
-    best = best.masked_fill(best == -inf, 0)  # [docs, query tokens]
-    return total(best.T, asked.offsets) / asked.offsets.diff().clamp_min(1)[:, None]
-
-
-def _bounds(segment: Segment, by_tokens: bool) -> Iterator[tuple[int, int]]:
-    """Blocks of rows, of so many token vectors at most where these are compared."""
-    count, start = len(segment), 0
-    while start < count:
-        stop = min(start + DOCS_AT_ONCE, count)
-        if by_tokens and segment.multi is not None:
-            offsets = segment.multi.offsets
-            full = np.searchsorted(offsets, offsets[start] + TOKENS_AT_ONCE, side="right") - 1
-            stop = max(start + 1, min(stop, int(full)))
-        yield start, stop
-        start = stop
-
-
-def _merged(first: Best, second: Best, k: int) -> Best:
-    """The best of both; at equal sums those of the first, whose rows are lower."""
-    sums, columns = largest(torch.cat([first.sums, second.sums], dim=1), k)
-    return Best(
-        sums,
-        torch.cat([first.rows, second.rows], dim=1).gather(1, columns),
-        {
-            kind: torch.cat([first.parts[kind], second.parts[kind]], dim=1).gather(1, columns)
-            for kind in first.parts
-        },
-    )
+def _blocks(segment: Segment, *, by_tokens: bool) -> Iterator[tuple[int, int]]:
+    """Yield blocks of rows, with a limit on their token vectors where these are compared."""
+    if by_tokens and segment.multi is not None:
+        offsets = segment.multi.offsets.tolist()
+        yield from runs_within(offsets, TOKENS_AT_ONCE, most=DOCS_AT_ONCE)
+        return
+    for start in range(0, len(segment), DOCS_AT_ONCE):
+        yield start, min(start + DOCS_AT_ONCE, len(segment))

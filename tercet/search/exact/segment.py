@@ -6,51 +6,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float, Float32, Int32, Int64, Shaped
+from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 
 from tercet.errors import DataError, IndexFolderError
 from tercet.kinds import Kind
+from tercet.rank.coded import FACTOR, scores_of, top_k_coded
+from tercet.rank.quantized import Codes, Quantizer, Ranges, Stored, bytes_of, codes_of
+from tercet.rank.scoring import Postings
+from tercet.rank.topk import Hits
 from tercet.search.engine.engine import Record, Value, Where
-from tercet.search.exact.coding import Dense
 
+CANDIDATES: Final = 100  # of codes, at least: so few cost nothing
 ROWS_PER_GROUP: Final = 512  # records that are read together for the sake of one hit
 SCHEMA: Final = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "fields")])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Postings:
-    """For each token that occurs, the rows that it occurs in and its weight there."""
-
-    tokens: Int64[np.ndarray, "words"]  # ascending
-    offsets: Int64[np.ndarray, "bounds"]  # word i has rows[offsets[i]:offsets[i + 1]]
-    rows: Int32[np.ndarray, "postings"]  # ascending within a word
-    weights: Float32[np.ndarray, "postings"]
-
-    def scores(
-        self, tokens: Int64[np.ndarray, "terms"], weights: Float32[np.ndarray, "terms"], count: int
-    ) -> Float32[np.ndarray, "count"]:
-        """The sum over shared tokens of the product of both weights, for each of ``count`` rows."""
-        place = np.searchsorted(self.tokens, tokens)
-        known = place < len(self.tokens)
-        known[known] = self.tokens[place[known]] == tokens[known]
-        rows, parts = [], []
-        for word, weight in zip(place[known].tolist(), weights[known].tolist(), strict=True):
-            where = slice(self.offsets[word], self.offsets[word + 1])
-            rows.append(self.rows[where])
-            parts.append(self.weights[where] * np.float32(weight))
-        if not rows:
-            return np.zeros(count, np.float32)
-        summed = np.bincount(np.concatenate(rows), np.concatenate(parts), minlength=count)
-        return summed.astype(np.float32)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class SegmentTokens:
     """One vector a token, records end to end."""
 
     vectors: Float[np.ndarray, "rows width"]  # float16 or float32
@@ -58,7 +35,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Documents:
+class RecordTable:
     """The records of a segment: a table in memory, or a file of row groups.
 
     What reads the file raises an IndexFolderError where it finds it damaged.
@@ -72,7 +49,7 @@ class Documents:
         return int(self._starts()[-1])
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> "Documents":
+    def of(cls, records: Sequence[Record]) -> "RecordTable":
         """These records, in memory.
 
         Raises:
@@ -172,13 +149,96 @@ def _as_json(record: Record) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Coding:
+    """How vectors of one width become codes: those that are searched, and finer ones of some."""
+
+    dims: int
+    quantizers: tuple[Quantizer, ...]
+
+    @classmethod
+    def by(cls, stored: Stored, ranges: Ranges) -> "Coding":
+        """What these ranges make of ``stored``, which is not float32."""
+        return cls(len(ranges.centre), tuple(map(ranges.quantizer, codes_of(stored))))
+
+    @property
+    def bytes(self) -> tuple[int, ...]:
+        """Of a vector, in each sort of its codes."""
+        return tuple(bytes_of(each.precision, self.dims) for each in self.quantizers)
+
+    def coded(self, vectors: Float32[np.ndarray, "docs dims"]) -> "CodedVectors":
+        """These vectors in codes."""
+        return CodedVectors(self, tuple(each.codes(vectors).packed for each in self.quantizers))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedVectors:
+    """Vectors in codes, in memory or mapped from a file each; in place of an array of them."""
+
+    coding: Coding
+    arrays: tuple[UInt8[np.ndarray, "docs _"], ...]
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the array that they stand for."""
+        return len(self), self.coding.dims
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the codes."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def nearest(
+        self,
+        queries: Float32[np.ndarray, "queries dims"],
+        k: int,
+        allowed: Bool[np.ndarray, "docs"] | None,
+    ) -> Hits:
+        """The ``k`` best of those that are allowed; see :func:`top_k_coded`."""
+        coarse, *others = map(self._codes, range(len(self.arrays)))
+        finer = others[0] if others else None
+        factor = max(FACTOR, -(-CANDIDATES // max(k, 1)))
+        return top_k_coded(queries, coarse, k, factor=factor, finer=finer, allowed=allowed)
+
+    def scores(
+        self, queries: Float32[np.ndarray, "queries dims"], rows: slice | Int64[np.ndarray, "rows"]
+    ) -> Float32[np.ndarray, "queries rows"]:
+        """What queries score with these rows, by the finest codes."""
+        return scores_of(queries, self._codes(-1).take(rows))
+
+    def _codes(self, sort: int) -> Codes:
+        return Codes(self.coding.quantizers[sort], self.coding.dims, self.arrays[sort])
+
+
+DenseVectors: TypeAlias = Float32[np.ndarray, "_ _"] | CodedVectors
+"""The dense vectors of a segment, as they are or in codes."""
+
+
+def arrays_of(dense: DenseVectors) -> tuple[Shaped[np.ndarray, "docs _"], ...]:
+    """What is kept of them, a row a document."""
+    return dense.arrays if isinstance(dense, CodedVectors) else (dense,)
+
+
+def dense_of(arrays: Sequence[Shaped[np.ndarray, "docs _"]], coding: Coding | None) -> DenseVectors:
+    """The vectors that were kept so."""
+    return arrays[0] if coding is None else CodedVectors(coding, tuple(arrays))
+
+
+def coding_of(dense: DenseVectors | None) -> Coding | None:
+    """How they became codes; None of float32."""
+    return dense.coding if isinstance(dense, CodedVectors) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Segment:
     """Vectors of some kinds and the records that they belong to, row by row."""
 
-    documents: Documents
-    dense: Dense | None = None
+    documents: RecordTable
+    dense: DenseVectors | None = None
     sparse: Postings | None = None
-    multi: Rows | None = None
+    multi: SegmentTokens | None = None
     _values: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:

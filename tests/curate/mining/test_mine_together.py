@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from tercet.curate.jobs.runners import LOOP, Runner
-from tercet.curate.mining import documents as mining_documents
+from tercet.curate.mining import document_pools as mining_documents
 from tercet.curate.mining import mine_together as together
-from tercet.curate.mining.mine import Mining, mine
 from tercet.curate.mining.mine_together import SharedMining
+from tercet.curate.mining.miner import Mining, mine
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import open_source, write_examples
 from tercet.models.embedder import Embedder

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tercet.errors import RecipeError
+from tercet.evaluate.measures import by_kind as kinds_module
 from tercet.evaluate.measures import embedder_kinds as module
-from tercet.evaluate.measures import kinds as kinds_module
 from tercet.evaluate.measures.bm25 import by_tokens_of
+from tercet.evaluate.measures.by_kind import evaluate_kinds
 from tercet.evaluate.measures.embedder_kinds import dev_score, measure_kinds, tuned_weights
-from tercet.evaluate.measures.kinds import evaluate_kinds
 from tercet.evaluate.measures.retrieval import evaluate_retrieval, measure, measure_bm25
 from tercet.evaluate.measures.tuned_weights import dev_candidates
 from tercet.evaluate.sets.retrieval_set import RetrievalSet

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tercet.errors import ModelError, RecipeError
-from tercet.evaluate.measures.kinds import InMemory, evaluate_kinds
+from tercet.evaluate.measures.by_kind import InMemory, evaluate_kinds
 from tercet.evaluate.measures.retrieval import evaluate_hits
 from tercet.evaluate.measures.tuned_weights import candidates, logistic, save_weights, spreads, tune
 from tercet.kinds import KINDS, Weights
 from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
-from tercet.rank.hybrid import Ranked
+from tercet.rank.hybrid import HybridHits
 from tests.evaluate.kinds import drawn, judged
 
 QUERIES, DOCS, DATA = drawn(40, 1, without_terms=(2,)), drawn(60, 2), judged(40, 60, 3)
@@ -80,13 +80,13 @@ def test_logistic_weights_make_the_relevant_candidates_as_likely_as_can_be(found
 
 
 def test_a_kind_that_misleads_gets_no_weight_rather_than_a_negative_one(found):
-    turned = Ranked(
+    turned = HybridHits(
         found.kinds, found.rows, found.parts * torch.tensor([1.0, -1.0, 1.0])[:, None, None]
     )
     data = answered_by(Weights(), found)
     fitted = logistic(turned, relevant_of(data, turned), spreads(turned), EVERYBODY)
     assert fitted.sparse == 0 and fitted.dense > 0 and fitted.multi > 0
-    without = Ranked(("dense", "multi"), found.rows, found.parts[[0, 2]])
+    without = HybridHits(("dense", "multi"), found.rows, found.parts[[0, 2]])
     again = logistic(without, relevant_of(data, found), spreads(without), EVERYBODY)
     assert fitted == again, "the others are fitted anew"
     none = torch.zeros(found.rows.shape, dtype=torch.bool)
@@ -97,7 +97,7 @@ def test_weights_follow_the_scale_of_the_scores(found):
     """A kind whose scores are ten times as large gets a tenth of the weight, in both ways."""
     data = answered_by(Weights(1.0, 0.5, 0.7), found)
     larger = torch.tensor([1.0, 10.0, 1.0])[:, None, None]
-    scaled = Ranked(found.kinds, found.rows, found.parts * larger)
+    scaled = HybridHits(found.kinds, found.rows, found.parts * larger)
     one, ten = (
         logistic(each, relevant_of(data, each), spreads(each), EVERYBODY)
         for each in (found, scaled)

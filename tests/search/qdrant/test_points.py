@@ -11,7 +11,6 @@ import torch
 
 from tercet.errors import DataError, IndexFolderError, MissingExtraError, RecipeError
 from tercet.kinds import Weights
-from tercet.rank.scoring import weighted_scores
 from tercet.search.engine.engine import Record, Weighted
 from tercet.search.qdrant.points import (
     TermRow,
@@ -29,6 +28,7 @@ pytest.importorskip("qdrant_edge")
 
 from tercet.search.qdrant.edge import EdgeStore
 from tercet.search.qdrant.qdrant_engine import QdrantEngine
+from tests.rank.formulas import weighted_scores
 
 
 def edge(folder, **how):

@@ -15,14 +15,14 @@ from tercet.curate.synthesis.answers import answer_log
 from tercet.curate.synthesis.consistency import Candidate, Consistency, ranks
 from tercet.curate.synthesis.generators import PROMPT, Answer, Prompt, QuestionPrompt
 from tercet.curate.synthesis.passages import Passage, PassageSampling
-from tercet.curate.synthesis.questions import REASONS
-from tercet.curate.synthesis.synthesize import (
+from tercet.curate.synthesis.question_pairs import (
     FAILING,
     Synthesis,
     SynthesisReport,
     log_path,
     synthesize,
 )
+from tercet.curate.synthesis.questions import REASONS
 from tercet.data.files.documents import Document
 from tercet.data.files.sources import iter_examples, open_source
 from tercet.errors import DataError, ModelError, RecipeError, StorageError

@@ -23,7 +23,15 @@ from tercet.evaluate.measures.retrieval import RetrievalResult, depth_of, evalua
 from tercet.evaluate.report.intervals import Interval, paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.kinds import KINDS, Kind, Weights
-from tercet.rank.hybrid import Blocks, Ranked, pair_scores, ranked
+from tercet.rank.hybrid import (
+    DocumentVectors,
+    HybridHits,
+    VectorBlocks,
+    candidates,
+    each_alone,
+    ranked,
+    with_token_scores,
+)
 from tercet.types import Role
 from tercet.vectors import Terms, Vectors
 
@@ -88,14 +96,13 @@ class KindsResult:
 
 def sums_of(kinds: Sequence[Kind], weights: Weights) -> dict[str, Weights]:
     """Each kind by itself, then every sum of the kinds that have a weight, the fullest one last."""
-    alone = {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in kinds}
     counted: list[Kind] = [kind for kind in kinds if weights.of(kind)]
     several = {
         "+".join(some): weights.only(some)
         for size in range(2, len(counted) + 1)
         for some in combinations(counted, size)
     }
-    return {**alone, **several}
+    return {**each_alone(kinds), **several}
 
 
 def evaluate_kinds(
@@ -135,12 +142,8 @@ def feasible(queries: Vectors, doc_tokens: int) -> ProtocolName:
 
 
 @runtime_checkable
-class Corpus(Protocol):
-    """Documents whose vectors can be had block by block, as often as wanted."""
-
-    def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> Blocks:
-        """Vectors of these kinds of these documents, or of all."""
-        ...
+class Corpus(DocumentVectors, Protocol):
+    """Documents whose vectors can be read block by block, and how many terms they have."""
 
     def terms(self) -> Tensor | None:
         """The number of terms of each document, once they are known."""
@@ -153,7 +156,7 @@ class InMemory:
 
     vectors: Vectors
 
-    def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> Blocks:
+    def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> VectorBlocks:
         """Vectors of these kinds of these documents, or of all."""
         chosen = torch.arange(len(self.vectors)) if rows is None else rows
         some = self.vectors.only(kinds)
@@ -226,45 +229,31 @@ def _by_candidates(
     sums: Mapping[str, Weights],
     *,
     rounded: bool,
-) -> dict[str, Ranked]:
+) -> dict[str, HybridHits]:
     """For each sum, the documents that it may rank: the paper's candidates."""
-    kinds = queries.kinds
-    single: tuple[Kind, ...] = tuple(kind for kind in kinds if kind != "multi")
-    alone = {kind: Weights(1.0, 1.0, 1.0).only((kind,)) for kind in single}
+    single: tuple[Kind, ...] = tuple(kind for kind in queries.kinds if kind != "multi")
     of_queries, blocks = queries.only(single), corpus.blocks(single)
     if rounded:
         of_queries = _hundredths(of_queries)
         blocks = ((rows, _hundredths(docs)) for rows, docs in blocks)
-    lists = ranked(of_queries, blocks, alone, DEPTH)
-    union = Ranked.union([lists[kind] for kind in single])
-    few = lists[first].best(alone[first], RERANKED).by_row()
+    lists = candidates(of_queries, blocks, DEPTH)
+    union = HybridHits.union(lists.values())
+    few = lists[first].best(each_alone(single)[first], RERANKED).by_row()
     if rounded:
         union, few = _without_missing(union, lists), _without_missing(few, lists)
-    if queries.multi is not None:
-        few = _with_multi(few, queries, corpus)
+    few = with_token_scores(few, queries, corpus)
+    by_name = {str(kind): found for kind, found in lists.items()}
     return {
-        name: few if weights.multi else lists[name] if name in lists else union
-        for name, weights in sums.items()
+        name: few if weights.multi else by_name.get(name, union) for name, weights in sums.items()
     }
 
 
-def _with_multi(few: Ranked, queries: Vectors, corpus: Corpus) -> Ranked:
-    """The same documents with their scores by token vectors too."""
-    assert queries.multi is not None
-    needed = few.rows[few.rows >= 0].unique()
-    multi = torch.zeros(few.rows.shape)
-    for rows, docs in corpus.blocks(("multi",), needed):
-        assert docs.multi is not None
-        multi += pair_scores(queries.multi, docs.multi, rows, few.rows)
-    return Ranked((*few.kinds, "multi"), few.rows, torch.cat([few.parts, multi[None]]))
-
-
-def _without_missing(some: Ranked, lists: Mapping[str, Ranked]) -> Ranked:
-    """No score by a kind in whose list a document is not."""
+def _without_missing(some: HybridHits, lists: Mapping[Kind, HybridHits]) -> HybridHits:
+    """Set to zero the scores by a kind whose list lacks the document."""
     parts = [
         part * some.among(lists[kind]) for kind, part in zip(some.kinds, some.parts, strict=True)
     ]
-    return Ranked(some.kinds, some.rows, torch.stack(parts))
+    return HybridHits(some.kinds, some.rows, torch.stack(parts))
 
 
 def _hundredths(vectors: Vectors) -> Vectors:

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tercet.curate.mining import documents as mining_documents
+from tercet.curate.mining import document_pools as mining_documents
 from tercet.curate.mining import relevant as mining_relevant
-from tercet.curate.mining.mine import Mining, MiningReport, mine, sweep
+from tercet.curate.mining.miner import Mining, MiningReport, mine, sweep
 from tercet.curate.mining.rules import REASONS, MiningRule
 from tercet.data.files.sources import iter_examples, open_source, write_examples
 from tercet.errors import DataError, ModelError, RecipeError, StorageError

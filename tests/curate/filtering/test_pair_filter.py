@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tercet.curate.filtering import judge as judging
-from tercet.curate.filtering.filter import filter_sources
 from tercet.curate.filtering.judge import FilterFolders, Filtering, Judge, shards_of
+from tercet.curate.filtering.pair_filter import filter_sources
 from tercet.curate.filtering.pair_rules import PairRules
 from tercet.curate.filtering.screen import ScreenedPairs, ScreenJob, SourceLanguage, screen_sources
 from tercet.data.files.sources import Source, iter_examples, open_source, write_examples

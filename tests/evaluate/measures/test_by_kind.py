@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tercet.errors import RecipeError
-from tercet.evaluate.measures import kinds as module
-from tercet.evaluate.measures.kinds import TermCounts, evaluate_kinds, feasible, sums_of
+from tercet.evaluate.measures import by_kind as module
+from tercet.evaluate.measures.by_kind import TermCounts, evaluate_kinds, feasible, sums_of
 from tercet.evaluate.measures.retrieval import evaluate_hits
 from tercet.kinds import Weights
 from tercet.rank.topk import Hits

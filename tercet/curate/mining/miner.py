@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from tercet.curate.mining.counts import CountedShelf
-from tercet.curate.mining.documents import StoredVectors
+from tercet.curate.mining.document_pools import StoredVectors
 from tercet.curate.mining.finders import ByVectors, EncodedShelf
 from tercet.curate.mining.nearness import COSINES, By, Finder
 from tercet.curate.mining.ranks import JudgedExamples, Ranker, prompt_for
