@@ -56,7 +56,8 @@ def iter_records(path: Path, fields: Sequence[str], *, needs: Needs) -> Iterator
         DataError: if the file cannot be read at all, or holds no record.
     """
     empty = True
-    for record in _records_of_suffix(path, fields, needs):
+    is_parquet = known_suffix(path) == ".parquet"
+    for record in _parquet_records(path, fields, needs) if is_parquet else _jsonl_records(path):
         empty = False
         yield record
     if empty:
@@ -110,12 +111,6 @@ def decoded(line: bytes, offset: int) -> str:
             f"invalid UTF-8 at byte {offset + error.start} of the file "
             f"(0x{line[error.start]:02x}); save the file as UTF-8"
         ) from None
-
-
-def _records_of_suffix(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:
-    if known_suffix(path) == ".parquet":
-        return _parquet_records(path, fields, needs)
-    return _jsonl_records(path)
 
 
 def known_suffix(path: Path) -> str:
