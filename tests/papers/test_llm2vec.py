@@ -93,7 +93,7 @@ def test_an_adapter_that_would_silently_be_causal_again_is_refused(decoder_folde
     with pytest.raises(ModelError, match="must say that it is bidirectional"):
         embedder.save_adapter(tmp_path / "adapter", str(decoder_folder))
     embedder.backbone.model.save_pretrained(tmp_path / "peft alone")
-    with pytest.raises(ModelError, match="nothing says which way its model reads"):
+    with pytest.raises(ModelError, match="the direction of its attention is unknown"):
         Embedder.load(tmp_path / "peft alone")
     with pytest.raises(ModelError, match="records no direction of attention"):
         load_adapters([tmp_path / "peft alone"], base=decoder_folder)
