@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
@@ -122,24 +122,34 @@ def known_suffix(path: Path) -> str:
     return path.suffix
 
 
-def _jsonl_records(path: Path) -> Iterator[Record]:
+def line_records(path: Path) -> Iterator[Record]:
+    """Yield the lines of a text file as records whose value is the text of the line."""
     with readable(path):
         total = max(path.stat().st_size, 1)
     for number, offset, line in iter_lines(path):
-        if line.isspace() or not line:
-            continue
-        value, problem = None, None
         try:
-            value = json.loads(decoded(line, offset))
+            text, problem = decoded(line, offset), None
+        except ValueError as error:
+            text, problem = None, str(error)
+        yield Record(number, offset, offset / total, line, text, problem)
+
+
+def _jsonl_records(path: Path) -> Iterator[Record]:
+    for record in line_records(path):
+        if record.content.isspace() or not record.content:
+            continue
+        value, problem = None, record.problem
+        try:
+            value = None if problem else json.loads(str(record.value))
         except json.JSONDecodeError as error:
             problem = (
                 f"not JSON: {error.msg}, at character {error.colno}; write one object per line"
             )
         except RecursionError:
             problem = "JSON is nested too deeply"
-        except ValueError as error:
+        except ValueError as error:  # an integer of thousands of digits
             problem = str(error)
-        yield Record(number, offset, offset / total, line, value, problem)
+        yield replace(record, value=value, problem=problem)
 
 
 def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:
