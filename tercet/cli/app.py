@@ -37,7 +37,7 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "index": LazyCommand("tercet.cli.search:index", "Make documents searchable."),
     "search": LazyCommand("tercet.cli.search:search", "Search an index."),
     "mine": LazyCommand("tercet.cli.mine:mine", "Add hard negatives to training pairs."),
-    "filter": LazyCommand("tercet.cli.filter:filter_pairs", "Drop bad training pairs."),
+    "filter": LazyCommand("tercet.cli.data:filter_pairs", "Drop bad training pairs."),
     "synthesize": LazyCommand(
         "tercet.cli.synthesize:synthesize", "Let a language model write questions."
     ),

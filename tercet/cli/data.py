@@ -1,13 +1,20 @@
-"""Verbs about data: the demo, and what is in a file or a folder."""
+"""Commands on data: the demo, reports on files and folders, and filtering of pairs."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from tercet.cli.options import shown_progress
+from tercet.cli.options import (
+    AddressOption,
+    Precision,
+    RunnerOption,
+    WorkersOption,
+    opened,
+    shown_progress,
+)
 from tercet.data.files.texts import text_key
 from tercet.data.report import (
     CheckOptions,
@@ -19,11 +26,14 @@ from tercet.data.report import (
 )
 from tercet.errors import RecipeError
 from tercet.files.artifacts import write_json
+from tercet.files.atomic import sole_writer
 from tercet.files.console import columns, results, say, shortened
 from tercet.types import Role
 
 EXAMPLES: Final = Path("examples/data/packages.en.parquet")
 _COUNTS: Final = ("with_negatives", "distinct_queries", "distinct_documents", "duplicate_pairs")
+
+_SHOWN: Final = 3  # names in a note
 
 
 def demo(
@@ -167,3 +177,183 @@ def _draw(path: Path, reports: Sequence[SourceReport]) -> None:
         shares.setdefault(each.source, {})[each.lang] = each.share
     with drawing():
         write_png(path, mixture_bars(shares))
+
+
+def filter_pairs(
+    files: Annotated[
+        list[Path], typer.Argument(help="Examples: .jsonl, .parquet, or folders of them.")
+    ],
+    out: Annotated[Path, typer.Option(help="A folder for the pairs, the verdicts, a report.")],
+    model: Annotated[
+        str, typer.Option(help="What ranks: zoo name, folder or hub id.")
+    ] = "me5-small",
+    preset: Annotated[
+        Literal["arctic", "e5", "nomic"],
+        typer.Option(help="arctic: top 20 of 3 million; e5 and nomic: top 2 of 1 million."),
+    ] = "arctic",
+    k: Annotated[
+        int | None, typer.Option(help="Worst rank that is kept; None: the preset's.")
+    ] = None,
+    top_share: Annotated[
+        float | None, typer.Option(help="In place of k: the best part of a shard, such as 0.002.")
+    ] = None,
+    shard: Annotated[
+        int | None, typer.Option(help="Pairs that are compared; None: the preset's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A rule not to ask: same, short, long, letters, script or duplicate; repeat it."
+        ),
+    ] = None,
+    min_characters: Annotated[str, typer.Option(help="Of a query, and of a document.")] = "2,2",
+    max_characters: Annotated[
+        str | None, typer.Option(help="Of both, such as 500,20000; None: any number.")
+    ] = None,
+    letters: Annotated[float, typer.Option(help="Least share of letters in a text.")] = 0.3,
+    query_tokens: Annotated[
+        int | None, typer.Option(help="Where queries are cut; None: the model's own.")
+    ] = None,
+    document_tokens: Annotated[
+        int | None, typer.Option(help="Where documents are cut; None: the model's own.")
+    ] = None,
+    precision: Precision = "float32",
+    work: Annotated[Path, typer.Option(help="Where ranks stay for the next time.")] = Path(
+        "runs/filter"
+    ),
+    keep_vectors: Annotated[
+        bool, typer.Option("--keep-vectors", help="They stay in the work folder too.")
+    ] = False,
+    runner: RunnerOption = "auto",
+    workers: WorkersOption = 1,
+    address: AddressOption = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw report.png.")] = False,
+) -> None:
+    """Leave out pairs whose document is far from the best ones for its query.
+
+    The pairs of each source and language are cut into shards, and a small model ranks each document
+    among all of its shard. Before that, rules drop what needs no model. OUT/pairs has what is kept,
+    with ranks and scores, OUT/verdicts a line for each pair. A killed run goes on when the same
+    command is given again; with another --k and --out it embeds nothing again.
+
+    Example: tercet filter news.parquet faq.jsonl --model me5-small --out filtered
+    """
+    from tercet.curate.filtering.judge import PRESETS, FilterFolders, Judge
+    from tercet.curate.filtering.pair_filter import (
+        DRAWING,
+        filter_sources,
+        finished,
+        refuse_sources,
+        settings_of,
+        write_report,
+    )
+    from tercet.curate.filtering.pair_rules import PairRules
+    from tercet.curate.jobs.runners import Runner
+
+    where = Runner(engine=runner, workers=workers, address=address)
+    least, most = _two("min-characters", min_characters), _two("max-characters", max_characters)
+    rules = PairRules(
+        without=tuple(without or ()),
+        query_characters=(least[0] or 0, most[0]),
+        document_characters=(least[1] or 0, most[1]),
+        letters=letters,
+    )
+    usual = PRESETS[preset]
+    filtering = replace(
+        usual,
+        k=usual.k if k is None else k,
+        shard=usual.shard if shard is None else shard,
+        top_share=top_share,
+        seed=seed,
+        rules=rules,
+    )
+    judge = Judge(
+        model=model,
+        precision=precision,
+        query_tokens=query_tokens,
+        document_tokens=document_tokens,
+    )
+    refuse_sources(out, files)
+    with sole_writer(out):
+        settings = settings_of(files, judge, filtering)
+        reports = finished(out, settings)
+        if reports is None:
+            sources = [source for file in files for source in opened(file)]
+            folders = FilterFolders(out=out, work=work, keep_vectors=keep_vectors)
+            reports = filter_sources(sources, judge, filtering, folders, runner=where)
+            write_report(out, reports)
+        else:
+            say(f"{out}: has finished already; this is its report")
+        _show(reports)
+        _advise(reports, filtering.shard)
+        if plot:
+            _draw(reports, out / DRAWING)
+
+
+def _two(flag: str, text: str | None) -> tuple[int | None, int | None]:
+    """Parse the numbers of a flag: for queries and for documents."""
+    if text is None:
+        return None, None
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise RecipeError(
+            f"--{flag} must be two whole numbers, for queries and documents, as in 2,10; "
+            f"got {text!r}"
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def _show(reports: Sequence[Mapping[str, Any]]) -> None:
+    """Print two tables with a line for each source and language."""
+    rules = list(reports[0]["dropped"])
+    levels = list(reports[0]["levels"])
+    counts = columns("source", "lang", "pairs", *rules, "kept", "dropped")
+    ranked = columns("source", "lang", "ranked", "shards", "of", "k", "score", *levels)
+    for report in reports:
+        label = report["source"], report["lang"] or "-"
+        dropped = f"{1 - report['kept'] / max(report['pairs'], 1):.1%}"
+        numbers = (report["pairs"], *report["dropped"].values(), report["kept"])
+        counts.add_row(*label, *(f"{n:,}" for n in numbers), dropped)
+        about = (report["ranked"], report["shards"], report["shard"], report["k"])
+        kept = (f"{n:,}" for n in report["levels"].values())
+        ranked.add_row(*label, *(f"{n:,}" for n in about), f"{report['score']:.3f}", *kept)
+    out = results()
+    out.print("pairs, and which rule dropped them", style="bold")
+    out.print(counts)
+    out.print("pairs that were ranked, their mean score, and how many each k keeps", style="bold")
+    out.print(ranked)
+
+
+def _advise(reports: Sequence[Mapping[str, Any]], shard: int) -> None:
+    small = [report for report in reports if 0 < report["ranked"] and report["shard"] * 2 < shard]
+    if small:
+        names = ", ".join(f"{_name(report)} {report['shard']:,}" for report in small[:_SHOWN])
+        more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
+        say(
+            f"shards are smaller than {shard:,}: {names}{more}; the same rank among fewer pairs is "
+            "a weaker test: see --top-share"
+        )
+    for report in reports:
+        if report["pairs"] and not report["ranked"]:
+            say(f"{_name(report)}: the rules left no pair")
+
+
+def _name(report: Mapping[str, Any]) -> str:
+    return f"{report['source']} {report['lang']}".strip()
+
+
+def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
+    from tercet.evaluate.report.figures import CurvePoint, curves, drawing, write_png
+    from tercet.evaluate.report.intervals import Interval
+
+    lines = {}
+    for report in reports:
+        if report["ranked"]:
+            kept = {int(k): n / report["ranked"] for k, n in report["levels"].items()}
+            lines[_name(report)] = [
+                CurvePoint(float(k), Interval(share, share, share, queries=report["ranked"]))
+                for k, share in kept.items()
+            ]
+    with drawing():
+        write_png(path, curves(lines, x="worst rank that is kept", y="share of pairs"))

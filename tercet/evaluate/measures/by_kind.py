@@ -193,9 +193,7 @@ def search_kinds(
     """Search a corpus whose vectors come in blocks; see :func:`evaluate_kinds`."""
     kinds = queries.kinds
     if not kinds:
-        raise RecipeError(
-            "queries and documents have no kind of vectors in common"
-        )
+        raise RecipeError("queries and documents have no kind of vectors in common")
     weights = weights or Weights()
     if not any(weights.of(kind) for kind in kinds):
         raise RecipeError(f"one of {', '.join(kinds)} must have a weight above 0")
