@@ -285,10 +285,10 @@ def filter_pairs(
             write_report(out, reports)
         else:
             say(f"{out}: has finished already; this is its report")
-        _show(reports)
+        _show_filtered(reports)
         _advise(reports, filtering.shard)
         if plot:
-            _draw(reports, out / DRAWING)
+            _draw_filtered(reports, out / DRAWING)
 
 
 def _two(flag: str, text: str | None) -> tuple[int | None, int | None]:
@@ -304,7 +304,7 @@ def _two(flag: str, text: str | None) -> tuple[int | None, int | None]:
     return int(parts[0]), int(parts[1])
 
 
-def _show(reports: Sequence[Mapping[str, Any]]) -> None:
+def _show_filtered(reports: Sequence[Mapping[str, Any]]) -> None:
     """Print two tables with a line for each source and language."""
     rules = list(reports[0]["dropped"])
     levels = list(reports[0]["levels"])
@@ -328,7 +328,7 @@ def _show(reports: Sequence[Mapping[str, Any]]) -> None:
 def _advise(reports: Sequence[Mapping[str, Any]], shard: int) -> None:
     small = [report for report in reports if 0 < report["ranked"] and report["shard"] * 2 < shard]
     if small:
-        names = ", ".join(f"{_name(report)} {report['shard']:,}" for report in small[:_SHOWN])
+        names = ", ".join(f"{_name_of(report)} {report['shard']:,}" for report in small[:_SHOWN])
         more = f" and {len(small) - _SHOWN} more" if len(small) > _SHOWN else ""
         say(
             f"shards are smaller than {shard:,}: {names}{more}; the same rank among fewer pairs is "
@@ -336,14 +336,14 @@ def _advise(reports: Sequence[Mapping[str, Any]], shard: int) -> None:
         )
     for report in reports:
         if report["pairs"] and not report["ranked"]:
-            say(f"{_name(report)}: the rules left no pair")
+            say(f"{_name_of(report)}: the rules left no pair")
 
 
-def _name(report: Mapping[str, Any]) -> str:
+def _name_of(report: Mapping[str, Any]) -> str:
     return f"{report['source']} {report['lang']}".strip()
 
 
-def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
+def _draw_filtered(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
     from tercet.evaluate.report.figures import CurvePoint, curves, drawing, write_png
     from tercet.evaluate.report.intervals import Interval
 
@@ -351,7 +351,7 @@ def _draw(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
     for report in reports:
         if report["ranked"]:
             kept = {int(k): n / report["ranked"] for k, n in report["levels"].items()}
-            lines[_name(report)] = [
+            lines[_name_of(report)] = [
                 CurvePoint(float(k), Interval(share, share, share, queries=report["ranked"]))
                 for k, share in kept.items()
             ]
