@@ -61,7 +61,7 @@ teacher's scores in a row. The scale of other scores depends on the model, or on
 
 @runtime_checkable
 class Finder(Protocol):
-    """Finds the documents of a pool that are near to queries, which each finder represents itself."""
+    """Finds the documents of a pool near to queries, which each finder represents itself."""
 
     @property
     def settings(self) -> Settings | None:
@@ -81,7 +81,7 @@ class Finder(Protocol):
         ...
 
     def nearest(self, queries: Any, pool: Pool, k: int) -> Hits:
-        """Return the ``k`` nearest documents of each query, best first; -1 where there are no more."""
+        """Return each query's ``k`` nearest documents, best first; -1 where there are no more."""
         ...
 
     def scores(

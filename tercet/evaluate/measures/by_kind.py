@@ -1,10 +1,10 @@
-"""How well each kind of vectors finds documents, and how well every sum of their scores does.
+"""How well each kind of vectors, and every weighted sum of kinds, finds documents.
 
 Three protocols (arXiv 2402.03216, section 4 and its code):
 
 - *exact*: every document gets its true score by every kind;
 - *paper*: dense and sparse look at all documents and their sum at both best 1,000; where token
-  vectors take part, the best 200 of dense are ranked anew. Scores that a list lacks are computed;
+  vectors take part, the best 200 of dense are re-ranked. Scores missing in a list are computed;
 - *reference*: as the paper's code has it: terms weigh whole hundredths, rounded up, and a document
   that is missing in the list of a kind gets no score by it.
 """
@@ -24,9 +24,9 @@ from tercet.evaluate.report.intervals import Interval, paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.rank.hybrid import (
-    DocumentVectors,
     HybridHits,
     VectorBlocks,
+    VectorSource,
     candidates,
     each_alone,
     ranked,
@@ -48,7 +48,7 @@ log = logging.getLogger("tercet")
 
 @dataclass(frozen=True, slots=True)
 class TermCounts:
-    """How many terms the sparse vectors of some texts have."""
+    """Numbers of terms in the sparse vectors of some texts."""
 
     texts: int
     empty: float  # share of texts without any
@@ -56,7 +56,7 @@ class TermCounts:
 
     @classmethod
     def of(cls, lengths: Tensor) -> "TermCounts":
-        """From the number of terms of each text."""
+        """Make it from the number of terms of each text."""
         counts = lengths.double()
         if not len(counts):
             return cls(0, 0.0, 0.0)
@@ -68,7 +68,7 @@ class TermCounts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KindsResult:
-    """What every kind and every sum found, and how it was searched."""
+    """Results of every kind and every sum, and how documents were searched."""
 
     results: Mapping[str, RetrievalResult]  # "dense", "sparse", ..., "dense+sparse+multi"
     weights: Weights
@@ -77,16 +77,16 @@ class KindsResult:
 
     @property
     def total(self) -> str:
-        """The name of the sum of all kinds that count."""
+        """Name of the sum of all kinds with a weight."""
         return "+".join(kind for kind in KINDS if kind in self.results and self.weights.of(kind))
 
     def minus(self, name: str, other: str, metric: str, seed: int = 0) -> Interval:
-        """By how much one is better than another on the same queries."""
+        """Return by how much one is better than another on the same queries."""
         after, before = (self.results[each].scores[metric] for each in (name, other))
         return paired_difference(after, before, seed=seed)
 
     def how(self) -> str:
-        """How documents were searched, for people."""
+        """Describe how documents were searched."""
         if self.protocol == "exact":
             return "every document scored by every kind"
         known = f"best {DEPTH:,} of dense and of sparse; with multi, best {RERANKED} of dense"
@@ -95,7 +95,7 @@ class KindsResult:
 
 
 def sums_of(kinds: Sequence[Kind], weights: Weights) -> dict[str, Weights]:
-    """Each kind by itself, then every sum of the kinds that have a weight, the fullest one last."""
+    """Return each kind alone, then every sum of the kinds with a weight, the fullest last."""
     counted: list[Kind] = [kind for kind in kinds if weights.of(kind)]
     several = {
         "+".join(some): weights.only(some)
@@ -121,7 +121,7 @@ def evaluate_kinds(
 
     Raises:
         ModelError: when a score is not a number.
-        RecipeError: for a metric that does not exist, or where there is no kind of vectors.
+        RecipeError: for a metric that does not exist, or without any kind of vectors.
     """
     assert len(queries) == len(data.queries), "vectors of each query"
     assert len(docs) == len(data.documents), "vectors of each document"
@@ -134,7 +134,7 @@ def evaluate_kinds(
 
 
 def feasible(queries: Vectors, doc_tokens: int) -> ProtocolName:
-    """*exact* where comparing all token vectors is no great work, else *paper*."""
+    """Return *exact* if comparing all token vectors is cheap enough, otherwise *paper*."""
     if queries.multi is None:
         return "exact"
     work = queries.multi.vectors.numel() * doc_tokens
@@ -142,22 +142,22 @@ def feasible(queries: Vectors, doc_tokens: int) -> ProtocolName:
 
 
 @runtime_checkable
-class Corpus(DocumentVectors, Protocol):
+class Corpus(VectorSource, Protocol):
     """Documents whose vectors can be read block by block, and how many terms they have."""
 
     def terms(self) -> Tensor | None:
-        """The number of terms of each document, once they are known."""
+        """Return the number of terms of each document, once known."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InMemory:
-    """Documents whose vectors are all there."""
+    """Documents whose vectors are all in memory."""
 
     vectors: Vectors
 
     def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> VectorBlocks:
-        """Vectors of these kinds of these documents, or of all."""
+        """Yield the vectors of these kinds of these documents, or of all."""
         chosen = torch.arange(len(self.vectors)) if rows is None else rows
         some = self.vectors.only(kinds)
         for part in chosen.split(_BLOCK):
@@ -165,7 +165,7 @@ class InMemory:
                 yield part, some.take(part)
 
     def terms(self) -> Tensor | None:
-        """The number of terms of each document."""
+        """Return the number of terms of each document."""
         return None if self.vectors.sparse is None else _lengths(self.vectors.sparse)
 
 
@@ -210,7 +210,7 @@ def search_kinds(
 
 
 def warn_empty(terms: Mapping[Role, TermCounts]) -> None:
-    """Say so where many texts have no term: they are found by no word of theirs."""
+    """Warn if many texts have no term, so that no word finds them."""
     for role, counts in terms.items():
         if counts.empty > EMPTY:
             log.warning(
@@ -230,7 +230,7 @@ def _by_candidates(
     *,
     rounded: bool,
 ) -> dict[str, HybridHits]:
-    """For each sum, the documents that it may rank: the paper's candidates."""
+    """Return the documents that each sum may rank: the paper's candidates."""
     single: tuple[Kind, ...] = tuple(kind for kind in queries.kinds if kind != "multi")
     of_queries, blocks = queries.only(single), corpus.blocks(single)
     if rounded:
@@ -257,7 +257,7 @@ def _without_missing(some: HybridHits, lists: Mapping[Kind, HybridHits]) -> Hybr
 
 
 def _hundredths(vectors: Vectors) -> Vectors:
-    """Weights of terms rounded up to whole hundredths, as an index of whole numbers has them."""
+    """Round the weights of terms up to hundredths, as an index of integers stores them."""
     terms = vectors.sparse
     if terms is None:
         return vectors
