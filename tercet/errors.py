@@ -4,6 +4,10 @@ Anything else that escapes (an AssertionError, a torch RuntimeError) is a bug in
 """
 
 from pathlib import Path
+from typing import Final
+
+BROKEN_MODEL: Final = "the model is broken, or it was run in a precision too low for it"
+"""The end of a message about NaN or infinity in vectors or scores."""
 
 
 class TercetError(Exception):

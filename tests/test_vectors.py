@@ -16,7 +16,7 @@ def some() -> Vectors:
     )
 
 
-def told(vectors: Vectors) -> list[list[float]]:
+def numbers_of(vectors: Vectors) -> list[list[float]]:
     assert vectors.sparse is not None and vectors.multi is not None
     whole = [vectors.tensors(), [vectors.sparse.ids, vectors.sparse.offsets, vectors.multi.offsets]]
     return [tensor.flatten().tolist() for part in whole for tensor in part]
@@ -36,7 +36,7 @@ def test_texts_are_taken_in_any_order_and_more_than_once():
 def test_joining_what_was_cut_gives_the_whole():
     whole = some()
     parts = [whole.take([i]) for i in range(3)]
-    assert told(Vectors.join(parts)) == told(whole)
+    assert numbers_of(Vectors.join(parts)) == numbers_of(whole)
     assert len(Vectors.join([])) == 0
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import DataError
-from tercet.evaluate.measures.embedder_kinds import dev_score
+from tercet.evaluate.measures.by_kind import dev_score
 from tercet.evaluate.measures.retrieval import Measured, RetrievalResult, measure, measure_bm25
 from tercet.evaluate.report.intervals import Interval, paired_difference
 from tercet.evaluate.report.page import ExampleSearch, RunReport, ScoreSample, write_report

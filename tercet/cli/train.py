@@ -274,7 +274,7 @@ def _train(
     run: Any,
 ) -> None:
     from tercet import distributed
-    from tercet.evaluate.measures.embedder_kinds import dev_score
+    from tercet.evaluate.measures.by_kind import dev_score
     from tercet.evaluate.measures.prompts import task_names
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
     from tercet.train.loop import train

@@ -101,10 +101,10 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
     Raises:
         DataError: if a file is absent or damaged.
     """
-    values = [_mapped(folder, name) for name in _VALUES[kind]]
+    values = [mapped_array(folder / f"{name}.npy") for name in _VALUES[kind]]
     if kind == "dense":
         return Vectors(dense=torch.from_numpy(np.array(values[0][rows])))
-    offsets = _mapped(folder, f"{kind}_offsets")
+    offsets = mapped_array(folder / f"{kind}_offsets.npy")
     begins, ends = (torch.from_numpy(np.array(offsets[each])) for each in (rows, rows + 1))
     places, bounds = ragged_places(begins, ends)
     chosen = [np.array(each[places.numpy()]) for each in values]
@@ -155,8 +155,11 @@ class GrowingArray:
         self._rows += len(values)
 
 
-def _mapped(folder: Path, name: str) -> np.ndarray:
-    # Mapped for each use: a process may not keep a thousand files open.
-    path = folder / f"{name}.npy"
+def mapped_array(path: Path) -> np.ndarray:
+    """Map a ``.npy`` file; for each use, as a process may not keep thousands of files open.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
     with readable(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
@@ -56,7 +56,8 @@ def iter_records(path: Path, fields: Sequence[str], *, needs: Needs) -> Iterator
         DataError: if the file cannot be read at all, or holds no record.
     """
     empty = True
-    for record in _records_of_suffix(path, fields, needs):
+    is_parquet = known_suffix(path) == ".parquet"
+    for record in _parquet_records(path, fields, needs) if is_parquet else _jsonl_records(path):
         empty = False
         yield record
     if empty:
@@ -112,12 +113,6 @@ def decoded(line: bytes, offset: int) -> str:
         ) from None
 
 
-def _records_of_suffix(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:
-    if known_suffix(path) == ".parquet":
-        return _parquet_records(path, fields, needs)
-    return _jsonl_records(path)
-
-
 def known_suffix(path: Path) -> str:
     """Return the ending of a file that can be read, with its dot."""
     if path.is_dir() and not path.suffix:
@@ -127,24 +122,34 @@ def known_suffix(path: Path) -> str:
     return path.suffix
 
 
-def _jsonl_records(path: Path) -> Iterator[Record]:
+def line_records(path: Path) -> Iterator[Record]:
+    """Yield the lines of a text file as records whose value is the text of the line."""
     with readable(path):
         total = max(path.stat().st_size, 1)
     for number, offset, line in iter_lines(path):
-        if line.isspace() or not line:
-            continue
-        value, problem = None, None
         try:
-            value = json.loads(decoded(line, offset))
+            text, problem = decoded(line, offset), None
+        except ValueError as error:
+            text, problem = None, str(error)
+        yield Record(number, offset, offset / total, line, text, problem)
+
+
+def _jsonl_records(path: Path) -> Iterator[Record]:
+    for record in line_records(path):
+        if record.content.isspace() or not record.content:
+            continue
+        value, problem = None, record.problem
+        try:
+            value = None if problem else json.loads(str(record.value))
         except json.JSONDecodeError as error:
             problem = (
                 f"not JSON: {error.msg}, at character {error.colno}; write one object per line"
             )
         except RecursionError:
             problem = "JSON is nested too deeply"
-        except ValueError as error:
+        except ValueError as error:  # an integer of thousands of digits
             problem = str(error)
-        yield Record(number, offset, offset / total, line, value, problem)
+        yield replace(record, value=value, problem=problem)
 
 
 def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""Texts through a backbone batch by batch, and what is kept of the states of their tokens."""
+"""The loop of encoding: texts through a model batch by batch, and results in their order."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +25,10 @@ log = logging.getLogger("tercet")
 class Step:
     """One batch of texts, and the states of its tokens."""
 
-    rows: list[int]  # the places of these texts among all
+    rows: list[int]  # positions of these texts among all
     texts: Packed
     states: Float[Tensor, "tokens hidden"]
-    spans: list[np.ndarray]  # as in Tokens, of these texts; empty where not asked for
+    spans: list[np.ndarray]  # as in Tokens, of these texts; empty if not requested
     read: list[int]
 
 
@@ -40,7 +40,7 @@ def batch_by_batch(
     batch_tokens: int,
     advance: Callable[[int], None] | None = None,
 ) -> Iterator[Step]:
-    """The states of all texts, a batch of about one length at a time."""
+    """Yield the states of all texts, in batches of similar length."""
     for start in range(0, len(texts), _WINDOW_OF_TEXTS):
         tokens = tokenize(texts[start : start + _WINDOW_OF_TEXTS])
         for batch in batches_by_length(tokens.lengths, batch_tokens):
@@ -59,10 +59,7 @@ def batch_by_batch(
 def text_vectors(
     steps: Iterable[Step], finished: Callable[[Step], Vectors], nothing: Vectors
 ) -> Vectors:
-    """The vectors of all texts in the order that they were given in, on the CPU.
-
-    ``nothing`` comes back where there is no text.
-    """
+    """Return the vectors of all texts in the order given, on the CPU; ``nothing`` if no texts."""
     parts, rows = [], []
     for step in steps:
         parts.append(finished(step).to("cpu"))
@@ -71,7 +68,7 @@ def text_vectors(
 
 
 def token_states(steps: Iterable[Step], texts: int, width: int) -> list[np.ndarray]:
-    """The states of each text's pooled tokens."""
+    """Return the states of each text's pooled tokens."""
     found: list[np.ndarray] = [np.empty((0, width), np.float32)] * texts
     for step in steps:
         states = step.states[:, :width].float().cpu().split(step.texts.lengths)
@@ -84,7 +81,7 @@ def token_states(steps: Iterable[Step], texts: int, width: int) -> list[np.ndarr
 def word_states(
     steps: Iterable[Step], words: Sequence[Words], width: int, *, predictor: bool = False
 ) -> list[np.ndarray]:
-    """The mean state of each word of each text, as far as the text was not cut."""
+    """Return the mean state of each word of each text, up to where the text was cut."""
     found: list[np.ndarray] = [np.empty((0, width), np.float32)] * len(words)
     for step in steps:
         kept = [words[row].within(read) for row, read in zip(step.rows, step.read, strict=True)]

@@ -1,4 +1,4 @@
-"""A base and its adapters, merged in order, as one embedder."""
+"""Merging adapters into their base, in order, as one embedder."""
 
 import hashlib
 from collections.abc import Sequence
@@ -29,19 +29,19 @@ def load_adapters(
     attention: Attention | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Embedder:
-    """Add adapters to the weights of a base, one after the other and in float32.
+    """Merge adapters into the weights of a base, one after the other and in float32.
 
-    ``base`` None takes the one that the first adapter names. Direction and settings are those
-    that tercet saved with the last adapter. An adapter of another origin says no direction: give
-    ``attention``, and the settings are the usual ones; or ``compat="llm2vec"`` for one that
-    llm2vec trained, which reads both ways and brings its pooling, template and lengths.
+    ``base`` None takes the one that the first adapter names. Direction and settings are those that
+    tercet saved with the last adapter. Adapters of other tools do not record a direction: give
+    ``attention``, and the settings are the defaults; or ``compat="llm2vec"`` for adapters trained
+    by llm2vec, which are bidirectional and bring their pooling, template and lengths.
 
     Raises:
-        ModelError: when an adapter is incomplete, does not fit, or says no direction.
+        ModelError: if an adapter is incomplete, does not fit, or records no direction.
     """
     folders = [adapter_folder(adapter) for adapter in adapters]
     if not folders:
-        raise ModelError("there is no adapter to merge; name at least one folder")
+        raise ModelError("adapters must name at least one folder; got none")
     published = read_llm2vec(folders)
     if compat == "llm2vec":
         settings, window = _settings_of(published), None
@@ -55,7 +55,7 @@ def load_adapters(
         tokenizer = next((f for f in folders[::-1] if (f / "tokenizer_config.json").exists()), None)
     place = str(base or published.base)
     if not place:
-        raise ModelError(f"{folders[0]}: does not name its base; say which model it goes onto")
+        raise ModelError(f"{folders[0]}: does not name its base; give the base")
     backbone = Backbone.load(place, attention=attention, window=window)
     for folder in folders:
         merge_adapter(backbone, folder)
@@ -63,14 +63,14 @@ def load_adapters(
     probe(backbone)
     settings, layer = with_layer(folders[-1], settings, {}, backbone.hidden, dtype)
     settings, heads = with_heads(folders[-1], settings, settings, backbone.hidden)
-    stock = load_tokenizer(tokenizer or zoo.resolve(place))
-    embedder = Embedder(backbone, stock, settings, layer, heads)
+    loaded = load_tokenizer(tokenizer or zoo.resolve(place))
+    embedder = Embedder(backbone, loaded, settings, layer, heads)
     embedder.about = lineage(place, adapters)
     return embedder
 
 
 def lineage(base: str, adapters: Sequence[str | Path]) -> dict[str, Any]:
-    """What a merged model is made of: names, and hashes of the adapters' weights, in order."""
+    """Return what a merged model is made of: names, and hashes of adapters' weights, in order."""
     return {"base": base, "merged": [{"adapter": str(a), "sha256": _hash(a)} for a in adapters]}
 
 
@@ -82,17 +82,17 @@ def _hash(adapter: str | Path) -> str:
 
 
 def _direction(folders: Sequence[Path], saved: Sequence[dict[str, Any] | None]) -> Attention:
-    """The one in which all of these adapters were trained."""
+    """Return the direction in which all of these adapters were trained."""
     for folder, record in zip(folders, saved, strict=True):
         if record is None:
             raise ModelError(
-                f"{folder}: does not say in which direction it was trained, and peft would load it "
-                "causal; give the attention, or compat for one that llm2vec trained"
+                f"{folder}: records no direction of attention, and peft would load it as causal; "
+                "give the attention, or compat if llm2vec trained it"
             )
     directions = {record["attention"] for record in saved if record is not None}
     if len(directions) > 1:
         raise ModelError(
-            f"{', '.join(map(str, folders))}: were not all trained in one direction; "
+            f"{', '.join(map(str, folders))}: were trained in different directions; "
             "give the attention of the merged model"
         )
     return directions.pop()

@@ -1,4 +1,4 @@
-"""How well pairs of texts match, by each kind of vectors of a model and by every sum of them."""
+"""Scores of pairs of texts, by each kind of vectors of a model and by every sum of them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -15,7 +15,7 @@ from tercet.rank.scoring import paired_scores
 from tercet.types import Role
 from tercet.vectors import Vectors
 
-PAIRS_AT_ONCE: Final = 256  # token vectors of long texts are large
+PAIRS_AT_ONCE: Final = 256  # since token vectors of long texts are large
 
 
 def score_pairs(
@@ -27,18 +27,18 @@ def score_pairs(
     task: str | None = None,
     divided: bool = False,
 ) -> dict[str, Float[Tensor, "pairs"]]:
-    """The scores of each query with the document of the same place: ``dense``, ``sparse``, ...
+    """Return the score of each query with the document at its position, by kind.
 
     One entry for each kind that the model makes, and one for the weighted sum of every two or more
     kinds that have a weight, such as ``dense+sparse`` and ``dense+sparse+multi``. ``weights`` None
-    takes those that were tuned for the task or the model. ``divided`` divides each sum by the sum
+    takes those tuned for the task or the model. ``divided`` divides each sum by the sum
     of its weights, as FlagEmbedding's ``compute_score`` does; it calls them ``sparse+dense`` and
     ``colbert+sparse+dense``. Scores are on the CPU in float32.
 
     Raises:
-        DataError: where there are more queries than documents, or fewer.
+        DataError: if the numbers of queries and documents differ.
         RecipeError: for an unknown task.
-        TypeError: when either is one string.
+        TypeError: if either is a single string.
     """
     if isinstance(queries, str) or isinstance(documents, str):
         raise TypeError("score_pairs takes lists of texts; put a single text into a list")
@@ -46,8 +46,8 @@ def score_pairs(
         raise DataError(
             "pairs",
             None,
-            f"there are {len(queries)} queries and {len(documents)} documents; give a document "
-            "for each query",
+            f"the numbers of queries and documents must be equal; got {len(queries)} and "
+            f"{len(documents)}",
         )
     tuned = embedder.settings.weights
     weights = weights or tuned.get(task or "", tuned.get("", Weights()))
@@ -64,14 +64,14 @@ def score_pairs(
 
 
 def _encoded(embedder: Embedder, texts: Sequence[str], role: Role, task: str | None) -> Vectors:
-    """The vectors of texts, each of which is read once: a query may stand before many documents."""
+    """Return the vectors of texts; a repeated text, such as a query of many pairs, is read once."""
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     vectors = embedder.encode_vectors(list(places), role, task=task)
     return vectors.take([places[text] for text in texts])
 
 
 def _sums(scores: Mapping[str, Tensor], weights: Weights, *, divided: bool) -> dict[str, Tensor]:
-    """The weighted sums of two or more of these kinds that count."""
+    """Return the weighted sums of every two or more kinds that have a weight."""
     counted: list[Kind] = [kind for kind in KINDS if kind in scores and weights.of(kind)]
     return {
         "+".join(some): torch.stack([scores[kind] * weights.of(kind) for kind in some]).sum(0)

@@ -1,9 +1,9 @@
-"""A model with another model's tokenizer: what each new token is to begin with.
+"""A model with another model's tokenizer: initial embeddings of the new tokens.
 
-A new token's row in the table of embeddings is the mean of the rows of the pieces that the old
-tokenizer makes of its text, so one that both know keeps its row. Special tokens keep theirs by
-what they are for. Such a model has to be trained; Arctic-Embed 2.0 found no clear gain in it, and
-slower reading (arXiv 2412.04506, appendix: Llama 3's tokenizer, all weights drawn anew).
+A new token's embedding is the mean over the pieces that the old tokenizer makes of its text, so a
+token that both know keeps its embedding. Special tokens keep theirs by function. Such a model has
+to be trained; Arctic-Embed 2.0 found no clear gain in it, and slower encoding (arXiv 2412.04506,
+appendix: Llama 3's tokenizer, all weights initialized at random).
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.backbone import probe
 from tercet.models.tokens import Tokenizer
 
-Rows: TypeAlias = Literal["remap", "new"]
-"""New tokens begin as the mean of their old pieces, or at random with the old rows' spread."""
+TokenInit: TypeAlias = Literal["remap", "new"]
+"""Initialize new tokens as the mean of their old pieces, or at random with the old spread."""
 
 _ROLES: Final = ("pad_token_id", "unk_token_id", "mask_token_id")
 _BEGINS: Final = ("cls_token_id", "bos_token_id")
@@ -28,14 +28,14 @@ _BLOCK: Final = 8_192  # tokens that are looked up together
 
 
 @torch.no_grad()
-def with_tokenizer(embedder: Embedder, tokenizer: Any, *, rows: Rows = "remap") -> Embedder:
-    """The embedder with this transformers tokenizer in the place of its own.
+def with_tokenizer(embedder: Embedder, tokenizer: Any, *, rows: TokenInit = "remap") -> Embedder:
+    """Return the embedder with its tokenizer replaced by this one of transformers.
 
-    The network is the same one, changed in place: only its table of tokens is new.
+    The network is changed in place: only its token table is new.
 
     Raises:
-        ModelError: when the tokenizer has no fast form, or the model finds positions by an id of
-            the padding token that the new tokenizer does not share.
+        ModelError: if the tokenizer has no fast form, or the model derives positions from the id of
+            the padding token and the new tokenizer has another one.
     """
     backbone, old = embedder.backbone, embedder.tokenizer
     settings = embedder.settings
@@ -60,27 +60,27 @@ def with_tokenizer(embedder: Embedder, tokenizer: Any, *, rows: Rows = "remap") 
 
 
 def _refuse_moved_positions(embedder: Embedder, tokenizer: Any) -> None:
-    """RoBERTa and its kin count positions from the padding id."""
+    """Raise if a RoBERTa-like model, which counts positions from the padding id, would break."""
     offset, padding = embedder.backbone.position_offset, tokenizer.pad_token_id
     if offset and padding != offset - 1:
         raise ModelError(
-            f"this model counts positions from its padding token, id {offset - 1}, and that of the "
-            f"new tokenizer is {padding}; give its padding token that id, or take another base"
+            f"this model counts positions from its padding id, so the new tokenizer's must be "
+            f"{offset - 1}; got {padding}; change it there, or take another base"
         )
 
 
 def _remapped(
     table: Float[Tensor, "old hidden"], old: Tokenizer, new: Tokenizer
 ) -> Float[Tensor, "new hidden"]:
-    """The mean of the old pieces of each new token's text; of no text, the mean of all rows."""
-    stock, wide = new.stock, table.float()
-    size = len(stock)
+    """Return the mean over old pieces for each new token; without a text, that of all rows."""
+    tokenizer, wide = new.stock, table.float()
+    size = len(tokenizer)
     found = wide.mean(dim=0).repeat(size, 1)
-    special = {*stock.all_special_ids}
+    special = {*tokenizer.all_special_ids}
     ids = [i for i in range(size) if i not in special]
     for start in range(0, len(ids), _BLOCK):
         some = ids[start : start + _BLOCK]
-        texts = [stock.decode([i], clean_up_tokenization_spaces=False) for i in some]
+        texts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in some]
         pieces = [encoding.ids for encoding in old.bare(texts)]
         known = [(i, found_ids) for i, found_ids in zip(some, pieces, strict=True) if found_ids]
         if not known:
@@ -90,7 +90,7 @@ def _remapped(
         owner = torch.arange(len(known)).repeat_interleave(counts)
         sums = wide.new_zeros(len(known), wide.shape[1]).index_add_(0, owner, wide[flat])
         found[torch.tensor([i for i, _ in known])] = sums / counts[:, None]
-    for role, place in _special(stock).items():
+    for role, place in _special(tokenizer).items():
         if (before := _special(old.stock).get(role)) is not None:
             found[place] = wide[before]
     return found
@@ -99,13 +99,13 @@ def _remapped(
 def _drawn(
     table: Float[Tensor, "old hidden"], old: Tokenizer, new: Tokenizer
 ) -> Float[Tensor, "new hidden"]:
-    """Rows at random, as far from zero as the old ones."""
+    """Return random rows with the mean and spread of the old ones."""
     wide = table.float()
     return torch.randn(len(new.stock), wide.shape[1]) * wide.std(dim=0) + wide.mean(dim=0)
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
-    """The ids of special tokens by what they are for."""
+    """Return the ids of special tokens by function."""
     found = {name: getattr(tokenizer, name, None) for name in _ROLES}
     for role, names in (("begin", _BEGINS), ("end", _ENDS)):
         known = (getattr(tokenizer, name, None) for name in names)

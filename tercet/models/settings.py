@@ -215,7 +215,7 @@ _EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the content of ``tercet.json``, its ``settings`` checked; None if there is none.
+    """Return the content of ``tercet.json``, its ``settings`` checked; None if it is missing.
 
     Raises:
         ModelError: if it is damaged, or written by a newer tercet; or if the folder holds an

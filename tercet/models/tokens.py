@@ -1,4 +1,4 @@
-"""From texts to one row of tokens."""
+"""Tokenizing: from texts to one row of token ids, with the tokens that are pooled."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,26 +17,26 @@ from tercet.segments import offsets_of, row_of
 from tercet.types import Packed, Role
 
 _NONE: Final = np.empty(0, np.int32)
-_AT_ONCE: Final = 1_024  # texts that are encoded together
+_AT_ONCE: Final = 1_024  # texts that are tokenized together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """What is put around texts besides their prompts, and which of it is part of the vector."""
+    """What surrounds texts besides their prompts, and which of it is part of the vector."""
 
     pool_prompt: bool = True
     suffix: str = ""  # after every text, such as a chat's closing marker
     pool_suffix: bool = False
-    pool_special: bool = True  # false: what the tokenizer itself puts around is not pooled
-    end: bool = False  # after all of it the end-of-text token, pooled
-    echo: Role | None = None  # the text twice, only the second pooled, in the words of this role
-    cls_every: int | None = None  # MCLS: what stands before a text, again after so many tokens
+    pool_special: bool = True  # false: the tokenizer's special tokens are not pooled
+    end: bool = False  # the end-of-text token last, pooled
+    echo: Role | None = None  # the text twice, only the second pooled, in this role's template
+    cls_every: int | None = None  # MCLS: repeat the start token after this many tokens
 
     def __post_init__(self) -> None:
         if self.cls_every is not None and (self.cls_every < 1 or self.echo is not None):
             raise RecipeError(
-                f"cls_every is {self.cls_every}; give 1 or more, and leave echo out: each is a "
-                "form of its own"
+                f"cls_every must be at least 1, and without echo; got {self.cls_every}"
+                f"{' with echo' if self.echo else ''}"
             )
 
 
@@ -45,14 +45,14 @@ PLAIN: Final = Form()
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids of some texts, each ready to be packed in any order.
+    """Token ids of some texts, which can be packed in any order.
 
-    Of each text, ``skipped`` counts the leading tokens that are read but not pooled (its prompt),
-    and ``left_out`` has the bounds of later ones (its suffix); empty stands for none at all.
+    For each text, ``skipped`` counts the leading tokens that are read but not pooled (its prompt),
+    and ``left_out`` bounds later ones (its suffix); an empty list means none in any text.
     ``truncated`` counts the texts that were cut to the limit.
 
-    ``spans`` and ``read`` are filled on request: where each token begins and ends in its text, in
-    characters (-1 for a token outside of it), and how many characters of the text were kept.
+    ``spans`` and ``read`` are filled on request: the characters of its text that each token covers
+    (-1 for a token outside it), and how many characters of the text were kept.
     """
 
     ids: list[np.ndarray]  # int32, one array a text, none of them empty
@@ -68,11 +68,11 @@ class Tokens:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text."""
+        """The number of tokens of each text."""
         return [len(ids) for ids in self.ids]
 
     def pack(self, texts: Sequence[int] | None = None) -> Packed:
-        """These texts end to end, or all of them."""
+        """Return these texts end to end, or all of them."""
         chosen = range(len(self.ids)) if texts is None else texts
         rows = [self.ids[i] for i in chosen]
         offsets = offsets_of(torch.tensor([len(row) for row in rows], dtype=torch.int64))
@@ -90,7 +90,7 @@ class Tokens:
 
     @staticmethod
     def join(parts: Sequence["Tokens"]) -> "Tokens":
-        """The texts of all ``parts``, in order."""
+        """Return the texts of all ``parts``, in order."""
         return Tokens(
             [ids for part in parts for ids in part.ids],
             [count for part in parts for count in part.skipped],
@@ -103,10 +103,10 @@ class Tokens:
 
 
 def load_tokenizer(place: str | Path) -> Any:
-    """The transformers tokenizer of a folder or a hub id.
+    """Load the transformers tokenizer of a folder or a hub id.
 
     Raises:
-        ModelError: when there is none, or it is damaged.
+        ModelError: if it is missing or damaged.
     """
     from transformers import AutoTokenizer  # slow to import
 
@@ -117,7 +117,7 @@ def load_tokenizer(place: str | Path) -> Any:
         raise ModelError(
             f"{place}: the tokenizer cannot be loaded ({line}); is tokenizer.json there and whole?"
         ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what is made up where none was saved
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # a made-up one
         raise ModelError(
             f"{place}: has no tokenizer (tokenizer.json); copy it there from the model's origin"
         )
@@ -125,10 +125,10 @@ def load_tokenizer(place: str | Path) -> Any:
 
 
 class Tokenizer:
-    """A transformers tokenizer, seen as a function from texts to :class:`Tokens`.
+    """A transformers tokenizer as a function from texts to :class:`Tokens`.
 
     With ``append_end`` every text ends with the end-of-text token, for models that pool the last
-    token; the wrapped tokenizer is changed too, so that a saved model does the same elsewhere.
+    token; the wrapped tokenizer is changed too, so that other libraries do the same.
     """
 
     def __init__(self, tokenizer: Any, *, append_end: bool = False) -> None:
@@ -144,7 +144,7 @@ class Tokenizer:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take over what was changed in the stock tokenizer, such as a token that was added."""
+        """Apply changes of the wrapped tokenizer, such as an added token."""
         tokenizer = self.stock
         self._fast: FastTokenizer = FastTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._fast.no_truncation()
@@ -164,7 +164,7 @@ class Tokenizer:
         return self._head, self._tail
 
     def bare(self, texts: Sequence[str]) -> list[Encoding]:
-        """Texts with nothing around them, whole, with the place of each token."""
+        """Tokenize whole texts without special tokens, with the characters of each token."""
         return self._fast.encode_batch(list(texts), add_special_tokens=False)
 
     def __call__(
@@ -178,24 +178,22 @@ class Tokenizer:
     ) -> Tokens:
         """Tokenize each text with its prompt, once, and cut what is longer than ``max_tokens``.
 
-        The end of the text is cut; prompt, suffix and special tokens stay. What is pooled is told
-        by character offsets, so the borders are exact for any tokenizer: a token that lies partly
-        in the text is pooled. A text without any token gets one filler token; where nothing is
-        left to pool (an empty text, or no room beside the prompt, and no end-of-text token) all
-        tokens are pooled.
+        The end of the text is cut; prompt, suffix and special tokens stay. Character offsets decide
+        what is pooled, so the borders are exact for any tokenizer: a token that lies partly in the
+        text is pooled. A text without any token gets one filler token. If nothing is left to pool
+        (an empty text, or no room beside the prompt, and no end-of-text token), all tokens are.
 
-        With ``form.echo`` the text is tokenized by itself and its ids stand there twice, in
+        With ``form.echo`` the text is tokenized alone and its ids occur twice, in
         ``Instruct:{prompt},``, ``Query:{text}``, ``Query again:{text}``, a line each (or
-        ``Document``; the first line only where there is a prompt), and end-of-text. The second
-        copy and the end are pooled (arXiv 2402.15449).
+        ``Document``; the first line only with a prompt), and end-of-text. The second copy and the
+        end are pooled (arXiv 2402.15449).
 
-        With ``form.cls_every`` n the token before a text (CLS) stands before every n tokens of it,
-        of its prompt and of its suffix (MCLS, arXiv 2402.03216): at the places 0, n + 1, 2n + 2 and
-        so on. They count towards the limit.
+        With ``form.cls_every`` n the start token (CLS) stands before every n tokens of the text,
+        its prompt and its suffix (MCLS, arXiv 2402.03216, sec. 3.4): at the places 0, n + 1, 2n + 2
+        and so on. They count towards the limit.
 
         Raises:
-            ModelError: where an end-of-text token, or one before the text, is asked for and the
-                tokenizer has none.
+            ModelError: if an end-of-text or start token is needed and the tokenizer has none.
         """
         before = [prompts] * len(texts) if isinstance(prompts, str) else list(prompts)
         tail = self._ending() if form.end or form.echo else self._tail
@@ -224,11 +222,11 @@ class Tokenizer:
         return found if form.cls_every is None else self._with_cls(found, form.cls_every, len(tail))
 
     def _with_cls(self, tokens: Tokens, every: int, tail: int) -> Tokens:
-        """The tokens with one more CLS before each ``every`` of those between head and tail."""
+        """Insert a CLS token before every ``every`` tokens between head and tail."""
         if len(self._head) != 1:
             raise ModelError(
-                f"cls_every repeats the token before a text, and this tokenizer puts "
-                f"{len(self._head)} there; it is for models with a CLS token, so leave it out"
+                f"cls_every repeats the one token before a text, and this tokenizer puts "
+                f"{len(self._head)} there; leave cls_every out"
             )
         rows, skipped, left_out, spans = [], [], [], []
         for number, ids in enumerate(tokens.ids):
@@ -247,7 +245,7 @@ class Tokenizer:
     def _lay(
         self, texts: Sequence[str], before: Sequence[str], room: int, form: Form, *, spans: bool
     ) -> "Iterator[_Laid]":
-        """Each text between its prompt and the suffix, in at most ``room`` tokens."""
+        """Yield each text between its prompt and the suffix, in at most ``room`` tokens."""
         whole = [prompt + text + form.suffix for prompt, text in zip(before, texts, strict=True)]
         located = spans or bool(form.suffix) or (not form.pool_prompt and any(before))
         encode = self._fast.encode_batch if located else self._fast.encode_batch_fast
@@ -274,7 +272,7 @@ class Tokenizer:
     def _lay_twice(
         self, texts: Sequence[str], before: Sequence[str], room: int, form: Form, *, spans: bool
     ) -> "Iterator[_Laid]":
-        """Each text as echo embeddings have it; the template's pieces are tokenized apart."""
+        """Yield each text in the echo template, whose pieces are tokenized separately."""
         name = str(form.echo).capitalize()
         starts = {p: self._piece(f"Instruct:{p},\n{name}:" if p else f"{name}:") for p in {*before}}
         between = self._piece(f"\n{name} again:")[:room]
@@ -299,7 +297,7 @@ class Tokenizer:
         return self._fast.encode(text, add_special_tokens=False).ids
 
     def _not_pooled(self, laid: "_Laid", form: Form, tail: int) -> tuple[int, tuple[int, int]]:
-        """How many leading tokens are not pooled, and the bounds of those after the text."""
+        """Return how many leading tokens are not pooled, and the bounds of those after the text."""
         head, before, after = len(self._head), len(laid.before), len(laid.after)
         prompted = form.pool_prompt and not form.echo
         pooled = len(laid.text) + prompted * before + form.pool_suffix * after + form.end * tail
@@ -316,36 +314,36 @@ class Tokenizer:
         return skipped, (start, end if form.pool_special or asked_for else end + tail)
 
     def _ending(self) -> list[int]:
-        """What follows every text that has to end with the end-of-text token."""
+        """Return the tokens after every text that has to end with the end-of-text token."""
         end = self.stock.convert_tokens_to_ids(_end_of(self.stock))
         return self._tail if self._tail[-1:] == [end] else [*self._tail, end]
 
 
 @dataclass(frozen=True, slots=True)
 class _Laid:
-    """The token ids of one text and of what stands around it, cut to size."""
+    """The token ids of one text and its surroundings, cut to size."""
 
     before: list[int]
     text: list[int]
     after: list[int]
     cut: bool
-    prompted: bool  # even where no token is the prompt's alone
-    spans: list[tuple[int, int]] = field(default_factory=list)  # of the text's tokens, if asked
+    prompted: bool  # even if every token of the prompt reaches into the text
+    spans: list[tuple[int, int]] = field(default_factory=list)  # of the text's tokens, if requested
 
 
 def _in_parts(
     encode: Callable[[list[str]], list[Encoding]], texts: Sequence[str]
 ) -> Iterator[Encoding]:
-    """Encodings of texts, few at a time: one takes some hundred bytes a token."""
+    """Yield encodings of texts, few at a time: one takes some hundred bytes per token."""
     for start in range(0, len(texts), _AT_ONCE):
         yield from encode(list(texts[start : start + _AT_ONCE]))
 
 
 def _borders(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """Bounds of the tokens that reach into the characters from ``start`` to ``end``.
+    """Return bounds of the tokens that reach into the characters from ``start`` to ``end``.
 
-    Byte-level tokenizers trim spaces from offsets, so a token of spaces alone is empty: it belongs
-    to what is before it.
+    Byte-level tokenizers trim spaces from offsets, so a token of spaces alone is empty: it counts
+    as part of what is before it.
     """
     stop = len(offsets)
     while stop and offsets[stop - 1][0] >= end and offsets[stop - 1][1] > end:
@@ -380,7 +378,7 @@ def _append_end(fast: FastTokenizer, tokenizer: Any) -> None:
 
 
 def _with_end(processor: dict[str, Any] | None, end: str, number: int) -> dict[str, Any]:
-    """A post-processor that adds one more token; of two templates in a row only the first acts."""
+    """Return a post-processor that adds a token; of two templates only the first takes effect."""
     known = {end: {"id": end, "ids": [number], "tokens": [end]}}
     last = {"SpecialToken": {"id": end, "type_id": 0}}
     parts = [] if processor is None else processor.get("processors", [processor])

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tercet.errors import ModelError
+from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.kinds import Kind, Weights
 from tercet.rank.scoring import late_interaction, lexical_sums, listed_late_interaction
-from tercet.rank.topk import BROKEN_MODEL, Hits, largest
+from tercet.rank.topk import Hits, largest
 from tercet.segments import runs_within
 from tercet.vectors import Vectors
 

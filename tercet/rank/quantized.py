@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int8, Int32, Int64, UInt8
 from torch import Tensor
 
-from tercet.errors import ModelError, RecipeError
+from tercet.errors import BROKEN_MODEL, ModelError, RecipeError
 
 CodePrecision: TypeAlias = Literal["int8", "int4", "binary"]
 PRECISIONS: Final[tuple[CodePrecision, ...]] = get_args(CodePrecision)
@@ -40,7 +40,6 @@ _SHARES: Final = (  # of coordinates inside of the range: those that are tried
 _COORDINATES: Final = 1 << 20  # that a range is learned from
 _DIGITS: Final = 6  # of a centre's coordinates: a thousandth of the finest step
 _EXACT: Final = 1_024  # products of two signed bytes whose sum float32 still holds exactly: 2^24
-_BROKEN: Final = "the model is broken, or it was run in a precision too low for it"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -305,4 +304,4 @@ def _refuse_broken(vectors: np.ndarray, before: int = 0) -> None:
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         row = before + int(finite.argmin())
-        raise ModelError(f"vector {row} holds NaN or infinity and has no code; {_BROKEN}")
+        raise ModelError(f"vector {row} holds NaN or infinity and has no code; {BROKEN_MODEL}")

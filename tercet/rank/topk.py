@@ -13,10 +13,8 @@ import torch
 from jaxtyping import Float, Float32, Int, Int64, Shaped
 from torch import Tensor
 
-from tercet.errors import ModelError
+from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.segments import ragged_places
-
-BROKEN_MODEL: Final = "the model is broken, or it was run in a precision too low for it"
 
 _QUERY_BLOCK: Final = 256  # with 16,384 documents a block: 16 MB of scores
 _FEW: Final = 64  # queries, for which documents @ queries is up to twice as fast as the reverse

@@ -12,7 +12,7 @@ import torch
 
 from tercet.data.files.documents import Document
 from tercet.data.files.examples import shown
-from tercet.errors import DataError, ModelError, RecipeError
+from tercet.errors import BROKEN_MODEL, DataError, ModelError, RecipeError
 from tercet.files.arrays import NAMES, GrowingArray, VectorWriter
 from tercet.files.atomic import clear_about, replacing_file, replacing_folder
 from tercet.files.progress import Bars, bar
@@ -164,10 +164,7 @@ def _encoded(embedder: Embedder, texts: Sequence[str], wanted: EncodeOptions) ->
 
 def _check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
     if (row := first_broken(vectors)) is not None:
-        raise ModelError(
-            f"the vector of {shown(texts[row])} holds NaN or infinity; the model is broken, or it "
-            "was run in a precision too low for it"
-        )
+        raise ModelError(f"the vector of {shown(texts[row])} holds NaN or infinity; {BROKEN_MODEL}")
 
 
 def first_broken(vectors: Vectors) -> int | None:

@@ -114,7 +114,7 @@ class SparseAlarm:
             self._compare(step, "documents in training", self.recent, rise)
 
     def after_evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Look at the figures of ``tercet.evaluate.measures.embedder_kinds.dev_score``."""
+        """Look at the figures of ``tercet.evaluate.measures.by_kind.dev_score``."""
         for role in ("query", "document"):
             if (share := figures.get(f"dev_{role}_empty")) is not None:
                 self._compare(step, f"{role} texts of the dev set", share, EMPTY)

@@ -201,7 +201,7 @@ def test_rows_of_flagembedding_become_ours_and_what_is_left_out_is_told(tercet, 
     assert ended.status == 0
     assert table(ended.out)["a"] == "2"
     assert 'left out: 2 values of "batch_size"' in ended.err
-    assert ended.err.count("left out: 2 wishes for half a batch") == 1
+    assert ended.err.count("left out: 2 rows with half a batch") == 1
     prompt = "Instruct: Find it\nQuery: "
     assert {(e.query_prompt, e.document_prompt, e.in_batch) for e in iter_examples(out)} == {
         (prompt, prompt, "none")

@@ -9,7 +9,7 @@ import pytest
 
 from tercet.data.files.similarity import SimilaritySet
 from tercet.evaluate.measures.bm25 import by_tokens_of
-from tercet.evaluate.measures.embedder_kinds import measure_kinds
+from tercet.evaluate.measures.by_kind import measure_kinds
 from tercet.evaluate.measures.labels import (
     measure_classification,
     measure_clustering,

@@ -70,6 +70,13 @@ def test_a_fingerprint_of_a_file_is_of_its_content_and_of_its_ends_of_those(tmp_
     assert fingerprint_of_ends(path, 5) == ends
 
 
+def test_a_fingerprint_of_a_folder_is_of_all_its_files(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c").write_text("second")
+    (tmp_path / "a").write_text("first")
+    assert fingerprint_of_file(tmp_path) == blake(b"firstsecond")
+
+
 @pytest.mark.parametrize("dtype", ["<i4", "<f2"])
 def test_rows_are_written_block_by_block(tmp_path, dtype):
     blocks = [np.arange(6).reshape(2, 3), np.empty((0, 3)), np.ones((1, 3), np.float64)]

@@ -263,7 +263,7 @@ def test_another_runtime_error_passes_as_it_is(tmp_path):
         raise RuntimeError("shape")
 
 
-def test_of_two_writers_the_second_is_refused_and_told_who_the_first_is(tmp_path):
+def test_the_second_of_two_writers_is_refused_and_the_first_is_named(tmp_path):
     with sole_writer(tmp_path / "run"):
         for _ in range(2):  # the first one refused does not wipe out who it is
             with pytest.raises(RecipeError, match=f"run: process {os.getpid()} on .* is writing"):

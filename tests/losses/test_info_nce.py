@@ -141,15 +141,17 @@ def test_a_relation_of_texts_is_taken_as_it_is():
     assert_same_loss_and_gradients(info_nce(queries, docs, relation, 0.3), slow, [queries, docs])
 
 
-def test_a2_the_mean_is_over_the_positives_of_the_whole_batch():
+def test_the_mean_is_over_the_positives_of_the_whole_batch():
+    """Trap A2 of Arctic-Embed."""
     queries, docs = vectors(4, 3), vectors(4, 3, seed=1)
     shared = info_nce(queries, docs, Dense(identity(4).matrix, elsewhere=8), 0.3)
     expected = info_nce(queries, docs, identity(4), 0.3) / 3
     assert_same_loss_and_gradients(shared, expected, [queries, docs])
 
 
-def test_a3_two_positives_and_none_is_not_one_and_one():
+def test_two_positives_and_none_is_not_one_and_one():
     # As many positives as queries, but not one each: they may not be matched up by position.
+    """Trap A3 of Arctic-Embed."""
     relation = dense([POSITIVE, POSITIVE, NEGATIVE], [NEGATIVE, NEGATIVE, NEGATIVE])
     queries, docs = vectors(2, 3), vectors(3, 3, seed=1)
     logits = queries[0] @ docs.T / 0.2
@@ -160,7 +162,8 @@ def test_a3_two_positives_and_none_is_not_one_and_one():
 
 
 @pytest.mark.parametrize("dims", [None, [2, 4]])
-def test_a4_a_batch_without_positives_has_zero_loss_and_a_warning(dims: list[int] | None):
+def test_a_batch_without_positives_has_zero_loss_and_a_warning(dims: list[int] | None):
+    """Trap A4 of Arctic-Embed."""
     queries, docs = vectors(2, 4), vectors(3, 4, seed=1)
     with pytest.warns(UserWarning, match="no query of this batch has a positive"):
         loss = info_nce(
@@ -190,9 +193,8 @@ def test_a_process_without_queries_or_documents_has_zero_loss(shape: tuple[int, 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dims", [None, [4, 8]])
-def test_a5_half_precision_vectors_are_scored_in_float32(
-    dtype: torch.dtype, dims: list[int] | None
-):
+def test_half_precision_vectors_are_scored_in_float32(dtype: torch.dtype, dims: list[int] | None):
+    """Trap A5 of Arctic-Embed."""
     queries, docs = vectors(9, 8, dtype=dtype), vectors(9, 8, seed=1, dtype=dtype)
     wide = queries.detach().float().requires_grad_(), docs.detach().float().requires_grad_()
     loss = info_nce(queries, docs, identity(9), 0.02, dims=dims)
@@ -207,7 +209,8 @@ def test_a5_half_precision_vectors_are_scored_in_float32(
 
 
 @pytest.mark.parametrize("dims", [None, [4, 8]])
-def test_a5_autocast_does_not_round_the_scores(dims: list[int] | None):
+def test_autocast_does_not_round_the_scores(dims: list[int] | None):
+    """Trap A5 of Arctic-Embed."""
     queries, docs = vectors(9, 8, dtype=torch.float32), vectors(9, 8, dtype=torch.float32, seed=1)
     expected = info_nce(queries, docs, identity(9), 0.02, dims=dims)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -313,7 +316,8 @@ def test_no_tensor_is_as_large_as_queries_times_documents(dims: list[int] | None
 
 
 @pytest.mark.parametrize("docs", [1, 1000, 32_768, 1_000_000])
-def test_a17_a_block_never_reaches_two_to_the_31_scores(docs: int):
+def test_a_block_never_reaches_two_to_the_31_scores(docs: int):
+    """Trap A17 of Arctic-Embed."""
     assert 16 <= block_of(docs) <= 1024
     assert block_of(docs) * docs < 2**31
     assert block_of(docs, prefixes=6) <= block_of(docs)

@@ -131,9 +131,8 @@ def assert_same(fast: Tensor, slow: Tensor, sides: Sequence[Vectors], rtol: floa
     "kinds",
     [KINDS, ("dense", "sparse"), ("sparse", "multi"), ("dense",), ("sparse",), ("multi",)],
 )
-def test_b1_loss_and_gradients_are_those_of_the_equations(
-    kinds: tuple[Kind, ...], block: int | None
-):
+def test_loss_and_gradients_are_those_of_the_equations(kinds: tuple[Kind, ...], block: int | None):
+    """Trap B1 of BGE-M3."""
     relation = examples()
     queries = leaves(made(SIX, seed=1).only(kinds))
     docs = leaves(made(len(relation.owners), seed=2).only(kinds))
@@ -199,20 +198,23 @@ def test_matryoshka_is_the_mean_over_prefixes_of_the_dense_losses():
     assert_same(fast["loss"], slow, [queries, docs])
 
 
-def test_b7_the_teacher_is_a_constant_and_the_lesson_is_its_divergence():
-    """No gradient flows through the sum; less its entropy the distil is the KL divergence."""
+def test_the_target_is_constant_and_self_distillation_is_its_divergence():
+    """Trap B7 of BGE-M3.
+
+    No gradient flows through the sum; minus its entropy, self-distillation is the KL divergence.
+    """
     relation = examples()
     queries, docs = leaves(made(SIX, seed=1)), leaves(made(len(relation.owners), seed=2))
-    only_lessons = Mixture(temperature=TEMPERATURE, of_sum=0.0, distilled=1e12)
-    fast = unified_loss(queries, docs, relation, only_lessons, queries_of_all=SIX)
+    only_distilled = Mixture(temperature=TEMPERATURE, of_sum=0.0, distilled=1e12)
+    fast = unified_loss(queries, docs, relation, only_distilled, queries_of_all=SIX)
     known = matrix(relation)
     logits = {k: slow_scores(k, queries, docs) / TEMPERATURE for k in KINDS}
-    together = torch.stack([only_lessons.in_sum.of(k) * logits[k] for k in KINDS]).sum(0).detach()
+    together = torch.stack([only_distilled.in_sum.of(k) * logits[k] for k in KINDS]).sum(0).detach()
     divergence, entropy = [], 0.0
     for kind in KINDS:
         for taught, row, kept in zip(together, logits[kind], known != IGNORED, strict=True):
             target, learned = taught[kept].softmax(0), row[kept].log_softmax(0)
-            weight = only_lessons.in_loss.of(kind) / (3 * SIX)
+            weight = only_distilled.in_loss.of(kind) / (3 * SIX)
             divergence.append(weight * F.kl_div(learned, target, reduction="sum"))
             entropy -= float(weight * (target * target.log()).sum())
     kl = torch.stack(divergence).sum()
@@ -231,8 +233,11 @@ def test_a_row_without_candidates_or_positives_counts_for_nothing():
 
 @pytest.mark.parametrize("distil", ["none", "kl", "listwise"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_b9_half_precision_is_scored_in_float32(dtype: torch.dtype, distil: Distillation):
-    """A score of 1 over a temperature of 0.02 is 50, and e^50 no number of float16."""
+def test_half_precision_is_scored_in_float32(dtype: torch.dtype, distil: Distillation):
+    """Trap B9 of BGE-M3.
+
+    A score of 1 over a temperature of 0.02 is 50, and e^50 overflows float16.
+    """
     relation = examples()
     queries, docs = made(SIX, seed=1), made(len(relation.owners), seed=2)
     low = [side.with_tensors([t.to(dtype) for t in side.tensors()]) for side in (queries, docs)]
@@ -325,7 +330,8 @@ def slow_listwise(logits: Tensor, teacher: Tensor, relation: Relation, known: Te
 
 
 @pytest.mark.parametrize("distil", ["kl", "listwise"])
-def test_b13_the_order_of_passages_does_not_matter(distil: Distillation):
+def test_the_order_of_passages_does_not_matter(distil: Distillation):
+    """Trap B13 of BGE-M3."""
     scores = torch.tensor([3.0, 1.0, 2.0, 0.0, 4.0], dtype=torch.float64)
     docs, queries = made(5, seed=2), made(1, seed=1)
     mixture = Mixture(temperature=TEMPERATURE, distil=distil, distilled=0.0)

@@ -93,8 +93,8 @@ def test_an_adapter_of_unknown_direction_is_refused_unless_one_is_given():
     with pytest.raises(ModelError) as error:
         load_adapters([MNTP], base=BASE)
     assert str(error.value) == (
-        f"{MNTP}: does not say in which direction it was trained, and peft would load it causal; "
-        "give the attention, or compat for one that llm2vec trained"
+        f"{MNTP}: records no direction of attention, and peft would load it as causal; "
+        "give the attention, or compat if llm2vec trained it"
     )
     assert load_adapters([MNTP], base=BASE, attention="causal").backbone.attention == "causal"
 
@@ -110,12 +110,12 @@ def test_adapters_of_two_directions_are_refused(tmp_path, base):
     shutil.copytree(tmp_path / "1", tmp_path / "2")
     path = tmp_path / "2" / "tercet.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "attention": "causal"}))
-    with pytest.raises(ModelError, match="not all trained in one direction; give the attention"):
+    with pytest.raises(ModelError, match="trained in different directions; give the attention"):
         load_adapters([tmp_path / "1", tmp_path / "2"])
 
 
 def test_adapters_need_a_base_and_there_has_to_be_one(tmp_path):
-    with pytest.raises(ModelError, match="no adapter to merge"):
+    with pytest.raises(ModelError, match="adapters must name at least one folder"):
         load_adapters([], base=BASE)
     folder = Path(shutil.copytree(MNTP, tmp_path / "mntp"))
     config = json.loads((folder / "adapter_config.json").read_text())

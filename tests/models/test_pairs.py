@@ -90,7 +90,7 @@ def test_no_pairs_have_no_scores_and_a_dense_model_has_one_kind(encoder_folder, 
 
 
 def test_lists_of_other_lengths_one_text_or_an_unknown_task_are_refused(embedder):
-    with pytest.raises(DataError, match="there are 2 queries and 1 documents"):
+    with pytest.raises(DataError, match="must be equal; got 2 and 1"):
         score_pairs(embedder, ["a", "b"], ["c"])
     with pytest.raises(RecipeError, match="no prompt for the task"):
         score_pairs(embedder, ["a"], ["c"], task="nq")

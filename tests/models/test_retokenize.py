@@ -63,5 +63,5 @@ def test_rows_drawn_anew_spread_as_the_old_ones(embedder: Embedder):
 
 def test_a_model_that_counts_positions_from_the_padding_id_refuses_another_one(tmp_path: Path):
     toy.save_model(tmp_path / "xlm", "xlm-roberta")  # its padding id is 1
-    with pytest.raises(ModelError, match="that of the new tokenizer is 0"):
+    with pytest.raises(ModelError, match="must be 1; got 0"):
         with_tokenizer(Embedder.load(tmp_path / "xlm"), toy.byte_bpe())

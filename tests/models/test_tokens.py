@@ -296,8 +296,8 @@ LONG = " ".join(SENTENCES[:4])
 
 @pytest.mark.parametrize("build", [wordpiece, metaspace])
 @pytest.mark.parametrize("every", [1, 4, 7])
-def test_b11_a_cls_stands_before_every_n_tokens(build, every):
-    """B11: places and number of CLS."""
+def test_a_cls_stands_before_every_n_tokens(build, every):
+    """Trap B11 of BGE-M3. B11: places and number of CLS."""
     stock = build()
     tokenizer = Tokenizer(stock)
     cls, tail = tokenizer.around
@@ -312,8 +312,8 @@ def test_b11_a_cls_stands_before_every_n_tokens(build, every):
         assert all(expected[i] == cls[0] for i in places) and len(places) == len(parts)
 
 
-def test_b11_a_text_that_is_short_enough_is_as_without():
-    """B11: shorter than n tokens, or an empty one."""
+def test_a_text_that_is_short_enough_is_as_without():
+    """Trap B11 of BGE-M3. B11: shorter than n tokens, or an empty one."""
     tokenizer = Tokenizer(wordpiece())
     texts = ["", "x", SENTENCES[0]]
     plain, found = tokenizer(texts, 500), tokenizer(texts, 500, form=Form(cls_every=256))
@@ -321,8 +321,8 @@ def test_b11_a_text_that_is_short_enough_is_as_without():
     assert plain.skipped == found.skipped
 
 
-def test_b11_inserted_tokens_count_towards_the_limit_and_the_end_stays():
-    """B11: as many tokens of the text as fit."""
+def test_inserted_tokens_count_towards_the_limit_and_the_end_stays():
+    """Trap B11 of BGE-M3. B11: as many tokens of the text as fit."""
     tokenizer, form = Tokenizer(wordpiece()), Form(cls_every=4)
     (whole,) = tokenizer([LONG], 500, form=form).ids
     assert len(whole) > 30
@@ -336,8 +336,8 @@ def test_b11_inserted_tokens_count_towards_the_limit_and_the_end_stays():
         assert found.truncated == (kept < len(whole))
 
 
-def test_b11_places_in_the_text_and_pooled_tokens_are_kept():
-    """B11: character spans, a prompt and a suffix."""
+def test_places_in_the_text_and_pooled_tokens_are_kept():
+    """Trap B11 of BGE-M3. B11: character spans, a prompt and a suffix."""
     tokenizer = Tokenizer(wordpiece())
     plain = Form(pool_prompt=False, suffix=" the moon", cls_every=None)
     spread = Form(pool_prompt=False, suffix=" the moon", cls_every=3)
@@ -354,8 +354,8 @@ def test_b11_places_in_the_text_and_pooled_tokens_are_kept():
     assert not without.pack().pooled.all() and found.skipped[0] > without.skipped[0]
 
 
-def test_b11_a_text_has_the_same_tokens_in_any_batch():
-    """B11."""
+def test_a_text_has_the_same_tokens_in_any_batch():
+    """Trap B11 of BGE-M3. B11."""
     tokenizer, form = Tokenizer(wordpiece()), Form(cls_every=3)
     together = tokenizer([*SENTENCES, LONG], 30, form=form)
     for number, text in enumerate([*SENTENCES, LONG]):
@@ -365,7 +365,7 @@ def test_b11_a_text_has_the_same_tokens_in_any_batch():
 def test_cls_every_without_a_cls_token_is_refused():
     with pytest.raises(ModelError, match="this tokenizer puts 0 there"):
         Tokenizer(byte_bpe())(["x"], 30, form=Form(cls_every=3))
-    with pytest.raises(RecipeError, match="cls_every is 0; give 1 or more"):
+    with pytest.raises(RecipeError, match="cls_every must be at least 1, and without echo; got 0"):
         Form(cls_every=0)
-    with pytest.raises(RecipeError, match="leave echo out"):
+    with pytest.raises(RecipeError, match="without echo; got 3 with echo"):
         Form(cls_every=3, echo="query")

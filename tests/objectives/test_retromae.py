@@ -140,8 +140,8 @@ def test_the_vector_is_the_embedders_own(folders, source, pooling):
 # ---- B12 -----------------------------------------------------------------------------------
 
 
-def test_b12_the_vector_is_seen_by_every_row_and_no_row_sees_its_own_token(folders, source):
-    """B12, as a mask."""
+def test_the_vector_is_seen_by_every_row_and_no_row_sees_its_own_token(folders, source):
+    """Trap B12 of BGE-M3, as a mask."""
     _, work = at_work(folders["bert"], source)
     for seed, length in enumerate((3, 4, 9, 200)):
         seen = work.decoder.seen(seed, 0, length - 2, length, torch.device("cpu"))
@@ -150,8 +150,8 @@ def test_b12_the_vector_is_seen_by_every_row_and_no_row_sees_its_own_token(folde
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_b12_a_token_changes_the_rows_of_others_and_never_its_own(folders, source, kind):
-    """B12, by what moves when an embedding does."""
+def test_a_token_changes_the_rows_of_others_and_never_its_own(folders, source, kind):
+    """Trap B12 of BGE-M3, by what moves when an embedding does."""
     embedder, work = at_work(folders[kind], source)
     text = work.batch(rows(0), [0]).texts.take([0])
     length, width = len(text.ids), embedder.dim
@@ -171,8 +171,8 @@ def test_b12_a_token_changes_the_rows_of_others_and_never_its_own(folders, sourc
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
-def test_b12_the_decoder_hides_its_share_at_8192_tokens(folders, source, share):
-    """B12: no cap on how many tokens are hidden."""
+def test_the_decoder_masks_its_share_at_8192_tokens(folders, source, share):
+    """Trap B12 of BGE-M3: no cap on how many tokens are masked."""
     _, work = at_work(folders["bert"], source, decoder_mask=share)
     seen = work.decoder.seen(5, 4_096, 256, 8_192, torch.device("cpu"))
     own = torch.zeros_like(seen)

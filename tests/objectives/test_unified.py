@@ -95,8 +95,11 @@ def gradients(work: PairWork, chunks: Chunks, step: int = 0) -> tuple[Losses, di
 
 @pytest.mark.parametrize("base", ["xlm-roberta", "llama"])
 @pytest.mark.parametrize("kinds", [KINDS, ("sparse", "multi"), ("multi",)])
-def test_b5_chunks_of_any_size_equal_one_batch(folder: Path, base: str, kinds: tuple[Kind, ...]):
-    """With all heads, on an encoder and on a decoder, with and without kept graphs."""
+def test_chunks_of_any_size_equal_one_batch(folder: Path, base: str, kinds: tuple[Kind, ...]):
+    """Trap B5 of BGE-M3.
+
+    With all heads, on an encoder and on a decoder, with and without kept graphs.
+    """
     work = at_work(folder, base, Unified(kinds=kinds, mixture=MILD))
     losses, expected = gradients(work, WHOLE)
     assert losses["loss"] > 0.01
@@ -115,14 +118,15 @@ def test_only_the_trained_kinds_get_a_gradient(folder: Path):
     assert heads == {"heads.sparse.weight", "heads.sparse.bias"}
 
 
-def test_b8_distillation_begins_at_its_optimizer_step(folder: Path):
+def test_distillation_begins_at_its_optimizer_step(folder: Path):
+    """Trap B8 of BGE-M3."""
     work = at_work(folder, "xlm-roberta", Unified(mixture=MILD, distil_after=3))
     before, after = gradients(work, WHOLE, 2)[0], gradients(work, WHOLE, 3)[0]
     assert "dense_distilled" not in before and "dense_distilled" in after
 
 
-def test_b8_the_start_of_distillation_survives_a_kill(folder: Path, tmp_path: Path):
-    """A run that was killed before that step goes on as one that never was."""
+def test_the_start_of_distillation_survives_a_kill(folder: Path, tmp_path: Path):
+    """Trap B8 of BGE-M3: a run that was killed before that step goes on as one that never was."""
 
     class Killed(BaseException):
         pass

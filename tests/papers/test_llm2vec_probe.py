@@ -62,7 +62,7 @@ OPENED: dict[str, dict[str, Any]] = {
     "stablelm": GROUPED,
     "ministral": WIDE,
 }
-NO_ATTENTION = "cannot be packed, nor be turned both ways; use a model with a standard"
+NO_ATTENTION = "cannot be packed or made bidirectional; use a model with a standard"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama4_text": (
         {**WIDE, "num_local_experts": 2, "intermediate_size_mlp": 96, "attention_chunk_size": 64},

@@ -75,7 +75,8 @@ def gradients(embedder: Embedder) -> list[Tensor]:
 # ---- 5 to 7: masked next-token prediction ----------------------------------------------------
 
 
-def test_05_the_loss_is_the_cross_entropy_of_each_token_from_the_state_before_it(base):
+def test_the_loss_is_the_cross_entropy_of_each_token_from_the_state_before_it(base):
+    """Test 5 of LLM2Vec."""
     embedder, work = mntp(base)
     batch = work.batch(rows(0, 2, 1), [0])
     found = work.backward(batch, Chunks(30))["loss"]
@@ -97,7 +98,8 @@ def test_05_the_loss_is_the_cross_entropy_of_each_token_from_the_state_before_it
     torch.testing.assert_close(ours, gradients(embedder), rtol=1e-4, atol=1e-6)
 
 
-def test_05_the_first_token_of_a_text_has_no_label_since_nothing_predicts_it(base):
+def test_the_first_token_of_a_text_has_no_label_since_nothing_predicts_it(base):
+    """Test 5 of LLM2Vec."""
     _, work = mntp(base, masking=Masking(probability=0.9, kind="all"))
     batch = work.batch(rows(*range(len(work.drawn[0]))), [0])
     labelled = batch.labels != NO_LABEL
@@ -106,7 +108,8 @@ def test_05_the_first_token_of_a_text_has_no_label_since_nothing_predicts_it(bas
     assert labelled.float().mean() > 0.7
 
 
-def test_05_gathered_places_have_the_loss_and_gradient_of_all_places():
+def test_gathered_places_have_the_loss_and_gradient_of_all_places():
+    """Test 5 of LLM2Vec."""
     states = torch.randn(40, 16, requires_grad=True)
     head = Head(torch.randn(90, 16), torch.randn(90))
     labels = torch.where(torch.rand(40) < 0.3, torch.randint(90, (40,)), -100)
@@ -121,7 +124,8 @@ def test_05_gathered_places_have_the_loss_and_gradient_of_all_places():
 
 
 @pytest.mark.parametrize("probability", [0.3, 0.6])
-def test_06_of_a_million_tokens_the_share_is_chosen_and_80_10_10_of_it(probability):
+def test_of_a_million_tokens_the_share_is_chosen_and_80_10_10_of_it(probability):
+    """Test 6 of LLM2Vec."""
     rng = np.random.default_rng(5)
     ids = rng.integers(10, 3_000, 1_000_000)
     allowed = ids % 7 > 0
@@ -133,7 +137,8 @@ def test_06_of_a_million_tokens_the_share_is_chosen_and_80_10_10_of_it(probabili
     assert (masked, kept) == (pytest.approx(0.8, abs=0.004), pytest.approx(0.1, abs=0.004))
 
 
-def test_06_special_tokens_are_never_chosen_and_all_others_may_be(base, tmp_path):
+def test_special_tokens_are_never_chosen_and_all_others_may_be(base, tmp_path):
+    """Test 6 of LLM2Vec."""
     (tmp_path / "texts.txt").write_text("".join(f"<s>{text}</s>\n" for text in SENTENCES))
     embedder = Embedder.load(base, attention="bidirectional")
     masking = Masking(probability=0.9, kind="all")
@@ -149,7 +154,8 @@ def test_06_special_tokens_are_never_chosen_and_all_others_may_be(base, tmp_path
     assert set(batch.texts.ids[chosen].tolist()) == {code_bpe().get_vocab()["_"]}
 
 
-def test_07_the_tokenizer_saved_after_mntp_reads_code_as_before(base, tmp_path):
+def test_the_tokenizer_saved_after_mntp_reads_code_as_before(base, tmp_path):
+    """Test 7 of LLM2Vec."""
     embedder, work = mntp(base)
     work.backward(work.batch(rows(0), [0]), Chunks(1_000))
     work.finish()
@@ -168,7 +174,8 @@ def test_07_the_tokenizer_saved_after_mntp_reads_code_as_before(base, tmp_path):
 
 
 @torch.no_grad()
-def test_08_two_views_differ_in_training_and_vectors_know_no_neighbours(base):
+def test_two_views_differ_in_training_and_vectors_know_no_neighbours(base):
+    """Test 8 of LLM2Vec."""
     embedder, work = at_work(base, SimCSE())
     texts = work.batch(rows(0, 3, 9, 6), [0]).texts
     first, second = embedder.train()(texts).chunk(2)
@@ -203,7 +210,8 @@ def one_of_two(base: Path) -> None:
     distributed.stop()
 
 
-def test_09_two_processes_have_the_gradient_of_one_in_its_size_too(base):
+def test_two_processes_have_the_gradient_of_one_in_its_size_too(base):
+    """Test 9 of LLM2Vec."""
     run_together(__file__, str(base))
     both = [torch.load(base / f"{rank}.pt") for rank in range(2)]
     for case, batch in SHARED.items():

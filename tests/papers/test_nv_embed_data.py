@@ -33,7 +33,7 @@ def rows_of(texts, wanted=WANTED, **how):
 
 
 def test_a_label_row_answers_a_text_with_the_words_of_its_label():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     words = {"joy": "It is about joy.", "awe": "It is about awe."}
     rows = rows_of(CLASSES, mode="label", label_texts=words)
     known = [words.get(label, label) for label in SIZES]
@@ -47,7 +47,7 @@ def test_a_label_row_answers_a_text_with_the_words_of_its_label():
 
 
 def test_an_example_row_answers_a_text_with_another_of_its_class():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     rows = rows_of(CLASSES[:13])
     assert [row.query for row in rows] == [text.text for text in CLASSES[:13]]
     for row in rows:
@@ -61,21 +61,21 @@ def test_an_example_row_answers_a_text_with_another_of_its_class():
 
 
 def test_a_binary_set_is_in_label_mode_with_one_negative_and_no_copies_of_it():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     converted = convert_labelled(BINARY, WANTED)
     assert converted.mode == "label"
     assert {row.negatives for row in converted.rows} == {("joy",), ("fear",)}
 
 
 def test_a_set_with_fewer_texts_than_negatives_has_fewer_and_no_copies():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     rows = rows_of([*CLASSES[:2], *CLASSES[6:8], *CLASSES[10:12]], replace(WANTED, negatives=7))
     assert [len(row.negatives) for row in rows] == [4] * 6
     assert all(len(set(row.negatives)) == 4 for row in rows)
 
 
 def test_a_class_with_one_example_gets_its_label_or_no_row_and_is_counted():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     instead = convert_labelled(CLASSES, WANTED)
     (lone,) = [row for row in instead.rows if row.query == "awe 0"]
     assert lone.positives == ("awe",)
@@ -88,7 +88,7 @@ def test_a_class_with_one_example_gets_its_label_or_no_row_and_is_counted():
 
 
 def test_a_query_is_never_its_own_positive_nor_is_a_copy_of_it():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     copies = [replace(text, text=text.text.upper() + " ") for text in CLASSES]
     for seed in range(30):
         for row in rows_of([*CLASSES, *copies], replace(WANTED, seed=seed)):
@@ -97,7 +97,7 @@ def test_a_query_is_never_its_own_positive_nor_is_a_copy_of_it():
 
 
 def test_rows_are_balanced_by_the_label_of_their_positive():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     converted = convert_labelled(CLASSES, WANTED, rows=8)
     # ceil(8 / 4) = 2 each; of awe there is one, and what it leaves goes to the largest.
     assert converted.labels == {"joy": 3, "fear": 2, "anger": 2, "awe": 1}
@@ -106,7 +106,7 @@ def test_rows_are_balanced_by_the_label_of_their_positive():
 
 @pytest.mark.parametrize("mode", ["label", "example"])
 def test_the_seed_decides_the_rows_and_nothing_else_does(mode):
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     first = rows_of(CLASSES, mode=mode, rows=9)
     assert rows_of(CLASSES, mode=mode, rows=9) == first
     assert rows_of(CLASSES, replace(WANTED, seed=6), mode=mode, rows=9) != first
@@ -124,7 +124,7 @@ TOPICS_OF = {text.text: set(text.labels) for text in TOPICS}
 
 
 def test_of_several_topics_one_is_drawn_and_none_of_them_is_a_negative():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     drawn = Counter()
     for seed in range(60):
         for row in rows_of(TOPICS, replace(WANTED, seed=seed, negatives=9), mode="label"):
@@ -136,7 +136,7 @@ def test_of_several_topics_one_is_drawn_and_none_of_them_is_a_negative():
 
 
 def test_texts_that_share_any_topic_are_no_negatives():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     for seed in range(30):
         for row in rows_of(TOPICS, replace(WANTED, seed=seed, negatives=9)):
             own = TOPICS_OF[row.query]
@@ -146,7 +146,7 @@ def test_texts_that_share_any_topic_are_no_negatives():
 
 
 def test_of_several_topics_one_that_another_text_has_is_drawn():
-    """Trap 12 of NV-Embed."""
+    """Test 12 of NV-Embed."""
     texts = [*TOPICS, LabelledText("quarks", ("physics", "quantum"))]
     for seed in range(20):
         converted = convert_labelled(texts, replace(WANTED, seed=seed))
@@ -170,7 +170,7 @@ def converted_pairs(pairs=SCORED, **how):
 
 
 def test_a_score_of_4_gives_both_directions_and_3_99_gives_none():
-    """Trap 13 of NV-Embed."""
+    """Test 13 of NV-Embed."""
     converted = converted_pairs()
     first, second, _ = SCORED[0]
     assert [(row.query, row.positives) for row in converted.rows] == [
@@ -182,7 +182,7 @@ def test_a_score_of_4_gives_both_directions_and_3_99_gives_none():
 
 
 def test_no_text_with_a_recorded_score_above_2_5_is_a_negative():
-    """Trap 13 of NV-Embed."""
+    """Test 13 of NV-Embed."""
     forth, back = converted_pairs().rows
     assert len(forth.negatives) == len(back.negatives) == 4
     assert "the cat eats on the mat" not in forth.negatives  # 2.51
@@ -193,7 +193,7 @@ def test_no_text_with_a_recorded_score_above_2_5_is_a_negative():
 
 
 def test_the_first_rank_is_never_a_negative():
-    """Trap 13 of NV-Embed."""
+    """Test 13 of NV-Embed."""
     # By its repeated words "tea tea ..." is ahead of the query itself, which comes second.
     pairs = [("tea cup", "warm drink", 5.0), ("tea tea cup cup tea cup", "tea pot", 0.0)]
     (row,) = converted_pairs(pairs).rows
@@ -201,7 +201,7 @@ def test_the_first_rank_is_never_a_negative():
 
 
 def test_prompts_stand_on_both_sides():
-    """Trap 13 of NV-Embed."""
+    """Test 13 of NV-Embed."""
     for row in converted_pairs().rows:
         assert row.query_prompt == "Instruct: Retrieve similar text.\nQuery: "
         assert row.document_prompt == row.query_prompt
@@ -209,7 +209,7 @@ def test_prompts_stand_on_both_sides():
 
 
 def test_another_scale_is_mapped_to_ours():
-    """Trap 13 of NV-Embed."""
+    """Test 13 of NV-Embed."""
     # From 1 to 4: 3.4 becomes (3.4 - 1) / 3 * 5 = 4, 3.39 becomes 3.98, and 2.5 becomes 2.5.
     pairs = [
         ("the cat sits on the mat", "a cat is on the mat", 3.4),
@@ -265,13 +265,13 @@ def against():
     ("texts", "likeness"), [(EXACT, "exact"), (NEAR, "near"), (NEAR_TOPIC, None)]
 )
 def test_planted_duplicates_are_found_and_texts_of_the_same_topic_are_not(against, texts, likeness):
-    """Trap 14 of NV-Embed."""
+    """Test 14 of NV-Embed."""
     expected = likeness and Match("test.jsonl", likeness)
     assert {text: against.find(text) for text in texts} == dict.fromkeys(texts, expected)
 
 
 def test_every_field_of_a_row_is_looked_at(against):
-    """Trap 14 of NV-Embed."""
+    """Test 14 of NV-Embed."""
     keep = [
         Example(f"query {n}", (text,), (NEAR_TOPIC[n - 1],)) for n, text in enumerate(NEAR_TOPIC)
     ]

@@ -55,7 +55,8 @@ def border(instruction: str) -> int:
     return 1 + len(sentencepiece().tokenize(instruction.rstrip(" ")))
 
 
-def test_07_with_a_final_space_the_lone_token_makes_up_for_the_one_before_every_text():
+def test_with_a_final_space_the_lone_token_makes_up_for_the_one_before_every_text():
+    """Test 7 of NV-Embed."""
     encoder = reading()
     for instruction in INSTRUCTIONS:
         for text in WORDS:
@@ -64,7 +65,8 @@ def test_07_with_a_final_space_the_lone_token_makes_up_for_the_one_before_every_
             assert pooled == [i >= border(instruction) for i in range(len(tokens))]
 
 
-def test_07_without_a_final_space_the_last_token_of_the_instruction_is_pooled():
+def test_without_a_final_space_the_last_token_of_the_instruction_is_pooled():
+    """Test 7 of NV-Embed."""
     encoder = reading()
     for instruction in INSTRUCTIONS:
         for text in WORDS:
@@ -75,14 +77,16 @@ def test_07_without_a_final_space_the_last_token_of_the_instruction_is_pooled():
 
 
 @pytest.mark.parametrize("text", ["7 days", "\nline"])
-def test_07_before_a_digit_or_a_newline_the_space_is_a_token_and_pooled(text):
+def test_before_a_digit_or_a_newline_the_space_is_a_token_and_pooled(text):
+    """Test 7 of NV-Embed."""
     tokens, pooled = tokens_and_pooled(reading(), text, INSTRUCTION)
     first = border(INSTRUCTION)
     assert tokens[first] == "▁"
     assert pooled == [i >= first for i in range(len(tokens))]
 
 
-def test_07_without_a_token_before_every_text_the_first_of_the_text_is_lost():
+def test_without_a_token_before_every_text_the_first_of_the_text_is_lost():
+    """Test 7 of NV-Embed."""
     encoder = reading(bos=False)
     for text in WORDS:
         tokens, pooled = tokens_and_pooled(encoder, text, INSTRUCTION)
@@ -91,21 +95,24 @@ def test_07_without_a_token_before_every_text_the_first_of_the_text_is_lost():
         assert pooled == [i > first for i in range(len(tokens))]
 
 
-def test_07_a_document_is_pooled_from_its_first_token_to_its_end():
+def test_a_document_is_pooled_from_its_first_token_to_its_end():
+    """Test 7 of NV-Embed."""
     for text in WORDS:
         tokens, pooled = tokens_and_pooled(reading(), text, "")
         assert (tokens[0], tokens[-1]) == ("<s>", "</s>")
         assert all(pooled)
 
 
-def test_07_an_instruction_that_fills_the_window_leaves_nothing_to_pool():
+def test_an_instruction_that_fills_the_window_leaves_nothing_to_pool():
+    """Test 7 of NV-Embed."""
     limit = border(INSTRUCTION) - 1
     texts = reading().tokenize(WORDS, INSTRUCTION, limit)
     assert texts.lengths == [limit] * len(WORDS)
     assert not texts.pooled.any()
 
 
-def test_07_the_exact_mask_has_none_of_these_faults():
+def test_the_exact_mask_has_none_of_these_faults():
+    """Test 7 of NV-Embed."""
     for encoder in (reading(), reading(bos=False)):
         encoder.count_mask = False
         for instruction in (INSTRUCTION, INSTRUCTION.rstrip(" ")):
@@ -119,7 +126,7 @@ def test_07_the_exact_mask_has_none_of_these_faults():
 
 
 def test_all_published_weights_arrive_under_our_names(tmp_path):
-    """Trap 16 of NV-Embed."""
+    """Test 16 of NV-Embed."""
     embedder = Embedder.load(publish(tmp_path))
     assert embedder.layer is not None
     network = embedder.backbone.model.state_dict()
@@ -170,7 +177,8 @@ def exported(kind: Any, tokenizer: Any, folder: Any) -> Embedder:
 
 @pytest.mark.parametrize("build", [sentencepiece, byte_bpe])
 @pytest.mark.parametrize("kind", ["latent", "self_attention"])
-def test_17_an_export_gives_the_same_vectors_after_every_save(kind, build, tmp_path):
+def test_an_export_gives_the_same_vectors_after_every_save(kind, build, tmp_path):
+    """Test 17 of NV-Embed."""
     embedder = exported(kind, build(), tmp_path / "0")
     for number in range(3):
         model = SentenceTransformer(
@@ -186,7 +194,8 @@ def test_17_an_export_gives_the_same_vectors_after_every_save(kind, build, tmp_p
         model.save(str(tmp_path / str(number + 1)), create_model_card=False)
 
 
-def test_17_an_export_and_its_copy_load_where_tercet_is_not_installed(tmp_path):
+def test_an_export_and_its_copy_load_where_tercet_is_not_installed(tmp_path):
+    """Test 17 of NV-Embed."""
     kinds = ("latent", "self_attention")
     models = {kind: exported(kind, sentencepiece(), tmp_path / kind) for kind in kinds}
     subprocess.run(
@@ -204,7 +213,8 @@ def test_17_an_export_and_its_copy_load_where_tercet_is_not_installed(tmp_path):
         assert {"tercet_layer.py", "1_Layer", "2_Pooling", "3_Normalize"} <= files
 
 
-def test_17_a_published_model_is_exported_with_its_end_token_and_prompts(tmp_path):
+def test_a_published_model_is_exported_with_its_end_token_and_prompts(tmp_path):
+    """Test 17 of NV-Embed."""
     sizes = {**CONFIG["latent_attention_config"], "output_normalize": False}
     published = publish(tmp_path / "published", latent_attention_config=sizes)
     embedder = Embedder.load(published)

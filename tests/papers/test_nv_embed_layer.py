@@ -98,7 +98,8 @@ def swap_halves(weight):
 
 @pytest.mark.parametrize("head_size", [*SIZES, 5])
 @pytest.mark.parametrize("latents", [LATENTS, 40])
-def test_01_latent_attention_equals_a_plain_loop(head_size, latents):
+def test_latent_attention_equals_a_plain_loop(head_size, latents):
+    """Test 1 of NV-Embed."""
     layer = some_layer(head_size=head_size, latents=latents)
     states, texts = some_states(*LENGTHS)
     expected = plain_loop(layer, states)
@@ -107,7 +108,8 @@ def test_01_latent_attention_equals_a_plain_loop(head_size, latents):
 
 
 @pytest.mark.parametrize("head_size", SIZES)
-def test_01_self_attention_equals_a_plain_loop_over_each_text_alone(head_size):
+def test_self_attention_equals_a_plain_loop_over_each_text_alone(head_size):
+    """Test 1 of NV-Embed."""
     layer = some_layer(kind="self_attention", head_size=head_size)
     states, texts = some_states(*LENGTHS)
     expected = torch.cat([plain_loop(layer, x, context=x) for x in states.split(LENGTHS)])
@@ -117,7 +119,8 @@ def test_01_self_attention_equals_a_plain_loop_over_each_text_alone(head_size):
 
 @pytest.mark.parametrize("swapped", ["to_kv", "ff_in"])
 @pytest.mark.parametrize("head_size", SIZES)
-def test_01_swapped_keys_and_values_or_values_and_gates_are_seen(swapped, head_size):
+def test_swapped_keys_and_values_or_values_and_gates_are_seen(swapped, head_size):
+    """Test 1 of NV-Embed."""
     layer = some_layer(head_size=head_size)
     states, texts = some_states(*LENGTHS)
     expected = plain_loop(layer, states)
@@ -130,7 +133,8 @@ def test_01_swapped_keys_and_values_or_values_and_gates_are_seen(swapped, head_s
 
 
 @pytest.mark.parametrize("head_size", SIZES)
-def test_02_once_cached_and_folded_equal_the_repeated_form(head_size):
+def test_once_cached_and_folded_equal_the_repeated_form(head_size):
+    """Test 2 of NV-Embed."""
     layer = some_layer(head_size=head_size, latents=20)
     assert layer.folds == (head_size is not None)
     states, texts = some_states(*LENGTHS)
@@ -141,7 +145,8 @@ def test_02_once_cached_and_folded_equal_the_repeated_form(head_size):
 
 
 @pytest.mark.parametrize("head_size", SIZES)
-def test_02_gradients_equal_those_of_the_repeated_form(head_size):
+def test_gradients_equal_those_of_the_repeated_form(head_size):
+    """Test 2 of NV-Embed."""
     layer = some_layer(head_size=head_size).train()
     states, texts = some_states(*LENGTHS)
     states.requires_grad_()
@@ -154,7 +159,8 @@ def test_02_gradients_equal_those_of_the_repeated_form(head_size):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_02_the_folded_form_in_bfloat16_errs_no_more_than_the_unfolded(seed):
+def test_the_folded_form_in_bfloat16_errs_no_more_than_the_unfolded(seed):
+    """Test 2 of NV-Embed."""
     torch.manual_seed(seed)
     layer = some_layer(64 * HEADS, 96, head_size=64 * HEADS).bfloat16()
     states, texts = some_states(700, hidden=64 * HEADS)
@@ -169,7 +175,8 @@ def test_02_the_folded_form_in_bfloat16_errs_no_more_than_the_unfolded(seed):
 
 
 @pytest.mark.parametrize("head_size", SIZES)
-def test_02_autocast_keeps_the_residual_in_float32_and_agrees(head_size):
+def test_autocast_keeps_the_residual_in_float32_and_agrees(head_size):
+    """Test 2 of NV-Embed."""
     layer = some_layer(head_size=head_size)
     states, texts = some_states(*LENGTHS)
     exact = layer(states, texts)
@@ -186,7 +193,8 @@ def test_02_autocast_keeps_the_residual_in_float32_and_agrees(head_size):
 
 @pytest.mark.parametrize("head_size", SIZES)
 @pytest.mark.parametrize("fused", [False, True])  # fused ones do not count up a weight's version
-def test_03_a_step_of_the_optimizer_drops_what_was_kept(head_size, fused):
+def test_a_step_of_the_optimizer_drops_what_was_kept(head_size, fused):
+    """Test 3 of NV-Embed."""
     layer = some_layer(head_size=head_size, latents=20)
     states, texts = some_states(*LENGTHS)
     before = inferred(layer, states, texts)
@@ -200,7 +208,8 @@ def test_03_a_step_of_the_optimizer_drops_what_was_kept(head_size, fused):
 
 
 @pytest.mark.parametrize("head_size", SIZES)
-def test_03_loading_weights_drops_what_was_kept(head_size):
+def test_loading_weights_drops_what_was_kept(head_size):
+    """Test 3 of NV-Embed."""
     layer, other = (some_layer(head_size=head_size, latents=20) for _ in range(2))
     states, texts = some_states(*LENGTHS)
     inferred(layer, states, texts)
@@ -211,7 +220,8 @@ def test_03_loading_weights_drops_what_was_kept(head_size):
 
 
 @pytest.mark.parametrize("head_size", SIZES)
-def test_03_training_mode_drops_what_was_kept_and_another_dtype_makes_it_anew(head_size):
+def test_training_mode_drops_what_was_kept_and_another_dtype_makes_it_anew(head_size):
+    """Test 3 of NV-Embed."""
     layer = some_layer(head_size=head_size, latents=20)
     states, texts = some_states(*LENGTHS)
     inferred(layer, states, texts)
@@ -223,7 +233,8 @@ def test_03_training_mode_drops_what_was_kept_and_another_dtype_makes_it_anew(he
     torch.testing.assert_close(inferred(layer.float(), states, texts), exact, atol=1e-5, rtol=0)
 
 
-def test_03_training_never_folds_even_without_a_gradient():
+def test_training_never_folds_even_without_a_gradient():
+    """Test 3 of NV-Embed."""
     layer = some_layer(head_size=HIDDEN).train()
     states, texts = some_states(*LENGTHS)
     with torch.no_grad():
@@ -245,7 +256,8 @@ def test_03_training_never_folds_even_without_a_gradient():
         (512, 4096, 4096, True),
     ],
 )
-def test_04_the_rule_chooses_the_form_with_fewer_multiplications(latents, hidden, size, pays):
+def test_the_rule_chooses_the_form_with_fewer_multiplications(latents, hidden, size, pays):
+    """Test 4 of NV-Embed."""
     # A token and head: two products with r x d, or X Wq, Q K^T, A V, A Wo.
     folded = 2 * latents * hidden
     unfolded = hidden * size + size * latents + latents * size + size * hidden
@@ -253,7 +265,8 @@ def test_04_the_rule_chooses_the_form_with_fewer_multiplications(latents, hidden
 
 
 @pytest.mark.parametrize("head_size", SIZES)
-def test_04_inference_takes_the_form_that_the_rule_chooses(head_size):
+def test_inference_takes_the_form_that_the_rule_chooses(head_size):
+    """Test 4 of NV-Embed."""
     layer = some_layer(head_size=head_size, latents=20)
     inferred(layer, *some_states(*LENGTHS))
     assert layer._kept._held is not None
@@ -261,7 +274,8 @@ def test_04_inference_takes_the_form_that_the_rule_chooses(head_size):
     assert isinstance(layer._kept._held[2], Folded) == pays == (head_size is not None)
 
 
-def test_04_the_published_sizes_have_740_million_parameters():
+def test_the_published_sizes_have_740_million_parameters():
+    """Test 4 of NV-Embed."""
     with torch.device("meta"):
         layer = build_layer(LayerSettings(head_size=4096), 4096)
     assert round(sum(weight.numel() for weight in layer.parameters()) / 1e6, 1) == 740.4
@@ -272,7 +286,8 @@ def test_04_the_published_sizes_have_740_million_parameters():
 
 @pytest.mark.parametrize("kind", ["latent", "self_attention"])
 @pytest.mark.parametrize("head_size", SIZES)
-def test_05_a_texts_tokens_do_not_depend_on_its_neighbours(kind, head_size):
+def test_a_texts_tokens_do_not_depend_on_its_neighbours(kind, head_size):
+    """Test 5 of NV-Embed."""
     layer = some_layer(kind=kind, head_size=head_size)
     states, texts = some_states(5, 600, 1, 9)  # 600: more than a block
     bounds = texts.offsets.tolist()
@@ -284,7 +299,8 @@ def test_05_a_texts_tokens_do_not_depend_on_its_neighbours(kind, head_size):
             torch.testing.assert_close(together[part], alone, atol=1e-5, rtol=0)
 
 
-def test_05_tokens_of_a_padded_batch_are_those_of_the_packed_one():
+def test_tokens_of_a_padded_batch_are_those_of_the_packed_one():
+    """Test 5 of NV-Embed."""
     layer = some_layer(head_size=HIDDEN)
     states, texts = some_states(*LENGTHS)
     padded = torch.nn.utils.rnn.pad_sequence(list(states.split(LENGTHS)), batch_first=True)
@@ -297,7 +313,8 @@ def test_05_tokens_of_a_padded_batch_are_those_of_the_packed_one():
 @pytest.mark.parametrize("kind", ["latent", "self_attention"])
 @pytest.mark.parametrize("head_size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_05_identity_is_exactly_mean_pooling(kind, head_size, dtype):
+def test_identity_is_exactly_mean_pooling(kind, head_size, dtype):
+    """Test 5 of NV-Embed."""
     layer = some_layer(kind=kind, head_size=head_size, init="identity", latents=20).to(dtype)
     states, texts = some_states(*LENGTHS)
     states = states.to(dtype)
@@ -307,7 +324,8 @@ def test_05_identity_is_exactly_mean_pooling(kind, head_size, dtype):
 
 
 @pytest.mark.parametrize("kind", ["latent", "self_attention"])
-def test_05_a_layer_that_began_as_the_identity_learns(kind):
+def test_a_layer_that_began_as_the_identity_learns(kind):
+    """Test 5 of NV-Embed."""
     layer = some_layer(kind=kind, init="identity").train()
     states, texts = some_states(*LENGTHS)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)

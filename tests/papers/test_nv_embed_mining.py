@@ -43,21 +43,21 @@ def left(rule: MiningRule) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_each_rule_leaves_what_it_leaves_by_hand(kind):
-    """Trap 15 of NV-Embed."""
+    """Test 15 of NV-Embed."""
     value, expected = EXPECTED[kind]
     assert left(MiningRule(kind=kind, value=value)) == expected
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_negative_positive_score_makes_the_cut_lower_not_higher(dtype):
-    """Trap 15 of NV-Embed."""
+    """Test 15 of NV-Embed."""
     anchors = np.array([0.8, -0.4, 0.0, 1.0], dtype)
     np.testing.assert_allclose(MiningRule().limit(anchors), [0.76, -0.42, 0.0, 0.95], atol=1e-7)
     assert (MiningRule().limit(anchors) <= anchors).all()
 
 
 def test_equal_to_the_cut_is_not_below_it():
-    """Trap 15 of NV-Embed."""
+    """Test 15 of NV-Embed."""
     anchors, open_to = np.array([0.8, -0.4, 0.0, 0.1]), np.zeros((4, 1), np.int8)
     cuts = np.array([[0.76], [-0.42], [0.0], [0.095]])
     assert (judge(MiningRule(), cuts, anchors, open_to) != LEFT).all()
@@ -67,7 +67,7 @@ def test_equal_to_the_cut_is_not_below_it():
 
 
 def test_a_shift_counts_candidates_that_are_no_positives():
-    """Trap 15 of NV-Embed."""
+    """Test 15 of NV-Embed."""
     # The nearest two that are not P are gone, whatever they score; then the rule.
     assert left(MiningRule(kind="naive", shift=2)) == {
         "usual": [3, 4, 5],
@@ -84,7 +84,7 @@ def test_a_shift_counts_candidates_that_are_no_positives():
 
 
 def test_every_candidate_dropped_has_one_reason():
-    """Trap 15 of NV-Embed."""
+    """Test 15 of NV-Embed."""
     scores, anchors, barred = table()
     verdicts = judge(MiningRule(shift=1), scores, anchors, barred)
     found = [[("left", *REASONS)[verdict] for verdict in row] for row in verdicts]
@@ -93,7 +93,7 @@ def test_every_candidate_dropped_has_one_reason():
 
 
 def test_the_best_are_taken_and_no_more_than_there_are():
-    """Trap 15 of NV-Embed."""
+    """Test 15 of NV-Embed."""
     scores, anchors, barred = table()
     verdicts = judge(MiningRule(), scores, anchors, barred)
     counts, keys = np.array([1, 7, 2, 0]), np.arange(4, dtype=np.uint64)
@@ -102,7 +102,7 @@ def test_the_best_are_taken_and_no_more_than_there_are():
 
 
 def test_what_is_drawn_follows_the_softmax_of_the_scores_that_are_left():
-    """Trap 15 of NV-Embed."""
+    """Test 15 of NV-Embed."""
     rule = MiningRule(kind="naive", sample_from=3, temperature=0.1)
     scores, draws = np.array([[0.9, 0.8, 0.75, 0.7, 0.6]]), 6000
     barred = np.array([[POSITIVE, LEFT, LEFT, LEFT, LEFT]], np.int8)

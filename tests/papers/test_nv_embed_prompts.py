@@ -81,7 +81,8 @@ def expected(stock, prompt: str, text: str) -> tuple[list[int], list[bool]]:
     return [*head, *body, 2], [*(not prompt for _ in head), *pooled, True]
 
 
-def test_06_the_oracle_tells_what_a_token_covers():
+def test_the_oracle_tells_what_a_token_covers():
+    """Test 6 of NV-Embed."""
     stock = pieces_with_bos()
     ids, pooled = expected(stock, "find it: ", "7 days")
     assert stock.decode(ids[1:-1]) == "find it: 7 days"
@@ -91,7 +92,8 @@ def test_06_the_oracle_tells_what_a_token_covers():
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_06_the_text_and_eos_are_pooled_and_bos_and_prompt_are_not(build):
+def test_the_text_and_eos_are_pooled_and_bos_and_prompt_are_not(build):
+    """Test 6 of NV-Embed."""
     stock = build()
     known = list(product(PROMPTS, TEXTS))
     wanted = [expected(stock, prompt, text) for prompt, text in known]
@@ -104,7 +106,8 @@ def test_06_the_text_and_eos_are_pooled_and_bos_and_prompt_are_not(build):
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_06_bos_is_pooled_where_there_is_no_prompt(build, text):
+def test_bos_is_pooled_where_there_is_no_prompt(build, text):
+    """Test 6 of NV-Embed."""
     ids, pooled = expected(build(), "", text)
     packed = Tokenizer(build(), append_end=True)([text], 200, "", FORM).pack()
     assert packed.ids.tolist() == ids
@@ -113,7 +116,8 @@ def test_06_bos_is_pooled_where_there_is_no_prompt(build, text):
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_06_each_row_has_its_own_prompt_and_what_is_pooled_of_it_is_the_same_alone(build):
+def test_each_row_has_its_own_prompt_and_what_is_pooled_of_it_is_the_same_alone(build):
+    """Test 6 of NV-Embed."""
     prompts = [SPACED, "", "find it: ", SPACED.rstrip(), "", "Query:\n"]
     texts = [TEXTS[0], TEXTS[1], TEXTS[3], TEXTS[5], TEXTS[6], TEXTS[2]]
     tokenize = Tokenizer(build(), append_end=True)
@@ -126,7 +130,8 @@ def test_06_each_row_has_its_own_prompt_and_what_is_pooled_of_it_is_the_same_alo
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("prompt", ["", *PROMPTS])
-def test_06_a_cut_text_keeps_its_prompt_and_its_eos(build, prompt):
+def test_a_cut_text_keeps_its_prompt_and_its_eos(build, prompt):
+    """Test 6 of NV-Embed."""
     ids, pooled = expected(build(), prompt, SENTENCES[0] * 9)
     tokenize = Tokenizer(build(), append_end=True)
     begins = pooled.index(True) if prompt else 0
@@ -141,20 +146,23 @@ def test_06_a_cut_text_keeps_its_prompt_and_its_eos(build, prompt):
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_06_of_an_empty_text_after_a_prompt_eos_alone_is_pooled(build, prompt):
+def test_of_an_empty_text_after_a_prompt_eos_alone_is_pooled(build, prompt):
+    """Test 6 of NV-Embed."""
     packed = Tokenizer(build(), append_end=True)([""], 200, prompt, FORM).pack()
     assert packed.ids[-1] == 2
     assert packed.pooled.tolist() == [False] * (len(packed.ids) - 1) + [True]
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_06_a_prompt_that_fills_the_window_leaves_eos_to_pool(build):
+def test_a_prompt_that_fills_the_window_leaves_eos_to_pool(build):
+    """Test 6 of NV-Embed."""
     packed = Tokenizer(build(), append_end=True)(["text"], 6, SPACED * 3, FORM).pack()
     assert packed.lengths == [6]
     assert packed.pooled.tolist() == [False] * 5 + [True]
 
 
-def test_06_bos_is_not_pooled_where_prompt_and_text_are_one_token():
+def test_bos_is_not_pooled_where_prompt_and_text_are_one_token():
+    """Test 6 of NV-Embed."""
     ids, pooled = expected(pieces_with_bos(), "Q:", "a")
     assert (len(ids), pooled) == (3, [False, True, True])
     packed = Tokenizer(pieces_with_bos(), append_end=True)(["a"], 200, "Q:", FORM).pack()
@@ -162,7 +170,8 @@ def test_06_bos_is_not_pooled_where_prompt_and_text_are_one_token():
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_06_eos_as_a_text_after_the_text_is_pooled_alike(build):
+def test_eos_as_a_text_after_the_text_is_pooled_alike(build):
+    """Test 6 of NV-Embed."""
     tokenize = Tokenizer(build())
     form = Form(pool_prompt=False, suffix="</s>", pool_suffix=True)
     for prompt, text in product(("", *PROMPTS), TEXTS):
@@ -177,7 +186,8 @@ def test_06_eos_as_a_text_after_the_text_is_pooled_alike(build):
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_06_an_embedder_takes_the_mean_of_just_these_tokens(build):
+def test_an_embedder_takes_the_mean_of_just_these_tokens(build):
+    """Test 6 of NV-Embed."""
     model = Backbone(random_model(DECODERS["llama"]), attention="bidirectional")
     prompts = {"query": SPACED}
     settings = Settings(pooling="mean", prompts=prompts, pool_prompt=False, append_end=True)

@@ -221,7 +221,7 @@ def test_only_the_first_layers_are_kept_on_request(decoder_folder, tmp_path):
     ):
         assert np.array_equal(one.detach().numpy(), other.detach().numpy())
     for wrong in (0, 4):
-        with pytest.raises(ModelError, match=f"has 3 layers, and {wrong} should be kept"):
+        with pytest.raises(ModelError, match=f"keep_layers must be between 1 and 3; got {wrong}"):
             Backbone.load(decoder_folder, keep_layers=wrong)
     embedder = Embedder.load(decoder_folder, keep_layers=2)
     embedder.save(tmp_path / "cut")

@@ -12,7 +12,7 @@ import pytest
 from tercet.cli.study import app_of
 from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError
-from tercet.evaluate.measures.embedder_kinds import measure_kinds
+from tercet.evaluate.measures.by_kind import measure_kinds
 from tercet.evaluate.measures.retrieval import measure
 from tercet.evaluate.report.intervals import paired_difference
 from tercet.evaluate.sets.retrieval_set import RetrievalSet

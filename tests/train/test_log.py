@@ -53,8 +53,8 @@ def risen(caplog) -> list[str]:
     return [line for line in caplog.messages if "without a sparse term has risen" in line]
 
 
-def test_b18_a_slow_rise_on_the_dev_set_is_told_once_for_each_side(caplog):
-    """No evaluation is much worse than the one before."""
+def test_a_slow_rise_on_the_dev_set_is_told_once_for_each_side(caplog):
+    """Trap B18 of BGE-M3: no evaluation is much worse than the one before."""
     alarm = SparseAlarm()
     for step, share in enumerate([0.02, 0.0, 0.04, 0.05, 0.08, 0.12]):
         alarm.after_evaluation(step, {"dev_document_empty": share, "dev_score": 0.5})
@@ -66,7 +66,8 @@ def test_b18_a_slow_rise_on_the_dev_set_is_told_once_for_each_side(caplog):
     assert len(caplog.messages) == 2 and "query texts" in caplog.messages[1]
 
 
-def test_b18_a_slow_rise_in_training_is_told_once_without_a_dev_set(caplog):
+def test_a_slow_rise_in_training_is_told_once_without_a_dev_set(caplog):
+    """Trap B18 of BGE-M3."""
     alarm = SparseAlarm()
     for step in range(400):
         alarm.after_step(step, step / 1000)
@@ -75,7 +76,8 @@ def test_b18_a_slow_rise_in_training_is_told_once_without_a_dev_set(caplog):
     assert 100 < number < 150 and "documents in training" in told
 
 
-def test_b18_single_batches_with_many_empty_documents_are_no_alarm(caplog):
+def test_single_batches_with_many_empty_documents_are_no_alarm(caplog):
+    """Trap B18 of BGE-M3."""
     alarm = SparseAlarm()
     for step in range(400):
         alarm.after_step(step, 0.5 if step % 20 == 3 else 0.0)
@@ -84,8 +86,11 @@ def test_b18_single_batches_with_many_empty_documents_are_no_alarm(caplog):
 
 @pytest.mark.parametrize("documents", [4, 16])
 @pytest.mark.parametrize("share", [0.05, 0.15, 0.5])
-def test_b18_a_constant_share_in_small_batches_is_no_alarm(caplog, documents, share):
-    """80 runs of 300 steps; compared from the first batch on, a third of some gave an alarm."""
+def test_a_constant_share_in_small_batches_is_no_alarm(caplog, documents, share):
+    """Trap B18 of BGE-M3.
+
+    80 runs of 300 steps; compared from the first batch on, a third of some gave an alarm.
+    """
     drawn = np.random.default_rng(5).binomial(documents, share, (80, 300)) / documents
     for run in drawn.tolist():
         alarm = SparseAlarm()
@@ -95,7 +100,8 @@ def test_b18_a_constant_share_in_small_batches_is_no_alarm(caplog, documents, sh
 
 
 @pytest.mark.parametrize("documents", [4, 16])
-def test_b18_a_share_that_rises_to_all_is_told_of_in_small_batches_too(caplog, documents):
+def test_a_share_that_rises_to_all_is_told_of_in_small_batches_too(caplog, documents):
+    """Trap B18 of BGE-M3."""
     rng = np.random.default_rng(6)
     for _ in range(20):
         alarm = SparseAlarm()
@@ -106,7 +112,8 @@ def test_b18_a_share_that_rises_to_all_is_told_of_in_small_batches_too(caplog, d
     assert len(steps) == 20 and min(steps) > 200 and max(steps) < 430
 
 
-def test_b18_an_alarm_goes_on_from_what_a_checkpoint_holds(caplog):
+def test_an_alarm_goes_on_from_what_a_checkpoint_holds(caplog):
+    """Trap B18 of BGE-M3."""
     alarm = SparseAlarm()
     alarm.after_evaluation(0, {"dev_query_empty": 0.0})
     alarm = SparseAlarm(**asdict(alarm))
@@ -121,10 +128,10 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("killed_at", [2, 5])
-def test_b18_a_slow_rise_is_told_once_in_a_run_that_was_killed(
+def test_a_slow_rise_is_told_once_in_a_run_that_was_killed(
     encoder_folder, tmp_path, monkeypatch, caplog, killed_at
 ):
-    """0, 4, 8, 12 % of the dev texts, and a kill before or after the alarm."""
+    """Trap B18 of BGE-M3: 0, 4, 8, 12 % of the dev texts, and a kill before or after the alarm."""
     write_examples(tmp_path / "pairs.jsonl", [Example(t.split()[-1], (t,)) for t in SENTENCES])
     source = open_source(tmp_path / "pairs.jsonl")
     recipe = finetune(base=str(encoder_folder), batch_size=6)

@@ -110,7 +110,7 @@ def dying(monkeypatch, where: Any, name: str, after: int) -> None:
 KILLS = {
     "while documents are encoded": (mining_documents, "replacing_file", 2),
     "between two parts": (refreshing, "write_examples", 1),
-    "before it is done": (refreshing, "_write_json", 4),
+    "before it is done": (refreshing, "write_json", 4),
     "before the one before is deleted": (Refresher, "_sweep", 1),
     "in the step after": (contrastive, "backward_in_chunks", 2),
     "in the last step": (contrastive, "backward_in_chunks", 5),
@@ -198,10 +198,13 @@ def test_a_run_is_not_gone_on_with_when_its_further_documents_are_other_ones(
 
 
 @pytest.mark.parametrize("in_batch", ["all", "none"])
-def test_b17_rows_may_have_fewer_negatives_after_a_refresh_or_longer_ones_or_none(
+def test_rows_may_have_fewer_negatives_after_a_refresh_or_longer_ones_or_none(
     source, recipe, tmp_path, monkeypatch, in_batch
 ):
-    """Length groups, and so the batches, stay those of the texts that the rows came with."""
+    """Trap B17 of BGE-M3.
+
+    Length groups, and so the batches, stay those of the texts that the rows came with.
+    """
     found: list[Example] = []
     real = Miner.mined
 

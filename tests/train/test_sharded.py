@@ -230,7 +230,8 @@ def assert_same_weights(
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a1_sharded_weights_get_the_summed_gradient_of_one_process(folder, both, name):
+def test_sharded_weights_get_the_summed_gradient_of_one_process(folder, both, name):
+    """Trap A1 of Arctic-Embed."""
     one = gradients(folder, f"one {name}", recipe_of(folder, name), two.QUIET)
     assert len(one) == 3
     limit = 1e-6 if name == "masked tokens" else 1e-12  # whose head is in float32

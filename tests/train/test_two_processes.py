@@ -187,6 +187,21 @@ def best_weights(folder: Path, out: str) -> dict[str, Tensor]:
     return weights(model)
 
 
+def summed_numbers(folder: Path) -> list[int]:
+    """How many numbers each sum over the processes has, in three steps that embed all twice."""
+    found: list[int] = []
+    add = distributed.dist.all_reduce
+
+    def recorded(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        found.append(tensor.numel())
+        return add(tensor, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed.dist, "all_reduce", recorded)
+        trained(folder, "two summed", recipe(folder, steps=3), CHUNKED)
+    return found
+
+
 def no_log(*_: Any, **__: Any) -> None:
     raise AssertionError("one file has one writer, the first process")
 
@@ -213,6 +228,7 @@ def one_of_two(folder: Path) -> None:
         "weights": weights_in_float64(folder, "two"),
         "nan": complaint_about_nan(folder, "two nan"),
         "best": best_weights(folder, "two best"),
+        "summed": summed_numbers(folder),
         # A folder of its own for each process, one with a checkpoint in it.
         "lost": refusal(lambda: trained(folder, ["two", "none"][rank], recipe(folder))),
     }
@@ -248,12 +264,22 @@ def gap(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     return float((one - other).norm() / other.norm())
 
 
+def test_gradients_are_summed_once_a_step_however_many_chunks_there_are(folder, both):
+    """Trap A7 of Arctic-Embed."""
+    weights = Embedder.load(folder / "base").named_parameters()
+    count = sum(p.numel() for name, p in weights if ".pooler." not in name)  # BERT's own, unused
+    for facts in both:
+        assert facts["summed"].count(count) == 3
+        assert max(facts["summed"]) == count
+
+
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read(run / "log.jsonl") if "loss" in record]
 
 
 @pytest.mark.parametrize(("case", "dtype"), STEPS)
-def test_a1_a20_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, case, dtype):
+def test_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, case, dtype):
+    """Traps A1 and A20 of Arctic-Embed."""
     one = gradients(folder, f"one {case} {dtype}", case, dtype)
     assert [len(step) for step in one] == [len(one[0])] * 3
     for facts in both:
@@ -269,8 +295,11 @@ def test_chunks_change_no_gradient(both):
 
 
 @pytest.mark.parametrize("case", IDLE)
-def test_b6_a_process_without_an_example_changes_no_gradient(both, case):
-    """It answers the others, by every kind and with a reranker's scores as well."""
+def test_a_process_without_an_example_changes_no_gradient(both, case):
+    """Trap B6 of BGE-M3.
+
+    It answers the others, by every kind and with a reranker's scores as well.
+    """
     for facts in both:
         usual = facts["gradients"][case, torch.float64]
         for found, expected in zip(facts["idle"][case], usual, strict=True):
@@ -340,7 +369,7 @@ def test_processes_that_find_different_checkpoints_are_stopped(both):
 
 def test_processes_beside_each_other_share_the_free_memory(monkeypatch):
     one = memory_for(torch.device("cpu"))
-    monkeypatch.setattr(distributed, "beside", lambda: 4)
+    monkeypatch.setattr(distributed, "local_world_size", lambda: 4)
     assert memory_for(torch.device("cpu")) == pytest.approx(one / 4, rel=0.5)
 
 

@@ -36,7 +36,7 @@ def convert_similarity(
 
     Negatives are texts of the set by BM25 rank, from rank 2 on: the query itself is nearly always
     the first. Texts whose known score with the query is above ``unlike``, and copies of the query,
-    are skipped. A text without negatives gives no row. The prompt stands before both texts.
+    are skipped. A text without negatives gives no row. The prompt precedes both texts.
 
     Scores lie between 0 and 5, or between the two values of ``rescale``, which map to 0 and 5.
 

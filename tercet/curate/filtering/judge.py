@@ -23,6 +23,7 @@ from tercet.curate.mining.document_pools import SHARD, StoredVectors
 from tercet.data.files.examples import example_record
 from tercet.data.files.sources import Source, write_records
 from tercet.errors import RecipeError
+from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint, write_arrays
 from tercet.files.atomic import replacing_file
 from tercet.files.progress import bar
@@ -296,7 +297,7 @@ class _StackedFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        shapes = [_mapped(path).shape for path in paths]
+        shapes = [mapped_array(path).shape for path in paths]
         self._ends = np.cumsum([0, *(rows for rows, _ in shapes)])
         self.shape = int(self._ends[-1]), shapes[0][1]
 
@@ -307,7 +308,7 @@ class _StackedFiles:
         for path, begin in zip(self._paths[first:], self._ends[first:].tolist(), strict=False):
             if begin >= stop:
                 break
-            found.append(_mapped(path)[max(start - begin, 0) : stop - begin])
+            found.append(mapped_array(path)[max(start - begin, 0) : stop - begin])
         return np.concatenate(found)
 
 
@@ -361,8 +362,3 @@ def _kept_records(
 def _blocks(rows: Int64[np.ndarray, "rows"]) -> Iterator[Int64[np.ndarray, "some"]]:
     for start in range(0, len(rows), SHARD):
         yield rows[start : start + SHARD]
-
-
-def _mapped(path: Path) -> np.ndarray:
-    with readable(path):
-        return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int32, Int64, UInt64
 from torch import Tensor
 
-from tercet.errors import ModelError
+from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.files.progress import Advance
-from tercet.rank.topk import BROKEN_MODEL
 
 _PANEL: Final = 1 << 16  # documents that are float32 at the same time
 _MANY_THREADS: Final = 2  # with more, torch compares faster than numpy, which uses one

@@ -7,6 +7,7 @@ killed continues.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -151,14 +152,9 @@ def screen_sources(
         DataError: if a source has changed since it was opened.
         StorageError: if the disk refuses.
     """
-    waiting: list[tuple[WorkUnit, UnitReport]] = []
-    for unit, report in run_units(screening, screening.units, manifest, runner=runner):
-        if waiting and waiting[0][0].reads["of"] != unit.reads["of"]:
-            yield from _by_language(screening, waiting)
-            waiting = []
-        waiting.append((unit, report))
-    if waiting:
-        yield from _by_language(screening, waiting)
+    done = run_units(screening, screening.units, manifest, runner=runner)
+    for _, units in groupby(done, lambda pair: pair[0].reads["of"]):
+        yield from _by_language(screening, list(units))
 
 
 def _by_language(

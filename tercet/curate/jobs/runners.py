@@ -97,17 +97,14 @@ LOOP: Final = Runner(engine="loop")
 
 
 def spread(runner: Runner, opener: Opener, texts: Sequence[str]) -> Iterator[str]:
-    """Yield the result of each string, in the order in which they finish.
+    """Yield the result of each string from Daft's workers, in the order in which they finish.
 
     Raises:
         LostError: if a worker is gone and the engine cannot continue without it.
         MissingExtraError: if Daft or Ray is not installed.
         RecipeError: if no cluster answers at the address.
     """
-    if runner.used == "loop":
-        work = opener(None)
-        yield from (work(text) for text in texts)
-    elif runner.used == "ray":
+    if runner.used == "ray":
         with redirect_stdout(sys.stderr):  # Ray prints about workers that it restarts
             daft, how, threads = _on_ray(runner)
             yield from _by_daft(daft, opener, texts, how, threads, parts=len(texts))

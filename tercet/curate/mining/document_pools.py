@@ -21,14 +21,14 @@ from jaxtyping import Float, Float32, Int, Int64, UInt64
 from tercet import distributed
 from tercet.data.files.examples import shown
 from tercet.data.files.texts import text_key
-from tercet.errors import ModelError
+from tercet.errors import BROKEN_MODEL, ModelError
+from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
 from tercet.files.progress import Advance
-from tercet.files.records import readable
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
-from tercet.rank.topk import BROKEN_MODEL, Hits, TopK, check_queries
+from tercet.rank.topk import Hits, TopK, check_queries
 from tercet.search.export import first_broken
 from tercet.types import Role
 from tercet.vectors import Vectors
@@ -101,12 +101,12 @@ class Pool:
         if k < 1 or not len(queries):
             shape = (len(queries), max(k, 0))
             return Hits(np.zeros(shape, np.float32), np.zeros(shape, np.int64))
-        check_queries(queries, _opened(self.shards[0]).shape[1])
+        check_queries(queries, mapped_array(self.shards[0]).shape[1])
         parts = torch.from_numpy(np.ascontiguousarray(queries)).split(_TOGETHER)
         best = [TopK(len(part), k) for part in parts]
         product = torch.empty(_TOGETHER * SHARD)
         for number, path in enumerate(self.shards):
-            docs = torch.from_numpy(np.array(_opened(path)))
+            docs = torch.from_numpy(np.array(mapped_array(path)))
             for part, found in zip(parts, best, strict=True):
                 # Torch's product is at least 10 % faster than numpy's. It is written into the same
                 # memory: new 16 MB for each product would cost half as much again.
@@ -119,10 +119,10 @@ class Pool:
     def vectors(self, rows: Int[np.ndarray, "wanted"]) -> Float32[np.ndarray, "wanted dim"]:
         """Return the vectors of these rows; each shard is opened at most once."""
         shards = rows // SHARD
-        found = np.empty((len(rows), _opened(self.shards[0]).shape[1]), np.float32)
+        found = np.empty((len(rows), mapped_array(self.shards[0]).shape[1]), np.float32)
         for number in np.unique(shards).tolist():
             here = shards == number
-            found[here] = _opened(self.shards[number])[rows[here] - number * SHARD]
+            found[here] = mapped_array(self.shards[number])[rows[here] - number * SHARD]
         return found
 
 
@@ -158,7 +158,7 @@ class StoredVectors:
         self, texts: Sequence[str], prompts: Sequence[str]
     ) -> Float32[np.ndarray, "queries dim"]:
         """Return the vectors of queries."""
-        return np.array(_opened(self.shard(texts, "query", prompts)))
+        return np.array(mapped_array(self.shard(texts, "query", prompts)))
 
     def fill(self, pool: Pool, advance: Advance) -> None:
         """Encode the documents of a pool; several processes, which all call this, share them."""
@@ -265,12 +265,6 @@ def prompted(teacher: Embedder, role: Role, prompt: str) -> Iterator[None]:
         yield
     finally:
         teacher.settings = settings
-
-
-def _opened(path: Path) -> np.ndarray:
-    # Opened for each use: a process may not keep thousands of files open.
-    with readable(path):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:

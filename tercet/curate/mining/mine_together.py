@@ -79,7 +79,7 @@ class MineBlocksJob:
         return partial(self._do, self.shared.miner())
 
     def units(self) -> list[WorkUnit]:
-        """The blocks of all sources, in order."""
+        """Return the blocks of all sources, in order."""
         return [
             WorkUnit(
                 f"{number}/{start:012}",

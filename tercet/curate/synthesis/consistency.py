@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int64
 
 from tercet.curate.mining.document_pools import SHARD, StoredVectors
 from tercet.errors import RecipeError
+from tercet.files.arrays import mapped_array
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 
@@ -76,8 +77,8 @@ def _ranks_in(
     owners = np.repeat(np.arange(len(shard)), [len(each.questions) for each in shard])
     found: list[int] = []
     if questions:
-        path = vectors.shard(texts, "document", [settings.prompt("document")] * len(texts))
-        docs = np.load(path, mmap_mode="r", allow_pickle=False)
+        prompts = [settings.prompt("document")] * len(texts)
+        docs = mapped_array(vectors.shard(texts, "document", prompts))
         queries = vectors.queries(questions, [settings.prompt("query")] * len(questions))
         for start in range(0, len(questions), _QUERIES):
             part = slice(start, start + _QUERIES)

@@ -182,7 +182,7 @@ class LazyBatches:
         whole, rest = divmod(len(self._rows), self._size)
         return whole + (rest >= SMALLEST_BATCH)
 
-    def batch(self, number: int) -> np.ndarray:
+    def rows_of(self, number: int) -> np.ndarray:
         """Return the rows of a batch."""
         first = number * self._size
         return self._rows.rows(first, min(first + self._size, len(self._rows)))
@@ -200,13 +200,15 @@ class CutBatches:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def part(self, number: int) -> slice:
-        """Return the places of the rows of a batch."""
-        return slice(int(self.starts[number]), int(self.stops[number]))
-
-    def batch(self, number: int) -> np.ndarray:
+    def rows_of(self, number: int) -> np.ndarray:
         """Return the rows of a batch."""
-        return self.rows[self.part(number)]
+        return self.rows[self.starts[number] : self.stops[number]]
+
+    def batch(self, number: int) -> BatchRows:
+        """Return the rows of a batch with their sources."""
+        assert self.source is not None, "cut with sources"
+        source = self.source[self.starts[number] : self.stops[number]]
+        return BatchRows(source, self.rows_of(number))
 
 
 class SingleSourceBatches:
@@ -231,23 +233,7 @@ class SingleSourceBatches:
         self._place = number + 1
         for part in self._parts[source]:
             if own < len(part):
-                rows = part.batch(own)
+                rows = part.rows_of(own)
                 return BatchRows(np.full(len(rows), source, np.int16), rows)
             own -= len(part)
         raise AssertionError("a source has as many turns as batches")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BlendedBatches:
-    """The batches of an epoch with every source in each."""
-
-    cut: CutBatches
-
-    def __len__(self) -> int:
-        return len(self.cut)
-
-    def batch(self, number: int) -> BatchRows:
-        """Return the rows of a batch with their sources."""
-        part = self.cut.part(number)
-        assert self.cut.source is not None, "cut with sources"
-        return BatchRows(self.cut.source[part], self.cut.rows[part])

@@ -15,7 +15,6 @@ import numpy as np
 from tercet.data.batches.order import (
     SMALLEST_BATCH,
     BatchRows,
-    BlendedBatches,
     Blocked,
     CutBatches,
     LazyBatches,
@@ -106,7 +105,7 @@ class Sampler:
         ]
         self._weights_are_whole = all(float(source.weight).is_integer() for source in sources)
         self._counts: dict[int, int] = {}
-        self._prepared: tuple[int, SingleSourceBatches | BlendedBatches] | None = None
+        self._prepared: tuple[int, SingleSourceBatches | CutBatches] | None = None
         self._epoch, self._batch = 0, 0
 
     def next_batch(self) -> BatchRows | None:
@@ -156,7 +155,7 @@ class Sampler:
             return 0
         return max(round(part * self.batches_per_epoch(epoch)), 1 if epoch == 0 else 0)
 
-    def _batches_of(self, epoch: int) -> SingleSourceBatches | BlendedBatches:
+    def _batches_of(self, epoch: int) -> SingleSourceBatches | CutBatches:
         if self._prepared is None or self._prepared[0] != epoch:
             self._prepared = None  # two epochs of indices need not be in memory together
             mixing = self._single if self.plan.mixing == "single" else self._blended
@@ -182,7 +181,7 @@ class Sampler:
         every = rows.rows(0, len(rows))
         return self._cut(every, self._groups(index, every))
 
-    def _blended(self, epoch: int) -> BlendedBatches:
+    def _blended(self, epoch: int) -> CutBatches:
         passes = [(i, some) for i in range(len(self.sources)) for some in self._passes(i, epoch)]
         total = sum(len(some) for _, some in passes)
         dtypes = {some.windows.dtype for _, some in passes}
@@ -194,7 +193,7 @@ class Sampler:
             rows[own], source[own] = some.rows(0, len(some)), index
             group[own] = self._groups(index, rows[own])
             begin += len(some)
-        return BlendedBatches(self._cut(rows, group, source))
+        return self._cut(rows, group, source)
 
     def _groups(self, index: int, rows: np.ndarray) -> np.ndarray:
         """Return the length group of each row."""

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from tercet.data.files.examples import as_object, nonblank, shown, text_of
 from tercet.errors import DataError, RecipeError
-from tercet.files.records import Record, decoded, iter_lines, iter_records, parsed
+from tercet.files.records import Record, iter_records, line_records, parsed
 
 UNLABELLED: Final = "_"  # a word that is encoded, but neither trained on nor counted
 
@@ -36,7 +36,7 @@ def read_labelled(path: Path | str, column: int | None = None) -> list[LabelledS
     """Return the labelled sentences of a file, in order.
 
     A .jsonl or .parquet file has records ``{"tokens": [...], "labels": [...]}``. Any other file
-    has a word a line and a blank line after each sentence; columns are separated by tabs, where
+    has one word per line and a blank line after each sentence; columns are separated by tabs if
     the first line has one, or else by white space. The word is in the first column, its label in
     ``column``, counted from 1; without it, in the last. Lines of ``-DOCSTART-`` are skipped.
 
@@ -61,12 +61,7 @@ def read_labelled(path: Path | str, column: int | None = None) -> list[LabelledS
 
 def _rows(path: Path) -> list[_Row]:
     """Return the columns of each line; comments are removed from CoNLL-U only."""
-    lines: list[tuple[int, str]] = []
-    for number, offset, content in iter_lines(path):
-        try:
-            lines.append((number, decoded(content, offset)))
-        except ValueError as error:
-            raise DataError(path, number, str(error)) from error
+    lines = [(it.line, parsed(path, it, lambda it: str(it.value))) for it in line_records(path)]
     beginnings = ("#", _DOCUMENT_BORDER)
     first = next((it for _, it in lines if it.strip() and not it.startswith(beginnings)), "")
     skipped = beginnings if _is_conllu(first.split("\t")) else _DOCUMENT_BORDER

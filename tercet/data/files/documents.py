@@ -75,7 +75,10 @@ def read_documents(
             columns = (*columns, *(set(file.schema_arrow.names) - set(columns)))
     seen: set[int] = set()  # ids as 8-byte hashes
     for record in text_records(path, columns):
-        if split is not None and parsed(path, record, _split_of) != split:
+        if (
+            split is not None
+            and parsed(path, record, lambda it: as_object(it.value)).get(_SPLIT) != split
+        ):
             continue
         document = parsed(path, record, lambda it: fields.document(it, keep_others=keep_others))
         if hash(document.id) in seen:
@@ -100,10 +103,6 @@ def _refuse_repeated_id(
                 f'"{fields.id}" {shown(repeated)} is already on line {earlier.line}; '
                 "give each document a unique id",
             )
-
-
-def _split_of(record: Record) -> object:
-    return as_object(record.value).get(_SPLIT)
 
 
 def _can_be_filtered(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -11,7 +12,7 @@ from tercet.data.files.scan import RecordFormat
 from tercet.data.files.sources import Source, open_source
 from tercet.errors import DataError
 from tercet.files.artifacts import fingerprint_number
-from tercet.files.records import Record, decoded, iter_lines, iter_records, parsed
+from tercet.files.records import Record, iter_records, line_records, parsed
 from tercet.types import Example
 
 Value = TypeVar("Value")
@@ -77,14 +78,11 @@ def text_records(
         kinds = "use .jsonl, .parquet or .txt"
         raise DataError(path, None, f'unknown kind of file "{path.suffix}"; {kinds}')
     empty = True
-    for number, offset, line in iter_lines(path):
-        try:
-            text, problem = decoded(line, offset), None
-        except ValueError as error:
-            text, problem = "?", str(error)
-        if blank_lines or (text and not text.isspace()):
+    for record in line_records(path):
+        text = str(record.value or "")
+        if blank_lines or record.problem or (text and not text.isspace()):
             empty = False
-            yield Record(number, offset, 0.0, line, {fields[0]: text}, problem)
+            yield replace(record, value={fields[0]: text})
     if empty:
         raise DataError(path, None, "holds no texts; write one text per line")
 

@@ -1,17 +1,17 @@
-"""How well each kind of vectors, and every weighted sum of kinds, finds documents.
+"""How well each kind of vectors finds documents, and every weighted sum of their scores.
 
 Three protocols (arXiv 2402.03216, section 4 and its code):
 
 - *exact*: every document gets its true score by every kind;
-- *paper*: dense and sparse look at all documents and their sum at both best 1,000; where token
-  vectors take part, the best 200 of dense are re-ranked. Scores missing in a list are computed;
-- *reference*: as the paper's code has it: terms weigh whole hundredths, rounded up, and a document
-  that is missing in the list of a kind gets no score by it.
+- *paper*: dense and sparse search all documents, and their sum the best 1,000 of each; with token
+  vectors, the best 200 of dense are re-scored. Scores that are missing from a list are computed;
+- *reference*: like the paper's code: term weights are rounded up to hundredths, and a document that
+  is missing from the list of a kind gets no score by it.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -19,10 +19,20 @@ import torch
 from torch import Tensor
 
 from tercet.errors import RecipeError
-from tercet.evaluate.measures.retrieval import RetrievalResult, depth_of, evaluate_hits
-from tercet.evaluate.report.intervals import Interval, paired_difference
+from tercet.evaluate.measures.prompts import known_task, warn_unprompted
+from tercet.evaluate.measures.retrieval import (
+    RetrievalResult,
+    depth_of,
+    encode_both,
+    evaluate_hits,
+    evaluate_retrieval,
+)
+from tercet.evaluate.report.intervals import Interval
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.files.progress import Advance, bar
 from tercet.kinds import KINDS, Kind, Weights
+from tercet.models.embedder import Embedder
+from tercet.models.settings import Settings
 from tercet.rank.hybrid import (
     HybridHits,
     VectorBlocks,
@@ -32,16 +42,19 @@ from tercet.rank.hybrid import (
     ranked,
     with_token_scores,
 )
+from tercet.segments import batches_within
 from tercet.types import Role
 from tercet.vectors import Terms, Vectors
 
 ProtocolName: TypeAlias = Literal["exact", "paper", "reference"]
 
 DEPTH: Final = 1_000  # of the lists of dense and sparse in the paper's protocol
-RERANKED: Final = 200  # of dense, where token vectors take part
-EXACT_WORK: Final = 1e14  # multiplications of token vectors: an hour of one core, more or less
+RERANKED: Final = 200  # of dense, if token vectors take part
+EXACT_WORK: Final = 1e14  # multiplications of token vectors: an about an hour of one core
 EMPTY: Final = 0.05  # share of texts without a term above which the sparse head may be dying
 _BLOCK: Final = 1_024  # documents scored together
+_BLOCK_LETTERS: Final = 200_000  # of documents whose token vectors are in memory together
+_SAMPLE: Final = 100  # documents whose tokens are counted, to estimate the total
 
 log = logging.getLogger("tercet")
 
@@ -56,7 +69,7 @@ class TermCounts:
 
     @classmethod
     def of(cls, lengths: Tensor) -> "TermCounts":
-        """Make it from the number of terms of each text."""
+        """Summarise the number of terms of each text."""
         counts = lengths.double()
         if not len(counts):
             return cls(0, 0.0, 0.0)
@@ -68,25 +81,24 @@ class TermCounts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KindsResult:
-    """Results of every kind and every sum, and how documents were searched."""
+    """The results of every kind and every sum, and how they were searched."""
 
     results: Mapping[str, RetrievalResult]  # "dense", "sparse", ..., "dense+sparse+multi"
     weights: Weights
     protocol: ProtocolName
-    terms: Mapping[Role, TermCounts]  # empty where there are no sparse vectors
+    terms: Mapping[Role, TermCounts]  # empty without sparse vectors
 
     @property
     def total(self) -> str:
-        """Name of the sum of all kinds with a weight."""
+        """The name of the sum of all kinds that count."""
         return "+".join(kind for kind in KINDS if kind in self.results and self.weights.of(kind))
 
     def minus(self, name: str, other: str, metric: str, seed: int = 0) -> Interval:
         """Return by how much one is better than another on the same queries."""
-        after, before = (self.results[each].scores[metric] for each in (name, other))
-        return paired_difference(after, before, seed=seed)
+        return self.results[name].minus(self.results[other], metric, seed=seed)
 
     def how(self) -> str:
-        """Describe how documents were searched."""
+        """Return how documents were searched, for people."""
         if self.protocol == "exact":
             return "every document scored by every kind"
         known = f"best {DEPTH:,} of dense and of sparse; with multi, best {RERANKED} of dense"
@@ -95,7 +107,7 @@ class KindsResult:
 
 
 def sums_of(kinds: Sequence[Kind], weights: Weights) -> dict[str, Weights]:
-    """Return each kind alone, then every sum of the kinds with a weight, the fullest last."""
+    """Return each kind alone, then every sum of the kinds that have a weight, the full one last."""
     counted: list[Kind] = [kind for kind in kinds if weights.of(kind)]
     several = {
         "+".join(some): weights.only(some)
@@ -116,12 +128,12 @@ def evaluate_kinds(
 ) -> KindsResult:
     """Search by every kind that both sides have and by every sum, and score the rankings.
 
-    ``protocol`` None is *exact*, unless that takes token vectors more than ``EXACT_WORK``
-    multiplications: then *paper*.
+    ``protocol`` defaults to *exact*, or to *paper* if that takes more than ``EXACT_WORK``
+    multiplications of token vectors.
 
     Raises:
-        ModelError: when a score is not a number.
-        RecipeError: for a metric that does not exist, or without any kind of vectors.
+        ModelError: if a score is NaN.
+        RecipeError: for an unknown metric, or without a common kind of vectors.
     """
     assert len(queries) == len(data.queries), "vectors of each query"
     assert len(docs) == len(data.documents), "vectors of each document"
@@ -146,7 +158,7 @@ class Corpus(VectorSource, Protocol):
     """Documents whose vectors can be read block by block, and how many terms they have."""
 
     def terms(self) -> Tensor | None:
-        """Return the number of terms of each document, once known."""
+        """Return the number of terms of each document, once they are known."""
         ...
 
 
@@ -157,7 +169,7 @@ class InMemory:
     vectors: Vectors
 
     def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> VectorBlocks:
-        """Yield the vectors of these kinds of these documents, or of all."""
+        """Yield vectors of these kinds, of the documents ``rows`` or of all."""
         chosen = torch.arange(len(self.vectors)) if rows is None else rows
         some = self.vectors.only(kinds)
         for part in chosen.split(_BLOCK):
@@ -181,10 +193,10 @@ def search_kinds(
     """Search a corpus whose vectors come in blocks; see :func:`evaluate_kinds`."""
     kinds = queries.kinds
     if not kinds:
-        raise RecipeError("queries and documents share no kind of vectors; name one that both have")
+        raise RecipeError("queries and documents have no kind of vectors in common")
     weights = weights or Weights()
     if not any(weights.of(kind) for kind in kinds):
-        raise RecipeError(f"none of {', '.join(kinds)} has a weight; give one of them more than 0")
+        raise RecipeError(f"one of {', '.join(kinds)} must have a weight above 0")
     names = names or data.metrics
     depth = max(map(depth_of, names))
     sums = sums_of(kinds, weights)
@@ -210,13 +222,13 @@ def search_kinds(
 
 
 def warn_empty(terms: Mapping[Role, TermCounts]) -> None:
-    """Warn if many texts have no term, so that no word finds them."""
+    """Log if many texts have no sparse term: none of their words can be found."""
     for role, counts in terms.items():
         if counts.empty > EMPTY:
             log.warning(
-                "%.1f %% of %s texts have no sparse term, so no word of theirs can be found; the "
-                "sparse head may be dying: give it less weight in the loss at first, or a lower "
-                "learning rate",
+                "%.1f %% of %s texts have no sparse term, so none of their words can be found; the "
+                "sparse head may be dying: lower its weight in the loss at first, or the learning "
+                "rate",
                 100 * counts.empty,
                 role,
             )
@@ -230,7 +242,7 @@ def _by_candidates(
     *,
     rounded: bool,
 ) -> dict[str, HybridHits]:
-    """Return the documents that each sum may rank: the paper's candidates."""
+    """Return for each sum the documents that it may rank: the paper's candidates."""
     single: tuple[Kind, ...] = tuple(kind for kind in queries.kinds if kind != "multi")
     of_queries, blocks = queries.only(single), corpus.blocks(single)
     if rounded:
@@ -257,7 +269,7 @@ def _without_missing(some: HybridHits, lists: Mapping[Kind, HybridHits]) -> Hybr
 
 
 def _hundredths(vectors: Vectors) -> Vectors:
-    """Round the weights of terms up to hundredths, as an index of integers stores them."""
+    """Round term weights up to hundredths, as in an index of integers."""
     terms = vectors.sparse
     if terms is None:
         return vectors
@@ -268,3 +280,114 @@ def _hundredths(vectors: Vectors) -> Vectors:
 
 def _lengths(terms: Terms) -> Tensor:
     return terms.merged().offsets.diff()
+
+
+# ---- of an embedder --------------------------------------------------------------------------
+
+
+def measure_kinds(  # noqa: PLR0913 (independent choices, each with a default)
+    embedder: Embedder,
+    data: RetrievalSet,
+    *,
+    task: str | None = None,
+    kinds: Sequence[Kind] | None = None,
+    weights: Weights | None = None,
+    protocol: ProtocolName | None = None,
+    dims: int | None = None,
+    names: Sequence[str] | None = None,
+    progress: bool = False,
+) -> KindsResult:
+    """Encode both sides, and measure every kind of vectors and every sum of their scores.
+
+    Documents are encoded block by block, so that their token vectors are never in memory together.
+    ``weights`` default to those that the model was tuned to for the task, or its usual ones;
+    ``protocol`` to *exact*, unless comparing all tokens takes very long.
+
+    Raises:
+        RecipeError: if the model has no prompts for the task, or does not make a kind.
+    """
+    warn_unprompted(embedder.settings, "query", task)
+    weights = weights or weights_for(embedder.settings, (task or data.name, data.name))
+    queries = embedder.encode_vectors(
+        data.queries, "query", kinds=tuple(kinds or embedder.kinds), task=task, dims=dims
+    )
+    with bar("search", len(data.documents), shown=progress) as advance:
+        corpus = CorpusEncoder(embedder, data.documents, advance, task, dims)
+        protocol = protocol or feasible(queries, corpus.tokens())
+        return search_kinds(data, queries, corpus, weights=weights, protocol=protocol, names=names)
+
+
+@dataclass(slots=True, eq=False)
+class CorpusEncoder:
+    """Documents that are encoded block by block, each time that their vectors are needed."""
+
+    embedder: Embedder
+    texts: Sequence[str]
+    advance: Advance
+    task: str | None = None
+    dims: int | None = None
+    counts: list[Tensor] = field(default_factory=list)
+
+    def blocks(
+        self, kinds: Sequence[Kind], rows: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Vectors]]:
+        """Yield vectors of these kinds, of the documents ``rows`` or of all."""
+        chosen = range(len(self.texts)) if rows is None else rows.tolist()
+        limit = 8 * self.embedder.settings.document_tokens  # longer documents are truncated anyway
+        for block in batches_within(
+            chosen, _BLOCK_LETTERS, lambda row: min(len(self.texts[row]), limit), overshoot=True
+        ):
+            texts = [self.texts[row] for row in block]
+            found = self.embedder.encode_vectors(
+                texts, "document", kinds=kinds, task=self.task, dims=self.dims
+            )
+            if found.sparse is not None and rows is None:
+                self.counts.append(found.sparse.offsets.diff())
+            yield torch.tensor(block), found
+            if rows is None:
+                self.advance(len(block))
+
+    def terms(self) -> Tensor | None:
+        """Return the number of terms of each document that was encoded."""
+        return torch.cat(self.counts) if self.counts else None
+
+    def tokens(self) -> int:
+        """Estimate how many tokens all documents have together."""
+        some = self.texts[:: max(1, len(self.texts) // _SAMPLE)]
+        lengths = self.embedder.tokenize(some, "document").lengths
+        return sum(lengths) * len(self.texts) // max(len(some), 1)
+
+
+def weights_for(settings: Settings, tasks: Sequence[str]) -> Weights:
+    """Return the weights tuned for the first task that has some, or the model's usual ones."""
+    known = (settings.weights[name] for name in (*tasks, "") if name in settings.weights)
+    return next(known, Weights())
+
+
+def dev_score(
+    data: RetrievalSet, task: str | None = None
+) -> Callable[[Embedder], float | Mapping[str, float]]:
+    """Return a function that computes nDCG@10 on a dev set, for training to select weights by.
+
+    The prompts are those of the ``task``, or of the set's name, or the default ones. For a model
+    with several kinds of vectors ``dev_score`` is that of their weighted sum; beside it are those
+    of each kind, and how many texts have no sparse term.
+    """
+
+    def score(embedder: Embedder) -> float | Mapping[str, float]:
+        known = known_task(embedder.settings, (task or "", data.name))
+        if embedder.kinds != ("dense",):
+            return _by_name(measure_kinds(embedder, data, task=known, names=("ndcg@10",)))
+        sides = encode_both(embedder, data, task=known)
+        return evaluate_retrieval(data, *sides, names=("ndcg@10",)).mean("ndcg@10")
+
+    return score
+
+
+def _by_name(found: KindsResult) -> dict[str, float]:
+    """Return the figures of a dev set under the names that a training log uses."""
+    figures = {"dev_score": found.results[found.total].mean("ndcg@10")}
+    figures |= {f"dev_{k}": r.mean("ndcg@10") for k, r in found.results.items()}
+    for role, counts in found.terms.items():
+        figures |= {f"dev_{role}_terms": counts.mean, f"dev_{role}_empty": counts.empty}
+    return figures

@@ -8,7 +8,6 @@ its queries or judgements.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -40,9 +39,6 @@ from tercet.rank.quantized import (
 )
 
 log = logging.getLogger("tercet")
-
-QueryVectors: TypeAlias = Float[np.ndarray, "queries dims"]
-DocumentVectors: TypeAlias = Float[np.ndarray, "docs dims"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,8 +129,8 @@ class StoredDocuments:
     """Vectors of both sides, to measure search in documents that are stored in some way."""
 
     data: RetrievalSet
-    queries: QueryVectors
-    documents: DocumentVectors
+    queries: Float[np.ndarray, "queries dims"]
+    documents: Float[np.ndarray, "docs dims"]
     settings: Settings
     names: Sequence[str]
     factor: int

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 
 from tercet.data.files.similarity import BootstrapUnit, SimilaritySet
-from tercet.errors import ModelError
+from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.evaluate.measures.bm25 import words
 from tercet.evaluate.measures.prompts import encode_alike
 from tercet.evaluate.report.intervals import RESAMPLES, Interval
@@ -100,8 +100,7 @@ def check_finite(vectors: Float[np.ndarray, "texts dim"]) -> None:
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise ModelError(
-            f"the vector of text {int(finite.argmin())} contains NaN or infinity; "
-            "the model is damaged, or its training diverged"
+            f"the vector of text {int(finite.argmin())} contains NaN or infinity; {BROKEN_MODEL}"
         )
 
 

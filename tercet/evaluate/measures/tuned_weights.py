@@ -21,8 +21,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from tercet.errors import RecipeError
-from tercet.evaluate.measures.by_kind import DEPTH, Corpus
-from tercet.evaluate.measures.embedder_kinds import CorpusEncoder
+from tercet.evaluate.measures.by_kind import DEPTH, Corpus, CorpusEncoder
 from tercet.evaluate.measures.prompts import known_task, warn_unprompted
 from tercet.evaluate.measures.retrieval import depth_of, evaluate_hits
 from tercet.evaluate.report.intervals import Interval, interval, paired_difference

@@ -7,8 +7,7 @@ from typing import Any, Final, TypeAlias
 
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import WordsOf, by_tokens_of
-from tercet.evaluate.measures.by_kind import KindsResult, ProtocolName
-from tercet.evaluate.measures.embedder_kinds import measure_kinds, tuned_weights
+from tercet.evaluate.measures.by_kind import KindsResult, ProtocolName, measure_kinds, weights_for
 from tercet.evaluate.measures.prompts import drop_prompts, known_task, require_prompt
 from tercet.evaluate.measures.retention import Retained, measure_coded
 from tercet.evaluate.measures.retrieval import conditions, measure_bm25, versions
@@ -233,7 +232,7 @@ def _by_vectors(
         examined.data,
         task=task,
         kinds=options.kinds,
-        weights=options.weights or tuned_weights(embedder.settings, tasks),
+        weights=options.weights or weights_for(embedder.settings, tasks),
         protocol=options.protocol,
         dims=options.dims,
         progress=True,

@@ -16,7 +16,7 @@ import numpy as np
 from tercet.data.files.similarity import SimilaritySet
 from tercet.errors import RecipeError
 from tercet.evaluate.measures import labels, sts
-from tercet.evaluate.measures.embedder_kinds import measure_kinds
+from tercet.evaluate.measures.by_kind import measure_kinds
 from tercet.evaluate.measures.prompts import known_task, task_names
 from tercet.evaluate.measures.retrieval import (
     RetrievalResult,

@@ -1,4 +1,4 @@
-"""An embedder as a model of sentence-transformers, in memory and with the same weights."""
+"""A model as a ``SentenceTransformer`` in memory, with the same weights."""
 
 import copy
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ from tercet.models.settings import named_prompts
 
 
 def as_sentence_transformer(parts: ModelParts) -> Any:
-    """Return a ``SentenceTransformer`` with a model's very parameters.
+    """Return a ``SentenceTransformer`` that shares a model's parameters.
 
     See :meth:`Embedder.as_sentence_transformer`. Its modules are those of a saved folder.
     """
@@ -62,10 +62,10 @@ def as_sentence_transformer(parts: ModelParts) -> Any:
 
 
 def _give_weights(transformer: Any, model: PreTrainedModel) -> None:
-    """Put in a copy of the model that holds its very tensors and has attention of its own."""
+    """Insert a copy of the model with the same tensors and the attention of transformers."""
     same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     shared: Any = copy.deepcopy(model, same)
-    # Release 5 keeps the model as auto_model; later ones only show it under that name.
+    # Release 5 stores the model as auto_model; in later ones that is a property.
     shown = isinstance(getattr(type(transformer), "auto_model", None), property)
     name = "model" if shown else "auto_model"
     shared.set_attn_implementation(getattr(transformer, name).config._attn_implementation)
@@ -73,7 +73,7 @@ def _give_weights(transformer: Any, model: PreTrainedModel) -> None:
 
 
 def _same_layer(layer: AttentionLayer, prompts: list[list[int]]) -> nn.Module:
-    """The layer as a module of sentence-transformers, of the class that a saved folder names."""
+    """Return the layer as a module of sentence-transformers, of the class in a saved folder."""
     made: Any = get_class_from_dynamic_module(LAYER, str(LAYER_CODE.parent))
     with torch.device("meta"):
         module = made({**asdict(layer.layer), "hidden": layer.hidden}, prompts)

@@ -1,8 +1,8 @@
 """Attention inside each text of a packed row: one function, registered with transformers.
 
-A stock transformers model calls it in every layer in place of its own. The row of tokens is cut
-where texts begin, so no token ever sees another text, and there is nothing to mask but the future
-(when causal) and what lies outside a sliding window.
+An unmodified transformers model calls it in every layer instead of its own. The row of tokens is
+cut where texts begin, so no token ever sees another text, and only the future (when causal) and
+what lies outside a sliding window are masked.
 
 On CPU, and on CUDA in float32, texts of one length are attended together, without a mask. On CUDA
 in 16 bits the kernel for rows of varying length does the whole row at once.
@@ -27,16 +27,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from tercet.errors import ModelError
 
 NAME: Final = "tercet"
-KEPT_LENGTH: Final = 512  # of a text whose attention weights may wait for the backward
-_PAIRS: Final = 1 << 23  # of tokens of longer texts, whose weights are there together
-_WIDEST: Final = 256  # columns of a head that the kernel for rows of varying length takes
+KEPT_LENGTH: Final = 512  # longest text whose attention weights are kept for the backward
+_PAIRS: Final = 1 << 23  # pairs of tokens of longer texts, whose weights exist at the same time
+_WIDEST: Final = 256  # widest head that the kernel for rows of varying length supports
 
 
 class Layout:
-    """Where the texts of a row begin. Texts of one length must be neighbours to run together.
+    """Where the texts of a row begin. Neighbouring texts of one length run together.
 
-    It reaches :func:`attend` as a keyword of the model's forward. Some models do not hand keywords
-    down to their attention (StableLM, Nemotron); for these it is also ``in_force`` for a while.
+    It reaches :func:`attend` as a keyword of the model's forward. Some models do not pass keywords
+    on to their attention (StableLM, Nemotron); for these it is ``in_force`` as a context.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Layout:
         lengths: Sequence[int],
         device: torch.device | str = "cpu",
         *,
-        dropout: float | None = None,  # of attention weights in training; None: the model's own
+        dropout: float | None = None,  # of attention weights in training; None: the model's default
     ) -> None:
         self.dropout = dropout
         self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]
@@ -56,7 +56,7 @@ class Layout:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Attention that is given no layout takes this one."""
+        """Make this the layout of attention that is called without one."""
         before = _IN_FORCE.set(self)
         try:
             yield
@@ -65,7 +65,7 @@ class Layout:
 
     @property
     def bounds(self) -> Tensor:
-        """The first token of each text, and the end of the last: int32, on the row's device."""
+        """The first token of each text, and the end of the last one, on the row's device."""
         if self._bounds is None:
             lengths = torch.tensor(self._lengths, device=self._device, dtype=torch.int32)
             self._bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -76,16 +76,16 @@ _IN_FORCE: Final[ContextVar[Layout | None]] = ContextVar("layout", default=None)
 
 
 def layout_in_force() -> Layout | None:
-    """The one that attention takes where it is given none."""
+    """Return the layout of attention that is called without one."""
     return _IN_FORCE.get()
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """Who attends to whom inside a text, and how scores become weights."""
+    """Which tokens of a text attend to which, and how scores become weights."""
 
     causal: bool
-    limit: int | None  # a token sees those at a distance smaller than this
+    limit: int | None  # tokens see each other at distances below this
     scale: float | None
     dropout: float
     softcap: float | None = None
@@ -102,11 +102,11 @@ def attend(
     layout: Layout | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads v_width"], None]:
-    """What every layer of a packed model calls; tokens come first in the result.
+    """Attend inside each text; every layer of a packed model calls this.
 
-    ``layout`` None takes the one in force. ``options``
-    are those that transformers passes to any attention function: ``scaling``, ``dropout``,
-    ``sliding_window``, ``is_causal``, ``softcap``, ``s_aux``.
+    ``layout`` None takes the one in force. ``options`` are those that transformers passes to any
+    attention function: ``scaling``, ``dropout``, ``sliding_window``, ``is_causal``, ``softcap``,
+    ``s_aux``.
     """
     layout = layout or _IN_FORCE.get()
     if layout is None:
@@ -149,10 +149,10 @@ def _rule_of(module: nn.Module, options: dict[str, Any], dropout: float | None) 
 
 
 def _window_limit(module: nn.Module, sliding_window: int | None, causal: bool) -> int | None:
-    """The smallest distance that is out of sight.
+    """Return the smallest distance that is masked.
 
-    Stock masks exclude the distance ``sliding_window`` when causal, and include it both ways;
-    Gemma 3's own bidirectional switch has already made its window exclusive.
+    Masks of transformers exclude the distance ``sliding_window`` when causal, and include it when
+    bidirectional; Gemma 3's own bidirectional switch has made its window exclusive already.
     """
     if sliding_window is None:
         return None
@@ -168,15 +168,15 @@ def _attend_run(
     v: Float[Tensor, "texts kv_heads length v_width"],
     rule: _Rule,
 ) -> Float[Tensor, "texts heads length v_width"]:
-    """Texts of one length, with a graph that does not grow with the square of a great length.
+    """Attend in texts of one length, with a graph that does not grow with the length's square.
 
-    Where no fused kernel does the work, the weights of all pairs of tokens wait for the backward,
-    several times over and in float32. Those of long texts are computed a second time instead, with
-    the same dropout, some heads at a time.
+    Without a fused kernel, the weights of all pairs of tokens are kept for the backward, several
+    times and in float32. For long texts they are computed a second time instead, with the same
+    dropout, some heads at a time.
     """
-    bends = rule.softcap is not None or rule.sinks is not None
+    explicit = rule.softcap is not None or rule.sinks is not None
     length = q.shape[2]
-    if length <= KEPT_LENGTH or not (bends or keeps_weights(q.device, rule.dropout)):
+    if length <= KEPT_LENGTH or not (explicit or keeps_weights(q.device, rule.dropout)):
         return _attend_equal(q, k, v, rule)
     kv_heads = k.shape[1]
     group = q.shape[1] // kv_heads
@@ -194,7 +194,7 @@ def _attend_run(
 
 
 def keeps_weights(device: torch.device, dropout: float) -> bool:
-    """Whether attention weights of all pairs are kept: no kernel of a CPU knows dropout."""
+    """Whether attention weights of all pairs are kept: CPU kernels do not support dropout."""
     return device.type == "cpu" and dropout > 0
 
 
@@ -204,7 +204,7 @@ def _attend_equal(
     v: Float[Tensor, "texts kv_heads length v_width"],
     rule: _Rule,
 ) -> Float[Tensor, "texts heads length v_width"]:
-    """Texts of one length: no padding, and a mask only where a window cuts a text."""
+    """Attend in texts of one length; a mask is needed only if a window cuts the text."""
     length, mask = q.shape[2], None
     if rule.limit is not None and length > rule.limit:
         place = torch.arange(length, device=q.device)
@@ -229,10 +229,10 @@ def _attend_equal(
 
 
 def _products_are_faster(q: Tensor) -> bool:
-    """In bfloat16 on a CPU three plain calls beat the fused kernel, by 1.2 to 2 for most lengths.
+    """Whether three plain calls beat the fused kernel: in bfloat16 on a CPU, by 1.2 to 2 times.
 
-    Only for inference: training has to take one way with a graph and without, and the fused
-    kernel keeps less for the backward pass. Only while the scores of a head stay in the cache.
+    Only for inference, since training must compute the same with a graph and without, and the fused
+    kernel keeps less for the backward. Only while the scores of a head stay in the cache.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
         return False
@@ -240,7 +240,7 @@ def _products_are_faster(q: Tensor) -> bool:
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """The formula as batched products; heads that share a key are rows of one product."""
+    """Attend by batched products; heads that share a key are rows of one product."""
     texts, heads, length, width = q.shape
     k, v = (x.reshape(-1, length, x.shape[-1]) for x in (k, v))  # [texts * kv_heads, length, _]
     q = q.reshape(len(k), -1, width)  # [texts * kv_heads, group * length, width]
@@ -255,7 +255,7 @@ def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float | None) ->
 
 
 def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: _Rule) -> Tensor:
-    """The formula written out, for models that bend the scores (Gemma 2) or leak weight (sinks)."""
+    """Attend by the plain formula, for models with soft-capped scores (Gemma 2) or sinks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scale = q.shape[-1] ** -0.5 if rule.scale is None else rule.scale
@@ -275,7 +275,7 @@ def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule:
 
 
 def _plain(rule: _Rule) -> bool:
-    """Whether the varying-length kernel knows everything that the rule asks for."""
+    """Whether the kernel for rows of varying length supports the rule."""
     return rule.dropout == 0 and rule.softcap is None and rule.sinks is None and _varlen_takes()
 
 
@@ -290,7 +290,7 @@ def _varlen_takes() -> bool:
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: _Rule) -> Tensor:
-    """All the texts in one CUDA kernel; its window counts neighbours: one less than the limit."""
+    """Attend in all texts by one CUDA kernel, whose window is one less than the limit."""
     from torch.nn.attention.varlen import varlen_attn
 
     reach = -1 if rule.limit is None else rule.limit - 1

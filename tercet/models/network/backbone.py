@@ -1,8 +1,8 @@
-"""A stock transformers model that reads packed texts, one way or both ways, and proves it.
+"""An unmodified transformers model that reads packed texts, causal or bidirectional, with proof.
 
-Whether a decoder is really bidirectional cannot be seen from its settings: flags are ignored in
-some places, forgotten on reload in others. So the flags are all set, and then :func:`probe`
-changes a token and looks at what moves.
+Whether a decoder is really bidirectional cannot be seen from its settings: some architectures
+ignore a flag, others lose it on reload. So all flags are set, and then :func:`probe` changes a
+token and looks at which states change.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,12 +26,12 @@ from tercet.types import Packed
 
 
 class Backbone(nn.Module):
-    """From packed tokens to one hidden state a token.
+    """A network that maps packed tokens to one hidden state per token.
 
-    ``attention`` None keeps the model's own direction: that of its config where it says one.
-    ``window`` is about models with sliding-window layers: "keep" leaves the window, "full" lets
-    every layer see the whole text. None means "keep", except for a decoder turned both ways whose
-    layers are all windowed (Mistral): those are opened, as LLM2Vec and NV-Embed do.
+    ``attention`` None keeps the model's own direction, which its config may name. ``window`` is for
+    models with sliding-window layers: "keep" leaves the window, "full" lets every layer see the
+    whole text. None means "keep", except for a bidirectional decoder whose layers all have windows
+    (Mistral): there it means "full", as in LLM2Vec and NV-Embed.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.model: Any = model
         _switch_to_packed(model)
-        self._proved: set[Attention] = set()  # directions that the probe has seen
+        self._proved: set[Attention] = set()  # directions that passed the probe
         self.is_decoder = _is_decoder(model)
         self.attention: Attention = _direction(model, attention)
-        self.attention_dropout: float | None = None  # in training; None: the model's own
+        self.attention_dropout: float | None = None  # in training; None: the model's default
         self.window: Window = window or _usual_window(model, self.attention)
         self.position_offset = _position_offset(model)
         _set_direction(model, self.attention)
@@ -68,11 +68,11 @@ class Backbone(nn.Module):
     ) -> "Backbone":
         """Load a zoo name, a local folder, a GGUF file or a hub id, and probe it.
 
-        With ``keep_layers`` only so many of its layers are there, the first ones: a smaller and
-        worse model, for experiments on small machines.
+        ``keep_layers`` keeps only the first layers: a smaller and worse model, for experiments on
+        small machines.
 
         Raises:
-            ModelError: when files are missing or the model cannot be packed, with the reason.
+            ModelError: if files are missing or the model cannot be packed, with the reason.
         """
         model = _load_model(str(source), dtype, keep_layers)
         backbone = Backbone(model, attention=attention, window=window)
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         return backbone
 
     def prove(self) -> None:
-        """Probe the direction in force, once.
+        """Probe the current direction, once.
 
         Raises:
             ModelError: see :func:`probe`.
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
 
     @property
     def hidden(self) -> int:
-        """The width of a hidden state."""
+        """The width of hidden states."""
         return self.config.get_text_config().hidden_size
 
     @property
@@ -107,25 +107,24 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     def forward(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
-        """The last hidden states, in the order of the tokens. Needs at least one text.
+        """Return the last hidden states, in the order of the tokens, of at least one text.
 
-        Inside, texts are sorted by length, so that those of one length are attended together.
+        Texts are sorted by length inside, so that those of one length are attended together.
         """
         return self._run(texts, lambda output: output.last_hidden_state)[0]
 
     def layer_states(self, texts: Packed) -> Float[Tensor, "layers tokens hidden"]:
-        """The states that go into the first layer, and those that come out of each."""
-        states = self._run(
+        """Return the states before the first layer, and those after each layer."""
+        return self._run(
             texts, lambda output: torch.cat(output.hidden_states), output_hidden_states=True
         )
-        return states
 
     def _run(self, texts: Packed, states_of: Callable[[Any], Tensor], **options: Any) -> Tensor:
-        """What ``states_of`` takes from the model's output: [anything, tokens, hidden]."""
+        """Return what ``states_of`` takes from the output: [any, tokens, hidden]."""
         lengths, device = texts.lengths, texts.ids.device
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         ids, place = texts.ids, None
@@ -153,10 +152,10 @@ class Backbone(nn.Module):
 
     @contextmanager
     def direction(self, attention: Attention | None) -> Iterator[None]:
-        """Read in this direction for a while; None leaves it as it is. Weights stay the same.
+        """Read in this direction inside the context; None changes nothing. Weights stay the same.
 
         Raises:
-            ModelError: for an encoder asked to be causal, or a decoder that fails the probe.
+            ModelError: if an encoder is asked to be causal, or a decoder fails the probe.
         """
         before = self.attention
         if attention is None or attention == before:
@@ -164,8 +163,7 @@ class Backbone(nn.Module):
             return
         if not self.is_decoder:
             raise ModelError(
-                f"{type(self.model).__name__} is an encoder; it reads both ways and has no causal "
-                "form"
+                f"{type(self.model).__name__} is an encoder, which is always bidirectional"
             )
         try:
             self._turn(attention)
@@ -179,11 +177,11 @@ class Backbone(nn.Module):
         _set_direction(self.model, attention)
 
     def freeze_embeddings(self) -> None:
-        """Leave the token table as it is: most of a small multilingual model's weights."""
+        """Do not train the token table, which holds most weights of a small multilingual model."""
         self.model.get_input_embeddings().weight.requires_grad_(False)
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
-        """Freeze all weights and add trainable low-rank updates to every linear layer (peft)."""
+        """Freeze all weights and add trainable LoRA (peft) to every linear layer."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
@@ -192,7 +190,7 @@ class Backbone(nn.Module):
         self.model = get_peft_model(self.model, config)
 
     def merge_lora(self) -> None:
-        """Add the low-rank updates to the weights they belong to, in float32, and drop them."""
+        """Add the LoRA updates to their weights, in float32, and remove them."""
         if not self.has_lora:
             return
         dtype = next(self.model.parameters()).dtype
@@ -201,18 +199,17 @@ class Backbone(nn.Module):
 
     @property
     def has_lora(self) -> bool:
-        """Whether low-rank updates sit on the model, not yet merged."""
+        """Whether the model has LoRA updates that are not merged."""
         return hasattr(self.model, "merge_and_unload")
 
 
 @torch.no_grad()
 def probe(backbone: Backbone) -> None:
-    """Prove by numbers that texts are read alone, in the promised direction, as stock code would.
+    """Check by numbers that texts are read alone, in the right direction, as transformers would.
 
     Raises:
-        ModelError: naming what is wrong, when a neighbour or the future leaks in, when a
-            bidirectional model is causal all the same, or when states differ from the stock
-            attention's.
+        ModelError: if a text depends on its neighbours, a causal model sees the next token or a
+            bidirectional one does not, or states differ from those of transformers' attention.
     """
     training = backbone.training
     backbone.eval()
@@ -224,13 +221,13 @@ def probe(backbone: Backbone) -> None:
 
     alone = _states(backbone, text)
     size = alone.abs().max().item()
-    stock = _stock_states(backbone, text, "eager")
+    expected = _unpacked_states(backbone, text, "eager")
     close = 1e-4
     if next(backbone.parameters()).dtype != torch.float32:
-        # Rounding grows from layer to layer, in some models to half of a state. So the measure is
-        # how far two implementations of transformers' own are from each other.
-        other = _stock_states(backbone, text, "sdpa")
-        noise = 0.0 if stock is None or other is None else _gap(other, stock)
+        # Rounding grows from layer to layer, in some models to half of a state. So the tolerance
+        # is the difference between two of transformers' implementations.
+        other = _unpacked_states(backbone, text, "sdpa")
+        noise = 0.0 if expected is None or other is None else _gap(other, expected)
         close = max(5e-2, 4 * noise)
     name = type(backbone.model).__name__
 
@@ -242,21 +239,21 @@ def probe(backbone: Backbone) -> None:
         )
     moved = (_states(backbone, changed) - alone).abs().amax(1) / size  # [tokens]
     if backbone.attention == "causal" and moved[:-1].max() > 1e-5:
-        raise ModelError(f"{name}: asked to be causal, but a token sees the one after it")
+        raise ModelError(f"{name}: must be causal, but a token sees the one after it")
     if backbone.attention == "bidirectional" and moved[-2] < 1e-5:
         raise ModelError(
-            f"{name}: asked to read both ways, but no token sees the one after it; "
-            "this architecture has no bidirectional path"
+            f"{name}: must be bidirectional, but no token sees the one after it; "
+            "this architecture is causal only"
         )
-    if stock is not None and _gap(stock, alone) > close:
+    if expected is not None and _gap(expected, alone) > close:
         raise ModelError(
-            f"{name}: packed states differ from the model's own by {_gap(stock, alone):.0%}"
+            f"{name}: packed states differ from the model's own by {_gap(expected, alone):.0%}"
         )
     backbone.train(training)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The length of the difference as a share of the length of ``b``."""
+    """Return the norm of the difference relative to that of ``b``."""
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -267,8 +264,8 @@ def _states(backbone: Backbone, *texts: Tensor) -> Tensor:
     return backbone(packed.to(backbone.device)).float()
 
 
-def _stock_states(backbone: Backbone, text: Tensor, attention: str) -> Tensor | None:
-    """The states of one text by an attention of transformers' own; None where it has none."""
+def _unpacked_states(backbone: Backbone, text: Tensor, attention: str) -> Tensor | None:
+    """Return the states of one text by an attention of transformers; None if unsupported."""
     model = backbone.model
     try:
         model.set_attn_implementation(attention)
@@ -303,8 +300,7 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
 def _cut_layers(config: Any, kept: int, source: str) -> None:
     if not 1 <= kept <= config.num_hidden_layers:
         raise ModelError(
-            f"{source}: has {config.num_hidden_layers} layers, and {kept} should be kept; give a "
-            "number from 1 up to that"
+            f"{source}: keep_layers must be between 1 and {config.num_hidden_layers}; got {kept}"
         )
     config.num_hidden_layers = kept
     if getattr(config, "layer_types", None):
@@ -318,7 +314,7 @@ def _hint(source: str) -> str:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Every config object that a part of the model looks at."""
+    """Return every config object that a part of the model reads."""
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -334,9 +330,7 @@ def _is_decoder(model: nn.Module) -> bool:
 def _direction(model: Any, wanted: Attention | None) -> Attention:
     decoder = _is_decoder(model)
     if wanted == "causal" and not decoder:
-        raise ModelError(
-            f"{type(model).__name__} is an encoder; it reads both ways and has no causal form"
-        )
+        raise ModelError(f"{type(model).__name__} is an encoder, which is always bidirectional")
     if wanted is not None:
         return wanted
     config = model.config
@@ -346,7 +340,7 @@ def _direction(model: Any, wanted: Attention | None) -> Attention:
 
 
 def _set_direction(model: nn.Module, attention: Attention) -> None:
-    """Set both switches: some architectures obey the config, some the module (spec: traps)."""
+    """Set both switches: some architectures obey the config, some the module."""
     for module in model.modules():
         if isinstance(getattr(module, "is_causal", None), bool):
             module.is_causal = attention == "causal"  # pyright: ignore
@@ -366,15 +360,15 @@ def _switch_to_packed(model: PreTrainedModel) -> None:
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if "chunked_attention" in kinds:
         raise ModelError(
-            f"{type(model).__name__} attends in chunks of a text in some layers, which has no form "
-            "that reads both ways and cannot be packed; use another model"
+            f"{type(model).__name__} attends in chunks of a text in some layers, which has no "
+            "bidirectional form and cannot be packed; use another model"
         )
     standard = any(isinstance(getattr(m, "is_causal", None), bool) for m in model.modules())
     if not (taken and standard):
         why = "does not let its attention be replaced" if standard else "has no standard attention"
         raise ModelError(
-            f"{type(model).__name__} {why}, so it cannot be packed, nor be turned both ways; use a "
-            "model with a standard transformers attention in every layer"
+            f"{type(model).__name__} {why}, so it cannot be packed or made bidirectional; "
+            "use a model with a standard transformers attention in every layer"
         )
 
 
@@ -388,7 +382,7 @@ def _usual_window(model: Any, attention: Attention) -> Window:
 
 
 def _open_windows(model: nn.Module) -> None:
-    """Make every window as wide as any text. Layer types stay: rotary bases hang on them."""
+    """Make every window as wide as any text; layer types stay, as rotary bases depend on them."""
     for config in _configs(model):
         limit = getattr(config, "max_position_embeddings", None)
         if limit and getattr(config, "local_attention", None):
@@ -402,7 +396,7 @@ def _open_windows(model: nn.Module) -> None:
 
 
 def _position_offset(model: nn.Module) -> int:
-    """RoBERTa and its kin count positions from the padding id plus one."""
+    """Return the first position: RoBERTa-like models count from the padding id plus one."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
             return int(getattr(module, "padding_idx", 0) or 0) + 1

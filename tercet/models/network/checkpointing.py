@@ -1,4 +1,4 @@
-"""The layers of a network: where they are, and how to keep less of them for the backward."""
+"""Activation checkpointing: layers that are computed again in the backward."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,22 +15,22 @@ from tercet.models.network.backbone import Backbone
 
 
 def layers_of(backbone: Backbone) -> list[nn.Module]:
-    """Its layers, first to last; none where one layer is run several times, as in ALBERT."""
+    """Return its layers, first to last; an empty list if one runs several times, as in ALBERT."""
     count = backbone.config.get_text_config().num_hidden_layers
     lists = [list(m) for m in backbone.model.modules() if isinstance(m, nn.ModuleList)]
     return next((found for found in lists if len(found) == count == len({*found})), [])
 
 
 def recomputable(backbone: Backbone) -> list[nn.Module]:
-    """The layers that :func:`recomputed` can run again.
+    """Return the layers that :func:`recomputed` can run again.
 
     Raises:
-        RecipeError: when there are none.
+        RecipeError: if the model has no such list.
     """
     layers = layers_of(backbone)
     if not layers:
         raise RecipeError(
-            f"{type(backbone.model).__name__} has no list of layers that could be computed again; "
+            f"{type(backbone.model).__name__} has no list of layers to compute again; "
             "leave checkpoint_activations out"
         )
     return layers
@@ -38,11 +38,10 @@ def recomputable(backbone: Backbone) -> list[nn.Module]:
 
 @contextmanager
 def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep a layer's input alone for the backward, and run the layer again there.
+    """Keep only each layer's input for the backward, and run the layer again there.
 
-    Known as activation checkpointing. It costs one more forward, with the same dropout masks and
-    the same gradient. A layer of a token then takes as many numbers as its state has, until the
-    backward reaches it.
+    It costs one more forward, with the same dropout masks and the same gradient. Per token, a layer
+    then keeps only its input state until the backward reaches it.
     """
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
@@ -59,7 +58,7 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
 def _recomputed(forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*given, **named)
-    layout = layout_in_force()  # by the time of the backward it no longer is
+    layout = layout_in_force()  # during the backward it is no longer in force
 
     def run(*given: Any, **named: Any) -> Any:
         with nullcontext() if layout is None else layout.in_force():

@@ -1,8 +1,8 @@
 """Batches larger than memory: embed chunk by chunk, and keep the graphs of as many as fit.
 
-A contrastive loss wants all vectors of a batch at once, but the backbone does not. So the texts
-are embedded in chunks, the loss gives the gradient by each vector, of every kind, and each chunk
-carries its own on into the backbone (GradCache, arXiv 2101.06983). A chunk whose graph was kept
+A contrastive loss needs all vectors of a batch at once, but the backbone does not. So the texts
+are embedded in chunks, the loss gives the gradient with respect to each vector, and each chunk
+propagates its part into the backbone (GradCache, arXiv 2101.06983). A chunk whose graph was kept
 does so at once; the others are embedded a second time.
 """
 
@@ -19,18 +19,18 @@ from tercet.segments import batches_by_length
 from tercet.types import Packed
 from tercet.vectors import Vectors
 
-Made = TypeVar("Made", Tensor, Vectors)  # one vector a text, or vectors of several kinds
-Losses: TypeAlias = dict[str, Tensor]  # "loss" is minimised, the others are there to be logged
+Made = TypeVar("Made", Tensor, Vectors)  # one vector per text, or vectors of several kinds
+Losses: TypeAlias = dict[str, Tensor]  # "loss" is minimized, the others are logged
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """How much of a batch may be in memory at a time."""
+    """How much of a batch may be in memory at the same time."""
 
     max_tokens: int  # of one chunk
-    graph_tokens: int | None = None  # whose graphs may wait for the loss; None: all of them
+    graph_tokens: int | None = None  # whose graphs are kept until the loss is known; None: all
     seed: int = 0  # of the dropout masks; give another one to each step and each process
-    in_step: bool = False  # all processes run as many chunks; needed where weights are sharded
+    in_step: bool = False  # all processes run equally many chunks, as sharded weights require
 
 
 def backward_in_chunks(
@@ -42,16 +42,16 @@ def backward_in_chunks(
 ) -> Losses:
     """Add the gradient of ``loss_of(embed(texts))["loss"]`` to the parameters; return the losses.
 
-    The sum runs over the chunks in one fixed order, so the gradient does not depend, to the last
-    bit, on how many graphs were kept. Dropout masks repeat when a chunk is embedded again, since
-    each chunk has a seed of its own; the caller's random state stays as it was.
+    The sum runs over the chunks in a fixed order, so the gradient does not depend, to the last bit,
+    on how many graphs were kept. Dropout masks repeat when a chunk is embedded again, since each
+    chunk has its own seed; the caller's random state is restored.
 
-    The losses come back detached. Where ``loss`` is not finite, ``embed`` is not differentiated:
-    look at it before a step. The backward of ``loss_of`` itself runs in any case, because other
-    processes may be waiting in it for their share of the gradient.
+    The losses are returned detached. If ``loss`` is not finite, ``embed`` is not differentiated:
+    check it before a step. The backward of ``loss_of`` itself always runs, because other processes
+    may be waiting in it for their share of the gradient.
 
-    ``in_step`` the processes agree on the number of chunks and of graphs to keep. One that has
-    fewer chunks embeds a token and drops it: the others need its answer.
+    With ``in_step`` the processes agree on the number of chunks and of graphs to keep. One that has
+    fewer chunks embeds a single token and drops it, since the others wait for it.
     """
     lengths = texts.lengths
     members = batches_by_length(lengths, chunks.max_tokens)
@@ -94,7 +94,7 @@ def backward_in_chunks(
 
 
 def _first_kept(sizes: list[int], graph_tokens: int | None) -> int:
-    """The first of the last chunks that together fit into the budget."""
+    """Return the first chunk of the longest tail that fits into the budget."""
     if graph_tokens is None:
         return 0
     first, room = len(sizes), graph_tokens
@@ -105,25 +105,25 @@ def _first_kept(sizes: list[int], graph_tokens: int | None) -> int:
 
 
 def _largest(*numbers: int) -> list[int]:
-    """Of each number, the largest that a process has."""
+    """Return the maximum of each number over all processes."""
     return gather_ints(torch.tensor([numbers])).amax(0).tolist()
 
 
 def as_many_as_others(members: list[list[int]]) -> list[list[int]]:
-    """These chunks, and empty ones up to the number of the process that has most."""
+    """Return these chunks and empty ones, up to the number of the process that has most."""
     (most,) = _largest(len(members))
     return members + [[] for _ in range(most - len(members))]
 
 
 def one_token(texts: Packed) -> Packed:
-    """A text to read for a process whose chunk is empty; what comes of it is dropped."""
+    """Return a text of one token, for a process whose chunk is empty; its vector is dropped."""
     id, start = texts.ids.new_zeros(1), texts.offsets.new_zeros(1)
     return Packed(id, torch.cat([start, start + 1]), texts.pooled.new_ones(1))
 
 
 @contextmanager
 def own_random_state(texts: Packed, seed: int, chunk: int) -> Iterator[None]:
-    """The same random numbers for this chunk each time, and the caller's left untouched."""
+    """Give a chunk the same random numbers each time, and restore the caller's random state."""
     device = texts.ids.device
     # Neighbouring seeds must not share the numbers of neighbouring chunks: hence the odd factor.
     mixed = (seed * 0x9E3779B97F4A7C15 + chunk) % 2**63
@@ -142,9 +142,9 @@ def _detached(part: Vectors) -> Vectors:
 def _loss_and_gradients(
     loss_of: Callable[[Vectors], Losses], parts: list[Vectors], members: list[list[int]]
 ) -> tuple[Losses, list[list[Tensor | None]] | None]:
-    """The losses, and for each chunk the gradient by each of its tensors, None where there is none.
+    """Return the losses, and per chunk the gradient of each of its tensors, None if unused.
 
-    No gradients at all where the loss is not finite.
+    The gradients are None as a whole if the loss is not finite.
     """
     together = Vectors.join(parts)
     leaves = [tensor.requires_grad_() for tensor in together.tensors()]

@@ -1,7 +1,6 @@
-"""From the states of tokens to the kinds of vectors that are more than one a text.
+"""Heads for sparse and multi vectors: linear layers on token states (arXiv 2402.03216, sec. 3.2).
 
-Two linear layers beside the pooling (arXiv 2402.03216, section 3.2). Their files in a model's
-folder have the names and the content that FlagEmbedding gives them.
+Their files in a model's folder have the names and the content that FlagEmbedding gives them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,20 +21,20 @@ from tercet.types import Packed
 from tercet.vectors import Terms, TokenRows
 
 FILES: Final[Mapping[Kind, str]] = {"sparse": "sparse_linear.pt", "multi": "colbert_linear.pt"}
-_FIRST_WEIGHT: Final = 0.1  # of every token, before anything is learned
+_FIRST_WEIGHT: Final = 0.1  # of every token before training
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialIds:
-    """Token ids that no text is made of: what a tokenizer puts around it."""
+    """Ids of the special tokens that a tokenizer puts around texts."""
 
-    never_terms: tuple[int, ...]  # start, end, padding, unknown: no term of a sparse vector
-    starts: tuple[int, ...]  # where one of them begins a text, it has no row among its tokens'
-    inserted: int | None = None  # the start token again inside of a text; has no row either
+    never_terms: tuple[int, ...]  # start, end, padding, unknown: never in a sparse vector
+    starts: tuple[int, ...]  # at the begin of a text they have no token vector
+    inserted: int | None = None  # a start token repeated inside texts; has no token vector
 
     @staticmethod
     def of(tokenizer: Any, *, inserted: bool = False) -> "SpecialIds":
-        """Those of a transformers tokenizer; ``inserted``: start tokens stand inside texts too."""
+        """Return those of a tokenizer; with ``inserted``, start tokens repeat inside texts."""
         names = ("cls", "bos", "eos", "sep", "pad", "unk")
         ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in names}
         known = {name: int(number) for name, number in ids.items() if number is not None}
@@ -45,10 +44,10 @@ class SpecialIds:
 
 
 class Heads(nn.Module):
-    """The linear layers of a model's sparse and multi vectors; either may be missing.
+    """The linear layers for a model's sparse and multi vectors; either may be missing.
 
-    A new sparse head gives every token the same weight, so that it starts as the overlap of words;
-    a new multi head turns or projects the states without stretching them.
+    A new sparse head gives every token the same weight, so that scores start as word overlap; a new
+    multi head rotates or projects the states without scaling them.
     """
 
     def __init__(self, hidden: int, kinds: Sequence[Kind], multi_dim: int | None = None) -> None:
@@ -65,15 +64,15 @@ class Heads(nn.Module):
 
     @property
     def width(self) -> int | None:
-        """Of a token's vector."""
+        """The width of token vectors."""
         return None if self.multi is None else self.multi.out_features
 
     def terms(
         self, states: Float[Tensor, "tokens hidden"], texts: Packed, special: SpecialIds
     ) -> Terms:
-        """A weight for each pooled token that is not special, in at least float32.
+        """Return the weight ``relu(W h + b)`` of each pooled token that is not special.
 
-        w = relu(W h + b)
+        In at least float32 (arXiv 2402.03216, sec. 3.2, lexical retrieval).
         """
         assert self.sparse is not None, "a model with a sparse head"
         kept = texts.pooled & ~_among(texts, special.never_terms)
@@ -84,9 +83,9 @@ class Heads(nn.Module):
     def rows(
         self, states: Float[Tensor, "tokens hidden"], texts: Packed, special: SpecialIds
     ) -> TokenRows:
-        """A vector of unit length for each pooled token but the start token.
+        """Return a unit vector ``W h + b`` for each pooled token except the start token.
 
-        A text with no other token keeps all of its tokens. In at least float32.
+        In at least float32. A text without any other token keeps all of its tokens.
         """
         assert self.multi is not None, "a model with a multi head"
         first = torch.zeros_like(texts.pooled)
@@ -116,12 +115,12 @@ def _offsets_of_kept(texts: Packed, kept: Bool[Tensor, "tokens"]) -> Tensor:
 
 
 def heads_in(folder: Path) -> tuple[Kind, ...]:
-    """The kinds whose layers are in a folder."""
+    """Return the kinds whose layers are in a folder."""
     return tuple(kind for kind, name in FILES.items() if (folder / name).is_file())
 
 
 def save_heads(folder: Path, heads: Heads, kinds: Sequence[Kind]) -> None:
-    """Write a file for the layer of each of these kinds: a mapping of ``weight`` and ``bias``."""
+    """Write the layer of each of these kinds as a file with its ``weight`` and ``bias``."""
     for kind, name in FILES.items():
         layer = getattr(heads, kind)
         if layer is not None and kind in kinds:
@@ -133,11 +132,11 @@ def save_heads(folder: Path, heads: Heads, kinds: Sequence[Kind]) -> None:
 
 
 def load_heads(folder: Path, kinds: Sequence[Kind], hidden: int) -> Heads:
-    """The trained layers of a folder.
+    """Load the trained layers of a folder.
 
     Raises:
-        ModelError: where one is missing, damaged, or of another model's width. A missing layer is
-            never drawn at random.
+        ModelError: if one is missing, damaged, or of another model's width; a missing layer is
+            never replaced by random weights.
     """
     states = {kind: _read(folder, name, hidden) for kind, name in FILES.items() if kind in kinds}
     width = len(states["multi"]["weight"]) if "multi" in states else None
@@ -152,18 +151,18 @@ def _read(folder: Path, name: str, hidden: int) -> dict[str, Tensor]:
     path = folder / name
     if not path.is_file():
         raise ModelError(
-            f"{folder}: the model makes sparse and multi vectors, and {name} is not here; copy or "
+            f"{folder}: the model makes sparse and multi vectors, and {name} is missing; copy or "
             "download the model again, whole, or load it for fewer kinds of vectors"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch say many things
+    except Exception as error:  # torch raises many types for a damaged file
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path}: cannot be read ({line}); copy the model again") from error
     fits = isinstance(state, Mapping) and {"weight", "bias"} <= set(state)
     if not fits or state["weight"].ndim != 2 or state["weight"].shape[1] != hidden:
         raise ModelError(
-            f"{path}: is not a layer for states of {hidden} numbers; is it of another model?"
+            f"{path}: must be a layer for states of width {hidden}; is it of another model?"
         )
     rows = 1 if name == FILES["sparse"] else len(state["weight"])
     if state["weight"].shape[0] != rows or state["bias"].shape != (rows,):

@@ -1,9 +1,8 @@
-"""From one hidden state per token to one vector per text.
+"""Pooling: from one hidden state per token to one vector per text.
 
-A pooling is any function with the signature of :func:`mean`. Each looks at the pooled tokens
-only, so an instruction can be read without being part of the vector. A text without a pooled
-token (an empty text after an instruction) is pooled over all of its tokens, alone or in a batch
-alike.
+A pooling is any function with the signature of :func:`mean`. Each uses the pooled tokens only, so
+an instruction can be read without being part of the vector. A text without a pooled token (an empty
+text after an instruction) is pooled over all of its tokens.
 """
 
 from typing import Final, Literal, Protocol, runtime_checkable
@@ -19,12 +18,12 @@ from tercet.types import Packed
 
 @runtime_checkable
 class Pooling(Protocol):
-    """What every function of this module looks like."""
+    """The signature of a pooling."""
 
     def __call__(
         self, hidden: Float[Tensor, "tokens hidden"], texts: Packed
     ) -> Float[Tensor, "texts hidden"]:
-        """One vector for each text, in at least float32."""
+        """Return one vector per text, in at least float32."""
         ...
 
 
@@ -65,8 +64,8 @@ def cls_mean(
 ) -> Float[Tensor, "texts hidden"]:
     """Average over the CLS tokens that ``Form.cls_every`` put before each ``every`` tokens (MCLS).
 
-    With one of them it is what :func:`first` gives. They are known by place and id: a text may hold
-    the same token elsewhere. All of them count, whatever else is pooled (arXiv 2402.03216).
+    With one of them it is what :func:`first` gives (arXiv 2402.03216, sec. 3.4). They are found by
+    place and id, since a text may hold the same token elsewhere. All count, whatever is pooled.
     """
     owner = segments.row_of(texts.offsets)
     begin = texts.offsets[:-1][owner]
@@ -87,7 +86,7 @@ POOLINGS: Final[dict[PoolingName, Pooling]] = {
 
 
 def _counted(texts: Packed) -> Float[Tensor, "tokens"]:
-    """One for each token that is pooled; for all tokens of a text that pools none."""
+    """Return 1 for each pooled token, and for all tokens of a text that has none."""
     pooled = texts.pooled.to(torch.float32)
     if bool(texts.pooled.all()):
         return pooled

@@ -1,8 +1,8 @@
-"""Room for longer texts in an encoder that learned its positions from a table.
+"""More positions for encoders with a learned table of positions, so that they read longer texts.
 
-BERT and its kin have a vector for each place in a text, and none beyond the last. The table is made
-longer, to be trained further on long texts; before that, new places are made of old ones. The paper
-does not say how BGE-M3's were (arXiv 2402.03216; XLM-RoBERTa from 512 to 8,192 tokens).
+BERT-like models have a vector for each position and none beyond the last. The table is extended, to
+be trained on long texts; new positions start as copies of old ones. The paper does not say how
+BGE-M3's were made (arXiv 2402.03216; XLM-RoBERTa from 512 to 8,192 tokens).
 """
 
 import inspect
@@ -17,35 +17,35 @@ from tercet.errors import ModelError, RecipeError
 from tercet.models.network.backbone import Backbone, probe
 
 Fill: TypeAlias = Literal["cyclic", "interpolated"]
-"""Old positions again from the first, or the old ones stretched over the new length."""
+"""Repeat the old positions from the first, or stretch them over the new length."""
 
 _BUFFERS: Final = ("position_ids", "token_type_ids")  # one number a place, where there are any
 
 
 @torch.no_grad()
 def extend_positions(backbone: Backbone, max_tokens: int, *, fill: Fill = "cyclic") -> None:
-    """Give the backbone's table of positions room for texts of ``max_tokens``, in place.
+    """Extend the backbone's table of positions to texts of ``max_tokens``, in place.
 
-    With ``cyclic`` a text that was short enough before has the states that it had, to the last
-    bit; ``interpolated`` moves those of every text. Call it before an optimizer is made. The
-    config is changed too, so a saved folder is a usual one. RoBERTa and its kin never use the
-    slots up to the padding id: theirs has two more than tokens.
+    With ``cyclic``, texts that were short enough before keep their states to the last bit;
+    ``interpolated`` changes those of every text. Call it before an optimizer is made. The config is
+    changed too, so a saved folder is an ordinary one. RoBERTa-like models never use the slots up
+    to the padding id, so their table is longer than ``max_tokens``.
 
     Raises:
-        RecipeError: when there is room for as many already, or ``fill`` is unknown.
-        ModelError: when the model has no such table: rotary positions need none.
+        RecipeError: if the table is long enough already, or ``fill`` is unknown.
+        ModelError: if the model has no such table: rotary positions need none.
     """
     if fill not in get_args(Fill):
-        raise RecipeError(f"fill is {fill!r}; choose from {', '.join(get_args(Fill))}")
+        raise RecipeError(f"fill must be one of {', '.join(get_args(Fill))}; got {fill!r}")
     name, layer = type(backbone.model).__name__, _layer_with_table(backbone.model)
     if layer is None:
         raise ModelError(
-            f"{name}: has no table of positions that could be made longer; where they are rotary, "
-            "max_position_embeddings in its config.json is the limit, and may be raised there"
+            f"{name}: has no table of positions to extend; if they are rotary, raise the limit, "
+            "max_position_embeddings, in its config.json"
         )
     if max_tokens <= backbone.max_tokens:
         raise RecipeError(
-            f"{name}: has room for {backbone.max_tokens} tokens already; give more than that"
+            f"{name}: max_tokens must be above the present {backbone.max_tokens}; got {max_tokens}"
         )
     old, unused = layer.position_embeddings, backbone.position_offset
     rows = torch.cat([old.weight[:unused], _filled(old.weight[unused:], max_tokens, fill)])
@@ -58,7 +58,7 @@ def extend_positions(backbone: Backbone, max_tokens: int, *, fill: Fill = "cycli
 
 
 def input_layer(backbone: Backbone) -> Any | None:
-    """The module that adds positions to embeddings and normalises them, as BERT's; None: no such.
+    """Return the module that adds positions to embeddings and normalizes them, as BERT's; or None.
 
     It is called with ``inputs_embeds`` and ``position_ids``.
     """
@@ -84,14 +84,14 @@ def _filled(
 
 
 def _as(old: nn.Embedding, rows: Tensor) -> nn.Embedding:
-    """A table with these rows that is otherwise as the old one."""
+    """Return a table with these rows that is otherwise like the old one."""
     table = nn.Embedding(len(rows), rows.shape[1], old.padding_idx, _weight=rows.contiguous())
     table.weight.requires_grad_(old.weight.requires_grad)
     return table.train(old.training)
 
 
 def _longer(buffer: Tensor, size: int, name: str) -> Tensor:
-    """A row of numbers, [1, places]: the places themselves, or the type of a text's only part."""
+    """Return a longer buffer, [1, places]: the places themselves, or token types of zero."""
     if name == "position_ids":
         return torch.arange(size, device=buffer.device).expand(1, -1)
     return buffer.new_zeros(1, size)

@@ -1,4 +1,4 @@
-"""From one hidden state a token to one vector a word."""
+"""Word vectors: the mean of the hidden states of each word's tokens."""
 
 import re
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from tercet import segments
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Words:
-    """Where the words of a text begin and end, in characters."""
+    """The character spans of a text's words."""
 
     starts: np.ndarray
     ends: np.ndarray
 
     @staticmethod
     def of(text: str) -> "Words":
-        """What stands between white space."""
+        """Return the spans between white space."""
         bounds = [match.span() for match in re.finditer(r"\S+", text)]
         return Words(*np.array(bounds, dtype=np.int64).reshape(-1, 2).T)
 
     @staticmethod
     def joined(words: Sequence[str]) -> "Words":
-        """Those of a text that is these words with a space between."""
+        """Return the word spans of ``words`` joined by single spaces."""
         lengths = np.array([len(word) for word in words], dtype=np.int64)
         ends = (lengths + 1).cumsum() - 1
         return Words(ends - lengths, ends)
@@ -36,14 +36,14 @@ class Words:
         return len(self.ends)
 
     def within(self, characters: int) -> "Words":
-        """Those that end within that many characters."""
+        """Return the words that end within this many characters."""
         whole = int(np.searchsorted(self.ends, characters, side="right"))
         return Words(self.starts[:whole], self.ends[:whole])
 
     def of_tokens(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of a token and a word that share a character, the words in order.
+        """Return pairs of a token and a word that share a character, ordered by word.
 
-        A token over two words is a part of both; one of white space alone is a part of none.
+        A token over two words belongs to both; one of white space alone to none.
         """
         first = np.searchsorted(self.ends, spans[:, 0], side="right")
         beyond = np.searchsorted(self.starts, spans[:, 1], side="left")
@@ -51,7 +51,7 @@ class Words:
         token = np.arange(len(spans)).repeat(counts)
         place = np.arange(len(token)) - (counts.cumsum() - counts).repeat(counts)
         word = first.repeat(counts) + place
-        order = word.argsort(kind="stable")  # a normalizer may turn letters around
+        order = word.argsort(kind="stable")  # a normalizer may reorder letters
         return token[order], word[order]
 
 
@@ -62,13 +62,12 @@ def word_means(
     *,
     predictor: bool = False,
 ) -> list[Tensor]:
-    """The mean state of each word's tokens, in float32: [words, hidden] for each text.
+    """Return the mean state of each word's tokens, in float32: [words, hidden] for each text.
 
     ``spans`` are the characters of each token, text by text (see ``Tokens``). With ``predictor``
-    a token stands for the one after it, as where a model was trained to predict a token from the
-    state before it: the mean is over the states one place earlier. The first token of a text has
-    none before it and keeps its own, which happens where the tokenizer puts no token in front.
-    A word without a token (its characters were normalized away) is a row of zeros.
+    the mean is over the states one place earlier, for a model that was trained to predict a token
+    from the state before it (arXiv 2404.05961, appendix D.1.3). The first token of a text keeps its
+    own state. A word without a token (its characters were normalized away) is a row of zeros.
     """
     tokens, counts, start = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
     for text_spans, text_words in zip(spans, words, strict=True):

@@ -20,9 +20,9 @@ from filelock import FileLock
 from tercet.errors import ModelError, StorageError
 from tercet.files.artifacts import fingerprint, fingerprint_of_ends
 from tercet.files.atomic import replacing_folder
-from tercet.models.zoo.convert import Loaded, load_gemma, load_gguf, load_me5, no_progress_bars
+from tercet.models.zoo.loaders import Loaded, load_gemma, load_gguf, load_me5, no_progress_bars
 
-Load: TypeAlias = Callable[[Path], Loaded]  # called with an empty folder for temporary files
+LoadModel: TypeAlias = Callable[[Path], Loaded]  # called with an empty folder for temporary files
 Notify: TypeAlias = Callable[[str], None]
 
 HUB_ID: Final = r"\w[\w.-]*(/\w[\w.-]*)?"  # "model" or "owner/model"
@@ -187,7 +187,7 @@ def _resolve_zoo(model: ZooModel, report: Notify) -> Path:
         )
     if model.name == "minilm":
         return files[0]
-    load: dict[str, Load] = {
+    load: dict[str, LoadModel] = {
         "me5-small": lambda _: load_me5(files[0], files[1]),
         "smollm2": lambda _: load_gguf(files[0]),
         "gemma3": load_gemma,
@@ -211,7 +211,7 @@ def _fingerprint(path: Path) -> str:
     return fingerprint(status.st_size, status.st_mtime_ns, ends, size=8)
 
 
-def _converted(name: str, version: str, *, load: Load, report: Notify) -> Path:
+def _converted(name: str, version: str, *, load: LoadModel, report: Notify) -> Path:
     """Return the cached folder of a model; one process converts it if it is missing."""
     folder = cache_folder() / "models" / f"{name}-{version}-{CONVERSION}"
     if folder.is_dir():
@@ -230,7 +230,7 @@ def _converted(name: str, version: str, *, load: Load, report: Notify) -> Path:
     return folder
 
 
-def _convert(folder: Path, load: Load) -> None:
+def _convert(folder: Path, load: LoadModel) -> None:
     with replacing_folder(folder) as fresh:
         scratch = fresh / "scratch"
         scratch.mkdir()

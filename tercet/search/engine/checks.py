@@ -1,21 +1,18 @@
 """Checks of records and queries: kinds, widths, finite values and unique ids."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tercet.errors import DataError, ModelError, RecipeError
+from tercet.errors import BROKEN_MODEL, DataError, ModelError, RecipeError
 from tercet.kinds import Kind
 from tercet.search.engine.engine import Record
 from tercet.segments import row_of
 from tercet.vectors import Vectors
 
 Widths = Mapping[Kind, int]  # of each kind of vectors; 0 for terms, which have none
-
-BROKEN_MODEL: Final = "the model is broken, or it was run in a precision too low for it"
 
 
 def require_same(place: object, kind: Kind, there: str, wanted: str | None) -> None:

@@ -40,8 +40,8 @@ def row(number: int, negatives: int, positive: str = "") -> Example:
     )
 
 
-def test_b17_a_row_takes_the_negatives_that_it_has_up_to_those_asked_for():
-    """None, fewer than wanted, as many, more: none is repeated to fill a group."""
+def test_a_row_takes_the_negatives_that_it_has_up_to_those_asked_for():
+    """Trap B17 of BGE-M3: none is repeated to fill a group."""
     examples = [row(i, count) for i, count in enumerate((0, 1, WANTED, 9))]
     collate, read = collator()
     batch = collate(examples, [0, 5])
@@ -55,7 +55,8 @@ def test_b17_a_row_takes_the_negatives_that_it_has_up_to_those_asked_for():
     assert torch.equal((rows == NEGATIVE).sum(1), torch.full((4,), 10))  # all of the others
 
 
-def test_b17_a_batch_of_rows_without_any_negative_has_those_of_the_others():
+def test_a_batch_of_rows_without_any_negative_has_those_of_the_others():
+    """Trap B17 of BGE-M3."""
     collate, _ = collator()
     rows = collate([row(i, 0) for i in range(3)], [0, 5]).relation.rows(0, 3)
     assert torch.equal(rows, torch.eye(3, dtype=torch.int8) * 2 - 1)
@@ -85,7 +86,7 @@ def test_queries_and_negatives_are_never_shuffled():
     assert read.texts["document"][0] != LONG and read.texts["document"][1] == f"{LONG} no"
 
 
-def test_shuffling_hangs_on_seed_and_query_and_not_on_the_rows_beside():
+def test_shuffling_depends_on_seed_and_query_and_not_on_other_rows():
     examples = [row(i, 2, f"{LONG} {i}") for i in range(20)]
     collate, read = collator(shuffle_segments=0.5)
     collate(examples, [0, 5])

@@ -62,7 +62,7 @@ def test_a_new_mask_token_is_added_once():
     assert mask_id(tokenizer, "new") == size
 
 
-def test_a_tokenizer_without_the_token_is_refused_and_told_the_others():
+def test_a_tokenizer_without_the_token_is_refused_with_the_alternatives():
     tokenizer = byte_bpe()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r"nor an end-of-text token; .* blank, new"):

@@ -86,7 +86,8 @@ def test_rows_equal_the_slow_definition(seed: int, vocabulary: int):
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_a8_blocks_of_rows_keep_every_positive(factor: int):
+def test_blocks_of_rows_keep_every_positive(factor: int):
+    """Trap A8 of Arctic-Embed."""
     queries, positives, negatives = random_batch(3, 16, 10)
     relation = relation_of(queries, positives, negatives)
     height = 16 // factor
@@ -95,7 +96,8 @@ def test_a8_blocks_of_rows_keep_every_positive(factor: int):
     torch.testing.assert_close(torch.cat(blocks), whole(relation))
 
 
-def test_a16_equal_text_under_two_ids_is_never_a_negative():
+def test_equal_text_under_two_ids_is_never_a_negative():
+    """Trap A16 of Arctic-Embed."""
     relation = relation_of(["a", "b", "c"], [["same"], ["same"], ["other"]], [[], [], ["same"]])
     assert whole(relation).tolist() == [[1, 0, -1, 0], [0, 1, -1, 0], [-1, -1, 1, -1]]
 

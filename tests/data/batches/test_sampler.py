@@ -348,8 +348,8 @@ def test_the_examples_of_a_batch_come_in_its_order(tmp_path):
     sampler = Sampler(sources, BatchPlan(batch_size=5, seed=0, mixing="blended"))
     batch = sampler.next_batch()
     assert batch is not None
-    told = [f"{'ab'[source]}{row}" for source, row in zip(batch.source, batch.row, strict=True)]
-    assert [example.query for example in batch.examples(sources)] == told
+    expected = [f"{'ab'[source]}{row}" for source, row in zip(batch.source, batch.row, strict=True)]
+    assert [example.query for example in batch.examples(sources)] == expected
     assert batch.share(9, 10).examples(sources) == []
 
 
@@ -420,8 +420,8 @@ def test_each_length_group_has_its_own_batch_size():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_b5_all_processes_draw_the_same_group_and_no_row_is_lost(world):
-    """Dealt by the sampler itself: others' loaders drop batches of varying size."""
+def test_all_processes_draw_the_same_group_and_no_row_is_lost(world):
+    """Trap B5 of BGE-M3: other loaders drop batches of varying size."""
     plan = BatchPlan(batch_size=64, seed=3, epochs=2, length_edges=EDGES, batch_sizes=SIZES)
     samplers = [Sampler(MIXED, plan) for _ in range(world)]
     whole = Sampler(MIXED, plan)

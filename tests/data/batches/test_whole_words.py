@@ -82,7 +82,8 @@ def test_a_long_text_becomes_several_with_special_tokens_around_each(build):
     assert all(words[0] == 0 and (np.diff(words) >= 0).all() for _, words in pieces)
 
 
-def test_b12_whole_words_are_hidden_with_their_share_at_8192_tokens():
+def test_whole_words_are_masked_with_their_share_at_8192_tokens():
+    """Trap B12 of BGE-M3."""
     (marked,) = marked_pieces(Tokenizer(wordpiece()), [" ".join([TEXT] * 800)], 8_192)[:1]
     ids, words = unmarked(marked)
     assert len(ids) == 8_192

@@ -81,9 +81,9 @@ def test_a_record_has_tokens_and_labels_and_null_is_no_label(write):
 )
 def test_what_is_wrong_with_columns_is_said_with_its_line(write, text, line, problem):
     path = write(text)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         read_labelled(path)
-    assert str(told.value) == f"{path}{'' if line is None else f':{line}'}: {problem}"
+    assert str(caught.value) == f"{path}{'' if line is None else f':{line}'}: {problem}"
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_what_is_wrong_with_columns_is_said_with_its_line(write, text, line, pro
 )
 def test_what_is_wrong_with_a_record_is_said_with_its_line(write, record, problem):
     path = write('{"tokens": ["a"], "labels": ["X"]}\n' + record + "\n", "words.jsonl")
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         read_labelled(path)
-    assert str(told.value) == f"{path}:2: {problem}"
+    assert str(caught.value) == f"{path}:2: {problem}"
 
 
 def test_a_column_that_is_not_there_is_named(write):

@@ -176,7 +176,7 @@ def test_a_folder_without_data_is_refused(tmp_path):
         open_sources(tmp_path / "lost")
 
 
-def test_files_that_are_no_data_are_told_and_hidden_ones_left_alone(folder, caplog):
+def test_files_of_other_types_are_reported_and_hidden_ones_skipped(folder, caplog):
     for name in ("README.md", ".cache.jsonl", "_SUCCESS"):
         (folder / name).write_text("not read")
     (folder / "news" / "notes.csv").write_text("not read")
@@ -207,10 +207,10 @@ def test_prompts_and_missing_negatives_are_those_of_all_shards(tmp_path):
 
 
 def test_progress_rises_to_one_over_all_shards(folder):
-    told = []
-    open_sources(folder, progress=told.append)
-    assert told == sorted(told) and told[-1] == pytest.approx(1.0)
-    assert len(told) == 7
+    reported = []
+    open_sources(folder, progress=reported.append)
+    assert reported == sorted(reported) and reported[-1] == pytest.approx(1.0)
+    assert len(reported) == 7
 
 
 def test_texts_are_opened_from_folders_too(tmp_path):

@@ -344,9 +344,9 @@ def test_progress_rises_to_one(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(scan, "ROWS_PER_REPORT", 10)
     path = tmp_path / f"a.{suffix}"
     write_examples(path, numbered(25))
-    told = []
-    open_source(path, progress=told.append)
-    assert told == pytest.approx([0.36, 0.76, 1.0], abs=0.04)
+    reported = []
+    open_source(path, progress=reported.append)
+    assert reported == pytest.approx([0.36, 0.76, 1.0], abs=0.04)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -394,7 +394,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one_alone(tmp_path, suffi
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_who_reads_a_file_while_it_is_written_anew_goes_on_with_the_old_one(tmp_path):
+def test_a_reader_of_a_file_that_is_replaced_continues_with_the_old_one(tmp_path):
     path = tmp_path / "a.jsonl"
     write_examples(path, numbered(2))
     before = path.read_bytes()

@@ -141,9 +141,9 @@ def test_fewer_kinds_have_fewer_sums_and_a_kind_without_weight_is_in_none():
 
 
 def test_what_cannot_be_ranked_is_refused():
-    with pytest.raises(RecipeError, match="none of dense has a weight"):
+    with pytest.raises(RecipeError, match="one of dense must have a weight"):
         evaluate_kinds(DATA, QUERIES.only(["dense"]), DOCS, weights=Weights(0.0, 0.3, 1.0))
-    with pytest.raises(RecipeError, match="share no kind"):
+    with pytest.raises(RecipeError, match="have no kind of vectors in common"):
         evaluate_kinds(DATA, QUERIES.only(["dense"]), DOCS.only(["multi"]))
 
 

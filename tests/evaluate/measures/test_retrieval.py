@@ -5,11 +5,9 @@ import pytest
 import torch
 
 from tercet.errors import RecipeError
-from tercet.evaluate.measures import by_kind as kinds_module
-from tercet.evaluate.measures import embedder_kinds as module
+from tercet.evaluate.measures import by_kind as module
 from tercet.evaluate.measures.bm25 import by_tokens_of
-from tercet.evaluate.measures.by_kind import evaluate_kinds
-from tercet.evaluate.measures.embedder_kinds import dev_score, measure_kinds, tuned_weights
+from tercet.evaluate.measures.by_kind import dev_score, evaluate_kinds, measure_kinds, weights_for
 from tercet.evaluate.measures.retrieval import evaluate_retrieval, measure, measure_bm25
 from tercet.evaluate.measures.tuned_weights import dev_candidates
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
@@ -110,7 +108,7 @@ def test_a_corpus_encoded_in_blocks_is_measured_like_one_in_memory(
     of_all_kinds, data, letters, protocol, monkeypatch
 ):
     monkeypatch.setattr(module, "_BLOCK_LETTERS", letters)
-    monkeypatch.setattr(kinds_module, "RERANKED", 5)
+    monkeypatch.setattr(module, "RERANKED", 5)
     queries = of_all_kinds.encode_vectors(data.queries, "query")
     documents = of_all_kinds.encode_vectors(data.documents, "document")
     weights = Weights(0.5, 0.2, 1.0)
@@ -137,9 +135,9 @@ def test_dense_alone_is_measured_as_ever(of_all_kinds, encoder_folder, data):
 def test_weights_are_those_that_the_model_was_tuned_to(of_all_kinds, data, monkeypatch):
     tuned = {"files": Weights(1.0, 0.0, 0.5), "": Weights(0.5, 0.5, 0.0)}
     settings = replace(of_all_kinds.settings, weights=tuned)
-    assert tuned_weights(settings, ("lost", "files")) == tuned["files"]
-    assert tuned_weights(settings, ("lost",)) == tuned[""]
-    assert tuned_weights(of_all_kinds.settings, ("files",)) == Weights()
+    assert weights_for(settings, ("lost", "files")) == tuned["files"]
+    assert weights_for(settings, ("lost",)) == tuned[""]
+    assert weights_for(of_all_kinds.settings, ("files",)) == Weights()
     monkeypatch.setattr(of_all_kinds, "settings", settings)
     assert measure_kinds(of_all_kinds, data).weights == tuned["files"]
 

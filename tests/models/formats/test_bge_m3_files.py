@@ -99,13 +99,13 @@ def test_rows_that_want_one_negative_get_one_with_its_score():
         (("n2",), (2.0,)),
         (("n3",), (3.0,)),
     }
-    assert rows.notes["negatives of rows that want one only"] == 60
+    assert rows.notes["negatives of rows with the type only_1neg"] == 60
     again = FlagRows(seed=3).record(row, 4, own_group=False)
     assert parse_example(again, "set") == drawn[4]
 
 
 def test_a_wrong_type_or_form_is_refused():
-    with pytest.raises(ValueError, match='"type" must be a text, got 3'):
+    with pytest.raises(ValueError, match='"type" must be a text; got 3'):
         example({**ROW, "type": 3})
     for form in ("{}", "{}{} ", "a", "{}{}{}"):
         with pytest.raises(RecipeError, match="nothing after the text"):

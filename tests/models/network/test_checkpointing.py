@@ -108,5 +108,5 @@ def test_a_model_that_repeats_one_layer_has_none_to_name():
     )
     backbone = Backbone(toy.random_model(config))
     assert layers_of(backbone) == []
-    with pytest.raises(RecipeError, match="AlbertModel has no list of layers that could be comp"):
+    with pytest.raises(RecipeError, match="AlbertModel has no list of layers to compute again"):
         recomputable(backbone)

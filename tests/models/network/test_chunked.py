@@ -73,9 +73,10 @@ def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
 @pytest.mark.parametrize("objective", [loss_of, matryoshka])
 @pytest.mark.parametrize("graph_tokens", [0, 15, None])
 @pytest.mark.parametrize("max_tokens", [1, 7, 12, 100])
-def test_a6_gradient_is_that_of_the_whole_batch(
+def test_gradient_is_that_of_the_whole_batch(
     max_tokens: int, graph_tokens: int | None, objective: Callable[[Tensor], dict[str, Tensor]]
 ):
+    """Trap A6 of Arctic-Embed."""
     model, texts = TinyEmbedder().eval().double(), batch()
     objective(model(texts))["loss"].backward()
     expected = gradients(model)
@@ -84,13 +85,15 @@ def test_a6_gradient_is_that_of_the_whole_batch(
 
 
 @pytest.mark.parametrize("graph_tokens", [0, 4, 11, 15, 29])
-def test_a7_gradient_is_the_same_to_the_last_bit_whatever_is_kept(graph_tokens: int):
+def test_gradient_is_the_same_to_the_last_bit_whatever_is_kept(graph_tokens: int):
+    """Trap A7 of Arctic-Embed."""
     model, texts = TinyEmbedder(), batch()  # dropout is on
     kept = chunked(model, texts, Chunks(7, None, seed=5))
     assert_same_bits(chunked(model, texts, Chunks(7, graph_tokens, seed=5)), kept)
 
 
-def test_a7_dropout_of_the_second_pass_is_that_of_the_first():
+def test_dropout_of_the_second_pass_is_that_of_the_first():
+    """Trap A7 of Arctic-Embed."""
     model, texts = TinyEmbedder(), batch()
     seen: list[Tensor] = []
 

@@ -41,7 +41,8 @@ def states(packed: Packed) -> torch.Tensor:
     ).requires_grad_()
 
 
-def test_b3_special_tokens_are_no_terms_and_the_largest_weight_of_a_token_counts():
+def test_special_tokens_are_no_terms_and_the_largest_weight_of_a_token_counts():
+    """Trap B3 of BGE-M3."""
     packed = texts([START, 7, 8, 7, UNKNOWN, END], [START, 9, END], [START, END])
     hidden, layers = states(packed), heads()
     found = layers.terms(hidden, packed, SPECIAL)
@@ -58,7 +59,8 @@ def test_b3_special_tokens_are_no_terms_and_the_largest_weight_of_a_token_counts
     assert (merged.weights > 0).all()
 
 
-def test_b3_only_the_winning_place_gets_a_gradient():
+def test_only_the_winning_place_gets_a_gradient():
+    """Trap B3 of BGE-M3."""
     packed = texts([START, 7, 8, 7, END])
     hidden, layers = states(packed), heads()
     assert layers.sparse is not None
@@ -128,7 +130,8 @@ def test_files_come_back_and_are_those_of_flagembedding(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt"])
-def test_b15_a_missing_or_damaged_head_is_an_error(tmp_path: Path, name: str):
+def test_a_missing_or_damaged_head_is_an_error(tmp_path: Path, name: str):
+    """Trap B15 of BGE-M3."""
     save_heads(tmp_path, heads().float(), KINDS)
     (tmp_path / name).write_bytes(b"not a layer")
     with pytest.raises(ModelError, match=f"{name}.*cannot be read"):
@@ -140,7 +143,7 @@ def test_b15_a_missing_or_damaged_head_is_an_error(tmp_path: Path, name: str):
 
 def test_a_head_of_another_model_is_refused(tmp_path: Path):
     save_heads(tmp_path, heads().float(), KINDS)
-    with pytest.raises(ModelError, match="states of 7 numbers"):
+    with pytest.raises(ModelError, match="states of width 7"):
         load_heads(tmp_path, KINDS, 7)
 
 
@@ -186,7 +189,8 @@ def test_all_kinds_come_from_one_reading_and_do_not_hang_on_neighbours(folder: P
     torch.testing.assert_close(together.dense, dense, rtol=0, atol=2e-6)
 
 
-def test_b14_no_texts_give_empty_vectors(folder: Path):
+def test_no_texts_give_empty_vectors(folder: Path):
+    """Trap B14 of BGE-M3."""
     embedder = Embedder.load(folder)
     found = embedder.encode_vectors([])
     assert found.kinds == KINDS and len(found) == 0
@@ -203,10 +207,10 @@ def test_a_saved_model_makes_the_same_vectors_of_all_kinds(folder: Path, tmp_pat
     same(again.encode_vectors(toy.SENTENCES), embedder.encode_vectors(toy.SENTENCES))
 
 
-def test_b15_a_saved_model_without_one_of_its_heads_is_refused(folder: Path, tmp_path: Path):
+def test_a_saved_model_without_one_of_its_heads_is_refused(folder: Path, tmp_path: Path):
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     (broken / "sparse_linear.pt").unlink()
-    with pytest.raises(ModelError, match=r"sparse_linear\.pt is not here"):
+    with pytest.raises(ModelError, match=r"sparse_linear\.pt is missing"):
         Embedder.load(broken)
     assert Embedder.load(broken, kinds=("dense", "multi")).kinds == ("dense", "multi")
 
@@ -253,8 +257,10 @@ def test_tuned_weights_are_kept_and_change_no_fingerprint(folder: Path, tmp_path
     assert again.fingerprint() == before
 
 
-def test_b11_start_tokens_inside_of_texts_make_the_dense_vector(tmp_path: Path):
-    """MCLS in an embedder: in training and at inference, with neither terms nor rows of its own.
+def test_start_tokens_inside_of_texts_make_the_dense_vector(tmp_path: Path):
+    """Trap B11 of BGE-M3.
+
+    MCLS in an embedder: in training and at inference, with neither terms nor rows of its own.
 
     Of an encoder: the start token of a decoder has read nothing.
     """
@@ -280,7 +286,8 @@ def test_b11_start_tokens_inside_of_texts_make_the_dense_vector(tmp_path: Path):
         Embedder.load(folder, pooling="mean", cls_every=4)
 
 
-def test_b19_the_padding_side_of_the_tokenizer_changes_nothing(folder: Path, tmp_path: Path):
+def test_the_padding_side_of_the_tokenizer_changes_nothing(folder: Path, tmp_path: Path):
+    """Trap B19 of BGE-M3."""
     made = []
     for side in ("left", "right"):
         copy = Path(shutil.copytree(folder, tmp_path / side))
@@ -291,7 +298,8 @@ def test_b19_the_padding_side_of_the_tokenizer_changes_nothing(folder: Path, tmp
         assert torch.equal(ours, theirs)
 
 
-def test_b14_an_error_while_encoding_is_raised_at_once(folder: Path, monkeypatch):
+def test_an_error_while_encoding_is_raised_at_once(folder: Path, monkeypatch):
+    """Trap B14 of BGE-M3."""
     embedder, calls = Embedder.load(folder), []
 
     def broken(texts: Packed) -> torch.Tensor:
@@ -304,7 +312,8 @@ def test_b14_an_error_while_encoding_is_raised_at_once(folder: Path, monkeypatch
     assert len(calls) == 1
 
 
-def test_b10_texts_that_are_too_long_are_cut_with_a_warning(folder: Path, caplog):
+def test_texts_that_are_too_long_are_cut_with_a_warning(folder: Path, caplog):
+    """Trap B10 of BGE-M3."""
     embedder = Embedder.load(folder, document_tokens=8)
     caplog.set_level(logging.WARNING, "tercet")
     long = " ".join(toy.SENTENCES)

@@ -94,8 +94,8 @@ def spread(*bodies: int, every: int = 3) -> Packed:
     return Packed(ids, offsets, torch.ones_like(ids, dtype=torch.bool))
 
 
-def test_b11_the_vector_is_the_mean_of_the_states_of_all_cls_tokens():
-    """B11; the text of six tokens has its end where another CLS would be."""
+def test_the_vector_is_the_mean_of_the_states_of_all_cls_tokens():
+    """Trap B11 of BGE-M3. B11; the text of six tokens has its end where another CLS would be."""
     packed = spread(7, 2, 6)
     hidden = torch.randn(len(packed.ids), 5)
     expected = []
@@ -106,8 +106,8 @@ def test_b11_the_vector_is_the_mean_of_the_states_of_all_cls_tokens():
     torch.testing.assert_close(pooling.cls_mean(hidden, packed, 3), torch.stack(expected))
 
 
-def test_b11_the_same_token_elsewhere_in_a_text_is_no_cls():
-    """B11."""
+def test_the_same_token_elsewhere_in_a_text_is_no_cls():
+    """Trap B11 of BGE-M3. B11."""
     packed = spread(7)
     hidden = torch.randn(len(packed.ids), 5)
     before = pooling.cls_mean(hidden, packed, 3)
@@ -115,16 +115,16 @@ def test_b11_the_same_token_elsewhere_in_a_text_is_no_cls():
     assert torch.equal(pooling.cls_mean(hidden, packed, 3), before)
 
 
-def test_b11_a_short_text_is_pooled_as_its_first_token():
-    """B11: the same bits."""
+def test_a_short_text_is_pooled_as_its_first_token():
+    """Trap B11 of BGE-M3. B11: the same bits."""
     packed = spread(4, 1, 5, every=9)
     hidden = torch.randn(len(packed.ids), 5)
     found = pooling.cls_mean(hidden, packed, 9)
     assert torch.equal(found, pooling.first(hidden, packed))
 
 
-def test_b11_a_text_has_the_same_vector_alone_and_in_a_batch():
-    """B11."""
+def test_a_text_has_the_same_vector_alone_and_in_a_batch():
+    """Trap B11 of BGE-M3. B11."""
     packed = spread(7, 4, 12)
     hidden = torch.randn(len(packed.ids), 5)
     together = pooling.cls_mean(hidden, packed, 3)
@@ -133,8 +133,8 @@ def test_b11_a_text_has_the_same_vector_alone_and_in_a_batch():
         assert torch.equal(alone[0], together[number])
 
 
-def test_b11_all_cls_tokens_get_their_share_of_the_gradient():
-    """B11, in training."""
+def test_all_cls_tokens_get_their_share_of_the_gradient():
+    """Trap B11 of BGE-M3. B11, in training."""
     packed = spread(5, 3)
     hidden = torch.randn(len(packed.ids), 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: pooling.cls_mean(h, packed, 3), (hidden,))

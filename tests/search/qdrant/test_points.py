@@ -168,7 +168,7 @@ def test_other_codes_than_a_folder_has_are_refused(tmp_path):
     edge(tmp_path / "index", stored="int8").close()  # and the lock is not kept
     path = tmp_path / "index/points/stored.json"
     path.write_text('"int2"')
-    with pytest.raises(IndexFolderError, match=r"stored.json does not say .*--fresh"):
+    with pytest.raises(IndexFolderError, match=r"stored.json has invalid .*--fresh"):
         edge(tmp_path / "index")
     path.unlink()  # as in a folder from before there were codes
     with closing(edge(tmp_path / "index", stored="float32")) as engine:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from tercet.errors import MissingExtraError, ModelError
-from tercet.models.zoo import convert, zoo
+from tercet.models.zoo import loaders, zoo
 
 TEXTS = ["The cat sat on the mat.", "고양이가 매트 위에 앉아 있다.", "def f(x):\n    return x**2\n"]
 
@@ -139,9 +139,9 @@ def test_a_damaged_gguf_file_is_an_error_and_leaves_no_folder(tmp_path, cache, c
 
 def test_a_gguf_file_without_the_package_that_reads_it_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "tiny.gguf").touch()
-    find_spec = convert.importlib.util.find_spec
+    find_spec = loaders.importlib.util.find_spec
     monkeypatch.setattr(
-        convert.importlib.util,
+        loaders.importlib.util,
         "find_spec",
         lambda name: None if name == "gguf" else find_spec(name),
     )
