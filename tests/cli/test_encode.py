@@ -169,7 +169,7 @@ def test_a_folder_with_an_array_of_somebody_s_is_left_as_it_is(
     np.save(out / "labels.npy", np.arange(3))
     said = refused(*words)
     assert said == (
-        f"{out}: holds 'labels.npy', which is no array of vectors of texts, and would be replaced "
+        f"{out}: holds 'labels.npy', which is not an array of vectors, and would be replaced "
         "as a whole; name another folder"
     )
     assert sorted(path.name for path in out.iterdir()) == ["dense.npy", "labels.npy"]

@@ -34,9 +34,9 @@ from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.rank.hybrid import (
-    DocumentVectors,
     HybridHits,
     VectorBlocks,
+    VectorSource,
     candidates,
     each_alone,
     ranked,
@@ -154,7 +154,7 @@ def feasible(queries: Vectors, doc_tokens: int) -> ProtocolName:
 
 
 @runtime_checkable
-class Corpus(DocumentVectors, Protocol):
+class Corpus(VectorSource, Protocol):
     """Documents whose vectors can be read block by block, and how many terms they have."""
 
     def terms(self) -> Tensor | None:
