@@ -41,7 +41,7 @@ from tercet.data.batches.collate import Collator
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
 from tercet.objectives.contrastive import Contrastive
-from tercet.train.memory import memory_budget
+from tercet.training.memory import memory_budget
 from tercet.types import Example
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"

@@ -25,8 +25,7 @@ from torch import Tensor
 from benchmarks.common import Row, extra_memory, interleaved, write_results
 from tercet.models.choices import LayerSettings
 from tercet.models.network.latent_attention import AttentionLayer, Folded, build_layer
-from tercet.segments import offsets_of
-from tercet.types import Packed
+from tercet.segments import Packed, offsets_of
 
 HIDDEN, LATENTS, HEADS, TEXTS = 1_024, 512, 8, 8
 HEAD_SIZES = (1_024, 4_096)

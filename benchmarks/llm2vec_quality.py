@@ -31,8 +31,8 @@ from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.atomic import replacing_file
 from tercet.models.embedder import Embedder
 from tercet.recipes.llm2vec import llm2vec
-from tercet.train.loop import train
-from tercet.train.recipe import Run
+from tercet.training.loop import train
+from tercet.training.recipe import Run
 from tercet.types import Example, Role
 
 DATA = Path(__file__).parent.parent / "examples/data/packages.en.parquet"

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from tercet.recipes.llm2vec import llm2vec
     from tercet.recipes.nv_embed import nv_embed
     from tercet.search.text_index import IndexOptions, index, open_index
-    from tercet.train.loop import train
-    from tercet.train.recipe import Run
+    from tercet.training.loop import train
+    from tercet.training.recipe import Run
     from tercet.types import Example
 
 _MODULES: Final = {
@@ -46,7 +46,7 @@ _MODULES: Final = {
     "ModelError": "tercet.errors",
     "RecipeError": "tercet.errors",
     "RetrievalSet": "tercet.evaluate.sets.retrieval_set",
-    "Run": "tercet.train.recipe",
+    "Run": "tercet.training.recipe",
     "TercetError": "tercet.errors",
     "arctic_embed": "tercet.recipes.arctic_embed",
     "bge_m3": "tercet.recipes.bge_m3",
@@ -62,7 +62,7 @@ _MODULES: Final = {
     "read_documents": "tercet.data.files.documents",
     "score_pairs": "tercet.models.pairs",
     "top_k": "tercet.rank.topk",
-    "train": "tercet.train.loop",
+    "train": "tercet.training.loop",
     "write_examples": "tercet.data.files.sources",
 }
 

@@ -14,15 +14,8 @@ example's document. A *task* is where examples come from; its *prompt* is put be
 A *source* is a set of examples that share batches: one file, or one language of a folder.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
-
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
-
-from tercet.segments import ragged_places
 
 POSITIVE: Final = 1
 NEGATIVE: Final = -1
@@ -52,32 +45,3 @@ class Example:
     task: str = ""
     in_batch: InBatch | None = None  # negatives that its task allows; None: all
     lang: str = ""  # of its texts, such as "de"; empty: unknown
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Texts as token ids, end to end. Each text has at least one token."""
-
-    ids: Int[Tensor, "tokens"]
-    offsets: Int[Tensor, "bounds"]
-    pooled: Bool[Tensor, "tokens"]  # false for an instruction: read, but not part of the vector
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each text."""
-        return self.offsets.diff().tolist()
-
-    def take(self, texts: Sequence[int]) -> "Packed":
-        """Return these texts, in this order."""
-        if not len(texts):
-            return Packed(self.ids[:0], self.offsets[:1], self.pooled[:0])
-        chosen = torch.tensor(texts, device=self.offsets.device)
-        places, offsets = ragged_places(self.offsets[chosen], self.offsets[chosen + 1])
-        return Packed(self.ids[places], offsets, self.pooled[places])
-
-    def to(self, device: torch.device | str) -> "Packed":
-        """Return the same texts on another device."""
-        return Packed(self.ids.to(device), self.offsets.to(device), self.pooled.to(device))

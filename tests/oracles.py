@@ -15,8 +15,7 @@ from tercet.models.formats.nv_embed import MAX_TOKENS
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.pooling import POOLINGS, mean
 from tercet.models.tokens import Form, Tokens, load_tokenizer
-from tercet.segments import offsets_of
-from tercet.types import Packed
+from tercet.segments import Packed, offsets_of
 from tercet.vectors import Terms
 
 _BATCH_TOKENS: Final = 2_048

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-IMPORTED = ["tercet.train.loop", "tercet.recipes.finetune", "tests.toy"]
+IMPORTED = ["tercet.training.loop", "tercet.recipes.finetune", "tests.toy"]
 SECONDS = 600
 
 os.environ["PYTHONPATH"] = str(ROOT)  # the server imports from here

@@ -14,8 +14,8 @@ from tercet import distributed
 from tercet.data.batches.relation import Relation, relation_of
 from tercet.losses.info_nce import info_nce
 from tercet.models.network.chunked import Chunks, backward_in_chunks
-from tercet.segments import offsets_of, total
-from tercet.types import InBatch, Packed
+from tercet.segments import Packed, offsets_of, total
+from tercet.types import InBatch
 from tests.processes import run_together
 
 SHARES = [slice(0, 5), slice(5, 8)]  # eight examples on two processes

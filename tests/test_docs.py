@@ -27,9 +27,9 @@ from tercet.errors import DataError
 from tercet.models.embedder import Embedder
 from tercet.models.network import pooling
 from tercet.recipes import finetune
-from tercet.train import log
-from tercet.train.loop import train
-from tercet.train.recipe import Model, Run
+from tercet.training import log
+from tercet.training.loop import train
+from tercet.training.recipe import Model, Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 

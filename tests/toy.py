@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.processors import TemplateProcessing
 
-from tercet.segments import offsets_of
-from tercet.types import Packed
+from tercet.segments import Packed, offsets_of
 
 SENTENCES = (
     "a small web server for static files",

@@ -13,7 +13,7 @@ from tercet.objectives.unified import Unified
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.studies.cells import Cell, Study, with_numbers_of
 from tercet.studies.tables import WORDS, Column, Picture, Results, Table
-from tercet.train.recipe import Recipe
+from tercet.training.recipe import Recipe
 
 FULL = "full"  # all kinds, self-distillation, the stage unified alone
 PARTS = {

@@ -21,7 +21,7 @@ from tercet.recipes.arctic_embed import arctic_embed
 from tercet.studies.cells import Cell, Study, with_numbers_of
 from tercet.studies.language_sets import open_languages
 from tercet.studies.tables import Column, Picture, Results, Table
-from tercet.train.snapshots import models_in
+from tercet.training.snapshots import models_in
 
 EARLY = 0.06  # share of the steps: 8K of 130K in the paper
 JUDGED = ("raw", "fine-tuned")

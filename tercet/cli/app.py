@@ -96,7 +96,7 @@ _STYLE: Final[Mapping[str, Any]] = {"rich_markup_mode": None, "pretty_exceptions
 app = typer.Typer(cls=LazyGroup, no_args_is_help=True, **_STYLE)
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool | None) -> None:
     if wanted:
         results().print(f"tercet {version('tercet')}")
         raise typer.Exit
@@ -105,9 +105,9 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def about(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
-    ] = False,
+    ] = None,
 ) -> None:
     """Make a text embedder of your own: train, measure, search.
 

@@ -28,9 +28,9 @@ from tercet.recipes.finetune import finetune
 from tercet.search.engine.engine import Hit, Record
 from tercet.search.indexing import settings_of
 from tercet.search.opening import About, make_engine, write_about
-from tercet.train import log
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Run
+from tercet.training import log
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
 from tercet.vectors import Vectors
 

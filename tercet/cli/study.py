@@ -84,7 +84,7 @@ def _run(
 ) -> None:
     from tercet.studies.cells import run_study
     from tercet.studies.tables import write_results
-    from tercet.train.recipe import Run
+    from tercet.training.recipe import Run
 
     if seeds is not None:
         study = replace(study, seeds=seeds)

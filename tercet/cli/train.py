@@ -126,7 +126,7 @@ def _about_recipes() -> None:
 
 def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Callable[..., None]:
     """A function that typer can turn into a verb: it trains by the recipe."""
-    from tercet.train.recipe import Run
+    from tercet.training.recipe import Run
 
     @wraps(recipe)
     def command(out: Path, dev: Path | None, **flags: Any) -> None:
@@ -277,7 +277,7 @@ def _train(
     from tercet.evaluate.measures.by_kind import dev_score
     from tercet.evaluate.measures.prompts import task_names
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
-    from tercet.train.loop import train
+    from tercet.training.loop import train
 
     distributed.start()
     try:

@@ -31,7 +31,8 @@ from tercet.models.network.pooling import POOLINGS, cls_mean
 from tercet.models.network.words import Words
 from tercet.models.settings import Settings, changed
 from tercet.models.tokens import Tokenizer, Tokens
-from tercet.types import Packed, Role
+from tercet.segments import Packed
+from tercet.types import Role
 from tercet.vectors import Vectors
 
 __all__ = ["Embedder", "Settings"]

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tercet.models.network.words import Words, word_means
 from tercet.models.tokens import Tokens
-from tercet.segments import batches_by_length
-from tercet.types import Packed
+from tercet.segments import Packed, batches_by_length
 from tercet.vectors import Vectors
 
 _WINDOW_OF_TEXTS: Final = 50_000  # texts tokenized and sorted by length at a time

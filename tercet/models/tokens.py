@@ -13,8 +13,8 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from tercet.errors import ModelError, RecipeError
-from tercet.segments import offsets_of, row_of
-from tercet.types import Packed, Role
+from tercet.segments import Packed, offsets_of, row_of
+from tercet.types import Role
 
 _NONE: Final = np.empty(0, np.int32)
 _AT_ONCE: Final = 1_024  # texts that are tokenized together

@@ -32,8 +32,7 @@ from tercet.models.network.chunked import (
 )
 from tercet.objectives.lm_head import load_head
 from tercet.objectives.objective import Traits
-from tercet.segments import batches_by_length, offsets_of
-from tercet.types import Packed
+from tercet.segments import Packed, batches_by_length, offsets_of
 
 NO_LABEL: Final = -1  # of a token that is not predicted
 _DRAW: Final = 0x3A5C  # keeps masks apart from other uses of the same seed

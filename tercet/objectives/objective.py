@@ -10,7 +10,7 @@ from tercet.data.files.sources import Source
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses
-from tercet.types import Packed
+from tercet.segments import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

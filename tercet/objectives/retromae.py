@@ -33,8 +33,7 @@ from tercet.objectives.masked_head import MaskedHead, find_masked_head
 from tercet.objectives.mntp import NO_LABEL, end_to_end, packed
 from tercet.objectives.objective import Traits
 from tercet.objectives.retromae_decoder import Decoder
-from tercet.segments import batches_by_length
-from tercet.types import Packed
+from tercet.segments import Packed, batches_by_length
 
 Vocabulary: TypeAlias = Literal["all", "seen"]
 

@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.positions import input_layer
-from tercet.segments import row_of
-from tercet.types import Packed
+from tercet.segments import Packed, row_of
 
 MASK_ENTRIES: Final = 1 << 21  # of the row masks in memory at a time
 _ODD: Final = 0x9E3779B97F4A7C15  # keeps the draws of neighbouring blocks apart

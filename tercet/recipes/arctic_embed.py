@@ -15,7 +15,7 @@ from tercet.models.choices import PoolingName
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role
-from tercet.train.recipe import Model, Recipe, Refresh, ScheduleName, Stage, chosen
+from tercet.training.recipe import Model, Recipe, Refresh, ScheduleName, Stage, chosen
 
 ArcticPreset: TypeAlias = Literal["small", "arctic-m", "arctic-l"]
 

@@ -19,7 +19,7 @@ from tercet.objectives.retromae import RetroMAE, Vocabulary
 from tercet.objectives.unified import Unified
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role
-from tercet.train.recipe import RANKS_10_TO_210, Model, Recipe, Refresh, Stage, chosen
+from tercet.training.recipe import RANKS_10_TO_210, Model, Recipe, Refresh, Stage, chosen
 
 WARMUP: Final = 0.1  # share of a stage's steps
 

@@ -11,7 +11,7 @@ from tercet.data.batches.collate import Policy
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role
-from tercet.train.recipe import Model, Recipe, Stage
+from tercet.training.recipe import Model, Recipe, Stage
 
 
 def finetune(

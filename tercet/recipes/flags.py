@@ -3,7 +3,7 @@
 from typing import Annotated, TypeAlias
 
 from tercet.models.choices import Attention, PoolingName
-from tercet.train.recipe import Lora
+from tercet.training.recipe import Lora
 
 Base: TypeAlias = Annotated[str, "Zoo name, local folder or hub id."]
 Temperature: TypeAlias = Annotated[float, "Of the softmax over documents."]

@@ -15,7 +15,7 @@ from tercet.objectives.mntp import MNTP
 from tercet.objectives.simcse import SimCSE
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role
-from tercet.train.recipe import Model, Recipe, Stage, chosen
+from tercet.training.recipe import Model, Recipe, Stage, chosen
 
 LLM2VecPreset = Literal["default", "llama", "mistral", "mistral-words"]
 

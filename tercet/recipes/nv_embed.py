@@ -17,7 +17,7 @@ from tercet.models.settings import as_prompt
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of
-from tercet.train.recipe import Model, Recipe, Stage, chosen
+from tercet.training.recipe import Model, Recipe, Stage, chosen
 
 Pooler: TypeAlias = Literal["latent", "self_attention", "mean", "eos"]
 NVEmbedPreset: TypeAlias = Literal["default", "nv-embed"]

@@ -29,8 +29,8 @@ from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.models.settings import FILE
 from tercet.studies.tables import AnswersBySet, Picture, Results, Table
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Run
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Run
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # they change its vectors
 

@@ -18,9 +18,9 @@ from tercet.models.network.chunked import Chunks, Losses
 from tercet.objectives.contrastive import PairWork
 from tercet.objectives.unified import Unified
 from tercet.recipes.bge_m3 import bge_m3
-from tercet.train.log import read
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Run
+from tercet.training.log import read
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
 from tests import toy
 
@@ -72,8 +72,8 @@ def data(folder: Path, name: str = "plain") -> dict[str, list[Source]]:
 
 
 def at_work(folder: Path, base: str, objective: Unified, name: str = "plain") -> PairWork:
-    from tercet.train.loop import build, prompts_of
-    from tercet.train.trainer import collator_of
+    from tercet.training.loop import build, prompts_of
+    from tercet.training.trainer import collator_of
 
     torch.manual_seed(0)
     built = recipe(folder, base)

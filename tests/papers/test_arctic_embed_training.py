@@ -1,7 +1,7 @@
 """Training traps of Arctic-Embed, by their numbers.
 
-A1, A7 and A20 in several processes are in ``tests/train/test_two_processes.py``, A2 to A5, A8, A16
-and A17 in ``tests/losses/test_info_nce.py`` and ``tests/data/batches/test_relation.py``.
+A1, A7 and A20 in several processes are in ``tests/training/test_two_processes.py``, A2 to A5, A8,
+A16 and A17 in ``tests/losses/test_info_nce.py`` and ``tests/data/batches/test_relation.py``.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from tests.losses.test_info_nce import (
     slow_matryoshka,
     vectors,
 )
-from tests.train import test_two_processes as two
+from tests.training import test_two_processes as two
 
 OBJECTIVE = Contrastive(temperature=0.02, dims=(16,))
 EVERY = list(range(8))

@@ -23,7 +23,8 @@ from tercet.losses.unified import Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.formats.bge_m3_files import lexical_weights
 from tercet.rank.scoring import late_interaction, lexical_scores, scores_of
-from tercet.types import InBatch, Packed
+from tercet.segments import Packed
+from tercet.types import InBatch
 from tercet.vectors import TokenRows, Vectors
 from tests.oracles import terms_of
 from tests.rank.formulas import with_padded_rows

@@ -21,9 +21,9 @@ from tercet.data.batches.sampler import BatchPlan, Sampler
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.losses.info_nce import info_nce
 from tercet.recipes.nv_embed import nv_embed
-from tercet.train import loop, trainer
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Run
+from tercet.training import loop, trainer
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Run
 from tercet.types import Example, InBatch
 from tests import toy
 from tests.processes import run_together

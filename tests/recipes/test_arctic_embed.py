@@ -10,10 +10,10 @@ from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.arctic_embed import arctic_embed
-from tercet.train.loop import train
-from tercet.train.optimizer import factor
-from tercet.train.recipe import Recipe, Refresh, Run
-from tercet.train.trainer import Trainer, collator_of
+from tercet.training.loop import train
+from tercet.training.optimizer import factor
+from tercet.training.recipe import Recipe, Refresh, Run
+from tercet.training.trainer import Trainer, collator_of
 from tercet.types import Example
 from tests.toy import SENTENCES
 

@@ -18,9 +18,9 @@ from tercet.objectives.retromae import RetroMAE
 from tercet.objectives.unified import Unified
 from tercet.rank.quantized import Ranges
 from tercet.recipes.bge_m3 import bge_m3
-from tercet.train.log import read
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Refresh, Run
+from tercet.training.log import read
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Refresh, Run
 from tercet.types import Example
 from tests import toy
 
@@ -69,7 +69,7 @@ def test_its_usual_numbers_are_those_of_the_paper_and_its_code():
 def test_three_stages_killed_between_steps_end_as_if_they_had_not_been(
     folder: Path, tmp_path: Path, monkeypatch
 ):
-    from tercet.train import trainer
+    from tercet.training import trainer
 
     whole = train(small(folder), data(folder), tmp_path / "whole", run=QUIET)
     step, seen = trainer.Trainer._step, []

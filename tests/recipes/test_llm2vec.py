@@ -19,9 +19,9 @@ from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
 from tercet.objectives.simcse import SimCSE
 from tercet.recipes.llm2vec import llm2vec
-from tercet.train.log import read
-from tercet.train.loop import train
-from tercet.train.recipe import Run
+from tercet.training.log import read
+from tercet.training.loop import train
+from tercet.training.recipe import Run
 from tercet.types import Example
 from tests.toy import DECODERS, SENTENCES, byte_bpe
 

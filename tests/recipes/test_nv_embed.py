@@ -17,10 +17,10 @@ from tercet.models.network.backbone import Backbone
 from tercet.models.settings import as_prompt
 from tercet.recipes.finetune import finetune
 from tercet.recipes.nv_embed import nv_embed
-from tercet.train.log import read
-from tercet.train.loop import build, train, with_prompts_of
-from tercet.train.memory import graph_bytes
-from tercet.train.recipe import Run
+from tercet.training.log import read
+from tercet.training.loop import build, train, with_prompts_of
+from tercet.training.memory import graph_bytes
+from tercet.training.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 

@@ -15,7 +15,7 @@ from tercet.models.embedder import Embedder
 from tercet.recipes.finetune import finetune
 from tercet.studies import cells as cells_module
 from tercet.studies.cells import Cell, Study
-from tercet.train.loop import train
+from tercet.training.loop import train
 from tests.studies.toy_studies import QUIET, kept, rows, run
 from tests.toy import save_model
 

@@ -23,7 +23,7 @@ from tercet.objectives.unified import Unified
 from tercet.recipes.arctic_embed import arctic_embed as arctic_recipe
 from tercet.recipes.finetune import finetune
 from tercet.studies.tables import Picture, Results, Table
-from tercet.train.loop import train
+from tercet.training.loop import train
 from tests.studies.toy_studies import QUIET, STUDIES, kept, made_set, rows, run, write_sets
 from tests.toy import SENTENCES, save_model
 

@@ -15,7 +15,7 @@ from tercet.data.files.sources import write_examples
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.evaluate.suites.suite import EvaluationSet, as_evaluation_set
 from tercet.files.artifacts import KeptResults
-from tercet.train.recipe import Run
+from tercet.training.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from tercet.data.batches.relation import Relation, hash_of, relation_of
 from tercet.data.batches.shuffling import CutName, shuffled
 from tercet.models.tokens import Tokens
-from tercet.types import Example, InBatch, Packed, Role
+from tercet.segments import Packed
+from tercet.types import Example, InBatch, Role
 
 Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
 """A function from texts, their role and their prompts to tokens: an embedder's."""

@@ -28,8 +28,7 @@ from tercet.models.choices import Attention
 from tercet.models.embedder import Embedder
 from tercet.models.network.pooling import mean
 from tercet.models.tokens import Form
-from tercet.segments import offsets_of
-from tercet.types import Packed
+from tercet.segments import Packed, offsets_of
 
 NOISE: Final = 1e-5  # of a cosine of float32 states; a smaller gap counts as 0
 _FIELDS: Final = ("prefix", "query", "positive", "negative")

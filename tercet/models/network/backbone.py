@@ -21,8 +21,7 @@ from tercet.models.network.attention import NAME, Layout
 from tercet.models.network.cpu import keep_freed_memory
 from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
-from tercet.segments import offsets_of
-from tercet.types import Packed
+from tercet.segments import Packed, offsets_of
 
 
 class Backbone(nn.Module):

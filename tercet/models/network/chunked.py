@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from tercet.distributed import gather_ints
-from tercet.segments import batches_by_length
-from tercet.types import Packed
+from tercet.segments import Packed, batches_by_length
 from tercet.vectors import Vectors
 
 Made = TypeVar("Made", Tensor, Vectors)  # one vector per text, or vectors of several kinds

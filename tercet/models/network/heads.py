@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tercet.errors import ModelError
 from tercet.files.atomic import replacing_file
 from tercet.kinds import Kind
-from tercet.segments import offsets_of, row_of
-from tercet.types import Packed
+from tercet.segments import Packed, offsets_of, row_of
 from tercet.vectors import Terms, TokenRows
 
 FILES: Final[Mapping[Kind, str]] = {"sparse": "sparse_linear.pt", "multi": "colbert_linear.pt"}

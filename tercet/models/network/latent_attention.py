@@ -33,7 +33,7 @@ from tercet.models.choices import LayerSettings
 from tercet.models.network.attention import Layout, attend
 from tercet.models.network.fingerprints import WeightCache
 from tercet.models.network.loading import loading, misfits, shapes_of
-from tercet.types import Packed
+from tercet.segments import Packed
 
 FOLDER: Final = "1_Layer"  # inside a model's folder
 CONFIG: Final = "config.json"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tercet import segments
 from tercet.models.choices import PoolingName
-from tercet.types import Packed
+from tercet.segments import Packed
 
 
 @runtime_checkable

@@ -167,7 +167,7 @@ def test_the_dev_score_of_several_kinds_is_that_of_their_sum_and_names_each(of_a
 
 
 def test_b18_a_dev_score_tells_how_many_texts_have_no_term(encoder_folder, data):
-    """What ``tercet.train.log`` looks at."""
+    """What ``tercet.training.log`` looks at."""
     embedder = Embedder.load(encoder_folder, kinds=("dense", "sparse"))
     score = dev_score(data)
     first = score(embedder)

@@ -9,7 +9,7 @@ from tercet.errors import RecipeError
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.checkpointing import layers_of, recomputable, recomputed
 from tercet.models.network.chunked import own_random_state
-from tercet.train.memory import graph_bytes
+from tercet.training.memory import graph_bytes
 from tests import toy
 
 # StableLM hands no keywords down to its layers, so that the layout comes to them another way.

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from tercet.data.batches.relation import relation_of
 from tercet.losses.info_nce import info_nce
 from tercet.models.network.chunked import Chunks, backward_in_chunks
-from tercet.segments import total
-from tercet.types import Packed
+from tercet.segments import Packed, total
 from tests.toy import pack, random_texts
 
 LENGTHS = [3, 7, 2, 5, 1, 4, 6, 2]  # four queries, four documents; 30 tokens

@@ -14,7 +14,7 @@ from tercet.errors import ModelError, RecipeError
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.network.heads import Heads, SpecialIds, load_heads, save_heads
-from tercet.types import Packed
+from tercet.segments import Packed
 from tercet.vectors import Vectors
 from tests import toy
 

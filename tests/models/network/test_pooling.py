@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tercet.models.network import pooling
-from tercet.segments import offsets_of
-from tercet.types import Packed
+from tercet.segments import Packed, offsets_of
 
 
 def texts(*pooled: list[bool]) -> Packed:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
-from tercet.train.checkpoint import StageProgress
+from tercet.training.checkpoint import StageProgress
 
 STEPS: Final = "steps"  # the folder of a stage's snapshots, which are named by their steps
 

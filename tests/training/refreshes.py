@@ -12,7 +12,7 @@ from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.recipes.finetune import finetune
-from tercet.train.recipe import Recipe, Refresh, Run
+from tercet.training.recipe import Recipe, Refresh, Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 

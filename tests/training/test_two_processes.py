@@ -24,11 +24,11 @@ from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.unified import Unified
 from tercet.recipes.finetune import finetune
-from tercet.train import checkpoint, loop, trainer
-from tercet.train.log import read
-from tercet.train.loop import train
-from tercet.train.memory import memory_for
-from tercet.train.recipe import Recipe, Run
+from tercet.training import checkpoint, loop, trainer
+from tercet.training.log import read
+from tercet.training.loop import train
+from tercet.training.memory import memory_for
+from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
 from tests import toy
 from tests.processes import ROOT, run_together

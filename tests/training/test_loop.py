@@ -19,10 +19,10 @@ from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune
-from tercet.train import loop
-from tercet.train.log import read
-from tercet.train.loop import train
-from tercet.train.recipe import Run
+from tercet.training import loop
+from tercet.training.log import read
+from tercet.training.loop import train
+from tercet.training.recipe import Run
 from tercet.types import Example
 from tests.toy import SENTENCES
 
@@ -117,7 +117,7 @@ def test_the_same_holds_for_the_best_weights_on_a_dev_set(data, recipe, tmp_path
 
 
 def test_lora_resumes_too_and_ends_merged(data, recipe, tmp_path, monkeypatch):
-    from tercet.train.recipe import Lora
+    from tercet.training.recipe import Lora
 
     recipe = replace(recipe, model=replace(recipe.model, lora=Lora(rank=2, alpha=4, dropout=0.1)))
     whole = weights(train(recipe, [data], tmp_path / "whole", run=QUIET))

@@ -24,15 +24,15 @@ from tercet.models.network.chunked import Chunks, Losses
 from tercet.models.network.cpu import warning_of
 from tercet.objectives.objective import TextBatch
 from tercet.sharding import clip_gradients, is_sharded
-from tercet.train import checkpoint, optimizer
-from tercet.train.batches import Groups, collator_of, groups_of, sampler_of, with_cached_tokens
-from tercet.train.log import Candidates, Log, SparseAlarm
-from tercet.train.memory import memory_budget
-from tercet.train.plan import CHECKPOINT, MADE_WITH, TrainingPlan, identity, is_refreshed
-from tercet.train.recipe import Stage
-from tercet.train.refresh import Refresher
-from tercet.train.sharded import ShardedEmbedder, require_shardable
-from tercet.train.snapshots import Snapshots
+from tercet.training import checkpoint, optimizer
+from tercet.training.batches import Groups, collator_of, groups_of, sampler_of, with_cached_tokens
+from tercet.training.log import Candidates, Log, SparseAlarm
+from tercet.training.memory import memory_budget
+from tercet.training.plan import CHECKPOINT, MADE_WITH, TrainingPlan, identity, is_refreshed
+from tercet.training.recipe import Stage
+from tercet.training.refresh import Refresher
+from tercet.training.sharded import ShardedEmbedder, require_shardable
+from tercet.training.snapshots import Snapshots
 
 BEST: Final = "best.pt"
 

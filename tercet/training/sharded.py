@@ -11,7 +11,7 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.checkpointing import layers_of
 from tercet.sharding import Sharded
-from tercet.train.recipe import Stage
+from tercet.training.recipe import Stage
 
 
 class ShardedEmbedder:

@@ -13,10 +13,10 @@ from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.recipes.finetune import finetune
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Run
-from tercet.train.snapshots import models_in
-from tercet.train.trainer import Trainer
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Run
+from tercet.training.snapshots import models_in
+from tercet.training.trainer import Trainer
 from tercet.types import Example
 from tests.toy import SENTENCES
 

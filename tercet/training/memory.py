@@ -12,7 +12,7 @@ from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
-from tercet.types import Packed
+from tercet.segments import Packed
 
 SHARE: Final = 0.5  # of free memory
 COPIES: Final = 6  # of a batch's vectors: by chunk, joined, in order, as queries; and gradients

@@ -9,10 +9,10 @@ from tercet.errors import StorageError
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune
-from tercet.train.batches import Groups
-from tercet.train.log import Candidates, Log, SparseAlarm, read
-from tercet.train.loop import train
-from tercet.train.recipe import Refresh, Run, Stage
+from tercet.training.batches import Groups
+from tercet.training.log import Candidates, Log, SparseAlarm, read
+from tercet.training.loop import train
+from tercet.training.recipe import Refresh, Run, Stage
 from tercet.types import Example
 from tests.toy import SENTENCES, small_disk
 

@@ -20,15 +20,15 @@ from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import PairWork
-from tercet.train import refresh as refreshing
-from tercet.train import trainer
-from tercet.train.log import read
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe
-from tercet.train.refresh import Refresher
+from tercet.training import refresh as refreshing
+from tercet.training import trainer
+from tercet.training.log import read
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe
+from tercet.training.refresh import Refresher
 from tercet.types import Example
 from tests import toy
-from tests.train.refreshes import QUIET, prepare, recipe_for, rows, small_parts
+from tests.training.refreshes import QUIET, prepare, recipe_for, rows, small_parts
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from tercet import distributed
 from tercet.files.atomic import sole_writer
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
-from tercet.train.plan import (
+from tercet.training.plan import (
     Data,
     TrainingPlan,
     build,
@@ -30,9 +30,9 @@ from tercet.train.plan import (
     with_prompts_of,
     without_tuning,
 )
-from tercet.train.recipe import Recipe, Run, Stage
-from tercet.train.snapshots import STEPS, Snapshots
-from tercet.train.trainer import Score, Trainer
+from tercet.training.recipe import Recipe, Run, Stage
+from tercet.training.snapshots import STEPS, Snapshots
+from tercet.training.trainer import Score, Trainer
 
 
 def train(

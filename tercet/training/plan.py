@@ -17,8 +17,8 @@ from tercet.models.formats.tercet_folder import known_kinds
 from tercet.models.network.fingerprints import fingerprint_of
 from tercet.models.network.positions import extend_positions
 from tercet.models.settings import FILE
-from tercet.train import checkpoint
-from tercet.train.recipe import Model, Recipe, Run, Stage
+from tercet.training import checkpoint
+from tercet.training.recipe import Model, Recipe, Run, Stage
 from tercet.types import Role
 
 log = logging.getLogger("tercet")

@@ -8,7 +8,7 @@ from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
-from tercet.train.batches import (
+from tercet.training.batches import (
     PRESETS,
     Batching,
     ExampleShape,
@@ -22,8 +22,8 @@ from tercet.train.batches import (
     shape_of,
     usual_edges,
 )
-from tercet.train.memory import COPIES, MemoryBudget
-from tercet.train.recipe import Refresh, Stage
+from tercet.training.memory import COPIES, MemoryBudget
+from tercet.training.recipe import Refresh, Stage
 from tercet.types import Example
 
 STAGE = Stage(name="toy", objective=Contrastive(), batch_size=32)

@@ -22,8 +22,8 @@ from tercet.files.artifacts import fingerprint
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.tokens import Tokens
-from tercet.train.memory import COPIES, MemoryBudget
-from tercet.train.recipe import LEAST, Batching, Stage
+from tercet.training.memory import COPIES, MemoryBudget
+from tercet.training.recipe import LEAST, Batching, Stage
 from tercet.types import Example, Role
 
 SAMPLE: Final = 64  # examples of a source that are looked at

@@ -13,11 +13,11 @@ from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.objectives.unified import Unified
-from tercet.train.loop import train
-from tercet.train.recipe import Refresh
-from tercet.train.refresh import Refresher
+from tercet.training.loop import train
+from tercet.training.recipe import Refresh
+from tercet.training.refresh import Refresher
 from tercet.types import Example
-from tests.train.refreshes import NEAREST, QUIET, prepare, recipe_for, small_parts
+from tests.training.refreshes import NEAREST, QUIET, prepare, recipe_for, small_parts
 
 HYBRID = Weights(1.0, 2.0, 0.5)
 

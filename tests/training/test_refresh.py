@@ -17,14 +17,14 @@ from tercet.data.files.sources import Source, iter_examples, open_source, write_
 from tercet.data.files.texts import normal_form, open_texts
 from tercet.errors import DataError, RecipeError
 from tercet.models.embedder import Embedder
-from tercet.train import refresh as refreshing
-from tercet.train.recipe import Refresh
-from tercet.train.refresh import Refresher
+from tercet.training import refresh as refreshing
+from tercet.training.recipe import Refresh
+from tercet.training.refresh import Refresher
 from tercet.types import Example
 from tests import toy
 from tests.processes import run_together
 from tests.toy import SENTENCES
-from tests.train.refreshes import DRAWN, NEAREST, prepare, rows, small_parts
+from tests.training.refreshes import DRAWN, NEAREST, prepare, rows, small_parts
 
 
 @pytest.fixture(autouse=True)

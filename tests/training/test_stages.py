@@ -14,8 +14,8 @@ from tercet.kinds import KINDS
 from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
 from tercet.recipes.finetune import finetune
-from tercet.train.loop import train
-from tercet.train.recipe import Recipe, Run
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
 from tests import toy
 from tests.toy import SENTENCES

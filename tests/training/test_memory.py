@@ -9,9 +9,8 @@ from transformers import BertConfig, Gemma2Config
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.network.chunked import _first_kept
-from tercet.segments import batches_by_length
-from tercet.train.memory import COPIES, MemoryBudget, graph_bytes, pair_bytes
-from tercet.types import Packed
+from tercet.segments import Packed, batches_by_length
+from tercet.training.memory import COPIES, MemoryBudget, graph_bytes, pair_bytes
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests import toy
 

@@ -32,7 +32,7 @@ from tercet.files.atomic import clear_about
 from tercet.files.progress import Bars, bar
 from tercet.files.records import readable
 from tercet.models.embedder import Embedder
-from tercet.train.recipe import Refresh
+from tercet.training.recipe import Refresh
 from tercet.types import Example
 
 FOLDER: Final = "refresh-{step}"

@@ -1,6 +1,6 @@
 import pytest
 
-from tercet.train.optimizer import factor
+from tercet.training.optimizer import factor
 
 
 def test_wsd_rises_stays_and_falls():  # trap A14

@@ -5,7 +5,7 @@ import pytest
 from tercet.errors import RecipeError
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune
-from tercet.train.recipe import Lora, Model, Run, Stage
+from tercet.training.recipe import Lora, Model, Run, Stage
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from torch import nn
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.sharding import is_sharded, kept_by_main, part_of
-from tercet.train import checkpoint
-from tercet.train.recipe import ScheduleName, Stage
+from tercet.training import checkpoint
+from tercet.training.recipe import ScheduleName, Stage
 
 FLOOR: Final = 0.1  # of the peak learning rate, where the schedule "early" ends
 

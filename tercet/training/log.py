@@ -15,8 +15,8 @@ from tercet.data.files.sources import Source
 from tercet.errors import MissingExtraError
 from tercet.evaluate.measures.by_kind import EMPTY
 from tercet.files.atomic import clear_about, replacing_file
-from tercet.train.batches import Groups, sampled
-from tercet.train.recipe import Stage
+from tercet.training.batches import Groups, sampled
+from tercet.training.recipe import Stage
 from tercet.types import Example
 
 _RECENT: Final = 32  # batches over which the share of empty vectors is averaged

@@ -22,13 +22,13 @@ from tercet.objectives.contrastive import Contrastive
 from tercet.objectives.mntp import MNTP
 from tercet.objectives.retromae import RetroMAE
 from tercet.sharding import whole_of
-from tercet.train import loop
-from tercet.train.recipe import Lora, Model, Recipe, Run, Stage
-from tercet.train.sharded import blocks_of, require_shardable
-from tercet.train.trainer import Trainer
+from tercet.training import loop
+from tercet.training.recipe import Lora, Model, Recipe, Run, Stage
+from tercet.training.sharded import blocks_of, require_shardable
+from tercet.training.trainer import Trainer
 from tests import toy
 from tests.processes import run_together
-from tests.train import test_two_processes as two
+from tests.training import test_two_processes as two
 
 SHARDED = replace(two.QUIET, shard_weights=True)
 MIXED = replace(SHARDED, chunk_tokens=40, memory_gb=0.02)  # some graphs are kept, some are not
