@@ -26,7 +26,7 @@ from tercet.kinds import Kind
 if TYPE_CHECKING:
     from tercet.curate.jobs.encode_job import EncodeJob
     from tercet.data.files.sources import Source
-    from tercet.search.export import Wanted, Written
+    from tercet.search.export import EncodeOptions, WrittenVectors
     from tercet.search.rows import FormatName
 
 _ARRAYS: Final = (".npy", ".npz")
@@ -88,7 +88,7 @@ def encode(
     """
     from tercet.data.files.documents import Fields, read_documents
     from tercet.data.files.texts import read_texts
-    from tercet.search.export import Wanted, write_dense, write_rows, write_vectors
+    from tercet.search.export import EncodeOptions, write_dense, write_rows, write_vectors
     from tercet.search.rows import HELD
 
     chosen = kinds_of(kinds)
@@ -102,7 +102,7 @@ def encode(
         _check_folder(out, output, form)
         where = Runner(engine=runner, workers=workers, address=address)
         sources = open_files(files, text_field)
-        how = Wanted(kinds=chosen or ("dense",), **wanted)
+        how = EncodeOptions(kinds=chosen or ("dense",), **wanted)
         opened = partial(load, model, precision, **reading)
         job = _job(opened, precision, sources, out, wanted=how, arrays=chosen is not None)
         _tell(out, encode_files(job, part=PART if part is None else part, runner=where))
@@ -121,15 +121,15 @@ def encode(
     if form is not None:
         held: tuple[Kind, ...] = tuple(kind for kind in HELD[form] if kind in embedder.kinds)
         documents = read_documents(file, fields, keep_others=True)
-        how = Wanted(kinds=chosen or held, **wanted)
+        how = EncodeOptions(kinds=chosen or held, **wanted)
         _tell(out, write_rows(embedder, documents, out, form, wanted=how, total=total))
     elif output != "texts":
         _write_parts(embedder, list(read_texts(file, text_field)), out, output=output, **wanted)
     elif as_folder:
-        how = Wanted(kinds=chosen or (), **wanted)
+        how = EncodeOptions(kinds=chosen or (), **wanted)
         _tell(out, write_vectors(embedder, read_texts(file, text_field), out, how, total))
     else:
-        how = Wanted(kinds=("dense",), **wanted)
+        how = EncodeOptions(kinds=("dense",), **wanted)
         written = write_dense(embedder, read_texts(file, text_field), out, how)
         width = dims or embedder.dim
         results().print(f"{out}: {written.texts:,} vectors of {width} dimensions", soft_wrap=True)
@@ -141,7 +141,7 @@ def _job(
     sources: Mapping[str, "Source"],
     out: Path,
     *,
-    wanted: "Wanted",
+    wanted: "EncodeOptions",
     arrays: bool,
 ) -> "EncodeJob":
     """What each process does; the model is loaded here to know it, and let go."""
@@ -214,7 +214,7 @@ def _write_parts(
     results().print(f"{out}: vectors of {count}", soft_wrap=True)
 
 
-def _tell(out: Path, written: "Written") -> None:
+def _tell(out: Path, written: "WrittenVectors") -> None:
     sizes = ", ".join(f"{kind} {size:,.0f}" for kind, size in written.of_a_text().items())
     results().print(f"{out}: {written.texts:,} texts", soft_wrap=True)
     say(f"bytes a text in there: {sizes}")

@@ -97,11 +97,11 @@ def mine(
     Example: tercet mine pairs.jsonl --teacher minilm --out mined.jsonl
     """
     from tercet.curate.jobs.runners import Runner
+    from tercet.curate.mining.finders import COSINES
     from tercet.curate.mining.mine_together import SharedMining, mine_together
     from tercet.curate.mining.miner import Mining
     from tercet.curate.mining.miner import mine as run_mining
     from tercet.curate.mining.miner import sweep as try_values
-    from tercet.curate.mining.nearness import COSINES
     from tercet.curate.mining.rules import MiningRule
 
     where = Runner(engine=runner, workers=workers, address=address)

@@ -11,7 +11,7 @@ from tercet.files.artifacts import read_json, write_json
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.models.tokens import Form
-from tercet.rank.quantized import Precision, Quantizer, Ranges
+from tercet.rank.quantized import CodePrecision, Quantizer, Ranges
 from tercet.types import Role
 
 VERSION: Final = 1
@@ -313,7 +313,7 @@ def save_ranges(folder: Path | str, found: Mapping[int, Ranges]) -> None:
     keep(folder, "ranges", {str(dims): asdict(each) for dims, each in found.items()})
 
 
-def quantizer_of(settings: Settings, precision: Precision, dims: int) -> Quantizer:
+def quantizer_of(settings: Settings, precision: CodePrecision, dims: int) -> Quantizer:
     """Return the quantizer of a model's vectors with ``dims`` coordinates.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Nearest neighbours among vectors that are kept in codes of 8, 4 or 1 bits.
+"""Nearest neighbours among vectors that are stored in codes of 8, 4 or 1 bits.
 
-All documents are compared by whole numbers: the query, rounded to 8 bits (or to signs), with the
-codes. That is one product without error, and ranks as the inner products do: what the range of the
-codes adds is the same for all documents of a query. The best of them are scored again by the query
-as it is. Equal scores are ranked by lower document row, with every block size.
+The query, rounded to 8 bits (or to signs), is compared with all codes in one product of integers.
+It has no rounding error and ranks as inner products do, since the range of the codes adds the same
+to all documents of a query. The best are scored again with the unrounded query. Equal scores are
+ranked by lower document row.
 """
 
 from typing import Final
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int8, Int64
 from tercet.rank.quantized import Codes, integer_product
 from tercet.rank.topk import Hits, TopK, check_queries
 
-FACTOR: Final = 4  # candidates for a place of the ranking
+FACTOR: Final = 4  # candidates per hit
 
 _QUERIES: Final = 256  # compared at a time
 _SCORES: Final = 1 << 20  # of a block of documents: 4 MB of whole numbers
@@ -23,7 +23,7 @@ _AGAIN: Final = 1 << 20  # coordinates of candidates that are scored again at a 
 _EXCLUDED: Final = -(1 << 31)  # below every score
 
 
-def top_k_coded(  # noqa: PLR0913 (each is a choice of its own, with a default)
+def top_k_coded(  # noqa: PLR0913 (independent options with defaults)
     queries: Float[np.ndarray, "queries dim"],
     docs: Codes,
     k: int,
@@ -33,9 +33,9 @@ def top_k_coded(  # noqa: PLR0913 (each is a choice of its own, with a default)
     finer: Codes | Float[np.ndarray, "docs dim"] | None = None,
     allowed: Bool[np.ndarray, "docs"] | None = None,
 ) -> Hits:
-    """The ``k`` documents of largest inner product with each query; all of them if ``k`` is more.
+    """Return the ``k`` documents of largest inner product with each query, or all if fewer.
 
-    Of those that are ``allowed``; None: of all.
+    Only ``allowed`` documents are returned; None allows all.
 
     ``factor * k`` candidates are found by whole numbers, with ``signs`` by the signs of the query's
     coordinates alone (for codes of one bit: by Hamming distance), and scored again by the query as
@@ -68,7 +68,7 @@ def top_k_coded(  # noqa: PLR0913 (each is a choice of its own, with a default)
 def _asked(
     queries: Float32[np.ndarray, "queries dim"], docs: Codes
 ) -> Float32[np.ndarray, "queries dim"]:
-    """What is compared with the codes, whose centre adds the same to all documents of a query."""
+    """Return what is compared with the codes; their centre adds the same to all documents."""
     centre = docs.quantizer.centre
     return (
         queries - centre if docs.quantizer.precision == "binary" and centre is not None else queries
@@ -78,7 +78,7 @@ def _asked(
 def _added(
     queries: Float32[np.ndarray, "queries dim"], docs: Codes
 ) -> Float32[np.ndarray, "queries"]:
-    """What the centre adds to each query's scores."""
+    """Return what the centre adds to each query's scores."""
     centre = docs.quantizer.centre
     return np.zeros(len(queries), np.float32) if centre is None else queries @ centre
 
@@ -86,17 +86,16 @@ def _added(
 def scores_of(
     queries: Float32[np.ndarray, "queries dim"], docs: Codes
 ) -> Float32[np.ndarray, "queries docs"]:
-    """The scores of all pairs, as :func:`top_k_coded` says."""
+    """Return the scores of all pairs, as :func:`top_k_coded` defines them."""
     return _asked(queries, docs) @ docs.around_centre().T + _added(queries, docs)[:, None]
 
 
 def _whole(
     queries: Float32[np.ndarray, "queries dim"], *, signs: bool
 ) -> Int8[np.ndarray, "queries dim"]:
-    """Each query times a number of its own, rounded: the largest coordinate is 127, or all are 1.
+    """Scale each query so that its largest coordinate is 127 and round it, or take its signs.
 
-    No constant is added, unlike to documents: so all of a query's scores have one factor, and one
-    thing added, which rank nothing.
+    Scale and offset are the same for all scores of a query, so that they do not change the order.
     """
     if signs:
         return np.where(queries > 0, 1, -1).astype(np.int8)
@@ -128,7 +127,7 @@ def rescored(
     rows: Int64[np.ndarray, "queries candidates"],
     k: int,
 ) -> Hits:
-    """The best ``k`` of each query's candidates by true scores; only their vectors are read."""
+    """Return the best ``k`` of each query's candidates by true scores; read only their vectors."""
     rows, asked, added = np.sort(rows, axis=1), queries, np.zeros(len(queries), np.float32)
     if isinstance(docs, Codes):
         asked, added = _asked(queries, docs), _added(queries, docs)

@@ -32,7 +32,7 @@ VectorBlocks: TypeAlias = Iterable[tuple[Tensor, Vectors]]
 
 
 @runtime_checkable
-class DocumentVectors(Protocol):
+class VectorSource(Protocol):
     """Documents whose vectors can be read block by block, any number of times."""
 
     def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> VectorBlocks:
@@ -166,7 +166,7 @@ def candidates(queries: Vectors, blocks: VectorBlocks, k: int) -> dict[Kind, Hyb
     return ranked(queries, blocks, each_alone(queries.kinds), k)
 
 
-def hybrid_ranking(queries: Vectors, docs: DocumentVectors, weights: Weights, k: int) -> HybridHits:
+def hybrid_ranking(queries: Vectors, docs: VectorSource, weights: Weights, k: int) -> HybridHits:
     """Return the ``k`` best documents by the weighted sum of all kinds of ``queries``.
 
     Candidates are the ``k`` best by dense and by sparse vectors. With one kind only, all documents
@@ -183,7 +183,7 @@ def hybrid_ranking(queries: Vectors, docs: DocumentVectors, weights: Weights, k:
     return union.best(weights, k)
 
 
-def with_token_scores(found: HybridHits, queries: Vectors, docs: DocumentVectors) -> HybridHits:
+def with_token_scores(found: HybridHits, queries: Vectors, docs: VectorSource) -> HybridHits:
     """Add the scores by token vectors; without those of queries, return the same."""
     if queries.multi is None:
         return found

@@ -25,13 +25,12 @@ from torch import Tensor
 
 from tercet.errors import BROKEN_MODEL, ModelError, RecipeError
 
-Precision: TypeAlias = Literal["int8", "int4", "binary"]
-PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
+CodePrecision: TypeAlias = Literal["int8", "int4", "binary"]
+PRECISIONS: Final[tuple[CodePrecision, ...]] = get_args(CodePrecision)
 Stored: TypeAlias = Literal["float32", "int8", "int4", "binary", "binary+int8"]
-"""How a vector is kept; of ``binary+int8`` bits are searched, and int8 codes score what they find.
-"""
+"""How a vector is stored; with ``binary+int8``, bits are searched and int8 codes score the hits."""
 STORED: Final[tuple[Stored, ...]] = ("float32", "int8", "int4", "binary+int8", "binary")
-BITS: Final[dict[Precision, int]] = {"int8": 8, "int4": 4, "binary": 1}
+BITS: Final[dict[CodePrecision, int]] = {"int8": 8, "int4": 4, "binary": 1}
 
 _BLOCK: Final = 4_096  # vectors that are rounded at a time
 _SHARES: Final = (  # of coordinates inside of the range: those that are tried
@@ -45,9 +44,9 @@ _EXACT: Final = 1_024  # products of two signed bytes whose sum float32 still ho
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantizer:
-    """What a coordinate is rounded to: one of 2^bits values, evenly spaced around its centre."""
+    """Rounds coordinates to one of 2^bits values, evenly spaced around a centre."""
 
-    precision: Precision
+    precision: CodePrecision
     limit: float  # b: the lowest and highest value are so far from the centre
     centre: Float32[np.ndarray, "dims"] | None = None  # None: zero
 
@@ -55,8 +54,10 @@ class Quantizer:
         assert self.limit > 0 and isfinite(self.limit), "a range of some width"
 
     @classmethod
-    def learned(cls, vectors: Float[np.ndarray, "texts dims"], precision: Precision) -> "Quantizer":
-        """The mean of these vectors, and the range that rounds them with the smallest error.
+    def learned(
+        cls, vectors: Float[np.ndarray, "texts dims"], precision: CodePrecision
+    ) -> "Quantizer":
+        """Learn the mean of these vectors, and the range that rounds them with the smallest error.
 
         The error is squared, and the range a quantile of the coordinates' distances from the
         centre, from 0.9 to the largest: a wider one cuts fewer of them, and rounds all others more.
@@ -84,26 +85,26 @@ class Quantizer:
 
     @property
     def step(self) -> float:
-        """The distance of neighbouring values: c."""
+        """Distance of neighbouring values: c."""
         return 2 * self.limit / (2 ** BITS[self.precision] - 1)
 
     @property
     def origin(self) -> float:
-        """How far the code 0 is from the centre: codes of 8 bits count from -128, others from 0."""
+        """Distance of the code 0 from the centre: codes of 8 bits start at -128, others at 0."""
         return (128 if self.precision == "int8" else 0) * self.step - self.limit
 
     def rounded(self, values: Float[np.ndarray, "*any"]) -> Float64[np.ndarray, "*any"]:
-        """The nearest distances from the centre that a code stands for."""
+        """Return the nearest distances from the centre that a code can represent."""
         if self.precision == "binary":
             return np.where(values > 0, self.limit, -self.limit)
         return self.step * self._numbers(np.asarray(values, np.float64)) - self.limit
 
     def _numbers(self, values: np.ndarray) -> np.ndarray:
-        """The whole number u of each distance."""
+        """Return the integer u of each distance."""
         return np.rint(np.clip(values + self.limit, 0, 2 * self.limit) / self.step)
 
     def codes(self, vectors: Float[np.ndarray, "texts dims"]) -> "Codes":
-        """These vectors in codes.
+        """Return these vectors in codes.
 
         Raises:
             ModelError: when one holds NaN or infinity.
@@ -129,13 +130,13 @@ class Quantizer:
         return found
 
 
-def codes_of(stored: Stored) -> tuple[Precision, ...]:
-    """What is kept of a vector: the codes that are searched, then finer ones; none of float32."""
+def codes_of(stored: Stored) -> tuple[CodePrecision, ...]:
+    """Return the codes of a stored vector: searched ones, then finer ones; empty for float32."""
     return tuple(precision for precision in stored.split("+") if precision in PRECISIONS)
 
 
 def bytes_of(stored: Stored, dims: int) -> int:
-    """The bytes of a vector: what does not fill its last byte leaves it half empty."""
+    """Return the bytes of a vector, the last of which may be partly used."""
     if stored == "float32":
         return 4 * dims
     return sum(-(-BITS[precision] * dims // 8) for precision in codes_of(stored))
@@ -158,11 +159,11 @@ class Codes:
         return len(self.packed)
 
     def take(self, rows: slice | Int64[np.ndarray, "rows"]) -> "Codes":
-        """Those of some texts."""
+        """Return the codes of some texts."""
         return Codes(self.quantizer, self.dims, self.packed[rows])
 
     def integers(self) -> Int8[np.ndarray, "texts dims"]:
-        """One code a coordinate: -128 to 127, 0 to 15, or 0 and 1."""
+        """Return one code a coordinate: -128 to 127, 0 to 15, or 0 and 1."""
         precision, packed = self.quantizer.precision, np.asarray(self.packed)
         if precision == "int8":
             return packed.view(np.int8)
@@ -175,12 +176,12 @@ class Codes:
         return found.view(np.int8)
 
     def decoded(self) -> Float32[np.ndarray, "texts dims"]:
-        """What the codes stand for."""
+        """Return the vectors that the codes represent."""
         found, centre = self.around_centre(), self.quantizer.centre
         return found if centre is None else found + centre
 
     def around_centre(self) -> Float32[np.ndarray, "texts dims"]:
-        """The same without the centre, which all vectors share."""
+        """Return the decoded vectors without the centre, which all share."""
         found = self.integers().astype(np.float32)
         found *= np.float32(self.quantizer.step)
         found += np.float32(self.quantizer.origin)
@@ -189,7 +190,7 @@ class Codes:
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """What codes of a model's vectors need, for one number of coordinates."""
+    """Centre and limits of the codes of a model's vectors, for one number of coordinates."""
 
     centre: tuple[float, ...]
     int8: float  # limits
@@ -198,7 +199,7 @@ class Ranges:
 
     @classmethod
     def learned(cls, vectors: Float[np.ndarray, "texts dims"]) -> "Ranges":
-        """From vectors of documents; see :meth:`Quantizer.learned`."""
+        """Learn them from vectors of documents; see :meth:`Quantizer.learned`."""
         found = [Quantizer.learned(vectors, precision) for precision in PRECISIONS]
         centre = found[0].centre
         assert centre is not None
@@ -209,10 +210,10 @@ class Ranges:
 
     @classmethod
     def read(cls, record: Any) -> "Ranges":
-        """From what a file says of them.
+        """Read them from the content of a file.
 
         Raises:
-            ValueError: when it says what cannot be.
+            ValueError: when the content is invalid.
         """
         try:
             limits = {name: float(record[name]) for name in PRECISIONS}
@@ -225,8 +226,8 @@ class Ranges:
             raise ValueError("a centre of numbers is needed")
         return found
 
-    def quantizer(self, precision: Precision) -> Quantizer:
-        """How vectors become such codes."""
+    def quantizer(self, precision: CodePrecision) -> Quantizer:
+        """Return the quantizer for codes of this precision."""
         limit = {"int8": self.int8, "int4": self.int4, "binary": self.binary}[precision]
         return Quantizer(precision, limit, np.array(self.centre, dtype=np.float32))
 
@@ -234,7 +235,7 @@ class Ranges:
 def integer_product(
     left: Int8[np.ndarray, "left dims"], right: Int8[np.ndarray, "right dims"]
 ) -> Int32[np.ndarray, "left right"]:
-    """All inner products of vectors of whole numbers, without error, of up to 131,000 dims."""
+    """Return all inner products of integer vectors, exact up to 131,000 dims."""
     if not len(left) or not len(right):
         return np.zeros((len(left), len(right)), dtype=np.int32)
     # What is mapped from a file cannot be written to, and torch has no such tensors.
@@ -249,7 +250,7 @@ def _by_integers(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_floats(left: Tensor, right: Tensor) -> Tensor:
-    """Part by part, each so short that no sum of its products is rounded."""
+    """Multiply in parts so short that no sum is rounded."""
     found = torch.zeros(len(left), len(right), dtype=torch.int32)
     for ours, theirs in zip(left.split(_EXACT, 1), right.split(_EXACT, 1), strict=True):
         found += (ours.float() @ theirs.float().T).to(torch.int32)
@@ -274,7 +275,7 @@ def _has_integers() -> bool:
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
-    """The shortest of some runs: another process may have held up the others."""
+    """Return the shortest of some runs, since other processes may slow some down."""
     found = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -286,10 +287,10 @@ def _seconds(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: T
 def truncated(
     vectors: Float[np.ndarray, "texts dims"], kept: int
 ) -> Float32[np.ndarray, "texts kept"]:
-    """The leading coordinates, scaled to unit length again; a vector of zeros stays as it is.
+    """Return the leading coordinates at unit length; a vector of zeros stays zero.
 
     Raises:
-        RecipeError: when there are not so many.
+        RecipeError: when ``kept`` is not between 1 and the number of coordinates.
     """
     if not 0 < kept <= vectors.shape[1]:
         raise RecipeError(f"dims is {kept}, but the vectors have {vectors.shape[1]} coordinates")
@@ -299,7 +300,7 @@ def truncated(
 
 
 def _refuse_broken(vectors: np.ndarray, before: int = 0) -> None:
-    """Nothing is nearest to NaN, and infinity would be cut to a number."""
+    """Raise for NaN, which is nearest to nothing, and infinity, which would be clipped."""
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         row = before + int(finite.argmin())

@@ -1,4 +1,4 @@
-"""Texts into files of vectors, some texts at a time: arrays in a folder, or rows for an engine."""
+"""Write vectors of texts to files, batch by batch: arrays in a folder, or rows for an engine."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,8 +28,8 @@ WINDOW_OF_TEXTS: Final = 50_000  # of dense vectors alone: those that encode sor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """Which vectors, and how the texts are read."""
+class EncodeOptions:
+    """Which vectors to write, and how texts are encoded."""
 
     kinds: tuple[Kind, ...]
     role: Role = "document"
@@ -38,14 +38,14 @@ class Wanted:
 
 
 @dataclass(slots=True)
-class Written:
-    """How many texts were written, and how many bytes their vectors take in the file."""
+class WrittenVectors:
+    """Numbers of texts that were written, and of bytes of their vectors."""
 
     texts: int = 0
     bytes: Counter[Kind] = field(default_factory=Counter)
 
     def of_a_text(self) -> dict[Kind, float]:
-        """The mean number of bytes by kind."""
+        """Return the mean number of bytes of a text by kind."""
         return {kind: self.bytes[kind] / max(self.texts, 1) for kind in KINDS if kind in self.bytes}
 
 
@@ -53,11 +53,11 @@ def write_vectors(
     embedder: Embedder,
     texts: Iterable[str],
     out: Path,
-    wanted: Wanted,
+    wanted: EncodeOptions,
     total: int | None = None,
     *,
     bars: Bars = bar,
-) -> Written:
+) -> WrittenVectors:
     """Write a folder of arrays (``tercet.files.arrays``), which appears whole or not at all.
 
     Raises:
@@ -67,7 +67,7 @@ def write_vectors(
         StorageError: when the disk refuses.
     """
     _refuse_other_files(out)
-    written = Written()
+    written = WrittenVectors()
     with replacing_folder(out) as fresh, bars("encode", total) as advance:
         with VectorWriter.open(fresh) as writer:
             for batch in document_batches(texts, len):
@@ -83,21 +83,21 @@ def write_dense(
     embedder: Embedder,
     texts: Iterable[str],
     out: Path,
-    wanted: Wanted,
+    wanted: EncodeOptions,
     *,
     progress: bool = True,
-) -> Written:
+) -> WrittenVectors:
     """Write the dense vectors as one .npy file of float32 rows, which appears whole or not at all.
 
-    They are those of :meth:`tercet.models.embedder.Embedder.encode`, which sorts so many texts at a
-    time by length.
+    They are those of :meth:`tercet.models.embedder.Embedder.encode`, which sorts a
+    window of texts by length.
 
     Raises:
         ModelError: when a vector is not finite.
         RecipeError: for an unknown task, or ``dims`` out of range.
         StorageError: when the disk refuses.
     """
-    written, rest = Written(), iter(texts)
+    written, rest = WrittenVectors(), iter(texts)
     with replacing_file(out) as fresh, ExitStack() as opened:  # a closed place shows early
         file = None
         while window := list(islice(rest, WINDOW_OF_TEXTS)):
@@ -121,9 +121,9 @@ def write_rows(
     out: Path,
     form: FormatName,
     *,
-    wanted: Wanted,
+    wanted: EncodeOptions,
     total: int | None = None,
-) -> Written:
+) -> WrittenVectors:
     """Write a file of rows for an engine (``tercet.search.rows``), whole or not at all.
 
     Raises:
@@ -132,7 +132,7 @@ def write_rows(
         ModelError: when a vector is not finite.
         StorageError: when the disk refuses.
     """
-    written = Written()
+    written = WrittenVectors()
     with replacing_file(out) as fresh, bar("encode", total) as advance:
         with clear_about(out), fresh.open("wb") as opened:
             for batch in document_batches(documents, lambda document: len(document.text)):
@@ -149,8 +149,8 @@ def write_rows(
     return written
 
 
-def _encoded(embedder: Embedder, texts: Sequence[str], wanted: Wanted) -> Vectors:
-    """The vectors of some texts.
+def _encoded(embedder: Embedder, texts: Sequence[str], wanted: EncodeOptions) -> Vectors:
+    """Return the vectors of some texts.
 
     Raises:
         ModelError: when one is not finite.
@@ -168,7 +168,7 @@ def _check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
 
 
 def first_broken(vectors: Vectors) -> int | None:
-    """The first text with a vector that is not finite, or None."""
+    """Return the first text with a vector that is not finite, or None."""
     rows: list[int] = []
     owners = {
         "dense": None,
@@ -202,16 +202,16 @@ def _as_bytes(form: FormatName, row: EngineRow, parts: Mapping[Kind, Any]) -> by
         raise DataError(
             "documents",
             None,
-            f"a field of the document {shown(row.id)} cannot be written: {error}; mend it, or "
-            "leave it out",
+            f"a field of the document {shown(row.id)} cannot be written: {error}; "
+            "correct or remove it",
         ) from error
 
 
 def _refuse_other_files(out: Path) -> None:
-    """A folder is replaced where it holds nothing but arrays that may have been written here."""
+    """Raise unless a folder holds only arrays that may have been written here."""
     there = sorted(out.iterdir()) if out.is_dir() else []
     if other := next((path for path in there if path.name not in NAMES or path.is_dir()), None):
         raise RecipeError(
-            f"{out}: holds {shown(other.name)}, which is no array of vectors of texts, and would "
+            f"{out}: holds {shown(other.name)}, which is not an array of vectors, and would "
             "be replaced as a whole; name another folder"
         )

@@ -20,11 +20,11 @@ from tercet.search.engine.engine import Engine, Record
 from tercet.segments import Item, batches_within
 from tercet.vectors import Vectors
 
-DOCUMENTS_AT_ONCE: Final = 256  # so many a kill may cost
+DOCUMENTS_AT_ONCE: Final = 256  # a kill loses at most these
 CHARACTERS_AT_ONCE: Final = 200_000  # long documents have many token vectors
 SAMPLE: Final = 32  # documents that an estimate is made of
 _LEARNED: Final = (512, 2_048)  # documents that codes are learned from, of few and of many
-_SHARE: Final = 20  # one of so many
+_SHARE: Final = 20  # learn from one of 20
 
 Encode = Callable[[Sequence[str]], Vectors]
 
@@ -38,7 +38,7 @@ def settings_of(
     dims: int | None = None,
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """What an index has to remember, so that a query is encoded as its documents were."""
+    """Return what an index must remember to encode queries as its documents were."""
     return {
         "model": model,
         "fingerprint": embedder.fingerprint(),
@@ -51,7 +51,7 @@ def settings_of(
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """What became of the documents."""
+    """Numbers of documents that were encoded, unchanged and removed."""
 
     encoded: int
     unchanged: int
@@ -66,7 +66,7 @@ def index_documents(
     total: int | None = None,
     keep: bool = False,
 ) -> Indexed:
-    """Bring an engine to hold these documents; without ``keep``, no others.
+    """Index documents; without ``keep``, remove all others.
 
     Raises:
         ModelError: when the vectors are not those of the engine, or are broken.
@@ -96,7 +96,7 @@ def index_documents(
 def expected_bytes(
     documents: Iterable[Document], encode: Encode, stored: Stored = "float32"
 ) -> tuple[int, Mapping[Kind, int]]:
-    """How many documents there are, and about how large their vectors will be, by kind.
+    """Return the number of documents, and the estimated bytes of their vectors by kind.
 
     The first ones are encoded; terms and token vectors grow with the number of characters.
     """
@@ -117,10 +117,10 @@ def expected_bytes(
 
 
 def learned_ranges(documents: Iterable[Document], encode: Encode, count: int) -> tuple[Ranges, int]:
-    """What codes stand for, and of how many of these ``count`` documents that was learned.
+    """Learn the ranges of codes; return them, and from how many of ``count`` documents.
 
     They are at equal distances, since neighbours in a file are often alike: about a twentieth of
-    all, and some hundreds to some thousands, if there are so many.
+    all, but 512 to 2,048, as far as there are documents.
 
     Raises:
         ModelError: when no two of their vectors differ.
@@ -133,7 +133,7 @@ def learned_ranges(documents: Iterable[Document], encode: Encode, count: int) ->
 
 
 def bytes_of(vectors: Vectors, stored: Stored = "float32") -> dict[Kind, int]:
-    """What vectors take on the disk.
+    """Return the bytes of vectors on disk by kind.
 
     A term takes 8 bytes, a number of a token vector 2, a dense vector 4 a number or what its codes
     take.

@@ -52,7 +52,7 @@ _SOUND: Final[Mapping[str, Callable[[Any], bool]]] = {  # what a setting may be
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """What an index is."""
+    """Description of an index, as in ``index.json``."""
 
     settings: Mapping[str, Any]  # what the vectors were made with: model, fingerprint, kinds
     engine: EngineName = "exact"
@@ -63,10 +63,10 @@ class About:
     version: int = VERSION
 
     def setting(self, folder: Path | str, name: str) -> Any:
-        """What the index in this folder was made with.
+        """Return one setting that the index in this folder was made with.
 
         Raises:
-            IndexFolderError: when the index does not say, or says what cannot be.
+            IndexFolderError: when the setting is missing or invalid.
         """
         if name not in self.settings:
             raise IndexFolderError(
@@ -80,10 +80,10 @@ class About:
 
 
 def about_index(folder: Path | str) -> About:
-    """What an index folder is.
+    """Return the description of an index folder.
 
     Raises:
-        IndexFolderError: when it is none, of another version, or damaged.
+        IndexFolderError: when it is not an index, of another version, or damaged.
     """
     folder = Path(folder)
     recover_folder(folder)
@@ -97,7 +97,7 @@ def about_index(folder: Path | str) -> About:
     if not isinstance(about, dict) or about.get("version") != VERSION:
         raise _unusable(folder, f"{FILE} is not of version {VERSION}")
     if not _is_sound(about):
-        raise _unusable(folder, f"{FILE} does not say what it should")
+        raise _unusable(folder, f"{FILE} has invalid content")
     return About(**about)
 
 
@@ -114,13 +114,13 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
 
 
 def write_about(folder: Path | str, about: About) -> None:
-    """Write what an index folder is, whole or not at all."""
+    """Write the description of an index folder, whole or not at all."""
     with replacing_file(Path(folder) / FILE) as fresh:
         fresh.write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
 
 
 def mark_complete(folder: Path | str) -> None:
-    """Say that all documents are there."""
+    """Mark the index as complete."""
     write_about(folder, replace(about_index(folder), complete=True))
 
 
@@ -181,14 +181,14 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
 
 
 def _what_is_there(folder: Path) -> About | None:
-    """What an index folder is, or None where it is none, or damaged."""
+    """Return the description of an index folder; None if it is not one, or damaged."""
     with suppress(IndexFolderError):
         return about_index(folder)
     return None
 
 
 def _going_on(folder: Path, about: About) -> Engine:
-    """An index that is there, if it is in the same place and was made with the same settings."""
+    """Open an existing index, if it is in the same place and has the same settings."""
     found = about_index(folder)
     if _place_of(found) != _place_of(about):
         raise IndexFolderError(
@@ -203,7 +203,7 @@ def _going_on(folder: Path, about: About) -> Engine:
 
 
 def _begun_here(folder: Path, about: About, *, known: bool) -> Engine:
-    """An empty index in the folder, in place of one that is known to be there."""
+    """Make an empty index in the folder, in place of one that is ``known``."""
     if about.engine == "qdrant":
         _edge_store()  # where its package is missing, nothing is replaced
     with replacing_folder(folder) as empty:
@@ -217,7 +217,7 @@ def _begun_here(folder: Path, about: About, *, known: bool) -> Engine:
 
 
 def _begun_on_server(folder: Path, about: About, found: About | None) -> Engine:
-    """An empty index on a server, in a new collection or in the one that was found to be its own.
+    """Make an empty index on a server, in a new collection or in that of the folder's index.
 
     Of a folder that is damaged, no collection is known to be its own.
     """
@@ -237,13 +237,13 @@ def _begun_on_server(folder: Path, about: About, found: About | None) -> Engine:
 
 
 def _stored_of(about: About) -> Stored | None:
-    """How dense vectors are stored; None where the index does not say."""
+    """Return how dense vectors are stored; None if the index does not record it."""
     precision = about.settings.get("precision")
     return None if precision is None else stored_as(precision)
 
 
 def stored_as(precision: str) -> Stored:
-    """What a ``--precision`` says of dense vectors; that of weights leaves them as they are."""
+    """Return how ``--precision`` stores dense vectors; a precision of weights means float32."""
     coded: dict[str, Stored] = {stored: stored for stored in STORED}
     return coded.get(precision, "float32")
 
@@ -253,7 +253,7 @@ def _place_of(about: About) -> tuple[str | None, ...]:
 
 
 def _edge_store() -> Any:
-    """The class; a MissingExtraError where its package is not installed."""
+    """Import the class; raise MissingExtraError if its package is not installed."""
     from tercet.search.qdrant.edge import EdgeStore
 
     return EdgeStore
@@ -270,10 +270,10 @@ def _store_of(about: About) -> Any:
 
 
 def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
-    """The engine of an index folder; ``read_only`` lets several processes search an exact one.
+    """Open the engine of an index folder; ``read_only`` lets several processes search an exact one.
 
     Raises:
-        IndexFolderError: when the folder is no index, or damaged, or its collection is another's.
+        IndexFolderError: when the folder is not an index or damaged, or its collection is foreign.
         RecipeError: when another process has it open.
         MissingExtraError: when the engine's package is not installed.
     """

@@ -45,7 +45,7 @@ _DECIMALS: Final = 7  # a float32 of a unit vector has no more that matter
 
 @dataclass(frozen=True, slots=True)
 class EngineRow:
-    """What a row says of a document beside its vectors."""
+    """A document's part of a row, beside its vectors."""
 
     id: str
     text: str
@@ -53,13 +53,13 @@ class EngineRow:
     fields: Mapping[str, Any] = field(default_factory=dict)  # none of the names that are TAKEN
 
     def about(self) -> dict[str, Any]:
-        """All but the id; no title where there is none."""
+        """Return all but the id; without a title if it is empty."""
         title = {"title": self.title} if self.title else {}
         return {**self.fields, **title, "text": self.text}
 
 
 def parts_of(form: FormatName, vectors: Vectors) -> list[dict[Kind, Any]]:
-    """For each text its vectors as the engine's JSON has them, by kind.
+    """Return the vectors of each text by kind, as in the engine's JSON.
 
     A kind that a text has nothing of is left out; Milvus gets an empty mapping, since its fields
     of vectors may not be absent.
@@ -82,7 +82,7 @@ def parts_of(form: FormatName, vectors: Vectors) -> list[dict[Kind, Any]]:
 
 
 def lines_of(form: FormatName, row: EngineRow, parts: Mapping[Kind, Any]) -> list[str]:
-    """The lines of one document.
+    """Return the lines of one document.
 
     Raises:
         ValueError: for a field that JSON cannot hold.
@@ -101,7 +101,7 @@ def lines_of(form: FormatName, row: EngineRow, parts: Mapping[Kind, Any]) -> lis
 
 
 def json_line(value: object) -> str:
-    """A value as JSON without white space, characters as they are.
+    """Return a value as JSON without white space or escaped letters.
 
     Raises:
         ValueError: where it holds NaN or infinity, which JSON cannot say.
@@ -112,7 +112,7 @@ def json_line(value: object) -> str:
 def binarised(
     vectors: Float[np.ndarray, "rows width"],
 ) -> Shaped[np.ndarray, "rows bytes"]:
-    """A bit a number, 1 where it is above 0, in bytes (int8); a last byte is filled with zeros.
+    """Return one bit a number, 1 above 0, in bytes (int8); the last byte is filled with zeros.
 
     1,024 numbers take 128 bytes.
     """
@@ -120,12 +120,12 @@ def binarised(
 
 
 def _hex_rows(rows: Float[np.ndarray, "rows width"]) -> dict[str, str]:
-    """Vespa's short form of a tensor with a mapped dimension, whose cells are given in hex."""
+    """Return Vespa's short form of a tensor with a mapped dimension, with cells in hex."""
     return {str(number): row.tobytes().hex() for number, row in enumerate(binarised(rows))}
 
 
 def _terms(form: FormatName, terms: Terms) -> list[dict[str, Any]]:
-    """Weights by token; one that is rounded to zero is left out: rank features are above 0."""
+    """Return weights by token, without those that round to zero: rank features are above 0."""
     weights = [
         {token: rounded for token, weight in each.items() if (rounded := round(weight, _DECIMALS))}
         for each in lexical_weights(terms)

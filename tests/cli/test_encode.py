@@ -169,7 +169,7 @@ def test_a_folder_with_an_array_of_somebody_s_is_left_as_it_is(
     np.save(out / "labels.npy", np.arange(3))
     said = refused(*words)
     assert said == (
-        f"{out}: holds 'labels.npy', which is no array of vectors of texts, and would be replaced "
+        f"{out}: holds 'labels.npy', which is not an array of vectors, and would be replaced "
         "as a whole; name another folder"
     )
     assert sorted(path.name for path in out.iterdir()) == ["dense.npy", "labels.npy"]
@@ -231,7 +231,7 @@ def test_a_folder_of_files_becomes_a_folder_of_vectors(tercet, encoder_folder, f
         (["--out", "v.npy"], "v.npy: several files or parts become a folder of vectors; name one"),
         (["--out", "v", "--format", "milvus"], "--format milvus: is of one file, in one process"),
         (["--out", "v", "--output", "words"], "--output words: is of one file, in one process"),
-        (["--out", "v", "--runner", "ray"], "the runner ray needs --address, where its cluster is"),
+        (["--out", "v", "--runner", "ray"], "--runner ray needs --address"),
     ],
 )
 def test_what_parts_are_not_for_is_refused(refused, encoder_folder, files, flags, said):

@@ -3,8 +3,8 @@ from typing import cast
 
 import pytest
 
+from tercet.curate.mining.finders import By
 from tercet.curate.mining.miner import Mining, mine
-from tercet.curate.mining.nearness import By
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import iter_examples, open_source
 from tercet.kinds import KINDS, Weights

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tercet.curate.mining.finders import By
 from tercet.curate.mining.miner import Mining, mine
-from tercet.curate.mining.nearness import By
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import Source, iter_examples
 from tercet.errors import RecipeError

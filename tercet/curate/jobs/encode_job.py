@@ -14,7 +14,7 @@ from tercet.data.files.texts import open_texts
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
-from tercet.search.export import Wanted, Written, write_dense, write_vectors
+from tercet.search.export import EncodeOptions, WrittenVectors, write_dense, write_vectors
 
 PART: Final = 100_000  # texts per part of a file
 SUFFIXES: Final = (".jsonl", ".parquet", ".txt")
@@ -34,7 +34,7 @@ class EncodeJob:
     about: Mapping[str, Any]  # plain values that identify the model and how it reads
     sources: Mapping[str, Source]  # of texts, by the name of the output
     out: Path
-    wanted: Wanted
+    wanted: EncodeOptions
     arrays: bool  # write a folder of arrays, of all wanted kinds, for each part
     name: str = "encode"
 
@@ -75,7 +75,7 @@ class EncodeJob:
         return {"texts": written.texts, "bytes": dict(written.bytes)}
 
 
-def encode_files(job: EncodeJob, *, part: int = PART, runner: Runner = LOOP) -> Written:
+def encode_files(job: EncodeJob, *, part: int = PART, runner: Runner = LOOP) -> WrittenVectors:
     """Encode the parts that are missing; return the size of all of them.
 
     Raises:
@@ -91,7 +91,7 @@ def encode_files(job: EncodeJob, *, part: int = PART, runner: Runner = LOOP) -> 
     for unit in units:
         if not job.place(unit).exists():
             forget(unit, manifest)
-    written = Written(bytes=Counter())
+    written = WrittenVectors(bytes=Counter())
     for _, report in run_units(job, units, manifest, runner=runner):
         written.texts += report["texts"]
         written.bytes.update(report["bytes"])

@@ -1,16 +1,18 @@
-"""Mining by sparse vectors, by token vectors, by the weighted sum of several kinds, or by words.
+"""Finders of documents for mining: by each kind of vectors, by their weighted sum, or by BM25.
 
-A shelf holds the documents of pools as vectors, in files that are read block by block. A hybrid
-search takes the best documents by dense and by sparse vectors, gives each its true score by every
-kind that counts, and ranks them by the weighted sum (arXiv 2402.03216, section 3.3): a document
-that one list lacks does not score zero there.
+A shelf holds the documents of pools as vectors, in files that are read block by block. Hybrid
+rankings are those of ``tercet.rank.hybrid``.
 """
 
+import tempfile
+import weakref
+from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from typing import IO, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from tercet.curate.mining import document_pools as mining_documents
 from tercet.curate.mining.document_pools import (
+    SHARD,
     Pool,
     check_finite,
     encode_pool,
@@ -26,6 +29,7 @@ from tercet.curate.mining.document_pools import (
     prompted,
     shard_name,
 )
+from tercet.evaluate.measures.bm25 import K1, B, WordsOf, by_words
 from tercet.files.arrays import VectorWriter, is_whole, read_vectors
 from tercet.files.atomic import clear_about, replacing_folder
 from tercet.files.progress import Advance
@@ -36,16 +40,63 @@ from tercet.rank.hybrid import VectorBlocks, hybrid_ranking
 from tercet.rank.scoring import paired_scores
 from tercet.rank.topk import Hits
 from tercet.search.indexing import document_batches
+from tercet.segments import offsets_of
 from tercet.types import Role
-from tercet.vectors import Vectors
+from tercet.vectors import Terms, Vectors
 
+_WORD: Final = np.dtype([("id", np.int32), ("times", np.int32)])
 QUERIES: Final = 512  # that are compared with a block of documents
 DOCS: Final = 1024  # of a block, or pairs that are scored together
 QUERIES_OF_TOKENS: Final = 128  # where token vectors count, which are large
 DOCS_OF_TOKENS: Final = 32
 
-Texts: TypeAlias = Callable[[np.ndarray], Vectors]
-"""Vectors of some texts by their rows, read when they are asked for."""
+
+By: TypeAlias = Literal["dense", "sparse", "multi", "hybrid", "bm25"]
+"""Which scores decide: those of one kind of vectors, a weighted sum of several, or BM25's."""
+
+COSINES: Final = ("dense", "multi")
+"""Scores that are cosines, or means of cosines. The default margin is for these, and they can be a
+teacher's scores in a row. The scale of other scores depends on the model, or on the query."""
+
+
+@runtime_checkable
+class Finder(Protocol):
+    """Finds the documents of a pool near to queries, which each finder represents itself."""
+
+    @property
+    def settings(self) -> Settings | None:
+        """Settings with the prompts that are put before texts; None without prompts."""
+        ...
+
+    def fill(self, pool: Pool, advance: Advance) -> None:
+        """Prepare the documents of a pool; all processes call this."""
+        ...
+
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Prepare the shard of a pool that begins at this row, for all who fill it later."""
+        ...
+
+    def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> Any:
+        """Return queries, each after its prompt."""
+        ...
+
+    def nearest(self, queries: Any, pool: Pool, k: int) -> Hits:
+        """Return each query's ``k`` nearest documents, best first; -1 where there are no more."""
+        ...
+
+    def scores(
+        self,
+        queries: Any,
+        owners: Int64[np.ndarray, "pairs"],
+        pool: Pool,
+        rows: Int64[np.ndarray, "pairs"],
+    ) -> Float32[np.ndarray, "pairs"]:
+        """Return the score of query ``owners[i]`` with document ``rows[i]``, for each ``i``."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held for this mining only."""
+        ...
 
 
 @runtime_checkable
@@ -54,27 +105,27 @@ class Shelf(Protocol):
 
     @property
     def settings(self) -> Settings | None:
-        """What says which prompts are put before texts; None where none are."""
+        """Settings with the prompts that are put before texts; None without prompts."""
         ...
 
     def fill(self, pool: Pool, advance: Advance) -> None:
-        """Get the documents of a pool ready."""
+        """Prepare the documents of a pool."""
         ...
 
     def prepare(self, pool: Pool, start: int) -> None:
-        """Get the shard of a pool that begins at this row ready for all who fill it later."""
+        """Prepare the shard of a pool that begins at this row, for all who fill it later."""
         ...
 
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
-        """The vectors of these documents; the rows rise."""
+        """Return the vectors of these documents; the rows are ascending."""
         ...
 
     def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> "Queries":
-        """Queries, ready to be read."""
+        """Return queries whose vectors can be read."""
         ...
 
     def close(self) -> None:
-        """Give back what is held for this mining alone."""
+        """Free what is held for this mining only."""
         ...
 
 
@@ -101,27 +152,27 @@ class ByVectors:
 
     @property
     def settings(self) -> Settings | None:
-        """What says which prompts are put before texts."""
+        """Settings with the prompts that are put before texts."""
         return self.shelf.settings
 
     def fill(self, pool: Pool, advance: Advance) -> None:
-        """Get the documents of a pool ready."""
+        """Prepare the documents of a pool."""
         self.shelf.fill(pool, advance)
 
     def prepare(self, pool: Pool, start: int) -> None:
-        """Get one shard of a pool ready, whose rows are from ``start`` on."""
+        """Prepare one shard of a pool, whose rows begin at ``start``."""
         self.shelf.prepare(pool, start)
 
     def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> Queries:
-        """Queries, each after its prompt."""
+        """Return queries, each after its prompt."""
         return self.shelf.queries(texts, prompts)
 
     def close(self) -> None:
-        """Give back what is held for this mining alone."""
+        """Free what is held for this mining only."""
         self.shelf.close()
 
     def nearest(self, queries: Queries, pool: Pool, k: int) -> Hits:
-        """The nearest documents, each query with all of them, a block of both at a time."""
+        """Return the ``k`` nearest documents of each query, by blocks of queries and documents."""
         k = min(k, len(pool))
         scores = np.zeros((queries.count, k), np.float32)
         rows = np.full((queries.count, k), -1, np.int64)
@@ -144,7 +195,7 @@ class ByVectors:
         pool: Pool,
         rows: Int64[np.ndarray, "pairs"],
     ) -> Float32[np.ndarray, "pairs"]:
-        """The score of each pair."""
+        """Return the score of each pair."""
         found = np.empty(len(rows), np.float32)
         step = _docs_together(self.kinds)
         for start in range(0, len(rows), step):
@@ -189,11 +240,11 @@ class EncodedShelf:
 
     @property
     def settings(self) -> Settings:
-        """The teacher's."""
+        """Settings of the teacher model."""
         return self.teacher.settings
 
     def fill(self, pool: Pool, advance: Advance) -> None:
-        """Encode the documents of a pool; of several processes, which all call this, each some.
+        """Encode the documents of a pool; several processes call this and share the work.
 
         Raises:
             ModelError: when a vector is not finite.
@@ -202,11 +253,11 @@ class EncodedShelf:
         encode_pool(pool, self._shard, advance)
 
     def prepare(self, pool: Pool, start: int) -> None:
-        """Encode one shard of a pool, whose rows are from ``start`` on."""
+        """Encode one shard of a pool, whose rows begin at ``start``."""
         encode_shard(pool, self._shard, start)
 
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
-        """The vectors of these documents; the rows rise."""
+        """Return the vectors of these documents; the rows are ascending."""
         shards = rows // mining_documents.SHARD
         parts = [
             _read(
@@ -217,15 +268,15 @@ class EncodedShelf:
         return Vectors.join(parts)
 
     def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> Queries:
-        """Queries, encoded and kept like documents."""
+        """Encode queries and keep them like documents."""
         shard = self._shard(texts, "query", prompts)
         return Queries(len(texts), lambda pool, rows: _read(shard, rows, self.kinds))
 
     def close(self) -> None:
-        """What was encoded stays for the next mining."""
+        """Do nothing: what was encoded stays for the next mining."""
 
     def _shard(self, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> Path:
-        """The name that the folders of these texts begin with; those that are missing are made."""
+        """Return the common start of the folders of these texts; encode those that are missing."""
         shard = self.folder / shard_name(self.teacher, texts, role, prompts)
         missing: list[Kind] = [
             kind for kind in self.kinds if not is_whole(_folder(shard, kind), len(texts), kind)
@@ -274,3 +325,117 @@ def _folder(shard: Path, kind: Kind) -> Path:
 def _read(shard: Path, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
     found = {kind: getattr(read_vectors(_folder(shard, kind), rows, kind), kind) for kind in kinds}
     return Vectors(**found)
+
+
+@dataclass(slots=True, eq=False)
+class CountedShelf:
+    """Documents as weighted words, so that BM25 mines them like sparse vectors.
+
+    The score of a document sums over the query's words, with repeats, Lucene's BM25
+
+        idf(t) * f / (f + k1 * (1 - b + b * length / mean length))
+        idf(t) = log(1 + (n - n_t + 0.5) / (n_t + 0.5))
+
+    where word ``t`` occurs ``f`` times in the document, and in ``n_t`` of the ``n`` documents.
+    Words and constants are those of ``tercet.evaluate.measures.bm25``. Only counts are kept, 8
+    bytes for each word of a document, in unnamed files: memory grows with the number of different
+    words, and by 16 bytes a document. Nothing is kept after ``close``.
+    """
+
+    folder: Path
+    split: WordsOf = by_words
+    _counts: dict[str, "_Counts"] = field(default_factory=dict)  # by the pool's prompt
+
+    @property
+    def settings(self) -> None:
+        """None: prompts are not words of a text."""
+        return None
+
+    def fill(self, pool: Pool, advance: Advance) -> None:
+        """Count the words of all documents of a pool.
+
+        Raises:
+            StorageError: when the disk refuses.
+        """
+        with clear_about(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            counts = self._counts[pool.prompt] = _Counts(tempfile.TemporaryFile(dir=self.folder))
+            weakref.finalize(counts, counts.file.close)  # as for the texts
+            for start in range(0, len(pool), SHARD):
+                rows = range(start, min(start + SHARD, len(pool)))
+                for words in self.split(pool.texts.read(rows), "document"):
+                    counts.add(words)
+                advance(len(rows))
+
+    def prepare(self, pool: Pool, start: int) -> None:
+        """Do nothing: words are counted where they are needed, and not kept."""
+
+    def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
+        """Return the weights of the words of these documents."""
+        return Vectors(sparse=self._counts[pool.prompt].weights(rows))
+
+    def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> Queries:
+        """Return queries as words, without those that no document of a pool has."""
+        words = self.split(texts, "query")
+
+        def read(pool: Pool, rows: np.ndarray) -> Vectors:
+            counts = self._counts[pool.prompt]
+            return Vectors(sparse=counts.asked([words[row] for row in rows.tolist()]))
+
+        return Queries(len(texts), read)
+
+    def close(self) -> None:
+        """Free the disk space."""
+        for counts in self._counts.values():
+            counts.file.close()
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class _Counts:
+    """Words of the documents of one pool."""
+
+    file: IO[bytes]  # of _WORD, the documents' words end to end
+    ids: dict[str, int] = field(default_factory=dict)
+    documents: array = field(default_factory=lambda: array("q"))  # that have a word, by its id
+    ends: array = field(default_factory=lambda: array("q", [0]))
+    lengths: array = field(default_factory=lambda: array("q"))  # words of a document, repeated ones
+
+    def add(self, words: Sequence[str]) -> None:
+        """Append a document."""
+        found = np.empty(len(times := Counter(words)), _WORD)
+        for place, (word, count) in enumerate(times.items()):
+            number = self.ids.setdefault(word, len(self.ids))
+            if number == len(self.documents):
+                self.documents.append(0)
+            self.documents[number] += 1
+            found[place] = number, count
+        self.file.write(found.tobytes())
+        self.ends.append(self.ends[-1] + len(found))
+        self.lengths.append(len(words))
+
+    def weights(self, rows: Int[np.ndarray, "texts"]) -> Terms:
+        """Return the BM25 weights of the words of these documents."""
+        self.file.flush()
+        ends, lengths = np.frombuffer(self.ends, np.int64), np.frombuffer(self.lengths, np.int64)
+        sizes = ends[rows + 1] - ends[rows]
+        bounds = offsets_of(torch.from_numpy(sizes))
+        if not int(bounds[-1]):
+            return Terms(torch.zeros(0, dtype=torch.int64), torch.zeros(0), bounds)
+        stored = np.memmap(self.file, _WORD, mode="r")
+        words = np.concatenate([stored[ends[row] : ends[row + 1]] for row in rows.tolist()])
+        having = np.frombuffer(self.documents, np.int64)[words["id"]].astype(np.float64)
+        idf = np.log1p((len(lengths) - having + 0.5) / (having + 0.5))
+        long = 1 - B + B * lengths[rows] / lengths.mean()
+        times = words["times"].astype(np.float64)
+        weights = idf * times / (times + K1 * np.repeat(long, sizes))
+        ids = torch.from_numpy(words["id"].astype(np.int64))
+        return Terms(ids, torch.from_numpy(weights.astype(np.float32)), bounds)
+
+    def asked(self, texts: Sequence[Sequence[str]]) -> Terms:
+        """Return the words of queries, each with its number of occurrences as weight."""
+        known = [Counter(self.ids[word] for word in words if word in self.ids) for words in texts]
+        return Terms(
+            torch.tensor([number for times in known for number in times], dtype=torch.int64),
+            torch.tensor([float(n) for times in known for n in times.values()]),
+            offsets_of(torch.tensor([len(times) for times in known], dtype=torch.int64)),
+        )

@@ -17,10 +17,8 @@ from typing import Final, Literal
 import numpy as np
 from jaxtyping import Bool
 
-from tercet.curate.mining.counts import CountedShelf
 from tercet.curate.mining.document_pools import StoredVectors
-from tercet.curate.mining.finders import ByVectors, EncodedShelf
-from tercet.curate.mining.nearness import COSINES, By, Finder
+from tercet.curate.mining.finders import COSINES, By, ByVectors, CountedShelf, EncodedShelf, Finder
 from tercet.curate.mining.ranks import JudgedExamples, Ranker, prompt_for
 from tercet.curate.mining.relevant import Collection, blocks, read_collection
 from tercet.curate.mining.rules import ABSENT, REASONS, MiningRule

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int8, Int64, UInt64
 
 from tercet.curate.mining.document_pools import Pool, text_key
-from tercet.curate.mining.nearness import Finder
+from tercet.curate.mining.finders import Finder
 from tercet.curate.mining.relevant import Collection
 from tercet.curate.mining.rules import (
     ABSENT,

@@ -34,9 +34,9 @@ from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.rank.hybrid import (
-    DocumentVectors,
     HybridHits,
     VectorBlocks,
+    VectorSource,
     candidates,
     each_alone,
     ranked,
@@ -154,7 +154,7 @@ def feasible(queries: Vectors, doc_tokens: int) -> ProtocolName:
 
 
 @runtime_checkable
-class Corpus(DocumentVectors, Protocol):
+class Corpus(VectorSource, Protocol):
     """Documents whose vectors can be read block by block, and how many terms they have."""
 
     def terms(self) -> Tensor | None:
@@ -193,9 +193,7 @@ def search_kinds(
     """Search a corpus whose vectors come in blocks; see :func:`evaluate_kinds`."""
     kinds = queries.kinds
     if not kinds:
-        raise RecipeError(
-            "queries and documents have no kind of vectors in common"
-        )
+        raise RecipeError("queries and documents have no kind of vectors in common")
     weights = weights or Weights()
     if not any(weights.of(kind) for kind in kinds):
         raise RecipeError(f"one of {', '.join(kinds)} must have a weight above 0")

@@ -28,8 +28,8 @@ from tercet.rank.coded import FACTOR, top_k_coded
 from tercet.rank.quantized import (
     PRECISIONS,
     STORED,
+    CodePrecision,
     Codes,
-    Precision,
     Quantizer,
     Ranges,
     Stored,
@@ -102,7 +102,7 @@ def retention(  # noqa: PLR0913 (independent choices, each with a default)
 def measure_coded(  # noqa: PLR0913 (independent choices, each with a default)
     embedder: Embedder,
     data: RetrievalSet,
-    precision: Precision,
+    precision: CodePrecision,
     *,
     task: str | None = None,
     dims: int | None = None,
@@ -154,7 +154,7 @@ class StoredDocuments:
             learned=dims not in self.settings.ranges,
         )
 
-    def _codes(self, precision: Precision) -> Codes:
+    def _codes(self, precision: CodePrecision) -> Codes:
         """Encode the documents; their ranges are learned here if the model has none."""
         dims = self.documents.shape[1]
         if dims not in self.settings.ranges:
@@ -185,7 +185,7 @@ def chosen_dims(embedder: Embedder, dims: Sequence[int] | None) -> list[int]:
 class CodeError:
     """What is lost when some vectors become codes of one precision."""
 
-    precision: Precision
+    precision: CodePrecision
     limit: float  # codes reach this far on either side of the centre
     beyond: float  # share of coordinates outside, which are cut
     error: float  # root mean squared distance between a vector and its decoded codes

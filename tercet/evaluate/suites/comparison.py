@@ -34,7 +34,7 @@ from tercet.files.artifacts import KeptResults
 from tercet.files.console import say
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
-from tercet.rank.quantized import Precision
+from tercet.rank.quantized import CodePrecision
 
 LoadModel: TypeAlias = Callable[[str], Embedder]
 Figures: TypeAlias = dict[str, dict[str, Interval]]
@@ -52,7 +52,7 @@ class ComparisonOptions:
     baselines: bool = True
     split: str | None = None
     dims: int | None = None
-    precision: Precision | None = None  # of codes that documents are stored in
+    precision: CodePrecision | None = None  # of codes that documents are stored in
     kinds: tuple[Kind, ...] | None = None  # of a single set, and the next two
     weights: Weights | None = None
     protocol: ProtocolName | None = None

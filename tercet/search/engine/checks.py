@@ -1,4 +1,4 @@
-"""What no engine takes: vectors of other kinds or widths, values that are no numbers, equal ids."""
+"""Checks of records and queries: kinds, widths, finite values and unique ids."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ Widths = Mapping[Kind, int]  # of each kind of vectors; 0 for terms, which have 
 
 
 def require_same(place: object, kind: Kind, there: str, wanted: str | None) -> None:
-    """Refuse another way to store vectors than there is; None wants no other.
+    """Check that vectors are stored in the wanted precision; None accepts any.
 
     Raises:
         RecipeError: naming both.
@@ -25,12 +25,12 @@ def require_same(place: object, kind: Kind, there: str, wanted: str | None) -> N
         what = {"multi": "token"}.get(kind, kind)
         raise RecipeError(
             f"{place}: holds {what} vectors in {there}, not {wanted}; choose another place for "
-            "these, or leave the precision as it is"
+            "these, or do not set the precision"
         )
 
 
 def widths_of(vectors: Vectors) -> dict[Kind, int]:
-    """The kinds that are there, with their widths."""
+    """Return the kinds of vectors with their widths; 0 for terms."""
     found: dict[Kind, int] = {}
     if vectors.dense is not None:
         found["dense"] = vectors.dense.shape[1]
@@ -42,11 +42,11 @@ def widths_of(vectors: Vectors) -> dict[Kind, int]:
 
 
 def check_records(records: Sequence[Record], vectors: Vectors, widths: Widths) -> None:
-    """Refuse what an engine of these kinds and widths cannot hold; of none yet, it takes any.
+    """Check that an engine of these kinds and widths can hold the records; empty accepts any.
 
     Raises:
         DataError: when counts differ, two records share an id, or a text cannot be written.
-        ModelError: when the vectors have other kinds or widths, or hold a value that is no number.
+        ModelError: when the vectors have other kinds or widths, or hold NaN or infinity.
     """
     if len(records) != len(vectors):
         raise DataError("records", None, f"{len(records)} records but {len(vectors)} vectors")
@@ -58,7 +58,7 @@ def check_records(records: Sequence[Record], vectors: Vectors, widths: Widths) -
         try:
             f"{record.id}{record.title}{record.text}".encode()
         except UnicodeEncodeError as error:
-            problem = f"the texts of {record.id!r} are no Unicode: {error.reason}"
+            problem = f"the texts of {record.id!r} are not valid Unicode: {error.reason}"
             raise DataError("records", number, problem) from error
     found = widths_of(vectors)
     if widths and set(found) != set(widths):
@@ -76,10 +76,10 @@ def check_records(records: Sequence[Record], vectors: Vectors, widths: Widths) -
 
 
 def check_queries(queries: Vectors, widths: Widths) -> None:
-    """Refuse queries that an engine cannot compare with what it holds.
+    """Check that an engine of these widths can compare the queries.
 
     Raises:
-        ModelError: when a width differs, or a value is no number.
+        ModelError: when a width differs, or a value is NaN or infinite.
     """
     _check_widths(widths_of(queries), widths, "the queries")
     broken = unusable(queries)
@@ -91,7 +91,7 @@ def check_queries(queries: Vectors, widths: Widths) -> None:
 
 
 def unusable(vectors: Vectors) -> Bool[Tensor, "texts"]:
-    """Which texts have a value that is not finite, or a weight below zero."""
+    """Return which texts have a value that is not finite, or a negative weight."""
     bad = torch.zeros(len(vectors), dtype=torch.bool)
     if vectors.dense is not None:
         bad |= ~vectors.dense.isfinite().all(dim=1)

@@ -1,4 +1,4 @@
-"""What a search engine is: the same calls for every one of them.
+"""The interface of search engines.
 
 A record is upserted by its id together with the vectors of its text. Queries are vectors too, so
 an engine knows nothing of models. ``tests/search/test_conformance.py`` says what all must do.
@@ -25,7 +25,7 @@ CANDIDATES: Final = 100  # of each kind, where a fusion asks for some
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A document and what is known of it."""
+    """A document with its text, title and fields."""
 
     id: str
     text: str
@@ -46,10 +46,9 @@ class Hit:
 class Weighted:
     """Rank by the weighted sum of the scores (arXiv 2402.03216, section 3.3).
 
-    With ``candidates`` only the best so many by each single-vector kind are looked at, dense and
-    sparse, and each of them gets its true score by every kind: a document that is missing in one
-    list is not taken to score zero there. None looks at all documents, where the engine can; so
-    does any number where there are token vectors alone.
+    With ``candidates``, only that many best documents by dense and by sparse vectors are ranked,
+    each with its true score by every kind. None ranks all documents, where the engine can; so does
+    any number with token vectors only.
     """
 
     weights: Weights = field(default_factory=Weights)
@@ -104,13 +103,13 @@ class Engine(Protocol):
         ...
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Remove records; how many there were of these."""
+        """Remove records and return how many of them existed."""
         ...
 
     def search(
         self, queries: Vectors, k: int, *, fusion: Fusion | None = None, where: Where | None = None
     ) -> list[list[Hit]]:
-        """The best records of each query, best first, at most ``k``.
+        """Return at most ``k`` best records of each query, best first.
 
         None fuses by the weights of :class:`Weighted`. Kinds that the engine or the queries lack
         do not count; a query without any terms is found by the other kinds.
@@ -118,35 +117,35 @@ class Engine(Protocol):
         ...
 
     def fetch(self, ids: Sequence[str]) -> list[Record | None]:
-        """The records of these ids; None for one that is not there."""
+        """Return the records of these ids; None for an unknown id."""
         ...
 
     def scan(self, where: Where | None = None) -> Iterator[Record]:
-        """All records, in no particular order."""
+        """Yield all records, in no particular order."""
         ...
 
     def optimize(self) -> None:
-        """Make what was upserted fast to find, and drop what was deleted from the disk."""
+        """Build what makes searches fast, and free the disk space of deleted records."""
         ...
 
     def flush(self) -> None:
-        """Put everything on the disk; after it a kill loses nothing."""
+        """Write everything to disk, so that a kill loses nothing."""
         ...
 
     def stats(self) -> Stats:
-        """What is in it."""
+        """Return what the engine holds."""
         ...
 
     def close(self) -> None:
-        """Flush, and let another process open it."""
+        """Flush, and release it for other processes."""
         ...
 
 
 def counted(fusion: Fusion, present: Sequence[Kind]) -> tuple[Kind, ...]:
-    """The kinds that a fusion looks at, of those that are present.
+    """Return the kinds that count in a fusion, of those that are present.
 
     Raises:
-        RecipeError: when there is none.
+        RecipeError: when no kind counts.
     """
     if isinstance(fusion, ReciprocalRank):
         kinds: tuple[Kind, ...] = tuple(kind for kind in present if kind in fusion.kinds)

@@ -1,4 +1,4 @@
-"""How the scores and ranks of several kinds become one ranking, the same for every engine."""
+"""Fusion of the scores and ranks of several kinds into one ranking, the same for all engines."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
@@ -11,15 +11,15 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def proposing(fusion: Fusion, present: Sequence[Kind]) -> tuple[Kind, ...]:
-    """The kinds whose best records are candidates, of those present; none: all records are.
+    """Return the kinds that propose candidates; empty if all records are ranked.
 
     Raises:
-        RecipeError: when candidates are to be found by dense vectors, and there are none.
+        RecipeError: when candidates must come from dense vectors, and the queries have none.
     """
     if isinstance(fusion, Rerank):
         if "dense" not in present:
             raise RecipeError(
-                "reranking finds its candidates by dense vectors, and there are none; "
+                "reranking needs dense vectors to find its candidates; "
                 "rank by the weighted sum instead"
             )
         return ("dense",)
@@ -31,17 +31,17 @@ def proposing(fusion: Fusion, present: Sequence[Kind]) -> tuple[Kind, ...]:
 
 
 def wanted(fusion: Fusion, k: int) -> int:
-    """How many candidates each kind proposes for ``k`` hits."""
+    """Return how many candidates each kind proposes for ``k`` hits."""
     return k if fusion.candidates is None else max(k, fusion.candidates)
 
 
 def weighted_sum(scores: Mapping[Kind, float], weights: Weights) -> float:
-    """The sum of the scores, each times its weight (arXiv 2402.03216, section 3.3)."""
+    """Return the weighted sum of the scores (arXiv 2402.03216, section 3.3)."""
     return sum(weights.of(kind) * score for kind, score in scores.items())
 
 
 def reciprocal_ranks(lists: Sequence[Sequence[Name]], k: int) -> dict[Name, float]:
-    """The sum of 1 / (k + rank) over the lists that name a record; the first rank is 1."""
+    """Return the sum of 1 / (k + rank) over lists, from rank 1 (Cormack et al. 2009)."""
     sums: dict[Name, float] = {}
     for names in lists:
         for rank, name in enumerate(names, start=1):

@@ -53,7 +53,7 @@ _ATTEMPTS: Final = 5  # to open for reading while another process writes
 
 
 class ExactEngine:
-    """Records and vectors in a folder; see :class:`tercet.search.engine.engine.Engine`.
+    """Records and vectors in a folder, all scored; see :class:`tercet.search.engine.engine.Engine`.
 
     ``precision`` is that of token vectors, by far the largest part: half precision moves a score
     of unit vectors by less than 0.001. Dense vectors may be ``stored`` in codes of 8, 4 or 1 bits,
@@ -134,7 +134,7 @@ class ExactEngine:
     # ---- what changes it -------------------------------------------------------------------------
 
     def settle(self, ranges: Ranges) -> None:
-        """Say what codes of dense vectors stand for, unless that is known already."""
+        """Set the ranges of dense codes, unless they are set already."""
         self._writing()
         with self._lock:
             if not self.is_settled:
@@ -180,7 +180,7 @@ class ExactEngine:
         return settled
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Remove records; how many there were of these."""
+        """Remove records and return how many of them existed."""
         self._writing()
         with self._lock:
             return self._forget(ids)
@@ -224,9 +224,7 @@ class ExactEngine:
 
     def _writing(self) -> None:
         if self.read_only:
-            raise RecipeError(
-                f"{self.folder}: is closed, or was opened for reading only; open it to write"
-            )
+            raise RecipeError(f"{self.folder}: is closed or read-only; open it for writing")
 
     def _by_id(self) -> dict[str, tuple[LivePart, int]]:
         """Where each id is; read when the first change or look-up needs it."""
@@ -296,7 +294,7 @@ class ExactEngine:
     def search(
         self, queries: Vectors, k: int, *, fusion: Fusion | None = None, where: Where | None = None
     ) -> list[list[Hit]]:
-        """The best records of each query, best first; see :class:`Engine`."""
+        """Return the best records of each query, best first; see :class:`Engine`."""
         fusion = Weighted() if fusion is None else fusion
         queries = queries.to("cpu")
         with self._lock:
@@ -316,12 +314,12 @@ class ExactEngine:
         return [[Hit(records[hit.row], hit.score, hit.scores) for hit in hits] for hits in found]
 
     def _check_scores(self, scores: Iterable[float]) -> None:
-        """Only numbers were stored and asked for: another score means that files have changed."""
+        """Raise for NaN: stored vectors and queries were finite, so files must have changed."""
         if not all(map(isfinite, scores)):
             raise damaged(self.folder, "its vectors hold NaN or infinity")
 
     def fetch(self, ids: Sequence[str]) -> list[Record | None]:
-        """The records of these ids; None for one that is not there."""
+        """Return the records of these ids; None for an unknown id."""
         with self._lock:
             places = self._by_id()
             views = self._views({})
@@ -349,7 +347,7 @@ class ExactEngine:
                 start += len(table)
 
     def stats(self) -> Stats:
-        """What is in it."""
+        """Return what the engine holds."""
         with self._lock:
             parts = self._parts
             size = sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
@@ -387,7 +385,7 @@ def _ranked(
     """Return the best ``k`` rows of each query by the kinds that count, best first.
 
     Raises:
-        RecipeError: when candidates are to be found by dense vectors, and there are none.
+        RecipeError: when candidates must come from dense vectors, and the queries have none.
     """
     proposers = proposing(fusion, scan.queries.kinds)
     if not proposers:

@@ -53,7 +53,7 @@ class Manifest:
 
 
 def read(folder: Path) -> Manifest | None:
-    """The last commit of a folder; None where there is no engine.
+    """Return the last commit of a folder; None without one.
 
     Raises:
         IndexFolderError: when it cannot be read, or is of another version.
@@ -68,7 +68,7 @@ def read(folder: Path) -> Manifest | None:
         raise damaged(folder, f"{FILE} is not of version {VERSION}")
     about = {"stored": "float32", "ranges": None} | about  # older ones say nothing of codes
     if not _is_sound(about):
-        raise damaged(folder, f"{FILE} does not say what it should")
+        raise damaged(folder, f"{FILE} has invalid content")
     about["ranges"] = _ranges_of(folder, about)
     return Manifest(**about)
 

@@ -60,7 +60,7 @@ class RecordTable:
         return cls(pa.table(columns, schema=SCHEMA))
 
     def blocks(self, columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
-        """All rows in order, so many at a time as are read together."""
+        """Yield all rows in order, by row groups."""
         for group in range(len(self._starts()) - 1):
             yield self._group(group, columns)
 
@@ -129,7 +129,7 @@ class RecordTable:
 
 
 def damaged(folder: Path, problem: str) -> IndexFolderError:
-    """What to say of a folder that nobody but a disk or an editor can have made so."""
+    """Return the error for a folder with damaged content."""
     return IndexFolderError(
         f"{folder}: the index is damaged ({' '.join(problem.split())}); build it again with: "
         "tercet index --fresh"
@@ -150,23 +150,23 @@ def _as_json(record: Record) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coding:
-    """How vectors of one width become codes: those that are searched, and finer ones of some."""
+    """How vectors of one width become codes: those that are searched, and perhaps finer ones."""
 
     dims: int
     quantizers: tuple[Quantizer, ...]
 
     @classmethod
     def by(cls, stored: Stored, ranges: Ranges) -> "Coding":
-        """What these ranges make of ``stored``, which is not float32."""
+        """Make it from the ranges of codes, for ``stored`` other than float32."""
         return cls(len(ranges.centre), tuple(map(ranges.quantizer, codes_of(stored))))
 
     @property
     def bytes(self) -> tuple[int, ...]:
-        """Of a vector, in each sort of its codes."""
+        """Bytes of a vector in each array of codes."""
         return tuple(bytes_of(each.precision, self.dims) for each in self.quantizers)
 
     def coded(self, vectors: Float32[np.ndarray, "docs dims"]) -> "CodedVectors":
-        """These vectors in codes."""
+        """Return these vectors in codes."""
         return CodedVectors(self, tuple(each.codes(vectors).packed for each in self.quantizers))
 
 
@@ -182,7 +182,7 @@ class CodedVectors:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the array that they stand for."""
+        """Shape of the array that the codes represent."""
         return len(self), self.coding.dims
 
     @property
@@ -196,7 +196,7 @@ class CodedVectors:
         k: int,
         allowed: Bool[np.ndarray, "docs"] | None,
     ) -> Hits:
-        """The ``k`` best of those that are allowed; see :func:`top_k_coded`."""
+        """Return the ``k`` best of the allowed documents; see :func:`top_k_coded`."""
         coarse, *others = map(self._codes, range(len(self.arrays)))
         finer = others[0] if others else None
         factor = max(FACTOR, -(-CANDIDATES // max(k, 1)))
@@ -205,7 +205,7 @@ class CodedVectors:
     def scores(
         self, queries: Float32[np.ndarray, "queries dims"], rows: slice | Int64[np.ndarray, "rows"]
     ) -> Float32[np.ndarray, "queries rows"]:
-        """What queries score with these rows, by the finest codes."""
+        """Return the scores of queries with these rows, by the finest codes."""
         return scores_of(queries, self._codes(-1).take(rows))
 
     def _codes(self, sort: int) -> Codes:
@@ -213,21 +213,21 @@ class CodedVectors:
 
 
 DenseVectors: TypeAlias = Float32[np.ndarray, "_ _"] | CodedVectors
-"""The dense vectors of a segment, as they are or in codes."""
+"""The dense vectors of a segment, in float32 or in codes."""
 
 
 def arrays_of(dense: DenseVectors) -> tuple[Shaped[np.ndarray, "docs _"], ...]:
-    """What is kept of them, a row a document."""
+    """Return the arrays that are stored, one row a document."""
     return dense.arrays if isinstance(dense, CodedVectors) else (dense,)
 
 
 def dense_of(arrays: Sequence[Shaped[np.ndarray, "docs _"]], coding: Coding | None) -> DenseVectors:
-    """The vectors that were kept so."""
+    """Return the vectors that were stored as these arrays."""
     return arrays[0] if coding is None else CodedVectors(coding, tuple(arrays))
 
 
 def coding_of(dense: DenseVectors | None) -> Coding | None:
-    """How they became codes; None of float32."""
+    """Return how vectors became codes; None for float32."""
     return dense.coding if isinstance(dense, CodedVectors) else None
 
 
@@ -267,7 +267,7 @@ class Segment:
         return sum(array.nbytes for array in arrays if array is not None)
 
     def fulfilling(self, where: Where) -> Bool[np.ndarray, "docs"]:
-        """Which rows have the values that are asked for, in every field."""
+        """Return which rows have one of the wanted values in every field."""
         kept = np.ones(len(self), dtype=np.bool_)
         if where and "by value" not in self._values:
             self._values["by value"] = self._rows_by_value()

@@ -1,7 +1,7 @@
 """Qdrant Edge: an approximate engine inside this process, for more documents than are scanned.
 
 A query holds Python's global lock while it runs, and one process at a time opens a folder: a server
-keeps it in one process of its own. What was upserted is scanned until ``optimize()`` has built a
+keeps it in one separate process. What was upserted is scanned until ``optimize()`` has built a
 graph of the dense vectors. Dense vectors may have codes of 8, 4 or 1 bits, Qdrant's own, by which
 candidates are found; they are scored again by the vectors themselves, which stay on the disk and
 take as much of it as before: codes save memory and time. Token vectors have no graph: they rank
@@ -28,9 +28,9 @@ from tercet.kinds import KINDS, Kind
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.checks import Widths, require_same
-from tercet.search.qdrant.points import Facts, Part, Point, TermRow, check_stored
+from tercet.search.qdrant.points import Facts, Point, PointVector, TermRow, check_stored
 from tercet.search.qdrant.qdrant_engine import Payload
-from tercet.search.qdrant.queries import Ask, Found, Ranks, Stage
+from tercet.search.qdrant.queries import PointQuery, Prefetch, RankFusion, ScoredPoint
 from tercet.segments import batches_within
 
 try:
@@ -129,7 +129,7 @@ class EdgeStore:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Name the folder when the disk refuses."""
+        """Turn errors of writing into a StorageError."""
         try:
             with clear_about(self._folder):
                 yield
@@ -140,7 +140,7 @@ class EdgeStore:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Name the folder and the remedy when its files are not what they were."""
+        """Turn errors of reading into an IndexFolderError."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -171,14 +171,14 @@ class EdgeStore:
             self._shard.update(edge.UpdateOperation.delete_points(numbers))
 
     def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
-        """Those that are there, with what is stored beside their vectors where that is asked."""
+        """Return the existing points, with their payloads if wanted."""
         numbers: list[Any] = list(ids)
         with self._reading():
             found = self._shard.retrieve(numbers, with_payload=with_payload, with_vector=False)
         return {_uuid(point): point.payload or {} for point in found}
 
     def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
-        """At most so many points that fulfil a filter, and where the next page starts, or None."""
+        """Return at most ``size`` points that match a filter, and the start of the next page."""
         request = edge.ScrollRequest(
             offset=start, limit=size, filter=_filter(facts), with_payload=True, with_vector=False
         )
@@ -186,7 +186,7 @@ class EdgeStore:
             points, following = self._shard.scroll(request)
         return [point.payload or {} for point in points], following
 
-    def ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
+    def ask(self, asks: Sequence[PointQuery]) -> list[list[ScoredPoint]]:
         """The points that each search finds."""
         if not asks:
             return []
@@ -194,7 +194,7 @@ class EdgeStore:
         with self._reading():
             answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
         return [
-            [Found(_uuid(point), point.score, point.payload or {}) for point in points]
+            [ScoredPoint(_uuid(point), point.score, point.payload or {}) for point in points]
             for points in answers
         ]
 
@@ -242,7 +242,7 @@ class EdgeStore:
 
 
 def _is_the_engine_s(error: BaseException) -> bool:
-    """Whether the engine raised it: all its errors are of the plainest kind, or panics."""
+    """Return whether Qdrant Edge raised it: it raises plain exceptions, or panics."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
@@ -259,7 +259,7 @@ def _read_widths(path: Path) -> dict[Kind, int]:
     found = json.loads(path.read_text(encoding="utf-8"))
     numbers = found.values() if isinstance(found, dict) and set(found) <= set(KINDS) else [None]
     if not found or not all(type(number) is int for number in numbers):
-        raise ValueError(f"{path.name} does not say what it should")
+        raise ValueError(f"{path.name} has invalid content")
     return {kind: found[kind] for kind in KINDS if kind in found}
 
 
@@ -271,14 +271,14 @@ def _read_stored(path: Path) -> Stored:
     """
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else "float32"
     if found not in STORED:
-        raise ValueError(f"{path.name} does not say what it should")
+        raise ValueError(f"{path.name} has invalid content")
     return found
 
 
 def _read_pending(path: Path) -> int:
     try:
         return int(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # never flushed, or damaged: nothing hangs on it
+    except (OSError, ValueError, TypeError):  # never flushed, or damaged: nothing depends on it
         return 0
 
 
@@ -325,14 +325,14 @@ def _point(point: Point) -> Any:
     return edge.Point(point.id, vectors, point.payload)
 
 
-def _vector(part: Part) -> Any:
+def _vector(part: PointVector) -> Any:
     if isinstance(part, TermRow):
         ids, weights = cast("Any", part.ids), cast("Any", part.weights)  # it takes arrays as well
         return edge.SparseVector(ids, weights)
     return part
 
 
-def _request(ask: Ask, ef: int | None) -> Any:
+def _request(ask: PointQuery, ef: int | None) -> Any:
     if ask.fuse is None:
         (stage,) = ask.stages
         return edge.QueryRequest(
@@ -342,7 +342,7 @@ def _request(ask: Ask, ef: int | None) -> Any:
             params=_params(stage, ef),
             with_payload=ask.with_payload,
         )
-    if isinstance(ask.fuse, Ranks):
+    if isinstance(ask.fuse, RankFusion):
         query: Any = edge.Fusion.Rrf(ask.fuse.k + 1)  # its ranks begin with 0
     else:
         query = _formula(ask.fuse.weights)
@@ -354,7 +354,7 @@ def _request(ask: Ask, ef: int | None) -> Any:
     )
 
 
-def _prefetch(stage: Stage, ask: Ask, ef: int | None) -> Any:
+def _prefetch(stage: Prefetch, ask: PointQuery, ef: int | None) -> Any:
     """A stage; the filter stands where points are first found."""
     return edge.Prefetch(
         stage.limit,
@@ -365,11 +365,11 @@ def _prefetch(stage: Stage, ask: Ask, ef: int | None) -> Any:
     )
 
 
-def _nearest(stage: Stage) -> Any:
+def _nearest(stage: Prefetch) -> Any:
     return edge.Query.Nearest(_vector(stage.query), using=stage.kind)
 
 
-def _params(stage: Stage, ef: int | None) -> Any:
+def _params(stage: Prefetch, ef: int | None) -> Any:
     """Exact stages go by the vectors as they are; others by codes, if there are, and then these."""
     rescoring = edge.QuantizationSearchParams(rescore=True, oversampling=float(FACTOR))
     return edge.SearchParams(exact=stage.exact, hnsw_ef=ef, quantization=rescoring)

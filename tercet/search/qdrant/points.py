@@ -37,17 +37,17 @@ class TermRow:
     weights: np.ndarray  # [terms], float32
 
 
-Part: TypeAlias = np.ndarray | TermRow  # of one text: [dim], terms, or [tokens, width]
-Parts: TypeAlias = Mapping[Kind, Part]
+PointVector: TypeAlias = np.ndarray | TermRow  # of one text: [dim], terms, or [tokens, width]
+PointVectors: TypeAlias = Mapping[Kind, PointVector]
 Facts: TypeAlias = tuple[tuple[str, ...], ...]  # of each group a record has one
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A record as it is stored."""
+    """A record in the form that Qdrant stores."""
 
     id: UUID
-    parts: Parts
+    parts: PointVectors
     payload: dict[str, Any]
 
     @property
@@ -60,10 +60,9 @@ class Point:
 
 
 def check_stored(stored: Stored | None) -> None:
-    """Refuse what neither engine can do with dense vectors.
+    """Check that Qdrant can store dense vectors so.
 
-    Both have codes of 8, 4 and 1 bits of their own, beside the vectors as they are, which score the
-    candidates again.
+    Both have their own codes of 8, 4 and 1 bits beside the vectors, which re-score candidates.
 
     Raises:
         RecipeError: for bits with finer codes.
@@ -98,9 +97,9 @@ def points_of(records: Sequence[Record], vectors: Vectors, widths: Widths) -> li
     ]
 
 
-def parts_of(vectors: Vectors) -> list[dict[Kind, Part]]:
+def parts_of(vectors: Vectors) -> list[dict[Kind, PointVector]]:
     """The vectors text by text, without kinds that a text has nothing of."""
-    rows: list[dict[Kind, Part]] = [{} for _ in range(len(vectors))]
+    rows: list[dict[Kind, PointVector]] = [{} for _ in range(len(vectors))]
     if vectors.dense is not None:
         for row, vector in zip(rows, _array(vectors.dense), strict=True):
             row["dense"] = vector

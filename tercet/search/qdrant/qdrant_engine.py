@@ -14,7 +14,7 @@ from tercet.kinds import KINDS, Kind
 from tercet.search.engine.checks import Widths, widths_of
 from tercet.search.engine.engine import Fusion, Hit, Record, Stats, Where
 from tercet.search.qdrant.points import Facts, Point, facts_of, points_of, record_of, uuid_of
-from tercet.search.qdrant.queries import Ask, Found, batched, search
+from tercet.search.qdrant.queries import PointQuery, ScoredPoint, batched, search
 from tercet.vectors import Vectors
 
 POINTS_AT_ONCE: Final = 1_000  # looked up, deleted or scanned by one call into the store
@@ -41,7 +41,7 @@ class Store(Protocol):
         ...
 
     def put(self, points: Sequence[Point]) -> None:
-        """Add points, or replace those of the same numbers; these may be any many."""
+        """Add points, or replace those of the same numbers; any number of them."""
         ...
 
     def drop(self, ids: Sequence[UUID]) -> None:
@@ -49,14 +49,14 @@ class Store(Protocol):
         ...
 
     def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
-        """Those that are there, with what is stored beside their vectors where that is asked."""
+        """Return the existing points, with their payloads if wanted."""
         ...
 
     def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
-        """At most so many points that fulfil a filter, and where the next page starts, or None."""
+        """Return at most ``size`` points that match a filter, and the start of the next page."""
         ...
 
-    def ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
+    def ask(self, asks: Sequence[PointQuery]) -> list[list[ScoredPoint]]:
         """The points that each search finds."""
         ...
 
@@ -103,7 +103,7 @@ class QdrantEngine:
         self.store.put(points)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Remove records; how many there were of these."""
+        """Remove records and return how many of them existed."""
         gone = 0
         for some in self._numbers(ids):
             there = list(self.store.look_up(some, with_payload=False))
@@ -115,7 +115,7 @@ class QdrantEngine:
     def search(
         self, queries: Vectors, k: int, *, fusion: Fusion | None = None, where: Where | None = None
     ) -> list[list[Hit]]:
-        """The best records of each query; dense candidates may miss some that are as near."""
+        """Return the best records of each query; dense candidates are approximate."""
         if not self.store.widths:
             return [[] for _ in range(len(queries))]
         return search(
@@ -130,7 +130,7 @@ class QdrantEngine:
         )
 
     def fetch(self, ids: Sequence[str]) -> list[Record | None]:
-        """The records of these ids; None for one that is not there."""
+        """Return the records of these ids; None for an unknown id."""
         there: dict[UUID, Record] = {}
         for some in self._numbers(ids):
             found = self.store.look_up(some, with_payload=True)
@@ -156,7 +156,7 @@ class QdrantEngine:
         self.store.flush()
 
     def stats(self) -> Stats:
-        """What is in it."""
+        """Return what the engine holds."""
         records = self.store.count() if self.store.widths else 0
         used, pending = self.store.usage()
         return Stats(records, self.kinds, used, min(pending, records))

@@ -1,4 +1,4 @@
-"""What both Qdrant engines ask for when they search.
+"""Searches of both Qdrant engines.
 
 They ask twice. First for the best points, fused inside the engine: one list a kind, each over the
 same candidates, so that a document missing among the best of one kind gets its true score by it.
@@ -24,7 +24,7 @@ from tercet.search.engine.engine import (
     counted,
 )
 from tercet.search.engine.fusion import proposing, wanted, weighted_sum
-from tercet.search.qdrant.points import Facts, Part, Parts, facts_of, parts_of
+from tercet.search.qdrant.points import Facts, PointVector, PointVectors, facts_of, parts_of
 from tercet.vectors import Vectors
 
 ASKED_TOGETHER: Final = 32  # queries of one call into the engine
@@ -32,18 +32,18 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Prefetch:
     """The best points by one kind, of all or of those that other stages found."""
 
     kind: Kind
-    query: Part
+    query: PointVector
     limit: int
     exact: bool = False
     among: tuple["Stage", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
+class SumFusion:
     """Rank by a weighted sum of the stages' scores; a point that is not in one scores zero there.
 
     That is its true score if every stage looks at all candidates: what is left out then has no
@@ -54,26 +54,26 @@ class Sum:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class RankFusion:
     """Rank by the sum of 1 / (k + rank) over the stages, where ranks begin with 1."""
 
     k: int
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PointQuery:
     """One search of the engine: stages and how they are fused; None for a single one."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[Prefetch, ...]
     limit: int
-    fuse: Sum | Ranks | None = None
+    fuse: SumFusion | RankFusion | None = None
     facts: Facts = ()
     only: frozenset[UUID] | None = None
     with_payload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ScoredPoint:
     """A point and what it scored."""
 
     id: UUID
@@ -81,12 +81,12 @@ class Found:
     payload: Mapping[str, Any]
 
 
-Asking: TypeAlias = Callable[[Sequence[Ask]], list[list[Found]]]
-Reading: TypeAlias = Callable[[Mapping[str, Any]], Record]
+RunQueries: TypeAlias = Callable[[Sequence[PointQuery]], list[list[ScoredPoint]]]
+RecordOf: TypeAlias = Callable[[Mapping[str, Any]], Record]
 
 
 def search(  # noqa: PLR0913 (a search, and where it takes place)
-    asking: Asking,
+    asking: RunQueries,
     queries: Vectors,
     widths: Widths,
     *,
@@ -94,9 +94,9 @@ def search(  # noqa: PLR0913 (a search, and where it takes place)
     k: int,
     fusion: Fusion | None,
     where: Where | None,
-    record_of: Reading,
+    record_of: RecordOf,
 ) -> list[list[Hit]]:
-    """The best records of each query, with their scores by each kind that counts.
+    """Return the best records of each query, with their scores by each kind that counts.
 
     ``record_of`` makes a record of what is stored beside a point's vectors.
 
@@ -119,7 +119,7 @@ def search(  # noqa: PLR0913 (a search, and where it takes place)
 
 
 def batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Runs of at most so many."""
+    """Yield runs of at most ``size`` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
@@ -134,36 +134,44 @@ class _Planner:
     records: int
     facts: Facts
 
-    def __call__(self, parts: Parts, k: int) -> Ask | None:
+    def __call__(self, parts: PointVectors, k: int) -> PointQuery | None:
         """None where the query has nothing to be found by."""
         limit = min(wanted(self.fusion, k), self.records)
-        proposed = tuple(Stage(kind, parts[kind], limit) for kind in self.by if kind in parts)
+        proposed = tuple(Prefetch(kind, parts[kind], limit) for kind in self.by if kind in parts)
         if self.by and not proposed:
             return None
         if isinstance(self.fusion, ReciprocalRank):
-            return Ask(proposed, k, Ranks(self.fusion.k), self.facts, with_payload=True)
+            return PointQuery(proposed, k, RankFusion(self.fusion.k), self.facts, with_payload=True)
         over = min(limit * len(proposed), self.records) if self.by else self.records
         stages = tuple(
-            Stage(kind, parts[kind], over, exact=True, among=proposed)
+            Prefetch(kind, parts[kind], over, exact=True, among=proposed)
             for kind in self.kinds
             if kind in parts
         )
         weights = tuple(weight_of(stage, self.fusion.weights) for stage in stages)
-        return Ask(stages, k, Sum(weights), self.facts, with_payload=True) if stages else None
+        return (
+            PointQuery(stages, k, SumFusion(weights), self.facts, with_payload=True)
+            if stages
+            else None
+        )
 
 
-def weight_of(stage: Stage, weights: Weights) -> float:
-    """The weight of a stage's score: by several vectors it is a sum, and ours is a mean."""
+def weight_of(stage: Prefetch, weights: Weights) -> float:
+    """Return the weight of a stage's score; for token vectors Qdrant sums where we average."""
     return weights.of(stage.kind) / _terms(stage.kind, stage.query)
 
 
-def _terms(kind: Kind, query: Part) -> int:
-    """By how much the engine's score is larger than ours: the tokens of the query."""
+def _terms(kind: Kind, query: PointVector) -> int:
+    """Return the factor between the engine's score and ours: the tokens of the query."""
     return len(query) if kind == "multi" and isinstance(query, np.ndarray) else 1
 
 
 def _search_several(
-    asking: Asking, several: Sequence[Parts], planner: _Planner, k: int, record_of: Reading
+    asking: RunQueries,
+    several: Sequence[PointVectors],
+    planner: _Planner,
+    k: int,
+    record_of: RecordOf,
 ) -> list[list[Hit]]:
     asks = [planner(parts, k) for parts in several]
     answers = iter(asking([ask for ask in asks if ask is not None]))
@@ -176,12 +184,12 @@ def _search_several(
 
 
 def _scores_by_kind(
-    asking: Asking,
-    several: Sequence[Parts],
-    found: Sequence[Sequence[Found]],
+    asking: RunQueries,
+    several: Sequence[PointVectors],
+    found: Sequence[Sequence[ScoredPoint]],
     kinds: tuple[Kind, ...],
 ) -> list[dict[Kind, dict[UUID, float]]]:
-    """What the points that were found score by each kind, query by query."""
+    """Return the scores of the found points by each kind, query by query."""
     scores: list[dict[Kind, dict[UUID, float]]] = [{kind: {} for kind in kinds} for _ in several]
     places: list[tuple[int, Kind]] = [
         (number, kind)
@@ -190,8 +198,8 @@ def _scores_by_kind(
         if kind in parts and found[number]
     ]
     asks = [
-        Ask(
-            (Stage(kind, several[number][kind], len(found[number]), exact=True),),
+        PointQuery(
+            (Prefetch(kind, several[number][kind], len(found[number]), exact=True),),
             len(found[number]),
             only=frozenset(point.id for point in found[number]),
         )
@@ -204,10 +212,10 @@ def _scores_by_kind(
 
 
 def _hits(
-    points: Sequence[Found],
+    points: Sequence[ScoredPoint],
     by_kind: Mapping[Kind, Mapping[UUID, float]],
     fusion: Fusion,
-    record_of: Reading,
+    record_of: RecordOf,
 ) -> list[Hit]:
     hits: list[Hit] = []
     for point in points:

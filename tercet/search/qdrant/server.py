@@ -16,9 +16,9 @@ from tercet.kinds import KINDS
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import Stored
 from tercet.search.engine.checks import Widths, require_same
-from tercet.search.qdrant.points import Facts, Part, Point, TermRow, check_stored
+from tercet.search.qdrant.points import Facts, Point, PointVector, TermRow, check_stored
 from tercet.search.qdrant.qdrant_engine import Payload
-from tercet.search.qdrant.queries import Ask, Found, Ranks, Stage
+from tercet.search.qdrant.queries import PointQuery, Prefetch, RankFusion, ScoredPoint
 from tercet.segments import batches_within
 
 try:
@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("a Qdrant server", "qdrant") from error
 
-Params: TypeAlias = Callable[[Stage], api.SearchParams | None]
+Params: TypeAlias = Callable[[Prefetch], api.SearchParams | None]
 _BATCH_NUMBERS: Final = 500_000  # of vectors in one request: some 10 MB of JSON; a server takes 32
 _MARK: Final = "tercet"  # where a collection says whose it is
 _CODES_OF: Final[Mapping[Any, Stored]] = {
@@ -42,7 +42,7 @@ _PAUSE_SECONDS: Final = 0.5  # between two looks at a server that optimizes
 class ClusterStore:
     """Points in a collection of a Qdrant server."""
 
-    def __init__(  # noqa: PLR0913 (each is a choice of its own, with a default)
+    def __init__(  # noqa: PLR0913 (independent options with defaults)
         self,
         server: str | QdrantClient,
         collection: str,
@@ -53,7 +53,7 @@ class ClusterStore:
         ef: int | None = None,
         stored: Stored | None = None,
     ) -> None:
-        """Look for the collection; if there is none, ``create`` makes one.
+        """Look for the collection; if missing, ``create`` makes one.
 
         ``server`` is a URL, or a client that stays open. With a ``mark``, a collection that is
         made carries it, and one that carries another or none is left alone. ``ef`` is how many
@@ -114,7 +114,7 @@ class ClusterStore:
                 f"{self._place}: the server does not answer, or refuses ({problem}); "
                 "see that it runs, and that address and key are right"
             ) from error
-        except ValueError as error:  # a URL that is none
+        except ValueError as error:  # an invalid URL
             raise IndexFolderError(
                 f"{self._place}: {error}; give an address such as http://localhost:6333"
             ) from error
@@ -148,7 +148,7 @@ class ClusterStore:
             return
         made = "no index of tercet" if found is None else "another index"
         raise IndexFolderError(
-            f"{self._place}: {made} made this collection, and it is left as it is; choose another "
+            f"{self._place}: {made} made this collection, and it is not changed; choose another "
             "name with --collection, or delete it on the server first"
         )
 
@@ -174,7 +174,7 @@ class ClusterStore:
                 self._client.delete_collection(self._name)
                 raise IndexFolderError(
                     f"{self._place}: the server does not keep what a collection says of itself, by "
-                    "which its index is told from others; use Qdrant 1.17 or newer"
+                    "which identifies its index; use Qdrant 1.17 or newer"
                 )
         self._widths = widths
 
@@ -198,14 +198,14 @@ class ClusterStore:
             self._client.delete(self._name, selected, wait=True)
 
     def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
-        """Those that are there, with what is stored beside their vectors where that is asked."""
+        """Return the existing points, with their payloads if wanted."""
         numbers = [str(uuid) for uuid in ids]
         with self._named():
             found = self._client.retrieve(self._name, numbers, with_payload=with_payload)
         return {_number(point.id): point.payload or {} for point in found}
 
     def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
-        """At most so many points that fulfil a filter, and where the next page starts, or None."""
+        """Return at most ``size`` points that match a filter, and the start of the next page."""
         with self._named():
             points, following = self._client.scroll(
                 self._name,
@@ -216,7 +216,7 @@ class ClusterStore:
             )
         return [point.payload or {} for point in points], following
 
-    def ask(self, asks: Sequence[Ask]) -> list[list[Found]]:
+    def ask(self, asks: Sequence[PointQuery]) -> list[list[ScoredPoint]]:
         """The points that each search finds."""
         if not asks:
             return []
@@ -224,7 +224,10 @@ class ClusterStore:
         with self._named():
             answers = self._client.query_batch_points(self._name, requests)
         return [
-            [Found(_number(point.id), point.score, point.payload or {}) for point in answer.points]
+            [
+                ScoredPoint(_number(point.id), point.score, point.payload or {})
+                for point in answer.points
+            ]
             for answer in answers
         ]
 
@@ -256,7 +259,7 @@ class ClusterStore:
         """Nothing to do: the server answers when it has written."""
 
     def usage(self) -> tuple[int, int]:
-        """Nothing on this machine's disk; what waits is the server's affair."""
+        """Return zeros: nothing is on this machine's disk."""
         return 0, 0
 
     def close(self) -> None:
@@ -270,7 +273,7 @@ class ClusterStore:
         said = self._client.init_options
         return said.get("location") == ":memory:" or bool(said.get("path"))
 
-    def _params(self, stage: Stage) -> api.SearchParams | None:
+    def _params(self, stage: Prefetch) -> api.SearchParams | None:
         if self._is_local:  # it scans, and warns of parameters
             return None
         rescoring = api.QuantizationSearchParams(rescore=True, oversampling=FACTOR)
@@ -323,13 +326,13 @@ def _point(point: Point) -> api.PointStruct:
     return api.PointStruct(id=str(point.id), vector=vectors, payload=point.payload)
 
 
-def _vector(part: Part) -> Any:
+def _vector(part: PointVector) -> Any:
     if isinstance(part, TermRow):
         return api.SparseVector(indices=part.ids.tolist(), values=part.weights.tolist())
     return part.tolist()
 
 
-def _request(ask: Ask, params: Params) -> api.QueryRequest:
+def _request(ask: PointQuery, params: Params) -> api.QueryRequest:
     if ask.fuse is None:
         (stage,) = ask.stages
         return api.QueryRequest(
@@ -340,7 +343,7 @@ def _request(ask: Ask, params: Params) -> api.QueryRequest:
             limit=ask.limit,
             with_payload=ask.with_payload,
         )
-    if isinstance(ask.fuse, Ranks):
+    if isinstance(ask.fuse, RankFusion):
         query = api.RrfQuery(rrf=api.Rrf(k=ask.fuse.k + 1))  # its ranks begin with 0
     else:
         query = _formula(ask.fuse.weights)
@@ -352,7 +355,7 @@ def _request(ask: Ask, params: Params) -> api.QueryRequest:
     )
 
 
-def _prefetch(stage: Stage, ask: Ask, params: Params) -> api.Prefetch:
+def _prefetch(stage: Prefetch, ask: PointQuery, params: Params) -> api.Prefetch:
     """A stage; the filter stands where points are first found."""
     return api.Prefetch(
         query=api.NearestQuery(nearest=_vector(stage.query)),

@@ -10,7 +10,7 @@ from tercet.errors import RecipeError
 from tercet.files.arrays import NAMES
 from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
-from tercet.search.export import Wanted
+from tercet.search.export import EncodeOptions
 from tests.processes import ROOT
 from tests.toy import SENTENCES
 
@@ -26,7 +26,7 @@ def folder(tmp_path) -> Path:
 
 
 def encoding(model: Path, folder: Path, out: Path, **settings) -> EncodeJob:
-    how = {"wanted": Wanted(kinds=("dense",)), "arrays": False, **settings}
+    how = {"wanted": EncodeOptions(kinds=("dense",)), "arrays": False, **settings}
     load = partial(Embedder.load, str(model))
     about = {"model": load().fingerprint()}
     return EncodeJob(load=load, about=about, sources=open_files([folder], "text"), out=out, **how)
@@ -87,7 +87,7 @@ def test_what_is_there_is_not_encoded_again_and_what_was_deleted_is(
 def test_several_kinds_are_a_folder_of_arrays_for_each_file(encoder_folder, folder, tmp_path):
     model, out = tmp_path / "model", tmp_path / "out"
     Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(model)
-    encode_files(encoding(model, folder, out, wanted=Wanted(kinds=KINDS), arrays=True))
+    encode_files(encoding(model, folder, out, wanted=EncodeOptions(kinds=KINDS), arrays=True))
     assert {path.name for path in (out / "more/b").iterdir()} == set(NAMES)
     assert len(np.load(out / "a/dense.npy")) == 7
 

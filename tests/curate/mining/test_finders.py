@@ -10,8 +10,8 @@ import torch
 from tercet.curate.mining import document_pools as mining_documents
 from tercet.curate.mining import finders as kinds
 from tercet.curate.mining import relevant as mining_relevant
+from tercet.curate.mining.finders import COSINES, By
 from tercet.curate.mining.miner import Mining, MiningReport, mine
-from tercet.curate.mining.nearness import COSINES, By
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import iter_examples, open_source, write_examples
 from tercet.errors import ModelError, RecipeError

@@ -34,7 +34,7 @@ def test_which_kinds_propose_candidates(fusion, present, kinds):
 
 
 def test_reranking_needs_dense_vectors():
-    with pytest.raises(RecipeError, match="finds its candidates by dense vectors"):
+    with pytest.raises(RecipeError, match="needs dense vectors to find its candidates"):
         proposing(Rerank(), ("sparse", "multi"))
 
 

@@ -20,7 +20,7 @@ from tercet.search.qdrant.points import (
     points_of,
     uuid_of,
 )
-from tercet.search.qdrant.queries import Stage, weight_of
+from tercet.search.qdrant.queries import Prefetch, weight_of
 from tercet.segments import offsets_of
 from tercet.vectors import Terms, TokenRows, Vectors
 
@@ -101,8 +101,8 @@ def test_a_text_has_no_part_of_a_kind_that_it_has_nothing_of():
 
 def test_the_weight_of_a_sum_over_query_tokens_is_divided_by_their_number():
     rows = torch.ones(7, 4).numpy()
-    assert weight_of(Stage("multi", rows, 1), Weights(1.0, 0.3, 0.7)) == pytest.approx(0.1)
-    assert weight_of(Stage("dense", rows[0], 1), Weights(0.4, 0.3, 0.7)) == 0.4
+    assert weight_of(Prefetch("multi", rows, 1), Weights(1.0, 0.3, 0.7)) == pytest.approx(0.1)
+    assert weight_of(Prefetch("dense", rows[0], 1), Weights(0.4, 0.3, 0.7)) == 0.4
 
 
 def test_a_graph_of_dense_vectors_finds_nearly_what_a_scan_finds(tmp_path):
@@ -168,7 +168,7 @@ def test_other_codes_than_a_folder_has_are_refused(tmp_path):
     edge(tmp_path / "index", stored="int8").close()  # and the lock is not kept
     path = tmp_path / "index/points/stored.json"
     path.write_text('"int2"')
-    with pytest.raises(IndexFolderError, match=r"stored.json does not say .*--fresh"):
+    with pytest.raises(IndexFolderError, match=r"stored.json has invalid .*--fresh"):
         edge(tmp_path / "index")
     path.unlink()  # as in a folder from before there were codes
     with closing(edge(tmp_path / "index", stored="float32")) as engine:

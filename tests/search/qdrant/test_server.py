@@ -21,7 +21,7 @@ from tercet.search.qdrant import qdrant_engine
 from tercet.search.qdrant import server as qdrant_cluster
 from tercet.search.qdrant.points import facts_of
 from tercet.search.qdrant.qdrant_engine import QdrantEngine
-from tercet.search.qdrant.queries import Ask, Ranks, Stage, Sum
+from tercet.search.qdrant.queries import PointQuery, Prefetch, RankFusion, SumFusion
 from tercet.search.qdrant.server import ClusterStore
 
 DOCS = Vectors(
@@ -134,10 +134,12 @@ def test_a_server_is_asked_for_exact_scores_of_candidates_and_for_its_graph_to_f
         client, "query_batch_points", lambda _, requests: asked.extend(requests) or []
     )
     assert DOCS.dense is not None and DOCS.multi is not None
-    source = Stage("dense", DOCS.dense[0].numpy(), 9)
+    source = Prefetch("dense", DOCS.dense[0].numpy(), 9)
     facts = facts_of({"section": ["web", "mail"]})
-    over = Stage("multi", DOCS.multi.vectors.numpy(), 9, exact=True, among=(source,))
-    engine.store.ask([Ask((over,), 5, Sum((0.5,)), facts), Ask((source,), 5, Ranks(60))])
+    over = Prefetch("multi", DOCS.multi.vectors.numpy(), 9, exact=True, among=(source,))
+    engine.store.ask(
+        [PointQuery((over,), 5, SumFusion((0.5,)), facts), PointQuery((source,), 5, RankFusion(60))]
+    )
     summed, ranked = asked
     (stage,) = summed.prefetch
     assert (stage.using, stage.params.exact, stage.filter) == ("multi", True, None)
