@@ -1,1 +1,1 @@
-"""Embedders: a network, its settings, and texts to vectors."""
+"""Embedders: networks with their tokenizers and settings, which turn texts into vectors."""

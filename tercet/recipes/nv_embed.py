@@ -7,6 +7,7 @@ well (arXiv 2405.17428, sec. 3.2).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.collate import Policy
@@ -93,36 +94,29 @@ def nv_embed(
             head_size="hidden" if published else head_size,
             init="normal" if published else init,
         )
-    objective = Contrastive(temperature=temperature)
-    built = {
-        "retrieval": Stage(
-            name="retrieval",
-            objective=objective,
-            data="retrieval",
-            steps=steps,
-            batch_size=batch_size,
-            negatives=negatives,
-            in_batch=in_batch,
-            mask_duplicates=mask_duplicates,
-            learning_rate=learning_rate,
-            warmup_steps=_warmup(warmup_steps, steps),
-            weight_decay=0.0,
-        ),
-        "blended": Stage(
-            name="blended",
-            objective=objective,
-            data="blended",
-            steps=blended_steps,
-            batch_size=batch_size,
-            negatives=negatives,
-            in_batch=blended_in_batch,
-            mask_duplicates=mask_duplicates,
-            mixing=mixing,
-            learning_rate=blended_learning_rate,
-            warmup_steps=_warmup(warmup_steps, blended_steps),
-            weight_decay=0.0,
-        ),
-    }
+    retrieval = Stage(
+        name="retrieval",
+        objective=Contrastive(temperature=temperature),
+        data="retrieval",
+        steps=steps,
+        batch_size=batch_size,
+        negatives=negatives,
+        in_batch=in_batch,
+        mask_duplicates=mask_duplicates,
+        learning_rate=learning_rate,
+        warmup_steps=_warmup(warmup_steps, steps),
+        weight_decay=0.0,
+    )
+    blended = replace(
+        retrieval,
+        name="blended",
+        data="blended",
+        steps=blended_steps,
+        in_batch=blended_in_batch,
+        mixing=mixing,
+        learning_rate=blended_learning_rate,
+        warmup_steps=_warmup(warmup_steps, blended_steps),
+    )
     return Recipe(
         name="nv-embed",
         model=Model(
@@ -138,7 +132,7 @@ def nv_embed(
             query_tokens=max_tokens,
             document_tokens=max_tokens,
         ),
-        stages=chosen(built, stages),
+        stages=chosen({"retrieval": retrieval, "blended": blended}, stages),
         seed=seed,
         paper="arXiv 2405.17428",
         notes={

@@ -130,7 +130,7 @@ def test_lora_is_merged_on_save_and_an_adapter_reloads_both_ways(decoder_folder,
 
 def test_an_adapter_is_refused_on_a_base_that_would_be_read_one_way(decoder_folder, tmp_path):
     turned = with_lora(Embedder.load(decoder_folder, attention="bidirectional"))
-    with pytest.raises(ModelError, match=r"does not say that it reads both ways .*with save\(\)"):
+    with pytest.raises(ModelError, match=r"must say that it is bidirectional .*with save\(\)"):
         turned.save_adapter(tmp_path / "adapter", base=str(decoder_folder))
     assert not (tmp_path / "adapter").exists()
     causal = with_lora(Embedder.load(decoder_folder))

@@ -90,10 +90,10 @@ def test_a_merged_model_and_an_adapter_reload_both_ways_without_a_difference(
 def test_an_adapter_that_would_silently_be_causal_again_is_refused(decoder_folder, tmp_path):
     """Test 2 of LLM2Vec."""
     embedder = with_adapter(decoder_folder, 1, attention="bidirectional")
-    with pytest.raises(ModelError, match="does not say that it reads both ways"):
+    with pytest.raises(ModelError, match="must say that it is bidirectional"):
         embedder.save_adapter(tmp_path / "adapter", str(decoder_folder))
     embedder.backbone.model.save_pretrained(tmp_path / "peft alone")
-    with pytest.raises(ModelError, match="nothing says which way its model reads"):
+    with pytest.raises(ModelError, match="the direction of its attention is unknown"):
         Embedder.load(tmp_path / "peft alone")
     with pytest.raises(ModelError, match="records no direction of attention"):
         load_adapters([tmp_path / "peft alone"], base=decoder_folder)

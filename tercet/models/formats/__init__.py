@@ -1,1 +1,1 @@
-"""Folders that other libraries read and write."""
+"""Model folders of tercet and of other libraries: reading and writing them."""

@@ -133,12 +133,12 @@ def save_adapter(parts: ModelParts, folder: Path, base: str) -> None:
     """Write the low-rank updates without their base. See :meth:`Embedder.save_adapter`."""
     backbone = parts.backbone
     if not backbone.has_lora:
-        raise ModelError("there is no LoRA on this model; save() writes it whole")
+        raise ModelError("this model has no LoRA; write it whole with save()")
     turned = backbone.is_decoder and backbone.attention == "bidirectional"
     if turned and not _says_bidirectional(base):
         raise ModelError(
-            f'{base}: does not say that it reads both ways ("is_causal": false in its '
-            "config.json), so other libraries would read this adapter one way; write the model "
+            f'{base}: its config.json must say that it is bidirectional ("is_causal": false), or '
+            "other libraries would read this adapter as causal; write the model "
             'whole with save(), or write Embedder.load(base, attention="bidirectional") with '
             "save() first and name that folder as the base"
         )
@@ -188,7 +188,7 @@ def _miscounted_prompts(parts: ModelParts) -> list[tuple[str, str]]:
 
 
 def _says_bidirectional(source: str) -> bool:
-    """Whether the base's config.json says that it reads both ways, for any library to see."""
+    """Whether the base's config.json says that it is bidirectional, for any library to see."""
     path = Path(zoo.resolve(source)) / "config.json"
     config = read_json(path) if path.is_file() else {}
     parts = [config, config.get("text_config") or {}]

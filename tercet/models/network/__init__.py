@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: attention, the backbone, pooling, and the embedder made of them."""
+"""Networks from packed tokens to vectors: attention, backbone, trained layer, pooling, heads."""

@@ -3,7 +3,7 @@
 Latent attention pooling (NV-Embed, arXiv 2405.17428, sec. 3.1) is this layer and then the mean:
 each state looks up a small trained dictionary, the latents, before all are averaged. It is
 token-wise, so it needs no mask, and no text knows of its neighbours. The paper's self-attention
-pooling has the states themselves in the place of the latents, inside each text, both ways.
+pooling uses the states themselves instead of latents, inside each text, without a causal mask.
 
 With d the hidden width, e the width of a head, X the states and Z the latents (or X)::
 

@@ -47,14 +47,14 @@ def weighted_mean(
 
 
 def first(hidden: Float[Tensor, "tokens hidden"], texts: Packed) -> Float[Tensor, "texts hidden"]:
-    """The first pooled token: BERT's ``[CLS]`` where no instruction is left out."""
+    """Return the first pooled token: BERT's ``[CLS]`` unless an instruction is left out."""
     tokens = torch.arange(len(texts.ids), device=texts.ids.device)
     place = torch.where(_counted(texts) > 0, tokens, len(texts.ids))
     return _picked(hidden, place, texts, "amin")
 
 
 def last(hidden: Float[Tensor, "tokens hidden"], texts: Packed) -> Float[Tensor, "texts hidden"]:
-    """The last pooled token, such as a decoder's end-of-text token."""
+    """Return the last pooled token, such as a decoder's end-of-text token."""
     tokens = torch.arange(len(texts.ids), device=texts.ids.device)
     return _picked(hidden, torch.where(_counted(texts) > 0, tokens, -1), texts, "amax")
 
