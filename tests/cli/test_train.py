@@ -189,7 +189,7 @@ def test_texts_that_were_cut_are_told_once(tercet, train, tmp_path):
     file = write(tmp_path / "long.jsonl", *long)
     ended = tercet(*train(tmp_path / "run", "--data", file))
     assert ended.err.count("was cut") == 1
-    assert "16 times a text was longer than the model takes, and its end was cut" in ended.err
+    assert "16 times a text was longer than the model takes, and was cut" in ended.err
 
 
 # --- llm2vec ----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_a_run_does_not_go_on_when_a_shard_has_changed(folder):
     write_examples(folder / "news" / "2.jsonl", rows_of("other", 21, "en"))
     with pytest.raises(DataError, match=r"2.jsonl: has changed since it was opened"):
         list(drawn(sampler, sources, 1))
-    with pytest.raises(RecipeError, match="the data, the seed or the batch settings are not those"):
+    with pytest.raises(RecipeError, match="the data, the seed or the batch settings differ"):
         Sampler(open_sources(folder), PLAN).restore(sampler.state())
 
 

@@ -39,7 +39,7 @@ class Prefetch:
     query: PointVector
     limit: int
     exact: bool = False
-    among: tuple["Stage", ...] = ()
+    among: tuple["Prefetch", ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
