@@ -81,9 +81,9 @@ def evaluate(
     prompts: Annotated[bool, typer.Option(help="Put the model's prompts before texts.")] = True,
     bm25: Annotated[bool, typer.Option(help="Compare with words in common as well.")] = True,
     per_label: Annotated[
-        int | None, typer.Option(min=1, help="Learn from so many texts of each label only.")
+        int | None, typer.Option(min=1, help="Learn from at most this many texts of each label.")
     ] = None,
-    dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
+    dims: Annotated[int | None, typer.Option(help="Keep this many coordinates.")] = None,
     kinds: KindsOption = None,
     weights: WeightsOption = None,
     protocol: Annotated[
@@ -97,7 +97,8 @@ def evaluate(
     pooling: PoolingOption = None,
     echo: Echo = False,
     cls_every: Annotated[
-        int | None, typer.Option(min=1, help="A start token before every so many tokens (MCLS).")
+        int | None,
+        typer.Option(min=1, help="A start token before each run of this many tokens (MCLS)."),
     ] = None,
     query_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longer queries are cut; None: as the model says.")
@@ -137,8 +138,8 @@ def evaluate(
     are the share of queries of which one of the first 20 or 100 documents holds an answer.
 
     On a file of pairs with text1, text2 and score: how well its cosines agree with the scores. On
-    a file with text and label: how well its vectors tell the labels, learned from the records
-    whose split is train and asked of those whose split is test; without split, found by
+    a file with text and label: how well its vectors separate the labels, learned from the records
+    whose split is train and predicted for those whose split is test; without split, found by
     clustering.
 
     Of a folder of sets, such as de.jsonl and ko-en/, every set is measured, and the means over
@@ -179,8 +180,7 @@ def evaluate(
         _refuse_ignored("--mteb", of_data)
         _measure_tasks(names, mteb or (), load_model, dims=dims, prompts=prompts, figures=figures)
         return
-    locations = sets_in(data)
-    if locations:
+    if locations := sets_in(data):
         _refuse_ignored("a folder of sets", of_one_set)
     else:
         _refuse_ignored("a single set", of_sets)
@@ -297,7 +297,7 @@ def _show_bias(found: "LanguageComparison") -> None:
     table = columns("system", *head, *bias)
     for name, sets in found.scores.items():
         for each in (one for one in sets if one.axis == "mixed"):
-            langs = sorted(set(each.langs)) if name == next(iter(found.scores)) else ()
+            langs = sorted(set(each.langs)) if sets is found.first else ()
             for lang in (None, *langs):
                 table.add_row(name, *_bias_row(each, lang, found.options.seed))
     results().print(table)
@@ -625,7 +625,6 @@ def diagnose(
 
 
 def _show_latents(uses: "dict[str, LatentUse]") -> None:
-    """Which share of its dictionary a latent attention layer uses, head by head."""
     for name, use in uses.items():
         table = columns(f"latents of {name}", *next(iter(use.rows().values())))
         for head, row in use.rows().items():
@@ -634,12 +633,13 @@ def _show_latents(uses: "dict[str, LatentUse]") -> None:
 
 
 def _show_layers(means: dict[str, Any]) -> None:
-    """How alike the states of both directions are; an encoder has one, and no row."""
+    """Print the cosines of causal and bidirectional states; an encoder has no row."""
     table = columns("both ways and causal", "mean cosine", "lowest", "in layer", "last layer")
     for name, layers in means.items():
-        numbers = (layers.mean(), layers.min(), layers[-1])
-        mean, lowest, last = (f"{number:.3f}" for number in numbers)
-        table.add_row(name, mean, lowest, f"{layers.argmin() + 1} of {len(layers)}", last)
+        place = f"{layers.argmin() + 1} of {len(layers)}"
+        table.add_row(
+            name, f"{layers.mean():.3f}", f"{layers.min():.3f}", place, f"{layers[-1]:.3f}"
+        )
     if means:
         results().print(table)
 

@@ -111,7 +111,7 @@ def retokenize(
 
 
 def _show_lengths(texts: Path, before: "Tokenizer", after: "Tokenizer") -> None:
-    """The mean tokens of a document with both tokenizers, a line a language."""
+    """Print the mean tokens of a document with both tokenizers, by language."""
     from tercet.data.files.sources import iter_examples
 
     found: dict[str, list[str]] = {}

@@ -106,7 +106,7 @@ def with_numbers_of(recipe: Callable[..., Recipe], *fixed: str) -> Callable[[Fun
     return add
 
 
-def run_study(  # noqa: PLR0913 (each is a choice of its own, with a default)
+def run_study(  # noqa: PLR0913 (independent choices, each with a default)
     study: Study,
     out: Path,
     run: Run | None = None,
@@ -159,14 +159,23 @@ class _CellRunner:
     fingerprints: dict[Path, str] = field(default_factory=dict)  # of model folders
 
     def answers(self, cell: Cell, seed: int, label: str) -> list[AnswersBySet]:
-        """Return the answers after each stage, kept ones if there are any."""
+        """Return the answers to each set after each stage, kept ones if there are any.
+
+        In their file the array of a set is named ``STAGE/SET``.
+        """
         folder = self.out / "cells" / cell.name
-        facts = {"cell": cell.name, **self._origin(cell, seed), "sets": self._sets()}
+        sets = {examined.name: examined.fingerprint for examined in self.study.sets}
+        facts = {"cell": cell.name, **self._origin(cell, seed), "sets": sets}
         kept = KeptResults(folder)
         found = kept.find(seed)
         if found is None:
             self.say(label)
-            arrays = self._arrays(cell, seed)
+            models = [cell.model] if isinstance(cell.model, Path) else self._train(cell, seed)
+            arrays = {
+                f"{number}/{name}": answers
+                for number, model in enumerate(models)
+                for name, answers in self._measure(model).items()
+            }
             kept.keep(facts, arrays, seed)
         else:
             known, arrays = found
@@ -178,16 +187,7 @@ class _CellRunner:
                 )
             self.say(f"{label} is done already")
         stages = 1 + max(int(name.partition("/")[0]) for name in arrays)
-        return [{s: arrays[f"{n}/{s}"] for s in facts["sets"]} for n in range(stages)]
-
-    def _arrays(self, cell: Cell, seed: int) -> dict[str, np.ndarray]:
-        """Return the answers to each set after each stage, named ``STAGE/SET``."""
-        models = [cell.model] if isinstance(cell.model, Path) else self._train(cell, seed)
-        return {
-            f"{number}/{name}": answers
-            for number, model in enumerate(models)
-            for name, answers in self._measure(model).items()
-        }
+        return [{s: arrays[f"{n}/{s}"] for s in sets} for n in range(stages)]
 
     def delete_model(self, name: str, seed: int) -> None:
         """Delete what the training of a cell has written, unless it is wanted."""
@@ -233,9 +233,6 @@ class _CellRunner:
                 found[examined.name] = examined.measure(model)
                 advance(1, examined.name)
         return found
-
-    def _sets(self) -> dict[str, str]:
-        return {examined.name: examined.fingerprint for examined in self.study.sets}
 
     def _origin(self, cell: Cell, seed: int) -> dict[str, Any]:
         """Return, as JSON values, all that the vectors of a cell depend on."""

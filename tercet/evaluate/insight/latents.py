@@ -62,10 +62,9 @@ class LatentUse:
         }
 
     def heat_map(self) -> HeatMap:
-        """Return a map with heads upwards and latents to the right, the most used ones first.
+        """Return the mass of each latent over the largest of its head, most used latents first.
 
-        A number is the mass over the largest of its head, so that differences are visible; beside
-        the map is the share of the dictionary that the head uses.
+        The layer means are the shares of the dictionary that the heads use.
         """
         order = np.argsort(-self.mass.sum(0), kind="stable")
         scaled = self.mass[:, order] / self.mass.max(1, keepdims=True)

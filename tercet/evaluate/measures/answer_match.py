@@ -47,13 +47,11 @@ def with_answers(
 
     found: list[dict[int, int]] = []
     for rows, wanted in zip(ranking.tolist(), answers, strict=True):
-        joined = [_joined(answer) for answer in wanted]
-        found.append({row: 1 for row in rows if row >= 0 and _holds(tokens(row), joined)})
+        joined = [each for each in map(_joined, wanted) if not each.isspace()]
+        found.append(
+            {row: 1 for row in rows if row >= 0 and any(each in tokens(row) for each in joined)}
+        )
     return Judgements.of(found)
-
-
-def _holds(text: str, answers: Sequence[str]) -> bool:
-    return any(answer in text for answer in answers if not answer.isspace())
 
 
 def _joined(text: str) -> str:

@@ -320,9 +320,8 @@ def dev_score(
 ) -> Callable[[Embedder], float | Mapping[str, float]]:
     """Return a function that computes nDCG@10 on a dev set, for training to select weights by.
 
-    The prompts are those of the ``task``, or of the set's name, or the default ones. For a model
-    with several kinds of vectors ``dev_score`` is that of their weighted sum; beside it are those
-    of each kind, and how many texts have no sparse term.
+    For a model with several kinds of vectors ``dev_score`` is that of their weighted sum; beside
+    it are those of each kind, and how many texts have no sparse term.
     """
 
     def score(embedder: Embedder) -> float | Mapping[str, float]:

@@ -92,11 +92,7 @@ def evaluate_similarity(
 
 
 def check_finite(vectors: Float[np.ndarray, "texts dim"]) -> None:
-    """Raise if a vector contains NaN or infinity.
-
-    Raises:
-        ModelError: naming the first such vector.
-    """
+    """Raise ModelError, naming the vector, if one contains NaN or infinity."""
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise ModelError(
@@ -113,9 +109,7 @@ def measure_similarity(
     dims: int | None = None,
     progress: bool = False,
 ) -> SimilarityResult:
-    """Encode each text once and compare; both sides get the prompt of one role.
-
-    It is the prompt of the ``task``, or the default one.
+    """Encode each text once and compare; both sides get one role's prompt, of the task if given.
 
     Raises:
         RecipeError: if the model has no prompts for the task.
@@ -207,8 +201,7 @@ def _centred_ranks(
 ) -> Float64[np.ndarray, "draws pairs"]:
     """Return twice the rank of each pair within its draw, minus the mean.
 
-    Equal values share their mean rank. All draws share the order of the values, so nothing is
-    sorted again: ranks are running sums of weights.
+    Equal values share their mean rank. Ranks are running sums of weights.
     """
     distinct, group = np.unique(values, return_inverse=True)
     order = np.argsort(group, kind="stable")

@@ -37,7 +37,7 @@ class Interval:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
     def excludes_zero(self) -> bool:
-        """Return whether the interval is on one side of zero: that a difference is significant."""
+        """Return whether the interval is on one side of zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -80,8 +80,7 @@ def paired_difference(
 ) -> Interval:
     """Return by how much ``after`` is better than ``before`` on the same queries.
 
-    It is computed query by query, so that their difficulty cancels out: the interval is much
-    narrower than the distance of two intervals. Above zero, ``after`` is better.
+    It is computed query by query, so that their difficulty cancels out.
     """
     return interval(after - before, resamples=resamples, seed=seed)
 

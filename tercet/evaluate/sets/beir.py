@@ -80,7 +80,6 @@ def read_folder(folder: Path | str, split: str | None = None) -> Folder:
     known = dict(_by_id(corpus, _ID, lambda it: (_document_text(it), _lang(it))))
     documents = {name: text for name, (text, _) in known.items()}
     read = dict(_by_id(files.queries, _ID, lambda it: (_query_text(it), _answers(it), _lang(it))))
-    texts = {name: text for name, (text, *_) in read.items()}
     answers = {name: given for name, (_, given, _) in read.items() if given}
     grades: GradesByQuery = {}
     path = files.judgements
@@ -92,7 +91,7 @@ def read_folder(folder: Path | str, split: str | None = None) -> Folder:
     judged = grades or answers
     if not judged:
         raise DataError(folder, None, _UNJUDGED)
-    queries = {name: text for name, text in texts.items() if name in judged}
+    queries = {name: text for name, (text, *_) in read.items() if name in judged}
     return Folder(
         documents,
         queries,
@@ -227,10 +226,9 @@ def _answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _needed_answers(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    found = _answers(fields)
-    if not found:
-        raise ValueError('"answers" is missing or empty; each query needs one or more')
-    return found
+    if found := _answers(fields):
+        return found
+    raise ValueError('"answers" is missing or empty; each query needs one or more')
 
 
 def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:

@@ -1,7 +1,7 @@
 """Sets of labelled texts, for classification or clustering."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -109,15 +109,13 @@ def read_label_set(path: Path | str) -> ClassificationSet | ClusteringSet:
     train, test = (_rows(part, names) for part in parts.values())
     _need_two(path, names, train, "the train texts have")
     known = set(train.texts)
-    twice = sum(text in known for text in test.texts)
-    if twice:
+    if twice := sum(text in known for text in test.texts):
         log.warning("%s: %d test texts are also train texts", path, twice)
     return ClassificationSet(path.stem, tuple(names), train, test)
 
 
-def _rows(records: Iterable[LabelledText], names: dict[str, int]) -> LabelledRows:
+def _rows(records: Sequence[LabelledText], names: dict[str, int]) -> LabelledRows:
     """Return the texts with their labels; a new label gets the next index among the names."""
-    records = list(records)
     labels = [names.setdefault(record.labels[0], len(names)) for record in records]
     return LabelledRows(
         tuple(record.text for record in records), np.array(labels, dtype=np.int64).reshape(-1)

@@ -116,8 +116,9 @@ class RetrievalSet:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that can be measured: of judgements, of answers, or of both."""
-        judged = METRICS if len(self.judgements.docs) or not self.answers else ()
-        return (*judged, *(ANSWER_METRICS if self.answers else ()))
+        if not self.answers:
+            return METRICS
+        return (*METRICS, *ANSWER_METRICS) if len(self.judgements.docs) else ANSWER_METRICS
 
     def require_judgements(self, use: str) -> None:
         """Check that documents are judged, so that the set has more than answers.

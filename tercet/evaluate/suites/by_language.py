@@ -65,8 +65,7 @@ class SetScores:
     def bias(self) -> Float64[np.ndarray, "queries"]:
         """How much documents in the query's language are preferred; NaN if nothing was found.
 
-        Above zero, they are among the first 10 more often than their share of the corpus. That is
-        meaningful only if languages were assigned at random: in a corpus whose languages are about
+        This is meaningful only if languages were assigned at random: where they are about
         different topics, documents in the query's language are rightly preferred.
         """
         return self.same - self.chance
@@ -85,8 +84,7 @@ def measure_sets(  # noqa: PLR0913 (independent choices, each with a default)
     """Encode and search every set; documents that successive sets share are encoded once.
 
     Scores that are ``kept`` from an earlier run are not measured again. The prompts are those of
-    the ``task`` if the model knows it, or of the set's own name, or the default ones. The order
-    of the sets is changed so that those with the same documents follow one another.
+    the ``task`` if the model knows it, or of the set's own name, or the default ones.
 
     Raises:
         RecipeError: for a set whose queries would get no prompt, although the model was trained

@@ -63,8 +63,7 @@ class ComparisonOptions:
     @property
     def for_retrieval(self) -> bool:
         """Whether an option is given that applies to retrieval sets only."""
-        given = (self.kinds, self.weights, self.protocol, self.precision)
-        return any(value is not None for value in given)
+        return (self.kinds, self.weights, self.protocol, self.precision) != (None,) * 4
 
 
 # ---- one set ---------------------------------------------------------------------------------
@@ -285,11 +284,9 @@ def _say_ignored(name: str, kinds: Sequence[Kind], options: ComparisonOptions) -
         "--weights": options.weights is not None,
         "--protocol": options.protocol is not None and "sparse" not in kinds,
     }
-    if ignored := [flag for flag, is_ignored in given.items() if is_ignored]:
-        have = "have" if len(ignored) > 1 else "has"
-        say(
-            f"{name}: measured by {kinds[0]} vectors only: {' and '.join(ignored)} {have} no effect"
-        )
+    if ignored := " and ".join(flag for flag, is_ignored in given.items() if is_ignored):
+        have = "have" if " and " in ignored else "has"
+        say(f"{name}: measured by {kinds[0]} vectors only: {ignored} {have} no effect")
 
 
 # ---- a folder of sets ------------------------------------------------------------------------
@@ -324,7 +321,7 @@ class LanguageComparison:
 
     def difference(self, one: SetScores, name: str) -> Interval:
         """Return by how much the first system is better than another on a set."""
-        other = next(each for each in self.scores[name] if each.name == one.name)
+        other = self._of(name, one)
         return paired_difference(one.scores[MAIN], other.scores[MAIN], seed=self.options.seed)
 
     def record(self, data: Path) -> dict[str, Any]:
@@ -340,12 +337,12 @@ class LanguageComparison:
             "averages": {label: asdict(axis) for label, axis in self.axes.items()},
         }
 
+    def _of(self, name: str, one: SetScores) -> SetScores:
+        """Return the scores of another system on the same set."""
+        return next(each for each in self.scores[name] if each.name == one.name)
+
     def _set_record(self, one: SetScores) -> dict[str, Any]:
         seed = self.options.seed
-        systems = {
-            name: next(each for each in sets if each.name == one.name)
-            for name, sets in self.scores.items()
-        }
         figures = {
             name: {
                 **{m: asdict(interval(it, seed=seed)) for m, it in each.scores.items()},
@@ -354,7 +351,8 @@ class LanguageComparison:
                 },
                 **({"bias": _bias_record(each, seed)} if one.axis == "mixed" else {}),
             }
-            for name, each in systems.items()
+            for name in self.scores
+            for each in [self._of(name, one)]
         }
         return {
             "group": one.group,
@@ -443,13 +441,12 @@ def _axes(
 
 
 def _bias_record(each: SetScores, seed: int) -> dict[str, Any]:
-    found = {
-        lang or "all": language_bias(each, MAIN, lang=lang, seed=seed)
-        for lang in (None, *sorted(set(each.langs)))
-    }
-    return {lang: None if it is None else _without_empty(asdict(it)) for lang, it in found.items()}
-
-
-def _without_empty(bias: dict[str, Any]) -> dict[str, Any]:
-    """Replace figures of no query by None, since JSON has no NaN."""
-    return {n: None if isinstance(it, dict) and not it["queries"] else it for n, it in bias.items()}
+    """Return the bias by language; figures of no query are None, since JSON has no NaN."""
+    record: dict[str, Any] = {}
+    for lang in (None, *sorted(set(each.langs))):
+        found = language_bias(each, MAIN, lang=lang, seed=seed)
+        record[lang or "all"] = found and {
+            name: None if isinstance(it, dict) and not it["queries"] else it
+            for name, it in asdict(found).items()
+        }
+    return record
