@@ -280,7 +280,7 @@ def test_every_kind_and_every_sum_stand_beside_both_bm25(
             assert shown[1:] == [str(result.interval(metric)) for metric in METRICS]
     record = json.loads(figures.read_text())
     assert list(record["results"]) == names
-    gain = found.minus(SEVEN[-1], "dense", "ndcg@10")
+    gain = found.results[SEVEN[-1]].minus(found.results["dense"], "ndcg@10")
     kept = record["differences"][f"minus {names[0]}"][names[6]]["ndcg@10"]
     assert (kept["mean"], kept["low"], kept["high"]) == (gain.mean, gain.low, gain.high)
     assert rows[18][1] == f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"

@@ -176,8 +176,7 @@ class ClusteringResult:
         """Return the score with its bootstrap interval over texts, the groups fixed.
 
         A draw has fewer different texts than the set, and so its v-measure is too high; the draws
-        are shifted so that their mean is the score. Below about 30 texts a label the interval is
-        slightly too narrow.
+        are shifted so that their mean is the score.
         """
         return _drawn_interval(self.data.rows, self._mean, resamples, seed, centred=True)
 

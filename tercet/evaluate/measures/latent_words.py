@@ -90,8 +90,7 @@ def word_probe(
 ) -> WordResult:
     """Learn labels from the vectors of the training words, and predict those of the test words.
 
-    The encoder is frozen. Words past its length limit have no vector; the result counts them. The
-    seed affects the intervals only.
+    Words past the encoder's length limit have no vector; the result counts them.
 
     Raises:
         RecipeError: if no labelled word is left, or the training words have only one label.
@@ -222,7 +221,7 @@ def word_differences(
 ) -> dict[str, Interval]:
     """Return by how much ``after`` is better, by metric, on the words that both have read.
 
-    Both are scored on the same draws of sentences, so that their difficulty cancels out.
+    Both are scored on the same draws of sentences.
     """
     read = [min(len(a), len(b)) for a, b in zip(after.predicted, before.predicted, strict=True)]
     first, second = (_tallies(test, each.predicted, read) for each in (after, before))

@@ -64,10 +64,7 @@ def encode_alike(
 
 
 def warn_unprompted(settings: Settings, role: Role, task: str | None) -> None:
-    """Log if texts of this role get no prompt, although the model was trained with some.
-
-    A task whose prompt is empty needs none.
-    """
+    """Log if texts of this role get no prompt, although the model was trained with some."""
     if _unprompted(settings, role, task):
         log.warning(
             "a %s gets no prompt, but the model was trained with some, so its figures may be too "

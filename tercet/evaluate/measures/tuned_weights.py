@@ -58,11 +58,7 @@ class Tuned:
         return interval(self.scores[name], seed=seed)
 
     def gain(self, over: str, seed: int = 0) -> Interval:
-        """Return what tuned weights gain over others, on held-out queries.
-
-        The weights of each fold are treated as given: their variance affects the mean, but not
-        the width of the interval.
-        """
+        """Return what tuned weights gain over others, on held-out queries, the weights fixed."""
         return paired_difference(self.scores["tuned"], self.scores[over], seed=seed)
 
 

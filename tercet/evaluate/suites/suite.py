@@ -154,8 +154,7 @@ def open_judged_set(path: Path | str) -> EvaluationSet:
 def open_kinds_set(path: Path | str) -> EvaluationSet:
     """Open a retrieval set whose answers have a column for each of ``COLUMNS``.
 
-    A column is NaN if the model does not make this kind of vectors. Figures and differences are
-    of one column; answers of words have only one.
+    A column is NaN if the model does not make this kind of vectors.
 
     Raises:
         DataError: if the file cannot be read.
