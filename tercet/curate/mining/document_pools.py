@@ -261,7 +261,8 @@ def encode_prompted(
             parts.append(encode([texts[row] for row in rows]))
     finally:
         teacher.settings = settings
-    vectors = Vectors.join(parts).take(np.argsort(np.concatenate(list(rows_of.values()))))
+    order = [row for rows in rows_of.values() for row in rows]
+    vectors = Vectors.join(parts).take(np.argsort(order).tolist())
     if (row := first_broken(vectors)) is not None:
         raise ModelError(
             f"the teacher's vector of {shown(texts[row])} contains NaN or infinity; {BROKEN_MODEL}"

@@ -1,6 +1,6 @@
 """Hard negatives for files of examples: near documents that do not answer the query.
 
-Exact search finds the nearest documents of each query, by a teacher's vectors or by BM25, and a rule
+Exact search finds the nearest documents of each query, by a teacher's vectors or BM25, and a rule
 (``tercet.curate.mining.rules``) selects which of them may be negatives. Memory does not grow with
 queries times documents: blocks of queries meet one shard of documents at a time.
 """
@@ -407,4 +407,3 @@ def _by_path(sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
         else:
             found.append((source.path, [source]))
     return found
-

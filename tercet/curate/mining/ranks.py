@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from jaxtyping import Bool, Float64, Int8, Int64, UInt64
 
-from tercet.curate.mining.document_pools import Pool, text_key
+from tercet.curate.mining.document_pools import Pool
 from tercet.curate.mining.finders import Finder
 from tercet.curate.mining.relevant import Collection
 from tercet.curate.mining.rules import (
@@ -21,6 +21,7 @@ from tercet.curate.mining.rules import (
     choose,
     judge,
 )
+from tercet.data.files.texts import text_key
 from tercet.models.settings import Settings
 from tercet.types import Example, Role
 
