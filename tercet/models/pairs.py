@@ -30,10 +30,9 @@ def score_pairs(
     """Return the score of each query with the document at its position, by kind.
 
     One entry for each kind that the model makes, and one for the weighted sum of every two or more
-    kinds that have a weight, such as ``dense+sparse`` and ``dense+sparse+multi``. ``weights`` None
-    takes those tuned for the task or the model. ``divided`` divides each sum by the sum
-    of its weights, as FlagEmbedding's ``compute_score`` does; it calls them ``sparse+dense`` and
-    ``colbert+sparse+dense``. Scores are on the CPU in float32.
+    kinds that have a weight, such as ``dense+sparse``. ``weights`` None takes those tuned for the
+    task or the model. ``divided`` divides each sum by the sum of its weights, as FlagEmbedding's
+    ``compute_score`` does. Scores are on the CPU in float32.
 
     Raises:
         DataError: if the numbers of queries and documents differ.
