@@ -114,7 +114,7 @@ class PairWork:
     drawn: Sequence[Source]
     collate: Collator
     unit: str
-    done: Callable[[], None] = lambda: None
+    finish: Callable[[], None] = lambda: None  # undoes what only training needs
     kinds: tuple[Kind, ...] = ("dense",)
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> Batch:
@@ -133,12 +133,8 @@ class PairWork:
             chunks=chunks,
         )
 
-    def finish(self) -> None:
-        """Undo what only training needs."""
-        self.done()
-
     def _of_no_texts(self, batch: Batch, step: int) -> Losses:
-        """The loss of an empty share: zero, but its backward answers the other processes."""
+        """Return the loss of an empty share: its backward answers the other processes."""
         embedder = self.embedder
         nothing = Vectors.of_nothing(self.kinds, embedder.dim, embedder.heads.width)
         dtype = torch.promote_types(next(embedder.parameters()).dtype, torch.float32)

@@ -81,9 +81,8 @@ RANKS_10_TO_210: Final = Mining(
 class Refresh:
     """Hard negatives mined again by the model in training (ANCE, arXiv 2007.00808).
 
-    They replace those of the examples, unless ``mining.keep`` says to keep these, and
-    ``Stage.negatives`` of them are drawn for a batch. They are mined from the documents of all the
-    stage's examples. Each refresh draws other ones of the allowed ranks.
+    They are mined from the documents of all the stage's examples, and replace the negatives there
+    unless ``mining.keep`` is set. ``Stage.negatives`` of them are drawn for a batch.
     """
 
     every: int | None  # optimizer steps; None: only at the start

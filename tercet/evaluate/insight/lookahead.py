@@ -23,7 +23,7 @@ from jaxtyping import Float64
 from tercet.data.files.examples import as_object, nonblank, text_of
 from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.report.intervals import Interval, interval
-from tercet.files.records import Record, iter_records, parsed
+from tercet.files.records import FileRecord, iter_records, parsed
 from tercet.models.choices import Attention
 from tercet.models.embedder import Embedder
 from tercet.models.network.pooling import mean
@@ -106,7 +106,7 @@ def read_triples(path: Path | None = None) -> list[PrefixTriple]:
     return [parsed(path, record, _triple) for record in iter_records(path, _FIELDS, needs=needs)]
 
 
-def _triple(record: Record) -> PrefixTriple:
+def _triple(record: FileRecord) -> PrefixTriple:
     fields = as_object(record.value)
     lost = [field for field in _FIELDS if fields.get(field) is None]
     if lost:
@@ -125,8 +125,7 @@ def prefix_sensitivity(
 
     The mean is over tokens that lie inside the prefix and are the same in all three texts, which
     one across the border may not be. Texts are read without prompts. ``attention`` defaults to the
-    model's own. With ``echo`` each text is repeated, and the prefix of the second copy is pooled,
-    so that even a causal model has seen what follows.
+    model's own. With ``echo`` each text is repeated and the prefix of the second copy is pooled.
 
     Raises:
         RecipeError: if no triple can be used.
@@ -142,7 +141,7 @@ def prefix_sensitivity(
             f"same whatever follows, and each text at most {limit} tokens"
         )
     cosines = []
-    with _measuring(embedder), embedder.backbone.direction(attention):
+    with inference(embedder), embedder.backbone.direction(attention):
         for start in range(0, len(rows), _TRIPLES_AT_ONCE):
             texts = _joined(rows[start : start + _TRIPLES_AT_ONCE]).to(embedder.device)
             vectors = mean(embedder.backbone(texts), texts).cpu().double()
@@ -200,7 +199,7 @@ def direction_map(embedder: Embedder, text: str) -> DirectionMap:
     tokens = embedder.tokenizer([text], limit, spans=True)
     packed = tokens.pack().to(embedder.device)
     states = []
-    with _measuring(embedder):
+    with inference(embedder):
         for attention in ("causal", "bidirectional"):
             with backbone.direction(attention):
                 states.append(backbone.layer_states(packed).cpu().double())
@@ -211,8 +210,8 @@ def direction_map(embedder: Embedder, text: str) -> DirectionMap:
 
 
 @contextmanager
-def _measuring(embedder: Embedder) -> Iterator[None]:
-    """Turn off dropout and gradients; the training mode is restored afterwards."""
+def inference(embedder: Embedder) -> Iterator[None]:
+    """Turn off dropout and gradients, and restore the training mode afterwards."""
     training = embedder.training
     embedder.eval()
     try:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -114,13 +115,13 @@ def evaluate_hits(
             f'{data.name}: its queries have no "answers" to look for; choose a metric of judged '
             "documents, such as ndcg@10"
         )
-    matches = (
-        with_answers(hits.rows[:, :deepest], data.documents, data.answers) if deepest else None
-    )
-    scores = {}
-    for name, (metric, k) in parsed.items():
-        judged = matches if metric == "answer" and matches is not None else data.judgements
-        scores[name] = _METRICS[metric](hits.rows, judged, k)
+    matches = data.judgements
+    if deepest:
+        matches = with_answers(hits.rows[:, :deepest], data.documents, data.answers)
+    scores = {
+        name: _METRICS[metric](hits.rows, matches if metric == "answer" else data.judgements, k)
+        for name, (metric, k) in parsed.items()
+    }
     return RetrievalResult(data.name, scores, hits)
 
 
@@ -279,8 +280,6 @@ def versions(*more: str) -> dict[str, str]:
     """Return the versions of the packages that figures depend on, if they are installed."""
     found: dict[str, str] = {}
     for name in (*_PACKAGES, *more):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
