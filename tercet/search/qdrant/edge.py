@@ -164,10 +164,8 @@ class EdgeStore:
         """Return the existing points, with their payloads if wanted."""
         numbers: list[Any] = list(ids)
         with self._reading():
-            found: Sequence[Any] = self._shard.retrieve(
-                numbers, with_payload=with_payload, with_vector=False
-            )
-        return {point.id: point.payload or {} for point in found}
+            found = self._shard.retrieve(numbers, with_payload=with_payload, with_vector=False)
+        return {cast("UUID", point.id): point.payload or {} for point in found}
 
     def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
         """Return at most ``size`` points that match a filter, and the start of the next page."""
@@ -188,9 +186,12 @@ class EdgeStore:
             return []
         requests = [self._make.request_of(ask) for ask in asks]
         with self._reading():
-            answers: Sequence[Any] = self._shard.query_batch(edge.QueryBatchRequest(requests))
+            answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
         return [
-            [ScoredPoint(point.id, point.score, point.payload or {}) for point in points]
+            [
+                ScoredPoint(cast("UUID", point.id), point.score, point.payload or {})
+                for point in points
+            ]
             for points in answers
         ]
 
