@@ -156,10 +156,6 @@ class GrowingArray:
 
 
 def mapped_array(path: Path) -> np.ndarray:
-    """Map a ``.npy`` file; for each use, as a process may not keep thousands of files open.
-
-    Raises:
-        DataError: if it cannot be read.
-    """
+    """Map a ``.npy`` file; for each use, as a process may not keep thousands of files open."""
     with readable(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -107,7 +107,7 @@ def open_source(
 
     Reads the file once from end to end. ``progress`` is called with the part that is done.
     Languages stay together: :func:`tercet.data.files.folders.open_sources` separates them, and
-    opens folders. Files of texts are opened by :func:`tercet.data.files.texts.open_texts`.
+    opens folders. :func:`tercet.data.files.texts.open_texts` opens files of texts.
 
     Raises:
         DataError: at the first record that is not an example, naming the line.
@@ -161,9 +161,7 @@ def joined_source(
 
 
 def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
-    """Write a .jsonl or .parquet file that reads back as these examples.
-
-    The file appears under its name only when it is complete.
+    """Write a .jsonl or .parquet file that reads back as these examples; it appears when complete.
 
     Raises:
         DataError: if an example could not be read back.
