@@ -169,21 +169,13 @@ class _GrowingRows:
         self.digest.update(record.content)
 
     def finished(self, lang: str) -> LanguageRows:
-        return LanguageRows(
-            lang=lang,
-            where=np.frombuffer(self.where, np.int64),
-            sizes=np.frombuffer(self.sizes, np.int32),
-            fingerprint=self.digest.hexdigest(),
-            prompts=self.prompts,
-            without_negatives=self.without_negatives,
-        )
+        where, sizes = np.frombuffer(self.where, np.int64), np.frombuffer(self.sizes, np.int32)
+        digest = self.digest.hexdigest()
+        return LanguageRows(lang, where, sizes, digest, self.prompts, self.without_negatives)
 
 
 def scan(
-    path: Path,
-    record_format: RecordFormat,
-    facts: FileFacts,
-    progress: ReportProgress | None = None,
+    path: Path, record_format: RecordFormat, facts: FileFacts, progress: ReportProgress | None
 ) -> FileScan:
     """Read a file once and check every record.
 
@@ -216,10 +208,7 @@ def scan(
 
 
 def cached_scan(
-    path: Path,
-    record_format: RecordFormat,
-    facts: FileFacts,
-    progress: ReportProgress | None = None,
+    path: Path, record_format: RecordFormat, facts: FileFacts, progress: ReportProgress | None
 ) -> FileScan:
     """Return the result of :func:`scan`, from the cache where a large file is known."""
     if stamp_of(path)[0] < LARGE_BYTES:
