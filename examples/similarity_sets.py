@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int64
 from tercet.data.files.examples import as_object, shown, text_of
 from tercet.data.files.similarity import SimilaritySet
 from tercet.errors import DataError
-from tercet.files.records import Record, iter_records, parsed
+from tercet.files.records import FileRecord, iter_records, parsed
 
 LEE_PACKAGE: Final = "gensim==4.4.0"
 _LEE_TEXTS: Final = "gensim/test/test_data/lee.cor"
@@ -97,7 +97,7 @@ def debtags_similarity(
     )
 
 
-def _package(record: Record) -> tuple[str, frozenset[str], str]:
+def _package(record: FileRecord) -> tuple[str, frozenset[str], str]:
     """Its line, its tags on the subject, and its split."""
     fields = as_object(record.value)
     tags = fields.get("tags") or []

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from tercet.curate.mining.mine import Mining, mine
+    from tercet.curate.mining.miner import Mining, mine
     from tercet.data.files.documents import Document, read_documents
     from tercet.data.files.folders import open_sources
     from tercet.data.files.sources import open_source, write_examples
@@ -42,7 +42,7 @@ _MODULES: Final = {
     "Embedder": "tercet.models.embedder",
     "Example": "tercet.types",
     "IndexOptions": "tercet.search.text_index",
-    "Mining": "tercet.curate.mining.mine",
+    "Mining": "tercet.curate.mining.miner",
     "ModelError": "tercet.errors",
     "RecipeError": "tercet.errors",
     "RetrievalSet": "tercet.evaluate.sets.retrieval_set",
@@ -54,7 +54,7 @@ _MODULES: Final = {
     "index": "tercet.search.text_index",
     "llm2vec": "tercet.recipes.llm2vec",
     "measure": "tercet.evaluate.measures.retrieval",
-    "mine": "tercet.curate.mining.mine",
+    "mine": "tercet.curate.mining.miner",
     "nv_embed": "tercet.recipes.nv_embed",
     "open_index": "tercet.search.text_index",
     "open_source": "tercet.data.files.sources",

@@ -163,6 +163,16 @@ def test_the_run_in_the_extending_page_runs(tmp_path, encoder_folder, pairs, mon
     assert (tmp_path / "runs/mine/model/config.json").exists()
 
 
+def covering_tests() -> list[str]:
+    return sorted(set(re.findall(r"`(tests/[^`]+::\w+)`", (ROOT / "docs/traps.md").read_text())))
+
+
+@pytest.mark.parametrize("test", covering_tests())
+def test_every_test_of_a_trap_exists(test):
+    file, _, name = test.partition("::")
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
+
+
 def test_the_layout_in_the_architecture_names_every_module():
     layout = next(b for b in blocks(ROOT / "docs/architecture.md", "") if "types.py" in b)
     modules = [path for path in (ROOT / "tercet").rglob("*.py") if not path.stem.startswith("__")]

@@ -24,7 +24,7 @@ Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class FileRecord:
     """One record of a file, or the reason why it cannot be read."""
 
     line: int  # of the file, from 1; of parquet, the row
@@ -35,7 +35,7 @@ class Record:
     problem: str | None = None
 
 
-def parsed(path: Path, record: Record, parse: Callable[[Record], Parsed]) -> Parsed:
+def parsed(path: Path, record: FileRecord, parse: Callable[[FileRecord], Parsed]) -> Parsed:
     """Return ``parse(record)``; its ValueError becomes a DataError with file and line."""
     if record.problem is not None:
         raise DataError(path, record.line, record.problem)
@@ -45,7 +45,7 @@ def parsed(path: Path, record: Record, parse: Callable[[Record], Parsed]) -> Par
         raise DataError(path, record.line, str(error)) from error
 
 
-def iter_records(path: Path, fields: Sequence[str], *, needs: Needs) -> Iterator[Record]:
+def iter_records(path: Path, fields: Sequence[str], *, needs: Needs) -> Iterator[FileRecord]:
     """Yield the records of a .jsonl or .parquet file, without blank lines.
 
     Of parquet, only the columns in ``fields`` are read, and one column of each group in ``needs``
@@ -115,7 +115,7 @@ def known_suffix(path: Path) -> str:
     return path.suffix
 
 
-def line_records(path: Path) -> Iterator[Record]:
+def line_records(path: Path) -> Iterator[FileRecord]:
     """Yield the lines of a text file as records whose value is the text of the line."""
     with readable(path):
         total = max(path.stat().st_size, 1)
@@ -124,10 +124,10 @@ def line_records(path: Path) -> Iterator[Record]:
             text, problem = decoded(line, offset), None
         except ValueError as error:
             text, problem = None, str(error)
-        yield Record(number, offset, offset / total, line, text, problem)
+        yield FileRecord(number, offset, offset / total, line, text, problem)
 
 
-def _jsonl_records(path: Path) -> Iterator[Record]:
+def _jsonl_records(path: Path) -> Iterator[FileRecord]:
     for record in line_records(path):
         if record.content.isspace() or not record.content:
             continue
@@ -145,7 +145,7 @@ def _jsonl_records(path: Path) -> Iterator[Record]:
         yield replace(record, value=value, problem=problem)
 
 
-def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[Record]:
+def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[FileRecord]:
     with readable(path), open_parquet(path) as file:
         columns = columns_of(file, fields)
         for group in needs:
@@ -161,7 +161,7 @@ def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterato
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
             for value in batch.to_pylist():
                 row += 1
-                yield Record(row, 0, (row - 1) / total, repr(value).encode(), value)
+                yield FileRecord(row, 0, (row - 1) / total, repr(value).encode(), value)
         if row != file.metadata.num_rows:
             problem = f"holds {row} rows, but its header states {file.metadata.num_rows}"
             raise DataError(path, None, problem)

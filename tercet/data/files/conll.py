@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from tercet.data.files.examples import as_object, nonblank, shown, text_of
 from tercet.errors import DataError, RecipeError
-from tercet.files.records import Record, iter_records, line_records, parsed
+from tercet.files.records import FileRecord, iter_records, line_records, parsed
 
 UNLABELLED: Final = "_"  # a word that is encoded, but neither trained on nor counted
 
@@ -120,7 +120,7 @@ def _filled(path: Path, row: _Row, column: int) -> str:
     return value
 
 
-def _of_record(record: Record) -> LabelledSentence:
+def _of_record(record: FileRecord) -> LabelledSentence:
     fields = as_object(record.value)
     words, labels = (_listed(fields.get(name), name) for name in (_TOKENS, _LABELS))
     if len(words) != len(labels):

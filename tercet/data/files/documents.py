@@ -8,7 +8,7 @@ from typing import Any, Final
 from tercet.data.files.examples import as_object, nonblank, optional_text, shown, text_of
 from tercet.data.files.texts import text_records, text_under
 from tercet.errors import DataError
-from tercet.files.records import Record, open_parquet, parsed, readable
+from tercet.files.records import FileRecord, open_parquet, parsed, readable
 
 _SCALARS: Final = (str, bool, int, float)
 _SPLIT: Final = "split"
@@ -32,7 +32,7 @@ class Fields:
     title: str = "title"
     id: str = "id"
 
-    def document(self, record: Record, *, keep_others: bool = False) -> Document:
+    def document(self, record: FileRecord, *, keep_others: bool = False) -> Document:
         """Return the document that a record holds, or raise a ValueError that names the field."""
         values = as_object(record.value)
         named = (self.text, self.title, self.id)

@@ -34,7 +34,7 @@ from tercet.errors import DataError, StorageError
 from tercet.files.arrays import GrowingArray
 from tercet.files.artifacts import KeptResults, fingerprint_of_ends
 from tercet.files.atomic import replacing_file
-from tercet.files.records import Record, iter_records, parsed, readable
+from tercet.files.records import FileRecord, iter_records, parsed, readable
 from tercet.models.zoo.zoo import cache_folder
 from tercet.types import Example
 
@@ -56,7 +56,7 @@ ReportProgress: TypeAlias = Callable[[float], None]
 """Is called with the part that is done, up to 1."""
 
 
-def example_records(path: Path) -> Iterator[Record]:
+def example_records(path: Path) -> Iterator[FileRecord]:
     """Yield the records of a file that should hold examples."""
     return iter_records(path, EXAMPLE_FIELDS, needs=(QUERY, POSITIVES))
 
@@ -66,7 +66,7 @@ class RecordFormat:
     """What the records of a file are, and how they are read."""
 
     about: str = "examples"  # differs where another format makes other examples of a file
-    records: Callable[[Path], Iterator[Record]] = example_records
+    records: Callable[[Path], Iterator[FileRecord]] = example_records
     parse: Parse = parse_example
     fields: tuple[str, ...] = EXAMPLE_FIELDS  # columns of a parquet file that are read
     plain: Callable[[str], object] | None = None  # a line of a .txt file, if such are read
@@ -157,7 +157,7 @@ class _GrowingRows:
     without_negatives: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
-    def add(self, record: Record, place: int, example: Example) -> None:
+    def add(self, record: FileRecord, place: int, example: Example) -> None:
         self.where.append(place)
         texts = (example.query, *example.positives, *example.negatives)
         self.sizes.append(max(len(text.encode()) for text in texts))

@@ -10,7 +10,7 @@ from jaxtyping import Float64, Int64
 
 from tercet.data.files.examples import as_object, finite, given, nonblank, text_of
 from tercet.errors import DataError
-from tercet.files.records import Record, begins_with, iter_records, parsed
+from tercet.files.records import FileRecord, begins_with, iter_records, parsed
 
 # The first name of each field is ours; the others are read as well.
 TEXT1: Final = ("text1", "sentence1")
@@ -82,7 +82,7 @@ def is_similarity_file(path: Path | str) -> bool:
     return begins_with(path, TEXT1)
 
 
-def _scored_pair(record: Record) -> tuple[str, str, float]:
+def _scored_pair(record: FileRecord) -> tuple[str, str, float]:
     fields = as_object(record.value)
     texts = []
     for names in (TEXT1, TEXT2):

@@ -12,7 +12,7 @@ from tercet.data.files.scan import RecordFormat
 from tercet.data.files.sources import Source, open_source
 from tercet.errors import DataError
 from tercet.files.artifacts import fingerprint_number
-from tercet.files.records import Record, iter_records, line_records, parsed
+from tercet.files.records import FileRecord, iter_records, line_records, parsed
 from tercet.types import Example
 
 Value = TypeVar("Value")
@@ -65,7 +65,7 @@ def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
 
 def text_records(
     path: Path, fields: tuple[str, ...], *, blank_lines: bool = False
-) -> Iterator[Record]:
+) -> Iterator[FileRecord]:
     """Yield the records of a file; a line of plain text is a record with only the first field.
 
     Raises:

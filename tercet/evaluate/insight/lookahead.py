@@ -23,7 +23,7 @@ from jaxtyping import Float64
 from tercet.data.files.examples import as_object, nonblank, text_of
 from tercet.errors import ModelError, RecipeError
 from tercet.evaluate.report.intervals import Interval, interval
-from tercet.files.records import Record, iter_records, parsed
+from tercet.files.records import FileRecord, iter_records, parsed
 from tercet.models.choices import Attention
 from tercet.models.embedder import Embedder
 from tercet.models.network.pooling import mean
@@ -106,7 +106,7 @@ def read_triples(path: Path | None = None) -> list[PrefixTriple]:
     return [parsed(path, record, _triple) for record in iter_records(path, _FIELDS, needs=needs)]
 
 
-def _triple(record: Record) -> PrefixTriple:
+def _triple(record: FileRecord) -> PrefixTriple:
     fields = as_object(record.value)
     lost = [field for field in _FIELDS if fields.get(field) is None]
     if lost:

@@ -20,7 +20,7 @@ import numpy as np
 
 from tercet.data.files.examples import LANG, as_object, nonblank, shown, text_of
 from tercet.errors import DataError
-from tercet.files.records import Record, begins_with, decoded, iter_lines, iter_records, parsed
+from tercet.files.records import FileRecord, begins_with, decoded, iter_lines, iter_records, parsed
 
 _ID: Final = ("_id", "id")
 _QUERY_ID: Final = ("qid", "query-id", "query_id")
@@ -188,7 +188,7 @@ def _by_id(
     """Yield the id and value of each record, after checking that ids are unique."""
     seen: set[str] = set()
 
-    def entry(record: Record) -> tuple[str, Value]:
+    def entry(record: FileRecord) -> tuple[str, Value]:
         fields = as_object(record.value)
         name = _id_of(fields, ids)
         if name in seen:
@@ -254,7 +254,7 @@ def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
             raise DataError(path, number, str(error)) from error
 
 
-def _judgement(record: Record) -> tuple[str, str, int]:
+def _judgement(record: FileRecord) -> tuple[str, str, int]:
     fields = as_object(record.value)
     grade = next((fields[name] for name in _GRADE if name in fields), None)
     return _id_of(fields, _QUERY_ID), _id_of(fields, _DOCUMENT_ID), _grade(grade)

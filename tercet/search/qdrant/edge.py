@@ -10,8 +10,9 @@ word.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 from uuid import UUID
@@ -30,7 +31,7 @@ from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.checks import Widths, require_same
 from tercet.search.qdrant.points import Facts, Point, PointVector, TermRow, check_stored
 from tercet.search.qdrant.qdrant_engine import Payload
-from tercet.search.qdrant.queries import PointQuery, Prefetch, RankFusion, ScoredPoint
+from tercet.search.qdrant.queries import PointQuery, RequestMaker, ScoredPoint
 from tercet.segments import batches_within
 
 try:
@@ -68,7 +69,8 @@ class EdgeStore:
         check_stored(stored)
         self._folder = Path(folder)
         self._stored: Stored = stored or "float32"
-        self._threads, self._ef = threads, ef
+        self._threads = threads
+        self._make = _request_maker(ef)
         self._opened: edge.EdgeShard | None = None  # none before ``create``
         self._closed = False
         self._widths: dict[Kind, int] = {}
@@ -180,7 +182,11 @@ class EdgeStore:
     def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
         """Return at most ``size`` points that match a filter, and the start of the next page."""
         request = edge.ScrollRequest(
-            offset=start, limit=size, filter=_filter(facts), with_payload=True, with_vector=False
+            offset=start,
+            limit=size,
+            filter=self._make.filter_of(facts),
+            with_payload=True,
+            with_vector=False,
         )
         with self._reading():
             points, following = self._shard.scroll(request)
@@ -190,7 +196,7 @@ class EdgeStore:
         """The points that each search finds."""
         if not asks:
             return []
-        requests = [_request(ask, self._ef) for ask in asks]
+        requests = [self._make.request_of(ask) for ask in asks]
         with self._reading():
             answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
         return [
@@ -332,62 +338,30 @@ def _vector(part: PointVector) -> Any:
     return part
 
 
-def _request(ask: PointQuery, ef: int | None) -> Any:
-    if ask.fuse is None:
-        (stage,) = ask.stages
-        return edge.QueryRequest(
-            ask.limit,
-            query=_nearest(stage),
-            filter=_filter(ask.facts, ask.only),
-            params=_params(stage, ef),
-            with_payload=ask.with_payload,
-        )
-    if isinstance(ask.fuse, RankFusion):
-        query: Any = edge.Fusion.Rrf(ask.fuse.k + 1)  # its ranks begin with 0
-    else:
-        query = _formula(ask.fuse.weights)
-    return edge.QueryRequest(
-        ask.limit,
-        query=query,
-        prefetches=[_prefetch(stage, ask, ef) for stage in ask.stages],
-        with_payload=ask.with_payload,
-    )
-
-
-def _prefetch(stage: Prefetch, ask: PointQuery, ef: int | None) -> Any:
-    """A stage; the filter stands where points are first found."""
-    return edge.Prefetch(
-        stage.limit,
-        query=_nearest(stage),
-        prefetches=[_prefetch(source, ask, ef) for source in stage.among] or None,
-        filter=None if stage.among else _filter(ask.facts, ask.only),
-        params=_params(stage, ef),
-    )
-
-
-def _nearest(stage: Prefetch) -> Any:
-    return edge.Query.Nearest(_vector(stage.query), using=stage.kind)
-
-
-def _params(stage: Prefetch, ef: int | None) -> Any:
-    """Exact stages go by the vectors as they are; others by codes, if there are, and then these."""
+def _request_maker(ef: int | None) -> RequestMaker:
     rescoring = edge.QuantizationSearchParams(rescore=True, oversampling=float(FACTOR))
-    return edge.SearchParams(exact=stage.exact, hnsw_ef=ef, quantization=rescoring)
+    return RequestMaker(
+        request=partial(_with_prefetches, edge.QueryRequest),
+        prefetch=partial(_with_prefetches, edge.Prefetch),
+        nearest=lambda stage: {"query": edge.Query.Nearest(_vector(stage.query), using=stage.kind)},
+        params=lambda stage: edge.SearchParams(
+            exact=stage.exact, hnsw_ef=ef, quantization=rescoring
+        ),
+        rank_fusion=edge.Fusion.Rrf,
+        weighted_sum=_weighted_sum,
+        any_fact=lambda facts: edge.FieldCondition("facts", match=edge.MatchAny(facts)),
+        any_id=lambda ids: edge.HasIdCondition(set(ids)),
+        all_of=lambda conditions: edge.Filter(must=conditions),
+    )
 
 
-def _formula(weights: Sequence[float]) -> Any:
-    names = [f"$score[{number}]" for number in range(len(weights))]
+def _with_prefetches(made: Any, *, prefetch: Any = None, **parts: Any) -> Any:
+    return made(prefetches=prefetch, **parts)
+
+
+def _weighted_sum(weights: Mapping[str, float]) -> Any:
     terms = [
         edge.Expression.Mult([edge.Expression.Constant(weight), edge.Expression.Variable(name)])
-        for weight, name in zip(weights, names, strict=True)
+        for name, weight in weights.items()
     ]
-    return edge.Formula(edge.Expression.Sum(terms), defaults=dict.fromkeys(names, 0.0))
-
-
-def _filter(facts: Sequence[Sequence[str]], only: frozenset[UUID] | None = None) -> Any:
-    conditions: list[Any] = [
-        edge.FieldCondition("facts", match=edge.MatchAny(list(group))) for group in facts
-    ]
-    if only is not None:
-        conditions.append(edge.HasIdCondition(set(only)))
-    return edge.Filter(must=conditions) if conditions else None
+    return edge.Formula(edge.Expression.Sum(terms), defaults=dict.fromkeys(weights, 0.0))

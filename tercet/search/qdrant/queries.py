@@ -81,6 +81,58 @@ class ScoredPoint:
     payload: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class RequestMaker:
+    """Makes the requests of one client library of Qdrant from its classes."""
+
+    request: Callable[..., Any]
+    prefetch: Callable[..., Any]
+    nearest: Callable[[Prefetch], Mapping[str, Any]]  # keywords of a request or prefetch
+    params: Callable[[Prefetch], Any]
+    rank_fusion: Callable[[int], Any]
+    weighted_sum: Callable[[Mapping[str, float]], Any]  # weights of variables
+    any_fact: Callable[[list[str]], Any]
+    any_id: Callable[[frozenset[UUID]], Any]
+    all_of: Callable[[list[Any]], Any]
+
+    def request_of(self, ask: PointQuery) -> Any:
+        """Return the request of one search."""
+        if ask.fuse is None:
+            (stage,) = ask.stages
+            return self.request(**self._stage(stage, ask), with_payload=ask.with_payload)
+        if isinstance(ask.fuse, RankFusion):
+            query = self.rank_fusion(ask.fuse.k + 1)  # Qdrant's ranks begin with 0
+        else:
+            weights = enumerate(ask.fuse.weights)
+            query = self.weighted_sum({f"$score[{n}]": weight for n, weight in weights})
+        return self.request(
+            query=query,
+            prefetch=self._prefetches(ask.stages, ask),
+            limit=ask.limit,
+            with_payload=ask.with_payload,
+        )
+
+    def filter_of(self, facts: Facts, only: frozenset[UUID] | None = None) -> Any:
+        """Return a filter of facts and ids; None if all points match."""
+        conditions = [self.any_fact(list(group)) for group in facts]
+        if only is not None:
+            conditions.append(self.any_id(only))
+        return self.all_of(conditions) if conditions else None
+
+    def _stage(self, stage: Prefetch, ask: PointQuery) -> dict[str, Any]:
+        """Return the keywords of a stage; the first stages apply the filter."""
+        return {
+            **self.nearest(stage),
+            "prefetch": self._prefetches(stage.among, ask) or None,
+            "filter": None if stage.among else self.filter_of(ask.facts, ask.only),
+            "params": self.params(stage),
+            "limit": stage.limit,
+        }
+
+    def _prefetches(self, stages: Sequence[Prefetch], ask: PointQuery) -> list[Any]:
+        return [self.prefetch(**self._stage(stage, ask)) for stage in stages]
+
+
 RunQueries: TypeAlias = Callable[[Sequence[PointQuery]], list[list[ScoredPoint]]]
 RecordOf: TypeAlias = Callable[[Mapping[str, Any]], Record]
 

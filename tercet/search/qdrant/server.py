@@ -8,7 +8,7 @@ itself; ``optimize()`` waits until it has done so.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 from uuid import UUID
 
 from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
@@ -18,7 +18,7 @@ from tercet.rank.quantized import Stored
 from tercet.search.engine.checks import Widths, require_same
 from tercet.search.qdrant.points import Facts, Point, PointVector, TermRow, check_stored
 from tercet.search.qdrant.qdrant_engine import Payload
-from tercet.search.qdrant.queries import PointQuery, Prefetch, RankFusion, ScoredPoint
+from tercet.search.qdrant.queries import PointQuery, Prefetch, RequestMaker, ScoredPoint
 from tercet.segments import batches_within
 
 try:
@@ -28,7 +28,6 @@ try:
 except ImportError as error:
     raise MissingExtraError("a Qdrant server", "qdrant") from error
 
-Params: TypeAlias = Callable[[Prefetch], api.SearchParams | None]
 _BATCH_NUMBERS: Final = 500_000  # of vectors in one request: some 10 MB of JSON; a server takes 32
 _MARK: Final = "tercet"  # where a collection says whose it is
 _CODES_OF: Final[Mapping[Any, Stored]] = {
@@ -73,6 +72,7 @@ class ClusterStore:
         self._timeout, self._ef = timeout_seconds, ef
         self._stored: Stored = stored or "float32"
         self._widths: Widths = {}
+        self._make = _request_maker(self._params)
         if isinstance(server, str):
             with self._named():
                 self._client = QdrantClient(
@@ -209,7 +209,7 @@ class ClusterStore:
         with self._named():
             points, following = self._client.scroll(
                 self._name,
-                scroll_filter=_filter(facts),
+                scroll_filter=self._make.filter_of(facts),
                 limit=size,
                 offset=start,
                 with_payload=True,
@@ -220,7 +220,7 @@ class ClusterStore:
         """The points that each search finds."""
         if not asks:
             return []
-        requests = [_request(ask, self._params) for ask in asks]
+        requests = [self._make.request_of(ask) for ask in asks]
         with self._named():
             answers = self._client.query_batch_points(self._name, requests)
         return [
@@ -332,57 +332,25 @@ def _vector(part: PointVector) -> Any:
     return part.tolist()
 
 
-def _request(ask: PointQuery, params: Params) -> api.QueryRequest:
-    if ask.fuse is None:
-        (stage,) = ask.stages
-        return api.QueryRequest(
-            query=api.NearestQuery(nearest=_vector(stage.query)),
-            using=stage.kind,
-            filter=_filter(ask.facts, ask.only),
-            params=params(stage),
-            limit=ask.limit,
-            with_payload=ask.with_payload,
-        )
-    if isinstance(ask.fuse, RankFusion):
-        query = api.RrfQuery(rrf=api.Rrf(k=ask.fuse.k + 1))  # its ranks begin with 0
-    else:
-        query = _formula(ask.fuse.weights)
-    return api.QueryRequest(
-        query=query,
-        prefetch=[_prefetch(stage, ask, params) for stage in ask.stages],
-        limit=ask.limit,
-        with_payload=ask.with_payload,
+def _request_maker(params: Callable[[Prefetch], api.SearchParams | None]) -> RequestMaker:
+    return RequestMaker(
+        request=api.QueryRequest,
+        prefetch=api.Prefetch,
+        nearest=lambda stage: {
+            "query": api.NearestQuery(nearest=_vector(stage.query)),
+            "using": stage.kind,
+        },
+        params=params,
+        rank_fusion=lambda k: api.RrfQuery(rrf=api.Rrf(k=k)),
+        weighted_sum=_weighted_sum,
+        any_fact=lambda facts: api.FieldCondition(key="facts", match=api.MatchAny(any=facts)),
+        any_id=lambda ids: api.HasIdCondition(has_id=[str(uuid) for uuid in ids]),
+        all_of=lambda conditions: api.Filter(must=conditions),
     )
 
 
-def _prefetch(stage: Prefetch, ask: PointQuery, params: Params) -> api.Prefetch:
-    """A stage; the filter stands where points are first found."""
-    return api.Prefetch(
-        query=api.NearestQuery(nearest=_vector(stage.query)),
-        using=stage.kind,
-        prefetch=[_prefetch(source, ask, params) for source in stage.among] or None,
-        filter=None if stage.among else _filter(ask.facts, ask.only),
-        params=params(stage),
-        limit=stage.limit,
-    )
-
-
-def _formula(weights: Sequence[float]) -> api.FormulaQuery:
-    names = [f"$score[{number}]" for number in range(len(weights))]
-    terms: list[Any] = [
-        api.MultExpression(mult=[weight, name]) for weight, name in zip(weights, names, strict=True)
-    ]
+def _weighted_sum(weights: Mapping[str, float]) -> api.FormulaQuery:
+    terms: list[Any] = [api.MultExpression(mult=[weight, name]) for name, weight in weights.items()]
     return api.FormulaQuery(
-        formula=api.SumExpression(sum=terms), defaults=dict.fromkeys(names, 0.0)
+        formula=api.SumExpression(sum=terms), defaults=dict.fromkeys(weights, 0.0)
     )
-
-
-def _filter(
-    facts: Sequence[Sequence[str]], only: frozenset[UUID] | None = None
-) -> api.Filter | None:
-    conditions: list[Any] = [
-        api.FieldCondition(key="facts", match=api.MatchAny(any=list(group))) for group in facts
-    ]
-    if only is not None:
-        conditions.append(api.HasIdCondition(has_id=[str(uuid) for uuid in only]))
-    return api.Filter(must=conditions) if conditions else None
