@@ -31,8 +31,7 @@ from tercet.data.files.readers import (
     stamp_of,
 )
 from tercet.errors import DataError, StorageError
-from tercet.files.arrays import GrowingArray
-from tercet.files.artifacts import KeptResults, fingerprint_of_ends
+from tercet.files.artifacts import KeptResults, fingerprint_of_ends, write_npy_header
 from tercet.files.atomic import replacing_file
 from tercet.files.records import FileRecord, iter_records, parsed, readable
 from tercet.models.zoo.zoo import cache_folder
@@ -235,12 +234,10 @@ def joined_sizes(parts: Sequence[np.ndarray], fingerprint: str) -> np.ndarray:
     path = cache_folder() / "sources" / f"sizes-{fingerprint}.npy"
     try:
         if not path.exists():
-            with (
-                replacing_file(path) as fresh,
-                GrowingArray.open(fresh, np.dtype(np.int32), ()) as array,
-            ):
+            with replacing_file(path) as fresh, fresh.open("wb") as file:
+                write_npy_header(file, (rows,), np.int32)
                 for part in parts:
-                    array.add(part)
+                    file.write(np.ascontiguousarray(part, np.int32).tobytes())
         found = np.load(path, mmap_mode="r")
         if found.shape == (rows,) and found.dtype == np.int32:
             return found
