@@ -170,20 +170,27 @@ def mine(
 ) -> list[MiningReport]:
     """Write the examples of the sources with mined negatives and the teacher's scores.
 
-    Scores are written only if they are cosines (by dense or token vectors). BM25 needs no teacher;
-    with one, its words are the teacher's tokens.
+    A document that answers a query in any row, or is the query itself, never becomes its negative;
+    texts that differ only in case or spaces are the same document. Scores are written only if they
+    are cosines (by dense or token vectors).
 
-    Candidates are the documents of all sources and ``documents``. A document that answers a query
-    in any row, or is the query itself, never becomes its negative; texts that differ only in case
-    or spaces are the same document. ``out`` is a file for all sources or, without a suffix, a
-    folder with a file for each. Vectors stay in ``work`` for the next mining; the folder may be
-    deleted.
+    Args:
+        teacher: the model that ranks; BM25 needs none, or takes the teacher's tokens as words.
+        sources: examples whose queries get negatives and whose documents are candidates.
+        out: a file for all sources or, without a suffix, a folder with a file for each.
+        mining: the rule, the kind of vectors, and how many negatives.
+        documents: more candidates.
+        work: folder where vectors stay for the next mining; it may be deleted.
 
     Raises:
         RecipeError: if ``out`` would replace a source, or the teacher lacks the needed vectors.
         DataError: if a source has changed since it was opened.
         ModelError: if the teacher's vectors contain NaN or infinity.
         StorageError: if the disk refuses; an earlier output is still there then.
+
+    Example:
+        ``mine(Embedder.load("minilm"), [open_source("pairs.jsonl")], Path("mined.jsonl"),
+        mining=Mining(negatives=7))``
     """
     outputs = outputs_of(out, sources)
     reports: list[MiningReport] = []
