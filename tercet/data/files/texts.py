@@ -97,11 +97,7 @@ def _line_as_record(line: str, *, field: str) -> dict[str, str]:
 
 
 def text_under(record: object, field: str) -> str:
-    """Return the text of a record.
-
-    Raises:
-        ValueError: naming the field; the caller adds file and line.
-    """
+    """Return the text of a record, or raise a ValueError that names the field."""
     value = as_object(record).get(field)
     if value is None:
         raise ValueError(
