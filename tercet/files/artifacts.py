@@ -25,11 +25,7 @@ def json_text(
 
 
 def write_json(
-    path: Path,
-    value: Any,
-    *,
-    indent: int | None = 2,
-    default: Callable[[Any], Any] | None = None,
+    path: Path, value: Any, *, indent: int | None = 2, default: Callable[[Any], Any] | None = None
 ) -> None:
     """Write ``value`` as a JSON file that appears whole or not at all."""
     with replacing_file(path) as fresh:

@@ -176,11 +176,7 @@ class _GrowingRows:
 def scan(
     path: Path, record_format: RecordFormat, facts: FileFacts, progress: ReportProgress | None
 ) -> FileScan:
-    """Read a file once and check every record.
-
-    Raises:
-        DataError: at the first record that is invalid, naming the line.
-    """
+    """Read a file once and check every record; a DataError names the first invalid line."""
     stamp = stamp_of(path)
     growing: dict[str, _GrowingRows] = {}
     rows, is_parquet = 0, path.suffix == ".parquet"

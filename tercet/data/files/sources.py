@@ -188,9 +188,7 @@ def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
 
 
 def write_records(
-    path: Path | str,
-    records: Iterable[dict[str, Any]],
-    more: Mapping[str, pa.DataType],
+    path: Path | str, records: Iterable[dict[str, Any]], more: Mapping[str, pa.DataType]
 ) -> None:
     """Write records of examples with ``more`` columns; see :func:`write_examples`."""
     path = Path(path)

@@ -66,11 +66,7 @@ def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
 def text_records(
     path: Path, fields: tuple[str, ...], *, blank_lines: bool = False
 ) -> Iterator[FileRecord]:
-    """Yield the records of a file; a line of plain text is a record with only the first field.
-
-    Raises:
-        DataError: if the file cannot be read, is of an unknown type, or holds no text.
-    """
+    """Yield the records of a file; a line of plain text is a record with only the first field."""
     if path.suffix in (".jsonl", ".parquet"):
         yield from iter_records(path, fields, needs=(fields[:1],))
         return
