@@ -87,12 +87,12 @@ def folding(head_size: int) -> Row:
     """What it takes to fold, once for each state of the weights."""
     layer, states, texts = inputs(head_size, 1)
 
-    def anew() -> Tensor:
+    def not_kept() -> Tensor:
         layer.train()  # drops what was kept
         return folded(layer, states, texts)
 
-    spent = interleaved({"anew": anew, "kept": lambda: folded(layer, states, texts)}, 3)
-    seconds = min(spent["anew"]) - min(spent["kept"])
+    spent = interleaved({"not kept": not_kept, "kept": lambda: folded(layer, states, texts)}, 3)
+    seconds = min(spent["not kept"]) - min(spent["kept"])
     return {
         "name": f"folding once, head size {head_size}",
         "ours": seconds,
@@ -113,7 +113,7 @@ def compared(head_size: int, length: int, repeats: int) -> list[Row]:
     memory = {name: extra_memory(partial(prepared, name, head_size, length)) for name in FORMS}
     peer = results["reference"]
     kept = layers["folded"][0]._kept._held
-    assert kept is not None and isinstance(kept[1], Folded)
+    assert kept is not None and isinstance(kept[2], Folded)
     held = {"folded": (kept[2].to_scores.nbytes + kept[2].to_states.nbytes) / 1e9, "once": 0.0}
     return [
         {

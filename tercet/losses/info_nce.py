@@ -1,8 +1,7 @@
 """InfoNCE in one sweep over blocks of queries, never as a matrix of all queries and documents.
 
 A block of queries holds its whole rows of scores, hence its whole softmax. So its loss and all its
-gradients are finished at once, with three matrix products and nothing computed twice, and the
-block is dropped. What stays is as large as the embeddings.
+gradients are finished at once, with three matrix products, and the block is dropped.
 """
 
 import warnings
@@ -102,7 +101,7 @@ def block_of(docs: int, prefixes: int = 0) -> int:
 
 
 def _weights_of(dims: Sequence[int] | Mapping[int, float] | None, width: int) -> dict[int, float]:
-    """The weight of each prefix, shortest first."""
+    """Return the weight of each prefix, shortest first."""
     if dims is None:
         return {}
     given = dims if isinstance(dims, Mapping) else {dim: 1 / len(dims) for dim in dims}
@@ -156,10 +155,7 @@ def loss_and_gradient(logits: Tensor, pairs: PairBlock) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _InfoNceSweep:
-    """One pass over blocks of queries that fills in the gradients as it goes.
-
-    A gradient that is not wanted is None, and its matrix product is left out.
-    """
+    """One pass over blocks of queries that fills in the gradients; unwanted ones are None."""
 
     queries: Float[Tensor, "queries dim"]
     docs: Float[Tensor, "docs dim"]
@@ -181,9 +177,8 @@ class _InfoNceSweep:
     def prefixes(self, weights: dict[int, float], temperature: float) -> Tensor:
         """Return the loss of the cosines of prefixes.
 
-        The dot product of a longer prefix is that of the shorter one plus that of the slice
-        between them, so all of them cost one product of whole vectors. Gradients are summed the
-        other way round: a slice is part of every prefix that reaches beyond it.
+        The dot product of a longer prefix is that of the shorter one plus that of the slice between
+        them. Gradients are summed the other way round.
         """
         slices = [slice(low, high) for low, high in pairwise([0, *weights])]
         of_queries, of_docs = _Prefixes(self.queries, weights), _Prefixes(self.docs, weights)
@@ -202,7 +197,9 @@ class _InfoNceSweep:
                 of_queries.along[i, rows] = along.sum(1)
                 of_docs.along[i] += along.sum(0)
                 gradients.append(gradient.mul_(inverse).mul_(of_docs.inverse[i]))
-            self.add_longest_first(gradients, rows, slices)
+            total = torch.zeros_like(dots)
+            for part, gradient in zip(reversed(slices), reversed(gradients), strict=True):
+                self.add(total.add_(gradient), rows, part)
         of_queries.remove_along(self.by_queries)
         of_docs.remove_along(self.by_docs)
         return self.averaged(loss)
@@ -221,12 +218,6 @@ class _InfoNceSweep:
         if self.by_docs is not None:
             self.by_docs[:, part].addmm_(gradient.T, self.queries[rows, part])
 
-    def add_longest_first(self, gradients: list[Tensor], rows: slice, slices: list[slice]) -> None:
-        """Add the gradients of all prefixes to those of the slices that they consist of."""
-        total = torch.zeros_like(gradients[-1])
-        for part, gradient in zip(reversed(slices), reversed(gradients), strict=True):
-            self.add(total.add_(gradient), rows, part)
-
     def averaged(self, loss: Tensor, *, by_logits: float = 1.0) -> Tensor:
         """Return the mean of the terms, and scale the gradients to match."""
         scale = 1 / max(self.relation.positives, 1)
@@ -237,11 +228,7 @@ class _InfoNceSweep:
 
 
 class _Prefixes:
-    """Lengths of the prefixes of some vectors, and the gradients along those prefixes.
-
-    A cosine does not change when a vector grows longer, so its gradient has no part along the
-    vector. That of the dot product has one, which is collected here and removed in the end.
-    """
+    """Lengths of prefixes, and the gradients along them, which cosines do not have."""
 
     def __init__(self, vectors: Float[Tensor, "texts dim"], dims: Iterable[int]) -> None:
         self.vectors, self.dims = vectors, list(dims)

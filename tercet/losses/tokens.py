@@ -42,12 +42,6 @@ class Head:
         return logits
 
 
-def _product_dtype(states: Tensor) -> torch.dtype:
-    """The dtype in which autocast would multiply."""
-    device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-
-
 def next_token_loss(
     states: Float[Tensor, "places hidden"],
     tokens: Int[Tensor, "places"],
@@ -58,10 +52,9 @@ def next_token_loss(
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Return the sum of -log softmax(head(state))[token] over ``total``, and the number of hits.
 
-    ``total`` is the number of places of the whole batch: a batch may come in chunks and from
-    several processes, and the sum of the parts is its mean. A place is a hit if its largest logit
-    is that of its token. Gradients by the head's weight and bias are computed if these require
-    them. ``block`` is the number of places held at a time; it changes memory, not the result.
+    ``total`` counts the places of the whole batch, of which this may be a part. A place is a hit if
+    its largest logit is that of its token. ``block`` is the number of places held at a time; it
+    changes memory, not the result.
     """
     at_once = block or max(1, BLOCK_BYTES // (4 * len(head.weight)))
     sweep = _TokenSweep(states, head, total)
@@ -79,7 +72,9 @@ class _TokenSweep:
     def __init__(self, states: Tensor, head: Head, total: int) -> None:
         wide = torch.promote_types(states.dtype, torch.float32)
         learns = torch.is_grad_enabled()
-        product = _product_dtype(states)
+        device = states.device.type
+        autocast = torch.is_autocast_enabled(device)
+        product = torch.get_autocast_dtype(device) if autocast else states.dtype
         weight = head.weight.detach().to(product)  # once, not for each block
         self.states, self.head = states.detach().to(product), replace(head, weight=weight)
         self.total = total
@@ -113,7 +108,7 @@ class _TokenSweep:
             self.by_bias += slope.sum(0)
 
     def _derivative(self, logits: Tensor) -> Tensor | float:
-        """The derivative of a logit by its product of state and weight."""
+        """Return the derivative of a logit by its product of state and weight."""
         if self.head.softcap is None:
             return self.head.scale
         return self.head.scale * (1 - (logits / self.head.softcap).square())

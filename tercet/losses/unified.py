@@ -7,7 +7,7 @@ kind. So its losses, their targets and all gradients are computed at once, and i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,10 @@ from tercet.losses.info_nce import PairBlock, finished, loss_and_gradient
 from tercet.losses.listwise import group_distillation, listwise
 from tercet.models.network.chunked import Losses
 from tercet.rank.scoring import scores_of
-from tercet.types import IGNORED
+from tercet.types import IGNORED, Distillation
 from tercet.vectors import Vectors
 
 BLOCK_BYTES: Final = 64 << 20  # of the scores of one block, at most
-Distillation: TypeAlias = Literal["none", "kl", "listwise"]
-"""How the scores of a reranker are learned. Not for the cosines of mining, which teach little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     Dense vectors of any length are normalised here; with ``dims`` their losses are means over
     prefixes of these lengths and the full one (Matryoshka). Weights of terms and vectors of tokens
     are used unchanged. ``teacher`` has a reranker's score of each document for the query that it
-    came with, NaN where there is none; distil "kl" adds to each InfoNCE, "listwise" replaces those
+    came with, NaN if it has none; distil "kl" adds to each InfoNCE, "listwise" replaces those
     of queries with a scored document, and "none" ignores the scores.
 
     ``"loss"`` is minimised, the others are parts of it, unweighted. All of them are this process's
@@ -105,7 +103,7 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
 
 
 def _block_of(queries: "_Side", docs: int, kinds: int) -> int:
-    """How many queries to hold: scores and gradients of each kind, and the best rows of tokens."""
+    """Return how many queries to hold: scores and gradients by kind, and best rows of tokens."""
     tokens = 0
     if queries.vectors.multi is not None:
         tokens = len(queries.vectors.multi.vectors) // max(len(queries), 1)
@@ -137,7 +135,7 @@ class _Side:
         return [*self.vectors.tensors(), *self.prefixes]
 
     def detached(self) -> "_Side":
-        """The same numbers as new leaves, which collect gradients."""
+        """Return the same numbers as new leaves, which collect gradients."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(tensor.requires_grad)
@@ -150,7 +148,7 @@ class _Side:
     def scores(
         self, rows: slice, docs: "_Side", kinds: Sequence[Kind]
     ) -> dict[Kind, list[Float[Tensor, "rows docs"]]]:
-        """Scores of these queries with all documents: the full width first, then dense prefixes."""
+        """Return scores of these queries with all documents: whole first, then dense prefixes."""
         some = self.vectors.take(rows)
         found: dict[Kind, list[Tensor]] = {
             kind: [scores_of(kind, some, docs.vectors)] for kind in kinds
@@ -227,7 +225,8 @@ class _UnifiedSweep:
             for kind in self.kinds:
                 slopes[kind][0] += mixture.in_sum.of(kind) * by_sum
             if self.of_soft:
-                self._distil(logits, _softmax_of(together, block), block, slopes)
+                target = together.masked_fill(block.masked, -inf).softmax(1) * block.asked
+                self._distil(logits, target, block, slopes)
         for each in slopes.values():
             for slope in each:
                 slope /= mixture.temperature
@@ -293,11 +292,4 @@ class _ScoreBlock:
     candidates: Bool[Tensor, "rows docs"]  # positives and negatives
     masked: Bool[Tensor, "rows docs"]  # the others; nothing in a row without candidates
     asked: Bool[Tensor, "rows 1"]  # which rows have candidates
-    teacher: Float[Tensor, "rows docs"] | None  # NaN where there is no score
-
-
-def _softmax_of(
-    logits: Float[Tensor, "rows docs"], block: _ScoreBlock
-) -> Float[Tensor, "rows docs"]:
-    """The softmax over the candidates; zeros in a row without any."""
-    return logits.masked_fill(block.masked, -inf).softmax(1) * block.asked
+    teacher: Float[Tensor, "rows docs"] | None  # NaN: not scored

@@ -365,8 +365,12 @@ class Embedder(nn.Module):
             raise TypeError("encode takes a list of texts; put a single text into a list")
         prompt, form = settings.prompt(role, task), settings.form(role)
         limit = settings.max_tokens(role)
-        if settings.on_empty == "error":
-            _refuse_empty(texts)
+        asked = enumerate(texts, start=1) if settings.on_empty == "error" else ()
+        if empty := next((number for number, text in asked if not text.strip()), None):
+            raise RecipeError(
+                f"text {empty} of {len(texts)} is empty, and the model's settings refuse that; "
+                'leave it out, or set on_empty to "all"'
+            )
         cut = 0
 
         def tokenize(part: Sequence[str]) -> Tokens:
@@ -538,12 +542,3 @@ def pooled(
     if settings.cls_every is not None:
         return cls_mean(states, texts, settings.cls_every)
     return POOLINGS[settings.pooling](states, texts)
-
-
-def _refuse_empty(texts: Sequence[str]) -> None:
-    row = next((i for i, text in enumerate(texts) if not text.strip()), None)
-    if row is not None:
-        raise RecipeError(
-            f"text {row + 1} of {len(texts)} is empty, and the model's settings refuse that; leave "
-            'it out, or set on_empty to "all"'
-        )

@@ -1,9 +1,8 @@
 """A model with another model's tokenizer: initial embeddings of the new tokens.
 
-A new token's embedding is the mean over the pieces that the old tokenizer makes of its text, so a
-token that both know keeps its embedding. Special tokens keep theirs by function. Such a model has
-to be trained; Arctic-Embed 2.0 found no clear gain in it, and slower encoding (arXiv 2412.04506,
-appendix: Llama 3's tokenizer, all weights initialized at random).
+A new token's embedding is the mean over its pieces by the old tokenizer; special tokens keep theirs
+by function. Such a model has to be trained; Arctic-Embed 2.0 found no clear gain in it (arXiv
+2412.04506, appendix: Llama 3's tokenizer, all weights initialized at random).
 """
 
 from collections.abc import Callable

@@ -47,20 +47,15 @@ PLAIN: Final = Form()
 class Tokens:
     """Token ids of some texts, which can be packed in any order.
 
-    For each text, ``skipped`` counts the leading tokens that are read but not pooled (its prompt),
-    and ``left_out`` bounds later ones (its suffix); an empty list means none in any text.
-    ``truncated`` counts the texts that were cut to the limit.
-
-    ``spans`` and ``read`` are filled on request: the characters of its text that each token covers
-    (-1 for a token outside it), and how many characters of the text were kept.
+    ``spans`` and ``read`` are filled on request.
     """
 
     ids: list[np.ndarray]  # int32, one array a text, none of them empty
-    skipped: list[int]
-    truncated: int
-    left_out: list[tuple[int, int]] = field(default_factory=list)
-    spans: list[np.ndarray] = field(default_factory=list)  # [tokens, 2], one array a text
-    read: list[int] = field(default_factory=list)
+    skipped: list[int]  # leading tokens that are read but not pooled: the prompt
+    truncated: int  # texts that were cut to the limit
+    left_out: list[tuple[int, int]] = field(default_factory=list)  # of suffixes; empty: no text's
+    spans: list[np.ndarray] = field(default_factory=list)  # characters of a token, -1 outside
+    read: list[int] = field(default_factory=list)  # characters that were kept
     cuts: list[bool] = field(default_factory=list)  # whether each text was cut
 
     def __len__(self) -> int:
@@ -154,9 +149,8 @@ class Tokenizer:
         at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
         self._head: list[int] = [] if at is None else full[:at]  # put before every text
         self._tail: list[int] = [] if at is None else full[at + len(bare) :]  # and after it
-        self._filler = _first_known(
-            tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, 0
-        )
+        known = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
+        self._filler: int = next((i for i in known if i is not None), 0)
 
     @property
     def around(self) -> tuple[list[int], list[int]]:
@@ -340,20 +334,13 @@ def _in_parts(
 
 
 def _borders(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """Return bounds of the tokens that reach into the characters from ``start`` to ``end``.
-
-    Byte-level tokenizers trim spaces from offsets, so a token of spaces alone is empty: it counts
-    as part of what is before it.
-    """
+    """Return bounds of the tokens that reach into the characters from ``start`` to ``end``."""
     stop = len(offsets)
+    # Byte-level tokenizers trim spaces from offsets: an empty one is part of what is before it.
     while stop and offsets[stop - 1][0] >= end and offsets[stop - 1][1] > end:
         stop -= 1
     first = next((i for i in range(stop) if offsets[i][1] > start), stop) if start else 0
     return first, stop
-
-
-def _first_known(*ids: int | None) -> int:
-    return next(i for i in ids if i is not None)
 
 
 def _end_of(tokenizer: Any) -> str:

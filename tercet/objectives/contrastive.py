@@ -8,7 +8,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
-from tercet.data.batches.collate import Batch, Collator, Policy
+from tercet.data.batches.collate import Batch, Collator
 from tercet.data.batches.sampler import BatchRows
 from tercet.data.files.sources import Source
 from tercet.distributed import gather_rows
@@ -18,6 +18,7 @@ from tercet.losses.info_nce import info_nce
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.objectives.objective import Traits
+from tercet.types import Policy
 from tercet.vectors import Vectors
 
 _AGAINST: Final[Mapping[Policy, str]] = {
@@ -113,7 +114,7 @@ class PairWork:
     drawn: Sequence[Source]
     collate: Collator
     unit: str
-    done: Callable[[], None] = lambda: None
+    finish: Callable[[], None] = lambda: None  # undoes what only training needs
     kinds: tuple[Kind, ...] = ("dense",)
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> Batch:
@@ -132,12 +133,8 @@ class PairWork:
             chunks=chunks,
         )
 
-    def finish(self) -> None:
-        """Undo what only training needs."""
-        self.done()
-
     def _of_no_texts(self, batch: Batch, step: int) -> Losses:
-        """The loss of an empty share: zero, but its backward answers the other processes."""
+        """Return the loss of an empty share: its backward answers the other processes."""
         embedder = self.embedder
         nothing = Vectors.of_nothing(self.kinds, embedder.dim, embedder.heads.width)
         dtype = torch.promote_types(next(embedder.parameters()).dtype, torch.float32)

@@ -4,7 +4,7 @@ A decoder's head was trained to predict, at each token, the next one. It still d
 now reads both ways and the token itself is masked (arXiv 2404.05961, sec. 2.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
@@ -30,8 +30,8 @@ from tercet.models.network.chunked import (
     one_token,
     own_random_state,
 )
-from tercet.objectives.lm_head import load_head
 from tercet.objectives.objective import Traits
+from tercet.objectives.token_heads import load_head
 from tercet.segments import Packed, batches_by_length, offsets_of
 
 NO_LABEL: Final = -1  # of a token that is not predicted
@@ -108,18 +108,16 @@ class MNTPWork:
         self._block_tokens = min(objective.block_tokens, embedder.backbone.max_tokens)
         self.unit = f"blocks of {self._block_tokens} tokens"
 
-    @property
-    def drawn(self) -> Sequence[TokenBlocks]:
-        """Blocks of tokens of each source."""
-        return self._blocks
-
     @cached_property
-    def _blocks(self) -> list[TokenBlocks]:
-        """All texts, tokenized once, when the first batch is needed."""
+    def drawn(self) -> list[TokenBlocks]:
+        """The texts of each source in blocks, tokenized when the first batch is needed."""
+
+        def ids_of(texts: Sequence[str]) -> list[np.ndarray]:
+            return self.embedder.tokenizer(texts, _UNLIMITED).ids
+
+        joined = self.objective.concatenated
         return [
-            token_blocks(
-                source, self._ids_of, self._block_tokens, concatenated=self.objective.concatenated
-            )
+            token_blocks(source, ids_of, self._block_tokens, concatenated=joined)
             for source in self.sources
         ]
 
@@ -146,19 +144,15 @@ class MNTPWork:
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> MaskedBatch:
         """Return the texts of these blocks, masked in a way that depends on block and seed."""
-        blocks = rows.read([source.read for source in self.drawn])
-        names = zip(rows.source.tolist(), rows.row.tolist(), strict=True)
         gaps, labels = [], []
-        for (source, row), block in zip(names, blocks, strict=True):
-            rng = np.random.default_rng([_DRAW, *seed, source, row])
-            for ids in block:
-                allowed = ~np.isin(ids, self._special)
-                allowed[0] = False  # nothing comes before it
-                masked, chosen = self.objective.masking(
-                    ids, allowed, rng, mask=self._mask, vocabulary=self._vocabulary
-                )
-                gaps.append(masked)
-                labels.append(np.where(chosen, ids, NO_LABEL))
+        for rng, ids in seeded_texts(self.drawn, rows, [_DRAW, *seed]):
+            allowed = ~np.isin(ids, self._special)
+            allowed[0] = False  # nothing comes before it
+            masked, chosen = self.objective.masking(
+                ids, allowed, rng, mask=self._mask, vocabulary=self._vocabulary
+            )
+            gaps.append(masked)
+            labels.append(np.where(chosen, ids, NO_LABEL))
         return MaskedBatch(packed(gaps), end_to_end(labels))
 
     def backward(self, batch: MaskedBatch, chunks: Chunks, step: int = 0) -> Losses:
@@ -192,8 +186,15 @@ class MNTPWork:
         if self.objective.train_head:
             del self.embedder.language_head
 
-    def _ids_of(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self.embedder.tokenizer(texts, _UNLIMITED).ids
+
+def seeded_texts(
+    drawn: Sequence[TokenBlocks], rows: BatchRows, seed: Sequence[int]
+) -> Iterator[tuple[np.random.Generator, np.ndarray]]:
+    """Yield the texts of these blocks, each with the random generator of its block."""
+    blocks = rows.read([source.read for source in drawn])
+    for source, row, block in zip(rows.source.tolist(), rows.row.tolist(), blocks, strict=True):
+        rng = np.random.default_rng([*seed, source, row])
+        yield from ((rng, text) for text in block)
 
 
 def packed(texts: list[np.ndarray]) -> Packed:

@@ -8,8 +8,8 @@ dropped afterwards.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from typing import Final, get_args
 
 import numpy as np
 import torch
@@ -29,13 +29,12 @@ from tercet.losses.tokens import next_token_loss
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, own_random_state
 from tercet.models.network.pooling import POOLINGS
-from tercet.objectives.masked_head import MaskedHead, find_masked_head
-from tercet.objectives.mntp import NO_LABEL, end_to_end, packed
+from tercet.objectives.mntp import NO_LABEL, end_to_end, packed, seeded_texts
 from tercet.objectives.objective import Traits
 from tercet.objectives.retromae_decoder import Decoder
+from tercet.objectives.token_heads import MaskedHead, find_masked_head
 from tercet.segments import Packed, batches_by_length
-
-Vocabulary: TypeAlias = Literal["all", "seen"]
+from tercet.types import Vocabulary
 
 _DRAW: Final = 0x4E74  # keeps masks apart from other uses of the same seed
 _PARTS: Final = "retromae"  # the name of what is added to the embedder during training
@@ -112,8 +111,8 @@ class RetroMAEBatch:
 
     def to(self, device: torch.device) -> "RetroMAEBatch":
         """Return the batch on another device; seeds stay on the host."""
-        labels, originals = self.labels.to(device), self.originals.to(device)
-        return RetroMAEBatch(self.texts.to(device), labels, originals, self.seeds, self.truncated)
+        moved = {name: getattr(self, name).to(device) for name in ("texts", "labels", "originals")}
+        return replace(self, **moved)
 
 
 class RetroMAEWork:
@@ -135,9 +134,12 @@ class RetroMAEWork:
         self._drawn_tokens = min(len(stock), len(table))  # random tokens are drawn from these
         self._max_tokens = min(objective.max_tokens, embedder.backbone.max_tokens)
         self.unit = f"blocks of {self._max_tokens} tokens"
+
+        def marked(texts: Sequence[str]) -> list[np.ndarray]:
+            return marked_pieces(embedder.tokenizer, list(texts), self._max_tokens)
+
         self.drawn = [  # all texts of the data, tokenized once, with marks at the starts of words
-            token_blocks(source, self._marked, self._max_tokens, every_text=True)
-            for source in sources
+            token_blocks(source, marked, self._max_tokens, every_text=True) for source in sources
         ]
         self._known = self._known_tokens()
         self.head = self._make_head()
@@ -151,25 +153,21 @@ class RetroMAEWork:
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> RetroMAEBatch:
         """Return the texts of these blocks, with words masked depending on block and seed."""
-        blocks = rows.read([source.read for source in self.drawn])
-        names = zip(rows.source.tolist(), rows.row.tolist(), strict=True)
         gaps, labels, originals, seeds = [], [], [], []
-        for (source, row), block in zip(names, blocks, strict=True):
-            rng = np.random.default_rng([_DRAW, *seed, source, row])
-            for marked in block:
-                ids, words = unmarked(marked)
-                masked, chosen = self._masking(
-                    ids,
-                    ~np.isin(ids, self._special),
-                    rng,
-                    mask=self._mask,
-                    vocabulary=self._drawn_tokens,
-                    words=words,
-                )
-                gaps.append(masked)
-                labels.append(np.where(chosen, ids, NO_LABEL))
-                originals.append(ids)
-                seeds.append(int(rng.integers(1 << 62)))
+        for rng, marked in seeded_texts(self.drawn, rows, [_DRAW, *seed]):
+            ids, words = unmarked(marked)
+            masked, chosen = self._masking(
+                ids,
+                ~np.isin(ids, self._special),
+                rng,
+                mask=self._mask,
+                vocabulary=self._drawn_tokens,
+                words=words,
+            )
+            gaps.append(masked)
+            labels.append(np.where(chosen, ids, NO_LABEL))
+            originals.append(ids)
+            seeds.append(int(rng.integers(1 << 62)))
         drawn = torch.tensor(seeds, dtype=torch.int64)
         return RetroMAEBatch(packed(gaps), end_to_end(labels), end_to_end(originals), drawn)
 
@@ -242,8 +240,7 @@ class RetroMAEWork:
         return torch.from_numpy(known[known < len(self._table)]).to(self.embedder.device)
 
     def _make_head(self) -> MaskedHead:
-        found = self._find_head()
-        if found is not None:
+        if (found := self._find_head()) is not None:
             return found if self._known is None else found.narrowed(self._known.cpu())
         table = self._table.detach()
         counts = np.zeros(len(table), np.int64)
@@ -270,6 +267,3 @@ class RetroMAEWork:
     def _place(self, ids: Int[Tensor, "some"]) -> Int[Tensor, "some"]:
         """The place of each token among those that the softmax runs over."""
         return ids if self._known is None else torch.searchsorted(self._known, ids)
-
-    def _marked(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return marked_pieces(self.embedder.tokenizer, list(texts), self._max_tokens)

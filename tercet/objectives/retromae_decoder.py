@@ -10,7 +10,7 @@ backward pass: a text of 8,192 tokens never has all of its 67 million entries in
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,8 @@ class Decoder(nn.Module):
         config = backbone.config.get_text_config()
         hidden = backbone.hidden
         self.mask = mask  # the share of tokens that a row does not see
-        self.heads = _heads(config, hidden)
+        heads = int(getattr(config, "num_attention_heads", 1) or 1)
+        self.heads = heads if hidden % (2 * heads) == 0 else 1  # each of an even width
         self.first_position = backbone.position_offset
         self.dropout = float(getattr(config, "hidden_dropout_prob", 0.0) or 0.0)
         self.rotary = input_layer(backbone) is None
@@ -163,17 +164,11 @@ class Decoder(nn.Module):
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of equal lengths and their sizes, limited by the memory of their masks."""
+    """Yield runs of equal lengths and their sizes, limited by the memory of their masks."""
     for length, run in groupby(lengths):
         count = len(list(run))
         together = max(1, MASK_ENTRIES // length**2)
         yield from ((length, min(together, count - i)) for i in range(0, count, together))
-
-
-def _heads(config: Any, hidden: int) -> int:
-    """The number of the backbone's heads if it divides the width evenly, else 1."""
-    heads = int(getattr(config, "num_attention_heads", 1) or 1)
-    return heads if hidden % (2 * heads) == 0 else 1
 
 
 def _rotated(

@@ -110,7 +110,7 @@ def gathered(vectors: Vectors) -> Vectors:
 
 
 def _scores_of_all(teacher: Tensor | None, docs: int) -> Tensor | None:
-    """The scores of all processes' documents; None where no process has any."""
+    """Return the scores of all processes' documents; None if no process has any."""
     if not bool(gather_ints(torch.tensor([int(teacher is not None)])).any()):
         return None
     own = torch.full((docs,), torch.nan) if teacher is None else teacher
@@ -122,7 +122,7 @@ def _offsets(own: Tensor) -> Tensor:
 
 
 def _share_of_empty(docs: Vectors) -> Losses:
-    """The share of documents with an empty sparse vector, which rises if the head dies."""
+    """Return the share of documents with an empty sparse vector, which rises if the head dies."""
     if docs.sparse is None:
         return {}
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Batches of a stage: who makes them, and how many examples each has.
 
-A recipe counts in tokens, files in bytes; a few examples of each source tell how many bytes make a
-token. Short texts make large batches, long ones small batches (arXiv 2402.03216, sec. 3.4 and
-table 9): the sizes come from the paper's table, or from what fits into this machine's memory.
+A recipe counts in tokens, files in bytes; their ratio is measured on a few examples of each source.
+Short texts make large batches, long ones small batches (arXiv 2402.03216, sec. 3.4 and table 9):
+the sizes come from the paper's table, or from what fits into this machine's memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -220,8 +220,7 @@ class StepCosts:
         """Estimate the bytes that ``own`` examples in each process take, by their longest texts.
 
         Counted are the vectors of all texts and their copies, the scores, and the graph of one
-        chunk; graphs of more chunks are kept only if there is room for them. That chunk holds one
-        text of ``length`` tokens alone, or shorter ones, whose tokens may cost more.
+        chunk: of one text of ``length`` tokens, or of shorter ones, whose tokens may cost more.
         """
         shape, budget = self.shape, self.budget
         docs, query_tokens = own * shape.documents, own * shape.query_tokens * length
@@ -261,7 +260,7 @@ def _fitted_size(length: int, costs: StepCosts, at_most: int) -> int:
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number from ``low``, which fits, to ``high`` that fits."""
+    """Return the largest number from ``low``, which fits, to ``high`` that fits."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -340,7 +339,7 @@ def _of_examples(stage: Stage, drawn: Sequence[Drawable]) -> list[Source]:
 
 
 def _least(own: float) -> float:
-    """The smallest value of all processes."""
+    """Return the smallest value of all processes."""
     if distributed.world() == 1:
         return own
     return float(distributed.gather_ints(torch.tensor([int(own)])).min())

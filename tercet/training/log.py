@@ -81,10 +81,9 @@ def _tensorboard(folder: Path, step: int) -> Any:
 class SparseAlarm:
     """Warns when a sparse head is dying: when more and more of its vectors are empty.
 
-    A head that gives every token of a text less than zero gets no gradient from that text any more
-    (FlagEmbedding issue 982: most texts became empty). The share of empty vectors is compared with
-    the lowest so far, so that a slow rise counts, separately for batches and for the queries and
-    documents of a dev set; each is reported once. A checkpoint keeps all fields.
+    A head that gives every token of a text less than zero gets no gradient from that text
+    (FlagEmbedding issue 982). The share of empty vectors is compared with the lowest so far, for
+    batches and for queries and documents of a dev set; each is reported once.
     """
 
     lowest: dict[str, float] = field(default_factory=dict)
@@ -102,8 +101,7 @@ class SparseAlarm:
         """Look at the share of empty sparse vectors among the documents of a batch.
 
         The mean of the last batches deviates by about an eighth of what single batches do, and the
-        lowest and highest of many such means lie four times that from the truth. So if batches
-        differ much, because they are small, only a larger rise is reported.
+        extremes of many such means by four times that: small batches need a larger rise.
         """
         self.batches += 1
         fading, before = 1 / min(self.batches, _RECENT), self.recent

@@ -28,11 +28,9 @@ _WINNER: Final = 16  # bytes a query token and document: the largest product, it
 class MemoryBudget:
     """The memory that a step may take, and what its parts need of it, in bytes.
 
-    Excludes temporary buffers that live only while one layer processes one chunk: above all the
-    attention weights of texts longer than ``KEPT_LENGTH``, which are computed a second time. These
-    take 12 to 20 bytes a pair of tokens and head, for some heads at a time: about 0.2 GB, or what
-    the heads of one key take if that is more (0.8 to 1.3 GB for a text of 8192 tokens and heads
-    that share no keys). Leave that much free when setting ``memory_gb``.
+    Excludes temporary buffers of one layer and chunk, above all the attention weights of texts
+    longer than ``KEPT_LENGTH``: about 0.2 GB, or what the heads of one key take if that is more
+    (0.8 to 1.3 GB for 8192 tokens and heads that share no keys). Leave that free.
     """
 
     total: float
@@ -45,8 +43,7 @@ class MemoryBudget:
     def graph_tokens(self, texts: Packed) -> int:
         """Return how many tokens of the shortest texts have graphs that fit beside all vectors.
 
-        The shortest, since their graphs are kept (``tercet.models.network.chunked``); if attention
-        weights are kept as well, tokens of long texts cost more.
+        The graphs of the shortest texts are kept (``tercet.models.network.chunked``).
         """
         left = self.total - COPIES * self.vectors(len(texts), len(texts.ids))
         tokens = 0
@@ -106,12 +103,10 @@ def graph_bytes(
 ) -> int:
     """Estimate the bytes that the graph of one token takes until its backward.
 
-    By the widths of the layers, on the safe side: 221 kB a token for MiniLM in float32 (measured:
-    170 kB); for four layers of SmolLM2 in bfloat16 132 kB (127 kB), and 225 kB (204 kB) with
-    low-rank updates, whose dropout keeps inputs a second time. The norms of an encoder stay in
-    float32. Attention weights are not included: see :func:`pair_bytes`. A wrong estimate costs
-    time or memory, never a different gradient. ``recomputed`` layers keep only their inputs, in
-    float32.
+    By the widths of the layers, on the safe side: 221 kB for MiniLM in float32 (measured: 170 kB);
+    for four layers of SmolLM2 in bfloat16 132 kB (127 kB), with LoRA, whose dropout keeps inputs a
+    second time, 225 kB (204 kB). Attention weights are not included: see :func:`pair_bytes`.
+    ``recomputed`` layers keep only their inputs, in float32.
     """
     config = backbone.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * backbone.hidden
@@ -131,9 +126,8 @@ def graph_bytes(
 def pair_bytes(backbone: Backbone) -> int:
     """Estimate the bytes that the graph of one token takes for each token of a short text.
 
-    Zero with a fused attention kernel, which keeps no attention weights. Otherwise they are most of
-    a graph: 220 of 430 kB a token measured for multilingual E5 small in bfloat16, with dropout and
-    texts of 128 tokens.
+    Zero with a fused kernel, which keeps no attention weights. Otherwise they are up to half of a
+    graph (measured for multilingual E5 small in bfloat16: 220 of 430 kB, at 128 tokens).
     """
     config = backbone.config.get_text_config()
     dropout = backbone.attention_dropout

@@ -10,7 +10,8 @@ from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.sharding import is_sharded, kept_by_main, part_of
 from tercet.training import checkpoint
-from tercet.training.recipe import ScheduleName, Stage
+from tercet.training.recipe import Stage
+from tercet.types import ScheduleName
 
 FLOOR: Final = 0.1  # of the peak learning rate, where the schedule "early" ends
 
@@ -18,11 +19,9 @@ FLOOR: Final = 0.1  # of the peak learning rate, where the schedule "early" ends
 def factor(name: ScheduleName, step: int, steps: int, *, warmup: int = 0, decay: int = 0) -> float:
     """Return the share of the peak learning rate for step ``step`` of ``steps``, counted from 0.
 
-    All schedules rise linearly over ``warmup`` steps and reach the peak at step ``warmup``. Then
-    "constant" stays, "linear" falls to zero at the end, and "wsd" (warmup-stable-decay, arXiv
-    2404.06395, sec. 4) stays until the last ``decay`` steps and falls linearly in those. "early"
-    falls in the first ``decay`` steps after the warmup instead, and stays at ``FLOOR``. Zero would
-    be reached at step ``steps``, so that every step trains.
+    All rise linearly to the peak at step ``warmup``. Then "constant" stays; "linear" falls to zero,
+    which step ``steps`` would reach; "wsd" (warmup-stable-decay, arXiv 2404.06395, sec. 4) falls in
+    the last ``decay`` steps; "early" falls in the first ``decay`` steps and stays at ``FLOOR``.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -94,11 +93,11 @@ def restore(optimizer: torch.optim.Optimizer, embedder: Embedder, saved: Mapping
 
 
 def _groups(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The weights with decay, and those without."""
+    """Return the weights with decay, and those without."""
     return [[p for p in weights if p.ndim > 1], [p for p in weights if p.ndim <= 1]]
 
 
 def _numbers_of(optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    """The number of each weight, by its identity, in a state dict."""
+    """Return the number of each weight in a state dict, by its identity."""
     held = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {id(weight): number for number, weight in enumerate(held)}

@@ -40,10 +40,6 @@ class TrainingPlan:
     say: Callable[[str], None]
     prompt_of: PromptOf = lambda role, task: ""  # of a row without a prompt
 
-    def sources_of(self, stage: Stage) -> Sequence[Source]:
-        """Return what a stage reads."""
-        return self.sources[self.recipe.stages.index(stage)]
-
 
 def by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
     """Return the sources of each stage.
@@ -74,6 +70,7 @@ def by_stage(recipe: Recipe, data: Data) -> list[Sequence[Source]]:
 def build(model: Model) -> Embedder:
     """Load the embedder that a recipe starts from."""
     extended = model.positions is not None  # only then is there room for as many tokens
+    kinds = {*model.kinds, *known_kinds(model.base)} if model.kinds else set[Kind]()
     wanted = {
         "pooling": model.pooling,
         "prompts": model.prompts,
@@ -83,7 +80,7 @@ def build(model: Model) -> Embedder:
         "query_tokens": None if extended else model.query_tokens,
         "document_tokens": None if extended else model.document_tokens,
         # A head that the base has is kept, trained or not.
-        "kinds": model.kinds and _in_order({*model.kinds, *known_kinds(model.base)}),
+        "kinds": model.kinds and tuple(kind for kind in KINDS if kind in kinds),
         "multi_dim": model.multi_dim,
         "cls_every": model.cls_every,
     }
@@ -116,10 +113,6 @@ def build(model: Model) -> Embedder:
     return embedder
 
 
-def _in_order(kinds: set[Kind]) -> tuple[Kind, ...]:
-    return tuple(kind for kind in KINDS if kind in kinds)
-
-
 def fingerprint_of_base(embedder: Embedder) -> str:
     """Return a fingerprint of the weights that training begins with.
 
@@ -142,9 +135,8 @@ def prompts_of(settings: Settings) -> PromptOf:
 def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> Settings:
     """Return the settings with the prompts of the examples of all stages, by task.
 
-    A model without prompts takes those of the very first source, if it has any, as its usual ones:
-    unless somebody says otherwise, a model is used with the prompts it was trained with. The first
-    prompt of a task and role counts, and any before an empty one.
+    A model without prompts takes those of the very first source, if any, as its usual ones. The
+    first prompt of a task and role counts, and any before an empty one.
     """
     brought: dict[str, dict[str, str]] = {}
     for source in (source for of_stage in sources for source in of_stage):
@@ -271,7 +263,7 @@ def identity(
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The parts of nested settings one by one, so that a message names what differs."""
+    """Yield nested settings one by one, so that a message names what differs."""
     if isinstance(value, dict) and value:
         for key, part in value.items():
             yield from _leaves(f"{name}.{key}" if name else key, part)
@@ -335,7 +327,7 @@ def describe(plan: TrainingPlan, out: Path) -> None:
 
 
 def _mixture(stage: Stage, sources: Sequence[Source]) -> dict[str, Any]:
-    """What an epoch of a stage takes from each source and language."""
+    """Return what an epoch of a stage takes from each source and language."""
     shares = shares_of(sources, stage.batch_size, single=stage.mixing == "single")
     return {
         "batch_size": stage.batch_size,

@@ -13,18 +13,16 @@ import torch
 from tercet import distributed
 from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
-from tercet.data.batches.collate import Policy
-from tercet.data.batches.sampler import Mixing
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.objectives.objective import Objective
+from tercet.types import Mixing, Policy, ScheduleName
 
 Batching: TypeAlias = Literal["fit", "bge-m3-pairs-80gb", "bge-m3-finetune-80gb"]
 """Where batch sizes come from: this machine's memory, or the paper's table for 80 GB devices."""
 
-ScheduleName: TypeAlias = Literal["constant", "linear", "wsd", "early"]
 
 LEAST: Final = 2  # examples of a batch: with one there is nothing to contrast
 
@@ -83,9 +81,8 @@ RANKS_10_TO_210: Final = Mining(
 class Refresh:
     """Hard negatives mined again by the model in training (ANCE, arXiv 2007.00808).
 
-    They replace those of the examples, unless ``mining.keep`` says to keep these, and
-    ``Stage.negatives`` of them are drawn for a batch. They are mined from the documents of all the
-    stage's examples. Each refresh draws other ones of the allowed ranks.
+    They are mined from the documents of all the stage's examples, and replace the negatives there
+    unless ``mining.keep`` is set. ``Stage.negatives`` of them are drawn for a batch.
     """
 
     every: int | None  # optimizer steps; None: only at the start

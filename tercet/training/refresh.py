@@ -1,12 +1,11 @@
 """Hard negatives that the model mines for itself while it learns (ANCE, arXiv 2007.00808, sec. 4).
 
-What was hard for the model at the start of a run is soon easy for it. So at regular steps the
-documents are encoded again, and the examples' negatives are replaced. Rows, and so the order of
-batches, do not change: a source is read through a reader that looks up the newest negatives.
+At regular steps the documents are encoded again, and the examples' negatives are replaced. Rows,
+and so the order of batches, do not change: a reader looks up the newest negatives.
 
-A refresh is a folder ``refresh-STEP`` of the stage: parts of some thousand rows, written one by
-one by all processes, and ``refresh.json`` once they are all there. A run that was killed goes on
-with the parts that it finds. The refresh before it is deleted, and so are the vectors.
+A refresh is a folder ``refresh-STEP`` of the stage: parts of some thousand rows, written by all
+processes, and ``refresh.json`` once they are all there. A run that was killed goes on with the
+parts that it finds. The refresh before it is deleted, and so are the vectors.
 """
 
 import shutil
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 
 from tercet import distributed
-from tercet.curate.mining import document_pools as mining_documents
-from tercet.curate.mining.document_pools import text_key
-from tercet.curate.mining.miner import Miner, Mining
+from tercet.curate.mining import document_pools
+from tercet.curate.mining.miner import Miner
 from tercet.data.files.documents import read_documents
 from tercet.data.files.examples import parse_example
 from tercet.data.files.sources import Source, open_source, write_examples
+from tercet.data.files.texts import text_key
 from tercet.errors import DataError, RecipeError
 from tercet.files.artifacts import fingerprint_of_file, read_json, write_json
 from tercet.files.atomic import clear_about
@@ -77,27 +76,28 @@ class Refresher:
         _check(refresh, sources)
         self._refresh, self._given, self._folder, self._seed = refresh, sources, folder, seed
         self._files = {file: _digest(file) for file in refresh.corpus}
-        self._parts = _parts_of(sources)
+        size = document_pools.SHARD
+        self._parts = [
+            _MinedRows(number, range(start, min(start + size, len(source))))
+            for number, source in enumerate(sources)
+            for start in range(0, len(source), size)
+        ]
         self._readers = [_NewestNegatives(source) for source in sources]
         self.sources = [
             replace(source, reader=reader, parse=_already_parsed)
             for source, reader in zip(sources, self._readers, strict=True)
         ]
-        self._state: dict[str, Any] | None = None
+        self.state: dict[str, Any] | None = None  # the refresh in force, for a checkpoint
 
     @property
     def read(self) -> dict[str, str]:
         """Fingerprints of the corpus files, as they were when the run began."""
         return {f"corpus {file}": digest for file, digest in self._files.items()}
 
-    def state(self) -> dict[str, Any] | None:
-        """Return which refresh is in force, for a checkpoint."""
-        return self._state
-
     def due(self, step: int) -> bool:
         """Return whether new negatives are to be mined after ``step`` steps."""
         before = -1 if self._refresh.at_start else 0
-        in_force = before if self._state is None else self._state["step"]
+        in_force = before if self.state is None else self.state["step"]
         every = self._refresh.every
         return step > in_force and (step % every == 0 if every else step == 0)
 
@@ -109,7 +109,7 @@ class Refresher:
         """
         if state is None:
             return
-        self._state = dict(state)
+        self.state = dict(state)
         if self.due(step) and (self._of(step) / DONE).exists():
             return  # they are replaced before they are read, and may be deleted by now
         self._take(state["step"], state["model"])
@@ -154,7 +154,10 @@ class Refresher:
         anywhere = distributed.gather_ints(torch.tensor([len(missing)]))
         if not int(anywhere.sum()):
             return
-        mining = _seeded(self._refresh.mining, self._seed, step)
+        mining = self._refresh.mining
+        drawn = np.random.SeedSequence([mining.rule.seed, self._seed, step])
+        seed = int(drawn.generate_state(1, np.uint32)[0])  # another one in each run and refresh
+        mining = replace(mining, rule=replace(mining.rule, seed=seed))
         files = self._refresh.corpus
         texts = (document.text for file in files for document in read_documents(file))
         work = folder / VECTORS
@@ -167,7 +170,9 @@ class Refresher:
                     before = self._readers[part.source].current.examples(part.rows)
                     mined = miner.mined(block, reports[part.source])
                     assert len(mined) == len(block), "no row is left out"
-                    write_examples(folder / part.name, map(_unscored, mined))
+                    # The model's own scores would be taken for those of a teacher.
+                    bare = (replace(m, positive_scores=None, negative_scores=None) for m in mined)
+                    write_examples(folder / part.name, bare)
                     write_json(folder / part.counts, asdict(_compared(before, mined)))
                     advance(len(part.rows))
 
@@ -195,7 +200,7 @@ class Refresher:
             parts[part.source].append(open_source(folder / part.name, name=name))
         for reader, of_source in zip(self._readers, parts, strict=True):
             reader.current = _JoinedSources(of_source)
-        self._state = {"step": step, "model": model}
+        self.state = {"step": step, "model": model}
 
     def _sweep(self, step: int) -> None:
         """Delete what is not read again: vectors, and the refreshes before."""
@@ -222,15 +227,6 @@ class _MinedRows:
         return f"{self.source}-{self.rows.start}.json"
 
 
-def _parts_of(sources: Sequence[Source]) -> list[_MinedRows]:
-    size = mining_documents.SHARD
-    return [
-        _MinedRows(number, range(start, min(start + size, len(source))))
-        for number, source in enumerate(sources)
-        for start in range(0, len(source), size)
-    ]
-
-
 class _NewestNegatives:
     """Reads the examples of a source with the negatives that are in force."""
 
@@ -238,7 +234,7 @@ class _NewestNegatives:
         self.current: Source | _JoinedSources = source
 
     def read(self, rows: Sequence[int]) -> list[object]:
-        """The examples of these rows."""
+        """Return the examples of these rows."""
         return list(self.current.examples(rows))
 
 
@@ -250,7 +246,7 @@ class _JoinedSources:
         self._starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
-        """The examples of these rows, in this order."""
+        """Return the examples of these rows, in this order."""
         rows = np.asarray(indices, np.int64)
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         found: dict[int, Example] = {}
@@ -266,11 +262,6 @@ def _already_parsed(record: object, task: str) -> Example:
     return record
 
 
-def _unscored(example: Example) -> Example:
-    """Without scores: the model's own would be taken for those of a teacher."""
-    return replace(example, positive_scores=None, negative_scores=None)
-
-
 def _compared(before: Sequence[Example], after: Sequence[Example]) -> RefreshCounts:
     negatives = new = empty = 0
     for old, fresh in zip(before, after, strict=True):
@@ -279,12 +270,6 @@ def _compared(before: Sequence[Example], after: Sequence[Example]) -> RefreshCou
         new += sum(text_key(text) not in known for text in fresh.negatives)
         empty += not fresh.negatives
     return RefreshCounts(len(after), negatives, new, empty)
-
-
-def _seeded(mining: Mining, seed: int, step: int) -> Mining:
-    """A seed that differs from run to run and from refresh to refresh."""
-    drawn = np.random.SeedSequence([mining.rule.seed, seed, step]).generate_state(1, np.uint32)
-    return replace(mining, rule=replace(mining.rule, seed=int(drawn[0])))
 
 
 def _digest(file: str) -> str:

@@ -56,7 +56,7 @@ class Trainer:
         snapshots: Snapshots | None = None,
     ) -> None:
         recipe, run = plan.recipe, plan.run
-        self.sources = plan.sources_of(stage)
+        self.sources = plan.sources[recipe.stages.index(stage)]
         self.embedder, self.stage, self.folder, self.snapshots = embedder, stage, folder, snapshots
         self.seed, self.options, self.say = recipe.seed, run, plan.say
         collate = collator_of(embedder, stage, plan.prompt_of)
@@ -179,8 +179,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.truncated += truncated
-        note = f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s"
-        advance(1, note)
+        advance(1, f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s")
         if log is not None:
             log.write(
                 self.progress.step,
@@ -328,14 +327,12 @@ class Trainer:
 
     def _prepare_batches(self, groups: Any) -> None:
         """Make the sampler, which refuses data without a batch; ``groups`` are a checkpoint's."""
-        if groups is not None:
-            self.groups = Groups(*map(tuple, groups))
+        stage, drawn, embedder = self.stage, self.work.drawn, self.embedder
+        if groups is None:
+            self.groups = groups_of(stage, drawn, embedder, self.budget, self.chunk_tokens)
         else:
-            self.groups = groups_of(
-                self.stage, self.work.drawn, self.embedder, self.budget, self.chunk_tokens
-            )
-        drawn = self.work.drawn
-        self.sampler = sampler_of(self.stage, drawn, self.seed, self.embedder, self.groups)
+            self.groups = Groups(*map(tuple, groups))
+        self.sampler = sampler_of(stage, drawn, self.seed, embedder, self.groups)
 
     def _should_save(self, seconds: float) -> bool:
         """Whether to save; clocks differ, so the first process decides if all take part."""
@@ -358,7 +355,7 @@ class Trainer:
             optimizer=state,
             sampler=self.sampler.state(),
             groups=None if self.groups is None else [list(x) for x in astuple(self.groups)],
-            refresh=None if self.refresher is None else self.refresher.state(),
+            refresh=None if self.refresher is None else self.refresher.state,
             alarm=asdict(self.alarm),
         )
 
@@ -412,7 +409,7 @@ class Trainer:
 
 
 def _seed_of(*numbers: int) -> int:
-    """One seed from several, the same in every process and on every machine."""
+    """Return one seed from several numbers, the same on every machine."""
     mixed = 0
     for number in numbers:
         mixed = (mixed * 1_000_003 + number + 1) % (1 << 61)

@@ -15,8 +15,8 @@ from tercet.data.files.texts import open_texts
 from tercet.errors import ModelError, RecipeError
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
-from tercet.objectives.lm_head import load_head
 from tercet.objectives.mntp import MNTP, NO_LABEL, MNTPWork
+from tercet.objectives.token_heads import load_head
 from tests.toy import DECODERS, SENTENCES, byte_bpe
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from tercet.data.batches.relation import Relation, hash_of, relation_of
 from tercet.data.batches.shuffling import CutName, shuffled
 from tercet.models.tokens import Tokens
 from tercet.segments import Packed
-from tercet.types import Example, InBatch, Role
+from tercet.types import Example, InBatch, Policy, Role
 
 Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
 """A function from texts, their role and their prompts to tokens: an embedder's."""
@@ -22,8 +21,6 @@ Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
 PromptOf = Callable[[Role, str], str]
 """A function from role and task to the prompt that the model uses."""
 
-Policy: TypeAlias = Literal["all", "positives", "none", "per_row"]
-"""Which documents of other examples are negatives: one rule for all, or that of each row."""
 
 # Separate the random draws of texts and of their shuffling from other uses of the same seed.
 _DRAW, _SHUFFLE = 0xD0C, 0x5EC
@@ -61,6 +58,7 @@ class Collator:
         """
         positives: list[tuple[str, ...]] = []
         negatives: list[tuple[str, ...]] = []
+        owners: list[Example] = []  # the example of each document
         teacher: list[float] = []
         for example in examples:
             rng = np.random.default_rng([_DRAW, *seed, hash_of(example.query) % 2**63])
@@ -68,17 +66,13 @@ class Collator:
             wrong = _drawn(len(example.negatives), self.negatives, rng)
             positives.append(tuple(example.positives[i] for i in right))
             negatives.append(tuple(example.negatives[i] for i in wrong))
+            owners += [example] * (len(right) + len(wrong))
             teacher += _scores(example.positive_scores, right)
             teacher += _scores(example.negative_scores, wrong)
         queries = [example.query for example in examples]
         shown = [self._shuffled(*pair, seed) for pair in zip(queries, positives, strict=True)]
         documents = [
             text for pair in zip(shown, negatives, strict=True) for side in pair for text in side
-        ]
-        owners = [
-            example
-            for example, right, wrong in zip(examples, positives, negatives, strict=True)
-            for _ in range(len(right) + len(wrong))
         ]
         query_prompts = [example_prompt(e, "query", self.prompt_of) for e in examples]
         document_prompts = [example_prompt(e, "document", self.prompt_of) for e in owners]

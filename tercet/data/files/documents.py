@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tercet.data.files.examples import as_object, nonblank, shown, text_of
+from tercet.data.files.examples import as_object, nonblank, optional_text, shown, text_of
 from tercet.data.files.texts import text_records, text_under
 from tercet.errors import DataError
 from tercet.files.records import FileRecord, open_parquet, parsed, readable
@@ -33,18 +33,13 @@ class Fields:
     id: str = "id"
 
     def document(self, record: FileRecord, *, keep_others: bool = False) -> Document:
-        """Return the document that a record holds.
-
-        Raises:
-            ValueError: if it holds none, naming the field.
-        """
+        """Return the document that a record holds, or raise a ValueError that names the field."""
         values = as_object(record.value)
-        title = values.get(self.title)
         named = (self.text, self.title, self.id)
         return Document(
             id=_id_of(values.get(self.id), self.id, record.line),
             text=nonblank(text_under(values, self.text), self.text),
-            title="" if title is None else text_of(title, self.title),
+            title=optional_text(values, (self.title,)) or "",
             fields={n: v for n, v in values.items() if n not in named and _can_be_filtered(v)}
             if keep_others
             else {},
@@ -61,12 +56,21 @@ def read_documents(
     """Yield the documents of a .jsonl, .parquet or .txt file (one text per line).
 
     Blank lines are skipped. The title may be absent. An absent id becomes the number of the line,
-    or of the parquet row. With ``split``, only records with that value in their field "split" are
-    read. With ``keep_others``, a document keeps the record's other fields that hold a text, a
-    number, a truth value, or a list of these.
+    or of the parquet row.
+
+    Args:
+        path: the file.
+        fields: names of the fields for text, title and id.
+        split: read only records with this value in their field "split".
+        keep_others: keep the record's other fields that hold a text, a number, a truth value, or a
+            list of these.
 
     Raises:
         DataError: at the first record that is not a document or repeats an id, naming the line.
+
+    Example:
+        >>> next(read_documents("docs.jsonl")).text
+        'nginx serves files'
     """
     path = Path(path)
     columns = (fields.text, fields.title, fields.id, _SPLIT)
@@ -106,9 +110,9 @@ def _refuse_repeated_id(
 
 
 def _can_be_filtered(value: object) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(member, _SCALARS) for member in value)
-    return isinstance(value, _SCALARS)
+    return all(
+        isinstance(each, _SCALARS) for each in (value if isinstance(value, list) else [value])
+    )
 
 
 def _id_of(value: object, field: str, line: int) -> str:

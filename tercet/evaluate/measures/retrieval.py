@@ -145,10 +145,19 @@ def measure(
 ) -> Measured:
     """Encode both sides with the model's own prompts, search exactly, and score the rankings.
 
-    The prompts are those of the ``task``, or the default ones.
+    Args:
+        embedder: the model.
+        data: queries, documents and judgements.
+        task: the task whose prompts are used; None takes the model's default prompts.
+        dims: number of leading coordinates to compare; None compares all.
+        progress: show a progress bar.
 
     Raises:
         RecipeError: if the model has no prompts for the task.
+
+    Example:
+        >>> measure(embedder, RetrievalSet.from_path("test.jsonl")).result.mean("ndcg@10")
+        0.856
     """
     queries, documents = encode_both(embedder, data, task=task, dims=dims, progress=progress)
     result = evaluate_retrieval(data, queries, documents)

@@ -1,7 +1,6 @@
 """FlagEmbedding's files besides a model's folder: lexical weights and training rows.
 
-- Lexical weights: for each text a mapping of token id, as a string, to weight. FlagEmbedding has
-  numpy numbers in it, which JSON refuses; here they are plain.
+- Lexical weights: for each text a mapping of token id, as a string, to weight.
 - Training rows: one JSON object a line with ``query``, ``pos``, ``neg``, and maybe ``pos_scores``,
   ``neg_scores``, ``prompt``, ``type``. A file or folder name that ends in ``no_in_batch_neg``
   excludes in-batch negatives, and the files of one set may be split by length,
@@ -27,10 +26,7 @@ FIELDS: Final = (
     *("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type"),
     *("batch_size", "train_group_size"),
 )
-SYMMETRIC: Final = (
-    "symmetric_sts",
-    "symmetric_clustering",
-)  # documents are like queries
+SYMMETRIC: Final = ("symmetric_sts", "symmetric_clustering")  # documents are like queries
 _UNCHANGED: Final = ("query", "pos", "neg", "pos_scores", "neg_scores")
 ONE_NEGATIVE: Final = "only_1neg"
 _HALF_BATCH: Final = (
@@ -100,9 +96,8 @@ class FlagRows:
     def record(self, row: object, number: int, *, own_group: bool) -> object:
         """Return the row with tercet's fields; anything but an object is returned unchanged.
 
-        Prompts are whole, as they stand before a text. A row without one gets none, so that the
-        model's own is used. Negatives are never repeated to fill a group, which FlagEmbedding does
-        unless the type is ``symmetric_class``.
+        A row without a prompt gets none, so that the model's is used. Negatives are never repeated
+        to fill a group, which FlagEmbedding does unless the type is ``symmetric_class``.
         """
         if not isinstance(row, dict):
             return row
@@ -112,7 +107,8 @@ class FlagRows:
         found = {name: row[name] for name in _UNCHANGED if name in row}
         prompt = row.get("prompt") or self.prompt
         if isinstance(prompt, str):
-            prompt = self._before_text(prompt) if prompt else None
+            before, between, _ = self.form.split("{}")
+            prompt = f"{before}{prompt}{between}" if prompt else None
         found |= {"prompt": prompt, "document_prompt": prompt if kind in SYMMETRIC else None}
         if own_group:
             found["in_batch"] = "none"
@@ -122,10 +118,6 @@ class FlagRows:
         for name in ("batch_size", "train_group_size"):
             self.notes[f'values of "{name}", a flag of the training here'] += name in row
         return found
-
-    def _before_text(self, prompt: str) -> str:
-        before, between, _ = self.form.split("{}")
-        return f"{before}{prompt}{between}"
 
     def _keep_one(self, found: dict[str, Any], number: int) -> None:
         negatives = found.get("neg")

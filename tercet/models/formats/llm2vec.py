@@ -1,9 +1,8 @@
 """Published models of llm2vec 0.2.3: adapter folders, and the template around a text.
 
-Nothing here imports llm2vec. A published model is a base, named but not contained, and one or two
-folders with adapters of it: the ``-mntp`` folder, which holds the tokenizer too, and on top of it
-one trained with SimCSE or on labelled pairs. What the last folder's ``llm2vec_config.json`` leaves
-out has the package's defaults.
+A published model is a base, named but not contained, and one or two folders with adapters of it:
+the ``-mntp`` folder, which holds the tokenizer too, and on top of it one trained with SimCSE or on
+labelled pairs. What the last ``llm2vec_config.json`` leaves out has the package's defaults.
 """
 
 from collections.abc import Mapping, Sequence

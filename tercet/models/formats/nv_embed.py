@@ -4,7 +4,7 @@ None of the code in such a folder runs. Its licence (cc-by-nc-4.0) allows loadin
 passing it on nor passing on weights that were made from it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -83,9 +83,8 @@ def load_nv_embed(
 ) -> ModelParts:
     """Load a folder in the format of ``nvidia/NV-Embed-v1`` and ``-v2``; none of its code runs.
 
-    Weight files are read one at a time, so that no weight is in memory twice. Texts carry no prompt
-    unless a task of the folder's ``instructions.json`` is given. The default is bidirectional
-    attention without sliding windows; ``changes`` replace settings.
+    Weight files are read one at a time, so that no weight is in memory twice. The default is
+    bidirectional attention without sliding windows; ``changes`` replace settings.
 
     Raises:
         ModelError: if weights are missing, unknown or of another size.
@@ -147,7 +146,12 @@ def _fill(parts: Mapping[PartName, nn.Module], folder: Path, dtype: torch.dtype)
         for part, module in parts.items()
         for name, weight in module.state_dict().items()
     }
-    found = {name: shape for path in files for name, shape in _shapes(path)}
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        hint = "; copy or download it again"
+        with loading(f"{path}: cannot be read", hint), safe_open(path, framework="pt") as weights:
+            for name in weights.keys():
+                found[name] = tuple(weights.get_slice(name).get_shape())
     if problems := misfits(found, {name: place[2] for name, place in places.items()}):
         raise ModelError(
             f"{folder}: its weights are not those of NV-Embed-v1 or -v2 with this config.json: "
@@ -162,15 +166,6 @@ def _fill(parts: Mapping[PartName, nn.Module], folder: Path, dtype: torch.dtype)
                 read[part][name] = weights.get_tensor(published).to(dtype, copy=True)
         for part, module in parts.items():
             module.load_state_dict(read[part], strict=False, assign=True)
-
-
-def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    with (
-        loading(f"{path}: cannot be read", "; copy or download it again"),
-        safe_open(path, framework="pt") as weights,
-    ):
-        for name in weights.keys():
-            yield name, tuple(weights.get_slice(name).get_shape())
 
 
 def is_nv_embed(folder: Path) -> bool:

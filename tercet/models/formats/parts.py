@@ -44,8 +44,7 @@ def foreign_settings(source: str | Path, folder: Path) -> Settings:
     """Return the settings of a model without ``tercet.json``.
 
     They come from the sentence-transformers files, else from the zoo, else they are the defaults. A
-    folder with a layer for sparse or multi vectors is a BGE-M3 of FlagEmbedding, which makes all
-    kinds and pools the first token.
+    folder with a layer for sparse or multi vectors is a BGE-M3 of FlagEmbedding.
     """
     found = read_modules(folder) if folder.is_dir() else None
     if folder.is_dir() and heads_in(folder):

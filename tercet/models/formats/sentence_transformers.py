@@ -47,9 +47,8 @@ REMEDY: Final = "load the model with sentence-transformers itself, or use anothe
 def write_modules(folder: Path, settings: Settings, dim: int) -> None:
     """Make a folder with weights and tokenizer one that ``SentenceTransformer(folder)`` loads.
 
-    A decoder's direction is not written here but as ``is_causal`` in ``config.json``; of a trained
-    layer, the code and the prompts, but not its sizes and weights. A tokenizer without a padding
-    token gets its end token as one, as is usual, since texts are padded there.
+    Of a trained layer it writes code and prompts, not sizes and weights. A tokenizer without a
+    padding token gets its end token as one, since texts are padded there.
     """
     _complete_tokenizer(folder / "tokenizer_config.json")
     used = {"Transformer": True, "Pooling": True}
@@ -232,11 +231,7 @@ def _read_max_tokens(folder: Path) -> int:
 
 
 def _read_prompts(path: Path) -> dict[str, Any]:
-    """Return prompts by role and by task, the one for documents even if it has another name.
-
-    Authors call it "passage" or "corpus" as well. Release 6 then encodes documents without a
-    prompt, because it adds an empty one called "document" and prefers it.
-    """
+    """Return prompts by role and by task; "passage" and "corpus" are names of "document"."""
     read = read_object(path, optional=True).get("prompts") or {}
     named = {name: prompt or "" for name, prompt in read.items()}
     for name in ("passage", "corpus"):

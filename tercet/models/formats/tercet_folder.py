@@ -168,12 +168,9 @@ def _write(parts: ModelParts, folder: Path, more: Mapping[str, Any]) -> None:
 
 
 def _miscounted_prompts(parts: ModelParts) -> list[tuple[str, str]]:
-    """Return names and texts of prompts that have other tokens alone than before a text.
-
-    The code of a layer, which is saved with it, compares token ids and does not miscount.
-    """
+    """Return names and texts of prompts that have other tokens alone than before a text."""
     settings = parts.settings
-    if settings.pool_prompt or settings.layer is not None:
+    if settings.pool_prompt or settings.layer is not None:  # a layer's code compares token ids
         return []
     tokenizer = Tokenizer(parts.tokenizer)
     off = []

@@ -1,8 +1,7 @@
 """Attention inside each text of a packed row: one function, registered with transformers.
 
-An unmodified transformers model calls it in every layer instead of its own. The row of tokens is
-cut where texts begin, so no token ever sees another text, and only the future (when causal) and
-what lies outside a sliding window are masked.
+An unmodified transformers model calls it in every layer. The row of tokens is cut where texts
+begin, so only the future (when causal) and what lies outside a sliding window are masked.
 
 On CPU, and on CUDA in float32, texts of one length are attended together, without a mask. On CUDA
 in 16 bits the kernel for rows of varying length does the whole row at once.
@@ -104,9 +103,8 @@ def attend(
 ) -> tuple[Float[Tensor, "1 tokens heads v_width"], None]:
     """Attend inside each text; every layer of a packed model calls this.
 
-    ``layout`` None takes the one in force. ``options`` are those that transformers passes to any
-    attention function: ``scaling``, ``dropout``, ``sliding_window``, ``is_causal``, ``softcap``,
-    ``s_aux``.
+    ``layout`` None takes the one in force. ``options`` are those of transformers: ``scaling``,
+    ``dropout``, ``sliding_window``, ``is_causal``, ``softcap``, ``s_aux``.
     """
     layout = layout or _IN_FORCE.get()
     if layout is None:
@@ -149,14 +147,12 @@ def _rule_of(module: nn.Module, options: dict[str, Any], dropout: float | None) 
 
 
 def _window_limit(module: nn.Module, sliding_window: int | None, causal: bool) -> int | None:
-    """Return the smallest distance that is masked.
-
-    Masks of transformers exclude the distance ``sliding_window`` when causal, and include it when
-    bidirectional; Gemma 3's own bidirectional switch has made its window exclusive already.
-    """
+    """Return the smallest distance that is masked."""
     if sliding_window is None:
         return None
     config: Any = module.config
+    # Masks of transformers exclude the distance sliding_window when causal, and include it when
+    # bidirectional; Gemma 3's own bidirectional switch has made its window exclusive already.
     if causal or getattr(config, "use_bidirectional_attention", False):
         return sliding_window
     return config.sliding_window + 1
@@ -168,12 +164,7 @@ def _attend_run(
     v: Float[Tensor, "texts kv_heads length v_width"],
     rule: _Rule,
 ) -> Float[Tensor, "texts heads length v_width"]:
-    """Attend in texts of one length, with a graph that does not grow with the length's square.
-
-    Without a fused kernel, the weights of all pairs of tokens are kept for the backward, several
-    times and in float32. For long texts they are computed a second time instead, with the same
-    dropout, some heads at a time.
-    """
+    """Attend in texts of one length; weights that a long one would keep are computed again."""
     explicit = rule.softcap is not None or rule.sinks is not None
     length = q.shape[2]
     if length <= KEPT_LENGTH or not (explicit or keeps_weights(q.device, rule.dropout)):
@@ -229,14 +220,11 @@ def _attend_equal(
 
 
 def _products_are_faster(q: Tensor) -> bool:
-    """Whether three plain calls beat the fused kernel: in bfloat16 on a CPU, by 1.2 to 2 times.
-
-    Only for inference, since training must compute the same with a graph and without, and the fused
-    kernel keeps less for the backward. Only while the scores of a head stay in the cache.
-    """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
+    """Whether three plain calls beat the fused kernel: in bfloat16 on a CPU, by 1.2 to 2 times."""
+    in_cache = q.shape[2] <= 512  # the scores of a head
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not in_cache:
         return False
-    return torch.is_inference_mode_enabled()
+    return torch.is_inference_mode_enabled()  # training computes the same with and without a graph
 
 
 def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -1,8 +1,7 @@
 """An unmodified transformers model that reads packed texts, causal or bidirectional, with proof.
 
-Whether a decoder is really bidirectional cannot be seen from its settings: some architectures
-ignore a flag, others lose it on reload. So all flags are set, and then :func:`probe` changes a
-token and looks at which states change.
+Whether a decoder is really bidirectional cannot be seen from its settings, which some architectures
+ignore. So all flags are set, and :func:`probe` changes a token to see which states change.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +26,9 @@ from tercet.segments import Packed, offsets_of
 class Backbone(nn.Module):
     """A network that maps packed tokens to one hidden state per token.
 
-    ``attention`` None keeps the model's own direction, which its config may name. ``window`` is for
-    models with sliding-window layers: "keep" leaves the window, "full" lets every layer see the
-    whole text. None means "keep", except for a bidirectional decoder whose layers all have windows
-    (Mistral): there it means "full", as in LLM2Vec and NV-Embed.
+    ``attention`` None keeps the model's direction. ``window`` "keep" leaves sliding windows, "full"
+    lets every layer see the whole text. None means "keep", but "full" for a bidirectional decoder
+    whose layers all have windows (Mistral), as in LLM2Vec and NV-Embed.
     """
 
     def __init__(
@@ -278,7 +276,10 @@ def _unpacked_states(backbone: Backbone, text: Tensor, attention: str) -> Tensor
 
 def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None) -> PreTrainedModel:
     place = str(zoo.resolve(source))
-    with loading(f"{source}: cannot be loaded", _hint(source)):
+    hint = f"; {source!r} is no local folder, nor one of {', '.join(m.name for m in zoo.MODELS)}"
+    if Path(source).exists():
+        hint = "; is it a complete transformers folder (config.json, model.safetensors, tokenizer)?"
+    with loading(f"{source}: cannot be loaded", hint):
         config = AutoConfig.from_pretrained(place)
         if keep_layers is not None:
             _cut_layers(config.get_text_config(), keep_layers, source)
@@ -304,12 +305,6 @@ def _cut_layers(config: Any, kept: int, source: str) -> None:
     config.num_hidden_layers = kept
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:kept]
-
-
-def _hint(source: str) -> str:
-    if Path(source).exists():
-        return "; is it a complete transformers folder (config.json, model.safetensors, tokenizer)?"
-    return f"; {source!r} is no local folder, nor one of {', '.join(m.name for m in zoo.MODELS)}"
 
 
 def _configs(model: nn.Module) -> list[Any]:

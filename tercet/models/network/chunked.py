@@ -41,16 +41,12 @@ def backward_in_chunks(
 ) -> Losses:
     """Add the gradient of ``loss_of(embed(texts))["loss"]`` to the parameters; return the losses.
 
-    The sum runs over the chunks in a fixed order, so the gradient does not depend, to the last bit,
-    on how many graphs were kept. Dropout masks repeat when a chunk is embedded again, since each
-    chunk has its own seed; the caller's random state is restored.
+    Chunks are summed in a fixed order, and each has its own seed for dropout, so the gradient is
+    the same to the last bit for any number of kept graphs. The caller's random state is restored.
 
-    The losses are returned detached. If ``loss`` is not finite, ``embed`` is not differentiated:
-    check it before a step. The backward of ``loss_of`` itself always runs, because other processes
-    may be waiting in it for their share of the gradient.
-
-    With ``in_step`` the processes agree on the number of chunks and of graphs to keep. One that has
-    fewer chunks embeds a single token and drops it, since the others wait for it.
+    The losses are returned detached. If ``loss`` is not finite, ``embed`` is not differentiated;
+    the backward of ``loss_of`` always runs, since other processes may be waiting in it. With
+    ``in_step`` the processes agree on the number of chunks and of graphs to keep.
     """
     lengths = texts.lengths
     members = batches_by_length(lengths, chunks.max_tokens)
@@ -77,7 +73,8 @@ def backward_in_chunks(
 
     without = [embedded(chunk, with_graph=False) for chunk in range(first_kept)]
     kept = [embedded(chunk, with_graph=True) for chunk in range(first_kept, len(members))]
-    losses, gradients = _loss_and_gradients(losses_of, [*without, *map(_detached, kept)], members)
+    detached = [part.with_tensors([x.detach() for x in part.tensors()]) for part in kept]
+    losses, gradients = _loss_and_gradients(losses_of, [*without, *detached], members)
     (bad,) = _largest(int(gradients is None)) if chunks.in_step else (gradients is None,)
     if gradients is None or bad:
         return losses
@@ -134,17 +131,10 @@ def own_random_state(texts: Packed, seed: int, chunk: int) -> Iterator[None]:
         yield
 
 
-def _detached(part: Vectors) -> Vectors:
-    return part.with_tensors([tensor.detach() for tensor in part.tensors()])
-
-
 def _loss_and_gradients(
     loss_of: Callable[[Vectors], Losses], parts: list[Vectors], members: list[list[int]]
 ) -> tuple[Losses, list[list[Tensor | None]] | None]:
-    """Return the losses, and per chunk the gradient of each of its tensors, None if unused.
-
-    The gradients are None as a whole if the loss is not finite.
-    """
+    """Return losses and, if finite, each chunk's gradients by its tensors, None if unused."""
     together = Vectors.join(parts)
     leaves = [tensor.requires_grad_() for tensor in together.tensors()]
     order = torch.tensor([text for chunk in members for text in chunk], dtype=torch.int64)

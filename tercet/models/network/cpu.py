@@ -1,12 +1,11 @@
 """What makes encoding on a CPU fast: reused memory, weights laid out for its kernels, bfloat16.
 
-oneDNN multiplies by a weight that is already in its preferred layout about 12 % faster than the
-product that ``nn.Linear`` calls (measured: 113 against 100 GFLOP/s in float32 on one core), and
+oneDNN multiplies by a weight in its preferred layout about 12 % faster than ``nn.Linear``, and
 applies a GELU while the result is still in the cache. The layout costs a second copy of the
 weights, so large models run without it. Results differ in the last bits only.
 """
 
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -30,11 +29,9 @@ _CLEARLY_SLOWER: Final = 1.3  # times the time of float32
 def keep_freed_memory() -> None:
     """Let the process keep up to 64 MiB of freed memory for its next tensors.
 
-    glibc takes a block straight from the system when it is as large as the largest one that was
-    freed so far, and gives the end of its heap back when that is twice as large. So activations of
-    some megabytes are fetched again in every layer, and the system clears their pages each time: a
-    tenth of the time of encoding. One block of nearly 32 MiB, the most that glibc learns from,
-    freed untouched, raises both limits. Limits set by hand and other C libraries are not affected.
+    Otherwise glibc fetches activations of some megabytes from the system again in every layer,
+    which clears their pages: a tenth of the time of encoding. Its limits grow with the largest
+    block freed so far: hence one of nearly 32 MiB, the most that it learns from, freed untouched.
     """
     torch.empty(_KEPT, dtype=torch.uint8)
 
@@ -64,12 +61,7 @@ def warning_of(precision: torch.dtype, device: torch.device | str) -> str | None
 
 def _seconds(x: Tensor, weight: Tensor) -> float:
     """Return the shortest of five runs, since other processes may delay some."""
-    found = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        F.linear(x, weight)
-        found.append(time.perf_counter() - begin)
-    return min(found)
+    return min(timeit.repeat(lambda: F.linear(x, weight), number=1, repeat=5))
 
 
 # ---- prepacked weights -----------------------------------------------------------------------
@@ -97,7 +89,7 @@ class Prepacked:
                     module.forward = self._forward(module, activation)  # pyright: ignore
                     changed.append(module)
             for activation in fused.values():
-                activation.forward = _same
+                activation.forward = lambda x: x
                 changed.append(activation)
         try:
             yield
@@ -149,7 +141,3 @@ def _followed_by_gelu(model: nn.Module) -> dict[nn.Linear, nn.Module]:
             if getattr(activation, "act", None) is nn.functional.gelu:
                 found[linear] = activation
     return found
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

@@ -47,8 +47,7 @@ class WeightCache(Generic[T]):
         """Return the kept value, or make it now.
 
         A change is seen by place, dtype and version of a weight, and by a sample of its entries,
-        since fused optimizers change a weight without counting up its version. An entry outside
-        the sample that was set through ``.data`` goes unnoticed.
+        since fused optimizers do not count up the version.
         """
         facts = tuple((w.data_ptr(), _version(w), w.dtype, w.device) for w in weights)
         sample = torch.cat([_sample(weight) for weight in weights])

@@ -1,9 +1,8 @@
 """A trained layer between backbone and pooling: latent attention or self-attention, and an MLP.
 
 Latent attention pooling (NV-Embed, arXiv 2405.17428, sec. 3.1) is this layer and then the mean:
-each state looks up a small trained dictionary, the latents, before all are averaged. It is
-token-wise, so it needs no mask, and no text knows of its neighbours. The paper's self-attention
-pooling uses the states themselves instead of latents, inside each text, without a causal mask.
+each state looks up a small trained dictionary, the latents. The paper's self-attention pooling uses
+the states of the text instead of latents, without a causal mask.
 
 With d the hidden width, e the width of a head, X the states and Z the latents (or X)::
 
@@ -12,8 +11,7 @@ With d the hidden width, e the width of a head, X the states and Z the latents (
     out = Y + W2 (a * gelu(g)) + b2,  a, g = halves of W1 LN_f(Y) + b1
 
 Keys and values of latents depend on parameters alone. So what turns a state into scores, and
-weights into a state, can be multiplied out once: one matrix each for all heads (:class:`Folded`).
-It is exact, and for wide heads several times less work per token.
+weights into a state, is multiplied out once (:class:`Folded`): less work if heads are wide.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -50,10 +48,8 @@ def folding_pays(latents: int, hidden: int, head_size: int) -> bool:
 class Folded:
     """Attention to latents as ``Y = X + sum_h softmax(X' G_h^T + c_h) H_h``.
 
-    X' are the states, normalized without the weights of the norm.
-
-    ``G_h = K_h Wq_h / sqrt(e)`` carries the weight of the queries' norm, and ``c_h`` its bias;
-    ``H_h = V_h Wo_h^T``. The heads are stacked.
+    X' are the states, normalized without the norm's weight, which ``G_h = K_h Wq_h / sqrt(e)``
+    carries, nor its bias, which ``c_h`` carries; ``H_h = V_h Wo_h^T``. The heads are stacked.
     """
 
     to_scores: Float[Tensor, "entries hidden"]  # entries: the latents of each head

@@ -1,8 +1,7 @@
 """Pooling: from one hidden state per token to one vector per text.
 
-A pooling is any function with the signature of :func:`mean`. Each uses the pooled tokens only, so
-an instruction can be read without being part of the vector. A text without a pooled token (an empty
-text after an instruction) is pooled over all of its tokens.
+A pooling is any function with the signature of :func:`mean`. Each uses the pooled tokens only; a
+text without one (an empty text after an instruction) is pooled over all of its tokens.
 """
 
 from typing import Final, Literal, Protocol, runtime_checkable

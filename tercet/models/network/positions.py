@@ -1,8 +1,7 @@
 """More positions for encoders with a learned table of positions, so that they read longer texts.
 
-BERT-like models have a vector for each position and none beyond the last. The table is extended, to
-be trained on long texts; new positions start as copies of old ones. The paper does not say how
-BGE-M3's were made (arXiv 2402.03216; XLM-RoBERTa from 512 to 8,192 tokens).
+The extended table is to be trained on long texts. How BGE-M3's was made, from 512 to 8,192 tokens,
+the paper does not say (arXiv 2402.03216).
 """
 
 import inspect
@@ -26,10 +25,8 @@ _BUFFERS: Final = ("position_ids", "token_type_ids")  # one number a place, wher
 def extend_positions(backbone: Backbone, max_tokens: int, *, fill: Fill = "cyclic") -> None:
     """Extend the backbone's table of positions to texts of ``max_tokens``, in place.
 
-    With ``cyclic``, texts that were short enough before keep their states to the last bit;
-    ``interpolated`` changes those of every text. Call it before an optimizer is made. The config is
-    changed too, so a saved folder is an ordinary one. RoBERTa-like models never use the slots up
-    to the padding id, so their table is longer than ``max_tokens``.
+    With ``cyclic``, texts that were short enough before keep their states to the last bit. Call it
+    before an optimizer is made. The config is changed too, so a saved folder is an ordinary one.
 
     Raises:
         RecipeError: if the table is long enough already, or ``fill`` is unknown.

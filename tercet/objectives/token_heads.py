@@ -1,7 +1,8 @@
-"""The output layer of masked language models, which names a masked token by its state.
+"""Output layers of language models, which turn a state into a logit for each token.
 
-It is a small transform and a product with the token table, which it shares with the inputs. Most
-embedders come without one, and get a new one.
+A decoder has a linear head. That of a masked language model is a small transform and a product
+with the token table, which it shares with the inputs; most embedders come without, and get a new
+one.
 """
 
 from pathlib import Path
@@ -11,16 +12,65 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tercet.errors import ModelError
 from tercet.losses.tokens import Head
 from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
-from tercet.objectives.lm_head import load_with_head
 
 _TOLERANCE: Final = 1e-3  # of the logits, as a share of their length
 _NEW_HEAD: Final = "set head to None to have a new one made"
+
+
+@torch.no_grad()
+def load_head(source: str | Path) -> Head:
+    """Return a copy of the head of a decoder at a zoo name, a folder or a hub id, in float32.
+
+    Loads the whole model for a moment, to compare its logits with those of the head on its states.
+
+    Raises:
+        ModelError: if the model has no such head, or one that changes logits in an unknown way.
+    """
+    with loading(f"{source}: has no language-model head"):
+        model = _load_with_head(
+            AutoModelForCausalLM,
+            source,
+            "language-model",
+            "masked next-token prediction needs them: start from the model that still has its head",
+        )
+    config = model.config.get_text_config()
+    multiplied = float(getattr(config, "logit_scale", None) or 1.0)  # as Cohere does
+    divided = float(getattr(config, "logits_scaling", None) or 1.0)  # as Granite does
+    linear: Any = model.get_output_embeddings()
+    head = Head(
+        linear.weight.detach().clone(),
+        None if getattr(linear, "bias", None) is None else linear.bias.detach().clone(),
+        scale=multiplied / divided,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    ids = torch.arange(8)[None] % len(head.weight)
+    states = model.base_model(input_ids=ids).last_hidden_state[0]
+    wanted = model.eval()(input_ids=ids).logits[0].float()
+    gap = float("inf")
+    if states.shape[1] == head.weight.shape[1]:
+        gap = float((head.logits(states.float()) - wanted).norm() / wanted.norm())
+    if gap > 1e-4:
+        raise ModelError(
+            f"{source}: its logits are not its head times its states (they differ by {gap:.0%}), "
+            "so masked next-token prediction cannot train it"
+        )
+    return head
+
+
+def _load_with_head(auto: Any, source: str | Path, kind: str, remedy: str) -> Any:
+    """Return the model that a transformers class loads, or raise if its head is missing."""
+    place = str(zoo.resolve(str(source)))
+    model, report = auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"]:
+        lost = sorted(report["missing_keys"])[0]
+        raise ModelError(f"{source}: the weights of its {kind} head are missing ({lost}); {remedy}")
+    return model
 
 
 class MaskedHead(nn.Module):
@@ -77,7 +127,7 @@ def find_masked_head(source: str | Path) -> MaskedHead | None:
         if not any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds):
             return None
         remedy = f"its config promises them; {_NEW_HEAD}"
-        model = load_with_head(AutoModelForMaskedLM, source, "masked-language", remedy)
+        model = _load_with_head(AutoModelForMaskedLM, source, "masked-language", remedy)
     return _taken_from(model.eval(), str(source))
 
 
