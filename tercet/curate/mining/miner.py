@@ -1,9 +1,8 @@
 """Hard negatives for files of examples: near documents that do not answer the query.
 
-A teacher encodes queries and documents, exact search finds the nearest documents of each query, and
-a rule (``tercet.curate.mining.rules``) selects which of them may be negatives. Nearness is measured
-by dense vectors, sparse vectors, token vectors, their weighted sum, or BM25. Memory does not grow
-with queries times documents: blocks of queries meet one shard of documents at a time.
+Exact search finds the nearest documents of each query, by a teacher's vectors or BM25, and a rule
+(``tercet.curate.mining.rules``) selects which of them may be negatives. Memory does not grow with
+queries times documents: blocks of queries meet one shard of documents at a time.
 """
 
 import logging
@@ -19,7 +18,7 @@ from jaxtyping import Bool
 
 from tercet.curate.mining.document_pools import StoredVectors
 from tercet.curate.mining.finders import COSINES, By, ByVectors, CountedShelf, EncodedShelf, Finder
-from tercet.curate.mining.ranks import JudgedExamples, Ranker, prompt_for
+from tercet.curate.mining.ranks import JudgedExamples, RankedExamples, Ranker, prompt_for
 from tercet.curate.mining.relevant import Collection, blocks, read_collection
 from tercet.curate.mining.rules import ABSENT, REASONS, MiningRule
 from tercet.data.files.sources import Source, write_examples
@@ -131,9 +130,11 @@ class MiningReport:
         both = self.positive_score and self.negatives
         return self.negative_score / self.positive_score if both else math.nan
 
-    def count(self, found: JudgedExamples, mining: Mining) -> Bool[np.ndarray, "queries"]:
-        """Count some rows; return which of them are written."""
-        ranked = found.ranked
+    def judge(
+        self, ranked: RankedExamples, mining: Mining
+    ) -> tuple[JudgedExamples, Bool[np.ndarray, "queries"]]:
+        """Apply the rule to some rows and count them; return also which rows are written."""
+        found = ranked.judged(self.rule, mining.negatives, mining.max_positives)
         self.rows += len(ranked.examples)
         self.had_negatives += sum(bool(example.negatives) for example in ranked.examples)
         self.refused += ranked.refused
@@ -156,7 +157,7 @@ class MiningReport:
         self.negative_total += sum(
             score for row in np.flatnonzero(written).tolist() for _, score in ranked.own[row]
         )
-        return written
+        return found, written
 
 
 def mine(
@@ -265,8 +266,8 @@ class Miner:
         """Return some examples with negatives, in order, and count them in the report."""
         found: dict[int, Example] = {}
         for ranked in self.prepare().ranked(block):
-            judged = ranked.judged(report.rule, self.mining.negatives, self.mining.max_positives)
-            for row in np.flatnonzero(report.count(judged, self.mining)).tolist():
+            judged, written = report.judge(ranked, self.mining)
+            for row in np.flatnonzero(written).tolist():
                 found[ranked.places[row]] = self._with_negatives(judged, row)
         return [found[place] for place in sorted(found)]
 
@@ -279,10 +280,7 @@ class Miner:
             for block in blocks(source):
                 for ranked in ranker.ranked(block):
                     for report in reports:
-                        judged = ranked.judged(
-                            report.rule, self.mining.negatives, self.mining.max_positives
-                        )
-                        report.count(judged, self.mining)
+                        report.judge(ranked, self.mining)
                 advance(len(block))
         return reports
 
@@ -321,15 +319,13 @@ class Miner:
 
     def _with_negatives(self, judged: JudgedExamples, row: int) -> Example:
         negatives = judged.negatives(row)
-        found = replace(
+        scored = self.mining.by in COSINES
+        return replace(
             judged.ranked.examples[row],
             negatives=tuple(text for text, _ in negatives),
-            positive_scores=tuple(judged.ranked.positives[row]),
-            negative_scores=tuple(score for _, score in negatives) or None,
+            positive_scores=tuple(judged.ranked.positives[row]) if scored else None,
+            negative_scores=(tuple(s for _, s in negatives) or None) if scored else None,
         )
-        if self.mining.by in COSINES:
-            return found
-        return replace(found, positive_scores=None, negative_scores=None)
 
     def _settled(self, rule: MiningRule, source: Source) -> MiningRule:
         """Return the rule; a quantile as the absolute score that it has in this source."""
@@ -392,7 +388,10 @@ def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[So
         known_suffix(out)
         outputs = [(out, list(sources))]
     else:
-        outputs = [(_named_as(path, out), group) for path, group in _by_path(sources)]
+        outputs = [
+            (out / (f"{path.name}.jsonl" if path.is_dir() else path.name), group)
+            for path, group in _by_path(sources)
+        ]
     paths = [path.resolve() for path, _ in outputs]
     if len(set(paths)) < len(paths):
         raise RecipeError(
@@ -415,8 +414,3 @@ def _by_path(sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
         else:
             found.append((source.path, [source]))
     return found
-
-
-def _named_as(source: Path, folder: Path) -> Path:
-    """Return the output file of a source, which may be a folder of shards."""
-    return folder / (f"{source.name}.jsonl" if source.is_dir() else source.name)
