@@ -30,9 +30,8 @@ _ROTARY_BASE: Final = 10_000.0
 class Decoder(nn.Module):
     """The layer, with attention inside each text; its new weights have their own fixed seed.
 
-    If the backbone's embedding layer adds positions, it makes the inputs. For other backbones
-    (rotary positions, or a table elsewhere) the decoder normalises the inputs itself and rotates
-    its queries and keys. Like the reference it adds first and normalises then (BERT's order).
+    If the backbone's embedding layer adds positions, it makes the inputs. Otherwise the decoder
+    normalises them and rotates its queries and keys. Like BERT it adds first and normalises then.
     Attention weights have no dropout: the row masks serve as one.
     """
 
@@ -70,8 +69,7 @@ class Decoder(nn.Module):
         """Return a state for each token but the first and last of each text, in their order.
 
         ``embeddings`` are those of the token table, without positions; that of a text's first token
-        is ignored. Row masks depend only on the text's seed and length, not on the texts beside it.
-        Neighbouring texts of one length run together.
+        is ignored. Row masks depend only on the text's seed and length.
         """
         places = torch.arange(len(texts.ids), device=texts.ids.device)
         owner = row_of(texts.offsets)
