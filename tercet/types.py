@@ -26,6 +26,18 @@ Role: TypeAlias = Literal["query", "document"]
 InBatch: TypeAlias = Literal["all", "positives", "none"]
 """Which documents of other examples are negatives: all, all but mined ones, none."""
 
+Policy: TypeAlias = Literal["all", "positives", "none", "per_row"]
+"""Which documents of other examples are negatives: one rule for all, or that of each row."""
+
+Mixing: TypeAlias = Literal["single", "blended"]
+
+Distillation: TypeAlias = Literal["none", "kl", "listwise"]
+"""How the scores of a reranker are learned. Not for the cosines of mining, which teach little."""
+
+Vocabulary: TypeAlias = Literal["all", "seen"]
+
+ScheduleName: TypeAlias = Literal["constant", "linear", "wsd", "early"]
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

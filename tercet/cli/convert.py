@@ -1,15 +1,15 @@
 """Verbs that convert other data to training rows, and remove the texts of a test from them."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
 from tercet.errors import DataError, RecipeError
-from tercet.files.console import columns, one_line, results, say
+from tercet.files.console import columns, count_table, results, say
 
 SHOWN_LABELS: Final = 20
 
@@ -83,7 +83,7 @@ def labelled(
     threshold: ThresholdOption = 0.8,
     seed: SeedOption = 0,
 ) -> None:
-    """Write a row for each text of a file, and say what became of it."""
+    """Write a row for each text of a file, and report the counts."""
     from tercet.curate.convert.classification import convert_labelled
     from tercet.curate.convert.conversion import Conversion
     from tercet.data.files.labelled import read_label_texts, read_labelled_texts
@@ -140,7 +140,7 @@ def similarity(
     out: OutOption,
     scale: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Lowest and highest score, mapped to 0 and 5; None: as they are."),
+        typer.Option(help="Lowest and highest score, mapped to 0 and 5; None: unchanged."),
     ] = None,
     alike: Annotated[float, typer.Option(help="Least score of a pair that becomes rows.")] = 4.0,
     unlike: Annotated[float, typer.Option(help="Highest known score of a negative.")] = 2.5,
@@ -178,9 +178,7 @@ def flagembedding(
         list[Path], typer.Argument(help="Files of rows, or folders of them; several are one set.")
     ],
     out: OutOption,
-    prompt: Annotated[
-        str, typer.Option(help="Before queries of rows that have none of their own.")
-    ] = "",
+    prompt: Annotated[str, typer.Option(help="Before queries of rows without a prompt.")] = "",
     form: Annotated[
         str, typer.Option("--format", help="Of prompt and query; \\n is a line break.")
     ] = "{}{}",
@@ -217,10 +215,7 @@ def flagembedding(
 
     with bar("rows", sum(chosen.counts[file.path] for file in chosen.files)) as advance:
         write_examples(out, examples(advance))
-    table = columns("task", "rows")
-    for task, count in tasks.items():
-        table.add_row(one_line(task), f"{count:,}")
-    results().print(table)
+    results().print(count_table("task", "rows", tasks))
     for reason, count in (chosen.left_out + how.notes).items():
         say(f"tercet: note: left out: {count:,} {reason}")
 
@@ -299,11 +294,17 @@ def decontaminate(
         _check_place(path, file, *against, *(shard.path for _, some in outputs for shard in some))
     index, removal = EvaluationTexts.read(against, threshold), Removal()
     with bar("rows", None) as advance:
+
+        def rows(shards: Sequence[Any]) -> Iterator[Any]:
+            for row in cleaned(chain.from_iterable(map(shard_examples, shards)), index, removal):
+                advance()
+                yield row
+
         for path, shards in outputs:
-            clean = cleaned((row for it in shards for row in shard_examples(it)), index, removal)
+            clean = rows(shards)
             first = next(clean, None)
             if first is not None:
-                write_examples(path, _counted(chain([first], clean), advance))
+                write_examples(path, chain([first], clean))
             elif len(outputs) > 1:
                 say(f"tercet: note: {path}: not written: no row is left")
     if not removal.kept:
@@ -319,12 +320,6 @@ def _cleaned_files(source: Path, out: Path) -> list[tuple[Path, list[Any]]]:
     if not source.is_dir() or out.suffix:
         return [(out, shards)]
     return [(out / shard.path.relative_to(source), [shard]) for shard in shards]
-
-
-def _counted(rows: Iterable[Any], advance: Any) -> Iterator[Any]:
-    for row in rows:
-        advance()
-        yield row
 
 
 def _check_place(out: Path, *inputs: Path) -> None:
@@ -356,22 +351,18 @@ def _write(out: Path, converted: Any) -> None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in converted.skipped.items())
         raise RecipeError(f"{converted.records:,} records gave no row: {reasons or 'none'}")
     write_examples(out, rows)
-    table = columns("what", "count")
-    table.add_row("records", f"{converted.records:,}")
-    for reason, count in converted.skipped.items():
-        table.add_row(f"no row: {reason}", f"{count:,}")
-    table.add_row("rows", f"{len(rows):,}")
-    table.add_row("negatives per row", f"{sum(len(row.negatives) for row in rows) / len(rows):.2f}")
+    counts = {
+        "records": converted.records,
+        **{f"no row: {reason}": count for reason, count in converted.skipped.items()},
+        "rows": len(rows),
+        "negatives per row": f"{sum(len(row.negatives) for row in rows) / len(rows):.2f}",
+    }
     if converted.label_instead:
-        table.add_row(
-            "rows with the label for want of another text", f"{converted.label_instead:,}"
-        )
-    results().print(table)
+        counts["rows with the label for want of another text"] = converted.label_instead
+    results().print(count_table("what", "count", counts))
     if converted.labels:
-        labels = columns("label", "rows")
-        for label, count in list(converted.labels.items())[:SHOWN_LABELS]:
-            labels.add_row(one_line(label), f"{count:,}")
-        results().print(labels)
+        most = dict(islice(converted.labels.items(), SHOWN_LABELS))
+        results().print(count_table("label", "rows", most))
     if len(converted.labels) > SHOWN_LABELS:
         say(f"tercet: note: {len(converted.labels) - SHOWN_LABELS} smaller labels are not shown")
     if converted.mode:

@@ -27,7 +27,7 @@ from tercet.data.report import (
 from tercet.errors import RecipeError
 from tercet.files.artifacts import write_json
 from tercet.files.atomic import sole_writer
-from tercet.files.console import columns, results, say, shortened
+from tercet.files.console import columns, count_table, results, say, shortened
 from tercet.types import Role
 
 EXAMPLES: Final = Path("examples/data/packages.en.parquet")
@@ -134,12 +134,12 @@ def _show(report: DataReport, total: SourceReport, options: CheckOptions) -> Non
         counts = [f"{each.rows:,}", f"{each.share:.1%}", f"{each.batches:,}", duplicates]
         mixture.add_row(each.source, each.lang or "-", *counts)
     out.print(mixture)
-    counts = columns("what", "count")
-    counts.add_row("examples", f"{total.rows:,}")
-    for name in _COUNTS:
-        counts.add_row(name.replace("_", " "), f"{getattr(total, name):,}")
-    counts.add_row("positives per query", f"{total.positives_per_query:.2f}")
-    out.print(counts)
+    counts = {
+        "examples": total.rows,
+        **{name.replace("_", " "): getattr(total, name) for name in _COUNTS},
+        "positives per query": f"{total.positives_per_query:.2f}",
+    }
+    out.print(count_table("what", "count", counts))
     unit = "words" if options.tokens is None else "tokens"
     lengths = columns(
         "source", "lang", unit, "least", "25 %", "median", "75 %", "95 %", "most", "truncated"
@@ -204,7 +204,7 @@ def filter_pairs(
     without: Annotated[
         list[str] | None,
         typer.Option(
-            help="A rule not to ask: same, short, long, letters, script or duplicate; repeat it."
+            help="A rule to leave out: same, short, long, letters, script, duplicate; repeat it."
         ),
     ] = None,
     min_characters: Annotated[str, typer.Option(help="Of a query, and of a document.")] = "2,2",
@@ -234,8 +234,8 @@ def filter_pairs(
 
     The pairs of each source and language are cut into shards, and a small model ranks each document
     among all of its shard. Before that, rules drop what needs no model. OUT/pairs has what is kept,
-    with ranks and scores, OUT/verdicts a line for each pair. A killed run goes on when the same
-    command is given again; with another --k and --out it embeds nothing again.
+    with ranks and scores, OUT/verdicts a line for each pair. The same command continues a killed
+    run; with another --k and --out, nothing is embedded again.
 
     Example: tercet filter news.parquet faq.jsonl --model me5-small --out filtered
     """
@@ -349,11 +349,10 @@ def _draw_filtered(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     lines = {}
     for report in reports:
-        if report["ranked"]:
-            kept = {int(k): n / report["ranked"] for k, n in report["levels"].items()}
+        if count := report["ranked"]:
             lines[_name_of(report)] = [
-                CurvePoint(float(k), Interval(share, share, share, queries=report["ranked"]))
-                for k, share in kept.items()
+                CurvePoint(float(k), Interval(n / count, n / count, n / count, queries=count))
+                for k, n in report["levels"].items()
             ]
     with drawing():
         write_png(path, curves(lines, x="worst rank that is kept", y="share of pairs"))

@@ -39,7 +39,7 @@ def mine(
     ] = None,
     by: Annotated[
         Literal["dense", "sparse", "multi", "hybrid", "bm25"],
-        typer.Option(help="What says how near; hybrid: the weighted sum of several kinds."),
+        typer.Option(help="Scores that rank documents; hybrid: a weighted sum of several."),
     ] = "dense",
     weights: Annotated[
         str | None,
@@ -54,9 +54,9 @@ def mine(
     ] = None,
     negatives: Annotated[int, typer.Option(help="Of each row.")] = 7,
     depth: Annotated[int, typer.Option(help="Candidates looked at for each query.")] = 100,
-    shift: Annotated[int, typer.Option(help="Leave out so many of the nearest.")] = 0,
+    shift: Annotated[int, typer.Option(help="Leave out this many of the nearest.")] = 0,
     sample_from: Annotated[
-        int | None, typer.Option(help="Draw from so many of the best; None: take the best.")
+        int | None, typer.Option(help="Draw from this many of the best; None: take the best.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of that draw.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
@@ -65,8 +65,8 @@ def mine(
     max_positives: Annotated[
         int | None,
         typer.Option(
-            help="The rule compares with so many of the best positives among the candidates; rows "
-            "without one are left out. None: with all, wherever they are."
+            help="The rule compares with this many of the best positives among the candidates; "
+            "rows without one are left out. None: with all, wherever they are."
         ),
     ] = None,
     corpus: Annotated[
@@ -92,7 +92,7 @@ def mine(
     Documents are those of all files and of --corpus. What the rule leaves of a query's nearest
     ones, without those known to answer it, becomes its negatives, with the teacher's scores where
     these are cosines (by dense or multi). By bm25 no model is needed; with a teacher, its tokens
-    are the words. A killed run goes on where it was when the same command is given again.
+    are the words. The same command continues a killed run.
 
     Example: tercet mine pairs.jsonl --teacher minilm --out mined.jsonl
     """

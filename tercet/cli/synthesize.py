@@ -1,4 +1,4 @@
-"""The verb that has questions written about documents."""
+"""The verb that generates questions about documents."""
 
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from tercet.cli.options import Precision, load
 from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
-from tercet.files.console import columns, one_line, results, say, shortened
+from tercet.files.console import columns, count_table, results, say, shortened
 
 if TYPE_CHECKING:
     from tercet.curate.synthesis.question_pairs import SynthesisReport
@@ -47,8 +47,8 @@ def synthesize(
     check: Annotated[
         str | None, typer.Option(help="An embedder by which a question has to find its document.")
     ] = None,
-    top: Annotated[int, typer.Option(help="Among so many of the best.")] = 1,
-    among: Annotated[int, typer.Option(help="Of so many documents.")] = 1000,
+    top: Annotated[int, typer.Option(help="Worst rank that passes.")] = 1,
+    among: Annotated[int, typer.Option(help="Documents that are ranked.")] = 1000,
     against: Annotated[
         Literal["passages", "documents"], typer.Option(help="What stands for a document there.")
     ] = "passages",
@@ -68,12 +68,13 @@ def synthesize(
     """Have a model write questions about passages of documents, as training examples.
 
     An example is a question and the whole document. Raw answers stay beside --out, in a file
-    that ends in .log.jsonl: a killed run goes on where it was when the same command is given
-    again, calls that failed are made again, and another --check costs no answer twice.
+    that ends in .log.jsonl: the same command continues a killed run and repeats failed calls,
+    and another --check requests no answer twice.
 
     Example: tercet synthesize docs.jsonl --model smollm2 --check minilm --out questions.jsonl
     """
     from tercet.curate.synthesis.consistency import Consistency
+    from tercet.curate.synthesis.endpoint import Calls, EndpointGenerator
     from tercet.curate.synthesis.generators import QuestionPrompt, TokenSampling
     from tercet.curate.synthesis.passages import PassageSampling
     from tercet.curate.synthesis.question_pairs import Synthesis, log_path
@@ -91,8 +92,8 @@ def synthesize(
     )
     tokens = TokenSampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     if url is not None:
-        calls = {"workers": workers, "timeout_seconds": timeout, "retries": retries}
-        generator = _endpoint(url, model, tokens, key_variable, calls)
+        calls = Calls(workers=workers, timeout_seconds=timeout, retries=retries)
+        generator = EndpointGenerator(url, model, tokens, key_variable=key_variable, calls=calls)
     elif key_variable is not None:
         raise RecipeError("--key-variable is for an endpoint; give its --url as well")
     else:
@@ -115,14 +116,6 @@ def synthesize(
         raise RecipeError(f"{out}: not written: no question is left; the table says why")
 
 
-def _endpoint(
-    url: str, model: str, tokens: Any, key_variable: str | None, calls: dict[str, Any]
-) -> Any:
-    from tercet.curate.synthesis.endpoint import Calls, EndpointGenerator
-
-    return EndpointGenerator(url, model, tokens, key_variable=key_variable, calls=Calls(**calls))
-
-
 def _local(model: str, tokens: Any, batch: int, precision: str) -> Any:
     import torch
 
@@ -134,11 +127,9 @@ def _local(model: str, tokens: Any, batch: int, precision: str) -> Any:
 
 
 def _show(report: "SynthesisReport", *, checked: bool) -> None:
-    table = columns("what", "count")
-    table.add_row("documents drawn", f"{report.documents:,}")
-    if report.unusable:
-        table.add_row("without a passage", f"{report.unusable:,}")
     counts = {
+        "documents drawn": report.documents,
+        **({"without a passage": report.unusable} if report.unusable else {}),
         "passages": report.passages,
         "answered before": report.answered_before,
         "answered now": report.answered,
@@ -148,16 +139,15 @@ def _show(report: "SynthesisReport", *, checked: bool) -> None:
     }
     if checked:
         counts[f"inconsistent, among {report.checked_among:,}"] = report.inconsistent
-    for name, count in {**counts, "kept": report.kept}.items():
-        table.add_row(name, f"{count:,}")
+    counts["kept"] = report.kept
     thirds = columns("third of the document", "asked", "kept")
     for name, asked, kept in zip(
         ("first", "second", "last"), report.asked_thirds, report.kept_thirds, strict=True
     ):
         thirds.add_row(name, f"{asked:,}", f"{kept:,}")
-    results().print(table)
+    results().print(count_table("what", "count", counts))
     results().print(thirds)
     if report.answered:
         say(f"{report.answered:,} answers in {report.seconds:.0f} s")
     for failure, count in report.failures.most_common(_SHOWN_FAILURES):
-        say(f"tercet: note: {count:,} calls failed: {shortened(one_line(failure))}")
+        say(f"tercet: note: {count:,} calls failed: {shortened(failure)}")

@@ -125,11 +125,12 @@ def _about_recipes() -> None:
 
 
 def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Callable[..., None]:
-    """A function that typer can turn into a verb: it trains by the recipe."""
-    from tercet.training.recipe import Run
+    """Return a function that typer can turn into a command, which trains by the recipe."""
 
     @wraps(recipe)
     def command(out: Path, dev: Path | None, **flags: Any) -> None:
+        from tercet.training.recipe import Run
+
         flags["models_at"] = whole_numbers("models-at", flags["models_at"])
         run = Run(**{name: flags.pop(name) for name in list(flags) if name in Run.__annotations__})
         field = flags.pop("text_field", "text")

@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from typing import Final
 
 from rich.console import Console
@@ -26,6 +27,14 @@ def say(line: str) -> None:
 def columns(*header: str) -> Table:
     """Return a table without boxes, for ``awk`` and ``sort``."""
     return Table(*header, box=None, pad_edge=False, header_style="bold")
+
+
+def count_table(what: str, number: str, counts: Mapping[str, int | str]) -> Table:
+    """Return a table with a line for each name and count."""
+    table = columns(what, number)
+    for name, count in counts.items():
+        table.add_row(one_line(name), count if isinstance(count, str) else f"{count:,}")
+    return table
 
 
 def one_line(text: str) -> str:

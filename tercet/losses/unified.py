@@ -7,7 +7,7 @@ kind. So its losses, their targets and all gradients are computed at once, and i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,10 @@ from tercet.losses.info_nce import PairBlock, finished, loss_and_gradient
 from tercet.losses.listwise import group_distillation, listwise
 from tercet.models.network.chunked import Losses
 from tercet.rank.scoring import scores_of
-from tercet.types import IGNORED
+from tercet.types import IGNORED, Distillation
 from tercet.vectors import Vectors
 
 BLOCK_BYTES: Final = 64 << 20  # of the scores of one block, at most
-Distillation: TypeAlias = Literal["none", "kl", "listwise"]
-"""How the scores of a reranker are learned. Not for the cosines of mining, which teach little."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,14 +30,26 @@ def score_pairs(
     """Return the score of each query with the document at its position, by kind.
 
     One entry for each kind that the model makes, and one for the weighted sum of every two or more
-    kinds that have a weight, such as ``dense+sparse``. ``weights`` None takes those tuned for the
-    task or the model. ``divided`` divides each sum by the sum of its weights, as FlagEmbedding's
-    ``compute_score`` does. Scores are on the CPU in float32.
+    kinds that have a weight, such as ``dense+sparse`` and ``dense+sparse+multi``. Scores are on the
+    CPU in float32.
+
+    Args:
+        embedder: the model.
+        queries: texts, each with its document at the same position.
+        documents: texts, as many as queries.
+        weights: of the kinds in a sum; None takes those tuned for the task or the model.
+        task: the task whose prompts and weights are used.
+        divided: divide each sum by the sum of its weights, as FlagEmbedding's ``compute_score``
+            does; it calls them ``sparse+dense`` and ``colbert+sparse+dense``.
 
     Raises:
         DataError: if the numbers of queries and documents differ.
         RecipeError: for an unknown task.
         TypeError: if either is a single string.
+
+    Example:
+        >>> score_pairs(embedder, ["web server"], ["nginx serves files"])["dense"].shape
+        torch.Size([1])
     """
     if isinstance(queries, str) or isinstance(documents, str):
         raise TypeError("score_pairs takes lists of texts; put a single text into a list")

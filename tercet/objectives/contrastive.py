@@ -8,7 +8,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
-from tercet.data.batches.collate import Batch, Collator, Policy
+from tercet.data.batches.collate import Batch, Collator
 from tercet.data.batches.sampler import BatchRows
 from tercet.data.files.sources import Source
 from tercet.distributed import gather_rows
@@ -18,6 +18,7 @@ from tercet.losses.info_nce import info_nce
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.objectives.objective import Traits
+from tercet.types import Policy
 from tercet.vectors import Vectors
 
 _AGAINST: Final[Mapping[Policy, str]] = {

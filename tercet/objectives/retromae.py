@@ -9,7 +9,7 @@ dropped afterwards.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Final, get_args
 
 import numpy as np
 import torch
@@ -34,8 +34,7 @@ from tercet.objectives.objective import Traits
 from tercet.objectives.retromae_decoder import Decoder
 from tercet.objectives.token_heads import MaskedHead, find_masked_head
 from tercet.segments import Packed, batches_by_length
-
-Vocabulary: TypeAlias = Literal["all", "seen"]
+from tercet.types import Vocabulary
 
 _DRAW: Final = 0x4E74  # keeps masks apart from other uses of the same seed
 _PARTS: Final = "retromae"  # the name of what is added to the embedder during training

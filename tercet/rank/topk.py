@@ -44,12 +44,21 @@ def top_k(
 ) -> Hits:
     """Return the ``k`` documents of largest inner product with each query, or all if fewer.
 
-    ``docs`` may be a memory-mapped file larger than RAM: it is read in blocks of ``block`` rows.
     Vectors are compared in float32.
 
+    Args:
+        queries: vectors to search with, ``queries x dim``.
+        docs: vectors to search, ``docs x dim``; a memory-mapped array may be larger than RAM.
+        k: hits for each query.
+        block: rows of ``docs`` that are compared at a time.
+
     Raises:
-        ModelError: when queries and documents differ in width, or hold NaN. (A NaN among the
+        ModelError: if queries and documents differ in width, or hold NaN. (A NaN among the
             vectors of good documents is not searched for, which would be slow: engines do that.)
+
+    Example:
+        >>> top_k(embedder.encode(["web server"], "query"), embedder.encode(texts), 2).rows
+        array([[0, 1]])
     """
     check_queries(queries, docs.shape[1])
     queries = np.ascontiguousarray(queries, dtype=np.float32)

@@ -7,15 +7,16 @@ train the first coordinates of a vector to work without the others (arXiv 2412.0
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
-from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
 from tercet.models.choices import PoolingName
-from tercet.objectives.contrastive import Contrastive
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role
-from tercet.training.recipe import Model, Recipe, Refresh, ScheduleName, Stage, chosen
+from tercet.types import ScheduleName
+
+if TYPE_CHECKING:
+    from tercet.training.recipe import Recipe, Refresh
 
 ArcticPreset: TypeAlias = Literal["small", "arctic-m", "arctic-l"]
 
@@ -92,12 +93,15 @@ def arctic_embed(
     freeze_embeddings: flags.FreezeEmbeddings = False,
     patience: flags.Patience = None,
     seed: Annotated[int, "Of batches, dropout and LoRA."] = 0,
-) -> Recipe:
+) -> "Recipe":
     """Pretrain on pairs of many sources, fine-tune on mined negatives, with short vectors in both.
 
     Without --mined, the pretrained model mines the negatives of the pairs itself before the
     fine-tuning begins. A stronger teacher makes better ones: tercet mine --teacher.
     """
+    from tercet.objectives.contrastive import Contrastive
+    from tercet.training.recipe import Model, Recipe, Stage, chosen
+
     usual = PRESETS[preset]
     shorter = (256,) if dims is None else tuple(dims)
     built = {
@@ -165,8 +169,11 @@ def arctic_embed(
     )
 
 
-def _mined_at_start(negatives: int, threshold: float) -> Refresh:
+def _mined_at_start(negatives: int, threshold: float) -> "Refresh":
     """Mine for rows with too few negatives, if there is a source without any."""
+    from tercet.curate.mining.miner import Mining
+    from tercet.training.recipe import Refresh
+
     rule = MiningRule(kind="percent", value=threshold)
     depth = max(100, 2 * negatives)
     return Refresh(

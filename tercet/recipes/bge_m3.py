@@ -7,19 +7,18 @@ negatives, and the weighted sum of their scores teaches each of them.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Kind, Weights, parse_kinds
-from tercet.losses.unified import Distillation, Mixture
 from tercet.models.choices import PoolingName
-from tercet.objectives.contrastive import Contrastive
-from tercet.objectives.retromae import RetroMAE, Vocabulary
-from tercet.objectives.unified import Unified
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role
-from tercet.training.recipe import RANKS_10_TO_210, Model, Recipe, Refresh, Stage, chosen
+from tercet.types import Distillation, Vocabulary
+
+if TYPE_CHECKING:
+    from tercet.training.recipe import Recipe, Refresh
 
 WARMUP: Final = 0.1  # share of a stage's steps
 
@@ -102,8 +101,14 @@ def bge_m3(
     ] = None,
     retromae_tokens: Annotated[int, "Of a text in RetroMAE, and of a block of texts."] = 512,
     seed: Annotated[int, "Of batches, masks, dropout and new weights."] = 0,
-) -> Recipe:
+) -> "Recipe":
     """Train one model for dense, sparse and multi-vector retrieval, each taught by their sum."""
+    from tercet.losses.unified import Mixture
+    from tercet.objectives.contrastive import Contrastive
+    from tercet.objectives.retromae import RetroMAE
+    from tercet.objectives.unified import Unified
+    from tercet.training.recipe import Model, Recipe, Stage, chosen
+
     trained, summed = parse_kinds(kinds), Weights.parse(sum_weights)
     edges = tuple(length_edges or ())
     shuffles = {"shuffle_segments": shuffle_segments, "shuffle_at": shuffle_at}
@@ -205,8 +210,10 @@ def bge_m3(
 
 def _refresh(
     every: int | None, by: RefreshBy, kinds: Sequence[Kind], weights: Weights
-) -> Refresh | None:
+) -> "Refresh | None":
     """How negatives are mined in mid-run; a hybrid sum has the kinds in training only."""
+    from tercet.training.recipe import RANKS_10_TO_210, Refresh
+
     if every is None:
         if by != "dense":
             raise RecipeError(f"refresh_by is {by}, but nothing is refreshed; give refresh_steps")

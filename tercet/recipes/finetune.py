@@ -5,13 +5,14 @@ The plain recipe that most people need first: InfoNCE with in-batch and mined ne
 small models; each is a flag.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tercet.data.batches.collate import Policy
-from tercet.objectives.contrastive import Contrastive
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role
-from tercet.training.recipe import Model, Recipe, Stage
+from tercet.types import Policy
+
+if TYPE_CHECKING:
+    from tercet.training.recipe import Recipe
 
 
 def finetune(
@@ -47,8 +48,11 @@ def finetune(
     freeze_embeddings: flags.FreezeEmbeddings = False,
     patience: flags.Patience = None,
     seed: Annotated[int, "Of batches, dropout and LoRA."] = 0,
-) -> Recipe:
+) -> "Recipe":
     """Fine-tune on files of queries, positives and, where there are any, mined negatives."""
+    from tercet.objectives.contrastive import Contrastive
+    from tercet.training.recipe import Model, Recipe, Stage
+
     return Recipe(
         name="finetune",
         model=Model(

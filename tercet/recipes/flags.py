@@ -1,9 +1,11 @@
 """Flags that several recipes share, and the settings that they stand for."""
 
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from tercet.models.choices import Attention, PoolingName
-from tercet.training.recipe import Lora
+
+if TYPE_CHECKING:
+    from tercet.training.recipe import Lora
 
 Base: TypeAlias = Annotated[str, "Zoo name, local folder or hub id."]
 Temperature: TypeAlias = Annotated[float, "Of the softmax over documents."]
@@ -23,9 +25,13 @@ FreezeEmbeddings: TypeAlias = Annotated[bool, "Leave the token table as it is."]
 Patience: TypeAlias = Annotated[int | None, "Stop after so many evaluations without a better one."]
 
 
-def lora_of(rank: int | None, dropout: float = Lora.dropout) -> Lora | None:
+def lora_of(rank: int | None, dropout: float | None = None) -> "Lora | None":
     """Return low-rank updates with an alpha of twice the rank; None: every weight is trained."""
-    return None if rank is None else Lora(rank=rank, alpha=2 * rank, dropout=dropout)
+    from tercet.training.recipe import Lora
+
+    if rank is None:
+        return None
+    return Lora(rank=rank, alpha=2 * rank, dropout=Lora.dropout if dropout is None else dropout)
 
 
 def prompts_by_role(query: str | None, document: str | None) -> dict[str, str] | None:

@@ -6,16 +6,15 @@ with instructions.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from tercet.data.batches.masking import Masking, MaskToken
 from tercet.models.choices import Attention, PoolingName, Window
-from tercet.objectives.contrastive import Contrastive
-from tercet.objectives.mntp import MNTP
-from tercet.objectives.simcse import SimCSE
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role
-from tercet.training.recipe import Model, Recipe, Stage, chosen
+
+if TYPE_CHECKING:
+    from tercet.training.recipe import Recipe
 
 LLM2VecPreset = Literal["default", "llama", "mistral", "mistral-words"]
 
@@ -72,8 +71,13 @@ def llm2vec(
     ] = None,
     lora_rank: flags.LoraRankOrAll = 16,
     seed: Annotated[int, "Of batches, masks, dropout and LoRA."] = 0,
-) -> Recipe:
+) -> "Recipe":
     """Turn a decoder into a text encoder: MNTP and SimCSE on texts, then pairs on request."""
+    from tercet.objectives.contrastive import Contrastive
+    from tercet.objectives.mntp import MNTP
+    from tercet.objectives.simcse import SimCSE
+    from tercet.training.recipe import Model, Recipe, Stage, chosen
+
     usual = PRESETS[preset]
     mntp = MNTP(
         head=base,

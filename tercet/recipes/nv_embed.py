@@ -8,16 +8,15 @@ well (arXiv 2405.17428, sec. 3.2).
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
-from tercet.data.batches.collate import Policy
-from tercet.data.batches.sampler import Mixing
 from tercet.models.choices import Attention, LayerSettings, PoolingName
-from tercet.models.settings import as_prompt
-from tercet.objectives.contrastive import Contrastive
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of
-from tercet.training.recipe import Model, Recipe, Stage, chosen
+from tercet.types import Mixing, Policy
+
+if TYPE_CHECKING:
+    from tercet.training.recipe import Recipe
 
 Pooler: TypeAlias = Literal["latent", "self_attention", "mean", "eos"]
 NVEmbedPreset: TypeAlias = Literal["default", "nv-embed"]
@@ -82,8 +81,12 @@ def nv_embed(
         int | None, "Keep the first layers of the base only, for experiments; None: all."
     ] = None,
     seed: Annotated[int, "Of batches, dropout and new weights."] = 0,
-) -> Recipe:
+) -> "Recipe":
     """Train on retrieval, then on all tasks with instructions, with latent attention pooling."""
+    from tercet.models.settings import as_prompt
+    from tercet.objectives.contrastive import Contrastive
+    from tercet.training.recipe import Model, Recipe, Stage, chosen
+
     layer: LayerSettings | Literal["none"] = "none"
     if pooling in ("latent", "self_attention"):
         published = preset == "nv-embed"

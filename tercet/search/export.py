@@ -18,9 +18,9 @@ from tercet.files.atomic import clear_about, replacing_file, replacing_folder
 from tercet.files.progress import Bars, bar
 from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
+from tercet.search.engine.checks import unusable
 from tercet.search.indexing import bytes_of, document_batches
 from tercet.search.rows import TAKEN, EngineRow, FormatName, json_line, lines_of, parts_of
-from tercet.segments import row_of
 from tercet.types import Role
 from tercet.vectors import Vectors
 
@@ -89,9 +89,6 @@ def write_dense(
 ) -> WrittenVectors:
     """Write the dense vectors as one .npy file of float32 rows, which appears whole or not at all.
 
-    They are those of :meth:`tercet.models.embedder.Embedder.encode`, which sorts a
-    window of texts by length.
-
     Raises:
         ModelError: when a vector is not finite.
         RecipeError: for an unknown task, or ``dims`` out of range.
@@ -140,21 +137,14 @@ def write_rows(
                 vectors = _encoded(embedder, [row.text for row in rows], wanted)
                 for row, parts in zip(rows, parts_of(form, vectors), strict=True):
                     opened.write(_as_bytes(form, row, parts))
-                    sizes: dict[Kind, int] = {
-                        kind: len(json_line(part)) for kind, part in parts.items()
-                    }
-                    written.bytes.update(sizes)
+                    written.bytes.update({k: len(json_line(part)) for k, part in parts.items()})
                 written.texts += len(batch)
                 advance(len(batch))
     return written
 
 
 def _encoded(embedder: Embedder, texts: Sequence[str], wanted: EncodeOptions) -> Vectors:
-    """Return the vectors of some texts.
-
-    Raises:
-        ModelError: when one is not finite.
-    """
+    """Return the vectors of some texts; ModelError when one is not finite."""
     vectors = embedder.encode_vectors(
         texts, wanted.role, kinds=wanted.kinds, task=wanted.task, dims=wanted.dims
     )
@@ -169,19 +159,8 @@ def _check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
 
 def first_broken(vectors: Vectors) -> int | None:
     """Return the first text with a vector that is not finite, or None."""
-    rows: list[int] = []
-    owners = {
-        "dense": None,
-        "sparse": None if vectors.sparse is None else row_of(vectors.sparse.offsets),
-        "multi": None if vectors.multi is None else row_of(vectors.multi.offsets),
-    }
-    for kind, values in zip(vectors.kinds, vectors.tensors(), strict=True):
-        broken = ~(values if values.dim() == 1 else values.sum(1)).isfinite()
-        if bool(broken.any()):
-            owner = owners[kind]
-            (places,) = torch.nonzero(broken, as_tuple=True)
-            rows.append(int(places[0] if owner is None else owner[places[0]]))
-    return min(rows, default=None)
+    broken = unusable(vectors.to("cpu"), negative=False)
+    return int(broken.int().argmax()) if broken.any() else None
 
 
 def _row_of(document: Document) -> EngineRow:

@@ -1,10 +1,8 @@
-"""Index folders: which engine one belongs to, and what its vectors were made with.
+"""Index folders: ``index.json`` records the engine and what the vectors were made with.
 
-``index.json`` is all that is read here; the engine keeps its own files in a folder beside it, or
-its records on a server.
+The engine keeps its files in a folder beside it, or its records on a server.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -16,7 +14,8 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from uuid import uuid4
 
 from tercet.errors import IndexFolderError, RecipeError, TercetError
-from tercet.files.atomic import recover_folder, replacing_file, replacing_folder, sole_writer
+from tercet.files.artifacts import read_json, write_json
+from tercet.files.atomic import recover_folder, replacing_folder, sole_writer
 from tercet.kinds import KINDS
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.engine import Engine
@@ -33,17 +32,9 @@ VERSION: Final = 2
 API_KEY: Final = "QDRANT_API_KEY"  # of a server; in the environment, never in the folder
 
 
-def _anything(_: object) -> bool:
-    return True
-
-
-def _is_list_of_kinds(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(kind in KINDS for kind in value)
-
-
 _SOUND: Final[Mapping[str, Callable[[Any], bool]]] = {  # what a setting may be
     "model": lambda value: isinstance(value, str),
-    "kinds": _is_list_of_kinds,
+    "kinds": lambda value: bool(value) and type(value) is list and all(k in KINDS for k in value),
     "task": lambda value: value is None or isinstance(value, str),
     "dims": lambda value: value is None or type(value) is int,
     "precision": lambda value: value in ("float32", "bfloat16", *STORED),
@@ -58,8 +49,8 @@ class About:
     engine: EngineName = "exact"
     url: str | None = None  # of the server where the records are, and their collection there
     collection: str | None = None
-    mark: str | None = field(default=None, compare=False)  # on the collection: it is this index's
-    complete: bool = field(default=True, compare=False)  # false: the documents are not all there
+    mark: str | None = field(default=None, compare=False)  # on the collection, of this index
+    complete: bool = field(default=True, compare=False)  # whether all documents are in it
     version: int = VERSION
 
     def setting(self, folder: Path | str, name: str) -> Any:
@@ -74,7 +65,7 @@ class About:
                 "build it again with: tercet index --fresh"
             )
         value = self.settings[name]
-        if not _SOUND.get(name, _anything)(value):
+        if name in _SOUND and not _SOUND[name](value):
             raise _unusable(Path(folder), f"{FILE} says that its {name} is {value!r}")
         return value
 
@@ -88,7 +79,7 @@ def about_index(folder: Path | str) -> About:
     folder = Path(folder)
     recover_folder(folder)
     try:
-        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        about = read_json(folder / FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not an index" if folder.exists() else "no such folder"
         raise IndexFolderError(f"{folder}: {what}; build one with: tercet index") from error
@@ -115,8 +106,7 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
 
 def write_about(folder: Path | str, about: About) -> None:
     """Write the description of an index folder, whole or not at all."""
-    with replacing_file(Path(folder) / FILE) as fresh:
-        fresh.write_text(json.dumps(asdict(about), indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / FILE, asdict(about))
 
 
 def mark_complete(folder: Path | str) -> None:
@@ -139,25 +129,26 @@ def require(folder: Path | str, about: About, expected: Mapping[str, Any]) -> No
 
 
 def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Engine:
-    """Open an index to write documents to, a new one or one that was made with the same settings.
+    """Open a new index, or an existing one of the same settings, to write documents to.
 
-    ``fresh`` empties one that is there, whatever it was made with. A collection on a server is
-    emptied only where it carries the mark of this folder; one that the index leaves behind, since
-    it goes elsewhere, stays on its server, and is named in a note.
+    ``fresh`` empties an existing one. A collection on a server is emptied only if it carries the
+    mark of this folder; one that the index no longer uses stays on its server, with a warning.
 
     Raises:
-        IndexFolderError: when the folder holds other things, was made with other settings, or the
-            collection on the server is not this index's.
-        RecipeError: when another process is at it.
+        IndexFolderError: when the folder holds other files, was made with other settings, or the
+            collection on the server belongs to another index.
+        RecipeError: when another process has it open.
         MissingExtraError: when the engine's package is not installed; nothing is replaced then.
     """
     folder = Path(folder)
     if about.engine != "exact":
         check_stored(_stored_of(about))
-    found = _what_is_there(folder)
+    found: About | None = None
+    with suppress(IndexFolderError):
+        found = about_index(folder)
     known = (folder / FILE).is_file()
     if known and not fresh:
-        return _going_on(folder, about)
+        return _continued(folder, about)
     if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise IndexFolderError(
             f"{folder}: is not an index and would be overwritten; choose another folder"
@@ -165,7 +156,7 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
     for name in ("exact", "qdrant"):
         if known and (folder / name).is_dir():
             with sole_writer(folder / name):
-                pass  # nobody else is at it
+                pass  # no other process has it open
     if about.engine == "cluster":
         engine = _begun_on_server(folder, about, found)
     else:
@@ -180,14 +171,7 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
     return engine
 
 
-def _what_is_there(folder: Path) -> About | None:
-    """Return the description of an index folder; None if it is not one, or damaged."""
-    with suppress(IndexFolderError):
-        return about_index(folder)
-    return None
-
-
-def _going_on(folder: Path, about: About) -> Engine:
+def _continued(folder: Path, about: About) -> Engine:
     """Open an existing index, if it is in the same place and has the same settings."""
     found = about_index(folder)
     if _place_of(found) != _place_of(about):
@@ -197,7 +181,7 @@ def _going_on(folder: Path, about: About) -> Engine:
             "folder, or build it again with: tercet index --fresh"
         )
     require(folder, found, about.settings)
-    engine = open_engine(folder)  # which refuses where another process is at it
+    engine = open_engine(folder)  # raises if another process has it open
     write_about(folder, replace(found, complete=False))
     return engine
 
@@ -205,7 +189,7 @@ def _going_on(folder: Path, about: About) -> Engine:
 def _begun_here(folder: Path, about: About, *, known: bool) -> Engine:
     """Make an empty index in the folder, in place of one that is ``known``."""
     if about.engine == "qdrant":
-        _edge_store()  # where its package is missing, nothing is replaced
+        _edge_store()  # raises before anything is replaced
     with replacing_folder(folder) as empty:
         write_about(empty, replace(about, complete=False))
     try:
@@ -217,13 +201,10 @@ def _begun_here(folder: Path, about: About, *, known: bool) -> Engine:
 
 
 def _begun_on_server(folder: Path, about: About, found: About | None) -> Engine:
-    """Make an empty index on a server, in a new collection or in that of the folder's index.
-
-    Of a folder that is damaged, no collection is known to be its own.
-    """
+    """Make an empty index on a server, in a new collection or in that of the folder's index."""
     same = found is not None and _place_of(found) == _place_of(about)
     about = replace(about, mark=found.mark if found and same else uuid4().hex, complete=False)
-    store = _store_of(about)  # which refuses what is another's, before anything is changed
+    store = _store_of(about)  # raises for a foreign collection before anything is changed
     try:
         if found and same:  # a kill from here on leaves an index that says it is incomplete
             write_about(folder, replace(found, complete=False))

@@ -99,7 +99,7 @@ def index(
     that was killed is resumed by the same call.
 
     Args:
-        documents: a list of documents, or a function that reads them anew at each call.
+        documents: a list of documents, or a function that reads them at each call.
         model: name of a packaged model, a model folder, or a hub id.
         folder: the index folder.
         options: see :class:`IndexOptions`.

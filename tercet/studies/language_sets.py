@@ -13,7 +13,7 @@ from tercet.data.files.sources import Source, iter_examples
 from tercet.errors import DataError, RecipeError
 from tercet.evaluate.measures.retention import retention
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
-from tercet.evaluate.suites.suite import EvaluationSet, as_evaluation_set
+from tercet.evaluate.suites.suite import MAIN, EvaluationSet, as_evaluation_set
 from tercet.files.artifacts import fingerprint
 from tercet.models.embedder import Embedder
 from tercet.types import Example
@@ -124,6 +124,5 @@ def _at_both_widths(
     data: RetrievalSet, short: int, embedder: Embedder, task: str | None
 ) -> np.ndarray:
     """Return the nDCG@10 of each query by whole vectors, and by short ones."""
-    name = "ndcg@10"
-    found = retention(embedder, data, task=task, dims=[short], stored=["float32"], names=[name])
-    return np.stack([found[place].result.scores[name] for place in (0, -1)], axis=1)
+    found = retention(embedder, data, task=task, dims=[short], stored=["float32"], names=[MAIN])
+    return np.stack([found[place].result.scores[MAIN] for place in (0, -1)], axis=1)

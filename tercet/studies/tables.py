@@ -66,9 +66,7 @@ class Results:
     """
 
     sets: Mapping[str, EvaluationSet]
-    answers: Mapping[
-        str, Sequence[Sequence[AnswersBySet]]
-    ]  # by cell: of each seed, after each stage
+    answers: Mapping[str, Sequence[Sequence[AnswersBySet]]]  # by cell, seed and stage
     seed: int = 0  # of the bootstrap
     computed: dict[FigureKey, Interval] = field(default_factory=dict)
     words: dict[str, np.ndarray] = field(default_factory=dict)  # computed when first needed
@@ -114,12 +112,10 @@ class Results:
     def change(self, cell: str, other: str, column: Column) -> Interval:
         """Return the lead of a cell as a share of the other one's mean, of retrieval sets."""
         names = [name for group in column.groups for name in group]
-        ours, theirs = (
-            [self.scores(each, column, name)[0] for name in names] for each in (cell, other)
-        )
         key = ("change", cell, other, column, column)
         if key not in self.computed:
-            self.computed[key] = relative_change(ours, theirs, seed=self.seed)
+            both = ([self.scores(it, column, name)[0] for name in names] for it in (cell, other))
+            self.computed[key] = relative_change(*both, seed=self.seed)
         return self.computed[key]
 
     def spread(self, cell: str, column: Column) -> float | None:
@@ -185,7 +181,7 @@ class Results:
     def _once(self, key: FigureKey, of_set: Callable[[str], Interval]) -> Interval:
         if key not in self.computed:
             groups = [[of_set(name) for name in group] for group in key[3].groups]
-            self.computed[key] = _mean([_mean(group) for group in groups])
+            self.computed[key] = average([average(group) for group in groups])
         return self.computed[key]
 
 
@@ -215,9 +211,7 @@ def shown(figure: Interval) -> str:
 
 def signed(lead: Interval) -> str:
     """Return a difference with its interval as text."""
-    if isnan(lead.mean):
-        return NOTHING
-    return f"{lead.mean:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]"
+    return NOTHING if isnan(lead.mean) else lead.signed()
 
 
 def write_results(
@@ -272,17 +266,11 @@ def _markdown(table: Table) -> str:
     return f"## {table.title}\n\n{body}\n"
 
 
-def _mean(figures: Sequence[Interval]) -> Interval:
-    return figures[0] if len(figures) == 1 else average(figures)
-
-
 def _over_seeds(figures: Sequence[Interval]) -> Interval:
     """Return the mean over seeds; each draws the same texts, so bounds are averaged too."""
     first, *others = figures
     if not others:
         return first
-    means = {name: np.mean([getattr(each, name) for each in figures]) for name in _BOUNDS}
+    bounds = ("mean", "low", "high")
+    means = {name: np.mean([getattr(each, name) for each in figures]) for name in bounds}
     return replace(first, **{name: float(mean) for name, mean in means.items()})
-
-
-_BOUNDS: Final = ("mean", "low", "high")

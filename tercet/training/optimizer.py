@@ -10,7 +10,8 @@ from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.sharding import is_sharded, kept_by_main, part_of
 from tercet.training import checkpoint
-from tercet.training.recipe import ScheduleName, Stage
+from tercet.training.recipe import Stage
+from tercet.types import ScheduleName
 
 FLOOR: Final = 0.1  # of the peak learning rate, where the schedule "early" ends
 

@@ -13,18 +13,16 @@ import torch
 from tercet import distributed
 from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
-from tercet.data.batches.collate import Policy
-from tercet.data.batches.sampler import Mixing
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
 from tercet.objectives.objective import Objective
+from tercet.types import Mixing, Policy, ScheduleName
 
 Batching: TypeAlias = Literal["fit", "bge-m3-pairs-80gb", "bge-m3-finetune-80gb"]
 """Where batch sizes come from: this machine's memory, or the paper's table for 80 GB devices."""
 
-ScheduleName: TypeAlias = Literal["constant", "linear", "wsd", "early"]
 
 LEAST: Final = 2  # examples of a batch: with one there is nothing to contrast
 

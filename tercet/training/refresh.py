@@ -20,11 +20,11 @@ import torch
 
 from tercet import distributed
 from tercet.curate.mining import document_pools
-from tercet.curate.mining.document_pools import text_key
 from tercet.curate.mining.miner import Miner
 from tercet.data.files.documents import read_documents
 from tercet.data.files.examples import parse_example
 from tercet.data.files.sources import Source, open_source, write_examples
+from tercet.data.files.texts import text_key
 from tercet.errors import DataError, RecipeError
 from tercet.files.artifacts import fingerprint_of_file, read_json, write_json
 from tercet.files.atomic import clear_about

@@ -155,7 +155,7 @@ def test_a_kind_that_the_model_lacks_and_a_folder_of_others_are_refused(
     assert said == "the model makes no sparse vectors; it makes dense"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear all")
-    assert "mine: holds 'letter.txt', which is no array" in refused(*words, tmp_path / "mine")
+    assert "mine: holds 'letter.txt', which is not an array" in refused(*words, tmp_path / "mine")
     assert (tmp_path / "mine/letter.txt").exists() and not (tmp_path / "vectors").exists()
 
 

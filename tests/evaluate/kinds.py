@@ -1,9 +1,13 @@
 """Vectors of every kind drawn at random, and their scores by the slow obvious formulas."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from tercet.evaluate.measures.by_kind import KindsResult, feasible, search_kinds
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.metrics import Judgements
 from tercet.segments import offsets_of
@@ -61,3 +65,29 @@ def judged(queries: int, docs: int, seed: int) -> RetrievalSet:
         tuple(f"d{i}" for i in range(docs)),
         Judgements.of(grades),
     )
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A corpus whose vectors are all in memory, in two blocks."""
+
+    vectors: Vectors
+
+    def blocks(self, kinds, rows: Tensor | None = None):
+        chosen = torch.arange(len(self.vectors)) if rows is None else rows
+        for part in chosen.split(32):
+            if len(part):
+                yield part, self.vectors.only(kinds).take(part)
+
+    def terms(self) -> Tensor | None:
+        sparse = self.vectors.sparse
+        return None if sparse is None else sparse.merged().offsets.diff()
+
+
+def evaluate_kinds(data, queries, docs, *, weights=None, protocol=None, names=None) -> KindsResult:
+    """Search vectors in memory by every kind that both sides have, and by every sum."""
+    kinds = tuple(kind for kind in queries.kinds if kind in docs.kinds)
+    queries, docs = queries.only(kinds), docs.only(kinds)
+    protocol = protocol or feasible(queries, 0 if docs.multi is None else len(docs.multi.vectors))
+    corpus = InMemory(docs)
+    return search_kinds(data, queries, corpus, weights=weights, protocol=protocol, names=names)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tercet.data.batches.relation import Relation, relation_of
 from tercet.kinds import KINDS, Kind, Weights
-from tercet.losses.unified import Distillation, Mixture, unified_loss
+from tercet.losses.unified import Mixture, unified_loss
 from tercet.segments import offsets_of
-from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
+from tercet.types import IGNORED, NEGATIVE, POSITIVE, Distillation, InBatch
 from tercet.vectors import Terms, TokenRows, Vectors
 
 TEMPERATURE = 0.3

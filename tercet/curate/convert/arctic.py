@@ -182,8 +182,6 @@ def _text(value: object, name: str, path: Path, row: int) -> str:
 def write_tables(folder: Path, examples: Iterable[Example]) -> TablesReport:
     """Write rows as four tables, ``mined.parquet`` among them; equal texts share an id.
 
-    Memory holds a hash and a number for each distinct text.
-
     Raises:
         StorageError: if the disk refuses; an earlier folder is still there then.
     """
@@ -221,11 +219,11 @@ def _table_rows(
         return known[key]
 
     pairs: list[tuple[int, int, int]] = []
+    report.rows += len(examples)
     for example in examples:
         query = id_of(QUERY_ID, example.query)
         pairs += [(query, id_of(DOCUMENT_ID, text), 1) for text in example.positives]
         pairs += [(query, id_of(DOCUMENT_ID, text), -1) for text in example.negatives]
-        report.rows += 1
         report.negatives += len(example.negatives)
     return {
         "queries": new[QUERY_ID],

@@ -7,12 +7,7 @@ from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
-from tercet.curate.convert.conversion import (
-    Conversion,
-    Converted,
-    Mode,
-    stratified,
-)
+from tercet.curate.convert.conversion import Conversion, Converted, Mode, stratified
 from tercet.data.files.labelled import LabelledText
 from tercet.data.files.texts import normal_form
 from tercet.errors import RecipeError
@@ -94,10 +89,10 @@ def _convert(
         row = maker.row(place, label)
         if isinstance(row, str):
             skipped[row] += 1
-            continue
-        made.append(row)
-        labels[label] += 1
-        instead += maker.mode == "example" and not row.document_prompt
+        else:
+            made.append(row)
+            labels[label] += 1
+            instead += maker.mode == "example" and not row.document_prompt
     return Converted(
         tuple(made),
         records,

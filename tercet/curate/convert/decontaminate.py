@@ -43,16 +43,9 @@ class EvaluationTexts:
 
     Exact duplicates are equal in ``normal_form``. Near duplicates have a Jaccard overlap of their
     shingles of at least ``threshold``; candidates come from MinHash (128 permutations) and are
-    checked exactly. A shingle is four characters of the normal form, spaces included, which suits
-    texts of four words or a thousand, and scripts without spaces. Three words per shingle would
-    miss one changed word in any text of fewer than 29.
-
-    MinHash replaces the BM25 rule (score over the test text's own score, at least 0.8). BM25
-    ignores word order and the length of the training text, so it would remove a long text that
-    happens to contain all words of a short test text. It also scores each training text against
-    all test texts, where MinHash looks up a few.
-
-    Memory holds all evaluation texts, about 8 kB each.
+    checked exactly. A shingle is four characters of the normal form, spaces included: three words
+    would miss one changed word in any text of fewer than 29. A ratio of BM25 scores would remove a
+    long text that contains all words of a short one. Memory holds about 8 kB per evaluation text.
     """
 
     def __init__(self, threshold: float | int = THRESHOLD) -> None:
@@ -124,10 +117,7 @@ class EvaluationTexts:
 
 
 def shingles(form: str) -> frozenset[str]:
-    """Return all runs of four characters; of a shorter text, the text itself.
-
-    A wide character (Chinese, Japanese, Korean) carries as much as two letters and is doubled.
-    """
+    """Return all runs of four characters, or a shorter text; wide characters count twice."""
     if not form.isascii():
         wide = unicodedata.east_asian_width
         form = "".join(each * 2 if wide(each) == "W" else each for each in form)
@@ -143,9 +133,8 @@ def overlap(first: frozenset[str], second: frozenset[str]) -> float:
 def evaluation_texts(path: Path | str) -> Iterator[str]:
     """Yield the texts of an evaluation file that must not occur in training data.
 
-    For a file of examples or a folder in BEIR's layout: the queries and their relevant documents.
-    The other documents reveal no answer, and are often part of the training set too. For scored
-    pairs: both texts. For labelled or plain texts: each text, without labels.
+    Of examples or a folder in BEIR's layout: the queries and their relevant documents, as the
+    others reveal no answer. Of scored pairs: both texts. Of labelled or plain texts: each text.
 
     Raises:
         DataError: at the first record that cannot be read, with file and line.
@@ -234,14 +223,10 @@ def _clean(row: Example, against: EvaluationTexts, removal: Removal) -> Example 
 
 
 def _bands(threshold: float | int) -> tuple[int, int]:
-    """Return the number of bands and the hashes per band: the longest bands that keep the recall.
-
-    Two texts of overlap j agree in at least one of b bands of r hashes with probability
-    1 - (1 - j^r)^b.
-    """
-    fitting = [
+    """Return the number of bands and the hashes per band, the most that keep the recall."""
+    # Texts of overlap j agree in at least one of b bands of r hashes with chance 1 - (1 - j^r)^b.
+    return next(
         (PERMUTATIONS // r, r)
-        for r in range(1, PERMUTATIONS // 2 + 1)
+        for r in range(PERMUTATIONS // 2, 0, -1)
         if 1 - (1 - threshold**r) ** (PERMUTATIONS // r) >= RECALL
-    ]
-    return fitting[-1]
+    )

@@ -88,15 +88,14 @@ def convert_flag_rows(
         for place, record in enumerate(iter_records(file.path, FIELDS, needs=_NEEDS)):
             if place % _REPORT_EVERY == 0:
                 advance(min(_REPORT_EVERY, count - place))
-            if kept is not None and place not in kept:
-                continue
-            yield parsed(
-                file.path,
-                record,
-                lambda it, of=file, at=place: parse_example(
-                    rows.record(it.value, at, own_group=of.own_group), of.task
-                ),
-            )
+            if kept is None or place in kept:
+                yield parsed(
+                    file.path,
+                    record,
+                    lambda it, of=file, at=place: parse_example(
+                        rows.record(it.value, at, own_group=of.own_group), of.task
+                    ),
+                )
 
 
 def _drawn(count: int, at_most: int | None, seed: Sequence[int]) -> frozenset[int] | None:

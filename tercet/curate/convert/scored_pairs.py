@@ -86,26 +86,17 @@ def _negatives(
 ) -> dict[int, list[str]]:
     """Return the negatives of each query: the first allowed texts by BM25."""
     copies = Counter(forms)
+    barred = [{*related[forms[query]], forms[query]} for query in queries]
     # Deep enough to leave ``count`` texts, whichever are not allowed.
-    depth = (
-        1
-        + count * max(copies.values())
-        + max(
-            (
-                sum(copies[form] for form in {*related[forms[query]], forms[query]})
-                for query in queries
-            ),
-            default=0,
-        )
-    )
+    most_barred = max((sum(copies[form] for form in some) for some in barred), default=0)
+    depth = 1 + count * max(copies.values()) + most_barred
     hits = bm25_top_k([texts[query] for query in queries], texts, depth)
-    found: dict[int, list[str]] = {}
     ranking: list[list[int]] = hits.rows.tolist()
-    for query, ranked in zip(queries, ranking, strict=True):
-        barred = {*related[forms[query]], forms[query]}
+    found: dict[int, list[str]] = {}
+    for query, ranked, some in zip(queries, ranking, barred, strict=True):
         chosen: dict[str, str] = {}
         for row in ranked[1:]:
-            if row >= 0 and forms[row] not in barred:
+            if row >= 0 and forms[row] not in some:
                 chosen.setdefault(forms[row], texts[row])
         found[query] = list(chosen.values())[:count]
     return found

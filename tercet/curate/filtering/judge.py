@@ -160,7 +160,7 @@ class FilterFolders:
 class JudgeJob:
     """The job of ranking the pairs of each shard and writing those that are kept.
 
-    Ranks stay in the work folder, named by all that they depend on: another ``k`` encodes nothing.
+    Ranks stay in the work folder: with another ``k``, nothing is encoded.
     """
 
     judge: Judge
@@ -225,8 +225,8 @@ class _ShardRanker:
         ranks, scores = self._ranks(unit, shard)
         level = job.filtering.level(len(ranks))
         keep = ranks <= level
-        reasons = np.where(keep, KEPT, RANK)
-        write_verdicts(job.folders.out / "verdicts" / to, shard, ranks, scores, reasons)
+        path = job.folders.out / "verdicts" / to
+        write_verdicts(path, shard, ranks, scores, np.where(keep, KEPT, RANK))
         pairs = job.folders.out / "pairs" / to
         pairs.unlink(missing_ok=True)  # left by a killed run; without rows no file is written
         source = job.sources[unit.reads["of"]]
@@ -319,11 +319,7 @@ def write_verdicts(
     scores: Float32[np.ndarray, "pairs"] | None,
     reasons: Shaped[np.ndarray, "pairs"],
 ) -> None:
-    """Write a row per pair: its place, rank and score, whether it is kept, and why not.
-
-    Raises:
-        StorageError: if the disk refuses.
-    """
+    """Write a row per pair: its place, rank and score, whether it is kept, and why not."""
     absent = [None] * len(reasons)
     columns = {
         "row": shard.rows,

@@ -2,12 +2,11 @@
 
 arXiv 2412.04506, sec. 3.2: the pairs of each source and language are shuffled and cut into shards,
 a small model embeds them, and a pair is kept if its document is one of the ``k`` best of its shard
-for its query. Before that come rules that need no model (``tercet.curate.filtering.pair_rules``).
+for its query. Rules that need no model come first (``tercet.curate.filtering.pair_rules``).
 """
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ from tercet.curate.filtering.judge import (
     shards_of,
     write_verdicts,
 )
-from tercet.curate.filtering.pair_rules import RANK
+from tercet.curate.filtering.pair_rules import RANK, RULES
 from tercet.curate.filtering.screen import ScreenedPairs, ScreenJob, screen_sources
 from tercet.curate.jobs.job import UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
@@ -78,10 +77,8 @@ def filter_sources(
         units += [(folder, job.unit(found.key, n, shard)) for n, shard in enumerate(shards)]
         reports[folder] = _new_report(found, len(shards))
     if not units:
-        totals: Counter[str] = Counter()
-        for report in reports.values():
-            totals.update(report["dropped"])
-        dropped = ", ".join(f"{rule} {count:,}" for rule, count in totals.items() if count)
+        totals = [(rule, sum(r["dropped"][rule] for r in reports.values())) for rule in RULES]
+        dropped = ", ".join(f"{rule} {count:,}" for rule, count in totals if count)
         raise RecipeError(
             f"no pair is left by the rules: {dropped or 'there are no pairs'}; leave some out "
             "(--without), or change their numbers"
@@ -97,7 +94,7 @@ def _write_dropped(found: ScreenedPairs, out: Path) -> None:
     dropped = ~found.left
     if dropped.any():
         shard = PairShard(found.rows[dropped], found.positives[dropped], found.texts[dropped])
-        reasons = np.array([found.reason(code) for code in found.reasons[dropped].tolist()])
+        reasons = np.array(RULES)[found.reasons[dropped] - 1]
         path = out / "verdicts" / found.key.folder / "rules.parquet"
         write_verdicts(path, shard, None, None, reasons)
 
@@ -177,20 +174,12 @@ def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | N
 
 
 def write_report(out: Path, reports: Sequence[Mapping[str, Any]]) -> None:
-    """Write the reports as JSON; this marks the folder as finished.
-
-    Raises:
-        StorageError: if the disk refuses.
-    """
+    """Write the reports as JSON; this marks the folder as finished."""
     write_json(out / REPORT, {"sources": list(reports)}, indent=1)
 
 
 def refuse_sources(out: Path, paths: Sequence[Path]) -> None:
-    """Raise if the output would be written into an input.
-
-    Raises:
-        RecipeError: if the folder is an input, contains one, or is inside one.
-    """
+    """Raise a RecipeError if the output folder is an input, contains one, or is inside one."""
     target = out.resolve()
     for path in (path.resolve() for path in paths):
         if target == path or path in target.parents or target in path.parents:
@@ -209,8 +198,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _file_stamps(path: Path) -> list[Any]:
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    found = [(str(file), file.stat()) for file in files if file.exists()]
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(str(file), file.stat()) for file in files if file.is_file()]
     return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 
 

@@ -1,12 +1,10 @@
 """Rules on pairs of a query and a document that need no model."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
 
-from tercet.curate.filtering.scripts import READ, fits_language
+from tercet.curate.filtering.scripts import READ, fits_language, share_of_letters
 from tercet.data.files.texts import normal_form
 from tercet.errors import RecipeError
 
@@ -67,13 +65,13 @@ class PairRules:
     def broken(self, query: str, documents: Sequence[str], lang: str) -> list[str]:
         """Return the first rule that each pair breaks, or ""; duplicates are not looked for."""
         of_query = self._broken_by(query, self.query_characters)
-        of_query |= {SCRIPT} if not _fits(query, lang, names=True) else set()
+        of_query |= set() if fits_language(query, lang, names=True) else {SCRIPT}
         form = normal_form(query)
         found = []
         for document in documents:
             broken = of_query | self._broken_by(document, self.document_characters)
             broken |= {SAME} if normal_form(document) == form else set()
-            broken |= {SCRIPT} if not _fits(document, lang, names=False) else set()
+            broken |= set() if fits_language(document, lang) else {SCRIPT}
             found.append(next((rule for rule in self.applied if rule in broken), KEPT))
         return found
 
@@ -84,24 +82,6 @@ class PairRules:
             broken.add(SHORT)
         if most is not None and length > most:
             broken.add(LONG)
-        if share_of_letters(text) < self.letters:
+        if share_of_letters(text[:READ]) < self.letters:
             broken.add(LETTERS)
         return broken
-
-
-def share_of_letters(text: str) -> float:
-    """Return the share of letters, and marks on them, among the non-space characters.
-
-    Only the beginning of a long text is read.
-    """
-    seen = "".join(text[:READ].split())
-    return sum(map(_is_letter, seen)) / max(len(seen), 1)
-
-
-@lru_cache(maxsize=1 << 14)
-def _is_letter(char: str) -> bool:
-    return unicodedata.category(char)[0] in "LM"
-
-
-def _fits(text: str, lang: str, *, names: bool) -> bool:
-    return not lang or fits_language(text, lang, names=names)

@@ -91,7 +91,7 @@ def paired_ranks(  # noqa: PLR0913 (the last three change no result)
 
 @dataclass(frozen=True, slots=True)
 class _Equals:
-    """Which documents share a text or a query; 8 bytes per document for each."""
+    """Which documents share a text or a query."""
 
     owners: Int64[np.ndarray, "docs"]
     texts: Int64[np.ndarray, "docs"]  # a number for each text that occurs twice; else -1

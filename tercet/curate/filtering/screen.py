@@ -18,8 +18,8 @@ from jaxtyping import Bool, Int8, Int32, Int64, UInt64
 from tercet.curate.filtering.pair_rules import DUPLICATE, KEPT, RULES, PairRules
 from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
-from tercet.curate.mining.document_pools import text_key
 from tercet.data.files.sources import Source
+from tercet.data.files.texts import text_key
 from tercet.files.artifacts import fingerprint, fingerprint_number, write_arrays
 from tercet.files.records import readable
 
@@ -54,7 +54,7 @@ class ScreenedPairs:
     key: SourceLanguage
     rows: Int64[np.ndarray, "pairs"]  # of the source, from 0
     positives: Int32[np.ndarray, "pairs"]  # of the row, from 0
-    reasons: Int8[np.ndarray, "pairs"]  # 0: breaks no rule
+    reasons: Int8[np.ndarray, "pairs"]  # 0: breaks no rule; else the rule's place in RULES, from 1
     texts: UInt64[np.ndarray, "pairs"]  # keys of documents, equal for equal texts
 
     @property
@@ -66,11 +66,7 @@ class ScreenedPairs:
     def dropped(self) -> dict[str, int]:
         """How many pairs each rule dropped."""
         counts = np.bincount(self.reasons, minlength=len(_CODES)).tolist()
-        return {rule: counts[_CODES[rule]] for rule in RULES}
-
-    def reason(self, code: int) -> str:
-        """Return the rule with this code."""
-        return (KEPT, *RULES)[code]
+        return dict(zip(RULES, counts[1:], strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +84,7 @@ class ScreenJob:
         return {"version": _VERSION, "rules": asdict(self.rules)}
 
     def open(self) -> DoUnit:
-        """Return the function that screens a unit; nothing has to be loaded."""
+        """Return the function that screens a unit."""
         return self._screen
 
     @property
@@ -139,6 +135,7 @@ _TYPES: Final = {
     "pairs": np.uint64,
     "langs": np.int32,
 }
+_OF_PAIRS: Final = ("rows", "positives", "reasons", "texts")
 
 
 def screen_sources(
@@ -174,13 +171,8 @@ def _by_language(
         own = {name: columns[name][here] for name in _TYPES}
         if DUPLICATE in screening.rules.applied:
             own["reasons"][_duplicates(own["pairs"], own["reasons"])] = _CODES[DUPLICATE]
-        yield ScreenedPairs(
-            SourceLanguage(units[0][0].reads["of"], lang),
-            own["rows"],
-            own["positives"],
-            own["reasons"],
-            own["texts"],
-        )
+        key = SourceLanguage(units[0][0].reads["of"], lang)
+        yield ScreenedPairs(key, *(own[name] for name in _OF_PAIRS))
 
 
 def _duplicates(

@@ -51,8 +51,7 @@ def same_scripts(question: str, passage: str) -> bool:
 
     The question must use each script of at least a fifth of the passage's letters, and must not
     be written in one that the passage lacks. Latin letters are not required if another script has
-    a fifth: they are often names. Languages of the same script, such as German and English, are
-    not distinguished.
+    a fifth: they are often names.
     """
     asked, given = script_shares(question), script_shares(passage)
     required = {name for name, share in given.items() if share >= REQUIRED and name != "LATIN"}
@@ -67,12 +66,10 @@ def same_scripts(question: str, passage: str) -> bool:
 
 
 def fits_language(text: str, lang: str, *, names: bool = False) -> bool:
-    """Return whether a text may be in a language, judging by its script.
+    """Return whether a text may be in a language: a tenth of its letters are in its script.
 
-    A tenth of its letters must be in a script of the language: names are often in Latin letters.
     With ``names`` Latin letters alone suffice, for texts that may be just a name. Texts without
-    letters fit all languages, and all texts fit an unknown language. Languages of the same script
-    are not distinguished.
+    letters fit all languages, and all texts fit an unknown language.
     """
     wanted = _OF_LANGUAGES.get(lang.replace("-", "_").partition("_")[0].lower())
     shares = script_shares(text[:READ]) if wanted else {}
@@ -80,6 +77,17 @@ def fits_language(text: str, lang: str, *, names: bool = False) -> bool:
         return True
     accepted = (*wanted, "LATIN") if names else wanted
     return sum(shares.get(script, 0.0) for script in accepted) >= TOUCHED
+
+
+def share_of_letters(text: str) -> float:
+    """Return the share of letters, and marks on them, among the non-space characters."""
+    seen = "".join(text.split())
+    return sum(map(_is_letter, seen)) / max(len(seen), 1)
+
+
+@lru_cache(maxsize=1 << 14)
+def _is_letter(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LM"
 
 
 @lru_cache(maxsize=1 << 14)

@@ -65,13 +65,11 @@ class EncodeJob:
 
     def _do(self, embedder: Embedder, unit: WorkUnit) -> UnitReport:
         texts = _texts(self.sources[unit.reads["of"]], *unit.reads["rows"])
+        place, no_bars = self.place(unit), partial(bar, shown=False)
         if self.arrays:
-            hidden = partial(bar, shown=False)
-            written = write_vectors(
-                embedder, texts, self.place(unit), self.wanted, unit.size, bars=hidden
-            )
+            written = write_vectors(embedder, texts, place, self.wanted, unit.size, bars=no_bars)
         else:
-            written = write_dense(embedder, texts, self.place(unit), self.wanted, progress=False)
+            written = write_dense(embedder, texts, place, self.wanted, progress=False)
         return {"texts": written.texts, "bytes": dict(written.bytes)}
 
 

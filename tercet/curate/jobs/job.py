@@ -130,16 +130,11 @@ def _missing(
     advance: Advance,
 ) -> list[WorkUnit]:
     """Return the units without a record; add the reports of the others to ``reports``."""
-    missing: list[WorkUnit] = []
     for unit in units:
-        if unit.name not in reports:
-            report = recorded(job, unit, manifest)
-            if report is None:
-                missing.append(unit)
-            else:
-                reports[unit.name] = report
-                advance(unit.size)
-    return missing
+        if unit.name not in reports and (report := recorded(job, unit, manifest)) is not None:
+            reports[unit.name] = report
+            advance(unit.size)
+    return [unit for unit in units if unit.name not in reports]
 
 
 def recorded(job: BulkJob, unit: WorkUnit, manifest: Path) -> UnitReport | None:
@@ -175,8 +170,7 @@ def _digest(job: BulkJob, unit: WorkUnit) -> str:
 class _JobOpener:
     """What is sent to a worker process: the job, and where the driver's folders are.
 
-    It answers with the unit and its report, or with the error. An error of the user comes back as
-    the same class; any other as the text of its traceback.
+    The worker answers with a report, an error of the user, or the traceback of any other error.
     """
 
     job: BulkJob
@@ -196,7 +190,11 @@ class _JobOpener:
             unit = WorkUnit(**json.loads(text))
             try:
                 if do is None:
-                    self._check_disk()
+                    if _lock_text(self.manifest) != self.lock:
+                        raise RecipeError(
+                            f"{self.manifest}: is another folder on {socket.gethostname()}; all "
+                            "machines of a cluster must share the disk of the output"
+                        )
                     do = self.job.open()
                 report = do(unit)
                 record(self.job, unit, self.manifest, report)
@@ -208,21 +206,9 @@ class _JobOpener:
 
         return answer
 
-    def _check_disk(self) -> None:
-        if _lock_text(self.manifest) != self.lock:
-            raise RecipeError(
-                f"{self.manifest}: is another folder on {socket.gethostname()}; all machines of a "
-                "cluster must share the disk of the output"
-            )
-
 
 def _read_answer(answer: str) -> tuple[str, int, UnitReport]:
-    """Return the name, size and report of a finished unit.
-
-    Raises:
-        TercetError: as the worker raised it.
-        RuntimeError: for any other exception of the worker.
-    """
+    """Return the name, size and report of a finished unit, or raise the worker's error."""
     found = json.loads(answer)
     if "error" in found:
         name, message = found["error"]

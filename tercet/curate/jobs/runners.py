@@ -38,7 +38,7 @@ class Opener(Protocol):
     """Prepares a worker process. It can be pickled."""
 
     def __call__(self, threads: int | None) -> Callable[[str], str]:
-        """Return the function from string to string. ``threads`` None: as many as there are."""
+        """Return the function from string to string; with ``threads`` None it takes all."""
         ...
 
 
@@ -104,12 +104,13 @@ def spread(runner: Runner, opener: Opener, texts: Sequence[str]) -> Iterator[str
         MissingExtraError: if Daft or Ray is not installed.
         RecipeError: if no cluster answers at the address.
     """
+    daft = _import_daft()
     if runner.used == "ray":
         with redirect_stdout(sys.stderr):  # Ray prints about workers that it restarts
-            daft, how, threads = _on_ray(runner)
+            how, threads = _on_ray(daft, runner)
             yield from _by_daft(daft, opener, texts, how, threads, parts=len(texts))
     else:
-        daft, how, threads = _on_this_machine(runner)
+        how, threads = _on_this_machine(daft, runner)
         yield from _by_daft(daft, opener, texts, how, threads, parts=1)
 
 
@@ -151,23 +152,20 @@ def _by_daft(
         yield row["result"]
 
 
-def _on_this_machine(runner: Runner) -> tuple[Any, dict[str, Any], int | None]:
-    """Return Daft, the arguments of workers in this or several processes, and their threads."""
-    daft = _import_daft()
+def _on_this_machine(daft: Any, runner: Runner) -> tuple[dict[str, Any], int | None]:
+    """Return the arguments of workers in this or several processes, and the threads of each."""
     _set_runner(daft.set_runner_native, "daft")
-    if runner.workers == 1:
-        return daft, {"use_process": False, "max_concurrency": 1}, None
-    threads = max(1, _threads() // runner.workers)
-    return daft, {"use_process": True, "max_concurrency": runner.workers}, threads
+    several = runner.workers > 1
+    threads = max(1, _threads() // runner.workers) if several else None
+    return {"use_process": several, "max_concurrency": runner.workers}, threads
 
 
-def _on_ray(runner: Runner) -> tuple[Any, dict[str, Any], int]:
-    """Return Daft, the arguments of workers on a cluster, and the threads of each.
+def _on_ray(daft: Any, runner: Runner) -> tuple[dict[str, Any], int]:
+    """Return the arguments of workers on a cluster, and the threads of each.
 
     If some machines have a GPU, only those are used. A worker asks Ray for a little less than its
     share of a machine, so that ``workers`` fit on it and Daft's own tasks never wait for them.
     """
-    daft = _import_daft()
     assert runner.address is not None, "a runner checks this"
     machines = _machines(runner.address)
     _set_runner(lambda: daft.set_runner_ray(noop_if_initialized=True), "ray")
@@ -177,7 +175,7 @@ def _on_ray(runner: Runner) -> tuple[Any, dict[str, Any], int]:
         "gpus": min(1.0, _rounded_down(gpus / runner.workers)),
         "max_concurrency": runner.workers * len(machines),
     }
-    return daft, how, max(1, int(cpus) // runner.workers)
+    return how, max(1, int(cpus) // runner.workers)
 
 
 def _rounded_down(amount: float) -> float:
@@ -212,11 +210,7 @@ def _machines(address: str) -> list[Mapping[str, float]]:
 
 
 def _check_answers(address: str) -> None:
-    """Check that something answers at an address.
-
-    Raises:
-        RecipeError: if nothing does, or the address has another form.
-    """
+    """Check that something answers at an address."""
     if address == "auto":
         return
     from ray.util import get_node_ip_address
@@ -249,11 +243,10 @@ def _set_runner(choose: Callable[[], object], name: str) -> None:
     """Set where Daft runs; it can be set once per process."""
     from daft.runners import get_or_infer_runner_type
 
-    wanted = {"daft": "native"}.get(name, name)
     try:
         choose()
     except ValueError as error:  # it is set already
-        if get_or_infer_runner_type() != wanted:
+        if get_or_infer_runner_type() != {"daft": "native"}.get(name, name):
             raise RecipeError(
                 "Daft uses another runner in this process already and cannot change it; start a "
                 f"new process for --runner {name}"

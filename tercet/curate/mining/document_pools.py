@@ -7,8 +7,8 @@ import os
 import tempfile
 import weakref
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64, UInt64
+from jaxtyping import Bool, Float32, Int, Int64, UInt64
 
 from tercet import distributed
 from tercet.data.files.examples import shown
@@ -93,10 +93,7 @@ class Pool:
         return np.fromiter(self.rows, np.uint64, len(self.rows))
 
     def search(self, queries: Float32[np.ndarray, "queries dim"], k: int) -> Hits:
-        """Return the ``k`` best documents of each query; each shard is read once.
-
-        Queries are compared in blocks, whose scores need 16 MB of memory.
-        """
+        """Return the ``k`` best documents of each query; each shard is read once."""
         k = min(k, len(self))
         if k < 1 or not len(queries):
             shape = (len(queries), max(k, 0))
@@ -116,13 +113,20 @@ class Pool:
         hits = [found.hits() for found in best]
         return Hits(*(np.concatenate(some) for some in zip(*hits, strict=True)))
 
-    def vectors(self, rows: Int[np.ndarray, "wanted"]) -> Float32[np.ndarray, "wanted dim"]:
-        """Return the vectors of these rows; each shard is opened at most once."""
+    def in_shards(
+        self, rows: Int[np.ndarray, "wanted"]
+    ) -> Iterator[tuple[Path, Int[np.ndarray, "there"], Bool[np.ndarray, "wanted"]]]:
+        """Yield each shard that has some of these rows, their rows in it, and which they are."""
         shards = rows // SHARD
-        found = np.empty((len(rows), mapped_array(self.shards[0]).shape[1]), np.float32)
         for number in np.unique(shards).tolist():
             here = shards == number
-            found[here] = mapped_array(self.shards[number])[rows[here] - number * SHARD]
+            yield self.shards[number], rows[here] - number * SHARD, here
+
+    def vectors(self, rows: Int[np.ndarray, "wanted"]) -> Float32[np.ndarray, "wanted dim"]:
+        """Return the vectors of these rows; each shard is opened at most once."""
+        found = np.empty((len(rows), mapped_array(self.shards[0]).shape[1]), np.float32)
+        for shard, some, here in self.in_shards(rows):
+            found[here] = mapped_array(shard)[some]
         return found
 
 
@@ -130,10 +134,8 @@ class Pool:
 class StoredVectors:
     """A teacher's vectors, kept in a folder so that texts are encoded once.
 
-    The name of a shard is a fingerprint of all that its vectors depend on: teacher, role, prompts
-    and texts. So a run that was killed continues with the existing shards, another rule encodes
-    nothing, and vectors of a changed teacher or file are never read. They are float32: float16
-    would save half of the disk, but be converted again for each block of queries.
+    A shard is named by all that its vectors depend on, so those of a changed teacher or file are
+    never read. They are float32: float16 would be converted again for each block of queries.
     """
 
     teacher: Embedder
@@ -146,12 +148,17 @@ class StoredVectors:
             ModelError: if a vector contains NaN or infinity.
             StorageError: if the disk refuses.
         """
+
+        def encode(some: Sequence[str]) -> Vectors:
+            return Vectors(torch.from_numpy(self.teacher.encode(some, role)))
+
         path = self.folder / f"{shard_name(self.teacher, texts, role, prompts)}.npy"
         if not _is_whole(path, (len(texts), self.teacher.dim)):
             with replacing_file(path) as fresh:
-                vectors = self._encode(texts, role, prompts)
+                vectors = encode_prompted(self.teacher, texts, role, prompts, encode)
+                assert vectors.dense is not None
                 with fresh.open("wb") as opened:
-                    np.save(opened, vectors)
+                    np.save(opened, vectors.dense.numpy())
         return path
 
     def queries(
@@ -170,7 +177,7 @@ class StoredVectors:
 
     @property
     def settings(self) -> Settings:
-        """The settings of the teacher, which have its prompts."""
+        """Settings of the teacher model."""
         return self.teacher.settings
 
     def nearest(self, queries: Float32[np.ndarray, "queries dim"], pool: Pool, k: int) -> Hits:
@@ -193,19 +200,6 @@ class StoredVectors:
 
     def close(self) -> None:
         """Do nothing: vectors are kept for the next mining."""
-
-    def _encode(
-        self, texts: Sequence[str], role: Role, prompts: Sequence[str]
-    ) -> Float[np.ndarray, "texts dim"]:
-        found = np.empty((len(texts), self.teacher.dim), np.float32)
-        rows_of: dict[str, list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            rows_of.setdefault(prompt, []).append(row)
-        for prompt, rows in rows_of.items():
-            with prompted(self.teacher, role, prompt):
-                found[rows] = self.teacher.encode([texts[row] for row in rows], role)
-        check_finite(Vectors(torch.from_numpy(found)), texts)
-        return found
 
 
 def encode_pool(
@@ -244,27 +238,36 @@ def shard_name(teacher: Embedder, texts: Sequence[str], role: Role, prompts: Seq
     return fingerprint(b"".join(parts))
 
 
-def check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
-    """Check the vectors of these texts.
+def encode_prompted(
+    teacher: Embedder,
+    texts: Sequence[str],
+    role: Role,
+    prompts: Sequence[str],
+    encode: Callable[[Sequence[str]], Vectors],
+) -> Vectors:
+    """Return the teacher's vectors of texts, in order, each after its prompt.
 
     Raises:
         ModelError: for the first text whose vector contains NaN or infinity.
     """
+    settings = teacher.settings
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        rows_of[prompt].append(row)
+    parts: list[Vectors] = []
+    try:
+        for prompt, rows in rows_of.items():
+            teacher.settings = replace(settings, prompts={**settings.prompts, role: prompt})
+            parts.append(encode([texts[row] for row in rows]))
+    finally:
+        teacher.settings = settings
+    order = [row for rows in rows_of.values() for row in rows]
+    vectors = Vectors.join(parts).take(np.argsort(order).tolist())
     if (row := first_broken(vectors)) is not None:
         raise ModelError(
             f"the teacher's vector of {shown(texts[row])} contains NaN or infinity; {BROKEN_MODEL}"
         )
-
-
-@contextmanager
-def prompted(teacher: Embedder, role: Role, prompt: str) -> Iterator[None]:
-    """Replace the teacher's prompt for this role while the block runs."""
-    settings = teacher.settings
-    teacher.settings = replace(settings, prompts={**settings.prompts, role: prompt})
-    try:
-        yield
-    finally:
-        teacher.settings = settings
+    return vectors
 
 
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:

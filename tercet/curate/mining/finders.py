@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -19,14 +20,12 @@ import torch
 from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
-from tercet.curate.mining import document_pools as mining_documents
 from tercet.curate.mining.document_pools import (
     SHARD,
     Pool,
-    check_finite,
     encode_pool,
+    encode_prompted,
     encode_shard,
-    prompted,
     shard_name,
 )
 from tercet.evaluate.measures.bm25 import K1, B, WordsOf, by_words
@@ -59,9 +58,8 @@ COSINES: Final = ("dense", "multi")
 teacher's scores in a row. The scale of other scores depends on the model, or on the query."""
 
 
-@runtime_checkable
-class Finder(Protocol):
-    """Finds the documents of a pool near to queries, which each finder represents itself."""
+class PreparedDocuments(Protocol):
+    """Documents of pools and queries, in a form of this object's choice."""
 
     @property
     def settings(self) -> Settings | None:
@@ -80,6 +78,15 @@ class Finder(Protocol):
         """Return queries, each after its prompt."""
         ...
 
+    def close(self) -> None:
+        """Free what is held for this mining only."""
+        ...
+
+
+@runtime_checkable
+class Finder(PreparedDocuments, Protocol):
+    """Finds the documents of a pool near to queries."""
+
     def nearest(self, queries: Any, pool: Pool, k: int) -> Hits:
         """Return each query's ``k`` nearest documents, best first; -1 where there are no more."""
         ...
@@ -94,27 +101,10 @@ class Finder(Protocol):
         """Return the score of query ``owners[i]`` with document ``rows[i]``, for each ``i``."""
         ...
 
-    def close(self) -> None:
-        """Free what is held for this mining only."""
-        ...
-
 
 @runtime_checkable
-class Shelf(Protocol):
+class Shelf(PreparedDocuments, Protocol):
     """The documents of pools as vectors."""
-
-    @property
-    def settings(self) -> Settings | None:
-        """Settings with the prompts that are put before texts; None without prompts."""
-        ...
-
-    def fill(self, pool: Pool, advance: Advance) -> None:
-        """Prepare the documents of a pool."""
-        ...
-
-    def prepare(self, pool: Pool, start: int) -> None:
-        """Prepare the shard of a pool that begins at this row, for all who fill it later."""
-        ...
 
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
         """Return the vectors of these documents; the rows are ascending."""
@@ -122,10 +112,6 @@ class Shelf(Protocol):
 
     def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> "Queries":
         """Return queries whose vectors can be read."""
-        ...
-
-    def close(self) -> None:
-        """Free what is held for this mining only."""
         ...
 
 
@@ -177,11 +163,10 @@ class ByVectors:
         scores = np.zeros((queries.count, k), np.float32)
         rows = np.full((queries.count, k), -1, np.int64)
         step = QUERIES_OF_TOKENS if "multi" in self.kinds else QUERIES
+        docs = _PoolVectors(self.shelf, pool)
         for start in range(0, queries.count, step):
             some = np.arange(start, min(start + step, queries.count))
-            of_queries = queries.read(pool, some)
-            docs = _PoolVectors(self.shelf, pool)
-            found = hybrid_ranking(of_queries, docs, self.weights, k)
+            found = hybrid_ranking(queries.read(pool, some), docs, self.weights, k)
             width = found.rows.shape[1]
             sums = found.sums(self.weights)
             rows[some, :width] = found.rows.numpy()
@@ -229,9 +214,8 @@ class _PoolVectors:
 class EncodedShelf:
     """A teacher's vectors of several kinds, kept in a folder: the same texts are encoded once.
 
-    A shard of texts is a folder for each kind, named as in
-    ``tercet.curate.mining.document_pools``. A text is read once for all missing kinds, and no shard
-    of token vectors is held in memory.
+    A shard of texts is a folder for each kind. A text is read once for all missing kinds, and no
+    shard of token vectors is held in memory.
     """
 
     teacher: Embedder
@@ -258,14 +242,7 @@ class EncodedShelf:
 
     def read(self, pool: Pool, rows: Int[np.ndarray, "texts"], kinds: Sequence[Kind]) -> Vectors:
         """Return the vectors of these documents; the rows are ascending."""
-        shards = rows // mining_documents.SHARD
-        parts = [
-            _read(
-                pool.shards[number], rows[shards == number] - number * mining_documents.SHARD, kinds
-            )
-            for number in np.unique(shards).tolist()
-        ]
-        return Vectors.join(parts)
+        return Vectors.join([_read(shard, some, kinds) for shard, some, _ in pool.in_shards(rows)])
 
     def queries(self, texts: Sequence[str], prompts: Sequence[str]) -> Queries:
         """Encode queries and keep them like documents."""
@@ -290,28 +267,14 @@ class EncodedShelf:
                 writers[kind] = stack.enter_context(VectorWriter.open(fresh))
             done = 0
             for batch in document_batches(texts, len):
-                vectors = self._encode(batch, role, prompts[done : done + len(batch)], missing)
+                some = prompts[done : done + len(batch)]
+                encode = partial(self.teacher.encode_vectors, role=role, kinds=missing)
+                vectors = encode_prompted(self.teacher, batch, role, some, encode)
                 done += len(batch)
                 with clear_about(shard):
                     for kind, writer in writers.items():
                         writer.add(vectors.only((kind,)))
         return shard
-
-    def _encode(
-        self, texts: Sequence[str], role: Role, prompts: Sequence[str], kinds: Sequence[Kind]
-    ) -> Vectors:
-        rows_of: dict[str, list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            rows_of.setdefault(prompt, []).append(row)
-        parts: list[Vectors] = []
-        for prompt, rows in rows_of.items():
-            with prompted(self.teacher, role, prompt):
-                some = [texts[row] for row in rows]
-                parts.append(self.teacher.encode_vectors(some, role, kinds=kinds))
-        order = [row for rows in rows_of.values() for row in rows]
-        vectors = Vectors.join(parts).take(torch.tensor(order).argsort())
-        check_finite(vectors, texts)
-        return vectors
 
 
 def _docs_together(kinds: Sequence[Kind]) -> int:

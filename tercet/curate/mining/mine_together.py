@@ -163,7 +163,7 @@ def _shards(miner: Miner) -> list[WorkUnit]:
 
 
 def _settings(shared: SharedMining, miner: Miner) -> dict[str, Any]:
-    """Return all that the mined rows depend on; the keys of all documents stand for their texts."""
+    """Return all that the mined rows depend on; keys of documents stand for their texts."""
     keys = b"".join(pool.keys.tobytes() for pool in miner.read().pools.values())
     teacher, about = miner.teacher, None
     if teacher is not None:
@@ -191,5 +191,4 @@ def _add(report: MiningReport, found: UnitReport) -> None:
 def _joined(parts: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for part in parts:
         with readable(part), part.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
+            yield from map(json.loads, lines)

@@ -1,9 +1,8 @@
 """Hard negatives for files of examples: near documents that do not answer the query.
 
-A teacher encodes queries and documents, exact search finds the nearest documents of each query, and
-a rule (``tercet.curate.mining.rules``) selects which of them may be negatives. Nearness is measured
-by dense vectors, sparse vectors, token vectors, their weighted sum, or BM25. Memory does not grow
-with queries times documents: blocks of queries meet one shard of documents at a time.
+Exact search finds the nearest documents of each query, by a teacher's vectors or BM25, and a rule
+(``tercet.curate.mining.rules``) selects which of them may be negatives. Memory does not grow with
+queries times documents: blocks of queries meet one shard of documents at a time.
 """
 
 import logging
@@ -19,7 +18,7 @@ from jaxtyping import Bool
 
 from tercet.curate.mining.document_pools import StoredVectors
 from tercet.curate.mining.finders import COSINES, By, ByVectors, CountedShelf, EncodedShelf, Finder
-from tercet.curate.mining.ranks import JudgedExamples, Ranker, prompt_for
+from tercet.curate.mining.ranks import JudgedExamples, RankedExamples, Ranker, prompt_for
 from tercet.curate.mining.relevant import Collection, blocks, read_collection
 from tercet.curate.mining.rules import ABSENT, REASONS, MiningRule
 from tercet.data.files.sources import Source, write_examples
@@ -131,9 +130,11 @@ class MiningReport:
         both = self.positive_score and self.negatives
         return self.negative_score / self.positive_score if both else math.nan
 
-    def count(self, found: JudgedExamples, mining: Mining) -> Bool[np.ndarray, "queries"]:
-        """Count some rows; return which of them are written."""
-        ranked = found.ranked
+    def judge(
+        self, ranked: RankedExamples, mining: Mining
+    ) -> tuple[JudgedExamples, Bool[np.ndarray, "queries"]]:
+        """Apply the rule to some rows and count them; return also which rows are written."""
+        found = ranked.judged(self.rule, mining.negatives, mining.max_positives)
         self.rows += len(ranked.examples)
         self.had_negatives += sum(bool(example.negatives) for example in ranked.examples)
         self.refused += ranked.refused
@@ -156,7 +157,7 @@ class MiningReport:
         self.negative_total += sum(
             score for row in np.flatnonzero(written).tolist() for _, score in ranked.own[row]
         )
-        return written
+        return found, written
 
 
 def mine(
@@ -170,20 +171,27 @@ def mine(
 ) -> list[MiningReport]:
     """Write the examples of the sources with mined negatives and the teacher's scores.
 
-    Scores are written only if they are cosines (by dense or token vectors). BM25 needs no teacher;
-    with one, its words are the teacher's tokens.
+    A document that answers a query in any row, or is the query itself, never becomes its negative;
+    texts that differ only in case or spaces are the same document. Scores are written only if they
+    are cosines (by dense or token vectors).
 
-    Candidates are the documents of all sources and ``documents``. A document that answers a query
-    in any row, or is the query itself, never becomes its negative; texts that differ only in case
-    or spaces are the same document. ``out`` is a file for all sources or, without a suffix, a
-    folder with a file for each. Vectors stay in ``work`` for the next mining; the folder may be
-    deleted.
+    Args:
+        teacher: the model that ranks; BM25 needs none, or takes the teacher's tokens as words.
+        sources: examples whose queries get negatives and whose documents are candidates.
+        out: a file for all sources or, without a suffix, a folder with a file for each.
+        mining: the rule, the kind of vectors, and how many negatives.
+        documents: more candidates.
+        work: folder where vectors stay for the next mining; it may be deleted.
 
     Raises:
         RecipeError: if ``out`` would replace a source, or the teacher lacks the needed vectors.
         DataError: if a source has changed since it was opened.
         ModelError: if the teacher's vectors contain NaN or infinity.
         StorageError: if the disk refuses; an earlier output is still there then.
+
+    Example:
+        ``mine(Embedder.load("minilm"), [open_source("pairs.jsonl")], Path("mined.jsonl"),
+        mining=Mining(negatives=7))``
     """
     outputs = outputs_of(out, sources)
     reports: list[MiningReport] = []
@@ -258,8 +266,8 @@ class Miner:
         """Return some examples with negatives, in order, and count them in the report."""
         found: dict[int, Example] = {}
         for ranked in self.prepare().ranked(block):
-            judged = ranked.judged(report.rule, self.mining.negatives, self.mining.max_positives)
-            for row in np.flatnonzero(report.count(judged, self.mining)).tolist():
+            judged, written = report.judge(ranked, self.mining)
+            for row in np.flatnonzero(written).tolist():
                 found[ranked.places[row]] = self._with_negatives(judged, row)
         return [found[place] for place in sorted(found)]
 
@@ -272,10 +280,7 @@ class Miner:
             for block in blocks(source):
                 for ranked in ranker.ranked(block):
                     for report in reports:
-                        judged = ranked.judged(
-                            report.rule, self.mining.negatives, self.mining.max_positives
-                        )
-                        report.count(judged, self.mining)
+                        report.judge(ranked, self.mining)
                 advance(len(block))
         return reports
 
@@ -314,15 +319,13 @@ class Miner:
 
     def _with_negatives(self, judged: JudgedExamples, row: int) -> Example:
         negatives = judged.negatives(row)
-        found = replace(
+        scored = self.mining.by in COSINES
+        return replace(
             judged.ranked.examples[row],
             negatives=tuple(text for text, _ in negatives),
-            positive_scores=tuple(judged.ranked.positives[row]),
-            negative_scores=tuple(score for _, score in negatives) or None,
+            positive_scores=tuple(judged.ranked.positives[row]) if scored else None,
+            negative_scores=(tuple(s for _, s in negatives) or None) if scored else None,
         )
-        if self.mining.by in COSINES:
-            return found
-        return replace(found, positive_scores=None, negative_scores=None)
 
     def _settled(self, rule: MiningRule, source: Source) -> MiningRule:
         """Return the rule; a quantile as the absolute score that it has in this source."""
@@ -385,7 +388,10 @@ def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[So
         known_suffix(out)
         outputs = [(out, list(sources))]
     else:
-        outputs = [(_named_as(path, out), group) for path, group in _by_path(sources)]
+        outputs = [
+            (out / (f"{path.name}.jsonl" if path.is_dir() else path.name), group)
+            for path, group in _by_path(sources)
+        ]
     paths = [path.resolve() for path, _ in outputs]
     if len(set(paths)) < len(paths):
         raise RecipeError(
@@ -408,8 +414,3 @@ def _by_path(sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:
         else:
             found.append((source.path, [source]))
     return found
-
-
-def _named_as(source: Path, folder: Path) -> Path:
-    """Return the output file of a source, which may be a folder of shards."""
-    return folder / (f"{source.name}.jsonl" if source.is_dir() else source.name)

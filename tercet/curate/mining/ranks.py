@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from jaxtyping import Bool, Float64, Int8, Int64, UInt64
 
-from tercet.curate.mining.document_pools import Pool, text_key
+from tercet.curate.mining.document_pools import Pool
 from tercet.curate.mining.finders import Finder
 from tercet.curate.mining.relevant import Collection
 from tercet.curate.mining.rules import (
@@ -21,6 +21,7 @@ from tercet.curate.mining.rules import (
     choose,
     judge,
 )
+from tercet.data.files.texts import text_key
 from tercet.models.settings import Settings
 from tercet.types import Example, Role
 
@@ -67,7 +68,7 @@ class RankedExamples:
         return sum(row.count(False) for row in self.found)
 
     def references(self, most: int | None) -> Float64[np.ndarray, "queries"]:
-        """Return the score that a rule compares with, for each query: that of its lowest positive.
+        """Return the score of each query's lowest positive, with which a rule compares.
 
         With ``most``, the lowest of that many of its best among the candidates; NaN without any.
         """
@@ -80,16 +81,12 @@ class RankedExamples:
         return np.array([scores[0] if scores else np.nan for scores in found], np.float64)
 
     def judged(self, rule: MiningRule, negatives: int, most: int | None = None) -> "JudgedExamples":
-        """Apply a rule, and take the mined negatives that each row needs.
-
-        The rule compares with at most ``most`` positives; None: with all of them.
-        """
+        """Apply a rule, and take the mined negatives that each row needs."""
         lowest = self.references(most)
         verdicts = judge(rule, self.scores, lowest, self.barred)
         counts = np.array([max(0, negatives - len(own)) for own in self.own])
-        return JudgedExamples(
-            self, lowest, verdicts, choose(rule, self.scores, verdicts == LEFT, counts, self.keys)
-        )
+        chosen = choose(rule, self.scores, verdicts == LEFT, counts, self.keys)
+        return JudgedExamples(self, lowest, verdicts, chosen)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,7 +173,7 @@ class Ranker:
         pool: Pool,
         queries: Any,
     ) -> tuple[list[list[tuple[str, float]]], list[list[int]]]:
-        """Return the negatives that each example keeps, and their keys; none answers its query."""
+        """Return the negatives that each example keeps, with their scores, and their keys."""
         texts: list[list[str]] = [[] for _ in examples]
         kept: list[list[int]] = [[] for _ in examples]
         if not self.keep:
@@ -221,22 +218,14 @@ def _pairs(
     return places, np.array([key for some in keys for key in some], np.uint64)
 
 
-def _where(
-    candidates: UInt64[np.ndarray, "queries ranks"],
-    places: Int64[np.ndarray, "pairs"],
-    keys: UInt64[np.ndarray, "pairs"],
-) -> Bool[np.ndarray, "pairs ranks"]:
-    """Return which candidate of its query each text is, if any."""
-    return candidates[places] == keys[:, None]
-
-
 def _found(
     candidates: UInt64[np.ndarray, "queries ranks"], answers: Sequence[Sequence[int]]
 ) -> list[list[bool]]:
     """Return whether each text is among the candidates of its query."""
-    there = np.asarray(_where(candidates, *_pairs(answers)).any(axis=1))
-    flat = iter([bool(hit) for hit in there])
-    return [list(islice(flat, len(some))) for some in answers]
+    return [
+        np.isin(np.array(some, np.uint64), row).tolist()
+        for some, row in zip(answers, candidates, strict=True)
+    ]
 
 
 def _mark(
@@ -250,7 +239,7 @@ def _mark(
     """Set the verdict on the candidates that are these texts."""
     for start in range(0, len(places), _PAIRS):  # a query may have many answers
         part = slice(start, start + _PAIRS)
-        pair, column = np.nonzero(_where(candidates, places[part], keys[part]))
+        pair, column = np.nonzero(candidates[places[part]] == keys[part, None])
         barred[places[part][pair], column] = verdict
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt64
 
-from tercet.curate.mining.document_pools import SHARD, Pool, TextStore, text_key
+from tercet.curate.mining.document_pools import SHARD, Pool, TextStore
 from tercet.data.files.sources import Source
+from tercet.data.files.texts import text_key
 from tercet.files.atomic import clear_about
 from tercet.files.progress import Bars, bar
 from tercet.segments import ragged_places, row_of

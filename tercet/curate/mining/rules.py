@@ -174,7 +174,5 @@ def choose(
         scores[rows, columns].astype(np.float64) / rule.temperature
         + noise[rows, place[rows, columns] - 1]
     )
-    order = np.argsort(-lots, axis=1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(order.shape[1])[None, :], axis=1)
+    ranks = np.argsort(-lots, axis=1, kind="stable").argsort(axis=1)
     return open_to & (ranks < counts[:, None])

@@ -23,9 +23,8 @@ AnswerKey: TypeAlias = tuple[str, int, int, str]
 class AnswerLog:
     """Answers by passage; a changed passage has another key.
 
-    Each line is written at once, in one call, so that it survives a kill. A line that a kill or a
-    full disk cut off is dropped when the file is opened again. Failures are logged too, and
-    requested again.
+    Each line is written in one call, so that it survives a kill; a line that was cut off is dropped
+    when the file is opened again. Failures are logged too, and requested again.
     """
 
     def __init__(self, path: Path, file: BinaryIO, answers: dict[AnswerKey, str]) -> None:
@@ -78,10 +77,8 @@ def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
             file.seek(0)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        answers: dict[AnswerKey, str] = {}
-        if whole:
-            answers = _answers(path, whole, wanted)
-        elif not json.dumps(wanted).encode().startswith(content):
+        answers = _answers(path, whole, wanted) if whole else dict[AnswerKey, str]()
+        if not whole and not json.dumps(wanted).encode().startswith(content):
             raise _another_kind(path)
         with clear_about(path):
             os.ftruncate(file.fileno(), len(whole))

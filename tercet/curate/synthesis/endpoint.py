@@ -123,9 +123,8 @@ class EndpointGenerator:
             except (OSError, HTTPException) as error:  # no connection, none in time, or cut off
                 problem = str(getattr(error, "reason", None) or error) or type(error).__name__
                 asked = None
-            if attempt == self.calls.retries:
-                break
-            if self._stopped.wait(min(asked if asked is not None else pause, _LONGEST_PAUSE)):
+            seconds = min(pause if asked is None else asked, _LONGEST_PAUSE)
+            if attempt == self.calls.retries or self._stopped.wait(seconds):
                 break
             pause *= 2
         return Answer(failure=problem)
@@ -147,15 +146,7 @@ class EndpointGenerator:
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
     """Makes redirects an error: the key would be sent to the new address."""
 
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: Any,
-        code: int,
-        msg: str,
-        headers: Message,
-        newurl: str,
-    ) -> None:
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         """Return no new request."""
 
 
@@ -178,7 +169,7 @@ def _address(url: str) -> str:
 
 def _finished(waiting: dict[Future[Answer], int]) -> Iterator[tuple[int, Answer]]:
     done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-    for future in sorted(done, key=lambda each: waiting[each]):
+    for future in sorted(done, key=waiting.__getitem__):
         yield waiting.pop(future), future.result()
 
 

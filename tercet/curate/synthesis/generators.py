@@ -200,12 +200,8 @@ class LocalGenerator:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return (limit or 1 << 30) - self.sampling.max_tokens
 
-    @property
-    def _chats(self) -> bool:
-        return bool(self.tokenizer.chat_template)
-
     def _ids(self, text: str) -> list[int]:
-        if not self._chats:
+        if not self.tokenizer.chat_template:
             return self.tokenizer(text)["input_ids"]
         message = [{"role": "user", "content": text}]
         whole = self.tokenizer.apply_chat_template(
@@ -226,7 +222,7 @@ class LocalGenerator:
             logits_processor=LogitsProcessorList([SeededDraw(self.sampling, seeds)]),
         )
         texts = [self._answer(row) for row in found[:, width:].tolist()]
-        if self._chats:
+        if self.tokenizer.chat_template:
             return texts
         return [(text.strip().splitlines() or [""])[0] for text in texts]
 
@@ -242,8 +238,7 @@ class SeededDraw(LogitsProcessor):
     """Adds noise to logits, so that greedy search samples, with separate seeds for each text.
 
     The argmax of ``logits / temperature`` plus noise -log(-log(u)), u uniform, is distributed as
-    the softmax of ``logits / temperature`` (the Gumbel-max trick). No text changes the samples of
-    another one.
+    the softmax of ``logits / temperature`` (the Gumbel-max trick).
     """
 
     def __init__(self, sampling: TokenSampling, seeds: Sequence[int]) -> None:

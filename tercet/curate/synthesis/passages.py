@@ -5,7 +5,6 @@ A passage consists of whole paragraphs, or of whole sentences if a paragraph is 
 
 import heapq
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +12,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from tercet.curate.filtering.scripts import share_of_letters
 from tercet.data.files.documents import Document
 from tercet.errors import RecipeError
 from tercet.files.artifacts import fingerprint
@@ -104,11 +104,9 @@ def draw_passages(document: Document, sampling: PassageSampling, rank: int) -> l
     equally often over all documents. Passages that are no prose, such as tables, are not drawn.
     """
     random = np.random.default_rng(seed_of(sampling.seed, document.id, "passages"))
-    free = [
-        passage
-        for start, end in windows(document.text, sampling.least, sampling.most)
-        if _is_prose((passage := _passage(document, start, end)).text)
-    ]
+    spans = windows(document.text, sampling.least, sampling.most)
+    passages = (_passage(document, *span) for span in spans)
+    free = [passage for passage in passages if share_of_letters(passage.text) >= PROSE]
     drawn: list[Passage] = []
     for sample in range(sampling.samples):
         thirds = [(rank + sample + shift) % THIRDS for shift in range(THIRDS)]
@@ -154,12 +152,6 @@ def _passage(document: Document, start: int, end: int) -> Passage:
     position = (start + end) / 2 / len(document.text)
     text = document.text[start:end]
     return Passage(document.id, document.title, start, end, text, position)
-
-
-def _is_prose(text: str) -> bool:
-    seen = [char for char in text if not char.isspace()]
-    letters = sum(unicodedata.category(char)[0] in "LM" for char in seen)
-    return letters >= PROSE * len(seen)
 
 
 def seed_of(*parts: object) -> int:

@@ -7,7 +7,7 @@ leaves open the parser, the consistency check and the positions of passages.
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from tercet.curate.synthesis.answers import AnswerLog, answer_log
 from tercet.curate.synthesis.consistency import Candidate, Consistency, ranks
-from tercet.curate.synthesis.generators import Answer, Generator, Prompt, QuestionPrompt
+from tercet.curate.synthesis.generators import Generator, Prompt, QuestionPrompt
 from tercet.curate.synthesis.passages import (
     THIRDS,
     Passage,
@@ -79,7 +79,6 @@ class SynthesisReport:
     passages: int = 0
     answered_before: int = 0
     answered: int = 0  # by this run
-    failed: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     duplicates: int = 0
@@ -90,13 +89,10 @@ class SynthesisReport:
     kept_thirds: list[int] = field(default_factory=lambda: [0] * THIRDS)
     seconds: float = 0.0  # of waiting for answers
 
-    def count(self, answer: Answer) -> None:
-        """Count an answer."""
-        if answer.failure is None:
-            self.answered += 1
-        else:
-            self.failed += 1
-            self.failures[answer.failure] += 1
+    @property
+    def failed(self) -> int:
+        """Calls that failed."""
+        return self.failures.total()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +138,8 @@ def synthesize(
         questions = _parsed(plan, log, report)
         if synthesis.check is not None:
             questions = _consistent(plan, questions, synthesis.check, report)
+        report.kept = len(questions)
         for question in questions:
-            report.kept += 1
             report.kept_thirds[question.passage.third] += 1
         if questions:
             records = _records(plan, questions, str(generator.about["model"]))
@@ -220,9 +216,12 @@ def _ask(plan: _Plan, generator: Generator, log: AnswerLog, report: SynthesisRep
     ):
         for number, answer in answers:
             log.add(waiting.pop(number), answer)
-            report.count(answer)
+            if answer.failure is None:
+                report.answered, in_a_row = report.answered + 1, 0
+            else:
+                report.failures[answer.failure] += 1
+                in_a_row += 1
             advance(note=f"{report.failed:,} failed" if report.failed else "")
-            in_a_row = 0 if answer.failure is None else in_a_row + 1
             if in_a_row == FAILING:
                 raise ModelError(
                     f"{model}: {FAILING} calls in a row failed, the last one with: "
@@ -301,7 +300,7 @@ def _records(
 
 
 def _by_document(questions: Sequence[_Question]) -> dict[str, list[_Question]]:
-    found: dict[str, list[_Question]] = defaultdict(list)
+    found: dict[str, list[_Question]] = {}
     for question in questions:
-        found[question.passage.document].append(question)
-    return dict(found)
+        found.setdefault(question.passage.document, []).append(question)
+    return found

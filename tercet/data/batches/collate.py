@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from tercet.data.batches.relation import Relation, hash_of, relation_of
 from tercet.data.batches.shuffling import CutName, shuffled
 from tercet.models.tokens import Tokens
 from tercet.segments import Packed
-from tercet.types import Example, InBatch, Role
+from tercet.types import Example, InBatch, Policy, Role
 
 Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
 """A function from texts, their role and their prompts to tokens: an embedder's."""
@@ -22,8 +21,6 @@ Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
 PromptOf = Callable[[Role, str], str]
 """A function from role and task to the prompt that the model uses."""
 
-Policy: TypeAlias = Literal["all", "positives", "none", "per_row"]
-"""Which documents of other examples are negatives: one rule for all, or that of each row."""
 
 # Separate the random draws of texts and of their shuffling from other uses of the same seed.
 _DRAW, _SHUFFLE = 0xD0C, 0x5EC

@@ -8,7 +8,7 @@ two integers, also on another number of machines.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from tercet.data.batches.order import (
 )
 from tercet.errors import RecipeError
 from tercet.files.artifacts import fingerprint
+from tercet.types import Mixing
 
-Mixing: TypeAlias = Literal["single", "blended"]
 WINDOW_BATCHES: Final = 16  # rows are shuffled within at least this many batches
 
 MAX_EDGES: Final = 100  # a length group takes one byte per row

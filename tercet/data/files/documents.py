@@ -61,12 +61,21 @@ def read_documents(
     """Yield the documents of a .jsonl, .parquet or .txt file (one text per line).
 
     Blank lines are skipped. The title may be absent. An absent id becomes the number of the line,
-    or of the parquet row. With ``split``, only records with that value in their field "split" are
-    read. With ``keep_others``, a document keeps the record's other fields that hold a text, a
-    number, a truth value, or a list of these.
+    or of the parquet row.
+
+    Args:
+        path: the file.
+        fields: names of the fields for text, title and id.
+        split: read only records with this value in their field "split".
+        keep_others: keep the record's other fields that hold a text, a number, a truth value, or a
+            list of these.
 
     Raises:
         DataError: at the first record that is not a document or repeats an id, naming the line.
+
+    Example:
+        >>> next(read_documents("docs.jsonl")).text
+        'nginx serves files'
     """
     path = Path(path)
     columns = (fields.text, fields.title, fields.id, _SPLIT)

@@ -97,11 +97,21 @@ def open_sources(
 ) -> list[Source]:
     """Check the sources of a file or a folder, and open one for each language of each.
 
-    Every file is read once from end to end. ``progress`` is called with the part that is done.
+    Every file is read once from end to end.
+
+    Args:
+        path: a file, or a folder whose children are sources.
+        weight: how often an epoch uses each example.
+        progress: called with the share that is read, from 0 to 1.
+        record_format: what a record holds; examples, unless it is given.
 
     Raises:
         DataError: at the first record that is not an example, naming file and line, and if a
             folder holds nothing to read.
+
+    Example:
+        >>> [source.name for source in open_sources("sources/")]
+        ['news/de', 'news/en']
     """
     groups = find_groups(path, record_format.suffixes)
     sizes = {shard.path: stamp_of(shard.path)[0] for group in groups for shard in group.shards}

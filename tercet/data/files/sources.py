@@ -105,12 +105,22 @@ def open_source(
 ) -> Source:
     """Check every example of a .jsonl or .parquet file, and make them readable by row.
 
-    Reads the file once from end to end. ``progress`` is called with the part that is done.
-    Languages stay together: :func:`tercet.data.files.folders.open_sources` separates them, and
-    opens folders. Files of texts are opened by :func:`tercet.data.files.texts.open_texts`.
+    The file is read once from end to end. Languages stay together:
+    :func:`tercet.data.files.folders.open_sources` separates them, and opens folders.
+
+    Args:
+        path: the file.
+        name: the source's name; None takes the file's.
+        weight: how often an epoch uses each example.
+        progress: called with the share of the file that is read, from 0 to 1.
+        record_format: what a record holds; examples, unless it is given.
 
     Raises:
         DataError: at the first record that is not an example, naming the line.
+
+    Example:
+        >>> len(open_source("pairs.jsonl"))
+        2
     """
     path = Path(path)
     name = path.stem if name is None else name
@@ -165,9 +175,16 @@ def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
 
     The file appears under its name only when it is complete.
 
+    Args:
+        path: the file; its suffix decides the format.
+        examples: what to write, in this order.
+
     Raises:
         DataError: if an example could not be read back.
         StorageError: if the disk refuses; the old file is still there then.
+
+    Example:
+        >>> write_examples("pairs.jsonl", [Example("web server", ("nginx serves files",))])
     """
     write_records(path, map(example_record, examples), {})
 

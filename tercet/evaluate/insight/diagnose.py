@@ -124,15 +124,12 @@ def diagnose(
 
 def _diagnosis(embedder: Embedder, material: Material, *, control: bool) -> Diagnosis:
     decoder = embedder.backbone.is_decoder
+    sensitivity = partial(prefix_sensitivity, embedder, material.triples)
     prefixes: dict[ReadingMode, PrefixResult] = {}
     if decoder and control:
-        prefixes["causal"] = prefix_sensitivity(embedder, material.triples, attention="causal")
-        prefixes["echo"] = prefix_sensitivity(
-            embedder, material.triples, attention="causal", echo=True
-        )
-    prefixes["bidirectional"] = prefix_sensitivity(
-        embedder, material.triples, attention="bidirectional"
-    )
+        prefixes["causal"] = sensitivity(attention="causal")
+        prefixes["echo"] = sensitivity(attention="causal", echo=True)
+    prefixes["bidirectional"] = sensitivity(attention="bidirectional")
     maps = tuple(direction_map(embedder, text) for text in material.texts if decoder)
     return Diagnosis(prefixes, maps)
 
@@ -153,8 +150,8 @@ def write_diagnosis(
     write_json(folder / FILE, record, indent=1)
     with drawing():
         write_png(folder / "prefix_sensitivity.png", _prefix_figure(found))
-        if _mapped(found):
-            write_png(folder / "direction_map.png", heat_maps(_mapped(found)))
+        if maps := _mapped(found):
+            write_png(folder / "direction_map.png", heat_maps(maps))
     settings = {
         "triples": f"{material.origin['triples']}: {len(material.triples)}",
         "texts": f"{material.origin['texts']}: {len(material.texts)}",
@@ -186,10 +183,10 @@ def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Secti
             "histogram is to the right of the orange one, the more the model uses what follows.",
         )
     ]
-    if _mapped(found):
+    if maps := _mapped(found):
         drawings.append(
             PageFigure(
-                partial(heat_maps, _mapped(found)),
+                partial(heat_maps, maps),
                 "Cosine of a token's states with causal and with bidirectional attention and the "
                 "same weights, by layer, for the tokens of the first text; at the right the mean "
                 "of each layer over the tokens of all texts. Bright everywhere: bidirectional "
@@ -207,7 +204,7 @@ def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Secti
 def prefix_table(
     found: Mapping[str, Diagnosis], *, seed: int = 0
 ) -> dict[str, dict[str, Interval]]:
-    """Return a row for each model and reading mode, such as "smollm2 causal"."""
+    """Return a row for each model and reading mode, such as ``smollm2 causal``."""
     return {name: result.intervals(seed) for name, result in _readings(found).items()}
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float64
 
 from tercet.errors import ModelError, RecipeError
+from tercet.evaluate.insight.lookahead import inference
 from tercet.evaluate.report.figures import HeatMap, MapLabels
 from tercet.models.embedder import Embedder
 from tercet.models.encode_loop import batch_by_batch
@@ -88,24 +89,19 @@ def latent_use(embedder: Embedder, texts: Sequence[str], role: Role = "document"
     heads, latents = layer.layer.heads, layer.layer.latents
     mass = torch.zeros(heads, latents, dtype=torch.float64)
     entropy, count = torch.zeros(heads, dtype=torch.float64), 0
-    training = embedder.training
-    embedder.eval()
-    try:
-        with torch.inference_mode():
-            for step in batch_by_batch(
-                embedder.backbone,
-                embedder.device,
-                texts,
-                lambda part: embedder.tokenize(part, role),
-                embedder.batch_tokens,
-            ):
-                for states in step.states[step.texts.pooled].split(_TOKENS_AT_ONCE):
-                    weights = layer.latent_weights(states)  # [heads, tokens, latents]
-                    mass += weights.sum(1, dtype=torch.float64).cpu()
-                    entropy += torch.special.entr(weights).sum((1, 2), dtype=torch.float64).cpu()
-                    count += len(states)
-    finally:
-        embedder.train(training)
+    with inference(embedder):
+        for step in batch_by_batch(
+            embedder.backbone,
+            embedder.device,
+            texts,
+            lambda part: embedder.tokenize(part, role),
+            embedder.batch_tokens,
+        ):
+            for states in step.states[step.texts.pooled].split(_TOKENS_AT_ONCE):
+                weights = layer.latent_weights(states)  # [heads, tokens, latents]
+                mass += weights.sum(1, dtype=torch.float64).cpu()
+                entropy += torch.special.entr(weights).sum((1, 2), dtype=torch.float64).cpu()
+                count += len(states)
     if not count:
         raise RecipeError(f"{len(texts)} texts have no pooled token; give texts with words")
     return LatentUse((mass / count).numpy(), (entropy / count).numpy(), count)

@@ -125,8 +125,7 @@ def prefix_sensitivity(
 
     The mean is over tokens that lie inside the prefix and are the same in all three texts, which
     one across the border may not be. Texts are read without prompts. ``attention`` defaults to the
-    model's own. With ``echo`` each text is repeated, and the prefix of the second copy is pooled,
-    so that even a causal model has seen what follows.
+    model's own. With ``echo`` each text is repeated and the prefix of the second copy is pooled.
 
     Raises:
         RecipeError: if no triple can be used.
@@ -142,7 +141,7 @@ def prefix_sensitivity(
             f"same whatever follows, and each text at most {limit} tokens"
         )
     cosines = []
-    with _measuring(embedder), embedder.backbone.direction(attention):
+    with inference(embedder), embedder.backbone.direction(attention):
         for start in range(0, len(rows), _TRIPLES_AT_ONCE):
             texts = _joined(rows[start : start + _TRIPLES_AT_ONCE]).to(embedder.device)
             vectors = mean(embedder.backbone(texts), texts).cpu().double()
@@ -200,7 +199,7 @@ def direction_map(embedder: Embedder, text: str) -> DirectionMap:
     tokens = embedder.tokenizer([text], limit, spans=True)
     packed = tokens.pack().to(embedder.device)
     states = []
-    with _measuring(embedder):
+    with inference(embedder):
         for attention in ("causal", "bidirectional"):
             with backbone.direction(attention):
                 states.append(backbone.layer_states(packed).cpu().double())
@@ -211,8 +210,8 @@ def direction_map(embedder: Embedder, text: str) -> DirectionMap:
 
 
 @contextmanager
-def _measuring(embedder: Embedder) -> Iterator[None]:
-    """Turn off dropout and gradients; the training mode is restored afterwards."""
+def inference(embedder: Embedder) -> Iterator[None]:
+    """Turn off dropout and gradients, and restore the training mode afterwards."""
     training = embedder.training
     embedder.eval()
     try:

@@ -27,7 +27,6 @@ from tercet.evaluate.measures.retrieval import (
     evaluate_hits,
     evaluate_retrieval,
 )
-from tercet.evaluate.report.intervals import Interval
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.progress import Advance, bar
 from tercet.kinds import KINDS, Kind, Weights
@@ -35,7 +34,6 @@ from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.rank.hybrid import (
     HybridHits,
-    VectorBlocks,
     VectorSource,
     candidates,
     each_alone,
@@ -52,7 +50,6 @@ DEPTH: Final = 1_000  # of the lists of dense and sparse in the paper's protocol
 RERANKED: Final = 200  # of dense, if token vectors take part
 EXACT_WORK: Final = 1e14  # multiplications of token vectors: an about an hour of one core
 EMPTY: Final = 0.05  # share of texts without a term above which the sparse head may be dying
-_BLOCK: Final = 1_024  # documents scored together
 _BLOCK_LETTERS: Final = 200_000  # of documents whose token vectors are in memory together
 _SAMPLE: Final = 100  # documents whose tokens are counted, to estimate the total
 
@@ -93,10 +90,6 @@ class KindsResult:
         """The name of the sum of all kinds that count."""
         return "+".join(kind for kind in KINDS if kind in self.results and self.weights.of(kind))
 
-    def minus(self, name: str, other: str, metric: str, seed: int = 0) -> Interval:
-        """Return by how much one is better than another on the same queries."""
-        return self.results[name].minus(self.results[other], metric, seed=seed)
-
     def how(self) -> str:
         """Return how documents were searched, for people."""
         if self.protocol == "exact":
@@ -117,34 +110,6 @@ def sums_of(kinds: Sequence[Kind], weights: Weights) -> dict[str, Weights]:
     return {**each_alone(kinds), **several}
 
 
-def evaluate_kinds(
-    data: RetrievalSet,
-    queries: Vectors,
-    docs: Vectors,
-    *,
-    weights: Weights | None = None,
-    protocol: ProtocolName | None = None,
-    names: Sequence[str] | None = None,
-) -> KindsResult:
-    """Search by every kind that both sides have and by every sum, and score the rankings.
-
-    ``protocol`` defaults to *exact*, or to *paper* if that takes more than ``EXACT_WORK``
-    multiplications of token vectors.
-
-    Raises:
-        ModelError: if a score is NaN.
-        RecipeError: for an unknown metric, or without a common kind of vectors.
-    """
-    assert len(queries) == len(data.queries), "vectors of each query"
-    assert len(docs) == len(data.documents), "vectors of each document"
-    kinds: tuple[Kind, ...] = tuple(kind for kind in queries.kinds if kind in docs.kinds)
-    queries, docs = queries.only(kinds), docs.only(kinds)
-    rows = 0 if docs.multi is None else len(docs.multi.vectors)
-    corpus = InMemory(docs)
-    protocol = protocol or feasible(queries, rows)
-    return search_kinds(data, queries, corpus, weights=weights, protocol=protocol, names=names)
-
-
 def feasible(queries: Vectors, doc_tokens: int) -> ProtocolName:
     """Return *exact* if comparing all token vectors is cheap enough, otherwise *paper*."""
     if queries.multi is None:
@@ -162,25 +127,6 @@ class Corpus(VectorSource, Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class InMemory:
-    """Documents whose vectors are all in memory."""
-
-    vectors: Vectors
-
-    def blocks(self, kinds: Sequence[Kind], rows: Tensor | None = None) -> VectorBlocks:
-        """Yield vectors of these kinds, of the documents ``rows`` or of all."""
-        chosen = torch.arange(len(self.vectors)) if rows is None else rows
-        some = self.vectors.only(kinds)
-        for part in chosen.split(_BLOCK):
-            if len(part):
-                yield part, some.take(part)
-
-    def terms(self) -> Tensor | None:
-        """Return the number of terms of each document."""
-        return None if self.vectors.sparse is None else _lengths(self.vectors.sparse)
-
-
 def search_kinds(
     data: RetrievalSet,
     queries: Vectors,
@@ -190,7 +136,12 @@ def search_kinds(
     protocol: ProtocolName = "exact",
     names: Sequence[str] | None = None,
 ) -> KindsResult:
-    """Search a corpus whose vectors come in blocks; see :func:`evaluate_kinds`."""
+    """Search by every kind of vectors and by every sum, and score the rankings.
+
+    Raises:
+        ModelError: if a score is NaN.
+        RecipeError: for an unknown metric, or without a common kind of vectors.
+    """
     kinds = queries.kinds
     if not kinds:
         raise RecipeError("queries and documents have no kind of vectors in common")

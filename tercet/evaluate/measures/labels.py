@@ -18,7 +18,7 @@ from tercet.evaluate.measures.bm25 import words
 from tercet.evaluate.measures.probe import mean_f1, regression, settle, vector_probe
 from tercet.evaluate.measures.prompts import encode_alike
 from tercet.evaluate.measures.sts import check_finite
-from tercet.evaluate.report.intervals import RESAMPLES, Interval
+from tercet.evaluate.report.intervals import RESAMPLES, Interval, counted, in_blocks
 from tercet.evaluate.sets.label_sets import ClassificationSet, ClusteringSet, LabelledRows
 from tercet.models.embedder import Embedder
 
@@ -83,7 +83,7 @@ class ClassificationResult:
         codes = (np.where(right, truth, wrong), truth, predicted)
 
         def macro_f1(drawn: Draws) -> Float64[np.ndarray, "draws"]:
-            counts = [_counted(each, drawn, wrong + 1)[:, used] for each in codes]
+            counts = [counted(each[drawn], wrong + 1)[:, used] for each in codes]
             return mean_f1(np.stack(counts, axis=-1).astype(np.float64))
 
         return macro_f1
@@ -211,7 +211,7 @@ class ClusteringResult:
             return np.log(texts) - logs[counts].sum(axis=1) / texts
 
         def v_measure(drawn: Draws) -> Float64[np.ndarray, "draws"]:
-            counts = _counted(truth * width + clusters, drawn, height * width)
+            counts = counted((truth * width + clusters)[drawn], height * width)
             table = counts.reshape(-1, height, width)
             both = entropy(table.sum(axis=2)) + entropy(table.sum(axis=1))
             shared = both - entropy(counts)
@@ -285,15 +285,6 @@ def _each_once(rows: LabelledRows) -> Draws:
     return np.arange(len(rows.texts))[None]
 
 
-def _counted(
-    codes: Int64[np.ndarray, "texts"], drawn: Draws, kinds: int
-) -> Int64[np.ndarray, "draws {kinds}"]:
-    """Return how often each code occurs in each draw."""
-    places = codes[drawn]
-    places += kinds * np.arange(len(drawn))[:, None]
-    return np.bincount(places.ravel(), minlength=len(drawn) * kinds).reshape(len(drawn), kinds)
-
-
 def _drawn_interval(
     rows: LabelledRows, figure: Statistic, resamples: int, seed: int, *, centred: bool = False
 ) -> Interval:
@@ -302,12 +293,12 @@ def _drawn_interval(
     ``centred`` draws are shifted so that their mean is the figure of all texts.
     """
     texts, random = len(rows.texts), np.random.default_rng(seed)
-    found = np.empty(resamples)
     cells = (int(rows.labels.max()) + 1) ** 2  # of the table of labels and groups
-    at_once = max(1, _CELLS // max(texts, cells))
-    for start in range(0, resamples, at_once):
-        part = found[start : start + at_once]
-        part[:] = figure(random.integers(0, texts, (len(part), texts)))
+    found = in_blocks(
+        lambda draws: figure(random.integers(0, texts, (draws, texts))),
+        resamples,
+        at_once=_CELLS // max(texts, cells),
+    )
     whole = float(figure(_each_once(rows))[0])
     if centred:
         found += whole - found.mean()

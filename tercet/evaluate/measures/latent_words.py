@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -67,15 +68,15 @@ class WordComparison:
         """Return the rows of a table, with its header; the last column counts truncated words."""
         metrics = tuple(self.results[0].scores)
         header = ("model", *(part for name in metrics for part in (name, "minus first")), "cut")
-        return (header, *(self._row(result, metrics) for result in self.results))
-
-    def _row(self, result: WordResult, metrics: Sequence[str]) -> tuple[str, ...]:
-        gained = self.differences.get(result.name, {})
-        cells: list[str] = []
-        for metric in metrics:
-            gain = gained.get(metric)
-            cells += [str(result.scores[metric]), gain.signed() if gain else "-"]
-        return (result.name, *cells, str(result.cut))
+        rows: list[tuple[str, ...]] = [header]
+        for result in self.results:
+            gains = self.differences.get(result.name, {})
+            cells = (
+                (str(result.scores[name]), gains[name].signed() if name in gains else "-")
+                for name in metrics
+            )
+            rows.append((result.name, *chain.from_iterable(cells), str(result.cut)))
+        return tuple(rows)
 
 
 def word_probe(

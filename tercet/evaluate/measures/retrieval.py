@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
@@ -114,13 +115,13 @@ def evaluate_hits(
             f'{data.name}: its queries have no "answers" to look for; choose a metric of judged '
             "documents, such as ndcg@10"
         )
-    matches = (
-        with_answers(hits.rows[:, :deepest], data.documents, data.answers) if deepest else None
-    )
-    scores = {}
-    for name, (metric, k) in parsed.items():
-        judged = matches if metric == "answer" and matches is not None else data.judgements
-        scores[name] = _METRICS[metric](hits.rows, judged, k)
+    matches = data.judgements
+    if deepest:
+        matches = with_answers(hits.rows[:, :deepest], data.documents, data.answers)
+    scores = {
+        name: _METRICS[metric](hits.rows, matches if metric == "answer" else data.judgements, k)
+        for name, (metric, k) in parsed.items()
+    }
     return RetrievalResult(data.name, scores, hits)
 
 
@@ -144,10 +145,19 @@ def measure(
 ) -> Measured:
     """Encode both sides with the model's own prompts, search exactly, and score the rankings.
 
-    The prompts are those of the ``task``, or the default ones.
+    Args:
+        embedder: the model.
+        data: queries, documents and judgements.
+        task: the task whose prompts are used; None takes the model's default prompts.
+        dims: number of leading coordinates to compare; None compares all.
+        progress: show a progress bar.
 
     Raises:
         RecipeError: if the model has no prompts for the task.
+
+    Example:
+        >>> measure(embedder, RetrievalSet.from_path("test.jsonl")).result.mean("ndcg@10")
+        0.856
     """
     queries, documents = encode_both(embedder, data, task=task, dims=dims, progress=progress)
     result = evaluate_retrieval(data, queries, documents)
@@ -270,8 +280,6 @@ def versions(*more: str) -> dict[str, str]:
     """Return the versions of the packages that figures depend on, if they are installed."""
     found: dict[str, str] = {}
     for name in (*_PACKAGES, *more):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found

@@ -10,7 +10,7 @@ from tercet.data.files.similarity import BootstrapUnit, SimilaritySet
 from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.evaluate.measures.bm25 import words
 from tercet.evaluate.measures.prompts import encode_alike
-from tercet.evaluate.report.intervals import RESAMPLES, Interval
+from tercet.evaluate.report.intervals import RESAMPLES, Interval, counted, in_blocks
 from tercet.models.embedder import Embedder
 from tercet.types import Role
 
@@ -141,13 +141,12 @@ def _resampled(
 ) -> Float64[np.ndarray, "resamples"]:
     """Return the correlation of each draw; equal seeds give equal draws for all models of a set."""
     data, random = result.data, np.random.default_rng(seed)
-    found = np.empty(resamples)
-    at_once = max(1, _CELLS // max(len(data.pairs), 1))
-    for start in range(0, resamples, at_once):
-        part = found[start : start + at_once]
-        weights = _drawn(data, unit, len(part), random).astype(np.float64)
-        part[:] = _correlations(weights, result.cosines, data.scores, metric)
-    return found
+
+    def figures(draws: int) -> Float64[np.ndarray, "draws"]:
+        weights = _drawn(data, unit, draws, random).astype(np.float64)
+        return _correlations(weights, result.cosines, data.scores, metric)
+
+    return in_blocks(figures, resamples, at_once=_CELLS // max(len(data.pairs), 1))
 
 
 def _percentiles(
@@ -173,8 +172,7 @@ def _drawn(
 def _times(count: int, draws: int, random: np.random.Generator) -> Int64[np.ndarray, "draws count"]:
     """Return how often each of ``count`` things is drawn in ``count`` draws with replacement."""
     drawn = random.integers(0, count, (draws, count)) if count else np.zeros((draws, 0), np.int64)
-    drawn += count * np.arange(draws)[:, None]
-    return np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count)
+    return counted(drawn, count)
 
 
 def _correlations(

@@ -9,7 +9,7 @@ the best by the metric is taken, and a conditional logistic regression (McFadden
 which does not depend on a metric. The gain of the better one is measured on held-out queries.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -34,7 +34,6 @@ from tercet.rank.hybrid import HybridHits, each_alone, ranked
 from tercet.vectors import Vectors
 
 TuningMethod: TypeAlias = Literal["usual", "grid", "logistic"]
-ScoresByWeights: TypeAlias = Callable[[Weights], Float64[np.ndarray, "queries"]]
 
 PARTS: Final = 20  # of the grid: shares of the kinds in steps of one twentieth
 FOLDS: Final = 5
@@ -113,7 +112,12 @@ def tune(
     """
     relevant = torch.from_numpy(data.judgements.grades_of(found.rows.numpy()) > 0)
     _check(found, relevant, folds)
-    values = _scores_by_weights(data, found, metric)
+    depth = depth_of(metric)
+
+    def values(weights: Weights) -> Float64[np.ndarray, "queries"]:
+        hits = found.hits(weights, depth)
+        return np.asarray(evaluate_hits(data, hits, names=[metric]).scores[metric])
+
     spread = spreads(found)
     grid: dict[Weights, np.ndarray] = {w: values(w) for w in _grid(found.kinds, spread)}
     table = np.stack(list(grid.values()))  # [weights, queries]
@@ -237,17 +241,6 @@ def _scaled(weights: Mapping[Kind, float]) -> Weights:
     """Scale the largest weight to 1 and round to three digits, which people can read."""
     most = max(weights.values())
     return Weights(*(float(f"{weights.get(kind, 0.0) / most:.3g}") for kind in KINDS))
-
-
-def _scores_by_weights(data: RetrievalSet, found: HybridHits, metric: str) -> ScoresByWeights:
-    """Return a function from weights to the metric of each query."""
-    depth = depth_of(metric)
-
-    def values(weights: Weights) -> np.ndarray:
-        hits = found.hits(weights, depth)
-        return np.asarray(evaluate_hits(data, hits, names=[metric]).scores[metric])
-
-    return values
 
 
 def _check(found: HybridHits, relevant: Tensor, folds: int) -> None:

@@ -96,16 +96,13 @@ def bars(results: Mapping[str, Mapping[str, Interval]]) -> "Figure":
     for number, (label, row) in enumerate(results.items()):
         shown = [(place, row[name]) for place, name in enumerate(names) if name in row]
         places = [place + (number - (len(results) - 1) / 2) * width for place, _ in shown]
-        means = np.array([value.mean for _, value in shown])
-        low = means - [value.low for _, value in shown]
-        high = [value.high for _, value in shown] - means
         axes.bar(
             places,
-            means,
+            [value.mean for _, value in shown],
             width * 0.92,
             label=label,
             color=COLOURS[number % len(COLOURS)],
-            yerr=np.maximum([low, high], 0),
+            yerr=_whiskers([value for _, value in shown]),
             error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 3},
         )
         for place, (_, value) in zip(places, shown, strict=True):
@@ -176,13 +173,10 @@ def curves(lines: Curves, *, x: str, y: str) -> "Figure":
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda point: point.x)
-        means = [point.value.mean for point in points]
-        low = [point.value.mean - point.value.low for point in points]
-        high = [point.value.high - point.value.mean for point in points]
         axes.errorbar(
             [point.x for point in points],
-            means,
-            yerr=np.maximum([low, high], 0),
+            [point.value.mean for point in points],
+            yerr=_whiskers([point.value for point in points]),
             label=name,
             color=COLOURS[number % len(COLOURS)],
             marker="o",
@@ -214,11 +208,10 @@ def dots(
         for number, system in enumerate(systems):
             beside = (number - (len(systems) - 1) / 2) * 0.6 / len(systems)
             shown = [(p + beside, row[system]) for p, row in enumerate(rows.values())]
-            ends = [[v.mean - v.low for _, v in shown], [v.high - v.mean for _, v in shown]]
             axes.errorbar(
                 [place for place, _ in shown],
                 [value.mean for _, value in shown],
-                yerr=np.maximum(ends, 0),
+                yerr=_whiskers([value for _, value in shown]),
                 label=system,
                 color=COLOURS[number % len(COLOURS)],
                 fmt="o",
@@ -232,6 +225,12 @@ def dots(
         axes.grid(axis="y", color=GRID, linewidth=0.7)
     grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
     return figure
+
+
+def _whiskers(values: Sequence[Interval]) -> Float64[np.ndarray, "2 values"]:
+    """Return the distances of means from both ends of their intervals."""
+    ends = [[each.mean - each.low for each in values], [each.high - each.mean for each in values]]
+    return np.maximum(ends, 0)
 
 
 def mixture_bars(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
@@ -350,9 +349,8 @@ def histograms(
     columns = -(-len(scores) // rows)
     figure = new_figure(height=0.6 + 2 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    panels = grid.flat
     edges = _edges(scores, bins)
-    for axes, (label, sample) in zip(panels, scores.items(), strict=False):
+    for axes, (label, sample) in zip(grid.flat, scores.items(), strict=False):
         kinds = ((sample.negatives, _NEGATIVE, names[1]), (sample.positives, _POSITIVE, names[0]))
         for values, colour, name in kinds:
             weights = np.full(len(values), 100 / max(len(values), 1))
@@ -396,8 +394,8 @@ class MapLabels:
 def heat_maps(maps: Mapping[str, HeatMap], labels: MapLabels | None = None) -> "Figure":
     """Draw a row for each model: layers upwards, tokens to the right, and the mean of each layer.
 
-    The numbers, by default cosines of states, are on one scale from 0 to 1. Tokens are shown below
-    the last map, and below one whose tokens differ from those of the next.
+    All numbers are on one scale from 0 to 1. Tokens are shown below the last map, and below one
+    whose tokens differ from those of the next.
     """
     labels = labels or MapLabels()
     figure = new_figure(height=0.8 + 2.5 * len(maps))

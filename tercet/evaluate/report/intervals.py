@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 RESAMPLES: Final = 10_000
 _LEVEL: Final = 0.95
@@ -118,12 +118,25 @@ def _share_changed(sums: np.ndarray) -> np.ndarray:
 def _drawn_means(values: np.ndarray, random: np.random.Generator, resamples: int) -> np.ndarray:
     """Return the mean over queries, the first axis, of each of ``resamples`` draws."""
     count = len(values)
-    means = np.empty((resamples, *values.shape[1:]))
-    at_once = max(1, _DRAWS_AT_ONCE // count)
-    for start in range(0, resamples, at_once):
-        part = means[start : start + at_once]
-        part[:] = values[random.integers(0, count, (len(part), count))].mean(axis=1)
-    return means
+    return in_blocks(
+        lambda draws: values[random.integers(0, count, (draws, count))].mean(axis=1),
+        resamples,
+        at_once=_DRAWS_AT_ONCE // count,
+    )
+
+
+def in_blocks(figures: Callable[[int], np.ndarray], resamples: int, *, at_once: int) -> np.ndarray:
+    """Return the figures of all resamples, of which about ``at_once`` are computed together."""
+    size = max(1, at_once)
+    blocks = [figures(min(size, resamples - start)) for start in range(0, resamples, size)]
+    return np.concatenate(blocks, dtype=np.float64)
+
+
+def counted(codes: Int64[np.ndarray, "draws items"], kinds: int) -> Int64[np.ndarray, "draws _"]:
+    """Return how often each code below ``kinds`` occurs in each draw."""
+    places = codes + kinds * np.arange(len(codes))[:, None]
+    counts = np.bincount(places.ravel(), minlength=len(codes) * kinds)
+    return counts.reshape(len(codes), kinds)
 
 
 def pooled_interval(
@@ -143,13 +156,10 @@ def pooled_interval(
     if not groups:
         return Interval(np.nan, np.nan, np.nan, 0, resamples, seed)
     random = np.random.default_rng(seed)
-    figures = np.empty(resamples)
-    at_once = max(1, _DRAWS_AT_ONCE // groups)
-    for start in range(0, resamples, at_once):
-        part = figures[start : start + at_once]
-        drawn = random.integers(0, groups, (len(part), groups))
-        drawn += groups * np.arange(len(part))[:, None]
-        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        part[:] = statistic(times @ counts)
+    figures = in_blocks(
+        lambda n: statistic(counted(random.integers(0, groups, (n, groups)), groups) @ counts),
+        resamples,
+        at_once=_DRAWS_AT_ONCE // groups,
+    )
     whole = float(statistic(counts.sum(axis=0, keepdims=True))[0])
     return Interval(whole, *_middle(figures), groups, resamples, seed)

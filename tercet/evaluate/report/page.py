@@ -88,8 +88,6 @@ def _page(report: RunReport) -> str:
         f"<h1>{escape(report.title)}</h1>",
         *(f"<p>{escape(paragraph)}</p>" for paragraph in report.summary),
         *_results(report),
-        *_training(report),
-        *_score_histograms(report),
         *_searches(report),
         *(part for section in report.sections for part in _section(section)),
         *_settings(report),
@@ -110,6 +108,21 @@ def _results(report: RunReport) -> Iterator[str]:
         yield "<h3>Differences, query by query</h3>"
         yield _interval_table("difference", report.differences, signed=True)
         yield "<p class=note>Bold: the interval excludes zero.</p>"
+    if len(report.losses):
+        yield "<h2>Training</h2>"
+        losses = np.asarray(report.losses, dtype=np.float64)
+        rates = np.asarray(report.learning_rates, dtype=np.float64)
+        yield _figure(
+            loss_curve(losses, rates, report.steps_apart),
+            "Training loss of each step (light) and its running mean (dark).",
+        )
+    if report.scores:
+        yield "<h2>Scores of relevant and other documents</h2>"
+        yield _figure(
+            histograms(report.scores),
+            "Scores of queries with the documents that answer them, and with other documents. The "
+            "less the two histograms overlap, the better.",
+        )
 
 
 def _interval_table(
@@ -144,27 +157,6 @@ def _how_made(value: Interval) -> str:
         f"Mean over {value.queries:,} queries and {value.level:.0%} bootstrap interval "
         f"({value.resamples:,} resamples of the queries, seed {value.seed})"
     )
-
-
-def _training(report: RunReport) -> Iterator[str]:
-    if len(report.losses):
-        yield "<h2>Training</h2>"
-        losses = np.asarray(report.losses, dtype=np.float64)
-        rates = np.asarray(report.learning_rates, dtype=np.float64)
-        yield _figure(
-            loss_curve(losses, rates, report.steps_apart),
-            "Training loss of each step (light) and its running mean (dark).",
-        )
-
-
-def _score_histograms(report: RunReport) -> Iterator[str]:
-    if report.scores:
-        yield "<h2>Scores of relevant and other documents</h2>"
-        yield _figure(
-            histograms(report.scores),
-            "Scores of queries with the documents that answer them, and with other documents. The "
-            "less the two histograms overlap, the better.",
-        )
 
 
 def _searches(report: RunReport) -> Iterator[str]:

@@ -67,7 +67,7 @@ def averages(
 
     ``seen`` are languages that the training had, in any country; None: unknown.
     """
-    languages = _mean_by(lambda lang: lang, cells)
+    languages = _mean_by(str, cells)
     families = _mean_by(family_of, languages.items())
     known = {plain(lang) for lang in seen or ()}
     parts: dict[bool, list[Interval]] = {True: [], False: []}
@@ -76,11 +76,11 @@ def averages(
     return Averages(
         languages,
         families,
-        _mean(list(languages.values())),
-        _mean(list(families.values())),
+        average(list(languages.values())),
+        average(list(families.values())),
         min(languages, key=lambda lang: languages[lang].mean),
-        _mean(parts[True]) if seen is not None and parts[True] else None,
-        _mean(parts[False]) if seen is not None and parts[False] else None,
+        average(parts[True]) if seen is not None and parts[True] else None,
+        average(parts[False]) if seen is not None and parts[False] else None,
     )
 
 
@@ -90,12 +90,7 @@ def _mean_by(
     grouped: dict[str, list[Interval]] = {}
     for name, figure in cells:
         grouped.setdefault(group_of(name), []).append(figure)
-    return {name: _mean(grouped[name]) for name in sorted(grouped)}
-
-
-def _mean(figures: Sequence[Interval]) -> Interval:
-    """Average figures; a single one keeps its interval."""
-    return figures[0] if len(figures) == 1 else average(figures)
+    return {name: average(grouped[name]) for name in sorted(grouped)}
 
 
 def cells_of(

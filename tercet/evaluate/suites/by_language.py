@@ -27,7 +27,6 @@ from tercet.evaluate.sets.location import SetLocation
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.artifacts import KeptResults, fingerprint_of_file
 from tercet.files.progress import bar
-from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.rank.coded import FACTOR
@@ -175,6 +174,10 @@ def scores_of(location: SetLocation, data: RetrievalSet, result: RetrievalResult
     there = rows >= 0
     alike = (of_documents[rows] == of_queries[:, None]) & there
     counts = there.sum(axis=1)
+    judged = data.judgements
+    relevant = judged.grades > 0
+    query = judged.query_of()[relevant]
+    own = of_queries[query] == of_documents[judged.docs[relevant]]
     share = Counter(data.document_langs)
     total = max(len(of_documents), 1)
     return SetScores(
@@ -187,17 +190,8 @@ def scores_of(location: SetLocation, data: RetrievalSet, result: RetrievalResult
         {name: result.scores[name] for name in METRICS},
         np.divide(alike.sum(axis=1), counts, out=np.full(len(rows), np.nan), where=counts > 0),
         np.array([share[lang] / total for lang in data.query_langs], dtype=np.float64),
-        _own(data.judgements, of_queries, of_documents),
+        np.bincount(query[own], minlength=len(of_queries)).astype(bool),
     )
-
-
-def _own(
-    judged: Judgements, of_queries: np.ndarray, of_documents: np.ndarray
-) -> Bool[np.ndarray, "queries"]:
-    relevant = judged.grades > 0
-    query = judged.query_of()[relevant]
-    alike = of_queries[query] == of_documents[judged.docs[relevant]]
-    return np.bincount(query[alike], minlength=len(of_queries)).astype(bool)
 
 
 def axis_of(data: RetrievalSet) -> tuple[Axis, str]:

@@ -36,7 +36,7 @@ from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import CodePrecision
 
-LoadModel: TypeAlias = Callable[[str], Embedder]
+ModelLoader: TypeAlias = Callable[[str], Embedder]
 Figures: TypeAlias = dict[str, dict[str, Interval]]
 """By the name of a system, then by metric."""
 
@@ -96,7 +96,7 @@ class SetComparison:
 
 
 def compare(
-    names: Sequence[str], load: LoadModel, examined: EvaluationSet, options: ComparisonOptions
+    names: Sequence[str], load: ModelLoader, examined: EvaluationSet, options: ComparisonOptions
 ) -> SetComparison:
     """Measure models on a set one after the other, and compare each with the first.
 
@@ -374,7 +374,7 @@ def main_scores(each: SetScores) -> Any:
 
 def compare_by_language(
     names: Sequence[str],
-    load: LoadModel,
+    load: ModelLoader,
     locations: Sequence[SetLocation],
     options: ComparisonOptions,
 ) -> LanguageComparison:

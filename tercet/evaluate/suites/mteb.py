@@ -8,7 +8,7 @@ folder.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -138,23 +138,16 @@ def named_tasks(names: Sequence[str]) -> list[Any]:
         elif name == "miracl-o":
             found.append(mteb.get_task(MIRACL, languages=list(_ARCTIC)))
         else:
-            found.append(_task(mteb.get_task, name))
+            try:
+                found.append(mteb.get_task(name))
+            except KeyError as error:
+                convert = " (convert your copy to BEIR's layout and evaluate the folder)"
+                hint = convert if "clef" in name.lower() else ""
+                raise RecipeError(
+                    f"--mteb {name}: mteb has no task of this name{hint}; give one of its names, "
+                    f"such as SciFact, or of {', '.join(PRESETS)}"
+                ) from error
     return found
-
-
-def _task(find: Callable[[str], Any], name: str) -> Any:
-    try:
-        return find(name)
-    except KeyError as error:
-        hint = (
-            " (convert your copy to BEIR's layout and evaluate the folder)"
-            if "clef" in name.lower()
-            else ""
-        )
-        raise RecipeError(
-            f"--mteb {name}: mteb has no task of this name{hint}; give one of its names, such as "
-            f"SciFact, or of {', '.join(PRESETS)}"
-        ) from error
 
 
 def run_tasks(model: MtebModel, tasks: Iterable[Any]) -> Iterator[TaskScore]:

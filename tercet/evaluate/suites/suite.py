@@ -19,7 +19,6 @@ from tercet.evaluate.measures import labels, sts
 from tercet.evaluate.measures.by_kind import measure_kinds
 from tercet.evaluate.measures.prompts import known_task, task_names
 from tercet.evaluate.measures.retrieval import (
-    RetrievalResult,
     encode_both,
     evaluate_retrieval,
     measure,
@@ -192,9 +191,12 @@ def open_sets(
 def average(figures: Sequence[Interval]) -> Interval:
     """Return the mean of figures of different sets, whose errors are taken to be independent.
 
-    The interval is that of a normal distribution: half widths are added in quadrature.
+    The interval is that of a normal distribution: half widths are added in quadrature. A single
+    figure keeps its interval.
     """
     count = len(figures)
+    if count == 1:
+        return figures[0]
     mean = sum(each.mean for each in figures) / count
     half = sqrt(sum(((each.high - each.low) / 2) ** 2 for each in figures)) / count
     first = figures[0]
@@ -266,15 +268,6 @@ def _of_results(
 def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> EvaluationSet:
     """Return a set whose answers are the nDCG@10 of each query."""
 
-    def evaluate(
-        embedder: Embedder,
-        *,
-        task: str | None = None,
-        dims: int | None = None,
-        progress: bool = False,
-    ) -> RetrievalResult:
-        return measure(embedder, data, task=task, dims=dims, progress=progress).result
-
     def answers(embedder: Embedder, task: str | None) -> np.ndarray:
         sides = encode_both(embedder, data, task=task)
         return np.asarray(evaluate_retrieval(data, *sides, names=[MAIN]).scores[MAIN])
@@ -285,7 +278,7 @@ def _retrieval(data: RetrievalSet, tasks: Sequence[str]) -> EvaluationSet:
         data,
         data.metrics,
         tasks,
-        evaluate,
+        lambda embedder, **options: measure(embedder, data, **options).result,
         partial(measure_bm25, data),
         "BM25",
         answers=answers,

@@ -90,14 +90,14 @@ def check_queries(queries: Vectors, widths: Widths) -> None:
         )
 
 
-def unusable(vectors: Vectors) -> Bool[Tensor, "texts"]:
-    """Return which texts have a value that is not finite, or a negative weight."""
+def unusable(vectors: Vectors, *, negative: bool = True) -> Bool[Tensor, "texts"]:
+    """Return which texts have a value that is not finite or, if ``negative``, a negative weight."""
     bad = torch.zeros(len(vectors), dtype=torch.bool)
     if vectors.dense is not None:
         bad |= ~vectors.dense.isfinite().all(dim=1)
     if vectors.sparse is not None:
         weights = vectors.sparse.weights
-        _mark(bad, ~weights.isfinite() | (weights < 0), vectors.sparse.offsets)
+        _mark(bad, ~weights.isfinite() | (negative & (weights < 0)), vectors.sparse.offsets)
     if vectors.multi is not None:
         _mark(bad, ~vectors.multi.vectors.isfinite().all(dim=1), vectors.multi.offsets)
     return bad

@@ -1,11 +1,11 @@
 """The interface of search engines.
 
-A record is upserted by its id together with the vectors of its text. Queries are vectors too, so
-an engine knows nothing of models. ``tests/search/test_conformance.py`` says what all must do.
+Engines hold records with the vectors of their texts, and queries are vectors too: an engine needs
+no model. ``tests/search/test_conformance.py`` tests what all engines must do.
 
-A kind finds a record, or does not: dense vectors find every record; terms one that shares a token
-with the query; token vectors one that has any. A hit is found by one of the kinds that count, and
-a kind that did not find it scores zero. Of candidates there are at least as many as hits wanted.
+Dense vectors find every record, terms those that share a token with the query, and token vectors
+those that have any. A hit is found by at least one kind that counts; other kinds score it zero.
+There are at least as many candidates as wanted hits.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +100,6 @@ class Engine(Protocol):
             ModelError: when the vectors have other kinds or widths than the engine's, or NaN.
             DataError: when two of the records share an id, or counts differ.
         """
-        ...
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove records and return how many of them existed."""
@@ -126,11 +125,9 @@ class Engine(Protocol):
 
     def optimize(self) -> None:
         """Build what makes searches fast, and free the disk space of deleted records."""
-        ...
 
     def flush(self) -> None:
         """Write everything to disk, so that a kill loses nothing."""
-        ...
 
     def stats(self) -> Stats:
         """Return what the engine holds."""
@@ -138,7 +135,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Flush, and release it for other processes."""
-        ...
 
 
 def counted(fusion: Fusion, present: Sequence[Kind]) -> tuple[Kind, ...]:

@@ -1,14 +1,12 @@
-"""The exact engine: every score is the true one, and nothing has to be built before a search.
+"""The exact engine, which scores every record and builds nothing before a search.
 
-The oracle for every other engine, and the engine of choice up to some ten thousand records. Vectors
-are mapped into memory, and records are read for the hits alone: opening is instant, and an index
-may be larger than memory.
+It suits up to some ten thousand records, and is the reference for the other engines. Vectors are
+mapped into memory and records are read for hits only, so an index may be larger than memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from math import isfinite
 from pathlib import Path
 from threading import RLock
@@ -55,14 +53,13 @@ _ATTEMPTS: Final = 5  # to open for reading while another process writes
 class ExactEngine:
     """Records and vectors in a folder, all scored; see :class:`tercet.search.engine.engine.Engine`.
 
-    ``precision`` is that of token vectors, by far the largest part: half precision moves a score
-    of unit vectors by less than 0.001. Dense vectors may be ``stored`` in codes of 8, 4 or 1 bits,
-    learned from the first documents that come, unless ``settle`` says what they stand for; then
-    the true score is that with what the finest codes of a document stand for. Both are settled when
-    the folder is made. With ``read_only`` any number of processes may search what was flushed
-    before they opened it.
+    ``precision`` is that of token vectors; half precision changes a score of unit vectors by less
+    than 0.001. Dense vectors may be ``stored`` in codes of 8, 4 or 1 bits, whose ranges are learned
+    from the first documents unless ``settle`` sets them; they are scored by their finest codes.
+    Both are fixed when the folder is made. With ``read_only`` any number of processes may search
+    what was flushed before they opened it.
 
-    It may be searched from several threads. Equal scores are ranked by order of upserting.
+    Several threads may search at once. Equal scores are ranked by order of upserting.
     """
 
     def __init__(
@@ -76,17 +73,15 @@ class ExactEngine:
         """Open a folder, or make one.
 
         Raises:
-            IndexFolderError: when the folder is damaged, holds other things, or is not there to
-                be read.
-            RecipeError: when another process writes in it, or it stores vectors otherwise.
+            IndexFolderError: when the folder is damaged, holds other files, or is missing with
+                ``read_only``.
+            RecipeError: when another process writes in it, or it has other precisions.
         """
         self.folder = Path(folder)
         self.read_only = read_only
         self._open = ExitStack()
-        self._lock = RLock()  # of what follows
-        self._places: dict[str, tuple[LivePart, int]] | None = (
-            None  # of each id, once they are needed
-        )
+        self._lock = RLock()  # guards the attributes below
+        self._places: dict[str, tuple[LivePart, int]] | None = None  # by id, once needed
         self._changed = False  # since the last commit
         if read_only:
             self._manifest, self._parts = _read(self.folder)
@@ -105,7 +100,7 @@ class ExactEngine:
         )
 
     def _start(self, made: Manifest) -> None:
-        """Open for writing, and sweep away what a killed writer left."""
+        """Open for writing, and delete what a killed writer left."""
         if manifests.read(self.folder) is None:
             manifests.check_place(self.folder)
         self._open.enter_context(sole_writer(self.folder))
@@ -122,13 +117,13 @@ class ExactEngine:
 
     @property
     def widths(self) -> dict[Kind, int]:
-        """The kinds that are held, with their widths; 0 for terms, which have none."""
+        """The kinds of vectors with their widths; 0 for terms."""
         widths = self._manifest.widths
         return {kind: widths[kind] for kind in KINDS if kind in widths}
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is known what codes stand for; float32 stands for itself."""
+        """Whether the ranges of codes are known; float32 needs none."""
         return self._manifest.stored == "float32" or self._manifest.ranges is not None
 
     # ---- what changes it -------------------------------------------------------------------------
@@ -166,7 +161,7 @@ class ExactEngine:
             self._settle()
 
     def _ranges_for(self, vectors: Vectors) -> Ranges | None:
-        """What codes stand for: what is settled, or what the first vectors say."""
+        """Return the ranges of codes: settled ones, or learned from the first vectors."""
         settled, dense = self._manifest.ranges, vectors.dense
         if dense is None or self._manifest.stored == "float32":
             return settled
@@ -197,7 +192,7 @@ class ExactEngine:
             self._commit()
 
     def optimize(self) -> None:
-        """Make one segment of all, without what was deleted, and commit it."""
+        """Merge all segments into one without deleted records, and commit it."""
         self._writing()
         with self._lock:
             untidy = any(part.folder is None or not part.alive.all() for part in self._parts)
@@ -227,7 +222,7 @@ class ExactEngine:
             raise RecipeError(f"{self.folder}: is closed or read-only; open it for writing")
 
     def _by_id(self) -> dict[str, tuple[LivePart, int]]:
-        """Where each id is; read when the first change or look-up needs it."""
+        """Return the part and row of each id; read when first needed."""
         if self._places is None:
             self._places = {}
             for part in self._parts:
@@ -261,7 +256,7 @@ class ExactEngine:
                 self._replace(start, part_of(merged_in_memory(self._parts[start:])))
 
     def _tail(self, start: int, lowest: int = 0) -> int:
-        """Where to begin, so that a segment is copied only into one at least twice as large."""
+        """Return where to begin, so that a segment is copied only into one twice as large."""
         size = sum(map(len, self._parts[start:]))
         while start > lowest and len(self._parts[start - 1]) <= min(size, MERGED):
             start -= 1
@@ -269,7 +264,7 @@ class ExactEngine:
         return start
 
     def _write(self, start: int) -> None:
-        """Make one segment on the disk of all from this one on."""
+        """Merge the parts from ``start`` on into one segment on the disk."""
         if not any(map(len, self._parts[start:])):
             self._replace(start, None)
             return
@@ -310,13 +305,10 @@ class ExactEngine:
             found += _ranked(SegmentScan(queries.take(block), views), fusion, kinds, k)
         rows = np.unique(np.array([hit.row for hits in found for hit in hits], np.int64))
         records = dict(zip(rows.tolist(), _records(views, rows), strict=True))
-        self._check_scores(hit.score for hits in found for hit in hits)
-        return [[Hit(records[hit.row], hit.score, hit.scores) for hit in hits] for hits in found]
-
-    def _check_scores(self, scores: Iterable[float]) -> None:
-        """Raise for NaN: stored vectors and queries were finite, so files must have changed."""
-        if not all(map(isfinite, scores)):
+        if not all(isfinite(hit.score) for hits in found for hit in hits):
+            # Stored vectors and queries were finite, so files must have changed.
             raise damaged(self.folder, "its vectors hold NaN or infinity")
+        return [[Hit(records[hit.row], hit.score, hit.scores) for hit in hits] for hits in found]
 
     def fetch(self, ids: Sequence[str]) -> list[Record | None]:
         """Return the records of these ids; None for an unknown id."""
@@ -334,7 +326,7 @@ class ExactEngine:
         return [records[rows[name]] if name in rows else None for name in ids]
 
     def scan(self, where: Where | None = None) -> Iterator[Record]:
-        """All records as they are now, in order of upserting."""
+        """Yield all records as of now, in order of upserting."""
         with self._lock:
             views = self._views(where or {})
         for view in views:
@@ -359,7 +351,7 @@ class ExactEngine:
             )
 
     def _views(self, where: Where) -> list[SegmentView]:
-        """The segments, and which of their rows may be found; not changed by later changes."""
+        """Return the segments and which of their rows may be found, unaffected by later changes."""
         views, begin = [], 0
         for part in self._parts:
             allowed = None if part.alive.all() else part.alive.copy()
@@ -426,13 +418,13 @@ def _rows_of(found: HybridHits, weights: Weights) -> list[list[RankedRow]]:
 
 
 def _as_compared(queries: Vectors) -> Vectors:
-    """In float32, each token once."""
+    """Return the queries in float32, with each term of a text once."""
     queries = queries.with_tensors([tensor.detach().float() for tensor in queries.tensors()])
     return queries if queries.sparse is None else replace(queries, sparse=queries.sparse.merged())
 
 
 def _records(views: Sequence[SegmentView], rows: Int64[np.ndarray, "rows"]) -> list[Record]:
-    """The records of these rows, which ascend."""
+    """Return the records of these rows, which ascend."""
     found = []
     for view in views:
         low, high = np.searchsorted(rows, [view.begin, view.begin + len(view.segment)])
@@ -442,16 +434,15 @@ def _records(views: Sequence[SegmentView], rows: Int64[np.ndarray, "rows"]) -> l
 
 
 def _read(folder: Path) -> tuple[Manifest, list[LivePart]]:
-    """The last commit; another process may replace it while we read."""
-    look = partial(manifests.read, folder)
+    """Open the last commit; another process may replace it meanwhile."""
     for _ in range(_ATTEMPTS):
-        found = look()
+        found = manifests.read(folder)
         if found is None:
             what = "is not an index" if folder.exists() else "no such folder"
             raise IndexFolderError(f"{folder}: {what}; build one with: tercet index")
         try:
             return found, manifests.open_parts(folder, found)
         except IndexFolderError:
-            if look() == found:
+            if manifests.read(folder) == found:
                 raise
     raise IndexFolderError(f"{folder}: changes while it is read; try again in a moment")

@@ -1,10 +1,9 @@
-"""What an exact engine's folder holds at its last commit, and how a commit is made.
+"""Commits of an exact engine's folder.
 
 A commit is one rename of ``manifest.json``. Segments and lists of deleted rows are written before
-it under names that were never used, and what no manifest names is swept away by the next writer.
+it under unused names; the next writer deletes those that no manifest names.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 import numpy as np
 
 from tercet.errors import IndexFolderError
+from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import replacing_file
 from tercet.kinds import KINDS, Kind
 from tercet.rank.quantized import STORED, Ranges, Stored
@@ -36,19 +36,19 @@ class Manifest:
     widths: Mapping[Kind, int] = field(default_factory=dict)  # of each kind; 0 for terms
     precision: TokenPrecision = "float16"  # of token vectors
     stored: Stored = "float32"  # the dense vectors
-    ranges: Ranges | None = None  # of their codes; None: no vector has come yet, or in float32
+    ranges: Ranges | None = None  # of codes; None for float32 and before the first vector
     segments: Sequence[str] = ()
     deleted: str | None = None  # the file of rows, counted over all segments
     version: int = VERSION
 
     @property
     def names(self) -> list[str]:
-        """Of the files and folders that it is made of."""
+        """Names of its files and folders."""
         return [*self.segments, *([] if self.deleted is None else [self.deleted])]
 
     @property
     def coding(self) -> Coding | None:
-        """How dense vectors become codes; None where they do not, or nothing is settled yet."""
+        """How dense vectors become codes; None for float32, or before ranges are known."""
         return None if self.ranges is None else Coding.by(self.stored, self.ranges)
 
 
@@ -59,7 +59,7 @@ def read(folder: Path) -> Manifest | None:
         IndexFolderError: when it cannot be read, or is of another version.
     """
     try:
-        about = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        about = read_json(folder / FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -74,7 +74,7 @@ def read(folder: Path) -> Manifest | None:
 
 
 def _ranges_of(folder: Path, about: Mapping[str, Any]) -> Ranges | None:
-    """The ranges of codes, which have to be there where vectors are in codes."""
+    """Read the ranges of codes, which vectors in codes need."""
     record, dims = about["ranges"], about["widths"].get("dense")
     if record is None:
         if about["stored"] != "float32" and about["segments"] and dims is not None:
@@ -111,12 +111,12 @@ def _is_ours(name: object) -> bool:
 
 
 def number_of(name: str) -> int:
-    """The number in the name of a segment or of a list of deletions."""
+    """Return the number in the name of a segment or of a list of deletions."""
     return int(Path(name).stem.rpartition("-")[2])
 
 
 def open_parts(folder: Path, manifest: Manifest) -> list[LivePart]:
-    """The segments of a commit, and which of their rows are alive.
+    """Open the segments of a commit with the mask of their rows that are alive.
 
     Raises:
         IndexFolderError: when a file is missing or damaged.
@@ -139,7 +139,7 @@ def open_parts(folder: Path, manifest: Manifest) -> list[LivePart]:
 def _mark(path: Path, parts: Sequence[LivePart]) -> None:
     rows = mapped(path)
     if rows.ndim != 1 or rows.dtype != np.int64 or not (rows[1:] > rows[:-1]).all():
-        raise damaged(path.parent, f"{path.name} holds other things")
+        raise damaged(path.parent, f"{path.name} must hold ascending row numbers")
     if len(rows) and not 0 <= rows[0] <= rows[-1] < sum(len(part.segment) for part in parts):
         raise damaged(path.parent, f"{path.name} names rows that are not there")
     begin = 0
@@ -150,10 +150,10 @@ def _mark(path: Path, parts: Sequence[LivePart]) -> None:
 
 
 def commit(folder: Path, manifest: Manifest, parts: Sequence[LivePart]) -> Manifest:
-    """Make these parts, all of them in the folder, what the next one to open it finds.
+    """Make these parts, whose files are in the folder, its current content.
 
     Raises:
-        StorageError: when the disk refuses; the commit before it stands.
+        StorageError: when the disk refuses; the commit before it remains.
     """
     number = manifest.number + 1
     gone = np.concatenate([np.zeros(0, np.bool_), *(~part.alive for part in parts)])
@@ -166,14 +166,13 @@ def commit(folder: Path, manifest: Manifest, parts: Sequence[LivePart]) -> Manif
     made = replace(
         manifest, number=number, widths=dict(manifest.widths), segments=names, deleted=deleted
     )
-    with replacing_file(folder / FILE) as fresh:
-        fresh.write_text(json.dumps(asdict(made), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / FILE, asdict(made))
     return made
 
 
-def sweep(folder: Path, manifest: Manifest, keep: Sequence[str] = ()) -> None:
-    """Delete what a killed writer or an older commit left; a reader keeps what it has open."""
-    named = {*manifest.segments, manifest.deleted, *keep}
+def sweep(folder: Path, manifest: Manifest) -> None:
+    """Delete files of killed writers and older commits; readers keep what they have mapped."""
+    named = manifest.names
     for path in sorted(folder.iterdir()):
         if path.name.lstrip(".").startswith(OURS) and path.name not in named:
             if path.is_dir():
@@ -184,11 +183,7 @@ def sweep(folder: Path, manifest: Manifest, keep: Sequence[str] = ()) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a folder that holds other things.
-
-    Raises:
-        IndexFolderError: when it is a file, or files of another kind are in it.
-    """
+    """Raise IndexFolderError for a file, or a folder that holds other files."""
     if folder.exists() and (not folder.is_dir() or any(_foreign(folder))):
         raise IndexFolderError(
             f"{folder}: is not an index and would be overwritten; choose another folder"

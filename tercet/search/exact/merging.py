@@ -1,7 +1,7 @@
-"""Segments made of records, and one segment made of several, in memory or in a folder.
+"""Segments made of records or merged from others, in memory or in a folder.
 
-A folder holds ``records.parquet`` and an ``.npy`` file an array. What has been deleted is left out,
-and the order of the records is kept.
+A folder holds ``records.parquet`` and one ``.npy`` file per array. Merging drops deleted rows and
+keeps the order of the others.
 """
 
 import warnings
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64, Shaped
 
 from tercet.errors import ModelError
+from tercet.files.artifacts import write_npy_rows
 from tercet.files.atomic import replacing_folder
 from tercet.kinds import Kind
 from tercet.rank.scoring import Postings
@@ -56,12 +57,12 @@ _TYPES: Final = {
     "multi": ("float16", "float32"),
     "multi_offsets": ("int64",),
 }
-_UNREADABLE: Final = (  # what numpy raises at a file that is not what it was
+_UNREADABLE: Final = (  # what numpy raises at a damaged file
     *(OSError, EOFError, ValueError, SyntaxError, TypeError),
     *(OverflowError, MemoryError, RecursionError, TokenError),
 )
 _FILES: Final = {name: f"{name}.npy" for name in _TYPES}
-_TABLES: Final = ("dense", *_CODES, "multi")  # a row a vector; other files have a number a row
+_TABLES: Final = ("dense", *_CODES, "multi")  # of two dimensions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,29 +79,28 @@ class LivePart:
 
 
 def part_of(segment: Segment, folder: Path | None = None) -> LivePart:
-    """The segment with all of its rows alive."""
+    """Return the segment with all of its rows alive."""
     return LivePart(segment, np.ones(len(segment), dtype=np.bool_), folder)
 
 
 def segment_of(
     records: Sequence[Record], vectors: Vectors, precision: str, coding: Coding | None = None
 ) -> Segment:
-    """These records in memory; ``precision`` is that of the token vectors.
+    """Return these records in memory; ``precision`` is that of the token vectors.
 
     Raises:
         ModelError: when a value is too large for the precision.
     """
     dense, sparse, multi = vectors.dense, vectors.sparse, vectors.multi
+    coded = None if dense is None else dense.detach().float().numpy()
+    if coded is not None and coding is not None:
+        coded = coding.coded(coded)
     return Segment(
         RecordTable.of(records),
-        None if dense is None else _coded(dense.detach().float().numpy(), coding),
+        coded,
         None if sparse is None else _postings(sparse.merged()),
         None if multi is None else _rows(multi, precision),
     )
-
-
-def _coded(dense: np.ndarray, coding: Coding | None) -> DenseVectors:
-    return dense if coding is None else coding.coded(dense)
 
 
 def _rows(multi: TokenRows, precision: str) -> SegmentTokens:
@@ -120,7 +120,7 @@ def _postings(terms: Terms) -> Postings:
 
 
 def _sorted(tokens: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Postings:
-    """Inverted lists of (token, row, weight) whose rows ascend for each token."""
+    """Return inverted lists of (token, row, weight) whose rows ascend for each token."""
     order = np.argsort(tokens, kind="stable")
     words, counts = np.unique(tokens, return_counts=True)
     offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
@@ -128,7 +128,7 @@ def _sorted(tokens: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Postin
 
 
 def merged_in_memory(parts: Sequence[LivePart]) -> Segment:
-    """One segment of what is alive in these."""
+    """Return one segment of the rows that are alive in these."""
     tables = list(_tables(parts))
     table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     first = parts[0].segment
@@ -143,7 +143,7 @@ def merged_in_memory(parts: Sequence[LivePart]) -> Segment:
 
 
 def write_merged(folder: Path, parts: Sequence[LivePart]) -> Segment:
-    """Write one segment of what is alive in these, and open it.
+    """Write one segment of the rows that are alive in these, and open it.
 
     Vectors are copied block by block and need not fit in memory; lists of terms have to.
 
@@ -172,15 +172,14 @@ def write_merged(folder: Path, parts: Sequence[LivePart]) -> Segment:
             shape = (int(offsets[-1]), first.multi.vectors.shape[1])
             _write(fresh, "multi", _multi(parts), shape, first.multi.vectors.dtype)
             _write(fresh, "multi_offsets", [offsets], offsets.shape, offsets.dtype)
-    kinds: tuple[Kind, ...] = tuple(kind for kind in _ARRAYS if _has(first, kind))
+    kinds: tuple[Kind, ...] = tuple(kind for kind in _ARRAYS if kind in first.widths)
     return open_segment(folder, kinds, coding_of(first.dense))
 
 
 def open_segment(folder: Path, kinds: Sequence[Kind], coding: Coding | None = None) -> Segment:
-    """The segment of a folder, its vectors mapped into memory; ``coding`` is that of dense ones.
+    """Open the segment of a folder, with its vectors mapped into memory.
 
-    What says where things are is checked: a wrong offset would be a wrong answer, or a crash. The
-    vectors are not read.
+    Offsets are checked, since a wrong one would be a wrong answer or a crash; vectors are not read.
 
     Raises:
         IndexFolderError: when a file is missing, damaged, or disagrees with another.
@@ -223,7 +222,7 @@ def _records_file(folder: Path) -> pq.ParquetFile:
 
 
 def mapped(path: Path) -> np.ndarray:
-    """The array of a file, of which nothing is read before it is needed.
+    """Return the array of a file, mapped into memory.
 
     Raises:
         IndexFolderError: when it cannot be read.
@@ -237,7 +236,7 @@ def mapped(path: Path) -> np.ndarray:
 
 
 def _are_bounds(bounds: np.ndarray, end: int) -> bool:
-    """Whether runs that begin and end at these are all of ``end`` things, in order."""
+    """Return whether these are bounds of runs that cover ``end`` rows in order."""
     if not len(bounds) or bounds[0] != 0 or bounds[-1] != end:
         return False
     return bool((bounds[1:] >= bounds[:-1]).all())
@@ -254,26 +253,13 @@ def _are_lists(lists: Postings, count: int) -> bool:
     )
 
 
-def _has(segment: Segment, kind: Kind) -> bool:
-    return getattr(segment, kind) is not None
-
-
 def _write(folder: Path, name: str, blocks: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """A .npy file of blocks of rows, whose number is known before."""
     with (folder / _FILES[name]).open("wb") as file:
-        _write_header(file, shape, dtype)
-        for block in blocks:
-            file.write(np.ascontiguousarray(block, dtype=dtype.newbyteorder("<")).data)
-
-
-def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    kind = np.lib.format.dtype_to_descr(dtype.newbyteorder("<"))
-    header = {"descr": kind, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+        write_npy_rows(file, shape, dtype.newbyteorder("<").str, blocks)
 
 
 def _names(kind: Kind, coding: Coding | None) -> tuple[str, ...]:
-    """The files of a kind."""
+    """Return the names of a kind's arrays."""
     if kind == "dense" and coding is not None:
         return _CODES[: len(coding.quantizers)]
     return _ARRAYS[kind]
@@ -286,7 +272,7 @@ def _merged_dense(first: DenseVectors, parts: Sequence[LivePart]) -> DenseVector
 
 
 def _dense(parts: Sequence[LivePart], place: int) -> Iterator[Shaped[np.ndarray, "docs width"]]:
-    """Of each vector what is alive; ``place`` tells coarse codes from finer ones."""
+    """Yield the alive rows of the vectors or codes with number ``place``."""
     for part in parts:
         assert part.segment.dense is not None
         vectors = arrays_of(part.segment.dense)[place]
@@ -300,7 +286,7 @@ def _multi(parts: Sequence[LivePart]) -> Iterator[Shaped[np.ndarray, "rows width
         rows = part.segment.multi
         assert rows is not None
         alive = np.repeat(part.alive, np.diff(rows.offsets))
-        yield rows.vectors[:0]  # of a segment without any, too
+        yield rows.vectors[:0]  # a block even of a segment without tokens
         for start in range(0, len(alive), _BLOCK):
             block = slice(start, start + _BLOCK)
             yield rows.vectors[block][alive[block]]
@@ -330,7 +316,7 @@ def _merged_postings(parts: Sequence[LivePart]) -> Postings:
 
 
 def _tables(parts: Sequence[LivePart]) -> Iterator[pa.Table]:
-    """The records that are alive, as they were read."""
+    """Yield the records that are alive."""
     for part in parts:
         start = 0
         for table in part.segment.documents.blocks():
@@ -339,7 +325,7 @@ def _tables(parts: Sequence[LivePart]) -> Iterator[pa.Table]:
 
 
 def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of one size, so that a hit is as cheap to read after every merge."""
+    """Yield the same rows in tables of one size, so that merges do not make hits slower to read."""
     rest = SCHEMA.empty_table()
     for table in tables:
         rest = pa.concat_tables([rest, table])

@@ -1,4 +1,4 @@
-"""A run of records and their vectors that never changes, in memory or mapped from a folder."""
+"""Immutable runs of records with their vectors, in memory or mapped from a folder."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +21,8 @@ from tercet.rank.scoring import Postings
 from tercet.rank.topk import Hits
 from tercet.search.engine.engine import Record, Value, Where
 
-CANDIDATES: Final = 100  # of codes, at least: so few cost nothing
-ROWS_PER_GROUP: Final = 512  # records that are read together for the sake of one hit
+CANDIDATES: Final = 100  # of codes, at least: their cost is negligible
+ROWS_PER_GROUP: Final = 512  # records that are read for one hit
 SCHEMA: Final = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "fields")])
 
 
@@ -38,7 +38,7 @@ class SegmentTokens:
 class RecordTable:
     """The records of a segment: a table in memory, or a file of row groups.
 
-    What reads the file raises an IndexFolderError where it finds it damaged.
+    Methods that read a damaged file raise IndexFolderError.
     """
 
     source: pa.Table | pq.ParquetFile
@@ -50,10 +50,10 @@ class RecordTable:
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> "RecordTable":
-        """These records, in memory.
+        """Hold these records in memory.
 
         Raises:
-            DataError: when a field holds something that JSON cannot say.
+            DataError: when JSON cannot represent a field.
         """
         rows = [[r.id, r.title, r.text, _as_json(r)] for r in records]
         columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[]] * 4
@@ -65,7 +65,7 @@ class RecordTable:
             yield self._group(group, columns)
 
     def read(self, rows: Int64[np.ndarray, "rows"]) -> list[Record]:
-        """The records of these rows; each row group that holds one is read once."""
+        """Return the records of these rows; each row group is read once."""
         starts = self._starts()
         group_of = np.searchsorted(starts, rows, side="right") - 1
         found: dict[int, Record] = {}
@@ -76,11 +76,11 @@ class RecordTable:
         return [found[row] for row in rows.tolist()]
 
     def ids(self) -> list[str]:
-        """The id of each row."""
+        """Return the id of each row."""
         return [name for block in self.blocks(["id"]) for name in self._column(block, "id")]
 
     def fields(self) -> Iterator[Mapping[str, Value | Sequence[Value]]]:
-        """The fields of each row."""
+        """Yield the fields of each row."""
         for block in self.blocks(["fields"]):
             for text in self._column(block, "fields"):
                 with self._undamaged():
@@ -88,7 +88,7 @@ class RecordTable:
                 yield fields
 
     def records_of(self, block: pa.Table) -> list[Record]:
-        """The records of a block's rows."""
+        """Return the records of a block's rows."""
         columns = (self._column(block, name) for name in SCHEMA.names)
         with self._undamaged():
             return [
@@ -102,7 +102,7 @@ class RecordTable:
 
     @contextmanager
     def _undamaged(self) -> Iterator[None]:
-        """Name the folder and the remedy when the file is not what was written."""
+        """Turn errors of a damaged file into an IndexFolderError."""
         try:
             yield
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
@@ -111,7 +111,7 @@ class RecordTable:
             raise damaged(self.folder, f"its records cannot be read: {error}") from error
 
     def _starts(self) -> Int64[np.ndarray, "bounds"]:
-        """Where the row groups begin, and where the last one ends."""
+        """Return where the row groups begin, and where the last one ends."""
         if not isinstance(self.source, pq.ParquetFile):
             return np.array([0, self.source.num_rows])
         about = self.source.metadata
@@ -124,7 +124,7 @@ class RecordTable:
         with self._reading, self._undamaged():
             table = self.source.read_row_group(group, columns=list(columns))
             if len(table) != self.source.metadata.row_group(group).num_rows:
-                raise ValueError("there are fewer or more than there should be")
+                raise ValueError("a row group has the wrong number of records")
             return table
 
 
@@ -150,14 +150,14 @@ def _as_json(record: Record) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coding:
-    """How vectors of one width become codes: those that are searched, and perhaps finer ones."""
+    """Quantizers of vectors of one width: of the codes searched, and perhaps of finer ones."""
 
     dims: int
     quantizers: tuple[Quantizer, ...]
 
     @classmethod
     def by(cls, stored: Stored, ranges: Ranges) -> "Coding":
-        """Make it from the ranges of codes, for ``stored`` other than float32."""
+        """Return the coding by these ranges, for ``stored`` other than float32."""
         return cls(len(ranges.centre), tuple(map(ranges.quantizer, codes_of(stored))))
 
     @property
@@ -172,7 +172,7 @@ class Coding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CodedVectors:
-    """Vectors in codes, in memory or mapped from a file each; in place of an array of them."""
+    """Vectors in codes, in memory or mapped from files."""
 
     coding: Coding
     arrays: tuple[UInt8[np.ndarray, "docs _"], ...]
@@ -279,7 +279,7 @@ class Segment:
         return kept
 
     def _rows_by_value(self) -> dict[tuple[str, bool, Value], Shaped[np.ndarray, "rows"]]:
-        """The rows of each field's each value; read once, when the first filter comes."""
+        """Return the rows of each value of each field."""
         found: dict[tuple[str, bool, Value], list[int]] = {}
         for row, fields in enumerate(self.documents.fields()):
             for name, values in fields.items():
@@ -297,5 +297,5 @@ def _listed(value: Value | Sequence[Value]) -> Sequence[Value]:
 
 
 def _key(value: Value) -> tuple[bool, Value]:
-    """What a value is found by: Python takes True for 1."""
+    """Return a key that distinguishes True from 1."""
     return isinstance(value, bool), value

@@ -1,15 +1,12 @@
-"""Qdrant Edge: an approximate engine inside this process, for more documents than are scanned.
+"""Qdrant Edge: an approximate engine inside this process, for large indexes.
 
-A query holds Python's global lock while it runs, and one process at a time opens a folder: a server
-keeps it in one separate process. What was upserted is scanned until ``optimize()`` has built a
-graph of the dense vectors. Dense vectors may have codes of 8, 4 or 1 bits, Qdrant's own, by which
-candidates are found; they are scored again by the vectors themselves, which stay on the disk and
-take as much of it as before: codes save memory and time. Token vectors have no graph: they rank
-candidates. They are stored in float16, since in ``Uint8`` this version scores them wrong, without a
-word.
+A query holds Python's global lock while it runs, and one process at a time opens a folder. New
+points are scanned until ``optimize()`` has built a graph of the dense vectors. Qdrant's codes of 8,
+4 or 1 bits find candidates, which the vectors on the disk score again: codes save memory and time,
+not disk space. Token vectors have no graph and only rank candidates. They are stored in float16,
+since this version silently scores ``Uint8`` wrong.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,10 +15,10 @@ from typing import Any, Final, cast
 from uuid import UUID
 
 from tercet.errors import IndexFolderError, MissingExtraError, StorageError
+from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import (
     clear_about,
     recover_folder,
-    replacing_file,
     replacing_folder,
     sole_writer,
 )
@@ -59,8 +56,8 @@ class EdgeStore:
         """Open a folder, or make a new one.
 
         ``ef`` is how many dense neighbours the graph search keeps in view: more is slower and
-        misses fewer. None is the engine's own choice. ``stored`` says which codes dense vectors
-        get; None: those that they have there, or none.
+        misses fewer; None leaves it to the engine. ``stored`` selects the codes of dense vectors;
+        None keeps those of the folder, or uses no codes.
 
         Raises:
             RecipeError: when another process has it open, or it has other codes.
@@ -71,9 +68,10 @@ class EdgeStore:
         self._stored: Stored = stored or "float32"
         self._threads = threads
         self._make = _request_maker(ef)
-        self._opened: edge.EdgeShard | None = None  # none before ``create``
+        self._opened: edge.EdgeShard | None = None  # None before ``create``
         self._closed = False
-        self._widths: dict[Kind, int] = {}
+        self.place = str(folder)
+        self.widths: Widths = {}
         self._held = ExitStack()
         self._held.enter_context(sole_writer(self._folder))
         try:
@@ -85,16 +83,6 @@ class EdgeStore:
                 self._opened.close()
             self._held.close()
             raise
-
-    @property
-    def place(self) -> str:
-        """The folder."""
-        return str(self._folder)
-
-    @property
-    def widths(self) -> Widths:
-        """Of the vectors that it takes; none before ``create``."""
-        return self._widths
 
     @property
     def _shard(self) -> edge.EdgeShard:
@@ -109,7 +97,7 @@ class EdgeStore:
         if not points.exists():
             return
         with self._reading():
-            self._widths = _read_widths(points / _WIDTHS)
+            self.widths = _read_widths(points / _WIDTHS)
             self._stored = _read_stored(points / _STORED)
             self._opened = edge.EdgeShard.load(str(points / _SHARD))
 
@@ -125,8 +113,8 @@ class EdgeStore:
             )
             shard.flush()
             shard.close()
-            (fresh / _WIDTHS).write_text(json.dumps(widths), encoding="utf-8")
-            (fresh / _STORED).write_text(json.dumps(self._stored), encoding="utf-8")
+            write_json(fresh / _WIDTHS, widths, indent=None)
+            write_json(fresh / _STORED, self._stored, indent=None)
         self._open()
 
     @contextmanager
@@ -136,7 +124,7 @@ class EdgeStore:
             with clear_about(self._folder):
                 yield
         except BaseException as error:
-            if not _is_the_engine_s(error):
+            if not _is_from_edge(error):
                 raise
             raise StorageError(self._folder, str(error)) from error
 
@@ -148,7 +136,7 @@ class EdgeStore:
         except (OSError, ValueError) as error:
             raise self._damaged(str(error)) from error
         except BaseException as error:
-            if not _is_the_engine_s(error):
+            if not _is_from_edge(error):
                 raise
             raise self._damaged(str(error)) from error
 
@@ -177,7 +165,7 @@ class EdgeStore:
         numbers: list[Any] = list(ids)
         with self._reading():
             found = self._shard.retrieve(numbers, with_payload=with_payload, with_vector=False)
-        return {_uuid(point): point.payload or {} for point in found}
+        return {cast("UUID", point.id): point.payload or {} for point in found}
 
     def page(self, facts: Facts, start: Any, size: int) -> tuple[list[Payload], Any]:
         """Return at most ``size`` points that match a filter, and the start of the next page."""
@@ -193,19 +181,22 @@ class EdgeStore:
         return [point.payload or {} for point in points], following
 
     def ask(self, asks: Sequence[PointQuery]) -> list[list[ScoredPoint]]:
-        """The points that each search finds."""
+        """Return the points that each search finds."""
         if not asks:
             return []
         requests = [self._make.request_of(ask) for ask in asks]
         with self._reading():
             answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
         return [
-            [ScoredPoint(_uuid(point), point.score, point.payload or {}) for point in points]
+            [
+                ScoredPoint(cast("UUID", point.id), point.score, point.payload or {})
+                for point in points
+            ]
             for points in answers
         ]
 
     def count(self) -> int:
-        """How many points there are."""
+        """Return the number of points."""
         with self._reading():
             return self._shard.count(edge.CountRequest(exact=True))
 
@@ -217,18 +208,17 @@ class EdgeStore:
         self.flush()
 
     def flush(self) -> None:
-        """Put everything on the disk; after it a kill loses nothing."""
+        """Write everything to disk, so that a kill loses nothing."""
         if self._opened is None:
             return
         with self._writing():
             self._shard.flush()
         path = self._folder / _PENDING
         if self._pending != _read_pending(path):
-            with replacing_file(path) as fresh:
-                fresh.write_text(json.dumps(self._pending), encoding="utf-8")
+            write_json(path, self._pending, indent=None)
 
     def usage(self) -> tuple[int, int]:
-        """Bytes on the disk, and how many points wait to be optimized."""
+        """Return the bytes on the disk, and how many points wait to be optimized."""
         files = (path for path in self._folder.rglob("*") if path.is_file())
         used = sum(path.stat().st_blocks * 512 for path in files)  # its files have holes
         return used, self._pending
@@ -247,22 +237,14 @@ class EdgeStore:
             self._held.close()
 
 
-def _is_the_engine_s(error: BaseException) -> bool:
+def _is_from_edge(error: BaseException) -> bool:
     """Return whether Qdrant Edge raised it: it raises plain exceptions, or panics."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
-def _uuid(point: Any) -> UUID:
-    return point.id
-
-
 def _read_widths(path: Path) -> dict[Kind, int]:
-    """The kinds of vectors, with their widths.
-
-    Raises:
-        ValueError: when the file does not say.
-    """
-    found = json.loads(path.read_text(encoding="utf-8"))
+    """Read the kinds of vectors with their widths; ValueError for other content."""
+    found = read_json(path)
     numbers = found.values() if isinstance(found, dict) and set(found) <= set(KINDS) else [None]
     if not found or not all(type(number) is int for number in numbers):
         raise ValueError(f"{path.name} has invalid content")
@@ -270,12 +252,8 @@ def _read_widths(path: Path) -> dict[Kind, int]:
 
 
 def _read_stored(path: Path) -> Stored:
-    """How dense vectors are stored; older folders do not say, and have no codes.
-
-    Raises:
-        ValueError: when the file says what cannot be.
-    """
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else "float32"
+    """Read how dense vectors are stored; older folders lack the file, and have no codes."""
+    found = read_json(path) if path.exists() else "float32"
     if found not in STORED:
         raise ValueError(f"{path.name} has invalid content")
     return found
@@ -283,7 +261,7 @@ def _read_stored(path: Path) -> Stored:
 
 def _read_pending(path: Path) -> int:
     try:
-        return int(json.loads(path.read_text(encoding="utf-8")))
+        return int(read_json(path))
     except (OSError, ValueError, TypeError):  # never flushed, or damaged: nothing depends on it
         return 0
 

@@ -1,9 +1,8 @@
-"""How both Qdrant engines store a record.
+"""Records as points of both Qdrant engines.
 
-It is a point with up to three named vectors, ``dense``, ``sparse`` and ``multi``; a kind that a
-text has nothing of is left out. Its payload holds ``id``, ``title``, ``text``, ``fields``, and
-``facts``: every field and value as one word, so that a single keyword index serves all filters,
-whatever the values' types. Points are numbered by the UUID5 of the id.
+A point has up to three named vectors, ``dense``, ``sparse`` and ``multi``; empty ones are left out.
+Its payload holds ``id``, ``title``, ``text``, ``fields``, and ``facts``: each field with a value as
+one word, so that a single keyword index serves all filters. Its id is the UUID5 of the record's.
 """
 
 import json
@@ -39,7 +38,7 @@ class TermRow:
 
 PointVector: TypeAlias = np.ndarray | TermRow  # of one text: [dim], terms, or [tokens, width]
 PointVectors: TypeAlias = Mapping[Kind, PointVector]
-Facts: TypeAlias = tuple[tuple[str, ...], ...]  # of each group a record has one
+Facts: TypeAlias = tuple[tuple[str, ...], ...]  # a record needs one of each group
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class Point:
 
     @property
     def numbers(self) -> int:
-        """How many numbers its vectors have."""
+        """The number of numbers in its vectors."""
         return sum(
             2 * len(part.ids) if isinstance(part, TermRow) else part.size
             for part in self.parts.values()
@@ -60,13 +59,7 @@ class Point:
 
 
 def check_stored(stored: Stored | None) -> None:
-    """Check that Qdrant can store dense vectors so.
-
-    Both have their own codes of 8, 4 and 1 bits beside the vectors, which re-score candidates.
-
-    Raises:
-        RecipeError: for bits with finer codes.
-    """
+    """Raise RecipeError for bits with finer codes, which Qdrant lacks."""
     if stored == "binary+int8":
         raise RecipeError(
             "Qdrant scores what bits find by the vectors themselves, which it keeps: take binary "
@@ -75,13 +68,13 @@ def check_stored(stored: Stored | None) -> None:
 
 
 def uuid_of(name: str) -> UUID:
-    """The number of the point that holds the record of this id: its UUID5 in the URL namespace."""
-    named = NAMESPACE_URL.bytes + name.encode("utf-8", "surrogatepass")  # any string may be asked
+    """Return the id of a record's point: its UUID5 in the URL namespace."""
+    named = NAMESPACE_URL.bytes + name.encode("utf-8", "surrogatepass")  # for any string
     return UUID(bytes=sha1(named).digest()[:16], version=5)
 
 
 def points_of(records: Sequence[Record], vectors: Vectors, widths: Widths) -> list[Point]:
-    """The records as they are stored, once they and their vectors are found to be in order.
+    """Check records and their vectors, and return them as points.
 
     Raises:
         ModelError: when the vectors have other kinds or widths than the store, or NaN.
@@ -98,7 +91,7 @@ def points_of(records: Sequence[Record], vectors: Vectors, widths: Widths) -> li
 
 
 def parts_of(vectors: Vectors) -> list[dict[Kind, PointVector]]:
-    """The vectors text by text, without kinds that a text has nothing of."""
+    """Return the vectors of each text by kind, without empty ones."""
     rows: list[dict[Kind, PointVector]] = [{} for _ in range(len(vectors))]
     if vectors.dense is not None:
         for row, vector in zip(rows, _array(vectors.dense), strict=True):
@@ -122,12 +115,11 @@ def _array(values: torch.Tensor) -> np.ndarray:
 
 
 def _slices(offsets: torch.Tensor) -> list[slice]:
-    bounds = offsets.tolist()
-    return [slice(low, high) for low, high in pairwise(bounds)]
+    return [slice(low, high) for low, high in pairwise(offsets.tolist())]
 
 
 def payload_of(record: Record, number: int | None = None) -> dict[str, Any]:
-    """What is stored beside the vectors.
+    """Return the payload of a record.
 
     Raises:
         DataError: when a field has a value that Qdrant cannot hold.
@@ -154,10 +146,10 @@ def payload_of(record: Record, number: int | None = None) -> dict[str, Any]:
 
 
 def record_of(payload: Mapping[str, Any]) -> Record:
-    """The record that a payload was made of.
+    """Return the record of a payload.
 
     Raises:
-        KeyError, TypeError: when it was made of none.
+        KeyError, TypeError: when another program wrote it.
     """
     record = Record(payload["id"], payload["text"], payload["title"], payload["fields"])
     texts = (record.id, record.text, record.title)
@@ -167,7 +159,7 @@ def record_of(payload: Mapping[str, Any]) -> Record:
 
 
 def facts_of(where: Where | None) -> Facts:
-    """What a filter asks for: a group of facts a field, of which a record has one."""
+    """Return a group of facts for each field of a filter; a record needs one of each group."""
     groups = ((name, _plain(value)) for name, value in (where or {}).items())
     return tuple(
         tuple(_fact(name, one) for one in (value if isinstance(value, list) else [value]))
@@ -188,7 +180,7 @@ def _storable(value: object) -> bool:
 
 
 def _fact(name: str, value: Value) -> str:
-    """A field and its value as one word; 1 and 1.0 are the same, 1 and true are not."""
+    """Return a field and its value as one word; 1 equals 1.0, but not true."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     word = json.dumps([name, value])

@@ -1,4 +1,4 @@
-"""The engine that both Qdrants are: records become points, and a store keeps these.
+"""The engine on both Qdrants, which keeps records as points in a store.
 
 The store is a folder that Qdrant Edge writes inside this process
 (:class:`tercet.search.qdrant.edge.EdgeStore`), or a collection on a server
@@ -24,29 +24,19 @@ Payload: TypeAlias = Mapping[str, Any]
 
 @runtime_checkable
 class Store(Protocol):
-    """Where points are kept. It is asked for no more of them together than one call may name."""
+    """A place where points are kept; a call names at most ``POINTS_AT_ONCE`` of them."""
 
-    @property
-    def place(self) -> str:
-        """What to call it in a message."""
-        ...
-
-    @property
-    def widths(self) -> Widths:
-        """Of the vectors that it takes; none before ``create``."""
-        ...
+    place: str  # its name in messages
+    widths: Widths  # of its vectors; empty before ``create``
 
     def create(self, widths: Widths) -> None:
-        """Make it ready for vectors of these kinds and widths."""
-        ...
+        """Make it for vectors of these kinds and widths."""
 
     def put(self, points: Sequence[Point]) -> None:
         """Add points, or replace those of the same numbers; any number of them."""
-        ...
 
     def drop(self, ids: Sequence[UUID]) -> None:
         """Remove points, all of which are there."""
-        ...
 
     def look_up(self, ids: Sequence[UUID], *, with_payload: bool) -> dict[UUID, Payload]:
         """Return the existing points, with their payloads if wanted."""
@@ -57,40 +47,37 @@ class Store(Protocol):
         ...
 
     def ask(self, asks: Sequence[PointQuery]) -> list[list[ScoredPoint]]:
-        """The points that each search finds."""
+        """Return the points that each search finds."""
         ...
 
     def count(self) -> int:
-        """How many points there are."""
+        """Return the number of points."""
         ...
 
     def optimize(self) -> None:
-        """Build what is searched fast."""
-        ...
+        """Build what makes searches fast."""
 
     def flush(self) -> None:
-        """Put everything on the disk."""
-        ...
+        """Write everything to disk."""
 
     def usage(self) -> tuple[int, int]:
-        """Bytes on this machine's disk, and how many points wait to be optimized."""
+        """Return the bytes on the local disk, and the number of points not yet optimized."""
         ...
 
     def close(self) -> None:
-        """Flush, and let go of it."""
-        ...
+        """Flush, and release it."""
 
 
 class QdrantEngine:
     """Records in a store of points; see :class:`tercet.search.engine.engine.Engine`."""
 
     def __init__(self, store: Store) -> None:
-        """Take a store that is open; ``close`` closes it."""
+        """Use an open store, which ``close`` closes."""
         self.store = store
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of vectors that it holds; none before the first upsert."""
+        """The kinds of vectors that it holds; empty before the first upsert."""
         return tuple(kind for kind in KINDS if kind in self.store.widths)
 
     def upsert(self, records: Sequence[Record], vectors: Vectors) -> None:
@@ -138,7 +125,7 @@ class QdrantEngine:
         return [there.get(uuid_of(name)) for name in ids]
 
     def scan(self, where: Where | None = None) -> Iterator[Record]:
-        """All records, by the numbers of their points."""
+        """Yield all records, by the ids of their points."""
         facts, start = facts_of(where), None
         while self.store.widths:
             payloads, start = self.store.page(facts, start, POINTS_AT_ONCE)
@@ -147,12 +134,12 @@ class QdrantEngine:
                 break
 
     def optimize(self) -> None:
-        """Build what is searched fast, and drop what was deleted."""
+        """Build what makes searches fast, and free the space of deleted points."""
         if self.store.widths:
             self.store.optimize()
 
     def flush(self) -> None:
-        """Put everything on the disk; after it a kill loses nothing."""
+        """Write everything to disk, so that a kill loses nothing."""
         self.store.flush()
 
     def stats(self) -> Stats:
@@ -166,7 +153,7 @@ class QdrantEngine:
         self.store.close()
 
     def _numbers(self, ids: Sequence[str]) -> Iterator[Sequence[UUID]]:
-        """The numbers of their points, each once; none where nothing is stored."""
+        """Yield batches of the ids of their points, each once."""
         numbers = list(dict.fromkeys(map(uuid_of, ids))) if self.store.widths else []
         return batched(numbers, POINTS_AT_ONCE)
 

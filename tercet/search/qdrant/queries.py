@@ -1,8 +1,7 @@
 """Searches of both Qdrant engines.
 
-They ask twice. First for the best points, fused inside the engine: one list a kind, each over the
-same candidates, so that a document missing among the best of one kind gets its true score by it.
-Then for the scores of these few by each kind.
+A first request finds the best points, fused inside the engine from one list per kind over the same
+candidates, so that each has its true score by every kind. A second one gets their scores by kind.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
-    """The best points by one kind, of all or of those that other stages found."""
+    """A search for the best points by one kind, among all or those of other stages."""
 
     kind: Kind
     query: PointVector
@@ -44,10 +43,9 @@ class Prefetch:
 
 @dataclass(frozen=True, slots=True)
 class SumFusion:
-    """Rank by a weighted sum of the stages' scores; a point that is not in one scores zero there.
+    """Rank by a weighted sum of the stages' scores; a point that is missing in one scores zero.
 
-    That is its true score if every stage looks at all candidates: what is left out then has no
-    such vector, or no term of the query.
+    That is its true score if every stage scores all candidates.
     """
 
     weights: tuple[float, ...]
@@ -74,7 +72,7 @@ class PointQuery:
 
 @dataclass(frozen=True, slots=True)
 class ScoredPoint:
-    """A point and what it scored."""
+    """A point with its score."""
 
     id: UUID
     score: float
@@ -150,7 +148,7 @@ def search(  # noqa: PLR0913 (a search, and where it takes place)
 ) -> list[list[Hit]]:
     """Return the best records of each query, with their scores by each kind that counts.
 
-    ``record_of`` makes a record of what is stored beside a point's vectors.
+    ``record_of`` makes a record of a point's payload.
 
     Raises:
         ModelError: when the queries' vectors are of other widths than the store's, or NaN.
@@ -178,16 +176,16 @@ def batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 @dataclass(frozen=True, slots=True)
 class _Planner:
-    """Turns the vectors of a query into what the engine is asked."""
+    """Turns the vectors of a query into a search of the engine."""
 
     fusion: Fusion
     kinds: tuple[Kind, ...]  # that count
-    by: tuple[Kind, ...]  # that propose candidates; none: all records are
+    by: tuple[Kind, ...]  # that propose candidates; if empty, all records
     records: int
     facts: Facts
 
     def __call__(self, parts: PointVectors, k: int) -> PointQuery | None:
-        """None where the query has nothing to be found by."""
+        """Return the search of one query; None without vectors that propose candidates."""
         limit = min(wanted(self.fusion, k), self.records)
         proposed = tuple(Prefetch(kind, parts[kind], limit) for kind in self.by if kind in parts)
         if self.by and not proposed:
@@ -278,4 +276,4 @@ def _hits(
         if not isinstance(fusion, ReciprocalRank):
             total = weighted_sum(scores, fusion.weights)
         hits.append(Hit(record_of(point.payload), total, scores))
-    return sorted(hits, key=lambda hit: -hit.score)  # stable: equal ones stay as they were found
+    return sorted(hits, key=lambda hit: -hit.score)  # stable

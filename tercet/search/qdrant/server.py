@@ -1,8 +1,7 @@
 """A collection of a Qdrant server or cluster, reached by its URL.
 
-The data model is that of the embedded engine, so any Qdrant client reads what is here. The server
-writes what it was given to its log before it answers: nothing is left to flush. It optimizes by
-itself; ``optimize()`` waits until it has done so.
+Points are those of the embedded engine, and any Qdrant client reads them. The server logs points
+before it answers, so nothing is left to flush, and optimizes by itself; ``optimize()`` waits.
 """
 
 import time
@@ -54,24 +53,23 @@ class ClusterStore:
     ) -> None:
         """Look for the collection; if missing, ``create`` makes one.
 
-        ``server`` is a URL, or a client that stays open. With a ``mark``, a collection that is
-        made carries it, and one that carries another or none is left alone. ``ef`` is how many
-        dense neighbours the graph search keeps in view; None is the server's own choice.
-        ``stored`` says which codes dense vectors get beside them; None: those that they have there,
-        or none.
+        ``server`` is a URL, or a client that stays open. A new collection carries the ``mark``;
+        one without it is refused. ``ef`` is how many dense neighbours the graph search keeps in
+        view; None leaves it to the server. ``stored`` selects the codes of dense vectors; None
+        keeps those of the collection, or uses no codes.
 
         Raises:
-            IndexFolderError: when no server answers, or the collection is not one of ours or of
+            IndexFolderError: when no server answers, or the collection has other vectors or
                 another mark.
             RecipeError: when it has other codes.
         """
         check_stored(stored)
-        self._ours = isinstance(server, str)
+        self._owns_client = isinstance(server, str)
         self._name, self._mark = collection, mark
-        self._place = f"{server if isinstance(server, str) else 'Qdrant'}, collection {collection}"
+        self.place = f"{server if isinstance(server, str) else 'Qdrant'}, collection {collection}"
         self._timeout, self._ef = timeout_seconds, ef
         self._stored: Stored = stored or "float32"
-        self._widths: Widths = {}
+        self.widths: Widths = {}
         self._make = _request_maker(self._params)
         if isinstance(server, str):
             with self._named():
@@ -86,22 +84,12 @@ class ClusterStore:
         try:
             with self._named():
                 if self._client.collection_exists(collection):
-                    self._widths = self._widths_there()
+                    self.widths = self._widths_there()
                     self._check_mark()
-                    require_same(self._place, "dense", self._stored_there(), stored)
+                    require_same(self.place, "dense", self._stored_there(), stored)
         except (IndexFolderError, RecipeError):
             self.close()
             raise
-
-    @property
-    def place(self) -> str:
-        """The server and the collection."""
-        return self._place
-
-    @property
-    def widths(self) -> Widths:
-        """Of the vectors that it takes; none before ``create``."""
-        return self._widths
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -111,30 +99,30 @@ class ClusterStore:
         except (ApiException, OSError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
             raise IndexFolderError(
-                f"{self._place}: the server does not answer, or refuses ({problem}); "
+                f"{self.place}: the server does not answer, or refuses ({problem}); "
                 "see that it runs, and that address and key are right"
             ) from error
         except ValueError as error:  # an invalid URL
             raise IndexFolderError(
-                f"{self._place}: {error}; give an address such as http://localhost:6333"
+                f"{self.place}: {error}; give an address such as http://localhost:6333"
             ) from error
 
     def _widths_there(self) -> Widths:
-        """The kinds that the collection holds."""
+        """Return the kinds of vectors in the collection, with their widths."""
         params = self._client.get_collection(self._name).config.params
         dense, sparse = params.vectors, params.sparse_vectors or {}
         named = dense if isinstance(dense, Mapping) else {"": dense} if dense else {}
         strange = (set(named) - {"dense", "multi"}) | (set(sparse) - {"sparse"})
         if strange or any(vector.distance != api.Distance.DOT for vector in named.values()):
             raise IndexFolderError(
-                f"{self._place}: it is not one of ours, whose vectors are dense, sparse and multi, "
+                f"{self.place}: it is not one of ours, whose vectors are dense, sparse and multi, "
                 "compared by dot product; choose another name"
             )
         sizes = {name: vector.size for name, vector in named.items()} | dict.fromkeys(sparse, 0)
         return {kind: sizes[kind] for kind in KINDS if kind in sizes}
 
     def _stored_there(self) -> Stored:
-        """Which codes its dense vectors have."""
+        """Return which codes its dense vectors have."""
         vectors = self._client.get_collection(self._name).config.params.vectors
         dense = vectors.get("dense") if isinstance(vectors, Mapping) else None
         there = None if dense is None else dense.quantization_config
@@ -148,7 +136,7 @@ class ClusterStore:
             return
         made = "no index of tercet" if found is None else "another index"
         raise IndexFolderError(
-            f"{self._place}: {made} made this collection, and it is not changed; choose another "
+            f"{self.place}: {made} made this collection, and it is not changed; choose another "
             "name with --collection, or delete it on the server first"
         )
 
@@ -162,7 +150,7 @@ class ClusterStore:
             except UnexpectedResponse as error:
                 if self._stored == "int4" and error.status_code in (400, 422):
                     raise RecipeError(
-                        f"{self._place}: the server refuses codes of 4 bits, which it calls "
+                        f"{self.place}: the server refuses codes of 4 bits, which it calls "
                         "TurboQuant; take a newer Qdrant, or int8 or binary"
                     ) from error
                 raise
@@ -173,17 +161,17 @@ class ClusterStore:
             if self._mark is not None and self._mark_there() != self._mark:
                 self._client.delete_collection(self._name)
                 raise IndexFolderError(
-                    f"{self._place}: the server does not keep what a collection says of itself, by "
+                    f"{self.place}: the server does not keep what a collection says of itself, by "
                     "which identifies its index; use Qdrant 1.17 or newer"
                 )
-        self._widths = widths
+        self.widths = widths
 
     def clear(self) -> None:
-        """Delete the collection, if there is one, with all that is in it."""
-        if self._widths:
+        """Delete the collection, if there is one."""
+        if self.widths:
             with self._named():
                 self._client.delete_collection(self._name)
-        self._widths = {}
+        self.widths = {}
 
     def put(self, points: Sequence[Point]) -> None:
         """Add points, or replace those of the same numbers."""
@@ -217,7 +205,7 @@ class ClusterStore:
         return [point.payload or {} for point in points], following
 
     def ask(self, asks: Sequence[PointQuery]) -> list[list[ScoredPoint]]:
-        """The points that each search finds."""
+        """Return the points that each search finds."""
         if not asks:
             return []
         requests = [self._make.request_of(ask) for ask in asks]
@@ -232,12 +220,12 @@ class ClusterStore:
         ]
 
     def count(self) -> int:
-        """How many points there are."""
+        """Return the number of points."""
         with self._named():
             return self._client.count(self._name, exact=True).count
 
     def optimize(self) -> None:
-        """Wait until the server has built what it builds.
+        """Wait until the server has optimized the collection.
 
         Raises:
             IndexFolderError: when it has not done so in time.
@@ -250,7 +238,7 @@ class ClusterStore:
                 break
             if time.monotonic() > end:
                 raise IndexFolderError(
-                    f"{self._place}: not optimized after {self._timeout} seconds; it can be "
+                    f"{self.place}: not optimized after {self._timeout} seconds; it can be "
                     "searched meanwhile; wait longer with a larger timeout_seconds"
                 )
             time.sleep(_PAUSE_SECONDS)
@@ -263,8 +251,8 @@ class ClusterStore:
         return 0, 0
 
     def close(self) -> None:
-        """Close the connection, unless the client is another's."""
-        if self._ours:
+        """Close the connection, unless the caller passed the client."""
+        if self._owns_client:
             self._client.close()
 
     @property
@@ -281,7 +269,7 @@ class ClusterStore:
 
 
 def _number(identity: Any) -> UUID:
-    """The number of a point; others than ours may be plain integers."""
+    """Return the id of a point; points of other programs may have plain integers."""
     return UUID(int=identity) if isinstance(identity, int) else UUID(str(identity))
 
 

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from tercet.curate.filtering.pair_rules import PairRules, share_of_letters
-from tercet.curate.filtering.scripts import fits_language
+from tercet.curate.filtering.pair_rules import PairRules
+from tercet.curate.filtering.scripts import fits_language, share_of_letters
 from tercet.errors import RecipeError
 
 

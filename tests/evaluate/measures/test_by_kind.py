@@ -6,12 +6,12 @@ import torch
 
 from tercet.errors import RecipeError
 from tercet.evaluate.measures import by_kind as module
-from tercet.evaluate.measures.by_kind import TermCounts, evaluate_kinds, feasible, sums_of
+from tercet.evaluate.measures.by_kind import TermCounts, feasible, sums_of
 from tercet.evaluate.measures.retrieval import evaluate_hits
 from tercet.kinds import Weights
 from tercet.rank.topk import Hits
 from tercet.vectors import Terms, TokenRows, Vectors
-from tests.evaluate.kinds import drawn, judged, slow_scores
+from tests.evaluate.kinds import drawn, evaluate_kinds, judged, slow_scores
 
 QUERIES, DOCS, DATA = drawn(9, 1), drawn(50, 2, without_terms=(0, 5)), judged(9, 50, 3)
 SLOW = slow_scores(QUERIES, DOCS)
@@ -52,7 +52,7 @@ def test_all_seven_kinds_and_sums_rank_by_the_true_scores_of_all_documents(weigh
         )
         for metric, scores in expected.scores.items():
             np.testing.assert_array_equal(result.scores[metric], scores)
-    gain = found.minus(found.total, "dense", "ndcg@10")
+    gain = found.results[found.total].minus(found.results["dense"], "ndcg@10")
     means = [found.results[name].mean("ndcg@10") for name in (SEVEN[-1], "dense")]
     assert gain.mean == pytest.approx(means[0] - means[1])
 

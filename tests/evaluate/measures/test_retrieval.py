@@ -7,7 +7,7 @@ import torch
 from tercet.errors import RecipeError
 from tercet.evaluate.measures import by_kind as module
 from tercet.evaluate.measures.bm25 import by_tokens_of
-from tercet.evaluate.measures.by_kind import dev_score, evaluate_kinds, measure_kinds, weights_for
+from tercet.evaluate.measures.by_kind import dev_score, measure_kinds, weights_for
 from tercet.evaluate.measures.retrieval import evaluate_retrieval, measure, measure_bm25
 from tercet.evaluate.measures.tuned_weights import dev_candidates
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
@@ -15,6 +15,7 @@ from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.hybrid import kind_scores
 from tercet.types import Example
+from tests.evaluate.kinds import evaluate_kinds
 from tests.toy import SENTENCES
 
 PROMPTS = {"query": "a question about the moon: "}

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from tercet.errors import ModelError, RecipeError
-from tercet.evaluate.measures.by_kind import InMemory, evaluate_kinds
 from tercet.evaluate.measures.retrieval import evaluate_hits
 from tercet.evaluate.measures.tuned_weights import candidates, logistic, save_weights, spreads, tune
 from tercet.kinds import KINDS, Weights
 from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
 from tercet.rank.hybrid import HybridHits
-from tests.evaluate.kinds import drawn, judged
+from tests.evaluate.kinds import InMemory, drawn, evaluate_kinds, judged
 
 QUERIES, DOCS, DATA = drawn(40, 1, without_terms=(2,)), drawn(60, 2), judged(40, 60, 3)
 EVERYBODY = np.ones(40, np.bool_)
