@@ -9,6 +9,7 @@ backward pass: a text of 8,192 tokens never has all of its 67 million entries in
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Final
 
@@ -124,21 +125,10 @@ class Decoder(nn.Module):
         """Attend in texts of one length, one block of rows after the other."""
         rows, length = q.shape[2], k.shape[2]
         block = max(1, min(rows, MASK_ENTRIES // length))  # depends on the length alone
-        found = []
-        for start in range(0, rows, block):
-            part = q[:, :, start : start + block]
-            found.append(
-                checkpoint(
-                    self._one_block,
-                    part,
-                    k,
-                    v,
-                    seeds,
-                    start,
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # masks are drawn from a given seed
-                )
-            )
+        # Masks are drawn from a given seed, so the state of random numbers need not be kept.
+        again = partial(checkpoint, self._one_block, use_reentrant=False, preserve_rng_state=False)
+        starts = range(0, rows, block)
+        found = [again(q[:, :, start : start + block], k, v, seeds, start) for start in starts]
         return torch.cat(found, dim=2)
 
     def _one_block(

@@ -169,7 +169,7 @@ class Candidates:
         others = f"those of the other queries{where}" if self.others else "none of other queries"
         return (
             f"each query is compared with about {total} documents: {self.positives:.3g} that "
-            f"answer it, {self.negatives:.3g} are its negatives, and {others}"
+            f"answer it, {self.negatives:.3g} negatives of its own, and {others}"
         )
 
 
