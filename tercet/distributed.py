@@ -12,7 +12,8 @@ is too small by the number of processes, and no constant corrects a mean of per-
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any, Final, TypeVar
 
 import torch
@@ -21,16 +22,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tercet.segments import batches_within
+
 T = TypeVar("T")
 
 BUCKET_NUMBERS: Final = 1 << 24  # numbers per message: 64 MiB of float32
 
 
 def start() -> None:
-    """Join the processes that ``torchrun`` started; do nothing if there is only this one.
-
-    Tensors on the CPU travel by gloo, tensors on a GPU by NCCL.
-    """
+    """Join the processes that ``torchrun`` started, by gloo on the CPU and by NCCL on GPUs."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
     if not torch.cuda.is_available():
@@ -85,8 +85,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
 def gather_rows(x: Float[Tensor, "rows dim"]) -> Float[Tensor, "all_rows dim"]:
     """Return the rows of all processes in the order of ranks; their numbers may differ.
 
-    The gradient of a row is summed over every process, and returned to the process that the row
-    came from.
+    A row's gradient, summed over every process, returns to the process that the row came from.
     """
     return x if world() == 1 else _GatherRows.apply(x)
 
@@ -97,45 +96,35 @@ def gather_ints(x: Int[Tensor, "rows *rest"]) -> Int[Tensor, "all_rows *rest"]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes; call this once per step.
+    """Replace each gradient by its sum over the processes, in at least float32.
 
     A gradient that only some processes have counts as zero in the others. One that no process has
-    stays None. Sums are computed in at least float32.
+    stays None.
     """
-    if world() == 1:
-        return
     trained = [p for p in parameters if p.requires_grad]
-    if not trained:
+    if world() == 1 or not trained:
         return
     present = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32)
     present = present.to(trained[0].device)
     dist.all_reduce(present, dist.ReduceOp.MAX)
-    gradients = [
-        _gradient_or_zeros(p)
-        for p, anywhere in zip(trained, present.tolist(), strict=True)
-        if anywhere
-    ]
+    gradients: list[Tensor] = []
+    for parameter, anywhere in zip(trained, present.tolist(), strict=True):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
         _sum_in_place(bucket)
 
 
-def _gradient_or_zeros(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Group tensors of one dtype and device into lists that fit into one message."""
-    buckets: list[list[Tensor]] = []
-    room, kind = 0, None
-    for tensor in sorted(tensors, key=lambda t: (str(t.dtype), str(t.device))):
-        if kind != (tensor.dtype, tensor.device) or tensor.numel() > room:
-            buckets.append([])
-            room, kind = BUCKET_NUMBERS, (tensor.dtype, tensor.device)
-        buckets[-1].append(tensor)
-        room -= tensor.numel()
-    return buckets
+
+    def kind(tensor: Tensor) -> tuple[str, str]:
+        return str(tensor.dtype), str(tensor.device)
+
+    for _, alike in groupby(sorted(tensors, key=kind), key=kind):
+        yield from batches_within(alike, BUCKET_NUMBERS, Tensor.numel)
 
 
 def _sum_in_place(tensors: list[Tensor]) -> None:

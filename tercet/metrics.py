@@ -87,10 +87,7 @@ def recall(
 def reciprocal_rank(
     ranking: Int[np.ndarray, "queries ranks"], judgements: Judgements, k: int | None = None
 ) -> Float64[np.ndarray, "queries"]:
-    """Return 1 / rank of the first relevant document, 0 if none is among the first ``k`` (or all).
-
-    Its mean over queries is MRR.
-    """
+    """Return 1 / rank of the first relevant document, 0 if none is among the first ``k``: MRR."""
     relevant = judgements.grades_of(ranking[:, :k]) > 0
     if not relevant.shape[1]:
         return np.zeros(len(ranking))

@@ -72,10 +72,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def whole_of(tensor: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor, and any other tensor unchanged.
-
-    All processes must call this.
-    """
+    """Return the whole of a sharded tensor, others unchanged; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 

@@ -87,12 +87,9 @@ class Vectors:
 
     def take(self, texts: Sequence[int] | slice | Tensor) -> "Vectors":
         """Return these texts, in this order."""
-        chosen = texts
-        if isinstance(chosen, slice):
-            chosen = torch.arange(*chosen.indices(len(self)))
+        chosen = torch.arange(*texts.indices(len(self))) if isinstance(texts, slice) else texts
         rows = torch.as_tensor(chosen, dtype=torch.int64)
-        present = next((t for t in self.tensors()), rows)
-        rows = rows.to(present.device)
+        rows = rows.to(next(iter(self.tensors()), rows).device)
         return Vectors(
             dense=None if self.dense is None else self.dense[rows],
             sparse=None if self.sparse is None else self.sparse.take(rows),
@@ -121,15 +118,12 @@ class Vectors:
     def to(self, device: torch.device | str) -> "Vectors":
         """Return the same on another device."""
         sparse, multi = self.sparse, self.multi
-        return Vectors(
-            None if self.dense is None else self.dense.to(device),
-            None
-            if sparse is None
-            else Terms(sparse.ids.to(device), sparse.weights.to(device), sparse.offsets.to(device)),
-            None
-            if multi is None
-            else TokenRows(multi.vectors.to(device), multi.offsets.to(device)),
-        )
+        if sparse is not None:
+            ids, weights = sparse.ids.to(device), sparse.weights.to(device)
+            sparse = Terms(ids, weights, sparse.offsets.to(device))
+        if multi is not None:
+            multi = TokenRows(multi.vectors.to(device), multi.offsets.to(device))
+        return Vectors(None if self.dense is None else self.dense.to(device), sparse, multi)
 
     @staticmethod
     def of_nothing(kinds: Sequence[Kind], dim: int, width: int | None) -> "Vectors":
@@ -144,8 +138,6 @@ class Vectors:
     @staticmethod
     def join(parts: Sequence["Vectors"]) -> "Vectors":
         """Return the texts of all parts, which have the same kinds, in order."""
-        if not parts:
-            return Vectors()
         dense = [part.dense for part in parts if part.dense is not None]
         sparse = [part.sparse for part in parts if part.sparse is not None]
         multi = [part.multi for part in parts if part.multi is not None]

@@ -103,10 +103,6 @@ class CheckOptions:
     document_tokens: int | None = None
     against: Mapping[str, Collection[int]] = field(default_factory=dict)  # keys of texts by set
 
-    def limit(self, role: Role) -> int | None:
-        """Return the number of tokens at which texts of a role will be truncated."""
-        return self.query_tokens if role == "query" else self.document_tokens
-
 
 def check_data(
     paths: Iterable[Path],
@@ -259,7 +255,8 @@ def _text_report(
     )
     if options.tokens is None or not sample:
         return known
-    tokens, limit = np.asarray(options.tokens(sample, role)), options.limit(role)
+    tokens = np.asarray(options.tokens(sample, role))
+    limit = options.query_tokens if role == "query" else options.document_tokens
     truncated = None if limit is None else float((tokens > limit).mean())
     return replace(known, tokens=_lengths(tokens), truncated=truncated)
 

@@ -35,12 +35,11 @@ _TYPES: Final = {
     "dense": np.dtype(np.float32),
     "sparse_ids": np.dtype(np.int32),
     "sparse_weights": np.dtype(np.float32),
+    "sparse_offsets": np.dtype(np.int64),
     "multi": np.dtype(np.float16),  # of unit vectors: a dot product keeps three digits
+    "multi_offsets": np.dtype(np.int64),
 }
-_OFFSETS: Final = np.dtype(np.int64)
-NAMES: Final = frozenset(  # of all files that may be in such a folder
-    f"{name}.npy" for name in (*_TYPES, "sparse_offsets", "multi_offsets")
-)
+NAMES: Final = frozenset(f"{name}.npy" for name in _TYPES)  # that may be in such a folder
 
 
 class VectorWriter:
@@ -76,23 +75,16 @@ class VectorWriter:
             self._grow_offsets("multi", vectors.multi.offsets)
 
     def _grow(self, name: str, values: Tensor) -> None:
-        found = values.detach().cpu().numpy()
+        rows = values.detach().cpu().numpy()
         if name not in self._files:
-            self._begin(name, _TYPES[name], found.shape[1:])
-        self._files[name].add(found)
+            file = GrowingArray.open(self._folder / f"{name}.npy", _TYPES[name], rows.shape[1:])
+            self._files[name] = self._open_files.enter_context(file)
+        self._files[name].add(rows)
 
     def _grow_offsets(self, kind: Kind, offsets: Tensor) -> None:
-        name, bounds = f"{kind}_offsets", offsets.cpu().numpy()
-        if name not in self._files:
-            self._begin(name, _OFFSETS, ())
-            self._files[name].add(bounds[:1])
-        end = self._ends.get(kind, 0)
-        self._files[name].add(end + bounds[1:])
-        self._ends[kind] = end + int(bounds[-1])
-
-    def _begin(self, name: str, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
-        file = GrowingArray.open(self._folder / f"{name}.npy", dtype, row)
-        self._files[name] = self._open_files.enter_context(file)
+        end = self._ends.get(kind)
+        self._grow(f"{kind}_offsets", offsets if end is None else end + offsets[1:])
+        self._ends[kind] = (end or 0) + int(offsets[-1])
 
 
 def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Vectors:
@@ -156,10 +148,6 @@ class GrowingArray:
 
 
 def mapped_array(path: Path) -> np.ndarray:
-    """Map a ``.npy`` file; for each use, as a process may not keep thousands of files open.
-
-    Raises:
-        DataError: if it cannot be read.
-    """
+    """Map a ``.npy`` file; for each use, as a process may not keep thousands of files open."""
     with readable(path):
         return np.load(path, mmap_mode="r", allow_pickle=False)

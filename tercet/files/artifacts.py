@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 from zipfile import BadZipFile
@@ -25,28 +25,15 @@ def json_text(
 
 
 def write_json(
-    path: Path,
-    value: Any,
-    *,
-    indent: int | None = 2,
-    default: Callable[[Any], Any] | None = None,
+    path: Path, value: Any, *, indent: int | None = 2, default: Callable[[Any], Any] | None = None
 ) -> None:
-    """Write ``value`` as a JSON file that appears whole or not at all.
-
-    Raises:
-        StorageError: if the disk refuses; the old file is still there then.
-    """
+    """Write ``value`` as a JSON file that appears whole or not at all."""
     with replacing_file(path) as fresh:
         fresh.write_text(json_text(value, indent=indent, default=default), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not JSON.
-    """
+    """Return the value in a JSON file; an OSError or ValueError is the caller's to explain."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -99,21 +86,8 @@ def write_npy_header(file: BinaryIO, shape: tuple[int, ...], dtype: Any) -> None
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def write_npy_rows(
-    file: BinaryIO, shape: tuple[int, ...], dtype: str, blocks: Iterable[np.ndarray]
-) -> None:
-    """Write blocks of rows as one ``.npy`` array of ``shape`` without holding it in memory."""
-    write_npy_header(file, shape, dtype)
-    for block in blocks:
-        file.write(np.ascontiguousarray(block, dtype).tobytes())
-
-
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write arrays as an ``.npz`` file that appears whole or not at all.
-
-    Raises:
-        StorageError: if the disk refuses.
-    """
+    """Write arrays as an ``.npz`` file that appears whole or not at all."""
     content: dict[str, Any] = dict(arrays)
     with replacing_file(path) as fresh, fresh.open("wb") as file:
         np.savez(file, **content)
@@ -144,11 +118,7 @@ class KeptResults:
             return None
 
     def keep(self, facts: Mapping[str, Any], arrays: Arrays, *key: Any) -> None:
-        """Write the result of a key.
-
-        Raises:
-            StorageError: if the disk refuses.
-        """
+        """Write the result of a key."""
         if self._mapped:
             with replacing_folder(self.path(*key)) as folder:
                 for name, values in arrays.items():

@@ -68,9 +68,6 @@ def begins_with(path: Path | str, *fields: Sequence[str]) -> bool:
     """Whether the first record of a file has a field of each group, to recognise its type.
 
     False for folders, and for a file whose first line is damaged: its reader reports that.
-
-    Raises:
-        DataError: if the file cannot be read at all, or is empty.
     """
     path = Path(path)
     if path.is_dir():
@@ -99,11 +96,7 @@ def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def decoded(line: bytes, offset: int) -> str:
-    """Return the text of a line that begins at this byte of its file.
-
-    Raises:
-        ValueError: if it is not UTF-8, naming the byte.
-    """
+    """Return the text of a line that begins at this byte of its file, or raise a ValueError."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -170,8 +163,8 @@ def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterato
                 row += 1
                 yield FileRecord(row, 0, (row - 1) / total, repr(value).encode(), value)
         if row != file.metadata.num_rows:
-            promised = file.metadata.num_rows
-            raise DataError(path, None, f"holds {row} rows, but its header states {promised}")
+            problem = f"holds {row} rows, but its header states {file.metadata.num_rows}"
+            raise DataError(path, None, problem)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tercet.errors import DataError
-from tercet.files.arrays import NAMES, VectorWriter, is_whole, read_vectors
+from tercet.files.arrays import NAMES, GrowingArray, VectorWriter, is_whole, read_vectors
 from tercet.kinds import KINDS
 from tercet.vectors import Terms, Vectors
 from tests.evaluate.kinds import drawn
@@ -100,3 +100,14 @@ def test_files_that_are_cut_short_or_absent_are_not_whole_and_refused(folder, ki
     assert not is_whole(folder, 9, kind)
     with pytest.raises(DataError, match="no such file"):
         read_vectors(folder, np.arange(9), kind)
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<f2"])
+def test_an_array_grows_block_by_block(tmp_path, dtype):
+    blocks = [np.arange(6).reshape(2, 3), np.empty((0, 3)), np.ones((1, 3), np.float64)]
+    with GrowingArray.open(tmp_path / "a.npy", np.dtype(dtype), (3,)) as array:
+        for block in blocks:
+            array.add(block)
+    found = np.load(tmp_path / "a.npy")
+    assert found.dtype == np.dtype(dtype)
+    assert found.tolist() == np.concatenate(blocks).tolist()

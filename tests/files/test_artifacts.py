@@ -13,7 +13,6 @@ from tercet.files.artifacts import (
     json_text,
     read_json,
     write_json,
-    write_npy_rows,
 )
 
 
@@ -75,16 +74,6 @@ def test_a_fingerprint_of_a_folder_is_of_all_its_files(tmp_path):
     (tmp_path / "b" / "c").write_text("second")
     (tmp_path / "a").write_text("first")
     assert fingerprint_of_file(tmp_path) == blake(b"firstsecond")
-
-
-@pytest.mark.parametrize("dtype", ["<i4", "<f2"])
-def test_rows_are_written_block_by_block(tmp_path, dtype):
-    blocks = [np.arange(6).reshape(2, 3), np.empty((0, 3)), np.ones((1, 3), np.float64)]
-    with (tmp_path / "a.npy").open("wb") as file:
-        write_npy_rows(file, (3, 3), dtype, blocks)
-    found = np.load(tmp_path / "a.npy")
-    assert found.dtype == np.dtype(dtype)
-    assert found.tolist() == np.concatenate(blocks).tolist()
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -12,6 +12,7 @@ from tercet.distributed import is_main
 from tercet.errors import DataError
 from tercet.files.artifacts import fingerprint
 from tercet.files.progress import bar
+from tercet.segments import batches_within
 from tercet.types import Example
 
 TokenIds: TypeAlias = Callable[[Sequence[str]], list[np.ndarray]]
@@ -86,18 +87,14 @@ def token_blocks(
     Raises:
         DataError: if no text has two tokens, or not one block is full.
     """
-    texts, skipped = [], 0
-    for ids in _tokens(source, ids_of, every_text=every_text):
-        if len(ids) >= SHORTEST or concatenated:
-            texts.append(ids)
-        else:
-            skipped += 1
+    every = list(_tokens(source, ids_of, every_text=every_text))
+    texts = [ids for ids in every if concatenated or len(ids) >= SHORTEST]
     if concatenated:
         pieces = list(_concatenated(texts, max_tokens))
         counts = [1] * len(pieces)
     else:
         pieces = [part for ids in texts for part in _cut(ids, max_tokens)]
-        counts = list(_filled([len(piece) for piece in pieces], max_tokens))
+        counts = [len(block) for block in batches_within(pieces, max_tokens, len)]
     if not pieces:
         why = (
             f"its texts do not fill one block of {max_tokens} tokens; give more or longer texts"
@@ -115,7 +112,7 @@ def token_blocks(
         pieces=np.concatenate(([0], np.cumsum(lengths))),
         bounds=np.concatenate(([0], np.cumsum(counts))),
         fingerprint=fingerprint(made),
-        skipped=skipped,
+        skipped=len(every) - len(texts),
     )
 
 
@@ -147,19 +144,6 @@ def _cut(ids: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
         part = ids[start : start + max_tokens]
         if len(part) >= SHORTEST:
             yield part
-
-
-def _filled(lengths: Sequence[int], max_tokens: int) -> Iterator[int]:
-    """Yield the number of pieces of each block."""
-    count = room = 0
-    for length in lengths:
-        if count and length > room:
-            yield count
-            count = 0
-        room = (room if count else max_tokens) - length
-        count += 1
-    if count:
-        yield count
 
 
 def _concatenated(texts: Sequence[np.ndarray], max_tokens: int) -> Iterator[np.ndarray]:

@@ -58,6 +58,7 @@ class Collator:
         """
         positives: list[tuple[str, ...]] = []
         negatives: list[tuple[str, ...]] = []
+        owners: list[Example] = []  # the example of each document
         teacher: list[float] = []
         for example in examples:
             rng = np.random.default_rng([_DRAW, *seed, hash_of(example.query) % 2**63])
@@ -65,17 +66,13 @@ class Collator:
             wrong = _drawn(len(example.negatives), self.negatives, rng)
             positives.append(tuple(example.positives[i] for i in right))
             negatives.append(tuple(example.negatives[i] for i in wrong))
+            owners += [example] * (len(right) + len(wrong))
             teacher += _scores(example.positive_scores, right)
             teacher += _scores(example.negative_scores, wrong)
         queries = [example.query for example in examples]
         shown = [self._shuffled(*pair, seed) for pair in zip(queries, positives, strict=True)]
         documents = [
             text for pair in zip(shown, negatives, strict=True) for side in pair for text in side
-        ]
-        owners = [
-            example
-            for example, right, wrong in zip(examples, positives, negatives, strict=True)
-            for _ in range(len(right) + len(wrong))
         ]
         query_prompts = [example_prompt(e, "query", self.prompt_of) for e in examples]
         document_prompts = [example_prompt(e, "document", self.prompt_of) for e in owners]

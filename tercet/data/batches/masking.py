@@ -61,10 +61,9 @@ class Masking:
 def mask_id(tokenizer: Any, token: MaskToken) -> int:
     """Return the id that replaces masked tokens: the tokenizer's mask token if it has one.
 
-    Otherwise, ``blank`` is the bare piece "_", looked up in the vocabulary: encoding "_" may give
-    a piece with a space before it. It is not registered as a special token, or every "_" of a text
-    would be one and ``snake_case`` be tokenized differently. ``eos`` is the end-of-text token.
-    ``new`` is a token that :func:`add_mask_token` has added.
+    Otherwise, ``blank`` is the bare piece "_" of the vocabulary, which is not registered as a
+    special token, or ``snake_case`` would be tokenized differently. ``eos`` is the end-of-text
+    token, ``new`` a token that :func:`add_mask_token` has added.
 
     Raises:
         ModelError: if the tokenizer has no such token.

@@ -45,11 +45,7 @@ def _check_numbers(weights: Mapping[str, float | int], counts: Mapping[str, int]
 
 
 def refuse_unknown(names: Sequence[str], sources: Sequence[Source]) -> None:
-    """Refuse names that no source has.
-
-    Raises:
-        RecipeError: for the first such name, with the known ones.
-    """
+    """Raise a RecipeError for a name that no source has."""
     known = sorted({name for source in sources for name in _names(source)})
     for name in names:
         if not names_some(name, sources):

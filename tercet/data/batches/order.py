@@ -21,12 +21,32 @@ SMALLEST_BATCH: Final = 2  # with one example there is nothing to contrast
 
 
 @runtime_checkable
-class Blocked(Protocol):
-    """Rows in blocks that are cheap to read whole."""
+class Drawable(Protocol):
+    """Rows to sample from: a ``Source``, or what an objective makes of one."""
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        ...
+
+    @property
+    def weight(self) -> float | int:
+        """How often each row is used per epoch."""
+        ...
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The size of each row: int32, in any unit."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a row does."""
+        ...
 
     @property
     def blocks(self) -> np.ndarray:
-        """The first row of each block."""
+        """The first row of each block of rows that is cheap to read whole."""
         ...
 
     @property
@@ -59,18 +79,14 @@ class Windows:
         """Return the rows of a window."""
         some = slice(self.firsts[window], self.firsts[window + 1])
         size = int(self.bounds[window + 1] - self.bounds[window])
-        order = np.empty(size, self.dtype)
-        begin = 0
-        for start, count in zip(
-            self.starts[some].tolist(), self.counts[some].tolist(), strict=True
-        ):
-            order[begin : begin + count] = np.arange(start, start + count)
-            begin += count
+        starts, counts = self.starts[some], self.counts[some]
+        order = np.arange(size, dtype=self.dtype)
+        order += np.repeat(starts - (np.cumsum(counts) - counts), counts)
         np.random.default_rng([*self.seed, 1, window]).shuffle(order)
         return order
 
 
-def windows_of(source: Blocked, seed: Sequence[int], *, at_least: int) -> Windows:
+def windows_of(source: Drawable, seed: Sequence[int], *, at_least: int) -> Windows:
     """Shuffle the blocks of a source and join them to windows of ``at_least`` rows.
 
     So a file of many tiny blocks is shuffled well too. One block is one window.
@@ -92,8 +108,8 @@ def windows_of(source: Blocked, seed: Sequence[int], *, at_least: int) -> Window
 class Pass:
     """One pass over a source, or over a stretch of a circle of all its rows, shuffled again.
 
-    A stretch is cut at the windows of the circle; its pieces come in random order, and so do the
-    rows of each piece. The last piece that was read is kept in memory.
+    The pieces of a stretch come in random order, and so do the rows of each piece. The last piece
+    that was read is kept in memory.
     """
 
     def __init__(self, windows: Windows, pieces: np.ndarray, seed: Sequence[int] | None) -> None:

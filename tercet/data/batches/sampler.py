@@ -8,15 +8,15 @@ two integers, also on another number of machines.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 import numpy as np
 
 from tercet.data.batches.order import (
     SMALLEST_BATCH,
     BatchRows,
-    Blocked,
     CutBatches,
+    Drawable,
     LazyBatches,
     Pass,
     SingleSourceBatches,
@@ -34,31 +34,6 @@ _ROWS_AT_ONCE: Final = 1 << 20  # whose length group is looked up together
 
 # The first entry of every random seed: the purpose of the numbers.
 _ROWS, _PORTIONS, _TURNS = 1, 2, 3
-
-
-@runtime_checkable
-class Drawable(Blocked, Protocol):
-    """Rows to sample from: a ``Source``, or what an objective makes of one."""
-
-    @property
-    def name(self) -> str:
-        """The name in messages."""
-        ...
-
-    @property
-    def weight(self) -> float | int:
-        """How often each row is used per epoch."""
-        ...
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """The size of each row: int32, in any unit."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when a row does."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +124,7 @@ class Sampler:
         self._epoch, self._batch = state["epoch"], state["batch"]
 
     def _batches_used(self, epoch: int) -> int:
-        """Return the batches used of this epoch: all, a part of the last one, none after it."""
+        """Return the number of this epoch's batches that are used."""
         part = min(self.plan.epochs - epoch, 1.0)
         if part <= 0:
             return 0
@@ -198,15 +173,11 @@ class Sampler:
     def _groups(self, index: int, rows: np.ndarray) -> np.ndarray:
         """Return the length group of each row."""
         found = np.zeros(len(rows), np.int8)
-        if self.plan.length_edges:
-            edges = np.asarray(self.plan.length_edges, np.int32)
-            for start in range(
-                0, len(rows), _ROWS_AT_ONCE
-            ):  # searchsorted needs eight bytes per row
-                some = rows[start : start + _ROWS_AT_ONCE]
-                found[start : start + _ROWS_AT_ONCE] = np.searchsorted(
-                    edges, self.sources[index].sizes[some]
-                )
+        edges, sizes = np.array(self.plan.length_edges, np.int32), self.sources[index].sizes
+        # searchsorted needs eight bytes per row
+        for start in range(0, len(rows) if len(edges) else 0, _ROWS_AT_ONCE):
+            some = slice(start, start + _ROWS_AT_ONCE)
+            found[some] = np.searchsorted(edges, sizes[rows[some]])
         return found
 
     def _cut(

@@ -126,12 +126,7 @@ def _find(cache: KeptResults, key: tuple[str, ...]) -> StoredTokens | None:
 
 
 def _write(
-    folder: Path,
-    source: Source,
-    role: Role,
-    tokenize: Tokenize,
-    prompt_of: PromptOf,
-    bars: Bars,
+    folder: Path, source: Source, role: Role, tokenize: Tokenize, prompt_of: PromptOf, bars: Bars
 ) -> None:
     """Write the tokens of all texts of a role."""
     keys: list[np.ndarray] = []

@@ -33,7 +33,7 @@ def marked_pieces(
     Each piece has the tokenizer's special tokens around it: a long text becomes several. A text
     without a token is left out.
     """
-    head, tail = (_marked_special(ids) for ids in tokenizer.around)
+    head, tail = (2 * np.array(ids, np.int32) + 1 for ids in tokenizer.around)
     room = max(1, max_tokens - len(head) - len(tail))
     pieces = []
     for text, encoding in zip(texts, tokenizer.bare(texts), strict=True):
@@ -70,19 +70,9 @@ def word_starts(text: str, encoding: Encoding) -> Bool[np.ndarray, "tokens"]:
     blank = spaces[end] - spaces[begin] == end - begin  # tokens of white space only
     at, before = np.minimum(begin, len(text) - 1), np.maximum(begin - 1, 0)
     after_space = space[before][1:] & (begin[1:] > 0) & ~blank[:-1]
-    unspaced = _unspaced(letters)
+    low, high = np.array(_UNSPACED, np.uint32).T[..., None]
+    unspaced = ((low <= letters) & (letters <= high)).any(axis=0)
     alone = unspaced[at][1:] | unspaced[np.maximum(end - 1, 0)][:-1]
     new = begin[1:] >= end[:-1]  # false for the next byte of a character
     starts[1:] = (words[1:] != words[:-1]) | (new & (space[at][1:] | after_space | alone))
     return starts
-
-
-def _unspaced(letters: np.ndarray) -> Bool[np.ndarray, "letters"]:
-    found = np.zeros(len(letters), dtype=bool)
-    for low, high in _UNSPACED:
-        found |= (letters >= low) & (letters <= high)
-    return found
-
-
-def _marked_special(ids: list[int]) -> Int[np.ndarray, "tokens"]:
-    return 2 * np.array(ids, np.int32) + 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tercet.data.files.examples import as_object, nonblank, shown, text_of
+from tercet.data.files.examples import as_object, nonblank, optional_text, shown, text_of
 from tercet.data.files.texts import text_records, text_under
 from tercet.errors import DataError
 from tercet.files.records import FileRecord, open_parquet, parsed, readable
@@ -33,18 +33,13 @@ class Fields:
     id: str = "id"
 
     def document(self, record: FileRecord, *, keep_others: bool = False) -> Document:
-        """Return the document that a record holds.
-
-        Raises:
-            ValueError: if it holds none, naming the field.
-        """
+        """Return the document that a record holds, or raise a ValueError that names the field."""
         values = as_object(record.value)
-        title = values.get(self.title)
         named = (self.text, self.title, self.id)
         return Document(
             id=_id_of(values.get(self.id), self.id, record.line),
             text=nonblank(text_under(values, self.text), self.text),
-            title="" if title is None else text_of(title, self.title),
+            title=optional_text(values, (self.title,)) or "",
             fields={n: v for n, v in values.items() if n not in named and _can_be_filtered(v)}
             if keep_others
             else {},
@@ -115,9 +110,9 @@ def _refuse_repeated_id(
 
 
 def _can_be_filtered(value: object) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(member, _SCALARS) for member in value)
-    return isinstance(value, _SCALARS)
+    return all(
+        isinstance(each, _SCALARS) for each in (value if isinstance(value, list) else [value])
+    )
 
 
 def _id_of(value: object, field: str, line: int) -> str:

@@ -1,5 +1,6 @@
 """The fields of a line of training data, and how they are checked."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, get_args
@@ -62,29 +63,22 @@ def parse_example(record: object, task: str) -> Example:
         negatives=negatives,
         positive_scores=_scores(fields, POSITIVE_SCORES, len(positives)),
         negative_scores=_scores(fields, NEGATIVE_SCORES, len(negatives)),
-        query_prompt=_optional_text(fields, QUERY_PROMPT),
-        document_prompt=_optional_text(fields, DOCUMENT_PROMPT),
-        task=_optional_text(fields, TASK) or task,
+        query_prompt=optional_text(fields, QUERY_PROMPT),
+        document_prompt=optional_text(fields, DOCUMENT_PROMPT),
+        task=optional_text(fields, TASK) or task,
         in_batch=_policy(fields),
-        lang=_optional_text(fields, LANG) or "",
+        lang=optional_text(fields, LANG) or "",
     )
 
 
 def example_record(example: Example) -> dict[str, Any]:
     """Return the record of an example, as ``parse_example`` reads it, without absent fields."""
-    record: dict[str, Any] = {
-        "query": example.query,
-        "positives": list(example.positives),
-        "negatives": list(example.negatives) or None,
-        "positive_scores": _listed(example.positive_scores),
-        "negative_scores": _listed(example.negative_scores),
-        "query_prompt": example.query_prompt,
-        "document_prompt": example.document_prompt,
-        "task": example.task or None,
-        "in_batch": example.in_batch,
-        "lang": example.lang or None,
-    }
-    return {field: value for field, value in record.items() if value is not None}
+    record: dict[str, Any] = {}
+    for field in dataclasses.fields(example):
+        value = getattr(example, field.name)
+        if value != field.default:
+            record[field.name] = list(value) if isinstance(value, tuple) else value
+    return record
 
 
 def as_object(record: object) -> Mapping[str, Any]:
@@ -139,6 +133,12 @@ def given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     return (used[0], fields[used[0]]) if used else (names[0], None)
 
 
+def optional_text(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return the text in a field of this record; None if it is absent."""
+    name, value = given(fields, names)
+    return None if value is None else text_of(value, name)
+
+
 def finite(value: object, field: str) -> float:
     """Return the value if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -150,11 +150,6 @@ def finite(value: object, field: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f'"{field}" must hold finite numbers, got {shown(number)}')
     return number
-
-
-def _optional_text(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    name, value = given(fields, names)
-    return None if value is None else text_of(value, name)
 
 
 def _policy(fields: Mapping[str, Any]) -> InBatch | None:
@@ -190,7 +185,3 @@ def _scores(
             f'"{name}" has {len(value)} numbers for {texts} texts; give one number for each text'
         )
     return tuple(finite(score, name) for score in value)
-
-
-def _listed(scores: tuple[float, ...] | None) -> list[float] | None:
-    return None if scores is None else list(scores)

@@ -56,9 +56,8 @@ def find_groups(
 ) -> list[SourceFiles]:
     """Return the sources that a file or a folder holds, by name; nothing is opened.
 
-    Each direct child of a folder is a source: a file, or a folder with files at any depth. A
-    folder whose children are ``lang=de``, ``lang=fr`` is one source. Names that begin with a dot or
-    an underscore are skipped.
+    A folder whose children are ``lang=de``, ``lang=fr`` is one source. Names that begin with a dot
+    or an underscore are skipped.
 
     Raises:
         DataError: if there is no file to read, or two sources would have one name.
@@ -121,7 +120,7 @@ def open_sources(
         found: dict[str, list[ReadableRows]] = {}
         for shard in group.shards:
             share = sizes[shard.path] / total
-            report = None if progress is None else _part_of(progress, done / total, share)
+            report = progress and _part_of(progress, done / total, share)
             facts = FileFacts(group.name, shard.lang, by_language=True)
             scan = cached_scan(shard.path, record_format, facts, report)
             for piece in scan.readable(record_format):
@@ -157,7 +156,7 @@ def _named_children(folder: Path) -> list[tuple[str, Path]]:
 
 def _group(name: str, path: Path, suffixes: Sequence[str], unread: list[Path]) -> SourceFiles:
     """Collect the files of a source; files of other types are added to ``unread``."""
-    files = [path] if path.is_file() else sorted(_files(path))
+    files = sorted(_files(path))
     unread += [file for file in files if file.suffix not in suffixes]
     return SourceFiles(
         name,
@@ -170,14 +169,13 @@ def _group(name: str, path: Path, suffixes: Sequence[str], unread: list[Path]) -
     )
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for child in folder.iterdir():
-        if _is_hidden(child):
-            continue
-        if child.is_dir():
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    for child in path.iterdir():
+        if not _is_hidden(child):
             yield from _files(child)
-        else:
-            yield child
 
 
 def _language(path: Path) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tercet.data.files.examples import as_object, given, nonblank, shown, text_of
+from tercet.data.files.examples import as_object, given, nonblank, optional_text, shown, text_of
+from tercet.data.files.texts import text_under
 from tercet.errors import DataError
 from tercet.files.records import begins_with, iter_records, parsed, readable
 
@@ -66,11 +67,7 @@ def read_label_texts(path: Path | str) -> dict[str, str]:
 
 
 def is_labelled_file(path: Path | str) -> bool:
-    """Whether the first record of a file has a text and a label.
-
-    Raises:
-        DataError: if the file cannot be read at all, or is empty.
-    """
+    """Whether the first record of a file has a text and a label."""
     return begins_with(path, (TEXT,), LABELS)
 
 
@@ -78,20 +75,13 @@ def _labelled(
     record: object, text_fields: Sequence[str], label_names: Sequence[str], prefix: str
 ) -> LabelledText:
     fields = as_object(record)
-    parts = []
-    for name in text_fields:
-        value = fields.get(name)
-        if value is None and not parts:
-            raise ValueError(
-                f'"{name}" is missing; it holds the text; if another field does, name that'
-            )
-        parts.append("" if value is None else text_of(value, name))
+    first, *others = text_fields
+    parts = [text_under(fields, first), *(optional_text(fields, (name,)) for name in others)]
     text = " ".join(part for part in parts if part and not part.isspace())
-    split = fields.get(SPLIT)
     return LabelledText(
-        text=nonblank(text, text_fields[0]),
+        text=nonblank(text, first),
         labels=_labels(*given(fields, label_names), prefix),
-        split=None if split is None else text_of(split, SPLIT),
+        split=optional_text(fields, (SPLIT,)),
     )
 
 

@@ -86,13 +86,12 @@ class ParquetReader:
             return gathered(groups, of_group)
 
     def _group(self, group: int) -> pa.Table:
-        key = (self.path, self.stamp, tuple(self.fields), group)
-        return row_group_cache.get(key, lambda: self._load(group))
+        def load() -> pa.Table:
+            with open_parquet(self.path) as file:
+                columns = columns_of(file, self.fields)
+                return file.read_row_group(group, columns=columns, use_threads=False)
 
-    def _load(self, group: int) -> pa.Table:
-        with open_parquet(self.path) as file:
-            columns = columns_of(file, self.fields)
-            return file.read_row_group(group, columns=columns, use_threads=False)
+        return row_group_cache.get((self.path, self.stamp, tuple(self.fields), group), load)
 
 
 class _RowGroupCache:
@@ -171,10 +170,11 @@ def row_groups(path: Path) -> tuple[np.ndarray, int]:
     return first_rows.astype(np.int64), window
 
 
-def line_blocks(offsets: np.ndarray) -> np.ndarray:
-    """Return the first row of each 64 MiB of lines; a shorter file is one block."""
+def line_blocks(offsets: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the first row of each 64 MiB of lines, and the blocks per window of the shuffle."""
     ends = np.arange(0, int(offsets[-1]) + 1, LINES_BYTES)
-    return np.unique(np.searchsorted(offsets, ends)).astype(np.int64)
+    first_rows = np.unique(np.searchsorted(offsets, ends)).astype(np.int64)
+    return first_rows, 1 if len(first_rows) == 1 else WINDOW_BLOCKS
 
 
 def blocks_among(rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
@@ -191,11 +191,7 @@ def stamp_of(path: Path) -> FileStamp:
 
 
 def check_stamp(path: Path, stamp: FileStamp) -> None:
-    """Raise if a file was written to.
-
-    Raises:
-        DataError: if its size or time has changed.
-    """
+    """Raise a DataError if a file was written to."""
     if stamp_of(path) != stamp:
         raise changed(path)
 

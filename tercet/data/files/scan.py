@@ -19,7 +19,6 @@ import numpy as np
 
 from tercet.data.files.examples import EXAMPLE_FIELDS, POSITIVES, QUERY, parse_example
 from tercet.data.files.readers import (
-    WINDOW_BLOCKS,
     ChosenReader,
     FileStamp,
     LineReader,
@@ -32,7 +31,7 @@ from tercet.data.files.readers import (
     stamp_of,
 )
 from tercet.errors import DataError, StorageError
-from tercet.files.artifacts import KeptResults, fingerprint_of_ends, write_npy_rows
+from tercet.files.artifacts import KeptResults, fingerprint_of_ends, write_npy_header
 from tercet.files.atomic import replacing_file
 from tercet.files.records import FileRecord, iter_records, parsed, readable
 from tercet.models.zoo.zoo import cache_folder
@@ -127,7 +126,14 @@ class FileScan:
         """Return the rows of each language with their reader."""
         if self.path.suffix != ".parquet":
             decode = record_format.decode(self.path)
-            return [self._lines(part, decode) for part in self.parts]
+            return [
+                ReadableRows(
+                    part,
+                    LineReader(self.path, self.stamp, part.where, decode),
+                    *line_blocks(part.where),
+                )
+                for part in self.parts
+            ]
         blocks, window = row_groups(self.path)
         whole = ParquetReader(self.path, self.stamp, blocks, record_format.fields)
         if len(self.parts) == 1:
@@ -138,11 +144,6 @@ class FileScan:
             )
             for part in self.parts
         ]
-
-    def _lines(self, part: LanguageRows, decode: Callable[[str], object]) -> ReadableRows:
-        blocks = line_blocks(part.where)
-        reader = LineReader(self.path, self.stamp, part.where, decode)
-        return ReadableRows(part, reader, blocks, 1 if len(blocks) == 1 else WINDOW_BLOCKS)
 
 
 @dataclass(slots=True)
@@ -167,27 +168,15 @@ class _GrowingRows:
         self.digest.update(record.content)
 
     def finished(self, lang: str) -> LanguageRows:
-        return LanguageRows(
-            lang=lang,
-            where=np.frombuffer(self.where, np.int64),
-            sizes=np.frombuffer(self.sizes, np.int32),
-            fingerprint=self.digest.hexdigest(),
-            prompts=self.prompts,
-            without_negatives=self.without_negatives,
-        )
+        where, sizes = np.frombuffer(self.where, np.int64), np.frombuffer(self.sizes, np.int32)
+        digest = self.digest.hexdigest()
+        return LanguageRows(lang, where, sizes, digest, self.prompts, self.without_negatives)
 
 
 def scan(
-    path: Path,
-    record_format: RecordFormat,
-    facts: FileFacts,
-    progress: ReportProgress | None = None,
+    path: Path, record_format: RecordFormat, facts: FileFacts, progress: ReportProgress | None
 ) -> FileScan:
-    """Read a file once and check every record.
-
-    Raises:
-        DataError: at the first record that is invalid, naming the line.
-    """
+    """Read a file once and check every record; a DataError names the first invalid line."""
     stamp = stamp_of(path)
     growing: dict[str, _GrowingRows] = {}
     rows, is_parquet = 0, path.suffix == ".parquet"
@@ -195,7 +184,13 @@ def scan(
         example = parsed(path, record, lambda it: record_format.parse(it.value, facts.task))
         lang = (example.lang or facts.lang) if facts.by_language else ""
         if lang not in growing:
-            _check_language(path, record, lang, len(growing))
+            if len(growing) == MAX_LANGUAGES:
+                raise DataError(
+                    path,
+                    record.line,
+                    f'"lang" names more than {MAX_LANGUAGES} languages, the last one {lang[:20]!r};'
+                    " each is a source, so give the language of the texts and nothing else",
+                )
             growing[lang] = _GrowingRows()
         growing[lang].add(record, rows if is_parquet else record.offset, example)
         rows += 1
@@ -208,38 +203,27 @@ def scan(
 
 
 def cached_scan(
-    path: Path,
-    record_format: RecordFormat,
-    facts: FileFacts,
-    progress: ReportProgress | None = None,
+    path: Path, record_format: RecordFormat, facts: FileFacts, progress: ReportProgress | None
 ) -> FileScan:
-    """Return the result of :func:`scan`, from the cache where a large file is known.
-
-    Raises:
-        DataError: at the first record that is invalid, naming the line.
-    """
+    """Return the result of :func:`scan`, from the cache where a large file is known."""
     if stamp_of(path)[0] < LARGE_BYTES:
         return scan(path, record_format, facts, progress)
     cache = KeptResults(cache_folder() / "sources", _VERSION, mapped=True)
     key = (str(path.resolve()), record_format.about, asdict(facts))
-    found = _known(cache, key, path)
-    if found is None:
-        found = scan(path, record_format, facts, progress)
-        try:
-            _keep(cache, key, found)
-        except StorageError as error:  # only a cache: the result itself is here
-            log.warning("%s will be read again next time: %s", path, error)
-        return _known(cache, key, path) or found
-    if progress is not None:
-        progress(1.0)
-    return found
+    if (known := _known(cache, key, path)) is not None:
+        if progress is not None:
+            progress(1.0)
+        return known
+    found = scan(path, record_format, facts, progress)
+    try:
+        _keep(cache, key, found)
+    except StorageError as error:  # only a cache: the result itself is here
+        log.warning("%s will be read again next time: %s", path, error)
+    return _known(cache, key, path) or found
 
 
 def joined_sizes(parts: Sequence[np.ndarray], fingerprint: str) -> np.ndarray:
-    """Return the sizes of several files' rows, one after the other; mapped where they are many.
-
-    ``fingerprint`` is that of all these rows.
-    """
+    """Join the sizes of several files' rows, which have this fingerprint; mapped where many."""
     rows = sum(map(len, parts))
     if rows < LARGE_ROWS:
         return np.concatenate(parts)
@@ -247,7 +231,9 @@ def joined_sizes(parts: Sequence[np.ndarray], fingerprint: str) -> np.ndarray:
     try:
         if not path.exists():
             with replacing_file(path) as fresh, fresh.open("wb") as file:
-                write_npy_rows(file, (rows,), "<i4", parts)
+                write_npy_header(file, (rows,), np.int32)
+                for part in parts:
+                    file.write(np.ascontiguousarray(part, np.int32).tobytes())
         found = np.load(path, mmap_mode="r")
         if found.shape == (rows,) and found.dtype == np.int32:
             return found
@@ -263,15 +249,13 @@ def add_prompts(known: dict[str, str], given: Mapping[str, str]) -> None:
 
 def _keep(cache: KeptResults, key: tuple[Any, ...], found: FileScan) -> None:
     arrays: dict[str, np.ndarray] = {}
-    parts: list[dict[str, Any]] = []
     for number, part in enumerate(found.parts):
         arrays |= {f"{number}-where": part.where, f"{number}-sizes": part.sizes}
-        parts.append({name: getattr(part, name) for name in _KEPT_FACTS})
     facts = {
         "path": str(found.path.resolve()),
         "stamp": list(found.stamp),
         "ends": _ends(found.path),
-        "parts": parts,
+        "parts": [{name: getattr(part, name) for name in _KEPT_FACTS} for part in found.parts],
     }
     cache.keep(facts, arrays, *key)
 
@@ -303,13 +287,3 @@ def _kept_rows(
 def _ends(path: Path) -> str:
     with readable(path):
         return fingerprint_of_ends(path, _ENDS)
-
-
-def _check_language(path: Path, record: FileRecord, lang: str, known: int) -> None:
-    if known == MAX_LANGUAGES:
-        raise DataError(
-            path,
-            record.line,
-            f'"lang" names more than {MAX_LANGUAGES} languages, the last one {lang[:20]!r}; each '
-            "is a source, so give the language of the texts and nothing else",
-        )

@@ -68,8 +68,7 @@ class SimilaritySet:
     def unit(self) -> BootstrapUnit:
         """What a bootstrap should resample: pairs, or texts if there are more pairs than texts.
 
-        Pairs that share a text are not independent: a text that the model misreads spoils all of
-        its pairs.
+        Pairs that share a text are not independent.
         """
         return "texts" if len(self.pairs) > len(self.texts) else "pairs"
 
@@ -79,11 +78,7 @@ class SimilaritySet:
 
 
 def is_similarity_file(path: Path | str) -> bool:
-    """Whether the first record of a file has the first text of a pair.
-
-    Raises:
-        DataError: if the file cannot be read at all, or is empty.
-    """
+    """Whether the first record of a file has the first text of a pair."""
     return begins_with(path, TEXT1)
 
 

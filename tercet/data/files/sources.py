@@ -171,9 +171,7 @@ def joined_source(
 
 
 def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
-    """Write a .jsonl or .parquet file that reads back as these examples.
-
-    The file appears under its name only when it is complete.
+    """Write a .jsonl or .parquet file that reads back as these examples; it appears when complete.
 
     Args:
         path: the file; its suffix decides the format.
@@ -190,9 +188,7 @@ def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
 
 
 def write_records(
-    path: Path | str,
-    records: Iterable[dict[str, Any]],
-    more: Mapping[str, pa.DataType],
+    path: Path | str, records: Iterable[dict[str, Any]], more: Mapping[str, pa.DataType]
 ) -> None:
     """Write records of examples with ``more`` columns; see :func:`write_examples`."""
     path = Path(path)

@@ -66,11 +66,7 @@ def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
 def text_records(
     path: Path, fields: tuple[str, ...], *, blank_lines: bool = False
 ) -> Iterator[FileRecord]:
-    """Yield the records of a file; a line of plain text is a record with only the first field.
-
-    Raises:
-        DataError: if the file cannot be read, is of an unknown type, or holds no text.
-    """
+    """Yield the records of a file; a line of plain text is a record with only the first field."""
     if path.suffix in (".jsonl", ".parquet"):
         yield from iter_records(path, fields, needs=(fields[:1],))
         return
@@ -97,11 +93,7 @@ def _line_as_record(line: str, *, field: str) -> dict[str, str]:
 
 
 def text_under(record: object, field: str) -> str:
-    """Return the text of a record.
-
-    Raises:
-        ValueError: naming the field; the caller adds file and line.
-    """
+    """Return the text of a record, or raise a ValueError that names the field."""
     value = as_object(record).get(field)
     if value is None:
         raise ValueError(
