@@ -182,10 +182,6 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_count_or_nothing(value: Any) -> bool:
-    return value is None or _is_count(value)
-
-
 def _are_kinds(value: Any) -> bool:
     if not isinstance(value, tuple):
         return False
@@ -209,8 +205,8 @@ _EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "ranges": (lambda it: isinstance(it, Mapping), "ranges of codes by number of coordinates"),
     "query_tokens": (_is_count, "a whole number above 0"),
     "document_tokens": (_is_count, "a whole number above 0"),
-    "multi_dim": (_is_count_or_nothing, "a whole number above 0, or null"),
-    "cls_every": (_is_count_or_nothing, "a whole number above 0, or null"),
+    "multi_dim": (lambda it: it is None or _is_count(it), "a whole number above 0, or null"),
+    "cls_every": (lambda it: it is None or _is_count(it), "a whole number above 0, or null"),
 }
 
 

@@ -33,9 +33,8 @@ _AGAINST: Final[Mapping[Policy, str]] = {
 class Contrastive:
     """InfoNCE of cosines, equally over the full width and each of ``dims`` (Matryoshka).
 
-    arXiv 1807.03748, eq. 4; arXiv 2205.13147, eq. 1. In several processes each takes its own
-    queries against the documents of all, and divides by the number of positive pairs of all: summed
-    gradients are those of the whole batch.
+    arXiv 1807.03748, eq. 4; arXiv 2205.13147, eq. 1. Each process takes its queries against the
+    documents of all, so that summed gradients are those of the whole batch.
     """
 
     temperature: float = 0.05
@@ -87,12 +86,12 @@ def check_dims(dims: Sequence[int]) -> None:
         raise RecipeError(f"dims are {tuple(dims)}; give lengths of 1 or more, each once")
 
 
-def require_dims(dims: Sequence[int], embedder: Embedder) -> None:
+def require_dims(dims: Sequence[int], embedder: Embedder, stage: str = "") -> None:
     """Raise if one of ``dims`` is longer than the embedder's vectors."""
     if max(dims, default=0) > embedder.dim:
         raise RecipeError(
             f"dims are {list(dims)}, but the model's vectors have {embedder.dim} coordinates; give "
-            "lengths up to that"
+            f"lengths up to that{f' (stage {stage})' if stage else ''}"
         )
 
 

@@ -9,6 +9,7 @@ backward pass: a text of 8,192 tokens never has all of its 67 million entries in
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Final
 
@@ -30,9 +31,8 @@ _ROTARY_BASE: Final = 10_000.0
 class Decoder(nn.Module):
     """The layer, with attention inside each text; its new weights have their own fixed seed.
 
-    If the backbone's embedding layer adds positions, it makes the inputs. For other backbones
-    (rotary positions, or a table elsewhere) the decoder normalises the inputs itself and rotates
-    its queries and keys. Like the reference it adds first and normalises then (BERT's order).
+    If the backbone's embedding layer adds positions, it makes the inputs. Otherwise the decoder
+    normalises them and rotates its queries and keys. Like BERT it adds first and normalises then.
     Attention weights have no dropout: the row masks serve as one.
     """
 
@@ -70,8 +70,7 @@ class Decoder(nn.Module):
         """Return a state for each token but the first and last of each text, in their order.
 
         ``embeddings`` are those of the token table, without positions; that of a text's first token
-        is ignored. Row masks depend only on the text's seed and length, not on the texts beside it.
-        Neighbouring texts of one length run together.
+        is ignored. Row masks depend only on the text's seed and length.
         """
         places = torch.arange(len(texts.ids), device=texts.ids.device)
         owner = row_of(texts.offsets)
@@ -126,21 +125,10 @@ class Decoder(nn.Module):
         """Attend in texts of one length, one block of rows after the other."""
         rows, length = q.shape[2], k.shape[2]
         block = max(1, min(rows, MASK_ENTRIES // length))  # depends on the length alone
-        found = []
-        for start in range(0, rows, block):
-            part = q[:, :, start : start + block]
-            found.append(
-                checkpoint(
-                    self._one_block,
-                    part,
-                    k,
-                    v,
-                    seeds,
-                    start,
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # masks are drawn from a given seed
-                )
-            )
+        # Masks are drawn from a given seed, so the state of random numbers need not be kept.
+        again = partial(checkpoint, self._one_block, use_reentrant=False, preserve_rng_state=False)
+        starts = range(0, rows, block)
+        found = [again(q[:, :, start : start + block], k, v, seeds, start) for start in starts]
         return torch.cat(found, dim=2)
 
     def _one_block(

@@ -22,9 +22,8 @@ TRIED: Final = 4  # texts that are embedded twice before the training begins
 class SimCSE:
     """InfoNCE between two dropouts of a text, against the other texts of the batch.
 
-    Decoders only drop out attention weights, and most ship with a rate of zero: it is raised while
-    this objective trains. Both views go through the model in one row; a mask is drawn for each
-    token, so they differ. Prompts are left out (arXiv 2404.05961, sec. 3.1).
+    Most decoders have a dropout of zero: that of attention weights is raised while this objective
+    trains. Prompts are left out (arXiv 2404.05961, sec. 3.1).
     """
 
     temperature: float = 0.05

@@ -24,12 +24,9 @@ from tercet.vectors import Terms, TokenRows, Vectors
 class Unified:
     """InfoNCE of dense, sparse, multi and their weighted sum, with self-distillation.
 
-    The formulas are those of :func:`tercet.losses.unified.unified_loss` (arXiv 2402.03216, sec.
-    3.3), the numbers in them those of ``mixture``. Only ``kinds`` are trained: the heads of the
-    others do not change. Self-distillation begins after ``distil_after`` optimizer steps, which
-    include those before an interruption.
-
-    In several processes each takes its own queries against the documents of all, by every kind.
+    See :func:`tercet.losses.unified.unified_loss` (arXiv 2402.03216, sec. 3.3). Only ``kinds`` are
+    trained: the heads of the others do not change. Self-distillation begins after ``distil_after``
+    optimizer steps, which include those before an interruption.
     """
 
     kinds: tuple[Kind, ...] = KINDS

@@ -13,6 +13,7 @@ from tercet import distributed
 from tercet.files.atomic import sole_writer
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
+from tercet.objectives.contrastive import require_dims
 from tercet.training.plan import (
     Data,
     TrainingPlan,
@@ -25,7 +26,6 @@ from tercet.training.plan import (
     refuse_other_model,
     refuse_other_stages,
     require_negatives,
-    require_widths,
     warn_of_idle_heads,
     with_prompts_of,
     without_tuning,
@@ -81,7 +81,8 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None) -> Embedder:
     device = run.home
     torch.manual_seed(recipe.seed)  # for the weights of a new layer
     embedder = build(recipe.model).to(device)
-    require_widths(recipe, embedder.dim)
+    for stage in recipe.stages:  # all of them, before the first is trained
+        require_dims(stage.objective.traits.dims, embedder, stage.name)
     plan = replace(plan, prompt_of=prompts_of(embedder.settings))  # before those of the data
     embedder.settings = with_prompts_of(plan.sources, embedder.settings)
     embedder.settings = without_tuning(embedder.settings, plan.say)

@@ -198,21 +198,6 @@ def is_refreshed(stage: Stage, sources: Sequence[Source], *, at_start: bool = Fa
     return bare or not refresh.missing
 
 
-def require_widths(recipe: Recipe, dim: int) -> None:
-    """Check the shorter widths of all stages before the first is trained.
-
-    Raises:
-        RecipeError: if one of them is longer than the model's vectors.
-    """
-    for stage in recipe.stages:
-        dims = stage.objective.traits.dims
-        if max(dims, default=0) > dim:
-            raise RecipeError(
-                f"dims are {list(dims)}, but the model's vectors have {dim} coordinates; give "
-                f"lengths up to that (stage {stage.name})"
-            )
-
-
 def warn_of_idle_heads(stage: Stage, model: Model, made: Sequence[Kind]) -> None:
     """Log which heads a stage leaves untrained while it trains the network below them."""
     trained = stage.objective.traits.kinds

@@ -1,7 +1,5 @@
 """The folder format of sentence-transformers: the files beside weights and tokenizer.
 
-Nothing here imports sentence-transformers: the format is a few small JSON files.
-
 - ``modules.json``: which modules a text passes through, in order
 - ``1_Pooling/config.json``: which tokens become the vector, and how
 - ``1_Layer`` and ``tercet_layer.py``: a trained layer before the pooling, and the code that runs
@@ -9,8 +7,7 @@ Nothing here imports sentence-transformers: the format is a few small JSON files
 - ``sentence_bert_config.json``: the longest text, in tokens
 - ``config_sentence_transformers.json``: prompts by name, similarity, versions
 
-The layout written is that of releases 2 to 5. Release 6 renamed modules and keys but reads the old
-ones without a warning; other programs that serve embedders know the old ones only.
+The layout written is that of releases 2 to 5, which release 6 and programs that serve models read.
 """
 
 import shutil
@@ -112,8 +109,7 @@ def _complete_tokenizer(path: Path) -> None:
 def prompt_ids(folder: Path, settings: Settings) -> list[list[int]]:
     """Return token ids of the prompts that a layer leaves out of the vectors.
 
-    Each prompt is tokenized alone, by the folder's tokenizer, with the special tokens before it and
-    without the one after it.
+    Each is tokenized alone, with the special tokens before it and without the one after it.
     """
     prompts = dict.fromkeys(prompt for _, prompt in named_prompts(settings))
     if settings.pool_prompt or not prompts:

@@ -283,14 +283,9 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: _Rule) ->
 
     reach = -1 if rule.limit is None else rule.limit - 1
     rows, keys, values = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    bounds, longest = layout.bounds, layout.longest
     states = varlen_attn(
-        rows,
-        keys,
-        values,
-        layout.bounds,
-        layout.bounds,
-        layout.longest,
-        layout.longest,
+        *(rows, keys, values, bounds, bounds, longest, longest),
         scale=rule.scale,
         window_size=(reach, 0 if rule.causal else reach),
         enable_gqa=k.shape[1] != q.shape[1],

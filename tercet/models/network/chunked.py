@@ -1,9 +1,8 @@
 """Batches larger than memory: embed chunk by chunk, and keep the graphs of as many as fit.
 
-A contrastive loss needs all vectors of a batch at once, but the backbone does not. So the texts
-are embedded in chunks, the loss gives the gradient with respect to each vector, and each chunk
-propagates its part into the backbone (GradCache, arXiv 2101.06983). A chunk whose graph was kept
-does so at once; the others are embedded a second time.
+A contrastive loss needs all vectors of a batch at once. So the texts are embedded in chunks, the
+loss gives the gradient by each vector, and each chunk propagates its part into the backbone
+(GradCache, arXiv 2101.06983). Chunks whose graphs were not kept are embedded a second time.
 """
 
 from collections.abc import Callable, Iterator

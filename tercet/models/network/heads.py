@@ -106,8 +106,7 @@ def _among(texts: Packed, ids: Sequence[int]) -> Bool[Tensor, "tokens"]:
 
 
 def _offsets_of_kept(texts: Packed, kept: Bool[Tensor, "tokens"]) -> Tensor:
-    before = offsets_of(kept.to(torch.int64))
-    return before[texts.offsets]
+    return offsets_of(kept.to(torch.int64))[texts.offsets]
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -123,9 +122,8 @@ def save_heads(folder: Path, heads: Heads, kinds: Sequence[Kind]) -> None:
     for kind, name in FILES.items():
         layer = getattr(heads, kind)
         if layer is not None and kind in kinds:
-            plain = {
-                key: value.detach().cpu().contiguous() for key, value in layer.state_dict().items()
-            }
+            state = layer.state_dict()
+            plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             with replacing_file(folder / name) as fresh:
                 torch.save(plain, fresh)
 

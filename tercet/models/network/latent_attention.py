@@ -154,7 +154,7 @@ class AttentionLayer(nn.Module):
         return _softmax(scores)
 
     def _read_each_text(self, states: Tensor, texts: Packed) -> Tensor:
-        """Self-attention inside each text; texts of one length are neighbours in a batch."""
+        """Add self-attention inside each text."""
         queries = self.to_q(self.norm_query(states))
         keys, values = self.to_kv(self.norm_context(states)).chunk(2, dim=-1)
         q, k, v = (

@@ -158,7 +158,6 @@ def cache_folder() -> Path:
 
 
 def _checked_folder(folder: Path) -> Path:
-    """Return the folder if there is a model in it."""
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return folder
     inside = sorted(folder.glob("*.gguf"))
@@ -192,13 +191,9 @@ def _resolve_zoo(model: ZooModel, report: Notify) -> Path:
         "smollm2": lambda _: load_gguf(files[0]),
         "gemma3": load_gemma,
     }
-    return _converted(model.name, _version(model), load=load[model.name], report=report)
-
-
-def _version(model: ZooModel) -> str:
-    """Return the distinct installed versions of its packages."""
     names = [package.partition("==")[0] for package in model.packages]
-    return "+".join(dict.fromkeys(importlib.metadata.version(name) for name in names))
+    version = "+".join(dict.fromkeys(importlib.metadata.version(name) for name in names))
+    return _converted(model.name, version, load=load[model.name], report=report)
 
 
 def _fingerprint(path: Path) -> str:
