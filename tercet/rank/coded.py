@@ -1,9 +1,8 @@
 """Nearest neighbours among vectors that are stored in codes of 8, 4 or 1 bits.
 
-The query, rounded to 8 bits (or to signs), is compared with all codes in one product of integers.
-It has no rounding error and ranks as inner products do, since the range of the codes adds the same
-to all documents of a query. The best are scored again with the unrounded query. Equal scores are
-ranked by lower document row.
+The query, rounded to 8 bits (or to signs), is compared with all codes in one exact product of
+integers, which ranks as inner products do: the range of the codes adds the same to all documents of
+a query. The best are scored again with the unrounded query; equal scores rank by lower row.
 """
 
 from typing import Final
@@ -37,12 +36,11 @@ def top_k_coded(  # noqa: PLR0913 (independent options with defaults)
 
     Only ``allowed`` documents are returned; None allows all.
 
-    ``factor * k`` candidates are found by whole numbers, with ``signs`` by the signs of the query's
-    coordinates alone (for codes of one bit: by Hamming distance), and scored again by the query as
-    it is: with what the codes stand for, or with ``finer`` vectors of the same documents, of which
-    only those of candidates are read. So a score is one with vectors of that precision, and exact
-    but for the last bits of float32. That of ``binary`` codes leaves out what the signs add along
-    the centre, which is mostly error: it is <q - m, x - m> + <q, m>.
+    ``factor * k`` candidates are found by integers, with ``signs`` by the signs of the query's
+    coordinates (for codes of one bit: by Hamming distance). The unrounded query scores them again
+    with the decoded vectors, or with ``finer`` vectors of the same documents, of which only those
+    of candidates are read. With ``binary`` codes the score is <q - m, x - m> + <q, m>, without what
+    the signs add along the centre m, which is mostly error.
 
     Raises:
         ModelError: when queries and documents differ in width, or a query holds NaN.

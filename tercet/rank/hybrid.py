@@ -78,10 +78,7 @@ class HybridHits:
     @staticmethod
     def union(lists: Iterable["HybridHits"]) -> "HybridHits":
         """Return the documents of all lists, each once, by rising row."""
-        lists = list(lists)
-        rows = torch.cat([each.rows for each in lists], dim=1)
-        parts = torch.cat([each.parts for each in lists], dim=2)
-        joined = HybridHits(lists[0].kinds, rows, parts).by_row()
+        joined = _joined(list(lists)).by_row()
         rows = joined.rows.clone()
         rows[:, 1:][joined.rows[:, 1:] == joined.rows[:, :-1]] = -1
         joined = HybridHits(joined.kinds, rows, joined.parts).by_row()
@@ -93,6 +90,11 @@ class HybridHits:
         width = 2 + int(max(self.rows.max(), other.rows.max())) if self.rows.numel() else 1
         query = torch.arange(len(self.rows))[:, None] * width
         return torch.isin(query + self.rows, (query + other.rows)[other.rows >= 0])
+
+
+def _joined(lists: Sequence[HybridHits]) -> HybridHits:
+    rows = torch.cat([each.rows for each in lists], dim=1)
+    return HybridHits(lists[0].kinds, rows, torch.cat([each.parts for each in lists], dim=2))
 
 
 @dataclass(slots=True)
@@ -127,12 +129,8 @@ class BestBySum:
         if not self.found.rows.shape[1]:
             self.found = block
             return
-        both = HybridHits(
-            self.kinds,
-            torch.cat([self.found.rows, block.rows], dim=1),
-            torch.cat([self.found.parts, block.parts], dim=2),
-        )
-        self.found = both.best(self.weights, self.k)  # at equal sums the lower row is to the left
+        # At equal sums the lower row is to the left.
+        self.found = _joined([self.found, block]).best(self.weights, self.k)
 
 
 def each_alone(kinds: Sequence[Kind]) -> dict[Kind, Weights]:

@@ -1,7 +1,7 @@
 """Documents into an engine: batch by batch, each on the disk before the next is encoded.
 
-What is there already with the same text and fields is left alone, so that a job that was killed
-goes on where it was, and a file that has grown costs what is new in it.
+Documents that are there with the same text and fields are skipped, so that a killed job resumes,
+and a file that has grown costs only its new documents.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -119,8 +119,8 @@ def expected_bytes(
 def learned_ranges(documents: Iterable[Document], encode: Encode, count: int) -> tuple[Ranges, int]:
     """Learn the ranges of codes; return them, and from how many of ``count`` documents.
 
-    They are at equal distances, since neighbours in a file are often alike: about a twentieth of
-    all, but 512 to 2,048, as far as there are documents.
+    A twentieth of all documents, between 512 and 2,048 of them, evenly spaced, since neighbours in
+    a file are often alike.
 
     Raises:
         ModelError: when no two of their vectors differ.

@@ -136,11 +136,7 @@ class Judge:
     document_tokens: int | None = None
 
     def load(self) -> Embedder:
-        """Load the model.
-
-        Raises:
-            ModelError: if there is no such model.
-        """
+        """Load the model."""
         limits = {"query_tokens": self.query_tokens, "document_tokens": self.document_tokens}
         changes: dict[str, Any] = {name: n for name, n in limits.items() if n is not None}
         embedder = Embedder.load(self.model, dtype=getattr(torch, self.precision), **changes)

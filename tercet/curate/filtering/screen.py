@@ -144,10 +144,6 @@ def screen_sources(
     """Yield the pairs of each source and language with the rules that they break.
 
     Of equal pairs of a source and language, the first that breaks no other rule stays.
-
-    Raises:
-        DataError: if a source has changed since it was opened.
-        StorageError: if the disk refuses.
     """
     done = run_units(screening, screening.units, manifest, runner=runner)
     for _, units in groupby(done, lambda pair: pair[0].reads["of"]):

@@ -228,12 +228,7 @@ class EncodedShelf:
         return self.teacher.settings
 
     def fill(self, pool: Pool, advance: Advance) -> None:
-        """Encode the documents of a pool; several processes call this and share the work.
-
-        Raises:
-            ModelError: when a vector is not finite.
-            StorageError: when the disk refuses.
-        """
+        """Encode the documents of a pool; several processes, which all call this, share them."""
         encode_pool(pool, self._shard, advance)
 
     def prepare(self, pool: Pool, start: int) -> None:
@@ -300,9 +295,8 @@ class CountedShelf:
         idf(t) = log(1 + (n - n_t + 0.5) / (n_t + 0.5))
 
     where word ``t`` occurs ``f`` times in the document, and in ``n_t`` of the ``n`` documents.
-    Words and constants are those of ``tercet.evaluate.measures.bm25``. Only counts are kept, 8
-    bytes for each word of a document, in unnamed files: memory grows with the number of different
-    words, and by 16 bytes a document. Nothing is kept after ``close``.
+    Counts are kept in unnamed files until ``close``, 8 bytes for each word of a document; memory
+    grows with the number of different words, and by 16 bytes a document.
     """
 
     folder: Path
@@ -315,11 +309,7 @@ class CountedShelf:
         return None
 
     def fill(self, pool: Pool, advance: Advance) -> None:
-        """Count the words of all documents of a pool.
-
-        Raises:
-            StorageError: when the disk refuses.
-        """
+        """Count the words of all documents of a pool."""
         with clear_about(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             counts = self._counts[pool.prompt] = _Counts(tempfile.TemporaryFile(dir=self.folder))

@@ -111,13 +111,8 @@ _OF_SOURCE: Final = ("source", "rule")
 def mine_together(shared: SharedMining, out: Path, runner: Runner) -> list[MiningReport]:
     """Do what :func:`tercet.curate.mining.miner.mine` does, in the processes of a runner.
 
-    A run that was killed continues with the missing shards and blocks.
-
-    Raises:
-        RecipeError: as there, or if another process does the same mining.
-        DataError: if a source has changed since it was opened.
-        ModelError: if the teacher's vectors contain NaN or infinity.
-        StorageError: if the disk refuses; an earlier output is still there then.
+    A run that was killed continues with the missing shards and blocks. Errors are as there, and a
+    RecipeError if another process does the same mining.
     """
     sources = shared.sources
     outputs = outputs_of(out, sources)

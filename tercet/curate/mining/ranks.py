@@ -117,8 +117,7 @@ class Ranker:
 
     def ranked(self, block: Sequence[Example]) -> Iterator[RankedExamples]:
         """Yield the ranked examples of a block, grouped by the pool of their documents."""
-        for places, pool in self._by_pool(block):
-            examples = [block[place] for place in places]
+        for places, examples, pool in self._by_pool(block):
             queries = self._queries(examples)
             found = self.finder.nearest(queries, pool, self.depth)
             absent = found.rows < 0
@@ -144,19 +143,17 @@ class Ranker:
     def lowest_positives(self, block: Sequence[Example]) -> list[float]:
         """Return the score of each example's lowest positive, without a search."""
         found: list[float] = []
-        for places, pool in self._by_pool(block):
-            examples = [block[place] for place in places]
+        for _, examples, pool in self._by_pool(block):
             answers = [list(map(text_key, example.positives)) for example in examples]
-            scores = self._scores(self._queries(examples), pool, answers)
-            found += [min(some) for some in scores]
+            found += map(min, self._scores(self._queries(examples), pool, answers))
         return found
 
-    def _by_pool(self, block: Sequence[Example]) -> Iterator[tuple[list[int], Pool]]:
+    def _by_pool(self, block: Sequence[Example]) -> Iterator[tuple[list[int], list[Example], Pool]]:
         places: dict[str, list[int]] = {}
         for place, example in enumerate(block):
             places.setdefault(self.prompt(example, "document"), []).append(place)
         for prompt, some in places.items():
-            yield some, self.collection.pools[prompt]
+            yield some, [block[place] for place in some], self.collection.pools[prompt]
 
     def prompt(self, example: Example, role: Role) -> str:
         """Return the prompt before this example's texts."""

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64, Shaped
 
 from tercet.errors import ModelError
-from tercet.files.artifacts import write_npy_rows
+from tercet.files.artifacts import write_npy_header
 from tercet.files.atomic import replacing_folder
 from tercet.kinds import Kind
 from tercet.rank.scoring import Postings
@@ -255,7 +255,9 @@ def _are_lists(lists: Postings, count: int) -> bool:
 
 def _write(folder: Path, name: str, blocks: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
     with (folder / _FILES[name]).open("wb") as file:
-        write_npy_rows(file, shape, dtype.newbyteorder("<").str, blocks)
+        write_npy_header(file, shape, dtype.newbyteorder("<"))
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype.newbyteorder("<")).data)
 
 
 def _names(kind: Kind, coding: Coding | None) -> tuple[str, ...]:

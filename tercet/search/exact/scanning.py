@@ -28,7 +28,7 @@ SCORES_AT_ONCE: Final = 1 << 24  # queries times records whose terms are compare
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentView:
-    """A segment, which of its rows may be found (None: all), and the number of its first row."""
+    """A segment, a mask of the rows that may be found, and the number of its first row."""
 
     segment: Segment
     allowed: Bool[np.ndarray, "docs"] | None
@@ -37,7 +37,7 @@ class SegmentView:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentScan:
-    """Some queries, whose terms are merged, and the segments that they are compared with."""
+    """Queries with merged terms, and the segments that they are compared with."""
 
     queries: Vectors
     views: Sequence[SegmentView]
@@ -75,7 +75,7 @@ class SegmentScan:
     def _add_block(self, best: BestBySum, view: SegmentView, start: int, stop: int) -> None:
         """Add the scores of a block of a segment by all kinds."""
         parts: dict[Kind, Tensor]
-        parts = {kind: self._scores(kind, view, start, stop) for kind in best.kinds}
+        parts = {kind: self._scores(kind, view, slice(start, stop)) for kind in best.kinds}
         excluded = ~_found(parts, self.queries, view.segment, slice(start, stop))
         if view.allowed is not None:
             excluded |= torch.from_numpy(~view.allowed[start:stop])
@@ -83,21 +83,28 @@ class SegmentScan:
         best.add(rows, torch.stack(list(parts.values())), excluded)
 
     def _scores(
-        self, kind: Kind, view: SegmentView, start: int, stop: int
+        self,
+        kind: Kind,
+        view: SegmentView,
+        rows: slice | Int64[np.ndarray, "docs"],
+        asked: slice = slice(None),
     ) -> Float32[Tensor, "queries docs"]:
-        """Return the scores of a block by one kind."""
-        segment = view.segment
-        if kind == "dense":
-            assert self.queries.dense is not None and segment.dense is not None
-            return torch.from_numpy(
-                _products(self.queries.dense.numpy(), segment.dense, slice(start, stop))
-            )
+        """Return the scores of all or some queries with rows of a segment by one kind."""
         if kind == "sparse":
-            return torch.from_numpy(self.lexical(view)[:, start:stop])
-        assert self.queries.multi is not None and segment.multi is not None
-        offsets = segment.multi.offsets[start : stop + 1]
-        vectors = segment.multi.vectors[offsets[0] : offsets[-1]]
-        return _late(self.queries, vectors, torch.from_numpy(offsets - offsets[0]))
+            return torch.from_numpy(self.lexical(view)[asked][:, rows])
+        queries, segment = self.queries.only([kind]).take(asked), view.segment
+        if kind == "dense":
+            assert queries.dense is not None and segment.dense is not None
+            return torch.from_numpy(_products(queries.dense.numpy(), segment.dense, rows))
+        assert segment.multi is not None
+        offsets, vectors = segment.multi.offsets, segment.multi.vectors
+        if isinstance(rows, slice):
+            offsets = offsets[rows.start : rows.stop + 1]
+            part = vectors[offsets[0] : offsets[-1]]
+            return _late(queries, part, torch.from_numpy(offsets - offsets[0]))
+        begins, ends = (torch.from_numpy(offsets[each]) for each in (rows, rows + 1))
+        places, bounds = ragged_places(begins, ends)
+        return _late(queries, vectors[places.numpy()], bounds)
 
     def lexical(self, view: SegmentView) -> Float32[np.ndarray, "queries docs"]:
         """Return the scores by terms with all rows of a segment, computed once."""
@@ -120,7 +127,7 @@ class SegmentScan:
 
         Rows that none of the kinds finds are left out.
         """
-        asked = self.queries.take([query])
+        asked = slice(query, query + 1)
         scores: dict[int, dict[Kind, float]] = {}
         for view in self.views:
             low, high = np.searchsorted(rows, [view.begin, view.begin + len(view.segment)])
@@ -128,33 +135,13 @@ class SegmentScan:
             if not len(inside):
                 continue
             parts: dict[Kind, Tensor]
-            parts = {kind: self._pair(kind, query, asked, view, inside)[None] for kind in kinds}
-            found = _found(parts, asked, view.segment, inside)[0].tolist()
+            parts = {kind: self._scores(kind, view, inside, asked) for kind in kinds}
+            found = _found(parts, self.queries.take(asked), view.segment, inside)[0].tolist()
             values = {kind: part[0].tolist() for kind, part in parts.items()}
             for place, row in enumerate(rows[low:high].tolist()):
                 if found[place]:
                     scores[row] = {kind: values[kind][place] for kind in kinds}
         return scores
-
-    def _pair(
-        self,
-        kind: Kind,
-        query: int,
-        asked: Vectors,
-        view: SegmentView,
-        rows: Int64[np.ndarray, "rows"],
-    ) -> Float32[Tensor, "rows"]:
-        """Return the scores of one query with rows of one segment by one kind."""
-        if kind == "sparse":
-            return torch.from_numpy(self.lexical(view)[query][rows])
-        if kind == "dense":
-            assert asked.dense is not None and view.segment.dense is not None
-            return torch.from_numpy(_products(asked.dense.numpy(), view.segment.dense, rows)[0])
-        multi = view.segment.multi
-        assert multi is not None
-        begins, ends = (torch.from_numpy(multi.offsets[each]) for each in (rows, rows + 1))
-        places, offsets = ragged_places(begins, ends)
-        return _late(asked, multi.vectors[places.numpy()], offsets)[0]
 
 
 def blocks_of_queries(queries: Vectors, views: Sequence[SegmentView]) -> Iterator[slice]:
