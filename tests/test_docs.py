@@ -147,7 +147,7 @@ def test_the_other_objects_in_the_extending_page_work(encoder_folder):
     texts = embedder.tokenize(["one", "a longer text"], "document").pack()
     vectors = shown("def maximum", **vars(pooling))["maximum"](embedder.states(texts), texts)
     assert vectors.shape == (2, embedder.dim)
-    recipe = shown("def short_vectors", **vars(finetune))["short_vectors"]()
+    recipe = shown("def short_vectors")["short_vectors"]()
     assert recipe.stages[0].objective.dims == (64, 128)
     precision = shown("def precision", **vars(metrics))["precision"]
     judgements = metrics.Judgements.of([{0: 1, 2: 1}, {1: 1}])
