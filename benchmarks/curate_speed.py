@@ -254,7 +254,7 @@ def filter_here(job: Job, out: str) -> Answer:
 
 def filter_by_faiss(job: Job, out: str) -> Answer:
     """The best of all documents by faiss, and whether the own one is among them."""
-    import faiss
+    import faiss  # pyright: ignore[reportMissingImports]  # pip install faiss-cpu
 
     queries, documents = _pairs(job)
     index = faiss.IndexFlatIP(DIM)
@@ -292,7 +292,7 @@ def worker(side: str) -> None:
     torch.set_num_threads(1)
     if side.startswith("peer"):
         import datasets
-        import faiss
+        import faiss  # pyright: ignore[reportMissingImports]
         import sentence_transformers  # noqa: F401
 
         faiss.omp_set_num_threads(1)

@@ -108,9 +108,14 @@ class MNTPWork:
         self._block_tokens = min(objective.block_tokens, embedder.backbone.max_tokens)
         self.unit = f"blocks of {self._block_tokens} tokens"
 
-    @cached_property
+    @property
     def drawn(self) -> list[TokenBlocks]:
-        """The texts of each source in blocks, tokenized when the first batch is needed."""
+        """The texts of each source in blocks."""
+        return self._blocks
+
+    @cached_property
+    def _blocks(self) -> list[TokenBlocks]:
+        """Blocks are tokenized when the first batch is needed."""
 
         def ids_of(texts: Sequence[str]) -> list[np.ndarray]:
             return self.embedder.tokenizer(texts, _UNLIMITED).ids

@@ -71,7 +71,7 @@ class RecordTable:
         found: dict[int, Record] = {}
         for group in np.unique(group_of).tolist():
             here = rows[group_of == group]
-            table = self._group(group, SCHEMA.names).take(pa.array(here - starts[group]))
+            table = self._group(group, SCHEMA.names).take(_as_array(here - starts[group]))
             found.update(zip(here.tolist(), self.records_of(table), strict=True))
         return [found[row] for row in rows.tolist()]
 
@@ -299,3 +299,8 @@ def _listed(value: Value | Sequence[Value]) -> Sequence[Value]:
 def _key(value: Value) -> tuple[bool, Value]:
     """Return a key that distinguishes True from 1."""
     return isinstance(value, bool), value
+
+
+def _as_array(numbers: Int64[np.ndarray, "numbers"]) -> pa.Array:
+    """Return an arrow array of the same memory; ``pa.array`` would import pandas for it."""
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
