@@ -31,8 +31,18 @@ RUNS = {
     ),
     "bge-m3": (
         "encoder",
-        ("--steps", "2", "--stages", "contrastive,unified", "--contrastive-steps", "2")
-        + ("--contrastive-batch-size", "4", "--multi-dim", "8"),
+        (
+            "--steps",
+            "2",
+            "--stages",
+            "contrastive,unified",
+            "--contrastive-steps",
+            "2",
+            "--contrastive-batch-size",
+            "4",
+            "--multi-dim",
+            "8",
+        ),
         [3.83385, 2.85703, 1.58341, 3.26522],
     ),
     "arctic-embed": (
