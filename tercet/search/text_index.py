@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Final, Literal
 
 import torch
 
@@ -245,7 +245,7 @@ class TextIndex:
         """Close the engine's files."""
         self.engine.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TextIndex":
         return self
 
     def __exit__(self, *error: object) -> None:
