@@ -26,7 +26,7 @@ class LazyCommand(NamedTuple):
     settings: Mapping[str, Any] = {}  # of its click context
 
 
-_REST: Final = {"allow_extra_args": True, "allow_interspersed_args": False}  # a file's own flags
+_REST: Final = {"ignore_unknown_options": True, "allow_interspersed_args": False}  # a file's
 
 COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "demo": LazyCommand("tercet.cli.data:demo", "Train on real texts and measure, in minutes."),

@@ -23,8 +23,8 @@ _FLAG_TYPES: Final[Mapping[Any, Any]] = {
 
 
 def study(
-    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="Study file; its own flags follow it.")],
+    flags: Annotated[list[str] | None, typer.Argument(help="Flags of the study.")] = None,
 ) -> None:
     """Train models that differ in one thing each, measure them alike, and compare them in tables.
 
@@ -35,7 +35,7 @@ def study(
     Example: tercet study examples/studies/bge_m3.py --data mined.jsonl --test test.jsonl
     --out runs/study --only full --only no-distillation --steps 200 --batch-size 24
     """
-    app_of(file)(context.args, prog_name=f"tercet study {file}")
+    app_of(file)(flags or [], prog_name=f"tercet study {file}")
 
 
 def app_of(file: Path) -> typer.Typer:

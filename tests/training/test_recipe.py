@@ -1,5 +1,6 @@
 from math import inf, nan
 
+import jaxtyping
 import pytest
 
 from tercet.errors import RecipeError
@@ -47,10 +48,11 @@ def test_so_do_the_other_parts(kind, name, value):
         kind(**{name: value})
 
 
-def test_an_object_that_is_not_an_objective_is_refused():
+def test_an_object_that_is_not_an_objective_is_refused(monkeypatch):
     class WithoutTraits:
         def start(self, embedder, sources, collate): ...
 
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks come first
     with pytest.raises(RecipeError, match=r"a WithoutTraits for its objective, which must have a"):
         Stage(name="toy", objective=WithoutTraits())  # pyright: ignore[reportArgumentType]
 

@@ -89,7 +89,12 @@ def test_a_job_whose_workers_always_die_ends_with_a_clear_message(tmp_path: Path
 
 @pytest.mark.parametrize(
     "runner",
-    [{"engine": "loop"}, {"engine": "daft"}, {"engine": "daft", "workers": 2}],
+    [
+        {"engine": "loop"},
+        {"engine": "daft"},
+        # Daft 0.7 sometimes aborts when its driver ends: too often for each run of CI.
+        pytest.param({"engine": "daft", "workers": 2}, marks=pytest.mark.long),
+    ],
     ids=["loop", "one", "two"],
 )
 def test_after_a_kill_of_the_driver_the_same_command_does_what_is_missing(

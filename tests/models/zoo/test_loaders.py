@@ -198,7 +198,7 @@ def e5_package(tmp_path, monkeypatch):
     words = models.WordLevel({token: i for i, token in enumerate([*specials, "hello"])}, "<unk>")
     Tokenizer(words).save(str(tokenizer))
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(zoo, "_version", lambda _: "0")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0")
     return weights
 
 
