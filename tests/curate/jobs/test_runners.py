@@ -92,7 +92,7 @@ def test_a_job_whose_workers_always_die_ends_with_a_clear_message(tmp_path: Path
     [
         {"engine": "loop"},
         {"engine": "daft"},
-        # Daft 0.7 sometimes aborts when its driver ends: too often for each run of CI.
+        # Under load the driver sometimes aborts as it ends, cause unknown: not in each run of CI.
         pytest.param({"engine": "daft", "workers": 2}, marks=pytest.mark.long),
     ],
     ids=["loop", "one", "two"],
