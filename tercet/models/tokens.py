@@ -13,7 +13,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from tercet.errors import ModelError, RecipeError
-from tercet.models.network.loading import refuse_code
+from tercet.models.foreign_code import refuse_code
 from tercet.segments import Packed, offsets_of, row_of
 from tercet.types import Role
 

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tercet.errors import ModelError
 from tercet.losses.tokens import Head
-from tercet.models.network.loading import loading, refuse_code
+from tercet.models.foreign_code import refuse_code
+from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
 
 _TOLERANCE: Final = 1e-3  # of the logits, as a share of their length

@@ -22,7 +22,8 @@ from tercet.curate.synthesis.passages import Passage
 from tercet.errors import DataError, ModelError, RecipeError
 from tercet.files.artifacts import fingerprint
 from tercet.files.records import readable
-from tercet.models.network.loading import loading, refuse_code
+from tercet.models.foreign_code import refuse_code
+from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
 
 _SORTED: Final = 8  # batches whose prompts are sorted by length together

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
+from tercet.models.foreign_code import refuse_code, refuse_code_in
 from tercet.models.network.attention import NAME, Layout
 from tercet.models.network.cpu import keep_freed_memory
-from tercet.models.network.loading import loading, refuse_code, refuse_code_in
+from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
 from tercet.segments import Packed, offsets_of
 

@@ -13,7 +13,6 @@ from transformers.utils import logging as transformers_logging
 
 from tercet.errors import ModelError
 from tercet.files.artifacts import read_json
-from tercet.files.console import shortened
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
@@ -21,7 +20,6 @@ PICKLED: Final = (
     "a file of weights holds other Python objects, which could run code, so it is not read; save "
     "the weights as safetensors with the program that wrote them"
 )
-_OURS: Final = "tercet.json"  # beside a network that transformers' own code read when it was saved
 REMEDY: Final = "is the download complete?"
 _SHOWN: Final = 3  # weights of each kind in a message
 # What transformers and peft raise at a missing or damaged file, an unknown or contradictory config,
@@ -43,50 +41,6 @@ def loading(problem: str, hint: str = "") -> Iterator[None]:
     except _UNLOADABLE as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelError(f"{problem}: {line}{hint}") from error
-
-
-def refuse_code(place: str | Path, *names: str) -> None:
-    """Raise if these files of a model's folder name Python code; no such code is ever run.
-
-    ``trust_remote_code=False`` alone is not enough: where transformers has an architecture of the
-    same name, it is taken instead, whose network may be another one (a decoder that is causal).
-
-    Raises:
-        ModelError: if one does: an ``auto_map``, or an attention that is loaded from the hub.
-    """
-    folder = Path(place)
-    for name in names if not (folder / _OURS).is_file() else ():
-        refuse_code_in(f"{folder}: its {name}", read_object(folder / name, optional=True))
-
-
-def refuse_code_in(what: str, config: Mapping[str, Any]) -> None:
-    """Raise if a config, ``what`` of a message, names code; see :func:`refuse_code`."""
-    code = _code_named_in(config)
-    if code is not None:
-        raise ModelError(
-            f"{what} names code of its own ({code}), which tercet never runs; use a model whose "
-            "architecture transformers itself has"
-        )
-
-
-def _code_named_in(config: Mapping[str, Any]) -> str | None:
-    """Return the first mention of code in a config and what is nested in it; None if there is none.
-
-    Older releases of transformers ask whether to run it, also that of a part.
-    """
-    waiting: list[Any] = [config]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Mapping):
-            if part.get("auto_map"):
-                return f'"auto_map": {shortened(str(part["auto_map"]))}'
-            for name in ("attn_implementation", "_attn_implementation"):
-                if "/" in str(part.get(name)):
-                    return f'"{name}": {shortened(str(part[name]))}'
-            waiting.extend(part.values())
-        elif isinstance(part, list):
-            waiting.extend(part)
-    return None
 
 
 @contextmanager
