@@ -26,6 +26,7 @@ from tercet.search.indexing import (
 from tercet.search.opening import (
     About,
     about_index,
+    check_index_place,
     make_engine,
     mark_complete,
     open_engine,
@@ -123,6 +124,7 @@ def index(
     read: Callable[[], Iterable[Document]] = (
         documents if callable(documents) else partial(iter, documents)
     )
+    check_index_place(Path(folder), [model], fresh=options.fresh)
     stored = stored_as(options.precision)
     embedder = load(model, options.precision if stored == "float32" else "float32")
     kinds = _kinds_to_keep(options, embedder.kinds)
