@@ -26,9 +26,11 @@ class FolderKind:
 
     Attributes:
         name: what such a folder is, such as "a model".
-        own: patterns of the paths in it that tercet writes; without any, the marker lists them.
-        shared: only files of these names are written, and others may stay beside them; false: the
-            folder is replaced as a whole.
+        own: patterns of the paths in it that tercet writes, where * is any letters; without any,
+            the marker lists the files of a folder that is replaced as a whole.
+        shared: whether other files may be beside them, which stay as they are; false: the folder
+            is replaced as a whole.
+        is_data: whether tercet reads such folders, so that one inside an input becomes part of it.
         is_older: whether a folder without a marker is one of an earlier version.
         error: the class of the error for a folder that is none.
     """
@@ -36,13 +38,14 @@ class FolderKind:
     name: str
     own: tuple[str, ...] = ()
     shared: bool = False
+    is_data: bool = False
     is_older: Callable[[Path], bool] = lambda folder: False
     error: type[TercetError] = RecipeError
 
 
 def check_output(
     out: Path | str,
-    inputs: Iterable[Path | str] = (),
+    inputs: Iterable[Path | str | None] = (),
     kind: FolderKind | None = None,
     *,
     flag: str = "--out",
@@ -50,17 +53,22 @@ def check_output(
 ) -> None:
     """Raise, before any work, unless ``out`` may be written; without ``kind`` it is a file.
 
-    Inputs that are no files or folders, such as names of models, are passed over. ``adds`` leaves
+    Inputs that are no files or folders, such as names of models, are passed over, and so is None.
+    ``adds`` leaves
     it to the caller to judge what is in the folder, since nothing of it is replaced.
 
     Raises:
-        RecipeError: if it is an input, is inside one, or would replace one; links count as what
-            they lead to. Also, or another error of ``kind``, for a folder that holds things that
+        RecipeError: if it is an input, is a file inside one, or would replace one; links count as
+            what they lead to. Also, or the error of ``kind``, for a folder that holds things that
             tercet did not make.
         StorageError: if it exists, and is a folder where a file is due, or the reverse.
     """
     out = Path(out)
-    _refuse_inputs(out, inputs, None if kind is not None and (kind.shared or adds) else kind, flag)
+    own = kind.own if kind is not None and (kind.shared or adds) else ()
+    inside = out.exists() if kind is None else kind.is_data
+    for each in inputs:
+        if each is not None and Path(each).exists():
+            _refuse_input(out, Path(each), own or ("*",), inside=inside, flag=flag)
     if kind is None and out.exists() and not out.is_file():
         raise StorageError(out, "it is not a file")
     if kind is not None and kind.shared and out.exists() and not out.is_dir():
@@ -71,7 +79,7 @@ def check_output(
 
 def check_files(inputs: Iterable[Path | str | None], **outputs: Path | None) -> None:
     """Check the files of several flags, such as ``json=``, and that no two are the same."""
-    inputs = [each for each in inputs if each is not None]
+    inputs = list(inputs)
     seen: dict[Path, str] = {}
     for flag, out in outputs.items():
         if out is None:
@@ -107,22 +115,16 @@ def json_object(path: Path) -> dict[str, Any]:
 # ---- inputs ------------------------------------------------------------------------------------
 
 
-def _refuse_inputs(
-    out: Path, inputs: Iterable[Path | str], replaced: FolderKind | None, flag: str
-) -> None:
+def _refuse_input(out: Path, given: Path, own: tuple[str, ...], *, inside: bool, flag: str) -> None:
+    """Raise if ``out`` is an input, is ``inside`` one, or has it where its ``own`` files are."""
     target = _real(out)
-    for given in map(Path, inputs):
-        if not given.exists():
-            continue
-        for path in _places_of(given, target):
-            if path == target or _same(path, target):
-                raise RecipeError(f"{out}: is an input; give another {flag}")
-            if path in target.parents and path.is_dir():
-                raise RecipeError(f"{out}: is inside the input {given}; give another {flag}")
-            if replaced is not None and target in path.parents:
-                raise RecipeError(
-                    f"{out}: contains the input {given} and would be replaced; give another {flag}"
-                )
+    for path in _places_of(given, target):
+        if path == target or _same(path, target):
+            raise RecipeError(f"{out}: is an input; give another {flag}")
+        if inside and path in target.parents and path.is_dir():
+            raise RecipeError(f"{out}: is inside the input {given}; give another {flag}")
+        if target in path.parents and _fits(path.relative_to(target).as_posix(), own):
+            raise RecipeError(f"{out}: is or contains the input {given}; give another {flag}")
 
 
 def _places_of(given: Path, target: Path) -> Iterator[Path]:
