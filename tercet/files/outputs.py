@@ -107,7 +107,7 @@ def holds_only(folder: Path, patterns: Iterable[str]) -> bool:
 def json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if it holds none or cannot be read."""
     with suppress(OSError, ValueError, RecursionError):
-        found = read_json(path)
+        found = read_json(path) if path.is_file() else None
         return found if isinstance(found, dict) else {}
     return {}
 

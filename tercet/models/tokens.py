@@ -13,6 +13,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from tercet.errors import ModelError, RecipeError
+from tercet.models.foreign_code import refuse_code
 from tercet.segments import Packed, offsets_of, row_of
 from tercet.types import Role
 
@@ -105,8 +106,9 @@ def load_tokenizer(place: str | Path) -> Any:
     """
     from transformers import AutoTokenizer  # slow to import
 
+    refuse_code(place, "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place))
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0].strip(" :.")
         raise ModelError(

@@ -13,9 +13,9 @@ import torch
 from tercet.data.files.documents import Document
 from tercet.data.files.examples import shown
 from tercet.errors import BROKEN_MODEL, DataError, ModelError
-from tercet.files.arrays import NAMES, GrowingArray, VectorWriter
+from tercet.files.arrays import NAMES, GrowingArray, VectorWriter, holds_only_vectors
 from tercet.files.atomic import clear_about, replacing_file, replacing_folder
-from tercet.files.outputs import FolderKind, check_output, holds_only, mark
+from tercet.files.outputs import FolderKind, check_output, mark
 from tercet.files.progress import Bars, bar
 from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
@@ -25,9 +25,7 @@ from tercet.search.rows import TAKEN, EngineRow, FormatName, json_line, lines_of
 from tercet.types import Role
 from tercet.vectors import Vectors
 
-VECTORS: Final = FolderKind(
-    "a folder of vectors", own=tuple(NAMES), is_older=lambda folder: holds_only(folder, NAMES)
-)
+VECTORS: Final = FolderKind("a folder of vectors", own=tuple(NAMES), is_older=holds_only_vectors)
 WINDOW_OF_TEXTS: Final = 50_000  # of dense vectors alone: those that encode sorts by length
 
 

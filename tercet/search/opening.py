@@ -149,11 +149,13 @@ def check_index_place(folder: Path, inputs: Iterable[Path | str], *, fresh: bool
     """Raise, before any work, unless an index may be written, or one that is there continued.
 
     Raises:
-        IndexFolderError: when the folder holds other files.
+        IndexFolderError: when the folder holds other files, or an index that cannot be used.
         RecipeError: when it is an input, or would replace one.
     """
     continued = (folder / FILE).is_file() and not fresh
     check_output(folder, inputs, INDEX, adds=continued)
+    if continued:
+        about_index(folder)
 
 
 def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Engine:

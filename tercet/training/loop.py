@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tercet import distributed
-from tercet.files.atomic import sole_writer
+from tercet.files.atomic import LOCK, sole_writer
 from tercet.files.outputs import mark
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
@@ -71,17 +71,18 @@ def train(
     Example:
         ``train(finetune(steps=100), [open_source("pairs.jsonl")], Path("runs/mine"))``
     """
-    run, out, sources = run or Run(), Path(out), by_stage(recipe, data)
-    plan = TrainingPlan(recipe, sources, run, say)
+    run, out = run or Run(), Path(out)
+    begun = (out / LOCK).exists()  # by a run that was killed, or ended
+    plan = TrainingPlan(recipe, by_stage(recipe, data), run, say)
     if not distributed.is_main():
-        return _train(plan, out, score)
+        return _train(plan, out, score, begun=begun)
     check_run_place(plan, out)
     with sole_writer(out):
         mark(out, RUN)
-        return _train(plan, out, score)
+        return _train(plan, out, score, begun=begun)
 
 
-def _train(plan: TrainingPlan, out: Path, score: Score | None) -> Embedder:
+def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -> Embedder:
     recipe, run = plan.recipe, plan.run
     several, folders = len(recipe.stages) > 1, stage_folders(recipe, out)
     refuse_other_stages(out, folders)
@@ -114,7 +115,7 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None) -> Embedder:
         trainer = Trainer(embedder, stage, folder, plan, begins_with, snapshots)
         if several:
             refuse_other_model(folder / "model", trainer.what)
-        trainer.resume()
+        trainer.resume(begun=begun and number == 1)
         if number == 1 and distributed.is_main():
             describe(plan, out)
         trainer.run(score)

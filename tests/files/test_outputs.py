@@ -141,7 +141,7 @@ def test_a_folder_that_is_replaced_holds_no_input_and_a_shared_one_none_that_is_
     inside = place / "data/in.txt"
     for kind in (WHOLE, ROWS):
         for given in (inside, place / "data"):
-            with pytest.raises(RecipeError, match="is an input|is or contains the input"):
+            with pytest.raises(RecipeError, match=r"is an input|is or contains the input"):
                 check_output(place / "data", [given], kind)
     mark(place / "data", SHARED)
     check_output(place / "data", [inside], SHARED)

@@ -60,6 +60,7 @@ def _read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     if not isinstance(config, LoraConfig):
         kind = str(config.peft_type).rpartition(".")[2]
         raise ModelError(f"{folder}: is an adapter of type {kind}; tercet merges LoRA only")
+    config.megatron_config = None  # peft would import the module that the file names
     config.task_type = None  # a task would wrap the model in a class that expects a head
     config.base_model_name_or_path = None  # peft would warn that the base lies elsewhere
     return config, weights

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
+from tercet.models.foreign_code import refuse_code, refuse_code_in
 from tercet.models.network.attention import NAME, Layout
 from tercet.models.network.cpu import keep_freed_memory
 from tercet.models.network.loading import loading
@@ -280,11 +281,18 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
     if Path(source).exists():
         hint = "; is it a complete transformers folder (config.json, model.safetensors, tokenizer)?"
     with loading(f"{source}: cannot be loaded", hint):
-        config = AutoConfig.from_pretrained(place)
+        refuse_code(place, "config.json")
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        if not Path(place).is_dir():  # on the hub
+            refuse_code_in(f"{source}: its config.json", config.to_dict())
         if keep_layers is not None:
             _cut_layers(config.get_text_config(), keep_layers, source)
         model, report = AutoModel.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True
+            place,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     lost = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if lost:

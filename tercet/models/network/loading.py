@@ -1,6 +1,7 @@
 """Reading model files: errors of other libraries as one line, JSON, and weights that must fit."""
 
 import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,10 @@ from tercet.files.artifacts import read_json
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
+PICKLED: Final = (
+    "a file of weights holds other Python objects, which could run code, so it is not read; save "
+    "the weights as safetensors with the program that wrote them"
+)
 REMEDY: Final = "is the download complete?"
 _SHOWN: Final = 3  # weights of each kind in a message
 # What transformers and peft raise at a missing or damaged file, an unknown or contradictory config,
@@ -31,6 +36,8 @@ def loading(problem: str, hint: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{problem}: {PICKLED}") from error
     except _UNLOADABLE as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelError(f"{problem}: {line}{hint}") from error
