@@ -21,6 +21,7 @@ from transformers import (
 from tercet.curate.synthesis.passages import Passage
 from tercet.errors import DataError, ModelError, RecipeError
 from tercet.files.artifacts import fingerprint
+from tercet.files.limits import read_text
 from tercet.files.records import readable
 from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
@@ -82,7 +83,7 @@ class QuestionPrompt:
             DataError: if it cannot be read, or has no ``{passage}``.
         """
         with readable(path):
-            prompt = path.read_text(encoding="utf-8")
+            prompt = read_text(path)
         if "{passage}" not in prompt:
             raise DataError(path, None, "has no {passage}; write it where the passage belongs")
         return cls(prompt, language)

@@ -19,7 +19,16 @@ REMEDY: Final = "is the download complete?"
 _SHOWN: Final = 3  # weights of each kind in a message
 # What transformers and peft raise at a missing or damaged file, an unknown or contradictory config,
 # or weights of other shapes has no common class.
-_UNLOADABLE: Final = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+_UNLOADABLE: Final = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,  # and RecursionError, of JSON
+    SafetensorError,
+    ArithmeticError,
+)
 
 
 @contextmanager
@@ -64,7 +73,7 @@ def read_value(path: Path) -> Any:
         return read_json(path)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: is missing; {REMEDY}") from error
-    except ValueError as error:  # neither UTF-8 nor JSON
+    except (OSError, ValueError) as error:  # neither UTF-8 nor JSON
         raise ModelError(f"{path}: is not JSON ({error}); {REMEDY}") from error
 
 
