@@ -13,6 +13,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from tercet.errors import ModelError, RecipeError
+from tercet.models.foreign_code import refuse_code
 from tercet.segments import Packed, batches_within, offsets_of, row_of
 from tercet.types import Role
 
@@ -108,9 +109,10 @@ def load_tokenizer(place: str | Path) -> Any:
     """
     from transformers import AutoTokenizer  # slow to import
 
+    refuse_code(place, "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0].strip(" :.")
         raise ModelError(
             f"{place}: the tokenizer cannot be loaded ({line}); is tokenizer.json there and whole?"

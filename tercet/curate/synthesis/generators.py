@@ -23,7 +23,8 @@ from tercet.errors import DataError, ModelError, RecipeError
 from tercet.files.artifacts import fingerprint
 from tercet.files.limits import read_text
 from tercet.files.records import readable
-from tercet.models.network.loading import loading
+from tercet.models.foreign_code import refuse_code
+from tercet.models.network.loading import check_network, loading
 from tercet.models.zoo import zoo
 
 _SORTED: Final = 8  # batches whose prompts are sorted by length together
@@ -274,11 +275,13 @@ def _likeliest(
 
 def _loaded(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     place = str(zoo.resolve(name))
+    refuse_code(place, "config.json", "tokenizer_config.json", "generation_config.json")
     with loading(f"{name}: cannot write texts"):
+        check_network(Path(place))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True
+            place, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(place)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     model, report = loaded
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])[0]
