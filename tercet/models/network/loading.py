@@ -48,7 +48,6 @@ _UNLOADABLE: Final = (
     KeyError,
     AttributeError,
     IndexError,
-    AssertionError,
     ImportError,
     RuntimeError,  # and RecursionError, of JSON
     SafetensorError,
@@ -158,8 +157,11 @@ def check_weights(folder: Path, config: Any) -> None:
     held = sum(each.stat().st_size for each in files)
     if not held:  # on the hub, or missing, which whoever loads them reports
         return
-    with torch.device("meta"):
-        network = AutoModel.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            network = AutoModel.from_config(config, trust_remote_code=False)
+    except AssertionError as error:  # of torch, such as for a padding token beyond its table
+        raise ModelError(f"{folder}: config.json describes no network ({error})") from error
     wanted = sum(weight.numel() for weight in network.parameters())
     numbers_a_byte = 8 if getattr(config, "quantization_config", None) else 1
     if wanted > numbers_a_byte * held:
