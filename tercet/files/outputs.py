@@ -106,8 +106,8 @@ def holds_only(folder: Path, patterns: Iterable[str]) -> bool:
 
 def json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if it holds none or cannot be read."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = read_json(path) if path.is_file() else None
+    with suppress(OSError, ValueError):
+        found = read_json(path)
         return found if isinstance(found, dict) else {}
     return {}
 
