@@ -21,6 +21,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tercet.files.artifacts import write_npy_header
+from tercet.files.limits import unreadable
 from tercet.files.records import readable
 from tercet.kinds import Kind
 from tercet.segments import ragged_places
@@ -108,6 +109,9 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
 
 def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
     """Whether a folder holds vectors of one kind of this many texts, in files of full length."""
+    names = [*_VALUES[kind], f"{kind}_offsets"]
+    if any(unreadable(folder / f"{name}.npy") for name in names):
+        return False
     try:
         values = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _VALUES[kind]]
         if kind == "dense":

@@ -16,6 +16,7 @@ from uuid import uuid4
 from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import recover_folder, replacing_folder, sole_writer
+from tercet.files.limits import unreadable_inside
 from tercet.kinds import KINDS
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.engine import Engine
@@ -260,6 +261,9 @@ def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
     """
     folder = Path(folder)
     about = about_index(folder)
+    for place in (folder, folder / "exact"):  # which holds segments
+        if place.is_dir() and (problem := unreadable_inside(place)):
+            raise _unusable(folder, problem)
     if about.engine == "qdrant":
         return QdrantEngine(_edge_store()(folder / "qdrant", stored=_stored_of(about)))
     if about.engine == "cluster":
