@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from tercet.errors import ModelError
 from tercet.losses.tokens import Head
 from tercet.models.foreign_code import refuse_code
-from tercet.models.network.loading import loading
+from tercet.models.network.loading import check_network, loading
 from tercet.models.zoo import zoo
 
 _TOLERANCE: Final = 1e-3  # of the logits, as a share of their length
@@ -68,6 +68,7 @@ def _load_with_head(auto: Any, source: str | Path, kind: str, remedy: str) -> An
     """Return the model that a transformers class loads, or raise if its head is missing."""
     place = str(zoo.resolve(str(source)))
     refuse_code(place, "config.json")
+    check_network(Path(place))
     model, report = auto.from_pretrained(
         place, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
