@@ -21,6 +21,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tercet.files.artifacts import write_npy_header
+from tercet.files.checksums import damage, note_damage
 from tercet.files.records import readable
 from tercet.kinds import Kind
 from tercet.segments import ragged_places
@@ -107,7 +108,12 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
 
 
 def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
-    """Whether a folder holds vectors of one kind of this many texts, in files of full length."""
+    """Whether a folder holds vectors of one kind of this many texts, as they were written."""
+    if not folder.exists():
+        return False
+    if (path := damage(folder)) is not None:
+        note_damage(path)
+        return False
     try:
         values = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _VALUES[kind]]
         if kind == "dense":

@@ -16,6 +16,7 @@ from uuid import uuid4
 from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import recover_folder, replacing_folder, sole_writer
+from tercet.files.checksums import sealed, unsealed
 from tercet.kinds import KINDS
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.engine import Engine
@@ -79,7 +80,7 @@ def about_index(folder: Path | str) -> About:
     folder = Path(folder)
     recover_folder(folder)
     try:
-        about = read_json(folder / FILE)
+        about = unsealed(read_json(folder / FILE))
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not an index" if folder.exists() else "no such folder"
         raise IndexFolderError(f"{folder}: {what}; build one with: tercet index") from error
@@ -106,7 +107,7 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
 
 def write_about(folder: Path | str, about: About) -> None:
     """Write the description of an index folder, whole or not at all."""
-    write_json(Path(folder) / FILE, asdict(about))
+    write_json(Path(folder) / FILE, sealed(asdict(about)))
 
 
 def mark_complete(folder: Path | str) -> None:

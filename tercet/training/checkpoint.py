@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
+from tercet.files.checksums import is_whole_archive
 from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1
+_PARTS: Final = frozenset(("version", "what", "progress", "weights"))
+_UNREADABLE: Final = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError)
 # Names of settings in runs of earlier versions, and in this one.
 _RENAMED: Final = (
     ("objective.in_lesson", "objective.mixture.in_distilled"),
@@ -78,6 +81,8 @@ def load(
     if not path.exists():
         return None
     record = read(path, mapped=mapped)
+    if not isinstance(record, dict) or not _PARTS <= set(record):
+        raise _damaged(path)
     changes = changed(record["what"], what)
     if record["version"] != VERSION or changes:
         raise RecipeError(
@@ -109,13 +114,31 @@ def read(path: Path, *, mapped: bool = False) -> Any:
     Raises:
         RecipeError: if it is missing or damaged.
     """
+    if not is_whole_archive(path):  # torch would not notice another byte in a weight
+        raise _damaged(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise RecipeError(
-            f"{path}: this file of an earlier run is gone or damaged; delete {path.parent} to "
-            "start again, or give another --out"
-        ) from error
+    except (*_UNREADABLE, pickle.UnpicklingError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> RecipeError:
+    return RecipeError(
+        f"{path}: this file of an earlier run is gone or damaged; delete {path.parent} to "
+        "start again, or give another --out"
+    )
+
+
+def read_weights(path: Path, module: nn.Module, *, mapped: bool = False) -> dict[str, Tensor]:
+    """Return the trainable weights of the module that a file holds.
+
+    Raises:
+        RecipeError: if it is missing, damaged, or holds other things.
+    """
+    found = read(path, mapped=mapped)
+    if not isinstance(found, dict) or found.keys() != trainable(module).keys():
+        raise _damaged(path)
+    return found
 
 
 def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -292,7 +292,9 @@ class Trainer:
             f"best, after step {progress.best_step} of {progress.step}; taking {taken}"
         )
         if best and progress.best_step != progress.step:
-            weights = checkpoint.read(self.folder / BEST, mapped=self.sharded is not None)
+            weights = checkpoint.read_weights(
+                self.folder / BEST, self.embedder, mapped=self.sharded is not None
+            )
             checkpoint.restore(self.embedder, weights)
 
     def _due(self, every: int | None) -> bool:

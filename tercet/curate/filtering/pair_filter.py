@@ -31,12 +31,21 @@ from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.artifacts import json_text, read_json, write_json
+from tercet.files.checksums import (
+    altered,
+    checksums,
+    note_absence,
+    note_damage,
+    sealed,
+    unsealed,
+)
 from tercet.models.zoo import zoo
 
 SETTINGS: Final = "filter.json"
 REPORT: Final = "report.json"
 DRAWING: Final = "report.png"
-_OURS: Final = ("pairs", "verdicts", "manifest", REPORT, SETTINGS, DRAWING)
+_RESULTS: Final = ("pairs", "verdicts")
+_OURS: Final = (*_RESULTS, "manifest", REPORT, SETTINGS, DRAWING)
 
 
 def filter_sources(
@@ -166,16 +175,29 @@ def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | N
             "--out (vectors are reused), or delete the folder"
         )
     report = _read(out / REPORT) if before == settings else None
+    if report is not None and not _is_whole(out, report):
+        report = None
     if report is None:
         if not ranked:  # verdicts by other rules, with which nothing was ranked
             shutil.rmtree(out / "verdicts", ignore_errors=True)
-        write_json(out / SETTINGS, settings, indent=1)
+        write_json(out / SETTINGS, sealed(settings), indent=1)
     return None if report is None else report["sources"]
 
 
 def write_report(out: Path, reports: Sequence[Mapping[str, Any]]) -> None:
     """Write the reports as JSON; this marks the folder as finished."""
-    write_json(out / REPORT, {"sources": list(reports)}, indent=1)
+    files = checksums(out, *(name for name in _RESULTS if (out / name).exists()))
+    write_json(out / REPORT, sealed({"sources": list(reports), "files": files}), indent=1)
+
+
+def _is_whole(out: Path, report: Mapping[str, Any]) -> bool:
+    """Return whether a finished folder still holds what was written."""
+    if "files" not in report:
+        note_absence(out)
+        return True
+    if (path := altered(out, report["files"])) is not None:
+        note_damage(path)
+    return path is None
 
 
 def refuse_sources(out: Path, paths: Sequence[Path]) -> None:
@@ -205,7 +227,10 @@ def _file_stamps(path: Path) -> list[Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = read_json(path)
+        found = unsealed(read_json(path))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError):
+        note_damage(path)
         return None
     return found if isinstance(found, dict) else None

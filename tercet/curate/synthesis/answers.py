@@ -13,6 +13,7 @@ from tercet.curate.synthesis.passages import Passage
 from tercet.data.files.examples import shown
 from tercet.errors import DataError, RecipeError
 from tercet.files.atomic import clear_about
+from tercet.files.checksums import sealed, unsealed
 
 _VERSION: Final = 1  # of the file; others are refused
 _KIND: Final = "answers of tercet synthesize"
@@ -93,7 +94,7 @@ def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Answ
     found: dict[AnswerKey, str] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            record = json.loads(line)
+            record = unsealed(json.loads(line))
             key = (record["document"], record["start"], record["end"], record["digest"])
             if "answer" in record:
                 found[key] = str(record["answer"])
@@ -106,7 +107,7 @@ def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Answ
 
 def _check_head(path: Path, line: bytes, wanted: Mapping[str, Any]) -> None:
     try:
-        head = json.loads(line)
+        head = unsealed(json.loads(line))
     except ValueError:
         raise _another_kind(path) from None
     if not isinstance(head, dict) or head.get("kind") != _KIND:
@@ -130,7 +131,7 @@ def _key(passage: Passage) -> AnswerKey:
 
 
 def _write(path: Path, file: BinaryIO, record: Mapping[str, Any]) -> None:
-    line = json.dumps(record).encode() + b"\n"
+    line = json.dumps(sealed(record)).encode() + b"\n"
     with clear_about(path):
         written = file.write(line)
         if written != len(line):
