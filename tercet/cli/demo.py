@@ -183,7 +183,7 @@ def _sample(measured: Measured) -> ScoreSample:
 
 def _curves(out: Path) -> tuple[list[float], list[float]]:
     """Losses and learning rates of all steps."""
-    steps = [record for record in log.read(out / "log.jsonl") if "loss" in record]
+    steps = [record for record in log.read(out / log.LOG) if "loss" in record]
     return [r["loss"] for r in steps], [r["learning_rate"] for r in steps]
 
 

@@ -25,6 +25,7 @@ from tercet.errors import RecipeError, StorageError
 _RACED: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # another process was faster
 _TORCH_WRITES: Final = ("PytorchStreamWriter", "inline_container", "iostream")
 _ATTEMPTS: Final = 50  # to put a folder in place while others do the same
+LOCK: Final = ".lock"  # a file that stays in a folder that had a writer
 _numbers: Final = itertools.count()
 
 
@@ -117,7 +118,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         RecipeError: if another process holds the lock, naming it.
         StorageError: if the folder cannot be written to.
     """
-    path = Path(folder) / ".lock"
+    path = Path(folder) / LOCK
     lock = FileLock(path, thread_local=False)  # any thread may release it
     _make_folder(path.parent)
     with clear_about(path.parent):

@@ -19,6 +19,7 @@ from tercet.training.batches import Groups, sampled
 from tercet.training.recipe import Stage
 from tercet.types import Example
 
+LOG: Final = "log.jsonl"
 _RECENT: Final = 32  # batches over which the share of empty vectors is averaged
 _RISE: Final = 0.1  # of that mean; on a dev set, whose texts stay the same, EMPTY is enough
 _DEVIATIONS: Final = 1.5  # standard deviations of single batches that a rise must exceed as well
@@ -31,10 +32,11 @@ class Log:
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "log.jsonl"
+        self.path = folder / LOG
         kept = [record for record in read(self.path) if record["step"] <= step and step > 0]
         with replacing_file(self.path) as fresh:
-            fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            lines = (json.dumps(record) + "\n" for record in kept)
+            fresh.write_text("".join(lines), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, step) if tensorboard else None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tercet import distributed
-from tercet.files.atomic import sole_writer
+from tercet.files.atomic import LOCK, sole_writer
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import require_dims
@@ -68,11 +68,13 @@ def train(
         ``train(finetune(steps=100), [open_source("pairs.jsonl")], Path("runs/mine"))``
     """
     run, out = run or Run(), Path(out)
+    begun = (out / LOCK).exists()  # by a run that was killed, or ended
     with sole_writer(out) if distributed.is_main() else nullcontext():
-        return _train(TrainingPlan(recipe, by_stage(recipe, data), run, say), out, score)
+        plan = TrainingPlan(recipe, by_stage(recipe, data), run, say)
+        return _train(plan, out, score, begun=begun)
 
 
-def _train(plan: TrainingPlan, out: Path, score: Score | None) -> Embedder:
+def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -> Embedder:
     recipe, run = plan.recipe, plan.run
     several = len(recipe.stages) > 1
     folders = [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
@@ -106,7 +108,7 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None) -> Embedder:
         trainer = Trainer(embedder, stage, folder, plan, begins_with, snapshots)
         if several:
             refuse_other_model(folder / "model", trainer.what)
-        trainer.resume()
+        trainer.resume(begun=begun and number == 1)
         if number == 1 and distributed.is_main():
             describe(plan, out)
         trainer.run(score)

@@ -1,6 +1,7 @@
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tercet.files.signals import SIGNALS
 from tercet.models.embedder import Embedder
 from tests.cli.lines import cells
 from tests.toy import SENTENCES
@@ -167,6 +169,27 @@ def test_an_interrupted_command_says_so_with_status_130(tercet, files, monkeypat
     monkeypatch.setattr("tercet.cli.data.check_data", interrupted)
     ended = tercet("check", files / "pairs.jsonl")
     assert ended.status == 130 and ended.err.startswith("tercet: stopped; ")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_command_with_a_line_that_says_what_is_kept(
+    tercet, encoder_folder, files, tmp_path, monkeypatch, number
+):
+    def signalled(*_, **__):
+        os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    monkeypatch.setattr("tercet.search.indexing.document_batches", signalled)
+    command = ["index", encoder_folder, files / "docs.jsonl", "--out", tmp_path / "index"]
+    ended = tercet(*command)
+    assert (ended.status, ended.out) == (128 + number, "")
+    said = [line for line in ended.err.splitlines() if line.startswith("tercet: ")]
+    assert said == [
+        "tercet: stopped; what is finished is kept, and the same command goes on with the rest"
+    ]
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    monkeypatch.undo()
+    assert tercet(*command).out == f"{tmp_path}/index: 12 documents\n"
 
 
 def test_as_a_program_it_prints_its_results_and_nothing_else_to_a_pipe(files):
