@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from tercet.files.atomic import replacing_file, replacing_folder
-from tercet.files.checksums import damage, is_whole_archive, note_damage, seal
+from tercet.files.checksums import damage, is_whole_archive, note_damage, seal, seal_archive
 
 _FACTS: Final = "facts"  # the name of a result's JSON part inside its .npz file
 _NAME: Final = "name"  # and of the file's name, by which another one in its place is noticed
@@ -91,8 +91,10 @@ def write_npy_header(file: BinaryIO, shape: tuple[int, ...], dtype: Any) -> None
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write arrays as an ``.npz`` file that appears whole or not at all."""
     content: dict[str, Any] = dict(arrays)
-    with replacing_file(path) as fresh, fresh.open("wb") as file:
-        np.savez(file, **content)
+    with replacing_file(path) as fresh:
+        with fresh.open("wb") as file:
+            np.savez(file, **content)
+        seal_archive(fresh)
 
 
 class KeptResults:

@@ -2,7 +2,7 @@
 
 - A JSON object carries its own, under ``checksum``.
 - A folder that appears whole has ``checksums.json``, and a single array ``NAME.sum`` beside it.
-- Archives (.pt, .npz) have one for each member, as every zip file does.
+- Archives (.pt, .npz) have it in their comment, as zip files may.
 - A manifest that names files holds theirs.
 
 What earlier versions wrote has none, and is used with one note for a folder.
@@ -10,6 +10,7 @@ What earlier versions wrote has none, and is used with one note for a folder.
 
 import json
 import logging
+import os
 import struct
 import zipfile
 import zlib
@@ -24,6 +25,8 @@ from tercet.files.atomic import replacing_file
 KEY: Final = "checksum"  # in a JSON object, of all the rest
 FILE: Final = "checksums.json"
 _SUFFIX: Final = ".sum"
+_COMMENT: Final = b"tercet "
+_COMMENT_BYTES: Final = len(_COMMENT) + 8
 _BLOCK: Final = 1 << 18  # bytes that stay in the processor's cache
 _WORDS: Final = 256  # of 8 bytes, in a row of a block
 _BAD_ZIP: Final = (
@@ -35,22 +38,25 @@ log = logging.getLogger("tercet")
 _noted: set[Path] = set()  # folders of earlier versions, with a note each
 
 
-def checksum(path: Path) -> str:
-    """Return the length and checksum of a file's content, which is read once, block by block.
+def checksum(path: Path, size: int | None = None) -> str:
+    """Return the length and checksum of a file, or of its first ``size`` bytes.
+
+    It is read once, block by block.
 
     Words of 8 bytes are added up by row and by column of each block; the checksum is the CRC-32 of
     these sums. It changes with any byte, and takes half the time of a CRC-32 of all bytes.
     """
-    block = np.zeros(_BLOCK, np.uint8)
-    words = block.view("<u8").reshape(-1, _WORDS)
-    size = found = 0
+    block = bytearray(_BLOCK)
+    bytes_of, words = memoryview(block), np.frombuffer(block, "<u8").reshape(-1, _WORDS)
+    done = found = 0
     with path.open("rb") as file:
-        while read := file.readinto(memoryview(block)):
-            block[read:] = 0
-            size += read
+        left = os.fstat(file.fileno()).st_size if size is None else size
+        while read := file.readinto(bytes_of[: min(left, _BLOCK)]):
+            bytes_of[read:] = bytes(_BLOCK - read)
+            done, left = done + read, left - read
             for axis in (0, 1):
                 found = zlib.crc32(np.add.reduce(words, axis=axis), found)
-    return f"{size}-{found:08x}"
+    return f"{done}-{found:08x}"
 
 
 def checksums(folder: Path, *names: str) -> dict[str, str]:
@@ -146,10 +152,27 @@ def note_damage(path: Path) -> None:
     log.warning("%s: is damaged, and is made again", path)
 
 
+def seal_archive(path: Path) -> None:
+    """Write the checksum of a zip file without a comment, such as .pt and .npz, as its comment."""
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)  # a zip file ends with the length of its comment
+        file.write(_COMMENT_BYTES.to_bytes(2, "little"))
+    comment = _COMMENT + checksum(path).rpartition("-")[2].encode()
+    with path.open("ab") as file:
+        file.write(comment)
+
+
 def is_whole_archive(path: Path) -> bool:
-    """Return whether each member of a zip file, such as .pt and .npz, has its checksum."""
+    """Return whether a zip file is as it was sealed; one of an earlier version, by its members."""
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
+        with path.open("rb") as file:
+            size = file.seek(-_COMMENT_BYTES, os.SEEK_END)
+            comment = file.read()
+            if comment.startswith(_COMMENT):
+                return comment[len(_COMMENT) :].decode() == checksum(path, size).rpartition("-")[2]
+            with zipfile.ZipFile(file) as archive:
+                # torch would take a folder's content from anywhere.
+                folders = any(member.external_attr for member in archive.infolist())
+                return not folders and archive.testzip() is None
     except _BAD_ZIP:
         return False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
-from tercet.files.checksums import is_whole_archive
+from tercet.files.checksums import is_whole_archive, seal_archive
 from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1
@@ -66,6 +66,7 @@ def save(path: Path, what: dict[str, Any], progress: StageProgress, **states: An
     record = {"version": VERSION, "what": what, "progress": asdict(progress), **states}
     with replacing_file(path) as fresh:
         torch.save(record, fresh)
+        seal_archive(fresh)
 
 
 def load(

@@ -257,8 +257,10 @@ class EncodedShelf:
         if not missing:
             return shard
         with ExitStack() as folders, ExitStack() as files:
-            fresh = {kind: _folder(shard, kind) for kind in missing}
-            fresh = {kind: folders.enter_context(replacing_folder(f)) for kind, f in fresh.items()}
+            fresh: dict[Kind, Path] = {
+                kind: folders.enter_context(replacing_folder(_folder(shard, kind)))
+                for kind in missing
+            }
             writers = {k: files.enter_context(VectorWriter.open(f)) for k, f in fresh.items()}
             done = 0
             for batch in document_batches(texts, len):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
 from tercet.models.network.attention import NAME, Layout
-from tercet.models.network.cpu import keep_freed_memory
+from tercet.models.network.cpu import keep_few_kernels, keep_freed_memory
 from tercet.models.network.loading import loading
 from tercet.models.zoo import zoo
 from tercet.segments import Packed, offsets_of
@@ -52,6 +52,7 @@ class Backbone(nn.Module):
             _open_windows(model)
         if self.device.type == "cpu":
             keep_freed_memory()
+            keep_few_kernels()
         self.train(model.training)
 
     @staticmethod

@@ -114,7 +114,7 @@ class EdgeStore:
             )
             shard.flush()
             shard.close()
-            write_json(fresh / _WIDTHS, sealed(widths), indent=None)
+            write_json(fresh / _WIDTHS, sealed({**widths}), indent=None)
             write_json(fresh / _STORED, sealed({"stored": self._stored}), indent=None)
         self._open()
 
