@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tercet.files.artifacts import write_npy_header
 from tercet.files.checksums import damage, note_damage
+from tercet.files.limits import unreadable
 from tercet.files.records import readable
 from tercet.kinds import Kind
 from tercet.segments import ragged_places
@@ -111,7 +112,8 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
 
 def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
     """Whether a folder holds vectors of one kind of this many texts, as they were written."""
-    if not folder.exists():
+    names = [*_VALUES[kind], f"{kind}_offsets"]
+    if not folder.exists() or any(unreadable(folder / f"{name}.npy") for name in names):
         return False
     if (path := damage(folder)) is not None:
         note_damage(path)

@@ -122,7 +122,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     lock = FileLock(path, thread_local=False)  # any thread may release it
     _make_folder(path.parent)
     with clear_about(path.parent):
-        holder = path.read_text(encoding="utf-8") if path.exists() else ""
+        holder = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         try:
             lock.acquire(blocking=False)
         except Timeout:

@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from tercet.files.atomic import replacing_file
+from tercet.files.limits import read_text, unreadable
 
 KEY: Final = "checksum"  # in a JSON object, of all the rest
 FILE: Final = "checksums.json"
@@ -41,13 +42,15 @@ _noted: set[Path] = set()  # folders of earlier versions, with a note each
 def checksum(path: Path, size: int | None = None) -> str:
     """Return the length and checksum of a file, or of its first ``size`` bytes.
 
-    It is read once, block by block.
+    It is read once, block by block; a ValueError says why it may not be.
 
     Words of 8 bytes are added up by row and by column of each block; the checksum is the CRC-32 of
     these sums. It changes with any byte, and takes half the time of a CRC-32 of all bytes.
     """
     block = bytearray(_BLOCK)
     bytes_of, words = memoryview(block), np.frombuffer(block, "<u8").reshape(-1, _WORDS)
+    if problem := unreadable(path):
+        raise ValueError(problem)
     done = found = 0
     with path.open("rb") as file:
         left = os.fstat(file.fileno()).st_size if size is None else size
@@ -123,12 +126,12 @@ def damage(path: Path) -> Path | None:
     """Return a file that was sealed and is not as it was, or None."""
     place = _place(path)
     try:
-        about = unsealed(json.loads(place.read_text(encoding="utf-8")))
+        about = unsealed(json.loads(read_text(place)))
         return place if about["of"] != path.name else altered(place.parent, about["files"])
     except FileNotFoundError:
         note_absence(path.parent)
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return place
 
 
@@ -164,6 +167,8 @@ def seal_archive(path: Path) -> None:
 
 def is_whole_archive(path: Path) -> bool:
     """Return whether a zip file is as it was sealed; one of an earlier version, by its members."""
+    if unreadable(path):
+        return False
     try:
         with path.open("rb") as file:
             size = file.seek(-_COMMENT_BYTES, os.SEEK_END)

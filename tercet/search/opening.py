@@ -17,6 +17,7 @@ from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import recover_folder, replacing_folder, sole_writer
 from tercet.files.checksums import sealed, unsealed
+from tercet.files.limits import unreadable_inside
 from tercet.kinds import KINDS
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.engine import Engine
@@ -261,6 +262,9 @@ def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
     """
     folder = Path(folder)
     about = about_index(folder)
+    for place in (folder, folder / "exact"):  # which holds segments
+        if place.is_dir() and (problem := unreadable_inside(place)):
+            raise _unusable(folder, problem)
     if about.engine == "qdrant":
         return QdrantEngine(_edge_store()(folder / "qdrant", stored=_stored_of(about)))
     if about.engine == "cluster":

@@ -23,7 +23,13 @@ import torch
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.evaluate.suites.suite import EvaluationSet
-from tercet.files.artifacts import KeptResults, fingerprint, fingerprint_of_file, json_text
+from tercet.files.artifacts import (
+    KeptResults,
+    fingerprint,
+    fingerprint_of_file,
+    json_text,
+    read_json,
+)
 from tercet.files.atomic import sole_writer
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
@@ -265,7 +271,7 @@ def fingerprint_of_model(folder: Path) -> str:
     parts: list[str] = []
     for path in sorted(folder.rglob("*")):
         if path.name == FILE:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             record.pop("about", None)
             parts.append(json.dumps(record, sort_keys=True))
         elif path.is_file() and path.suffix in _MODEL_FILES:

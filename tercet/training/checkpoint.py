@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
 from tercet.files.checksums import is_whole_archive, seal_archive
+from tercet.files.limits import unreadable
 from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1
-_PARTS: Final = frozenset(("version", "what", "progress", "weights"))
 _UNREADABLE: Final = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError)
 # Names of settings in runs of earlier versions, and in this one.
 _RENAMED: Final = (
@@ -82,15 +82,17 @@ def load(
     if not path.exists():
         return None
     record = read(path, mapped=mapped)
-    if not isinstance(record, dict) or not _PARTS <= set(record):
-        raise _damaged(path)
-    changes = changed(record["what"], what)
-    if record["version"] != VERSION or changes:
+    try:
+        version, found = record["version"], StageProgress(**record["progress"])
+        changes = changed(record["what"], what)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path) from error
+    if version != VERSION or changes:
         raise RecipeError(
             f"{path.parent} holds a run with other settings ({changes or 'another version'}); "
             "give the settings it was started with, another --out, or delete that folder"
         )
-    return StageProgress(**record["progress"]), record
+    return found, record
 
 
 def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -118,6 +120,8 @@ def read(path: Path, *, mapped: bool = False) -> Any:
     if not is_whole_archive(path):  # torch would not notice another byte in a weight
         raise _damaged(path)
     try:
+        if problem := unreadable(path):
+            raise ValueError(problem)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (*_UNREADABLE, pickle.UnpicklingError) as error:
         raise _damaged(path) from error

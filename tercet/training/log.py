@@ -12,9 +12,11 @@ import numpy as np
 
 from tercet import distributed
 from tercet.data.files.sources import Source
-from tercet.errors import MissingExtraError
+from tercet.errors import MissingExtraError, RecipeError
 from tercet.evaluate.measures.by_kind import EMPTY
+from tercet.files.artifacts import parse_json
 from tercet.files.atomic import clear_about, replacing_file
+from tercet.files.limits import read_text
 from tercet.training.batches import Groups, sampled
 from tercet.training.recipe import Stage
 from tercet.types import Example
@@ -63,10 +65,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        problem = f"{path}: this log of an earlier run cannot be read ({error}); delete the file"
+        raise RecipeError(problem) from error
+    for line in lines:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(parse_json(line))
+        except ValueError:
             break
     return records
 

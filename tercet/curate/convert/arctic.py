@@ -23,7 +23,7 @@ from tercet.data.files.examples import nonblank, shown, text_of
 from tercet.errors import DataError
 from tercet.files.artifacts import fingerprint_number
 from tercet.files.atomic import clear_about, replacing_folder
-from tercet.files.records import open_parquet, readable
+from tercet.files.records import open_parquet, parquet_parts, readable
 from tercet.types import Example
 
 QUERY_ID, QUERY_TEXT = "QUERY_ID", "QUERY_TEXT"
@@ -153,11 +153,10 @@ def _rows(path: Path, names: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ..
                 listed = ", ".join(f'"{each}"' for each in there)
                 raise DataError(path, None, f'has no column "{name}"; rename one of {listed} to it')
         row = 0
-        for batch in file.iter_batches(ROWS, columns=list(names), use_threads=False):
-            columns = [batch.column(name).to_pylist() for name in names]
-            for values in zip(*columns, strict=True):
+        for part in parquet_parts(path, file, names):
+            for values in part.to_pylist():
                 row += 1
-                yield row, values
+                yield row, tuple(values[name] for name in names)
 
 
 def _key(value: object, path: Path, row: int) -> int:

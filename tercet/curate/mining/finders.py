@@ -261,7 +261,9 @@ class EncodedShelf:
                 kind: folders.enter_context(replacing_folder(_folder(shard, kind)))
                 for kind in missing
             }
-            writers = {k: files.enter_context(VectorWriter.open(f)) for k, f in fresh.items()}
+            writers: dict[Kind, VectorWriter] = {
+                k: files.enter_context(VectorWriter.open(f)) for k, f in fresh.items()
+            }
             done = 0
             for batch in document_batches(texts, len):
                 some = prompts[done : done + len(batch)]

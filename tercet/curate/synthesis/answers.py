@@ -12,8 +12,10 @@ from tercet.curate.synthesis.generators import Answer
 from tercet.curate.synthesis.passages import Passage
 from tercet.data.files.examples import shown
 from tercet.errors import DataError, RecipeError
+from tercet.files.artifacts import parse_json
 from tercet.files.atomic import clear_about
 from tercet.files.checksums import sealed, unsealed
+from tercet.files.limits import unreadable
 
 _VERSION: Final = 1  # of the file; others are refused
 _KIND: Final = "answers of tercet synthesize"
@@ -63,6 +65,8 @@ def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
         StorageError: if the disk refuses.
     """
     wanted = json.loads(json.dumps({"kind": _KIND, "version": _VERSION, **about}))
+    if problem := unreadable(path):
+        raise DataError(path, None, problem)
     with clear_about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)
@@ -94,7 +98,7 @@ def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Answ
     found: dict[AnswerKey, str] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            record = unsealed(json.loads(line))
+            record = unsealed(parse_json(line))
             key = (record["document"], record["start"], record["end"], record["digest"])
             if "answer" in record:
                 found[key] = str(record["answer"])
@@ -107,7 +111,7 @@ def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Answ
 
 def _check_head(path: Path, line: bytes, wanted: Mapping[str, Any]) -> None:
     try:
-        head = unsealed(json.loads(line))
+        head = unsealed(parse_json(line))
     except ValueError:
         raise _another_kind(path) from None
     if not isinstance(head, dict) or head.get("kind") != _KIND:

@@ -4,12 +4,14 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from email.message import Message
-from http.client import HTTPException
-from threading import Event
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from socket import SHUT_RDWR, socket
+from threading import Event, Timer
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
@@ -19,6 +21,7 @@ from tercet.errors import ModelError, RecipeError
 
 _LONGEST_PAUSE: Final = 60.0  # seconds
 _MOST_BYTES: Final = 1 << 24  # of a reply
+_MOST_TIMEOUTS: Final = 5  # that a whole reply may take, however steadily it comes
 _HOPELESS: Final = (401, 403, 404, 405)  # a wrong key, address or model: all calls would fail
 _BUSY: Final = (408, 409, 425, 429)  # like 500 and above: a retry may succeed
 
@@ -79,8 +82,9 @@ class EndpointGenerator:
             if not key.isprintable() or not key.isascii():
                 raise RecipeError(f"the key in {key_variable} must be printable ASCII")
             self._headers["Authorization"] = f"Bearer {key}"
-        self._opener = urllib.request.build_opener(_NoRedirection())
+        self._opener = urllib.request.build_opener(_NoRedirection(), _Http(), _Https())
         self._stopped = Event()
+        self._answered = False  # at least once
 
     @property
     def about(self) -> Mapping[str, Any]:
@@ -111,10 +115,14 @@ class EndpointGenerator:
         """Return the answer to a prompt, with retries."""
         pause, problem = self.calls.pause_seconds, ""
         for attempt in range(self.calls.retries + 1):
+            watch = _Watch(_MOST_TIMEOUTS * self.calls.timeout_seconds)
             try:
-                return _answer_in(self._reply(prompt))
+                answer = _answer_in(self._reply(prompt, watch))
+                self._answered = True
+                return answer
             except urllib.error.HTTPError as error:
                 problem = f"status {error.code}: {_message_of(error)}"
+                self._answered = True
                 if error.code in _HOPELESS or 300 <= error.code < 400:
                     raise ModelError(f"{self.url}: {problem}; {_remedy(error.code)}") from None
                 if error.code not in _BUSY and error.code < 500:
@@ -123,24 +131,91 @@ class EndpointGenerator:
             except (OSError, HTTPException) as error:  # no connection, none in time, or cut off
                 problem = str(getattr(error, "reason", None) or error) or type(error).__name__
                 asked = None
+                if watch.expired:
+                    problem = f"a reply did not end within {watch.seconds:g} seconds"
+                    if self._answered:
+                        return Answer(failure=problem)
+                    remedy = "is it an endpoint with OpenAI's protocol? Give a longer timeout if so"
+                    raise ModelError(f"{self.url}: {problem}; {remedy}") from None
+            finally:
+                watch.end()
             seconds = min(pause if asked is None else asked, _LONGEST_PAUSE)
             if attempt == self.calls.retries or self._stopped.wait(seconds):
                 break
             pause *= 2
         return Answer(failure=problem)
 
-    def _reply(self, prompt: Prompt) -> bytes:
+    def _reply(self, prompt: Prompt, watch: "_Watch") -> bytes:
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": prompt.text}],
             "seed": prompt.seed % (1 << 31),
             **asdict(self.sampling),
         }
-        request = urllib.request.Request(
-            self.url, json.dumps(body).encode(), self._headers, method="POST"
-        )
+        request = _Request(self.url, json.dumps(body).encode(), self._headers, method="POST")
+        request.watch = watch
         with self._opener.open(request, timeout=self.calls.timeout_seconds) as reply:
-            return reply.read(_MOST_BYTES)
+            content = reply.read(_MOST_BYTES + 1)
+        if watch.expired:  # what was cut off may look whole
+            raise TimeoutError
+        return content
+
+
+class _Watch:
+    """Ends a connection after some seconds: a timeout alone starts again with every byte."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.expired = seconds, False
+        self._copy: socket | None = None  # of the connection, which may be wrapped for TLS
+        self._timer = Timer(seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def over(self, connection: socket) -> socket:
+        """Watch this connection."""
+        self._copy = connection.dup()
+        if self.expired:
+            self._expire()
+        return connection
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._timer.cancel()
+        if self._copy is not None:
+            self._copy.close()
+
+    def _expire(self) -> None:
+        self.expired = True
+        if self._copy is not None:
+            with suppress(OSError):  # closed meanwhile
+                self._copy.shutdown(SHUT_RDWR)
+
+
+class _Request(urllib.request.Request):
+    """A request whose connection is watched."""
+
+    watch: _Watch
+
+    def connection(self, kind: type[HTTPConnection]) -> Callable[..., HTTPConnection]:
+        """Return a function that makes such a connection."""
+
+        def made(*args: Any, **kwargs: Any) -> HTTPConnection:
+            found: Any = kind(*args, **kwargs)
+            create = found._create_connection
+            found._create_connection = lambda *a, **k: self.watch.over(create(*a, **k))
+            return found
+
+        return made
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: Any) -> Any:
+        return self.do_open(req.connection(HTTPConnection), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: Any) -> Any:
+        return self.do_open(req.connection(HTTPSConnection), req)
 
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
@@ -174,6 +249,8 @@ def _finished(waiting: dict[Future[Answer], int]) -> Iterator[tuple[int, Answer]
 
 
 def _answer_in(reply: bytes) -> Answer:
+    if len(reply) > _MOST_BYTES:
+        return Answer(failure=f"a reply of more than {_MOST_BYTES:,} bytes")
     try:
         text = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
