@@ -16,7 +16,6 @@ from uuid import uuid4
 from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import recover_folder, replacing_folder, sole_writer
-from tercet.files.checksums import sealed, unsealed
 from tercet.files.limits import unreadable_inside
 from tercet.kinds import KINDS
 from tercet.rank.quantized import STORED, Stored
@@ -81,7 +80,7 @@ def about_index(folder: Path | str) -> About:
     folder = Path(folder)
     recover_folder(folder)
     try:
-        about = unsealed(read_json(folder / FILE))
+        about = read_json(folder / FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not an index" if folder.exists() else "no such folder"
         raise IndexFolderError(f"{folder}: {what}; build one with: tercet index") from error
@@ -108,7 +107,7 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
 
 def write_about(folder: Path | str, about: About) -> None:
     """Write the description of an index folder, whole or not at all."""
-    write_json(Path(folder) / FILE, sealed(asdict(about)))
+    write_json(Path(folder) / FILE, asdict(about))
 
 
 def mark_complete(folder: Path | str) -> None:
