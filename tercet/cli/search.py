@@ -91,6 +91,7 @@ def index(
             "or --verify, which checks the index in --out"
         )
     from tercet.data.files.documents import Fields, read_documents
+    from tercet.search.opening import check_index_place
     from tercet.search.text_index import IndexOptions
     from tercet.search.text_index import index as make_index
 
@@ -106,6 +107,7 @@ def index(
         keep=keep,
         fresh=fresh,
     )
+    check_index_place(out, [file, model], fresh=fresh)
     read = partial(read_documents, file, fields, keep_others=True)
     made = make_index(read, where(model), out, options, load=load, say=say)
     held, done = made.documents, made.done

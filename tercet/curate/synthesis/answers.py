@@ -69,7 +69,7 @@ def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
         raise DataError(path, None, problem)
     with clear_about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b", buffering=0)
+        file = open(path, "a+b", buffering=0, opener=_private)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,6 +90,13 @@ def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
         if not whole:
             _write(path, file, wanted)
         yield AnswerLog(path, file, answers)
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, whoever could before."""
+    handle = os.open(path, flags, 0o600)
+    os.fchmod(handle, 0o600)
+    return handle
 
 
 def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[AnswerKey, str]:
