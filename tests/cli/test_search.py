@@ -198,6 +198,19 @@ def test_a_filter_keeps_what_has_the_values(tercet, indexed):
     assert len(found("section=web", "section=sound")) == 12
 
 
+def test_a_value_that_no_document_has_is_told(tercet, indexed):
+    ended = tercet("search", indexed, "music", "--where", "section=wbe")
+    assert ended.status == 0 and rows(ended) == []
+    assert ended.err == (
+        "tercet: note: --where section=wbe: no document has this value; there are: web\n"
+    )
+    ended = tercet("search", indexed, "music", "--where", "year=2003", "--where", "year=1")
+    assert len(rows(ended)) == 1
+    assert "--where year=1: no document has this value; there are: 2000, 2001" in ended.err
+    ended = tercet("search", indexed, "music", "--where", "section=web", "--where", "year=2003")
+    assert rows(ended) == [] and ended.err == ""
+
+
 def test_a_field_that_no_document_has_is_told(tercet, indexed):
     ended = tercet("search", indexed, "music", "--where", "sort=web", "--where", "year=2003")
     assert ended.status == 0 and rows(ended) == []
