@@ -208,6 +208,7 @@ def _explain(
             what, lacks = one_line(f"{name}={text}"), "this value"
             near = get_close_matches(text, values, _FIELDS_NAMED, cutoff=0.5) or sorted(values)
             there = one_line(", ".join(shortened(each, 40) for each in near[:_FIELDS_NAMED]))
+        what = what.encode("utf-8", "backslashreplace").decode()  # of bytes that are no Unicode
         say(f"tercet: note: --where {what}: no document has {lacks}; there are: {there}")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +30,18 @@ BOM: Final = b"\xef\xbb\xbf"
 ROWS_AT_ONCE: Final = 1024  # rows of parquet that are Python objects at the same time, at most
 BYTES_AT_ONCE: Final = 1 << 26  # 64 MiB of their texts, or one row
 
-# What pyarrow raises on a damaged file. UnicodeDecodeError and ArrowInvalid are ValueErrors.
-DAMAGED: Final = (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError)
+# What readers of a damaged file raise. UnicodeDecodeError and ArrowInvalid are ValueErrors.
+DAMAGED: Final = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    EOFError,  # numpy's
+    BadZipFile,
+    NotImplementedError,  # of zip files: another compression
+)
 
 _TEXTS: Final = (
     pa.types.is_string,
@@ -40,6 +51,7 @@ _TEXTS: Final = (
 )
 _MOST_UNKNOWN: Final = 100  # fields of a file, that are remembered
 _SHOWN_UNKNOWN: Final = 5
+_MOST_REPORTED: Final = 1_000  # lines that are not repeated
 _LONGEST_NAME: Final = 60  # characters that are compared
 _NEAR: Final = 0.7  # likeness of two names, of which one may be the other misspelt
 _reported: Final[set[str]] = set()
@@ -109,6 +121,8 @@ def _report_unknown(path: Path, unknown: Sequence[str], known: Sequence[str]) ->
     more = f" and {len(unknown) - len(named)} more" if len(unknown) > len(named) else ""
     line = f"{path}: fields that are not read: {', '.join(named)}{more}"
     if line not in _reported:
+        if len(_reported) >= _MOST_REPORTED:
+            _reported.clear()
         _reported.add(line)
         log.warning("%s", line)
 
@@ -372,5 +386,6 @@ def readable(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(path, None, "no such file") from error
     except DAMAGED as error:
-        problem = error.strerror if isinstance(error, OSError) and error.strerror else error
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        problem = " ".join(problem.split()) or type(error).__name__
         raise DataError(path, None, f"cannot be read: {problem}") from error
