@@ -5,12 +5,11 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
-from zipfile import BadZipFile
 
 import numpy as np
 
 from tercet.files.atomic import replacing_file, replacing_folder
-from tercet.files.limits import read_text, unreadable
+from tercet.files.limits import ARRAY_ERRORS, read_text, unreadable
 
 _FACTS: Final = "facts"  # the name of a result's JSON part inside its .npz file
 _FACTS_FILE: Final = "about.json"  # and inside its folder
@@ -123,7 +122,7 @@ class KeptResults:
         path = self.path(*key)
         try:
             return _map(path) if self._mapped else _load(path)
-        except (OSError, ValueError, KeyError, BadZipFile, EOFError, MemoryError):
+        except (KeyError, *ARRAY_ERRORS):
             return None
 
     def keep(self, facts: Mapping[str, Any], arrays: Arrays, *key: Any) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
-from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from tercet.errors import DataError
 from tercet.files.artifacts import parse_json
 from tercet.files.console import shortened
 from tercet.files.limits import (
+    ARRAY_ERRORS,
     MAX_EXPANSION,
     MAX_RECORD_BYTES,
     MAX_UNPACKED,
@@ -32,14 +32,8 @@ BYTES_AT_ONCE: Final = 1 << 26  # 64 MiB of their texts, or one row
 
 # What readers of a damaged file raise. UnicodeDecodeError and ArrowInvalid are ValueErrors.
 DAMAGED: Final = (
-    pa.ArrowException,
-    OSError,
-    ValueError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    EOFError,  # numpy's
-    BadZipFile,
+    *(pa.ArrowException, KeyError),
+    *ARRAY_ERRORS,
     NotImplementedError,  # of zip files: another compression
 )
 

@@ -25,7 +25,7 @@ from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
-from tercet.files.limits import unreadable
+from tercet.files.limits import ARRAY_ERRORS, unreadable
 from tercet.files.progress import Advance
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
@@ -276,6 +276,6 @@ def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
         return False
     try:
         found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # missing, or cut off by a copy
+    except ARRAY_ERRORS:  # missing, or cut off by a copy
         return False
     return found.shape == shape and found.dtype == np.float32
