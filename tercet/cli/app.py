@@ -4,8 +4,10 @@ import logging
 import os
 import signal
 import sys
+import threading
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, Final, NamedTuple
@@ -13,8 +15,9 @@ from typing import Annotated, Any, Final, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from tercet.errors import TercetError
-from tercet.files.console import Notes, results, say
+from tercet.errors import RecipeError, TercetError
+from tercet.files.console import Notes, make_encodable, results, say
+from tercet.files.secrets import redacted
 from tercet.files.signals import SIGNALS, Stopped, listening
 
 _NOTHING: Final = "nothing was left half done, and the same command starts again"
@@ -143,20 +146,47 @@ def main(argv: list[str] | None = None) -> None:
 
     After Ctrl-C the status is 130, and after SIGTERM 143; one line says what is kept.
     """
+    make_encodable()
     logging.getLogger("tercet").handlers = [Notes()]
     _quiet_libraries()
+    words = sys.argv[1:] if argv is None else argv
     with listening():
         try:
-            app(argv, prog_name="tercet")
+            _refuse_bytes(words)
+            app(words, prog_name="tercet")
         except TercetError as error:
             say(f"tercet: {error}")
             sys.exit(2)
         except SystemExit as end:
             if end.code in _BY_SIGNAL and not getattr(end, "line", ""):
-                words = sys.argv[1:] if argv is None else argv
                 command = COMMANDS.get(next((word for word in words if word[:1] != "-"), ""))
                 say(f"tercet: stopped; {_NOTHING if command is None else command.kept}")
+            if end.code in _BY_SIGNAL and any(map(_is_waited_for, threading.enumerate())):
+                os._exit(end.code)  # a call of an endpoint may take minutes
             raise
+        except Exception:
+            sys.excepthook = _show_without_keys
+            raise
+
+
+def _refuse_bytes(words: Sequence[str]) -> None:
+    """Refuse an argument that is no text: most libraries take no such path."""
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise RecipeError(
+                f"the argument {word!r} is not in {sys.getfilesystemencoding()}; rename the file, "
+                "or set PYTHONUTF8=1 if it is UTF-8"
+            )
+
+
+def _is_waited_for(thread: threading.Thread) -> bool:
+    """Whether Python would wait for this thread before it ends."""
+    return not thread.daemon and thread is not threading.main_thread()
+
+
+def _show_without_keys(*error: Any) -> None:
+    """Print the traceback of a bug."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(*error))))
 
 
 _BY_SIGNAL: Final = tuple(128 + number for number in SIGNALS)

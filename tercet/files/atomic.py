@@ -86,8 +86,10 @@ def recover_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
+def replacing_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield an empty file to write to, which replaces ``path`` if no error occurs.
+
+    Nobody but its owner may read a ``private`` one, also while it is written.
 
     Raises:
         StorageError: if the disk refuses; the old file is still there then.
@@ -100,7 +102,9 @@ def replacing_file(path: Path) -> Iterator[Path]:
     try:
         with clear_about(path):
             _sweep(path, "new")
-            fresh.touch()  # fails before the work is done if the place cannot be written to
+            fresh.touch(
+                0o600 if private else 0o666
+            )  # fails before the work is done if the place cannot be written to
             yield fresh
             _sync(fresh)
             fresh.replace(path)

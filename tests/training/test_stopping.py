@@ -72,8 +72,9 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_a_line(
         train(recipe, [data], run, run=QUIET)
     if kind is SystemExit:
         assert end.value.code == status
-    assert capfd.readouterr().err.endswith(
-        f"\ntercet: stopped after step {step} of 6 (contrastive); {run}/checkpoint.pt is written, "
+    (line,) = re.findall("tercet: .*\n", capfd.readouterr().err)
+    assert line == (
+        f"tercet: stopped after step {step} of 6 (contrastive); {run}/checkpoint.pt is written, "
         "and the same command goes on from there\n"
     )
     assert [signal.getsignal(each) for each in signals.SIGNALS] == handlers

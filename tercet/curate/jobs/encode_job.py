@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, forget, run_units
+from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.data.files.texts import open_texts
 from tercet.errors import RecipeError
+from tercet.files.outputs import FolderKind, check_output, mark
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.search.export import EncodeOptions, WrittenVectors, write_dense, write_vectors
@@ -19,6 +20,11 @@ from tercet.search.export import EncodeOptions, WrittenVectors, write_dense, wri
 PART: Final = 100_000  # texts per part of a file
 SUFFIXES: Final = (".jsonl", ".parquet", ".txt")
 _MANIFEST: Final = ".manifest"
+ENCODED: Final = FolderKind(
+    "a folder of vectors of files",
+    shared=True,
+    is_older=lambda folder: (folder / _MANIFEST).is_dir(),
+)
 _AT_ONCE: Final = 4096  # texts that are read together
 _VERSION: Final = 1  # of the output
 
@@ -46,6 +52,10 @@ class EncodeJob:
     def open(self) -> DoUnit:
         """Load the model."""
         return partial(self._do, self.load())
+
+    def files(self, unit: WorkUnit) -> Sequence[Path]:
+        """Return the file or folder with the vectors of a part."""
+        return [self.place(unit)]
 
     def units(self, part: int) -> list[WorkUnit]:
         """Cut the sources into parts of ``part`` texts."""
@@ -85,10 +95,9 @@ def encode_files(job: EncodeJob, *, part: int = PART, runner: Runner = LOOP) -> 
     if part < 1:
         raise RecipeError(f"texts per part must be at least 1; got {part}")
     units, manifest = job.units(part), job.out / _MANIFEST
+    check_output(job.out, [source.path for source in job.sources.values()], ENCODED)
     _refuse_others(job, units)
-    for unit in units:
-        if not job.place(unit).exists():
-            forget(unit, manifest)
+    mark(job.out, ENCODED)
     written = WrittenVectors(bytes=Counter())
     for _, report in run_units(job, units, manifest, runner=runner):
         written.texts += report["texts"]

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 from tercet.curate.synthesis.generators import Answer, Answers, Prompt, TokenSampling
 from tercet.data.files.examples import shown
 from tercet.errors import ModelError, RecipeError
+from tercet.files.secrets import check_address, hide, redacted, redacted_bytes
 
 _LONGEST_PAUSE: Final = 60.0  # seconds
 _MOST_BYTES: Final = 1 << 24  # of a reply
@@ -69,6 +70,7 @@ class EndpointGenerator:
             RecipeError: for an invalid address, or a variable without a key.
         """
         self.url = _address(url)
+        self._shown_url = redacted(self.url)  # in messages and files
         self.sampling, self.calls = sampling or TokenSampling(), calls or Calls()
         self._model = model
         key = None if key_variable is None else os.environ.get(key_variable, "").strip()
@@ -81,6 +83,7 @@ class EndpointGenerator:
         if key is not None:
             if not key.isprintable() or not key.isascii():
                 raise RecipeError(f"the key in {key_variable} must be printable ASCII")
+            hide(key)
             self._headers["Authorization"] = f"Bearer {key}"
         self._opener = urllib.request.build_opener(_NoRedirection(), _Http(), _Https())
         self._stopped = Event()
@@ -89,7 +92,7 @@ class EndpointGenerator:
     @property
     def about(self) -> Mapping[str, Any]:
         """The address, the model, and how tokens are sampled."""
-        return {"model": self._model, "url": self.url, **asdict(self.sampling)}
+        return {"model": self._model, "url": self._shown_url, **asdict(self.sampling)}
 
     def answers(self, prompts: Iterable[Prompt]) -> Answers:
         """Yield an answer for each prompt, in the order of arrival.
@@ -109,7 +112,7 @@ class EndpointGenerator:
                 yield from _finished(waiting)
         finally:
             self._stopped.set()  # ends the pauses before retries
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)  # after a signal nobody waits for calls
 
     def _ask(self, prompt: Prompt) -> Answer:
         """Return the answer to a prompt, with retries."""
@@ -124,19 +127,22 @@ class EndpointGenerator:
                 problem = f"status {error.code}: {_message_of(error)}"
                 self._answered = True
                 if error.code in _HOPELESS or 300 <= error.code < 400:
-                    raise ModelError(f"{self.url}: {problem}; {_remedy(error.code)}") from None
+                    raise ModelError(
+                        f"{self._shown_url}: {problem}; {_remedy(error.code)}"
+                    ) from None
                 if error.code not in _BUSY and error.code < 500:
                     return Answer(failure=problem)
                 asked = _retry_after(error.headers)
             except (OSError, HTTPException) as error:  # no connection, none in time, or cut off
                 problem = str(getattr(error, "reason", None) or error) or type(error).__name__
+                problem = redacted(problem)
                 asked = None
                 if watch.expired:
                     problem = f"a reply did not end within {watch.seconds:g} seconds"
                     if self._answered:
                         return Answer(failure=problem)
                     remedy = "is it an endpoint with OpenAI's protocol? Give a longer timeout if so"
-                    raise ModelError(f"{self.url}: {problem}; {remedy}") from None
+                    raise ModelError(f"{self._shown_url}: {problem}; {remedy}") from None
             finally:
                 watch.end()
             seconds = min(pause if asked is None else asked, _LONGEST_PAUSE)
@@ -158,7 +164,7 @@ class EndpointGenerator:
             content = reply.read(_MOST_BYTES + 1)
         if watch.expired:  # what was cut off may look whole
             raise TimeoutError
-        return content
+        return redacted_bytes(content)
 
 
 class _Watch:
@@ -232,10 +238,9 @@ def _address(url: str) -> str:
             raise ValueError("not an address that can be called")
     except ValueError:  # also raised for an invalid port or IPv6 address
         raise RecipeError(
-            f"{url!r} is not an address; give one such as http://localhost:8000/v1"
+            f"{redacted(repr(url))} is not an address; give one such as http://localhost:8000/v1"
         ) from None
-    if parts.username is not None or parts.password is not None:
-        raise RecipeError("the address contains a user or password; put the key into a variable")
+    check_address(url, "put the key into a variable")
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path += "/chat/completions"
@@ -257,21 +262,22 @@ def _answer_in(reply: bytes) -> Answer:
         return Answer(failure=f"not a chat completion: {shown(reply[:200])}")
     if not isinstance(text, str):
         return Answer(failure=f"a chat completion without a text: {shown(text)}")
-    return Answer(text.encode(errors="replace").decode())  # without lone surrogates
+    return Answer(redacted(text).encode(errors="replace").decode())  # without lone surrogates
 
 
 def _message_of(error: urllib.error.HTTPError) -> str:
     """Return the endpoint's error message in one line."""
+    reason = redacted(str(error.reason))
     try:
-        content = error.read(1 << 16)
+        content = redacted_bytes(error.read(1 << 16))
     except (OSError, HTTPException):
-        return str(error.reason)
+        return reason
     try:
         found: Any = json.loads(content)["error"]
         found = found["message"] if isinstance(found, dict) else found
     except (ValueError, KeyError, TypeError, RecursionError):
         found = content.decode(errors="replace")
-    return shown(" ".join(str(found).split())) if str(found).strip() else str(error.reason)
+    return shown(redacted(" ".join(str(found).split()))) if str(found).strip() else reason
 
 
 def _remedy(code: int) -> str:
