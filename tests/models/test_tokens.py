@@ -417,9 +417,8 @@ def test_a_long_text_that_is_cut_before_it_is_tokenized_has_the_same_tokens(
 
     def made() -> list[Tokens]:
         return [
-            tokenizer(texts, limit, prompt, FORMS[form], spans=spans)
-            for limit in (3, 16, 60)
-            for prompt, spans in (("", False), ("read the mail: ", True))
+            tokenizer(texts, limit, prompt, FORMS[form], spans=bool(prompt))
+            for limit, prompt in ((2, ""), (16, "read the mail: "), (60, ""))
         ]
 
     monkeypatch.setattr(Tokenizer, "_decisive", counted)
