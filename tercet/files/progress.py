@@ -89,7 +89,7 @@ class _Lines:
         say(", ".join(parts))
 
 
-def time_text(seconds: float) -> str:
+def time_text(seconds: float | int) -> str:
     """Return a time for people, as in "2 h 5 min"."""
     if seconds < 99:
         return f"{seconds:.0f} s"
