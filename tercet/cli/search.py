@@ -11,7 +11,6 @@ import typer
 
 from tercet.cli.options import (
     KindsOption,
-    ModelName,
     WeightsOption,
     kinds_of,
     load,
@@ -37,9 +36,13 @@ Precision = Annotated[
 
 
 def index(
-    model: ModelName,
-    file: Annotated[Path, typer.Argument(help="Documents: .jsonl, .parquet or .txt.")],
     out: Annotated[Path, typer.Option(help="Index folder.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="Documents: .jsonl, .parquet or .txt.")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
     title_field: Annotated[str, typer.Option(help="Where the title is.")] = "title",
     id_field: Annotated[str, typer.Option(help="Where the id is.")] = "id",
@@ -59,6 +62,10 @@ def index(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin anew, where there is an index already.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Check all of the index in --out; takes no MODEL or FILE."),
+    ] = False,
 ) -> None:
     """Encode documents and write an index folder to search in.
 
@@ -70,8 +77,19 @@ def index(
     What these stand for is kept with the index: the ranges that the model keeps (tercet calibrate),
     or what some of these documents teach. Qdrant has codes of its own, beside the vectors.
 
+    With --verify nothing is written: all files of an existing index are compared with their
+    checksums, and every record is read.
+
     Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index --precision int8
     """
+    if verify:
+        _verify(out, given=model is not None)
+        return
+    if model is None or file is None:
+        raise RecipeError(
+            f"tercet index needs a {'MODEL and a FILE' if model is None else 'FILE'} of documents; "
+            "or --verify, which checks the index in --out"
+        )
     from tercet.data.files.documents import Fields, read_documents
     from tercet.search.opening import check_index_place
     from tercet.search.text_index import IndexOptions
@@ -104,6 +122,17 @@ def index(
     if others := held - done.encoded - done.unchanged:
         say(f"{others:,} documents that {file} lacks were kept; to remove them, omit --keep")
     say(f'search it: tercet search {out} "your question"')
+
+
+def _verify(folder: Path, *, given: bool) -> None:
+    """Check an index and print what was found in order."""
+    from tercet.search.opening import verify_index
+
+    if given:
+        raise RecipeError("--verify checks the index in --out; leave out MODEL and FILE")
+    found = verify_index(folder)
+    how = "as they were written" if found.checked else "readable; there are no checksums of them"
+    results().print(f"{folder}: {found.records:,} documents, {how}", soft_wrap=True)
 
 
 def _dense_size(precision: str, width: int, held: int, engine: str) -> str:
