@@ -22,10 +22,16 @@ from xml.etree import ElementTree
 ROOT: Final = Path(__file__).parent.parent
 RESULT: Final = ROOT / "benchmarks/results/bounds.json"
 FOLDER: Final = ROOT / ".bounds"
-# Readers of models, losses, objectives, a training of each recipe, readers of data, the commands.
+# Losses, networks, files of models, objectives, a training of each recipe, and the command line.
 SELECTION: Final = (
-    *("tests/models", "tests/losses", "tests/objectives", "tests/recipes"),
-    *("tests/data/files", "tests/cli/test_app.py"),
+    *(
+        "tests/losses",
+        "tests/models/network",
+        "tests/models/formats",
+        "tests/models/test_embedder.py",
+    ),
+    *("tests/objectives", "tests/recipes/test_recorded.py"),
+    "tests/cli/test_app.py::test_help_of_each_verb_shows_an_example",
 )
 QUICK: Final = "not slow and not long and not ray and not gpu"
 EXTRAS: Final = ("bm25", "gguf", "sentence-transformers")
