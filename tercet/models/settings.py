@@ -10,6 +10,7 @@ from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import read_json, write_json
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
+from tercet.models.texts import ROLES, role_of, surrogate_in
 from tercet.models.tokens import Form
 from tercet.rank.quantized import CodePrecision, Quantizer, Ranges
 from tercet.types import Role
@@ -25,10 +26,11 @@ class Settings:
 
     pooling: PoolingName = "mean"
     normalize: bool = True  # vectors of unit length, so that a dot product is a cosine
-    prompts: Mapping[str, str] = field(default_factory=dict)  # role -> what is put before a text
+    prompts: Mapping[str, str] = field(default_factory=dict)  # role or name -> put before a text
+    default_prompt: str | None = None  # name of the prompt of roles that have none
     task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task -> the same
     layer: LayerSettings | None = None  # trained, between token states and pooling
-    append_end: bool = False  # the end-of-text token after every text, part of the vector
+    append_end: bool | None = False  # end every text with the end-of-text token, see ``ends``
     suffixes: Mapping[str, str] = field(default_factory=dict)  # role -> what is put after a text
     pool_prompt: bool = True  # false: a prompt is read, but not part of the vector
     pool_suffix: bool = False  # true: a suffix is part of the vector
@@ -44,18 +46,28 @@ class Settings:
     weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of kinds; "": default
     ranges: Mapping[int, Ranges] = field(default_factory=dict)  # coordinates kept -> of their codes
 
-    def prompt(self, role: Role, task: str | None = None) -> str:
-        """Return what is put before a text of this role.
+    def prompt(self, name: str, task: str | None = None) -> str:
+        """Return what is put before a text of this role, which may be a synonym.
+
+        That is the prompt of the role. One that has none gets the default prompt, unless that is
+        the other role's; the role "default" always gets it. ``task`` may be a task, or the name of
+        any prompt.
 
         Raises:
-            RecipeError: if the model has no prompts for the task.
+            RecipeError: for an unknown role, or if the model has no prompts for the task.
         """
+        role, default = role_of(name), self.default_prompt
         if task is None:
+            if default is not None and (name == "default" or default not in ROLES):
+                usual = self.prompts[default]
+                return usual if name == "default" else self.prompts.get(role, usual)
             return self.prompts.get(role, "")
-        if task not in self.task_prompts:
-            known = ", ".join(sorted(self.task_prompts)) or "none"
+        if task in self.task_prompts:
+            return self.task_prompts[task].get(role, "")
+        if task not in self.prompts:
+            known = ", ".join(sorted({*self.task_prompts, *self.prompts})) or "none"
             raise RecipeError(f"the model has no prompt for the task {task!r}; it knows: {known}")
-        return self.task_prompts[task].get(role, "")
+        return self.prompts[task]
 
     def form(self, role: Role) -> Form:
         """Return what else is put around a text of this role, and which of it is pooled."""
@@ -71,8 +83,13 @@ class Settings:
 
     @property
     def ends(self) -> bool:
-        """Whether the end-of-text token stands after every text."""
-        return self.append_end or self.pooling == "last"
+        """Whether the end-of-text token is added after every text, as part of the vector.
+
+        ``append_end`` True adds it. False adds it if the last token is pooled, for networks that
+        were not trained to embed. None never does: the tokenizer of a folder with a pooling of its
+        own ends texts as the model was trained.
+        """
+        return bool(self.append_end) or (self.append_end is False and self.pooling == "last")
 
     def max_tokens(self, role: Role) -> int:
         """Return the longest text of this role in tokens, special ones and prompt included."""
@@ -99,7 +116,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     unknown = set(changes) - known
     if unknown:
         raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
-    given = dict(changes)
+    given = {name: _by_role(name, value) for name, value in changes.items()}
     for name in ("dims", "kinds"):
         if isinstance(given.get(name), list):
             given[name] = tuple(given[name])
@@ -111,7 +128,11 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         given["ranges"] = dict(map(_ranges_of, given["ranges"].items()))
     for name, value in given.items():
         _check(name, value)
-    found = replace(settings, **given)
+    return _consistent(replace(settings, **given), default_given="default_prompt" in given)
+
+
+def _consistent(found: Settings, *, default_given: bool) -> Settings:
+    """Return the settings if they fit each other; new prompts may lack the old default one."""
     if found.cls_every is not None and found.pooling != "first":
         raise RecipeError(
             f'cls_every averages start tokens, so pooling must be "first"; got "{found.pooling}"; '
@@ -122,6 +143,45 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
             "cls_every averages the start tokens of prompts as well, so pool_prompt must be true; "
             "set it, or leave cls_every out"
         )
+    if found.default_prompt is None or found.default_prompt in found.prompts:
+        return found
+    if default_given:
+        known = ", ".join(found.prompts) or "nothing, as there are no prompts"
+        raise RecipeError(
+            f'the setting default_prompt must be one of {known}; got "{found.default_prompt}"'
+        )
+    return replace(found, default_prompt=None)
+
+
+def with_roles(changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return changes of a user, whose prompts and suffixes must be for roles.
+
+    Those in a model's files may have any name.
+
+    Raises:
+        RecipeError: for a name that is neither a role nor a synonym, nor the default prompt.
+    """
+    default = changes.get("default_prompt")
+    for setting in ("prompts", "suffixes"):
+        for name in changes.get(setting) or ():
+            if name != default:
+                role_of(name)
+    return changes
+
+
+def _by_role(setting: str, value: Any) -> Any:
+    """Return prompts and suffixes under the names of roles instead of their synonyms."""
+    if not isinstance(value, Mapping):
+        return value
+    if setting == "task_prompts":
+        return {task: _by_role("prompts", each) for task, each in value.items()}
+    if setting not in ("prompts", "suffixes"):
+        return value
+    found = dict(value)
+    for name in value:
+        role = ROLES.get(name, name)
+        if role != name and not found.get(role):
+            found[role] = found.pop(name)
     return found
 
 
@@ -174,7 +234,9 @@ def _ranges_of(pair: tuple[Any, Any]) -> tuple[int, Ranges]:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(text, str) for pair in value.items() for text in pair
+        isinstance(text, str) and surrogate_in(text) is None
+        for pair in value.items()
+        for text in pair
     )
 
 
@@ -193,11 +255,13 @@ def _by_name(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "append_end": (lambda it: it is None or isinstance(it, bool), "true, false or null"),
+    "default_prompt": (lambda it: it is None or isinstance(it, str), "the name of a prompt"),
     "pooling": (lambda it: it in _POOLINGS, f"one of {', '.join(_POOLINGS)}"),
     "on_empty": (lambda it: it in ("all", "error"), "all or error"),
-    "prompts": (_are_texts, "texts by role"),
-    "suffixes": (_are_texts, "texts by role"),
-    "task_prompts": (_by_name(_are_texts), "texts by task and role"),
+    "prompts": (_are_texts, "texts by role, in valid Unicode"),
+    "suffixes": (_are_texts, "texts by role, in valid Unicode"),
+    "task_prompts": (_by_name(_are_texts), "texts by task and role, in valid Unicode"),
     "layer": (lambda it: it is None or isinstance(it, LayerSettings), "a layer or null"),
     "dims": (lambda it: isinstance(it, tuple) and all(map(_is_count, it)), "a list of widths"),
     "kinds": (_are_kinds, f"a list of kinds of vectors, from {', '.join(KINDS)}"),
@@ -248,9 +312,12 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def named_prompts(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield prompts by role, and those of tasks as ``sections-query``, which is mteb's format."""
+    """Yield prompts by role, and those of tasks as ``sections-query``, which is mteb's format.
+
+    Empty ones are left out, except where a default prompt would take their place.
+    """
     for role, prompt in settings.prompts.items():
-        if prompt:
+        if prompt or settings.default_prompt:
             yield role, prompt
     for task, prompts in settings.task_prompts.items():
         for role, prompt in prompts.items():

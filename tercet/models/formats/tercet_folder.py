@@ -26,7 +26,15 @@ from tercet.models.formats.sentence_transformers import write_modules
 from tercet.models.network.backbone import Backbone, probe
 from tercet.models.network.heads import save_heads
 from tercet.models.network.latent_attention import save_layer
-from tercet.models.settings import FILE, VERSION, Settings, changed, named_prompts, read_settings
+from tercet.models.settings import (
+    FILE,
+    VERSION,
+    Settings,
+    changed,
+    named_prompts,
+    read_settings,
+    with_roles,
+)
 from tercet.models.tokens import Form, Tokenizer, load_tokenizer
 from tercet.models.zoo import zoo
 
@@ -43,6 +51,7 @@ def load_parts(
     keep_layers: int | None,
 ) -> ModelParts:
     """Load the parts of a model, with some settings changed; see :meth:`Embedder.load`."""
+    changes = with_roles(changes)
     place = zoo.resolve(str(source))
     folder = Path(place)
     if is_nv_embed(folder):
