@@ -26,7 +26,7 @@ from tercet.models.network.backbone import Backbone
 from tercet.models.network.fingerprints import add_weights
 from tercet.models.network.heads import Heads, SpecialIds
 from tercet.models.network.latent_attention import AttentionLayer, build_layer
-from tercet.models.network.pooling import POOLINGS, cls_mean
+from tercet.models.network.pooling import POOLINGS, cls_mean, weighted_mean
 from tercet.models.network.reader import Network, Readers
 from tercet.models.network.words import Words
 from tercet.models.settings import Settings, changed
@@ -51,6 +51,7 @@ _LATER: Final = (
     "multi_dim",
     "cls_every",
     "default_prompt",
+    "rules",
 )
 _NOT_IN_VECTORS: Final = ("weights", "ranges")  # settings that change no vector
 
@@ -543,8 +544,8 @@ class Embedder(nn.Module):
         usual, settings = Settings(), asdict(self.settings)
         if "multi" not in self.kinds:  # a head that is still to be trained makes no vectors
             settings["multi_dim"] = None
-        if self.settings.pooling != "last":  # None and False differ for that pooling only
-            settings["append_end"] = bool(self.settings.append_end)
+        if self.settings.pooling != "last" and self.settings.pool_prompt:  # then rules agree
+            settings["rules"] = usual.rules
         for name in (*_LATER, *_NOT_IN_VECTORS):
             if name in _NOT_IN_VECTORS or settings[name] == getattr(usual, name):
                 del settings[name]
@@ -567,4 +568,6 @@ def pooled(
     """Return one vector per text, in at least float32 and not normalized."""
     if settings.cls_every is not None:
         return cls_mean(states, texts, settings.cls_every)
+    if settings.pooling == "weighted_mean" and settings.rules == "sentence_transformers":
+        return weighted_mean(states, texts, from_start=True)
     return POOLINGS[settings.pooling](states, texts)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import read_json, write_json
@@ -14,6 +14,16 @@ from tercet.models.texts import ROLES, role_of, surrogate_in
 from tercet.models.tokens import Form
 from tercet.rank.quantized import CodePrecision, Quantizer, Ranges
 from tercet.types import Role
+
+Rules: TypeAlias = Literal["tercet", "sentence_transformers", "llm2vec"]
+"""A library whose rules a model follows where libraries differ.
+
+- tercet: if the last token is pooled, an end-of-text token is added; the weights of a weighted mean
+  count pooled tokens; an empty text whose prompt is not pooled is pooled over all its tokens.
+- sentence_transformers: no token is added; the weights count a prompt that is not pooled, too; of
+  an empty text the special tokens behind it are pooled.
+- llm2vec: no token is added, since a template ends texts; otherwise as tercet.
+"""
 
 VERSION: Final = 1
 FILE: Final = "tercet.json"
@@ -30,12 +40,13 @@ class Settings:
     default_prompt: str | None = None  # name of the prompt of roles that have none
     task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task -> the same
     layer: LayerSettings | None = None  # trained, between token states and pooling
-    append_end: bool | None = False  # end every text with the end-of-text token, see ``ends``
+    append_end: bool = False  # the end-of-text token after every text, part of the vector
     suffixes: Mapping[str, str] = field(default_factory=dict)  # role -> what is put after a text
     pool_prompt: bool = True  # false: a prompt is read, but not part of the vector
     pool_suffix: bool = False  # true: a suffix is part of the vector
     pool_special: bool = True  # false: the tokenizer's special tokens are not part of the vector
     echo: bool = False  # each text twice, and only the second copy part of the vector
+    rules: Rules = "tercet"  # whose rules apply where those of libraries differ
     on_empty: Literal["all", "error"] = "all"  # pool all tokens of an empty text, or refuse it
     query_tokens: int = 512  # a longer text is cut
     document_tokens: int = 512
@@ -77,19 +88,19 @@ class Settings:
             pool_suffix=self.pool_suffix,
             pool_special=self.pool_special,
             end=self.ends,
+            pool_end=self.rules == "sentence_transformers",
             echo=role if self.echo else None,
             cls_every=self.cls_every,
         )
 
     @property
     def ends(self) -> bool:
-        """Whether the end-of-text token is added after every text, as part of the vector.
+        """Whether the end-of-text token stands after every text.
 
-        ``append_end`` True adds it. False adds it if the last token is pooled, for networks that
-        were not trained to embed. None never does: the tokenizer of a folder with a pooling of its
-        own ends texts as the model was trained.
+        A network that was not trained to embed gets one if its last token is pooled. A model of
+        another library keeps its tokenizer, which ends texts as in training.
         """
-        return bool(self.append_end) or (self.append_end is False and self.pooling == "last")
+        return self.append_end or (self.pooling == "last" and self.rules == "tercet")
 
     def max_tokens(self, role: Role) -> int:
         """Return the longest text of this role in tokens, special ones and prompt included."""
@@ -102,6 +113,13 @@ class Settings:
             "special tokens that are not pooled": not self.pool_special,
             "echo": self.echo,
             "start tokens inside of texts": self.cls_every is not None,
+            "a weighted mean that counts tokens after the prompt": (
+                self.pooling == "weighted_mean"
+                and self.layer is None
+                and self.rules != "sentence_transformers"
+                and not self.pool_prompt
+                and any(prompt for _, prompt in named_prompts(self))
+            ),
         }
         return next((what for what, is_used in used.items() if is_used), None)
 
@@ -255,7 +273,7 @@ def _by_name(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
-    "append_end": (lambda it: it is None or isinstance(it, bool), "true, false or null"),
+    "rules": (lambda it: it in get_args(Rules), f"one of {', '.join(get_args(Rules))}"),
     "default_prompt": (lambda it: it is None or isinstance(it, str), "the name of a prompt"),
     "pooling": (lambda it: it in _POOLINGS, f"one of {', '.join(_POOLINGS)}"),
     "on_empty": (lambda it: it in ("all", "error"), "all or error"),
@@ -283,7 +301,8 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / FILE
     if not path.exists():
-        if (folder / "adapter_config.json").exists():
+        # A folder of sentence-transformers reads as its base does.
+        if (folder / "adapter_config.json").exists() and not (folder / "modules.json").exists():
             raise ModelError(
                 f"{folder}: holds an adapter without {FILE}, so the direction of its attention is "
                 "unknown; save it with save_adapter, or merge it into its base first (tercet merge)"

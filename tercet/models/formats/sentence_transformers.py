@@ -135,7 +135,7 @@ def read_modules(folder: Path) -> Settings | None:
     max_tokens = _read_max_tokens(folder)
     return Settings(
         pooling=pooling,
-        append_end=None,  # the tokenizer ends texts as the model was trained
+        rules="sentence_transformers",
         normalize="Normalize" in modules,
         layer=LayerSettings() if "Layer" in modules else None,  # its sizes are beside its weights
         **_read_prompts(folder / "config_sentence_transformers.json"),

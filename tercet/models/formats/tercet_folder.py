@@ -13,12 +13,13 @@ from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import replacing_folder
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, Window
-from tercet.models.formats.lora_adapters import merge_adapter
+from tercet.models.formats.lora_adapters import base_of, is_adapter, merge_adapter
 from tercet.models.formats.nv_embed import is_nv_embed, load_nv_embed
 from tercet.models.formats.parts import (
     ModelParts,
     foreign_settings,
     settings_of,
+    tokenizer_of,
     with_heads,
     with_layer,
 )
@@ -35,7 +36,7 @@ from tercet.models.settings import (
     read_settings,
     with_roles,
 )
-from tercet.models.tokens import Form, Tokenizer, load_tokenizer
+from tercet.models.tokens import Form, Tokenizer
 from tercet.models.zoo import zoo
 
 log = logging.getLogger("tercet")
@@ -67,6 +68,8 @@ def load_parts(
     if saved is not None:
         attention, window = attention or saved["attention"], window or saved["window"]
         base, about = saved.get("adapter_of"), saved.get("about", {})
+    elif is_adapter(folder):
+        base = base_of(folder)
     backbone = Backbone.load(
         base or place, attention=attention, window=window, dtype=dtype, keep_layers=keep_layers
     )
@@ -89,7 +92,7 @@ def load_parts(
         probe(backbone)
     return ModelParts(
         backbone=backbone,
-        tokenizer=load_tokenizer(place if base is None else folder),
+        tokenizer=tokenizer_of(place if base is None else folder),
         settings=settings,
         layer=layer,
         heads=heads,

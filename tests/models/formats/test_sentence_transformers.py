@@ -39,7 +39,7 @@ POOLING_NAMES = [ours for ours, _ in POOLINGS.values() if ours]
 
 def settings(*, max_tokens: int = 16, **changes: Any) -> Settings:
     lengths = {"query_tokens": max_tokens, "document_tokens": max_tokens}
-    return replace(Settings(prompts=PROMPTS, append_end=None), **lengths, **changes)
+    return replace(Settings(prompts=PROMPTS, rules="sentence_transformers"), **lengths, **changes)
 
 
 def save_tokenizer(folder: Path, **kwargs: Any) -> None:
