@@ -2,9 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, Final, NamedTuple
@@ -12,10 +15,13 @@ from typing import Annotated, Any, Final, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from tercet.errors import TercetError
-from tercet.files.console import Notes, results, say
+from tercet.errors import RecipeError, TercetError
+from tercet.files.console import Notes, make_encodable, results, say
+from tercet.files.secrets import redacted
+from tercet.files.signals import SIGNALS, Stopped, listening
 
-INTERRUPTED: Final = 130  # typer's exit status after Ctrl-C
+_NOTHING: Final = "nothing was left half done, and the same command starts again"
+_UNITS: Final = "what is finished is kept, and the same command goes on with the rest"
 
 
 class LazyCommand(NamedTuple):
@@ -24,6 +30,7 @@ class LazyCommand(NamedTuple):
     where: str
     summary: str
     settings: Mapping[str, Any] = {}  # of its click context
+    kept: str = _NOTHING  # when a signal ends it
 
 
 _REST: Final = {"ignore_unknown_options": True, "allow_interspersed_args": False}  # a file's
@@ -31,15 +38,27 @@ _REST: Final = {"ignore_unknown_options": True, "allow_interspersed_args": False
 COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "demo": LazyCommand("tercet.cli.data:demo", "Train on real texts and measure, in minutes."),
     "check": LazyCommand("tercet.cli.data:check", "Report what a data file or folder holds."),
-    "train": LazyCommand("tercet.cli.train:recipes", "Train an embedder by a recipe."),
+    "train": LazyCommand(
+        "tercet.cli.train:recipes",
+        "Train an embedder by a recipe.",
+        kept="the last checkpoint is kept, if there is one, and the same command goes on from it",
+    ),
     "eval": LazyCommand("tercet.cli.evaluate:evaluate", "Measure a model on test sets."),
-    "encode": LazyCommand("tercet.cli.encode:encode", "Turn texts into vectors."),
-    "index": LazyCommand("tercet.cli.search:index", "Make documents searchable."),
+    "encode": LazyCommand(
+        "tercet.cli.encode:encode",
+        "Turn texts into vectors.",
+        kept="files that are finished in a folder are kept, and the same command goes on",
+    ),
+    "index": LazyCommand("tercet.cli.search:index", "Make documents searchable.", kept=_UNITS),
     "search": LazyCommand("tercet.cli.search:search", "Search an index."),
-    "mine": LazyCommand("tercet.cli.mine:mine", "Add hard negatives to training pairs."),
-    "filter": LazyCommand("tercet.cli.data:filter_pairs", "Drop bad training pairs."),
+    "mine": LazyCommand(
+        "tercet.cli.mine:mine", "Add hard negatives to training pairs.", kept=_UNITS
+    ),
+    "filter": LazyCommand("tercet.cli.data:filter_pairs", "Drop bad training pairs.", kept=_UNITS),
     "synthesize": LazyCommand(
-        "tercet.cli.synthesize:synthesize", "Let a language model write questions."
+        "tercet.cli.synthesize:synthesize",
+        "Let a language model write questions.",
+        kept="answers so far are kept, and the same command asks for the rest",
     ),
     "convert": LazyCommand("tercet.cli.convert:convert", "Convert other data to training rows."),
     "decontaminate": LazyCommand(
@@ -57,7 +76,7 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "calibrate": LazyCommand("tercet.cli.models:calibrate", "Choose the ranges of int8 and int4."),
     "sizes": LazyCommand("tercet.cli.evaluate:sizes", "Measure what smaller vectors cost."),
     "study": LazyCommand(
-        "tercet.cli.study:study", "Compare trainings that differ in one thing each.", _REST
+        "tercet.cli.study:study", "Compare trainings that differ in one thing each.", _REST, _UNITS
     ),
 }
 
@@ -84,6 +103,13 @@ class LazyGroup(TyperGroup):
         command = typer.main.get_command(found)
         command.name = cmd_name
         return command
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; Ctrl-C ends it with what was said about it, which typer would lose."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _ended(error) from None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the overview without importing any command."""
@@ -116,18 +142,61 @@ def about(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command, and exit: 0 when done, 2 when the user can fix what went wrong."""
+    """Run a command, and exit: 0 when done, 2 when the user can fix what went wrong.
+
+    After Ctrl-C the status is 130, and after SIGTERM 143; one line says what is kept.
+    """
+    make_encodable()
     logging.getLogger("tercet").handlers = [Notes()]
     _quiet_libraries()
-    try:
-        app(argv, prog_name="tercet")
-    except TercetError as error:
-        say(f"tercet: {error}")
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            say("tercet: stopped; to resume a training, give the same command again")
-        raise
+    words = sys.argv[1:] if argv is None else argv
+    with listening():
+        try:
+            _refuse_bytes(words)
+            app(words, prog_name="tercet")
+        except TercetError as error:
+            say(f"tercet: {error}")
+            sys.exit(2)
+        except SystemExit as end:
+            if end.code in _BY_SIGNAL and not getattr(end, "line", ""):
+                command = COMMANDS.get(next((word for word in words if word[:1] != "-"), ""))
+                say(f"tercet: stopped; {_NOTHING if command is None else command.kept}")
+            if end.code in _BY_SIGNAL and any(map(_is_waited_for, threading.enumerate())):
+                os._exit(end.code)  # a call of an endpoint may take minutes
+            raise
+        except Exception:
+            sys.excepthook = _show_without_keys
+            raise
+
+
+def _refuse_bytes(words: Sequence[str]) -> None:
+    """Refuse an argument that is no text: most libraries take no such path."""
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise RecipeError(
+                f"the argument {word!r} is not in {sys.getfilesystemencoding()}; rename the file, "
+                "or set PYTHONUTF8=1 if it is UTF-8"
+            )
+
+
+def _is_waited_for(thread: threading.Thread) -> bool:
+    """Whether Python would wait for this thread before it ends."""
+    return not thread.daemon and thread is not threading.main_thread()
+
+
+def _show_without_keys(*error: Any) -> None:
+    """Print the traceback of a bug."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(*error))))
+
+
+_BY_SIGNAL: Final = tuple(128 + number for number in SIGNALS)
+
+
+def _ended(error: KeyboardInterrupt) -> Stopped:
+    """Return the end of this process after Ctrl-C."""
+    end = Stopped(128 + signal.SIGINT)
+    end.line = getattr(error, "line", "")
+    return end
 
 
 def _quiet_libraries() -> None:

@@ -10,8 +10,10 @@ import typer
 
 from tercet.errors import DataError, RecipeError
 from tercet.files.console import columns, count_table, results, say
+from tercet.files.outputs import FolderKind, check_files, check_output, mark
 
 SHOWN_LABELS: Final = 20
+CLEANED: Final = FolderKind("a folder of cleaned rows", shared=True, is_data=True)
 
 convert = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -88,7 +90,7 @@ def labelled(
     from tercet.curate.convert.conversion import Conversion
     from tercet.data.files.labelled import read_label_texts, read_labelled_texts
 
-    _check_place(out, file, *(against or []))
+    _check_place(out, file, label_texts, *(against or []))
     words = read_label_texts(label_texts) if label_texts else None
     every = read_labelled_texts(
         file,
@@ -240,6 +242,8 @@ def from_arctic(
     from tercet.curate.convert.arctic import TablesReport, examples_of_tables
     from tercet.data.files.sources import write_examples
 
+    tables = (folder / f"{name}.parquet" for name in ("queries", "documents", "labels"))
+    _check_place(out, mined, *tables)
     report = TablesReport()
     write_examples(out, examples_of_tables(folder, report, work=work, mined=mined))
     _show_tables(report)
@@ -254,11 +258,10 @@ def to_arctic(
 
     Example: tercet convert to-arctic rows.parquet --out tables/
     """
-    from tercet.curate.convert.arctic import write_tables
+    from tercet.curate.convert.arctic import TABLES, write_tables
     from tercet.data.files.sources import iter_examples
 
-    if out.is_file() or any(each.resolve().is_relative_to(out.resolve()) for each in files):
-        raise RecipeError(f"{out}: is an input, or a file; give another folder with --out")
+    check_output(out, files, TABLES)
     _show_tables(write_tables(out, chain.from_iterable(map(iter_examples, files))))
 
 
@@ -290,8 +293,10 @@ def decontaminate(
     from tercet.files.progress import bar
 
     outputs = _cleaned_files(file, out)
-    for path, _ in outputs:
-        _check_place(path, file, *against, *(shard.path for _, some in outputs for shard in some))
+    if as_folder := file.is_dir() and not out.suffix:
+        check_output(out, [file, *against], CLEANED)
+    else:
+        _check_place(out, file, *against)
     index, removal = EvaluationTexts.read(against, threshold), Removal()
     with bar("rows", None) as advance:
 
@@ -304,6 +309,8 @@ def decontaminate(
             clean = rows(shards)
             first = next(clean, None)
             if first is not None:
+                if as_folder:
+                    mark(out, CLEANED)
                 write_examples(path, chain([first], clean))
             elif len(outputs) > 1:
                 say(f"tercet: note: {path}: not written: no row is left")
@@ -322,13 +329,12 @@ def _cleaned_files(source: Path, out: Path) -> list[tuple[Path, list[Any]]]:
     return [(out / shard.path.relative_to(source), [shard]) for shard in shards]
 
 
-def _check_place(out: Path, *inputs: Path) -> None:
+def _check_place(out: Path, *inputs: Path | None) -> None:
     """Raise, before anything is read, if the result would replace an input."""
     from tercet.files.records import known_suffix
 
     known_suffix(out)
-    if out.resolve() in [each.resolve() for each in inputs]:
-        raise RecipeError(f"{out}: is an input; give another --out")
+    check_files(inputs, out=out)
 
 
 def _withheld(

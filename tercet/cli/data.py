@@ -28,6 +28,7 @@ from tercet.errors import RecipeError
 from tercet.files.artifacts import write_json
 from tercet.files.atomic import sole_writer
 from tercet.files.console import columns, count_table, results, say, shortened
+from tercet.files.outputs import check_files, check_output
 from tercet.types import Role
 
 EXAMPLES: Final = Path("examples/data/packages.en.parquet")
@@ -74,6 +75,7 @@ def check(
         raise RecipeError(f"--batch-size must be at least 2, got {batch_size}")
     if model is None and (query_tokens or document_tokens):
         raise RecipeError("tokens are counted with a model's tokenizer; name one with --model")
+    check_files([file, *(against or ()), model], json=json, plot=plot)
     options = CheckOptions(
         batch_size=batch_size,
         tokens=None if model is None else _token_counter(model),
@@ -242,9 +244,9 @@ def filter_pairs(
     from tercet.curate.filtering.judge import PRESETS, FilterFolders, Judge
     from tercet.curate.filtering.pair_filter import (
         DRAWING,
+        FILTERED,
         filter_sources,
         finished,
-        refuse_sources,
         settings_of,
         write_report,
     )
@@ -274,7 +276,7 @@ def filter_pairs(
         query_tokens=query_tokens,
         document_tokens=document_tokens,
     )
-    refuse_sources(out, files)
+    check_output(out, [*files, model], FILTERED)
     with sole_writer(out):
         settings = settings_of(files, judge, filtering)
         reports = finished(out, settings)

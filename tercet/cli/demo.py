@@ -23,6 +23,7 @@ from tercet.evaluate.measures.retrieval import Measured, RetrievalResult, measur
 from tercet.evaluate.report.intervals import Interval, paired_difference
 from tercet.evaluate.report.page import ExampleSearch, RunReport, ScoreSample, write_report
 from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
+from tercet.files.outputs import check_output, mark
 from tercet.models.embedder import Embedder
 from tercet.recipes.finetune import finetune
 from tercet.search.engine.engine import Hit, Record
@@ -30,6 +31,7 @@ from tercet.search.indexing import settings_of
 from tercet.search.opening import About, make_engine, write_about
 from tercet.training import log
 from tercet.training.loop import train
+from tercet.training.plan import RUN
 from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
 from tercet.vectors import Vectors
@@ -57,7 +59,9 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
         DataError: when the package descriptions are not where they should be.
     """
     began = time.monotonic()
+    check_output(out, [data], RUN)
     packages = _packages(data)
+    mark(out, RUN)
     say(f"{len(packages):,} Debian packages: can a one-line description find the full one?")
     paths = _write_data(out / "data", packages)
     test = RetrievalSet.from_examples(out / "data/test.jsonl")
@@ -183,7 +187,7 @@ def _sample(measured: Measured) -> ScoreSample:
 
 def _curves(out: Path) -> tuple[list[float], list[float]]:
     """Losses and learning rates of all steps."""
-    steps = [record for record in log.read(out / "log.jsonl") if "loss" in record]
+    steps = [record for record in log.read(out / log.LOG) if "loss" in record]
     return [r["loss"] for r in steps], [r["learning_rate"] for r in steps]
 
 

@@ -21,6 +21,7 @@ from tercet.cli.options import (
 )
 from tercet.errors import RecipeError
 from tercet.files.console import results, say
+from tercet.files.outputs import check_output
 from tercet.kinds import Kind
 
 if TYPE_CHECKING:
@@ -88,7 +89,13 @@ def encode(
     """
     from tercet.data.files.documents import Fields, read_documents
     from tercet.data.files.texts import read_texts
-    from tercet.search.export import EncodeOptions, write_dense, write_rows, write_vectors
+    from tercet.search.export import (
+        VECTORS,
+        EncodeOptions,
+        write_dense,
+        write_rows,
+        write_vectors,
+    )
     from tercet.search.rows import HELD
 
     chosen = kinds_of(kinds)
@@ -96,10 +103,11 @@ def encode(
     reading = {"attention": attention, "pooling": pooling, "echo": echo}
     shared = runner != "auto" or workers > 1 or address is not None
     if len(files) > 1 or files[0].is_dir() or part is not None or shared:
-        from tercet.curate.jobs.encode_job import PART, encode_files, open_files
+        from tercet.curate.jobs.encode_job import ENCODED, PART, encode_files, open_files
         from tercet.curate.jobs.runners import Runner
 
         _check_folder(out, output, form)
+        check_output(out, [*files, model], ENCODED)
         where = Runner(engine=runner, workers=workers, address=address)
         sources = open_files(files, text_field)
         how = EncodeOptions(kinds=chosen or ("dense",), **wanted)
@@ -113,6 +121,7 @@ def encode(
         _check_rows(out, output, form, chosen)
     else:
         _check_arrays(out, output, as_folder=as_folder)
+    check_output(out, [file, model], VECTORS if as_folder and form is None else None)
     fields = Fields(text=text_field, title=title_field, id=id_field)
     # The whole file is read once before the model is: a line that is wrong shows early.
     texts = read_texts(file, text_field) if form is None else read_documents(file, fields)

@@ -24,6 +24,7 @@ from tercet.cli.options import (
 from tercet.errors import RecipeError
 from tercet.files.artifacts import write_json
 from tercet.files.console import columns, results, say
+from tercet.files.outputs import check_files, check_output
 from tercet.kinds import KINDS, Weights
 from tercet.models.zoo import zoo
 
@@ -149,6 +150,7 @@ def evaluate(
     """
     from tercet.evaluate.sets.location import sets_in
     from tercet.evaluate.suites.comparison import (
+        KEPT,
         ComparisonOptions,
         LanguageComparison,
         compare,
@@ -161,6 +163,10 @@ def evaluate(
         raise RecipeError("--task and --no-prompts exclude each other; give one of them")
     if (data is None) == (mteb is None):
         raise RecipeError("give either data to measure on, or --mteb with a task")
+    read = [data, model, *(against or ())]
+    check_files(read, json=figures, plot=plot)
+    if keep is not None:
+        check_output(keep, read, KEPT, flag="--keep")
     names = _names(model, against)
     load_model = partial(
         load,
@@ -408,6 +414,7 @@ def sizes(
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
 
     depth_of(metric)  # raises for an unknown metric before the work
+    check_files([model, data], json=figures, plot=plot)
     examined = RetrievalSet.from_path(data, split)
     embedder = load(model, precision)
     if task is not None:
@@ -594,10 +601,11 @@ def diagnose(
 
     Example: tercet diagnose smollm2 --against runs/mine/1-mntp/model --out runs/diagnosis
     """
-    from tercet.evaluate.insight.diagnose import Material, diagnose, prefix_table
+    from tercet.evaluate.insight.diagnose import DIAGNOSIS, Material, diagnose, prefix_table
     from tercet.evaluate.insight.latents import LABELS, latent_use
     from tercet.evaluate.report.figures import drawing, heat_maps, write_png
 
+    check_output(out, [model, *(against or ()), text, triples], DIAGNOSIS)
     names = _names(model, against)
     material = Material.read(triples, text)
     uses: dict[str, LatentUse] = {}

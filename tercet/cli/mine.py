@@ -21,6 +21,7 @@ from tercet.cli.options import (
 from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
+from tercet.files.outputs import check_output
 
 if TYPE_CHECKING:
     from tercet.curate.mining.miner import MiningReport
@@ -99,7 +100,7 @@ def mine(
     from tercet.curate.jobs.runners import Runner
     from tercet.curate.mining.finders import COSINES
     from tercet.curate.mining.mine_together import SharedMining, mine_together
-    from tercet.curate.mining.miner import Mining
+    from tercet.curate.mining.miner import MINED, Mining
     from tercet.curate.mining.miner import mine as run_mining
     from tercet.curate.mining.miner import sweep as try_values
     from tercet.curate.mining.rules import MiningRule
@@ -130,6 +131,9 @@ def mine(
         raise RecipeError(f"--by {by} needs a --teacher; without one, use --by bm25")
     if out is None and where.several:
         raise RecipeError("--sweep runs in one process; leave out --workers and --runner")
+    if out is not None:
+        given = [*files, *(corpus or ()), teacher]
+        check_output(out, given, None if out.suffix else MINED)
     sources = [source for file in files for source in opened(file)]
     more = {"documents": _DocumentTexts(corpus or [], text_field), "work": work}
     loaded = None if teacher is None else partial(load, teacher, precision)

@@ -9,6 +9,7 @@ import typer
 from tercet.cli.options import DimsOption, ModelName, Precision, ReadingOption, load
 from tercet.errors import DataError, RecipeError
 from tercet.files.console import columns, results, say
+from tercet.files.outputs import check_output
 from tercet.models.zoo import zoo
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def merge(
     """
     from tercet.models.merge import load_adapters
 
-    _refuse_to_replace(out, "merging")
+    _refuse_to_replace(out, "merging", [*adapters, base])
     embedder = load_adapters(adapters, base=base, compat=compat, attention=attention)
     embedder.save(out)
     results().print(f"{out}", soft_wrap=True)
@@ -99,7 +100,7 @@ def retokenize(
     from tercet.models.formats.parts import tokenizer_of
     from tercet.models.retokenize import with_tokenizer
 
-    _refuse_to_replace(out, "this")
+    _refuse_to_replace(out, "this", [base, tokenizer, texts])
     embedder = Embedder.load(base)
     stock, before = tokenizer_of(zoo.resolve(tokenizer, say)), embedder.tokenizer
     made = with_tokenizer(embedder, stock, rows=rows)
@@ -130,9 +131,12 @@ def _mean_tokens(tokenizer: "Tokenizer", texts: Sequence[str]) -> float:
     return sum(len(encoding.ids) for encoding in tokenizer.bare(texts)) / len(texts)
 
 
-def _refuse_to_replace(out: Path, what: str) -> None:
+def _refuse_to_replace(out: Path, what: str, inputs: Sequence[str | Path | None]) -> None:
+    from tercet.models.formats.tercet_folder import MODEL
+
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise RecipeError(f"{out}: exists already, and {what} would replace it; choose another")
+    check_output(out, inputs, MODEL)
 
 
 def calibrate(

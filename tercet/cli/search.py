@@ -73,6 +73,7 @@ def index(
     Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index --precision int8
     """
     from tercet.data.files.documents import Fields, read_documents
+    from tercet.search.opening import check_index_place
     from tercet.search.text_index import IndexOptions
     from tercet.search.text_index import index as make_index
 
@@ -88,6 +89,7 @@ def index(
         keep=keep,
         fresh=fresh,
     )
+    check_index_place(out, [file, model], fresh=fresh)
     read = partial(read_documents, file, fields, keep_others=True)
     made = make_index(read, where(model), out, options, load=load, say=say)
     held, done = made.documents, made.done

@@ -14,6 +14,7 @@ from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
+from tercet.files.outputs import check_output, mark
 
 _FLAG_TYPES: Final[Mapping[Any, Any]] = {
     list[Source]: list[Path],
@@ -49,7 +50,12 @@ def app_of(file: Path) -> typer.Typer:
     gets_out = own.pop("out", None) is not None
 
     def command(**flags: Any) -> None:
+        from tercet.studies.cells import STUDY
+
         given = {name: flags.pop(name) for name in own}
+        check_output(flags["out"], [file, *_paths_in(given)], STUDY)
+        if gets_out:
+            mark(flags["out"], STUDY)
         values = {name: _opened(own[name], value) for name, value in given.items()}
         if gets_out:
             values["out"] = flags["out"]
@@ -132,6 +138,12 @@ def _opened(parameter: inspect.Parameter, value: Any) -> Any:
         for path, weight in named
         for each in opened(path, weight=weight, record_format=record_format)
     ]
+
+
+def _paths_in(flags: Mapping[str, Any]) -> list[Path]:
+    """Return the files that flags name, without their weights."""
+    lists = [value if isinstance(value, list) else [value] for value in flags.values()]
+    return [weighted(each)[0] for some in lists for each in some if isinstance(each, Path)]
 
 
 def _is_path(value: Any) -> bool:

@@ -10,6 +10,7 @@ from tercet.cli.options import Precision, load
 from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
 from tercet.files.console import columns, count_table, results, say, shortened
+from tercet.files.outputs import check_files
 
 if TYPE_CHECKING:
     from tercet.curate.synthesis.question_pairs import SynthesisReport
@@ -82,8 +83,8 @@ def synthesize(
     from tercet.files.records import known_suffix
 
     known_suffix(out)
-    if file.resolve() in (out.resolve(), log_path(out).resolve()):
-        raise RecipeError(f"{out}: is an input; give another --out")
+    for path in (out, log_path(out)):
+        check_files([file, prompt_file, model, check], out=path)
     prompt = QuestionPrompt(language=language)
     if prompt_file is not None:
         prompt = QuestionPrompt.of_file(prompt_file, language)

@@ -19,6 +19,7 @@ from tercet.data.files.sources import Source
 from tercet.data.files.texts import text_format
 from tercet.errors import RecipeError
 from tercet.files.console import results, say
+from tercet.files.outputs import check_output
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.finetune import finetune
@@ -129,6 +130,7 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
 
     @wraps(recipe)
     def command(out: Path, dev: Path | None, **flags: Any) -> None:
+        from tercet.training.plan import RUN
         from tercet.training.recipe import Run
 
         flags["models_at"] = whole_numbers("models-at", flags["models_at"])
@@ -142,6 +144,8 @@ def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Ca
             found = _data(built, reads, files, field)
             return _weighed(found, weights, counts)
 
+        named = [weighted(path)[0] for paths in files.values() for path in paths]
+        check_output(out, [*named, dev], RUN)
         _train(recipe(**flags), data, out, dev, run)
 
     shown = [_data_flag(kind) for kind in reads]

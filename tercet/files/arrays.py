@@ -21,6 +21,8 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tercet.files.artifacts import write_npy_header
+from tercet.files.limits import unreadable
+from tercet.files.outputs import holds_only
 from tercet.files.records import readable
 from tercet.kinds import Kind
 from tercet.segments import ragged_places
@@ -108,6 +110,9 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
 
 def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
     """Whether a folder holds vectors of one kind of this many texts, in files of full length."""
+    names = [*_VALUES[kind], f"{kind}_offsets"]
+    if any(unreadable(folder / f"{name}.npy") for name in names):
+        return False
     try:
         values = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _VALUES[kind]]
         if kind == "dense":
@@ -116,6 +121,17 @@ def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
     except (OSError, ValueError, EOFError):
         return False
     return len(offsets) == texts + 1 and all(len(each) == offsets[-1] for each in values)
+
+
+def holds_only_vectors(folder: Path) -> bool:
+    """Whether all files in a folder are arrays as a writer makes them, by their names and types."""
+    files = [path for path in folder.glob("*.npy") if path.is_file()]
+    try:
+        found = {path: np.load(path, mmap_mode="r") for path in files}
+    except (OSError, ValueError, EOFError):
+        return False
+    typed = all(array.dtype == _TYPES.get(path.stem) for path, array in found.items())
+    return typed and holds_only(folder, NAMES)
 
 
 class GrowingArray:

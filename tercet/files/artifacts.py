@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from tercet.files.atomic import replacing_file, replacing_folder
+from tercet.files.limits import read_text, unreadable
 
 _FACTS: Final = "facts"  # the name of a result's JSON part inside its .npz file
 _FACTS_FILE: Final = "about.json"  # and inside its folder
@@ -34,7 +35,15 @@ def write_json(
 
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file; an OSError or ValueError is the caller's to explain."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; any that cannot be read is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
 
 
 def fingerprint(*parts: Any, size: int = 16) -> str:
@@ -66,7 +75,7 @@ def fingerprint_of_file(path: Path) -> str:
     """Return a fingerprint of the content of a file, or of all files in a folder."""
     digest = hashlib.blake2b(digest_size=16)
     for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if not each.is_dir():
+        if not each.is_dir() and not unreadable(each):
             with each.open("rb") as file:
                 hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
@@ -114,7 +123,7 @@ class KeptResults:
         path = self.path(*key)
         try:
             return _map(path) if self._mapped else _load(path)
-        except (OSError, ValueError, KeyError, BadZipFile, EOFError):
+        except (OSError, ValueError, KeyError, BadZipFile, EOFError, MemoryError):
             return None
 
     def keep(self, facts: Mapping[str, Any], arrays: Arrays, *key: Any) -> None:
@@ -132,7 +141,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     # Opened here: numpy does not close a file that it cannot read.
     with path.open("rb") as file, np.load(file) as found:
         arrays = {name: found[name] for name in found.files if name != _FACTS}
-        return json.loads(str(found[_FACTS])), arrays
+        return parse_json(str(found[_FACTS])), arrays
 
 
 def _map(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

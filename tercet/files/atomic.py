@@ -25,6 +25,7 @@ from tercet.errors import RecipeError, StorageError
 _RACED: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # another process was faster
 _TORCH_WRITES: Final = ("PytorchStreamWriter", "inline_container", "iostream")
 _ATTEMPTS: Final = 50  # to put a folder in place while others do the same
+LOCK: Final = ".lock"  # a file that stays in a folder that had a writer
 _numbers: Final = itertools.count()
 
 
@@ -85,8 +86,10 @@ def recover_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
+def replacing_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield an empty file to write to, which replaces ``path`` if no error occurs.
+
+    Nobody but its owner may read a ``private`` one, also while it is written.
 
     Raises:
         StorageError: if the disk refuses; the old file is still there then.
@@ -99,7 +102,9 @@ def replacing_file(path: Path) -> Iterator[Path]:
     try:
         with clear_about(path):
             _sweep(path, "new")
-            fresh.touch()  # fails before the work is done if the place cannot be written to
+            fresh.touch(
+                0o600 if private else 0o666
+            )  # fails before the work is done if the place cannot be written to
             yield fresh
             _sync(fresh)
             fresh.replace(path)
@@ -117,11 +122,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
         RecipeError: if another process holds the lock, naming it.
         StorageError: if the folder cannot be written to.
     """
-    path = Path(folder) / ".lock"
+    path = Path(folder) / LOCK
     lock = FileLock(path, thread_local=False)  # any thread may release it
     _make_folder(path.parent)
     with clear_about(path.parent):
-        holder = path.read_text(encoding="utf-8") if path.exists() else ""
+        holder = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         try:
             lock.acquire(blocking=False)
         except Timeout:

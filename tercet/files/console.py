@@ -1,27 +1,83 @@
 """Output for users: results on standard output, all else in plain lines on standard error."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
-from typing import Final
+from typing import IO, Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
+from tercet.errors import TercetError
+from tercet.files.secrets import redacted
+
 CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+CLOSED: Final = 141  # a shell's status of a program that writes to a pipe without a reader
+
+
+class OutputError(TercetError):
+    """Standard output cannot be written to, as where a disk is full."""
+
+
+class _Plain(Console):
+    """A console without markup. Nothing is printed any more once a stream has failed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; a failing standard output ends the program, a failing standard error nothing."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            _to_nowhere(self.file)
+            if self.stderr:
+                return
+            if isinstance(error, BrokenPipeError):  # as with ``| head``
+                raise SystemExit(CLOSED) from None
+            raise OutputError(f"standard output cannot be written to: {error.strerror}") from error
+
+    def on_broken_pipe(self) -> None:
+        """Raise what rich would end the program for."""
+        raise
+
+
+def make_encodable() -> None:
+    """Have standard output and error show characters that their encoding lacks as escapes.
+
+    A stream that is closed, as after ``>&-``, becomes one that goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def results() -> Console:
     """Return standard output, without markup; lines are not wrapped in a pipe."""
-    width = None if sys.stdout.isatty() else 10_000
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return _Plain(width=None if sys.stdout.isatty() else 10_000)
 
 
 def say(line: str) -> None:
     """Print to standard error; long lines are not wrapped, so that paths can be copied."""
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    console.print(line, soft_wrap=True)
+    _Plain(stderr=True).print(redacted(line), soft_wrap=True)
+
+
+def _to_nowhere(stream: IO[str]) -> None:
+    """Send what is still in a stream's buffer nowhere: Python would try again at its end."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # not a file
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def columns(*header: str) -> Table:

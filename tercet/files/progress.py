@@ -1,8 +1,9 @@
-"""A progress bar on standard error, shown on a terminal only."""
+"""Progress on standard error: a bar on a terminal, else a plain line every minute."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +14,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from tercet.files.console import say
+
+FIRST_SECONDS: Final = 15.0  # before the first line: a job that is done by then prints none
+EVERY_SECONDS: Final = 60.0  # between two
 
 
 @runtime_checkable
@@ -29,9 +35,17 @@ Bars: TypeAlias = Callable[..., AbstractContextManager[Advance]]
 
 
 @contextmanager
-def bar(label: str, total: int | None, done: int = 0, *, shown: bool = True) -> Iterator[Advance]:
-    """Show the progress of a long job; the time left is estimated from its speed so far."""
+def bar(
+    label: str, total: int | None, done: int = 0, *, shown: bool = True, unit: str = ""
+) -> Iterator[Advance]:
+    """Show the progress of a long job; the time left is estimated from its speed so far.
+
+    ``unit`` is what a line without a terminal calls what is counted, as in "step ".
+    """
     console = Console(stderr=True)
+    if shown and (not console.is_terminal or console.is_dumb_terminal):
+        yield _Lines(f"{label}: {unit}", total, done)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -41,14 +55,45 @@ def bar(label: str, total: int | None, done: int = 0, *, shown: bool = True) -> 
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    hidden = not (shown and console.is_terminal)
-    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
         task = progress.add_task(label, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
             progress.update(task, advance=count, note=note)
 
         yield advance
+
+
+class _Lines:
+    """Prints how far a job is, where there is no terminal."""
+
+    def __init__(self, about: str, total: int | None, done: int) -> None:
+        self._about, self._total, self._begun_at, self._done = about, total, done, done
+        self._began = time.monotonic()
+        self._due = self._began + FIRST_SECONDS
+
+    def __call__(self, count: int = 1, note: str = "") -> None:
+        """Count, and print a line if it is time."""
+        self._done += count
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + EVERY_SECONDS
+        parts = [f"{self._about}{self._done:,}", *([note] if note else [])]
+        if self._total is not None:
+            parts[0] += f" of {self._total:,}"
+            if (here := self._done - self._begun_at) > 0:
+                seconds = (now - self._began) / here * max(0, self._total - self._done)
+                parts.append(f"about {time_text(seconds)} left")
+        say(", ".join(parts))
+
+
+def time_text(seconds: float) -> str:
+    """Return a time for people, as in "2 h 5 min"."""
+    if seconds < 99:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 99 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def notes(advance: Advance) -> Bars:

@@ -312,7 +312,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         saved = read_json(path)
         version = int(saved["version"])
         attention, window, settings = saved["attention"], saved["window"], saved["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path}: not a tercet settings file ({error}); save the model again"
         ) from error

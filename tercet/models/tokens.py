@@ -13,11 +13,15 @@ from tokenizers import Encoding, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from tercet.errors import ModelError, RecipeError
-from tercet.segments import Packed, offsets_of, row_of
+from tercet.models.foreign_code import refuse_code
+from tercet.segments import Packed, batches_within, offsets_of, row_of
 from tercet.types import Role
 
 _NONE: Final = np.empty(0, np.int32)
-_AT_ONCE: Final = 1_024  # texts that are tokenized together
+_AT_ONCE: Final = 1_024  # texts that are tokenized together,
+_LETTERS_AT_ONCE: Final = 1 << 23  # and characters of them
+_LETTERS_A_TOKEN: Final = 16  # read of a long text at first, more than most texts need
+_MARGIN: Final = 1_024  # characters before a cut whose tokens are not trusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +110,10 @@ def load_tokenizer(place: str | Path, *, lower_case: bool = False) -> Any:
     """
     from transformers import AutoTokenizer  # slow to import
 
+    refuse_code(place, "tokenizer_config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0].strip(" :.")
         raise ModelError(
             f"{place}: the tokenizer cannot be loaded ({line}); is tokenizer.json there and whole?"
@@ -248,11 +253,11 @@ class Tokenizer:
         self, texts: Sequence[str], before: Sequence[str], room: int, form: Form, *, spans: bool
     ) -> "Iterator[_Laid]":
         """Yield each text between its prompt and the suffix, in at most ``room`` tokens."""
-        whole = [prompt + text + form.suffix for prompt, text in zip(before, texts, strict=True)]
         located = spans or bool(form.suffix) or (not form.pool_prompt and any(before))
         encode = self._fast.encode_batch if located else self._fast.encode_batch_fast
         head, tail = len(self._head), len(self._tail)
-        for encoding, prompt, text in zip(_in_parts(encode, whole), before, texts, strict=True):
+        parts = self._in_parts(encode, texts, before, [room] * len(texts), form.suffix)
+        for (encoding, text), prompt in zip(parts, before, strict=True):
             ids = encoding.ids
             ids = ids[head : len(ids) - tail]
             cut = len(ids) > room
@@ -284,8 +289,10 @@ class Tokenizer:
         after = self._piece(form.suffix)[: room - len(between)]
         encode = self._fast.encode_batch if spans else self._fast.encode_batch_fast
         encode = partial(encode, add_special_tokens=False)
-        for encoding, prompt in zip(_in_parts(encode, texts), before, strict=True):
-            spare = room - len(between) - len(after)
+        spare = room - len(between) - len(after)
+        rooms = [max(0, spare - len(starts[prompt][:spare])) // 2 for prompt in before]
+        parts = self._in_parts(encode, texts, [""] * len(texts), rooms)
+        for (encoding, _), prompt in zip(parts, before, strict=True):
             start = starts[prompt][:spare]
             kept = (spare - len(start)) // 2
             ids = encoding.ids[:kept]
@@ -297,6 +304,70 @@ class Tokenizer:
                 prompted=bool(start),
                 spans=encoding.offsets[:kept] if spans else [],
             )
+
+    def _in_parts(
+        self,
+        encode: Callable[[list[str]], list[Encoding]],
+        texts: Sequence[str],
+        before: Sequence[str],
+        rooms: Sequence[int],
+        suffix: str = "",
+    ) -> Iterator[tuple[Encoding, str]]:
+        """Yield the encoding of each text, between its prompt and the suffix, and what was read.
+
+        Few at a time: an encoding takes some hundred bytes per token. Of long texts only what
+        decides their first ``room`` tokens is read.
+        """
+        for rows in batches_within(
+            range(len(texts)), _LETTERS_AT_ONCE, lambda row: len(texts[row]), most=_AT_ONCE
+        ):
+            some = self._decisive(
+                [texts[row] for row in rows],
+                [before[row] for row in rows],
+                [rooms[row] for row in rows],
+                suffix,
+            )
+            whole = [before[row] + text + suffix for row, text in zip(rows, some, strict=True)]
+            yield from zip(encode(whole), some, strict=True)
+
+    def _decisive(
+        self, texts: list[str], before: Sequence[str], rooms: Sequence[int], suffix: str
+    ) -> list[str]:
+        """Cut texts that are much longer than ``room`` tokens, so that those tokens stay the same.
+
+        What follows a token decides it within its word only, and in BPE, which merges the first of
+        equal pairs first, only if it is near. So a beginning is enough if more than ``room`` tokens
+        end a margin before its end, in words that end as well; otherwise a longer one is tried.
+        With a suffix the end of the text stays too, since the suffix may share a token with it.
+        Texts that lose their start instead are read whole.
+        """
+        if self._cuts_start:
+            return texts
+        found, factor = list(texts), _LETTERS_A_TOKEN
+        is_bpe = type(self._fast.model).__name__ == "BPE"
+
+        def size(row: int) -> int:
+            return factor * rooms[row] + 4 * _MARGIN
+
+        waiting = range(len(texts))
+        while waiting := [row for row in waiting if len(texts[row]) > 2 * size(row)]:
+            begins = [_before_space(texts[row], size(row)) for row in waiting]
+            encodings = self._fast.encode_batch(
+                [before[row] + begin for row, begin in zip(waiting, begins, strict=True)],
+                add_special_tokens=False,
+            )
+            for row, begin, encoding in zip(waiting, begins, encodings, strict=True):
+                limit, words = len(before[row]) + len(begin) - _MARGIN, encoding.word_ids
+                unfinished = -1 if is_bpe else next((w for w in words[::-1] if w is not None), -1)
+                trusted = sum(
+                    end <= limit and word != unfinished
+                    for (_, end), word in zip(encoding.offsets, words, strict=True)
+                )
+                if trusted > rooms[row]:
+                    found[row] = begin + (texts[row][-4 * _MARGIN :] if suffix else "")
+            waiting = [row for row in waiting if len(found[row]) == len(texts[row])]
+            factor *= 4
+        return found
 
     def _piece(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False).ids
@@ -337,12 +408,10 @@ class _Laid:
     spans: list[tuple[int, int]] = field(default_factory=list)  # of the text's tokens, if requested
 
 
-def _in_parts(
-    encode: Callable[[list[str]], list[Encoding]], texts: Sequence[str]
-) -> Iterator[Encoding]:
-    """Yield encodings of texts, few at a time: one takes some hundred bytes per token."""
-    for start in range(0, len(texts), _AT_ONCE):
-        yield from encode(list(texts[start : start + _AT_ONCE]))
+def _before_space(text: str, size: int) -> str:
+    """Return the first ``size`` characters, up to the last white space of the last few if any."""
+    last = next((at for at in range(size, size - _MARGIN, -1) if text[at].isspace()), size)
+    return text[:last]
 
 
 def _borders(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

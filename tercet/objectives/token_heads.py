@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tercet.errors import ModelError
 from tercet.losses.tokens import Head
-from tercet.models.network.loading import loading
+from tercet.models.foreign_code import refuse_code
+from tercet.models.network.loading import check_network, loading
 from tercet.models.zoo import zoo
 
 _TOLERANCE: Final = 1e-3  # of the logits, as a share of their length
@@ -66,7 +67,11 @@ def load_head(source: str | Path) -> Head:
 def _load_with_head(auto: Any, source: str | Path, kind: str, remedy: str) -> Any:
     """Return the model that a transformers class loads, or raise if its head is missing."""
     place = str(zoo.resolve(str(source)))
-    model, report = auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    refuse_code(place, "config.json")
+    check_network(Path(place))
+    model, report = auto.from_pretrained(
+        place, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])[0]
         raise ModelError(f"{source}: the weights of its {kind} head are missing ({lost}); {remedy}")
@@ -123,7 +128,10 @@ def find_masked_head(source: str | Path) -> MaskedHead | None:
         ModelError: if its config promises one that is missing, or that works in an unknown way.
     """
     with loading(f"{source}: its masked-language head cannot be loaded"):
-        kinds = AutoConfig.from_pretrained(str(zoo.resolve(str(source)))).architectures or ()
+        place = str(zoo.resolve(str(source)))
+        refuse_code(place, "config.json")
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        kinds = config.architectures or ()
         if not any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in kinds):
             return None
         remedy = f"its config promises them; {_NEW_HEAD}"

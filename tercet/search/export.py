@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from tercet.data.files.documents import Document
 from tercet.data.files.examples import shown
-from tercet.errors import DataError, RecipeError
-from tercet.files.arrays import NAMES, GrowingArray, VectorWriter
+from tercet.errors import DataError
+from tercet.files.arrays import NAMES, GrowingArray, VectorWriter, holds_only_vectors
 from tercet.files.atomic import clear_about, replacing_file, replacing_folder
+from tercet.files.outputs import FolderKind, check_output, mark
 from tercet.files.progress import Bars, bar
 from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
@@ -21,6 +22,7 @@ from tercet.search.rows import TAKEN, EngineRow, FormatName, json_line, lines_of
 from tercet.types import Role
 from tercet.vectors import Vectors
 
+VECTORS: Final = FolderKind("a folder of vectors", own=tuple(NAMES), is_older=holds_only_vectors)
 WINDOW_OF_TEXTS: Final = 50_000  # of dense vectors alone: those that encode sorts by length
 
 
@@ -63,9 +65,10 @@ def write_vectors(
             the model does not make.
         StorageError: when the disk refuses.
     """
-    _refuse_other_files(out)
+    check_output(out, kind=VECTORS)
     written = WrittenVectors()
     with replacing_folder(out) as fresh, bars("encode", total) as advance:
+        mark(fresh, VECTORS)
         with VectorWriter.open(fresh) as writer:
             for batch in document_batches(texts, len):
                 vectors = _encoded(embedder, batch, wanted)
@@ -166,13 +169,3 @@ def _as_bytes(form: FormatName, row: EngineRow, parts: Mapping[Kind, Any]) -> by
             f"a field of the document {shown(row.id)} cannot be written: {error}; "
             "correct or remove it",
         ) from error
-
-
-def _refuse_other_files(out: Path) -> None:
-    """Raise unless a folder holds only arrays that may have been written here."""
-    there = sorted(out.iterdir()) if out.is_dir() else []
-    if other := next((path for path in there if path.name not in NAMES or path.is_dir()), None):
-        raise RecipeError(
-            f"{out}: holds {shown(other.name)}, which is not an array of vectors, and would "
-            "be replaced as a whole; name another folder"
-        )

@@ -6,7 +6,7 @@ The engine keeps its files in a folder beside it, or its records on a server.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ from uuid import uuid4
 from tercet.errors import IndexFolderError, RecipeError, TercetError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import recover_folder, replacing_folder, sole_writer
+from tercet.files.limits import unreadable_inside
+from tercet.files.outputs import FolderKind, check_output, holds_only, json_object, mark
 from tercet.kinds import KINDS
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.engine import Engine
@@ -128,6 +130,35 @@ def require(folder: Path | str, about: About, expected: Mapping[str, Any]) -> No
             )
 
 
+def _is_older(folder: Path) -> bool:
+    """Whether a folder without a marker holds an index and nothing else; it may be damaged."""
+    manifest = json_object(folder / "exact/manifest.json").keys()
+    of_ours = {"version", "settings"} <= json_object(folder / FILE).keys()
+    of_engine = {"version", "segments"} <= manifest or (folder / "qdrant/points").is_dir()
+    return (of_ours or of_engine) and holds_only(folder, INDEX.own)
+
+
+INDEX: Final = FolderKind(
+    "an index",
+    own=(FILE, "exact/manifest.json", "exact/segment-*", "exact/deleted-*", "qdrant/*"),
+    is_older=_is_older,
+    error=IndexFolderError,
+)
+
+
+def check_index_place(folder: Path, inputs: Iterable[Path | str], *, fresh: bool) -> None:
+    """Raise, before any work, unless an index may be written, or one that is there continued.
+
+    Raises:
+        IndexFolderError: when the folder holds other files, or an index that cannot be used.
+        RecipeError: when it is an input, or would replace one.
+    """
+    continued = (folder / FILE).is_file() and not fresh
+    check_output(folder, inputs, INDEX, adds=continued)
+    if continued:
+        about_index(folder)
+
+
 def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Engine:
     """Open a new index, or an existing one of the same settings, to write documents to.
 
@@ -143,16 +174,13 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
     folder = Path(folder)
     if about.engine != "exact":
         check_stored(_stored_of(about))
+    check_index_place(folder, (), fresh=fresh)
     found: About | None = None
     with suppress(IndexFolderError):
         found = about_index(folder)
     known = (folder / FILE).is_file()
     if known and not fresh:
         return _continued(folder, about)
-    if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise IndexFolderError(
-            f"{folder}: is not an index and would be overwritten; choose another folder"
-        )
     for name in ("exact", "qdrant"):
         if known and (folder / name).is_dir():
             with sole_writer(folder / name):
@@ -192,6 +220,7 @@ def _begun_here(folder: Path, about: About, *, known: bool) -> Engine:
         _edge_store()  # raises before anything is replaced
     with replacing_folder(folder) as empty:
         write_about(empty, replace(about, complete=False))
+        mark(empty, INDEX)
     try:
         return open_engine(folder)
     except TercetError:
@@ -211,6 +240,7 @@ def _begun_on_server(folder: Path, about: About, found: About | None) -> Engine:
         store.clear()
         with replacing_folder(folder) as empty:
             write_about(empty, about)
+            mark(empty, INDEX)
     except BaseException:
         store.close()
         raise
@@ -260,6 +290,9 @@ def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
     """
     folder = Path(folder)
     about = about_index(folder)
+    for place in (folder, folder / "exact"):  # which holds segments
+        if place.is_dir() and (problem := unreadable_inside(place)):
+            raise _unusable(folder, problem)
     if about.engine == "qdrant":
         return QdrantEngine(_edge_store()(folder / "qdrant", stored=_stored_of(about)))
     if about.engine == "cluster":

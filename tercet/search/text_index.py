@@ -11,6 +11,7 @@ import torch
 
 from tercet.data.files.documents import Document
 from tercet.errors import IndexFolderError, ModelError, RecipeError
+from tercet.files.secrets import check_address
 from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import Ranges
@@ -26,6 +27,7 @@ from tercet.search.indexing import (
 from tercet.search.opening import (
     About,
     about_index,
+    check_index_place,
     make_engine,
     mark_complete,
     open_engine,
@@ -120,9 +122,12 @@ def index(
     options = options or IndexOptions()
     if options.url is not None and options.engine == "exact":
         raise RecipeError('url needs the engine "qdrant"; got the engine "exact"')
+    if options.url is not None:
+        check_address(options.url, "put the key into QDRANT_API_KEY", keeps_query=True)
     read: Callable[[], Iterable[Document]] = (
         documents if callable(documents) else partial(iter, documents)
     )
+    check_index_place(Path(folder), [model], fresh=options.fresh)
     stored = stored_as(options.precision)
     embedder = load(model, options.precision if stored == "float32" else "float32")
     kinds = _kinds_to_keep(options, embedder.kinds)

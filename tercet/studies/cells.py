@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +23,15 @@ import torch
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.evaluate.suites.suite import EvaluationSet
-from tercet.files.artifacts import KeptResults, fingerprint, fingerprint_of_file, json_text
+from tercet.files.artifacts import (
+    KeptResults,
+    fingerprint,
+    fingerprint_of_file,
+    json_text,
+    read_json,
+)
 from tercet.files.atomic import sole_writer
+from tercet.files.outputs import FolderKind, check_output, json_object, mark
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.models.settings import FILE
@@ -32,7 +39,19 @@ from tercet.studies.tables import AnswersBySet, Picture, Results, Table
 from tercet.training.loop import train
 from tercet.training.recipe import Recipe, Run
 
+_EARLIER: Final = ("cells/*/cell.json", "seed-*/cells/*/cell.json")  # kept other facts
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # they change its vectors
+
+STUDY: Final = FolderKind(
+    "a folder of a study",
+    own=("cells/*", "table.md", "results.json", "*.png"),
+    shared=True,
+    is_older=lambda folder: (
+        "tables" in json_object(folder / "results.json")
+        or any(folder.glob("cells/*/*.npz"))
+        or any(any(folder.glob(pattern)) for pattern in _EARLIER)
+    ),
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -121,12 +140,16 @@ def run_study(  # noqa: PLR0913 (independent choices, each with a default)
     Raises:
         RecipeError: if the folder holds other cells of the same names.
     """
-    earlier = [*out.glob("cells/*/cell.json"), *out.glob("seed-*/cells/*/cell.json")]
+    earlier = [path for pattern in _EARLIER for path in out.glob(pattern)]
     if earlier:  # of the commands that studies replaced
         raise RecipeError(
             f"{earlier[0].parent}: was written by an earlier version, which kept other facts; give "
             "another --out, or delete that folder"
         )
+    read = [source.path for sources in study.data.values() for source in sources]
+    models = [cell.model for cell in study.cells if isinstance(cell.model, Path)]
+    check_output(out, [*read, *models], STUDY)
+    mark(out, STUDY)
     runner = _CellRunner(study, out, run or Run(), keep_models, say)
     cells = study.selected(only, without)
     jobs = [
@@ -265,7 +288,7 @@ def fingerprint_of_model(folder: Path) -> str:
     parts: list[str] = []
     for path in sorted(folder.rglob("*")):
         if path.name == FILE:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             record.pop("about", None)
             parts.append(json.dumps(record, sort_keys=True))
         elif path.is_file() and path.suffix in _MODEL_FILES:

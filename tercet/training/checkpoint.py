@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
+from tercet.files.limits import unreadable
 from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1
@@ -78,13 +79,17 @@ def load(
     if not path.exists():
         return None
     record = read(path, mapped=mapped)
-    changes = changed(record["what"], what)
-    if record["version"] != VERSION or changes:
+    try:
+        version, found = record["version"], StageProgress(**record["progress"])
+        changes = changed(record["what"], what)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path) from error
+    if version != VERSION or changes:
         raise RecipeError(
             f"{path.parent} holds a run with other settings ({changes or 'another version'}); "
             "give the settings it was started with, another --out, or delete that folder"
         )
-    return StageProgress(**record["progress"]), record
+    return found, record
 
 
 def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -110,12 +115,18 @@ def read(path: Path, *, mapped: bool = False) -> Any:
         RecipeError: if it is missing or damaged.
     """
     try:
+        if problem := unreadable(path):
+            raise ValueError(problem)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise RecipeError(
-            f"{path}: this file of an earlier run is gone or damaged; delete {path.parent} to "
-            "start again, or give another --out"
-        ) from error
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> RecipeError:
+    return RecipeError(
+        f"{path}: this file of an earlier run is gone or damaged; delete {path.parent} to "
+        "start again, or give another --out"
+    )
 
 
 def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:

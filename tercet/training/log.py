@@ -12,13 +12,16 @@ import numpy as np
 
 from tercet import distributed
 from tercet.data.files.sources import Source
-from tercet.errors import MissingExtraError
+from tercet.errors import MissingExtraError, RecipeError
 from tercet.evaluate.measures.by_kind import EMPTY
+from tercet.files.artifacts import parse_json
 from tercet.files.atomic import clear_about, replacing_file
+from tercet.files.limits import read_text
 from tercet.training.batches import Groups, sampled
 from tercet.training.recipe import Stage
 from tercet.types import Example
 
+LOG: Final = "log.jsonl"
 _RECENT: Final = 32  # batches over which the share of empty vectors is averaged
 _RISE: Final = 0.1  # of that mean; on a dev set, whose texts stay the same, EMPTY is enough
 _DEVIATIONS: Final = 1.5  # standard deviations of single batches that a rise must exceed as well
@@ -31,10 +34,11 @@ class Log:
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "log.jsonl"
+        self.path = folder / LOG
         kept = [record for record in read(self.path) if record["step"] <= step and step > 0]
         with replacing_file(self.path) as fresh:
-            fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            lines = (json.dumps(record) + "\n" for record in kept)
+            fresh.write_text("".join(lines), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder, step) if tensorboard else None
 
@@ -61,10 +65,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        problem = f"{path}: this log of an earlier run cannot be read ({error}); delete the file"
+        raise RecipeError(problem) from error
+    for line in lines:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(parse_json(line))
+        except ValueError:
             break
     return records
 

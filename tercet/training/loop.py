@@ -1,7 +1,6 @@
 """The one training loop. Recipes differ in numbers and parts, not in loops."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,18 @@ from typing import Any
 import torch
 
 from tercet import distributed
-from tercet.files.atomic import sole_writer
+from tercet.files.atomic import LOCK, sole_writer
+from tercet.files.outputs import mark
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import require_dims
 from tercet.training.plan import (
+    RUN,
     Data,
     TrainingPlan,
     build,
     by_stage,
+    check_run_place,
     describe,
     fingerprint_of_base,
     is_saved,
@@ -26,6 +28,7 @@ from tercet.training.plan import (
     refuse_other_model,
     refuse_other_stages,
     require_negatives,
+    stage_folders,
     warn_of_idle_heads,
     with_prompts_of,
     without_tuning,
@@ -60,7 +63,8 @@ def train(
         say: receives lines for people.
 
     Raises:
-        RecipeError: if recipe, data and an earlier run in ``out`` do not fit together.
+        RecipeError: if recipe, data and an earlier run in ``out`` do not fit together, or ``out``
+            holds something else.
         TrainingError: if a loss or gradient is NaN or infinite; it names the examples.
         StorageError: if the disk refuses a checkpoint; the one before it is kept.
 
@@ -68,14 +72,19 @@ def train(
         ``train(finetune(steps=100), [open_source("pairs.jsonl")], Path("runs/mine"))``
     """
     run, out = run or Run(), Path(out)
-    with sole_writer(out) if distributed.is_main() else nullcontext():
-        return _train(TrainingPlan(recipe, by_stage(recipe, data), run, say), out, score)
+    begun = (out / LOCK).exists()  # by a run that was killed, or ended
+    plan = TrainingPlan(recipe, by_stage(recipe, data), run, say)
+    if not distributed.is_main():
+        return _train(plan, out, score, begun=begun)
+    check_run_place(plan, out)
+    with sole_writer(out):
+        mark(out, RUN)
+        return _train(plan, out, score, begun=begun)
 
 
-def _train(plan: TrainingPlan, out: Path, score: Score | None) -> Embedder:
+def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -> Embedder:
     recipe, run = plan.recipe, plan.run
-    several = len(recipe.stages) > 1
-    folders = [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
+    several, folders = len(recipe.stages) > 1, stage_folders(recipe, out)
     refuse_other_stages(out, folders)
     require_negatives(recipe, plan.sources)
     device = run.home
@@ -106,7 +115,7 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None) -> Embedder:
         trainer = Trainer(embedder, stage, folder, plan, begins_with, snapshots)
         if several:
             refuse_other_model(folder / "model", trainer.what)
-        trainer.resume()
+        trainer.resume(begun=begun and number == 1)
         if number == 1 and distributed.is_main():
             describe(plan, out)
         trainer.run(score)

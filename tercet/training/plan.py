@@ -11,14 +11,16 @@ from tercet.data.batches.mixture import by_language, shares_of
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.artifacts import read_json, write_json
+from tercet.files.outputs import FolderKind, check_output, json_object
 from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.tercet_folder import known_kinds
+from tercet.models.formats.tercet_folder import MODEL, known_kinds
 from tercet.models.network.fingerprints import fingerprint_of
 from tercet.models.network.positions import extend_positions
 from tercet.models.settings import FILE
 from tercet.training import checkpoint
 from tercet.training.recipe import Model, Recipe, Run, Stage
+from tercet.training.snapshots import STEPS
 from tercet.types import Role
 
 log = logging.getLogger("tercet")
@@ -290,6 +292,48 @@ def is_saved(folder: Path, stages: Sequence[Mapping[str, Any]]) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+RUN: Final = FolderKind(
+    "a folder of a run",
+    own=(
+        "checkpoint.pt",
+        "best.pt",
+        "log.jsonl",
+        "recipe.json",
+        "mixture.json",
+        "model/*",
+        "steps/*",
+        "refresh-*",
+        "tensorboard/*",
+        "[0-9]*-*/*",
+    ),
+    shared=True,
+    is_older=lambda folder: "recipe" in json_object(folder / "recipe.json"),
+)
+
+
+def check_run_place(plan: TrainingPlan, out: Path) -> None:
+    """Raise, before any work, unless a run and its models may be written.
+
+    Raises:
+        RecipeError: if ``out`` holds other things, or an input that would be replaced.
+        ModelError: if the place of a model holds something else.
+    """
+    recipe, sources = plan.recipe, [source for given in plan.sources for source in given]
+    corpora = [file for s in recipe.stages if s.refresh is not None for file in s.refresh.corpus]
+    read = [recipe.model.base, *corpora, *(source.path for source in sources)]
+    check_output(out, read, RUN)
+    folders = stage_folders(recipe, out)
+    models = [out / "model", *(folder / "model" for folder in folders)]
+    for folder in (*models, *(folders[0] / STEPS / str(step) for step in plan.run.models_at)):
+        check_output(folder, kind=MODEL)
+
+
+def stage_folders(recipe: Recipe, out: Path) -> list[Path]:
+    """Return the folder of each stage: that of the run if there is only one."""
+    several = len(recipe.stages) > 1
+    return [out / f"{n}-{s.name}" if several else out for n, s in enumerate(recipe.stages, 1)]
 
 
 def describe(plan: TrainingPlan, out: Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, astuple
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from tercet import distributed
 from tercet.data.batches.sampler import BatchRows, Sampler
 from tercet.errors import RecipeError, TrainingError
 from tercet.files.atomic import replacing_file
+from tercet.files.console import say
 from tercet.files.progress import Advance, bar, notes
+from tercet.files.signals import Interrupted, Listener, Stopped, stopped, waiting
 from tercet.models.embedder import Embedder
 from tercet.models.network.checkpointing import recomputable, recomputed
 from tercet.models.network.chunked import Chunks, Losses
@@ -26,7 +28,7 @@ from tercet.objectives.objective import TextBatch
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.training import checkpoint, optimizer
 from tercet.training.batches import Groups, collator_of, groups_of, sampler_of, with_cached_tokens
-from tercet.training.log import Candidates, Log, SparseAlarm
+from tercet.training.log import LOG, Candidates, Log, SparseAlarm
 from tercet.training.memory import memory_budget
 from tercet.training.plan import CHECKPOINT, MADE_WITH, TrainingPlan, identity, is_refreshed
 from tercet.training.recipe import Stage
@@ -116,21 +118,29 @@ class Trainer:
             if distributed.is_main():  # one file has one writer
                 log = Log(self.folder, step=step, tensorboard=self.options.tensorboard)
                 stack.callback(log.close)
-            advance = stack.enter_context(bar(self.stage.name, self.steps, step, shown=shown))
+            advance = stack.enter_context(
+                bar(self.stage.name, self.steps, step, shown=shown, unit="step ")
+            )
+            listener = stack.enter_context(waiting())
             before, patience = self.progress.seconds, self.stage.patience or math.inf
             eval_steps = self.options.eval_steps or max(1, math.ceil(self.steps / 10))
             while self.progress.step < self.steps and self.progress.stale < patience:
-                self._refresh(log, advance)
-                self._step(log, advance)
+                self._refresh(log, advance, listener)
+                stop = self._step(log, advance, listener)
                 self.progress.seconds = before + time.monotonic() - started
                 self._keep_model()  # before a checkpoint, after which it would not be made again
                 if self._due(eval_steps):
                     self._evaluate(score, log)
+                if stop:
+                    self._stop(stop)
                 if self._should_save(time.monotonic() - saved_at):
                     self._save()
                     saved_at = time.monotonic()
         self.progress.finished = True
         self._save()
+        noted = torch.tensor([listener.number])  # during the last measurement
+        if stop := int(distributed.gather_ints(noted).max()):
+            self._stop(stop, saved=True)
         if cut := self.progress.truncated:
             self.say(f"{cut:,} times a text was longer than the model takes, and was cut")
         self._end()
@@ -142,7 +152,8 @@ class Trainer:
             self.sharded.put_together()
         self.work.finish()
 
-    def _step(self, log: Log | None, advance: Advance) -> None:
+    def _step(self, log: Log | None, advance: Advance, listener: Listener) -> int:
+        """Take a step; return the number of the signal that any process got since the last one."""
         began, step = time.monotonic(), self.progress.step
         rows = self.sampler.next_batch()
         assert rows is not None, "a stage has no more steps than its data have batches"
@@ -173,13 +184,15 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        counts = torch.tensor([[len(batch.texts.ids), batch.truncated]])
-        tokens, truncated = distributed.gather_ints(counts).sum(0).tolist()
+        counts = torch.tensor([[len(batch.texts.ids), batch.truncated, listener.number]])
+        counts = distributed.gather_ints(counts)
+        tokens, truncated, _ = counts.sum(0).tolist()
         seconds = time.monotonic() - began
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.truncated += truncated
-        advance(1, f"loss {loss:.4f}  {tokens / seconds:,.0f} tokens/s")
+        stop = int(counts[:, 2].max())
+        advance(1, f"loss {loss:.4f}  rate {rate:.2e}  {tokens / seconds:,.0f} tokens/s")
         if log is not None:
             log.write(
                 self.progress.step,
@@ -193,6 +206,21 @@ class Trainer:
             )
         if "empty_sparse" in losses and distributed.is_main():
             self.alarm.after_step(self.progress.step, losses["empty_sparse"])
+        return stop
+
+    def _stop(self, number: int, *, saved: bool = False) -> NoReturn:
+        """End the run after a signal, in all processes once the first has saved a checkpoint."""
+        if not saved:
+            self._save()
+        distributed.barrier()
+        path = self.folder / CHECKPOINT
+        line = (
+            f"stopped after step {self.progress.step} of {self.steps} ({self.stage.name}); "
+            f"{path} is written, and the same command goes on from there"
+        )
+        if distributed.is_main():
+            say(f"tercet: {line}")
+        raise stopped(number, line)
 
     def _clipped(self, weights: list[nn.Parameter]) -> float:
         if self.sharded is not None:
@@ -215,14 +243,18 @@ class Trainer:
         ):
             return self.work.backward(batch, chunks, step)
 
-    def _refresh(self, log: Log | None, advance: Advance) -> None:
+    def _refresh(self, log: Log | None, advance: Advance, listener: Listener) -> None:
         """Mine negatives again if it is time, after a checkpoint, so that a kill costs little."""
         step = self.progress.step
         if self.refresher is None or not self.refresher.due(step):
             return
         self._save()
-        with self._whole(main_alone=False):
-            found = self.refresher.mine(self.embedder, step, bars=notes(advance))
+        alone = distributed.world() == 1  # others would wait for a process that stops here
+        try:
+            with listener.at_once() if alone else nullcontext(), self._whole(main_alone=False):
+                found = self.refresher.mine(self.embedder, step, bars=notes(advance))
+        except (Interrupted, Stopped):
+            self._stop(listener.number, saved=True)
         self.say(f"after step {step}: {found.summary}")
         if log is not None:  # the next step reads them
             log.write(
@@ -301,10 +333,15 @@ class Trainer:
 
     # ---- going on ----------------------------------------------------------------------------
 
-    def resume(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
+    def resume(self, *, begun: bool = False) -> None:
+        """Go on from the last checkpoint, if there is one; say so if a run had ``begun``."""
         mapped = self.sharded is not None
         found = checkpoint.load(self.folder / CHECKPOINT, self.what, mapped=mapped)
+        if found is None and (begun or (self.folder / LOG).exists()):
+            self.say(
+                f"{self.folder}: an earlier run left no checkpoint here ({CHECKPOINT}); "
+                "starting over from step 0"
+            )
         if found is None or not found[0].finished:
             self._prepare_batches(None if found is None else found[1].get("groups"))
         step = torch.tensor([0 if found is None else found[0].step])

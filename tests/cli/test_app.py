@@ -1,16 +1,22 @@
+import io
+import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tercet.cli.app import main
+from tercet.files.signals import SIGNALS
 from tercet.models.embedder import Embedder
-from tests.cli.lines import cells
+from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
 VERBS = [
@@ -169,6 +175,27 @@ def test_an_interrupted_command_says_so_with_status_130(tercet, files, monkeypat
     assert ended.status == 130 and ended.err.startswith("tercet: stopped; ")
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_command_with_a_line_that_says_what_is_kept(
+    tercet, encoder_folder, files, tmp_path, monkeypatch, number
+):
+    def signalled(*_, **__):
+        os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    monkeypatch.setattr("tercet.search.indexing.document_batches", signalled)
+    command = ["index", encoder_folder, files / "docs.jsonl", "--out", tmp_path / "index"]
+    ended = tercet(*command)
+    assert (ended.status, ended.out) == (128 + number, "")
+    said = [line for line in ended.err.splitlines() if line.startswith("tercet: ")]
+    assert said == [
+        "tercet: stopped; what is finished is kept, and the same command goes on with the rest"
+    ]
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    monkeypatch.undo()
+    assert tercet(*command).out == f"{tmp_path}/index: 12 documents\n"
+
+
 def test_as_a_program_it_prints_its_results_and_nothing_else_to_a_pipe(files):
     command = [sys.executable, "-m", "tercet.cli", "search", str(files / "index"), SENTENCES[1]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -179,3 +206,104 @@ def test_as_a_program_it_prints_its_results_and_nothing_else_to_a_pipe(files):
         ["score", "id", "title"],
         ["1.000", "d1", SENTENCES[1][:12]],
     ]
+
+
+# ---- output that cannot show or take everything ----------------------------------------------
+
+
+def program(words: list[str | Path], **options: Any) -> "subprocess.CompletedProcess[bytes]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.update(options.pop("env", {}))
+    command = [sys.executable, "-m", "tercet.cli", *map(str, words)]
+    return subprocess.run(command, env=environment, check=False, **options)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_characters_that_an_encoding_lacks_are_shown_as_escapes(
+    tercet, tmp_path, monkeypatch, encoding
+):
+    pairs = write(tmp_path / "日.jsonl", {"query": "日本 é", "positives": ["\U0001f600"]})
+    with pairs.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"query": "a", "positives": ["b"]}) + "\n")
+    streams = {}
+    for name in ("stdout", "stderr"):
+        streams[name] = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, name, streams[name])
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(pairs)])
+    assert not end.value.code
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(tmp_path / "本.jsonl")])
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())
+    shown = str if encoding == "utf-8" else (lambda text: escaped(text, encoding))
+    assert shown("日本 é") in out and shown("\U0001f600") in out
+    assert err.endswith(shown("本.jsonl: no such file\n"))
+
+
+def escaped(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "NAMES": "ascii"},
+        {"LC_ALL": "C", "LANG": "C"},
+    ],
+)
+def test_files_are_utf_8_whatever_the_locale(encoder_folder, files, tmp_path, env):
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text('{"id": "日", "title": "本", "text": "play 日本 music"}\n', encoding="utf-8")
+    index, out = (("índex", "日.jsonl"), ("index", "rows.jsonl"))["NAMES" in env]
+    for words in (
+        ["index", encoder_folder, docs, "--out", tmp_path / index],
+        ["search", tmp_path / index, "music", "-k1"],
+        ["encode", encoder_folder, docs, "--format", "qdrant", "--out", tmp_path / out],
+    ):
+        ended = program(words, env=env, capture_output=True)
+        assert (ended.returncode, b"Traceback" in ended.stderr) == (0, False), ended.stderr
+    (row,) = (tmp_path / out).read_text(encoding="utf-8").splitlines()
+    assert "日" in row and "本" in row
+
+
+def test_an_argument_that_is_no_text_is_refused(refused, files):
+    said = refused("search", files / "index", "caf\udce9")
+    assert said == (
+        "the argument 'caf\\udce9' is not in utf-8; rename the file, or set PYTHONUTF8=1 if it is "
+        "UTF-8"
+    )
+
+
+@pytest.mark.slow
+def test_a_reader_that_ends_early_or_a_full_disk_is_no_traceback(files):
+    search = ["search", files / "index", *SENTENCES]
+    read, write_end = os.pipe()
+    os.close(read)
+    ended = program(search, stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+    with open("/dev/full", "w") as full:
+        ended = program(search, stdout=full, stderr=subprocess.PIPE)
+    assert ended.returncode == 2 and ended.stderr.decode() == (
+        "tercet: standard output cannot be written to: No space left on device\n"
+    )
+    ended = program(["check", files / "missing"], stderr=subprocess.DEVNULL)
+    assert ended.returncode == 2
+    script = f"exec {sys.executable} -m tercet.cli check {files}/pairs.jsonl <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_bug_keeps_its_traceback_without_keys(tercet, files, monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("the key is hf_0123456789")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    monkeypatch.setattr("tercet.cli.data.check_data", broken)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(ValueError, match="the key is") as error:
+        main(["check", str(files / "pairs.jsonl")])
+    sys.excepthook(ValueError, error.value, error.tb)
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "ValueError: the key is ***" in said and "hf_0" not in said

@@ -81,7 +81,7 @@ def test_kinds_are_written_as_a_folder_of_arrays(tercet, model, files, tmp_path,
     ended = tercet("encode", model, files / "texts.txt", "--out", out, "--kinds", named)
     assert (ended.status, ended.out) == (0, f"{out}: 12 texts\n")
     kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind in named)
-    assert {path.stem.partition("_")[0] for path in out.iterdir()} == set(kinds)
+    assert {path.stem.partition("_")[0] for path in out.glob("*.npy")} == set(kinds)
     expected = Embedder.load(model).encode_vectors(SENTENCES, kinds=kinds)
     if "dense" in kinds:
         assert expected.dense is not None
@@ -155,7 +155,8 @@ def test_a_kind_that_the_model_lacks_and_a_folder_of_others_are_refused(
     assert said == "the model makes no sparse vectors; it makes dense"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear all")
-    assert "mine: holds 'letter.txt', which is not an array" in refused(*words, tmp_path / "mine")
+    said = refused(*words, tmp_path / "mine")
+    assert "mine: is not a folder of vectors and would be overwritten" in said
     assert (tmp_path / "mine/letter.txt").exists() and not (tmp_path / "vectors").exists()
 
 
@@ -169,10 +170,10 @@ def test_a_folder_with_an_array_of_somebody_s_is_left_as_it_is(
     np.save(out / "labels.npy", np.arange(3))
     said = refused(*words)
     assert said == (
-        f"{out}: holds 'labels.npy', which is not an array of vectors, and would be replaced "
-        "as a whole; name another folder"
+        f"{out}: holds labels.npy, which tercet did not write, and would be replaced as a whole; "
+        "move it away, or choose another folder"
     )
-    assert sorted(path.name for path in out.iterdir()) == ["dense.npy", "labels.npy"]
+    assert sorted(path.name for path in out.glob("*.npy")) == ["dense.npy", "labels.npy"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--kinds", "dense"]])

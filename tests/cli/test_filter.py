@@ -134,7 +134,7 @@ def test_a_folder_that_is_read_or_holds_other_things_is_not_written_to(refused, 
     (tmp_path / "mine/thesis.txt").touch()
     said = refused(*start, "--out", tmp_path / "mine")
     assert said.startswith(
-        f"{tmp_path / 'mine'}: contains thesis.txt, which this filter did not write"
+        f"{tmp_path / 'mine'}: is not a folder of filtered pairs and would be overwritten"
     )
 
 

@@ -57,7 +57,7 @@ def test_a_folder_that_is_no_index_cannot_be_searched(refused, encoder_folder, f
     for other in (files / "folder", encoder_folder, files / "docs.jsonl"):
         assert refused("search", other, "q").startswith(f"{other}: is not an index")
         out = refused("index", encoder_folder, files / "docs.jsonl", "--out", encoder_folder)
-        assert "is not an index and would be overwritten" in out
+        assert out == f"{encoder_folder}: is an input; give another --out"
 
 
 def test_an_index_whose_model_has_changed_or_is_gone_is_not_searched(

@@ -145,3 +145,40 @@ def test_an_endpoint_that_does_not_know_the_model_is_named(refused, start):
     with endpoint(lambda *_: missing) as served:
         said = refused(*start, "--url", served.url)
     assert said.startswith(f"{served.url}/chat/completions: status 404: 'no model writer'; check")
+
+
+REPEATED = "sk-live-1234567890"
+REPEATING = {
+    "an answer": lambda: completion(f"Question: What is {REPEATED} for, among many things?"),
+    "an escaped answer": lambda: Reply(
+        body=json.dumps(completion(f"Question: Why {REPEATED}?").body)
+        .replace("sk-", "\\u0073k-")
+        .encode()
+    ),
+    "no answer": lambda: Reply(body=b'{"you": "%s"' % REPEATED.encode()),
+    "a refusal": lambda: Reply(401, {"error": {"message": f"wrong key {REPEATED}"}}),
+    "a long refusal": lambda: Reply(401, {"error": "x" * 90 + REPEATED}),
+    "a fault": lambda: Reply(500, f"Authorization: Bearer {REPEATED}".encode()),
+    "another answer": lambda: Reply(400, {"error": [REPEATED]}, {"X-Key": REPEATED}),
+    "a redirection": lambda: Reply(302, b"", {"Location": f"http://host/?key={REPEATED}"}),
+}
+
+
+@pytest.mark.parametrize("how", REPEATING)
+def test_a_key_that_an_endpoint_repeats_is_written_nowhere(
+    tercet, start, tmp_path, monkeypatch, how
+):
+    monkeypatch.setenv("TEST_KEY", REPEATED)
+    for name in ("q.jsonl", "q.log.jsonl"):
+        (tmp_path / name).touch(0o644)
+    with endpoint(lambda *_: REPEATING[how]()) as served:
+        ended = tercet(*start, "--url", served.url, "--key-variable", "TEST_KEY")
+        assert served.calls[0][1]["Authorization"] == f"Bearer {REPEATED}"
+    left = [path.read_text() for path in tmp_path.iterdir() if path.is_file()]
+    for text in (ended.out, ended.err, *left):
+        assert "1234567" not in text and "sk-live" not in text
+    kept = (tmp_path / "q.log.jsonl").read_text() + ended.err
+    assert "***" in kept or how in ("a redirection", "a long refusal")
+    assert (tmp_path / "q.log.jsonl").stat().st_mode & 0o777 == 0o600
+    if "answer" in how and ended.status == 0:
+        assert (tmp_path / "q.jsonl").stat().st_mode & 0o777 == 0o600

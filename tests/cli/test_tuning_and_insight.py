@@ -83,7 +83,7 @@ def test_a_diagnosis_does_not_replace_the_report_of_a_run(
 ):
     (tmp_path / "report.html").write_text("of a run")
     said = refused("diagnose", decoder_folder, "--triples", triples, "--out", tmp_path)
-    assert said.startswith(f"{tmp_path}: contains the report of another run")
+    assert said.startswith(f"{tmp_path}: is not a diagnosis and would be overwritten")
     assert (tmp_path / "report.html").read_text() == "of a run"
 
 

@@ -305,3 +305,13 @@ def test_a_folder_that_cannot_be_written_to_is_a_storage_error(tmp_path):
 
 def test_a_name_that_other_threads_do_not_use_is_given_to_each(tmp_path):
     assert files._beside(tmp_path / "a", "new") != files._beside(tmp_path / "a", "new")
+
+
+def test_a_private_file_is_never_readable_by_others(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.touch(0o644)
+    with replacing_file(path, private=True) as fresh:
+        assert fresh.stat().st_mode & 0o777 == 0o600
+        fresh.write_text("words")
+        assert fresh.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_mode & 0o777 == 0o600

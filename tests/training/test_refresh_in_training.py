@@ -255,6 +255,25 @@ def test_batch_sizes_by_length_survive_a_kill_and_other_memory(
     assert same_bits(end, weights(train(fitted, [source], tmp_path / "run", run=less)))
 
 
+def test_a_signal_while_mining_ends_at_once_and_changes_nothing(
+    source, recipe, tmp_path, monkeypatch, capfd
+):
+    whole = weights(train(recipe, [source], tmp_path / "whole", run=QUIET))
+    real, run = refreshing.write_examples, tmp_path / "run"
+
+    def sending(*arguments: Any) -> None:
+        real(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(refreshing, "write_examples", sending)
+        train(recipe, [source], run, run=QUIET)
+    assert end.value.code == 143
+    assert "stopped after step 2 of 6 (contrastive)" in capfd.readouterr().err
+    assert not (run / "refresh-2/refresh.json").exists()
+    assert same_bits(weights(train(recipe, [source], run, run=QUIET)), whole)
+
+
 # ---- kill -9 ---------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -212,6 +213,26 @@ def refusal(ask: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+def stopped(folder: Path, out: str) -> tuple[Any, int]:
+    """What the second process alone gets a signal in step 3: the end, and the steps taken."""
+    taken: list[int] = []
+    step = trainer.Trainer._step
+
+    def counted(self: trainer.Trainer, *arguments: Any) -> int:
+        if len(taken) == 2 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        taken.append(self.progress.step)
+        return step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_step", counted)
+        try:
+            trained(folder, out, recipe(folder))
+        except SystemExit as end:
+            return end.code, len(taken)
+    return None, len(taken)
+
+
 def one_of_two(folder: Path) -> None:
     """What one of the two processes does, for the tests below to look at."""
     torch.set_num_threads(1)
@@ -233,6 +254,7 @@ def one_of_two(folder: Path) -> None:
         "lost": refusal(lambda: trained(folder, ["two", "none"][rank], recipe(folder))),
     }
     killed(folder, "killed")
+    facts["stopped"] = stopped(folder, "stopped")
     distributed.barrier()
     torch.save(facts, folder / f"{rank}.pt")
     distributed.stop()
@@ -348,6 +370,14 @@ def test_a_run_of_two_processes_goes_on_in_one(folder, alone):
     trained(folder, "killed", recipe(folder), say=said.append)
     assert said == ["going on from step 2 of 6"]
     assert losses(folder / "killed") == pytest.approx(losses(folder / "one"), abs=1e-5)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(folder, both):
+    assert [facts["stopped"] for facts in both] == [(143, 3), (143, 3)]
+    assert checkpoint.read(folder / "stopped/checkpoint.pt")["progress"]["step"] == 3
+    said: list[str] = []
+    trained(folder, "stopped", recipe(folder), say=said.append)
+    assert said == ["going on from step 3 of 6"]
 
 
 def test_a_bad_loss_in_one_process_stops_both_and_names_the_batch(both):

@@ -7,7 +7,7 @@ and 16 for a pair.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,8 @@ from tercet.data.files.examples import nonblank, shown, text_of
 from tercet.errors import DataError
 from tercet.files.artifacts import fingerprint_number
 from tercet.files.atomic import clear_about, replacing_folder
-from tercet.files.records import open_parquet, readable
+from tercet.files.outputs import FolderKind, check_output, holds_only, mark
+from tercet.files.records import open_parquet, parquet_parts, readable
 from tercet.types import Example
 
 QUERY_ID, QUERY_TEXT = "QUERY_ID", "QUERY_TEXT"
@@ -153,11 +154,10 @@ def _rows(path: Path, names: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ..
                 listed = ", ".join(f'"{each}"' for each in there)
                 raise DataError(path, None, f'has no column "{name}"; rename one of {listed} to it')
         row = 0
-        for batch in file.iter_batches(ROWS, columns=list(names), use_threads=False):
-            columns = [batch.column(name).to_pylist() for name in names]
-            for values in zip(*columns, strict=True):
+        for part in parquet_parts(path, file, names):
+            for values in part.to_pylist():
                 row += 1
-                yield row, values
+                yield row, tuple(values[name] for name in names)
 
 
 def _key(value: object, path: Path, row: int) -> int:
@@ -179,12 +179,36 @@ def _text(value: object, name: str, path: Path, row: int) -> str:
 # ---- rows to tables ------------------------------------------------------------------------------
 
 
+def _is_older(folder: Path) -> bool:
+    """Whether a folder without a marker holds all four tables, and with these columns only."""
+    paths = {folder / f"{name}.parquet": schema for name, schema in _SCHEMAS.items()}
+    if not holds_only(folder, TABLES.own):
+        return False
+    with suppress(DataError, OSError, pa.ArrowException):
+        for path, schema in paths.items():
+            with readable(path), open_parquet(path) as file:
+                if not file.schema_arrow.equals(schema):
+                    return False
+        return True
+    return False
+
+
+TABLES: Final = FolderKind(
+    "a folder of tables",
+    is_data=True,
+    own=tuple(f"{name}.parquet" for name in _SCHEMAS),
+    is_older=_is_older,
+)
+
+
 def write_tables(folder: Path, examples: Iterable[Example]) -> TablesReport:
     """Write rows as four tables, ``mined.parquet`` among them; equal texts share an id.
 
     Raises:
+        RecipeError: if the folder holds other things.
         StorageError: if the disk refuses; an earlier folder is still there then.
     """
+    check_output(folder, kind=TABLES)
     report = TablesReport()
     waiting = iter(examples)
     ids: dict[str, dict[int, int]] = {QUERY_ID: {}, DOCUMENT_ID: {}}
@@ -193,6 +217,7 @@ def write_tables(folder: Path, examples: Iterable[Example]) -> TablesReport:
             name: stack.enter_context(pq.ParquetWriter(fresh / f"{name}.parquet", schema))
             for name, schema in _SCHEMAS.items()
         }
+        mark(fresh, TABLES)
         while some := list(islice(waiting, ROWS)):
             for name, rows in _table_rows(some, ids, report).items():
                 columns = list(zip(*rows, strict=True)) or [() for _ in _SCHEMAS[name].names]

@@ -30,13 +30,24 @@ from tercet.curate.jobs.job import UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
-from tercet.files.artifacts import json_text, read_json, write_json
+from tercet.files.artifacts import json_text, write_json
+from tercet.files.outputs import FolderKind, holds_only, json_object, mark
 from tercet.models.zoo import zoo
 
 SETTINGS: Final = "filter.json"
 REPORT: Final = "report.json"
 DRAWING: Final = "report.png"
-_OURS: Final = ("pairs", "verdicts", "manifest", REPORT, SETTINGS, DRAWING)
+_OURS: Final = ("pairs/*", "verdicts/*", "manifest/*", REPORT, SETTINGS, DRAWING)
+
+
+def _is_older(folder: Path) -> bool:
+    known = {"sources", "judge", "filtering"} <= json_object(folder / SETTINGS).keys()
+    return known and holds_only(folder, _OURS)
+
+
+FILTERED: Final = FolderKind(
+    "a folder of filtered pairs", shared=True, is_data=True, is_older=_is_older
+)
 
 
 def filter_sources(
@@ -146,44 +157,27 @@ def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | N
     """Return the reports if the same command has finished; else write the settings and None.
 
     Raises:
-        RecipeError: if the folder holds something else, or the output of another command.
+        RecipeError: if the folder holds the output of another command.
         StorageError: if the disk refuses.
     """
-    if out.is_file():
-        raise RecipeError(f"{out}: must be a folder, and is a file; choose another --out")
-    names = [path.name for path in out.glob("*")]
-    others = sorted(name for name in names if name not in _OURS and not name.startswith("."))
-    before, ranked = _read(out / SETTINGS), (out / "manifest").exists()
-    if before is None and (others or ranked or (out / "pairs").exists()):
-        name = (*others, "pairs")[0]
-        raise RecipeError(
-            f"{out}: contains {name}, which this filter did not write; choose another --out, or "
-            "move it away"
-        )
+    before, ranked = json_object(out / SETTINGS) or None, (out / "manifest").exists()
     if before is not None and ranked and before != settings:
         raise RecipeError(
             f"{out}: was made with different {_differences(before, settings)}; choose another "
             "--out (vectors are reused), or delete the folder"
         )
-    report = _read(out / REPORT) if before == settings else None
-    if report is None:
+    report = json_object(out / REPORT) if before == settings else {}
+    if not report:
         if not ranked:  # verdicts by other rules, with which nothing was ranked
             shutil.rmtree(out / "verdicts", ignore_errors=True)
+        mark(out, FILTERED)
         write_json(out / SETTINGS, settings, indent=1)
-    return None if report is None else report["sources"]
+    return report["sources"] if report else None
 
 
 def write_report(out: Path, reports: Sequence[Mapping[str, Any]]) -> None:
     """Write the reports as JSON; this marks the folder as finished."""
     write_json(out / REPORT, {"sources": list(reports)}, indent=1)
-
-
-def refuse_sources(out: Path, paths: Sequence[Path]) -> None:
-    """Raise a RecipeError if the output folder is an input, contains one, or is inside one."""
-    target = out.resolve()
-    for path in (path.resolve() for path in paths):
-        if target == path or path in target.parents or target in path.parents:
-            raise RecipeError(f"{out}: is or contains the input {path}; choose another --out")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -201,11 +195,3 @@ def _file_stamps(path: Path) -> list[Any]:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(str(file), file.stat()) for file in files if file.is_file()]
     return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -12,6 +12,7 @@ from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.data.files.texts import open_texts
 from tercet.errors import RecipeError
+from tercet.files.outputs import FolderKind, check_output, mark
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.search.export import EncodeOptions, WrittenVectors, write_dense, write_vectors
@@ -19,6 +20,11 @@ from tercet.search.export import EncodeOptions, WrittenVectors, write_dense, wri
 PART: Final = 100_000  # texts per part of a file
 SUFFIXES: Final = (".jsonl", ".parquet", ".txt")
 _MANIFEST: Final = ".manifest"
+ENCODED: Final = FolderKind(
+    "a folder of vectors of files",
+    shared=True,
+    is_older=lambda folder: (folder / _MANIFEST).is_dir(),
+)
 _AT_ONCE: Final = 4096  # texts that are read together
 _VERSION: Final = 1  # of the output
 
@@ -85,7 +91,9 @@ def encode_files(job: EncodeJob, *, part: int = PART, runner: Runner = LOOP) -> 
     if part < 1:
         raise RecipeError(f"texts per part must be at least 1; got {part}")
     units, manifest = job.units(part), job.out / _MANIFEST
+    check_output(job.out, [source.path for source in job.sources.values()], ENCODED)
     _refuse_others(job, units)
+    mark(job.out, ENCODED)
     for unit in units:
         if not job.place(unit).exists():
             forget(unit, manifest)

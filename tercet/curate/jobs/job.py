@@ -22,6 +22,7 @@ from tercet.curate.jobs.runners import LOOP, LostError, Runner, spread
 from tercet.errors import RecipeError, TercetError
 from tercet.files.artifacts import fingerprint, read_json, write_json
 from tercet.files.atomic import sole_writer
+from tercet.files.limits import read_text
 from tercet.files.progress import Advance, bar
 
 UnitReport: TypeAlias = dict[str, Any]
@@ -222,8 +223,8 @@ def _read_answer(answer: str) -> tuple[str, int, UnitReport]:
 
 def _lock_text(manifest: Path) -> str:
     try:
-        return (manifest / ".lock").read_text(encoding="utf-8")
-    except OSError:
+        return read_text(manifest / ".lock")
+    except (OSError, ValueError):
         return ""
 
 

@@ -23,6 +23,7 @@ from tercet.data.files.texts import text_key
 from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
+from tercet.files.limits import unreadable
 from tercet.files.progress import Advance
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
@@ -263,6 +264,8 @@ def encode_prompted(
 
 
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
+    if unreadable(path):
+        return False
     try:
         found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # missing, or cut off by a copy

@@ -17,12 +17,13 @@ from typing import Any, Final
 from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import Runner
 from tercet.curate.mining.document_pools import SHARD
-from tercet.curate.mining.miner import WORK, Miner, Mining, MiningReport, outputs_of
+from tercet.curate.mining.miner import MINED, WORK, Miner, Mining, MiningReport, outputs_of
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.examples import example_record
 from tercet.data.files.sources import Source, write_records
 from tercet.files.artifacts import fingerprint, json_text
 from tercet.files.atomic import replacing_file
+from tercet.files.outputs import mark
 from tercet.files.progress import bar
 from tercet.files.records import readable
 from tercet.models.embedder import Embedder
@@ -138,6 +139,8 @@ def mine_together(shared: SharedMining, out: Path, runner: Runner) -> list[Minin
         paths[number].append(job.part(unit))
         _add(reports[number], found)
     for path, group in outputs:
+        if path != out:
+            mark(out, MINED)
         of_group = [part for source in group for part in paths[sources.index(source)]]
         write_records(path, _joined(of_group), {})
     shutil.rmtree(parts, ignore_errors=True)

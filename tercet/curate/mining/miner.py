@@ -24,6 +24,7 @@ from tercet.curate.mining.rules import ABSENT, REASONS, MiningRule
 from tercet.data.files.sources import Source, write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import by_tokens_of, by_words
+from tercet.files.outputs import FolderKind, check_output, mark
 from tercet.files.progress import Bars, bar
 from tercet.files.records import known_suffix
 from tercet.kinds import KINDS, Kind, Weights
@@ -31,6 +32,7 @@ from tercet.models.embedder import Embedder
 from tercet.types import Example
 
 WORK: Final = Path("runs/mining")
+MINED: Final = FolderKind("a folder of mined rows", shared=True, is_data=True)
 
 log = logging.getLogger("tercet")
 
@@ -197,6 +199,8 @@ def mine(
     reports: list[MiningReport] = []
     with closing(Miner(teacher, sources, mining, documents, work)) as miner:
         for path, group in outputs:
+            if path != out:
+                mark(out, MINED)
             write_examples(path, miner.examples(group, reports))
     return reports
 
@@ -382,8 +386,10 @@ def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[So
     """Return each file to write, with the sources that go into it.
 
     Raises:
-        RecipeError: if a file would replace a source, or two files have the same name.
+        RecipeError: if a file would replace a source, two files have the same name, or the folder
+            holds other things.
     """
+    check_output(out, [source.path for source in sources], None if out.suffix else MINED)
     if out.suffix:
         known_suffix(out)
         outputs = [(out, list(sources))]
@@ -398,9 +404,6 @@ def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[So
             f"{out}: two input files have the same name; rename one, or give one output file for "
             "all of them, such as mined.jsonl"
         )
-    for source in sources:
-        if source.path.resolve() in paths:
-            raise RecipeError(f"{source.path}: would be replaced by the output; give another")
     return outputs
 
 

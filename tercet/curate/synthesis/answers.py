@@ -12,7 +12,9 @@ from tercet.curate.synthesis.generators import Answer
 from tercet.curate.synthesis.passages import Passage
 from tercet.data.files.examples import shown
 from tercet.errors import DataError, RecipeError
+from tercet.files.artifacts import parse_json
 from tercet.files.atomic import clear_about
+from tercet.files.limits import unreadable
 
 _VERSION: Final = 1  # of the file; others are refused
 _KIND: Final = "answers of tercet synthesize"
@@ -62,9 +64,11 @@ def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
         StorageError: if the disk refuses.
     """
     wanted = json.loads(json.dumps({"kind": _KIND, "version": _VERSION, **about}))
+    if problem := unreadable(path):
+        raise DataError(path, None, problem)
     with clear_about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b", buffering=0)
+        file = open(path, "a+b", buffering=0, opener=_private)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,13 +91,20 @@ def answer_log(path: Path, about: Mapping[str, Any]) -> Iterator[AnswerLog]:
         yield AnswerLog(path, file, answers)
 
 
+def _private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, whoever could before."""
+    handle = os.open(path, flags, 0o600)
+    os.fchmod(handle, 0o600)
+    return handle
+
+
 def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[AnswerKey, str]:
     lines = content.splitlines()
     _check_head(path, lines[0], wanted)
     found: dict[AnswerKey, str] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             key = (record["document"], record["start"], record["end"], record["digest"])
             if "answer" in record:
                 found[key] = str(record["answer"])
@@ -106,7 +117,7 @@ def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Answ
 
 def _check_head(path: Path, line: bytes, wanted: Mapping[str, Any]) -> None:
     try:
-        head = json.loads(line)
+        head = parse_json(line)
     except ValueError:
         raise _another_kind(path) from None
     if not isinstance(head, dict) or head.get("kind") != _KIND:

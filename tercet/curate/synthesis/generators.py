@@ -21,8 +21,10 @@ from transformers import (
 from tercet.curate.synthesis.passages import Passage
 from tercet.errors import DataError, ModelError, RecipeError
 from tercet.files.artifacts import fingerprint
+from tercet.files.limits import read_text
 from tercet.files.records import readable
-from tercet.models.network.loading import loading
+from tercet.models.foreign_code import refuse_code
+from tercet.models.network.loading import check_network, loading
 from tercet.models.zoo import zoo
 
 _SORTED: Final = 8  # batches whose prompts are sorted by length together
@@ -82,7 +84,7 @@ class QuestionPrompt:
             DataError: if it cannot be read, or has no ``{passage}``.
         """
         with readable(path):
-            prompt = path.read_text(encoding="utf-8")
+            prompt = read_text(path)
         if "{passage}" not in prompt:
             raise DataError(path, None, "has no {passage}; write it where the passage belongs")
         return cls(prompt, language)
@@ -273,11 +275,13 @@ def _likeliest(
 
 def _loaded(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     place = str(zoo.resolve(name))
+    refuse_code(place, "config.json", "tokenizer_config.json", "generation_config.json")
     with loading(f"{name}: cannot write texts"):
+        check_network(Path(place))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True
+            place, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(place)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     model, report = loaded
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])[0]

@@ -111,7 +111,8 @@ def synthesize(
 ) -> SynthesisReport:
     """Write examples of questions and the whole documents that they were asked about.
 
-    Raw answers are kept in ``OUT.log.jsonl``: a run that was killed continues from there, and
+    Raw answers are kept in ``OUT.log.jsonl``, which only its owner may read; so is ``out``, where
+    an endpoint answered. A run that was killed continues from there, and
     another check or more documents request no answer twice. Of duplicate questions the first is
     kept. If no question is left, no file is written.
 
@@ -143,7 +144,7 @@ def synthesize(
             report.kept_thirds[question.passage.third] += 1
         if questions:
             records = _records(plan, questions, str(generator.about["model"]))
-            write_records(out, records, PROVENANCE)
+            write_records(out, records, PROVENANCE, private="url" in generator.about)
     return report
 
 

@@ -169,13 +169,16 @@ def _group(name: str, path: Path, suffixes: Sequence[str], unread: list[Path]) -
     )
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _files(path: Path, inside: frozenset[Path] = frozenset()) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
+    place = path.resolve()
+    if place in inside:
+        raise DataError(path, None, "is a link to a folder that it is in; remove the link")
     for child in path.iterdir():
         if not _is_hidden(child):
-            yield from _files(child)
+            yield from _files(child, inside | {place})
 
 
 def _language(path: Path) -> str:

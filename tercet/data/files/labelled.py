@@ -1,6 +1,5 @@
 """Labelled texts: one text per record, and its classes or topics."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Final
 from tercet.data.files.examples import as_object, given, nonblank, optional_text, shown, text_of
 from tercet.data.files.texts import text_under
 from tercet.errors import DataError
+from tercet.files.artifacts import parse_json
+from tercet.files.limits import read_text
 from tercet.files.records import begins_with, iter_records, parsed, readable
 
 TEXT: Final = "text"
@@ -56,11 +57,11 @@ def read_label_texts(path: Path | str) -> dict[str, str]:
     """
     path = Path(path)
     with readable(path):
-        content = path.read_text(encoding="utf-8")
+        content = read_text(path)
     try:
-        words = as_object(json.loads(content))
+        words = as_object(parse_json(content))
         return {label: nonblank(text_of(text, label), label) for label, text in words.items()}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(
             path, None, f"must be one object of labels and their names, {{...}}: {error}"
         ) from error

@@ -188,12 +188,16 @@ def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
 
 
 def write_records(
-    path: Path | str, records: Iterable[dict[str, Any]], more: Mapping[str, pa.DataType]
+    path: Path | str,
+    records: Iterable[dict[str, Any]],
+    more: Mapping[str, pa.DataType],
+    *,
+    private: bool = False,
 ) -> None:
     """Write records of examples with ``more`` columns; see :func:`write_examples`."""
     path = Path(path)
     write = partial(_write_parquet, more=more) if known_suffix(path) == ".parquet" else _write_jsonl
-    with replacing_file(path) as unfinished:
+    with replacing_file(path, private=private) as unfinished:
         write(unfinished, _checked_records(path, records))
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float64
 
 from tercet.data.files.documents import read_documents
-from tercet.errors import RecipeError
 from tercet.evaluate.insight.lookahead import (
     DirectionMap,
     PrefixResult,
@@ -32,6 +31,7 @@ from tercet.evaluate.report.figures import (
 from tercet.evaluate.report.intervals import Interval, interval
 from tercet.evaluate.report.page import PageFigure, RunReport, Section, write_report
 from tercet.files.artifacts import write_json
+from tercet.files.outputs import FolderKind, check_output, json_object, mark
 from tercet.models.embedder import Embedder
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 ReadingMode: TypeAlias = Literal["causal", "echo", "bidirectional"]  # echo: causal, each text twice
 
 FILE: Final = "diagnosis.json"
+DIAGNOSIS: Final = FolderKind(
+    "a diagnosis", shared=True, is_older=lambda folder: "versions" in json_object(folder / FILE)
+)
 _TEXTS: Final = 5  # of a user's file that are mapped
 _DIGITS: Final = 6  # of a cosine in the JSON
 
@@ -111,7 +114,7 @@ def diagnose(
         StorageError: if the disk refuses.
     """
     with drawing():  # raises before the work
-        _refuse_other_report(out)
+        check_output(out, kind=DIAGNOSIS)
     material = material or Material.read()
     found: dict[str, Diagnosis] = {}
     for name, embedder in models:
@@ -144,9 +147,10 @@ def write_diagnosis(
         RecipeError: if the folder holds the report of another run.
         StorageError: if the disk refuses.
     """
-    _refuse_other_report(folder)
+    check_output(folder, kind=DIAGNOSIS)
     section = diagnosis_section(found, seed=seed)
     record = _record(found, material, seed)
+    mark(folder, DIAGNOSIS)
     write_json(folder / FILE, record, indent=1)
     with drawing():
         write_png(folder / "prefix_sensitivity.png", _prefix_figure(found))
@@ -162,14 +166,6 @@ def write_diagnosis(
     write_report(
         folder / "report.html", RunReport(title, (), {}, sections=[section], settings=settings)
     )
-
-
-def _refuse_other_report(folder: Path) -> None:
-    if (folder / "report.html").exists() and not (folder / FILE).exists():
-        raise RecipeError(
-            f"{folder}: contains the report of another run, which would be overwritten; choose "
-            "another folder"
-        )
 
 
 def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Section:

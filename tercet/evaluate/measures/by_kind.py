@@ -149,7 +149,7 @@ def search_kinds(
     if not any(weights.of(kind) for kind in kinds):
         raise RecipeError(f"one of {', '.join(kinds)} must have a weight above 0")
     names = names or data.metrics
-    depth = max(map(depth_of, names))
+    depth = data.depth(max(map(depth_of, names)))
     sums = sums_of(kinds, weights)
     first: Kind | None = next((kind for kind in kinds if kind != "multi"), None)
     if protocol == "exact" or first is None:

@@ -143,7 +143,7 @@ class StoredDocuments:
             return Retained(dims, stored, bytes_of(stored, dims), found)
         codes, *others = map(self._codes, codes_of(stored))
         finer = others[0] if others else None
-        depth = max(map(depth_of, self.names))
+        depth = self.data.depth(max(map(depth_of, self.names)))
         hits = top_k_coded(self.queries, codes, depth, factor=self.factor, finer=finer)
         return Retained(
             dims,

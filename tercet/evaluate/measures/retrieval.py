@@ -61,13 +61,11 @@ def evaluate_retrieval(
     doc_vectors: Float[np.ndarray, "docs doc_dim"],
     *,
     names: Sequence[str] | None = None,
-    exclude_same_id: bool = False,
 ) -> RetrievalResult:
     """Search exactly by inner product and score the rankings.
 
     ``names`` are metrics; by default those of the set (``data.metrics``). The search is as deep as
-    the deepest metric needs. A document whose text equals the query is kept; ``exclude_same_id``
-    drops the document that has the query's id.
+    the deepest metric needs.
 
     Raises:
         ModelError: if queries and documents differ in dimension, or contain NaN.
@@ -76,9 +74,8 @@ def evaluate_retrieval(
     assert len(query_vectors) == len(data.queries), "one vector for each query"
     assert len(doc_vectors) == len(data.documents), "one vector for each document"
     names = names or data.metrics
-    depth = max(map(depth_of, names))
-    hits = top_k(query_vectors, doc_vectors, depth + exclude_same_id)
-    return evaluate_hits(data, hits, names=names, exclude_same_id=exclude_same_id)
+    depth = data.depth(max(map(depth_of, names)))
+    return evaluate_hits(data, top_k(query_vectors, doc_vectors, depth), names=names)
 
 
 def depth_of(metric: str) -> int:
@@ -91,13 +88,12 @@ def depth_of(metric: str) -> int:
 
 
 def evaluate_hits(
-    data: RetrievalSet,
-    hits: Hits,
-    *,
-    names: Sequence[str] | None = None,
-    exclude_same_id: bool = False,
+    data: RetrievalSet, hits: Hits, *, names: Sequence[str] | None = None
 ) -> RetrievalResult:
     """Score rankings from any source, such as BM25; a row of -1 means that the list has ended.
+
+    The document that has the query's own id is left out, as BEIR does; one whose text equals the
+    query is kept. Rankings may be as deep as ``data.depth`` says, to have enough left.
 
     ``answer@20`` is 1 if one of the first 20 documents holds an answer to the query: Recall@20 in
     the tables of MKQA.
@@ -106,8 +102,8 @@ def evaluate_hits(
         RecipeError: for an unknown metric, or one that needs answers if the set has none.
     """
     names = names or data.metrics
-    if exclude_same_id:
-        hits = _without_own(data, hits)
+    if data.own_rows is not None:
+        hits = _without_own(data.own_rows, hits)
     parsed = {name: _parse_metric(name) for name in names}
     deepest = max((k for metric, k in parsed.values() if metric == "answer"), default=0)
     if deepest and not data.answers:
@@ -192,7 +188,7 @@ def measure_bm25(
     Raises:
         MissingExtraError: if bm25s is not installed.
     """
-    hits = bm25_top_k(data.queries, data.documents, DEPTH, words_of)
+    hits = bm25_top_k(data.queries, data.documents, data.depth(DEPTH), words_of)
     return evaluate_hits(data, hits, names=names)
 
 
@@ -238,10 +234,8 @@ def _parse_metric(name: str) -> tuple[str, int]:
     return found[1], int(found[2])
 
 
-def _without_own(data: RetrievalSet, hits: Hits) -> Hits:
-    """Drop from each ranking the document that has the query's id; the rest move up."""
-    row_of = {name: row for row, name in enumerate(data.document_ids)}
-    own = np.array([row_of.get(name, -1) for name in data.query_ids], dtype=np.int64)
+def _without_own(own: Int64[np.ndarray, "queries"], hits: Hits) -> Hits:
+    """Drop from each ranking the query's own document; the rest move up."""
     dropped = (hits.rows == own[:, None]) & (hits.rows >= 0)
     order = np.argsort(dropped, axis=1, kind="stable")
     rows = np.where(dropped, -1, hits.rows)

@@ -10,7 +10,7 @@ which does not depend on a metric. The gain of the better one is measured on hel
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -106,6 +106,7 @@ def tune(
         RecipeError: for fewer than two kinds, fewer queries than folds, no relevant candidate, or
             an unknown metric.
     """
+    found = _without_own(data, found)
     relevant = torch.from_numpy(data.judgements.grades_of(found.rows.numpy()) > 0)
     _check(found, relevant, folds)
     depth = depth_of(metric)
@@ -139,6 +140,14 @@ def tune(
     alone = {kind: values(weights) for kind, weights in each_alone(found.kinds).items()}
     scores = {**held_out, "usual": table[0], **alone}
     return Tuned(weights, method, metric, found.kinds, tuple(chosen), float(top), scores)
+
+
+def _without_own(data: RetrievalSet, found: HybridHits) -> HybridHits:
+    """Return the candidates without the documents that have their query's own id."""
+    if data.own_rows is None:
+        return found
+    own = torch.from_numpy(data.own_rows)[:, None]
+    return replace(found, rows=found.rows.masked_fill(found.rows == own, -1))
 
 
 def spreads(found: HybridHits) -> dict[Kind, float]:

@@ -1,9 +1,11 @@
 """Retrieval sets: queries, the documents to search, and which documents answer which query."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from tercet.data.files.languages import named_pair
 from tercet.data.files.sources import iter_examples
@@ -29,6 +31,14 @@ class RetrievalSet:
     answers: tuple[tuple[str, ...], ...] = ()  # of each query; empty: only judgements count
     query_langs: tuple[str, ...] = ()  # of each query; an empty string or tuple: unknown
     document_langs: tuple[str, ...] = ()
+    own_rows: np.ndarray | None = field(init=False, repr=False, compare=False)
+    """[queries] int64: the document that has the query's id, or -1; None if no query has one."""
+
+    def __post_init__(self) -> None:
+        queries = frozenset(self.query_ids)
+        same = {name: row for row, name in enumerate(self.document_ids) if name in queries}
+        rows = [same.get(name, -1) for name in self.query_ids]
+        object.__setattr__(self, "own_rows", np.array(rows, np.int64) if same else None)
 
     @classmethod
     def from_path(cls, path: Path | str, split: str | None = None) -> "RetrievalSet":
@@ -110,8 +120,23 @@ class RetrievalSet:
 
     @property
     def size(self) -> str:
-        """The number of queries and documents, for people."""
-        return f"{len(self.queries):,} queries, {len(self.documents):,} documents"
+        """The number of queries and documents, for people, and what rankings leave out."""
+        whole = f"{len(self.queries):,} queries, {len(self.documents):,} documents"
+        if not self.left_out:
+            return whole
+        return f"{whole}; the document of the same id is left out of {self.left_out:,} rankings"
+
+    @property
+    def left_out(self) -> int:
+        """The number of queries that are documents too, which their own rankings leave out.
+
+        BEIR does the same, whether or not the document is judged (ArguAna, Quora).
+        """
+        return 0 if self.own_rows is None else int((self.own_rows >= 0).sum())
+
+    def depth(self, ranks: int) -> int:
+        """Return how deep to search to have so many documents left."""
+        return ranks + (self.own_rows is not None)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -32,9 +32,16 @@ from tercet.evaluate.suites.by_language import (
 from tercet.evaluate.suites.suite import MAIN, EvaluationSet, Result
 from tercet.files.artifacts import KeptResults
 from tercet.files.console import say
+from tercet.files.outputs import FolderKind, check_output, holds_only, mark
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import CodePrecision
+
+KEPT: Final = FolderKind(
+    "a folder of kept scores",
+    shared=True,
+    is_older=lambda folder: holds_only(folder, ["*.npz"]),
+)
 
 ModelLoader: TypeAlias = Callable[[str], Embedder]
 Figures: TypeAlias = dict[str, dict[str, Interval]]
@@ -383,6 +390,8 @@ def compare_by_language(
         RecipeError: for a model whose queries would get no prompt, although it was trained with
             some.
     """
+    if options.keep is not None:
+        check_output(options.keep, kind=KEPT, flag="--keep")
     stored = options.precision or "float32"
     scores: dict[str, list[SetScores]] = {}
     models: dict[str, dict[str, Any]] = {}
@@ -413,7 +422,7 @@ def _kept_scores(embedder: Embedder, options: ComparisonOptions) -> KeptResults 
     """Return where the scores of this model with these options are kept."""
     if options.keep is None:
         return None
-    options.keep.mkdir(parents=True, exist_ok=True)
+    mark(options.keep, KEPT)
     depends_on = (embedder.fingerprint(), conditions(embedder))
     chosen = (options.split, options.task, options.dims, options.precision)
     return KeptResults(options.keep, "set scores", SCORES_VERSION, *depends_on, *chosen)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tercet.errors import ModelError
+from tercet.files.console import shortened
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.loading import Shapes, loading, misfits, read_object, shapes_of
 
@@ -80,6 +81,14 @@ def _read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     if not isinstance(config, LoraConfig):
         kind = str(config.peft_type).rpartition(".")[2]
         raise ModelError(f"{folder}: is an adapter of type {kind}; tercet merges LoRA only")
+    config.megatron_config = None  # peft would import the module that the file names
+    ranks = (config.r, *(config.rank_pattern or {}).values())
+    largest = max((max(weight.shape, default=0) for weight in weights.values()), default=0)
+    if not all(type(rank) is int and 1 <= rank <= max(largest, 1) for rank in ranks):
+        raise ModelError(
+            f"{folder}: adapter_config.json gives the rank {shortened(str(config.r))}, which none "
+            "of its weights has; copy or download the adapter again"
+        )
     config.task_type = None  # a task would wrap the model in a class that expects a head
     config.base_model_name_or_path = None  # peft would warn that the base lies elsewhere
     return config, weights

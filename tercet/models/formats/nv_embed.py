@@ -19,7 +19,15 @@ from tercet.models.choices import Attention, LayerSettings, Window
 from tercet.models.formats.parts import ModelParts, replaced_layer
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.latent_attention import AttentionLayer, build_layer
-from tercet.models.network.loading import REMEDY, as_object, loading, misfits, quiet, read_object
+from tercet.models.network.loading import (
+    REMEDY,
+    as_object,
+    check_sizes,
+    loading,
+    misfits,
+    quiet,
+    read_object,
+)
 from tercet.models.settings import Settings, as_prompt, changed
 from tercet.models.tokens import load_tokenizer
 
@@ -122,11 +130,11 @@ def _load_weights(
 ) -> tuple[Backbone, AttentionLayer]:
     from transformers import MistralConfig, MistralModel  # not needed for other models
 
-    config = MistralConfig.from_dict(dict(published.text_config))
     sizes = LayerSettings(
         latents=published.latents, heads=published.heads, head_size=published.head_size
     )
-    with torch.device("meta"):
+    with loading(f"{folder}: its config.json describes no network"), torch.device("meta"):
+        config = MistralConfig.from_dict(dict(published.text_config))
         model: Any = MistralModel(config)
         layer = build_layer(sizes, config.hidden_size)
     model.rotary_emb = type(model.rotary_emb)(config=config)  # computed, not stored in files
@@ -180,6 +188,7 @@ def read_nv_embed(folder: Path) -> NvEmbed:
         ModelError: if a file is missing or damaged, or sizes contradict each other.
     """
     path = folder / "config.json"
+    check_sizes(folder)
     config = read_object(path)
     text = dict(as_object(path, config.get("text_config")))
     if text.pop("model_type", None) not in ("bidir_mistral", "mistral"):

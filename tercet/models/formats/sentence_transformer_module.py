@@ -46,7 +46,11 @@ def as_sentence_transformer(parts: ModelParts) -> Any:
         on_meta = {"device_map": "meta", "dtype": backbone.model.dtype}
         with quiet():
             empty = SentenceTransformer(
-                name, device="meta", model_kwargs=on_meta, local_files_only=True
+                name,
+                device="meta",
+                model_kwargs=on_meta,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         prompts = prompt_ids(folder, settings)
     modules = list(empty)

@@ -4,13 +4,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from tercet.errors import ModelError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import replacing_folder
+from tercet.files.outputs import FolderKind, check_output, holds_only, json_object, mark
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, Window
 from tercet.models.formats.lora_adapters import base_of, is_adapter, merge_adapter
@@ -38,6 +39,25 @@ from tercet.models.settings import (
 )
 from tercet.models.tokens import Form, Tokenizer
 from tercet.models.zoo import zoo
+
+_FILES: Final = (  # that earlier versions, which left no marker, wrote
+    FILE,
+    "*config*.json",
+    "model*.safetensors*",
+    "adapter_model.safetensors",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.bpe*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "modules.json",
+    "*_linear.pt",
+    "[0-9]_*/*",
+    "tercet_layer.py",
+)
 
 log = logging.getLogger("tercet")
 
@@ -106,19 +126,26 @@ def known_kinds(source: str | Path) -> tuple[Kind, ...]:
     return Settings.kinds if is_nv_embed(folder) else settings_of(source, folder).kinds
 
 
+def _is_older(folder: Path) -> bool:
+    """Whether tercet's settings and nothing foreign are in a folder without a marker."""
+    of_peft = ("README.md",) if (folder / "adapter_config.json").exists() else ()
+    known = {"version", "settings"} <= json_object(folder / FILE).keys()
+    return known and holds_only(folder, (*_FILES, *of_peft))
+
+
+MODEL: Final = FolderKind("a model", is_older=_is_older, error=ModelError)
+
+
 def save_parts(parts: ModelParts, folder: Path, about: Mapping[str, Any]) -> None:
     """Write a model's folder; LoRA is merged first. See :meth:`Embedder.save`."""
-    holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if holds and not holds & {FILE, "config.json", "adapter_config.json"}:
-        raise ModelError(
-            f"{folder}: is not a model and would be overwritten; choose another folder"
-        )
+    check_output(folder, kind=MODEL)
     parts.backbone.merge_lora()
     inexpressible = parts.settings.inexpressible()
     with replacing_folder(folder) as fresh:
         _write(parts, fresh, {"about": dict(about)})
         if inexpressible is None:
             write_modules(fresh, parts.settings, parts.backbone.hidden)
+        mark(fresh, MODEL)
     if inexpressible is not None:
         log.warning(
             "%s: load it with tercet; sentence-transformers cannot express %s, so no "
@@ -144,6 +171,7 @@ def save_parts(parts: ModelParts, folder: Path, about: Mapping[str, Any]) -> Non
 def save_adapter(parts: ModelParts, folder: Path, base: str) -> None:
     """Write the low-rank updates without their base. See :meth:`Embedder.save_adapter`."""
     backbone = parts.backbone
+    check_output(folder, [base], MODEL, flag="folder")
     if not backbone.has_lora:
         raise ModelError("this model has no LoRA; write it whole with save()")
     turned = backbone.is_decoder and backbone.attention == "bidirectional"
@@ -158,6 +186,7 @@ def save_adapter(parts: ModelParts, folder: Path, base: str) -> None:
         adapter.base_model_name_or_path = base
     with replacing_folder(folder) as fresh:
         _write(parts, fresh, {"adapter_of": base})
+        mark(fresh, MODEL)
 
 
 def _write(parts: ModelParts, folder: Path, more: Mapping[str, Any]) -> None:

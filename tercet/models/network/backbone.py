@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
+from tercet.models.foreign_code import refuse_code, refuse_code_in
 from tercet.models.network.attention import NAME, Layout
 from tercet.models.network.cpu import keep_freed_memory
-from tercet.models.network.loading import loading
+from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
 from tercet.segments import Packed, offsets_of
 
@@ -284,11 +285,20 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
     if Path(source).exists():
         hint = "; is it a complete transformers folder (config.json, model.safetensors, tokenizer)?"
     with loading(f"{source}: cannot be loaded", hint):
-        config = AutoConfig.from_pretrained(place)
+        refuse_code(place, "config.json")
+        check_sizes(Path(place))
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        if not Path(place).is_dir():  # on the hub
+            refuse_code_in(f"{source}: its config.json", config.to_dict())
         if keep_layers is not None:
             _cut_layers(config.get_text_config(), keep_layers, source)
+        check_weights(Path(place), config)
         model, report = AutoModel.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True
+            place,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     lost = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if lost:

@@ -3,6 +3,7 @@
 Their files in a model's folder have the names and the content that FlagEmbedding gives them.
 """
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tercet.errors import ModelError
 from tercet.files.atomic import replacing_file
 from tercet.kinds import Kind
+from tercet.models.network.loading import PICKLED
 from tercet.segments import Packed, offsets_of, row_of
 from tercet.vectors import Terms, TokenRows
 
@@ -154,7 +156,8 @@ def _read(folder: Path, name: str, hidden: int) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
-        line = (str(error) or type(error).__name__).splitlines()[0]
+        pickled = isinstance(error, pickle.UnpicklingError)
+        line = PICKLED if pickled else (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path}: cannot be read ({line}); copy the model again") from error
     fits = isinstance(state, Mapping) and {"weight", "bias"} <= set(state)
     if not fits or state["weight"].ndim != 2 or state["weight"].shape[1] != hidden:

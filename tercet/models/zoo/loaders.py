@@ -55,7 +55,7 @@ def load_gguf(file: Path) -> Loaded:
         raise MissingExtraError(f"reading {file.name}", "gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    source = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
         with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)

@@ -20,6 +20,7 @@ from filelock import FileLock
 from tercet.errors import ModelError, StorageError
 from tercet.files.artifacts import fingerprint, fingerprint_of_ends
 from tercet.files.atomic import replacing_folder
+from tercet.files.limits import unreadable_inside
 from tercet.models.zoo.loaders import Loaded, load_gemma, load_gguf, load_me5, no_progress_bars
 
 LoadModel: TypeAlias = Callable[[Path], Loaded]  # called with an empty folder for temporary files
@@ -158,6 +159,8 @@ def cache_folder() -> Path:
 
 
 def _checked_folder(folder: Path) -> Path:
+    if problem := unreadable_inside(folder):
+        raise ModelError(problem)
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return folder
     inside = sorted(folder.glob("*.gguf"))

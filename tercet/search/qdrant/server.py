@@ -11,6 +11,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
+from tercet.files.secrets import check_address, hide, redacted, redacted_bytes
 from tercet.kinds import KINDS
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import Stored
@@ -64,6 +65,9 @@ class ClusterStore:
             RecipeError: when it has other codes.
         """
         check_stored(stored)
+        hide(api_key or "")
+        if isinstance(server, str):
+            check_address(server, "give the key as api_key, or in QDRANT_API_KEY")
         self._owns_client = isinstance(server, str)
         self._name, self._mark = collection, mark
         self.place = f"{server if isinstance(server, str) else 'Qdrant'}, collection {collection}"
@@ -97,15 +101,18 @@ class ClusterStore:
         try:
             yield
         except (ApiException, OSError) as error:
-            problem = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, UnexpectedResponse):  # before its message cuts a key in two
+                error.content = redacted_bytes(error.content)
+            problem = " ".join(redacted(str(error)).split()) or type(error).__name__
             raise IndexFolderError(
                 f"{self.place}: the server does not answer, or refuses ({problem}); "
                 "see that it runs, and that address and key are right"
-            ) from error
+            ) from None  # a traceback would show what the server said
         except ValueError as error:  # an invalid URL
             raise IndexFolderError(
-                f"{self.place}: {error}; give an address such as http://localhost:6333"
-            ) from error
+                f"{self.place}: {redacted(str(error))}; give an address such as "
+                "http://localhost:6333"
+            ) from None
 
     def _widths_there(self) -> Widths:
         """Return the kinds of vectors in the collection, with their widths."""
@@ -152,7 +159,7 @@ class ClusterStore:
                     raise RecipeError(
                         f"{self.place}: the server refuses codes of 4 bits, which it calls "
                         "TurboQuant; take a newer Qdrant, or int8 or binary"
-                    ) from error
+                    ) from None
                 raise
             if not self._is_local:  # which scans anyway, and warns
                 self._client.create_payload_index(

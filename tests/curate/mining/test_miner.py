@@ -413,7 +413,7 @@ def test_an_output_in_the_place_of_a_source_or_of_another_output_is_refused(
     write_examples(tmp_path / "twin/pairs.jsonl", rows())
     sources = [open_source(pairs), open_source(tmp_path / "twin/pairs.jsonl")]
     for out in (pairs, tmp_path):
-        with pytest.raises(RecipeError, match="would be replaced by the output; give another"):
+        with pytest.raises(RecipeError, match=r"is (an|or contains the) input.*; give another"):
             mine(teacher, sources[:1], out, mining=Mining(), work=tmp_path / "work")
     with pytest.raises(RecipeError, match="two input files have the same name"):
         mine(teacher, sources, tmp_path / "out", mining=Mining(), work=tmp_path / "work")

@@ -2,9 +2,11 @@ import json
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
+import tercet.curate.synthesis.endpoint as calling
 from tercet.curate.synthesis.endpoint import Calls, EndpointGenerator
 from tercet.curate.synthesis.generators import Answer, Generator, Prompt, TokenSampling
 from tercet.errors import ModelError, RecipeError
@@ -202,3 +204,32 @@ def test_a_variable_without_a_key_is_refused(monkeypatch):
 def test_calls_that_ask_nothing_are_refused(how):
     with pytest.raises(RecipeError, match="workers must be at least 1"):
         Calls(**how)
+
+
+@pytest.mark.parametrize("beginning", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n", b""])
+def test_an_endpoint_that_sends_a_byte_now_and_then_is_given_up(beginning):
+    """A timeout alone would start again with every byte, of the headers or of the body."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(beginning)
+            while True:
+                connection.sendall(b"H" if not beginning else b"x")
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    began = time.monotonic()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    with listener, pytest.raises(ModelError, match="a reply did not end within 1 seconds"):
+        asked(url, calls=Calls(workers=1, timeout_seconds=0.2, retries=4, pause_seconds=0))
+    assert time.monotonic() - began < 10
+    thread.join(timeout=10)
+
+
+def test_a_reply_without_end_is_read_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(calling, "_MOST_BYTES", 1_000)
+    with endpoint(lambda *_: completion("x" * 2_000)) as served:
+        assert asked(served.url) == {0: Answer(failure="a reply of more than 1,000 bytes")}

@@ -91,7 +91,7 @@ def test_a_decoder_is_read_in_all_ways_and_later_ones_and_encoders_both_ways(
     np.testing.assert_array_equal(
         first["bidirectional"].gap, found["second"].prefixes["bidirectional"].gap
     )
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == FILES
     record = json.loads((tmp_path / "out/diagnosis.json").read_text(encoding="utf-8"))
     assert record["models"]["encoder"]["direction_map"] is None
     assert record["texts"] == {"from": "b", "texts": list(MATERIAL.texts)}
@@ -178,7 +178,7 @@ def test_the_same_numbers_give_the_same_bytes_and_a_picture_grows_with_the_model
 def test_encoders_alone_have_no_map_to_draw(found, tmp_path):
     only = {"encoder": Diagnosis({"bidirectional": prefixes(0.1, 0.2)}, ())}
     write_diagnosis(tmp_path, only, MATERIAL)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FILES[0], *FILES[2:]]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [FILES[0], *FILES[2:]]
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<figure>") == 1
 
 
@@ -222,7 +222,7 @@ def test_the_report_of_another_run_is_not_overwritten(found, tmp_path, decoder_f
         asked.append(1)
         yield "base", Embedder.load(decoder_folder)
 
-    with pytest.raises(RecipeError, match="contains the report of another run"):
+    with pytest.raises(RecipeError, match="is not a diagnosis and would be overwritten"):
         diagnose(models(), tmp_path, material=MATERIAL)
     with pytest.raises(RecipeError, match="choose another folder"):
         write_diagnosis(tmp_path, found, MATERIAL)

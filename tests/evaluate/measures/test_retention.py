@@ -20,7 +20,8 @@ def data():
     names = tuple(map(str, range(len(SENTENCES))))
     queries = tuple(" ".join(text.split()[-4:]) for text in SENTENCES)
     judgements = Judgements.of([{i: 1} for i in range(len(SENTENCES))])
-    return RetrievalSet("toy", queries, names, SENTENCES, names, judgements)
+    of_documents = tuple(f"d{name}" for name in names)
+    return RetrievalSet("toy", queries, names, SENTENCES, of_documents, judgements)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,12 @@ from tercet.errors import RecipeError
 from tercet.evaluate.measures import by_kind as module
 from tercet.evaluate.measures.bm25 import by_tokens_of
 from tercet.evaluate.measures.by_kind import dev_score, measure_kinds, weights_for
+from tercet.evaluate.measures.retention import retention
 from tercet.evaluate.measures.retrieval import evaluate_retrieval, measure, measure_bm25
-from tercet.evaluate.measures.tuned_weights import dev_candidates
+from tercet.evaluate.measures.tuned_weights import dev_candidates, tune
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.kinds import KINDS, Weights
+from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
 from tercet.rank.hybrid import kind_scores
 from tercet.types import Example
@@ -74,7 +76,7 @@ def test_a_dev_score_takes_the_prompts_of_its_task_where_the_model_has_them(
 ):
     embedder = Embedder.load(encoder_folder, prompts=PROMPTS, task_prompts=TASKS)
     result, _ = expected(embedder, data, used)
-    named = RetrievalSet(name, *(getattr(data, field) for field in data.__slots__[1:]))
+    named = replace(data, name=name)
     seen = []
     encode = embedder.encode
     monkeypatch.setattr(
@@ -200,3 +202,31 @@ def test_bm25_by_tokens_finds_parts_of_words(encoder_folder):
     tails = RetrievalSet.from_examples(examples)
     by_tokens = measure_bm25(tails, by_tokens_of(embedder)).mean("ndcg@10")
     assert measure_bm25(tails).mean("ndcg@10") == 0 < by_tokens
+
+
+def test_every_way_to_rank_leaves_the_own_document_out(of_all_kinds):
+    """Each query's own document would be first, and its neighbour, the one judged, second."""
+    texts = tuple(f"{text} {more}" for text in SENTENCES[:6] for more in ("", "and more"))
+    ids = tuple(f"{name}{row}" for row in range(6) for name in "ab")
+    data = RetrievalSet(
+        "own",
+        texts[::2],
+        ids[::2],
+        texts,
+        ids,
+        Judgements.of([{2 * row + 1: 1} for row in range(6)]),
+    )
+    own = np.arange(6) * 2
+    found = [measure(of_all_kinds, data).result, measure_bm25(data)]
+    found += measure_kinds(of_all_kinds, data).results.values()
+    for protocol in ("paper", "reference"):
+        found += measure_kinds(of_all_kinds, data, protocol=protocol).results.values()
+    found += [each.result for each in retention(of_all_kinds, data, dims=(32,))]
+    assert len(found) > 20
+    for each in found:
+        assert not (each.hits.rows == own[:, None]).any()
+    assert found[1].mean("mrr@10") == 1
+    some = dev_candidates(of_all_kinds, data, tasks=(), kinds=("dense", "sparse"), depth=3)
+    shared = replace(data, document_ids=tuple(f"d{row}" for row in range(12)))
+    other = tune(shared, some, folds=2)
+    assert tune(data, some, folds=2).scores["usual"].mean() > other.scores["usual"].mean()

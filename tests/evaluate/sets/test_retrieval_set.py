@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -79,13 +81,18 @@ def test_a_ranking_of_words_is_scored_the_same_way():
     assert result.scores["recall@100"].tolist() == [1, 1]
 
 
-def test_the_document_with_the_querys_id_stays_unless_it_is_excluded():
+def test_the_document_with_the_querys_own_id_is_left_out_of_its_ranking():
     data = small_set("ab", "xyz", [{1: 1}, {2: 1}], document_ids=("q0", "d1", "q1"))
     queries, docs = np.eye(3, dtype=np.float32)[:2], np.eye(3, dtype=np.float32)
     docs[1] = [0.5, 0.1, 0]
-    kept = evaluate_retrieval(data, queries, docs, names=("mrr@2",))
+    assert data.size == (
+        "2 queries, 3 documents; the document of the same id is left out of 2 rankings"
+    )
+    other = replace(data, document_ids=("x", "y", "z"))
+    assert other.size == "2 queries, 3 documents"
+    kept = evaluate_retrieval(other, queries, docs, names=("mrr@2",))
     assert kept.scores["mrr@2"].tolist() == [1 / 2, 0]
-    left_out = evaluate_retrieval(data, queries, docs, names=("mrr@2",), exclude_same_id=True)
+    left_out = evaluate_retrieval(data, queries, docs, names=("mrr@2",))
     assert left_out.hits.rows.tolist() == [[1, 2, -1], [1, 0, -1]]
     assert left_out.scores["mrr@2"].tolist() == [1, 0]
     np.testing.assert_allclose(left_out.hits.scores, [[0.5, 0, 0], [0.1, 0, 0]])
@@ -93,10 +100,10 @@ def test_the_document_with_the_querys_id_stays_unless_it_is_excluded():
 
 def test_excluding_leaves_the_end_of_a_ranking_alone():
     # Row -1 is the end of a ranking, and also "no such document": they must not be mixed up.
-    data = small_set("a", "x", [{0: 1}])
-    hits = Hits(np.ones((1, 3), np.float32), np.array([[-1, 0, -1]]))
-    result = evaluate_hits(data, hits, names=("mrr@3",), exclude_same_id=True)
-    assert result.hits.rows.tolist() == [[-1, 0, -1]]
+    data = small_set("ab", "xy", [{0: 1}, {0: 1}], document_ids=("d0", "q1"))
+    hits = Hits(np.ones((2, 3), np.float32), np.array([[-1, 0, -1]] * 2))
+    result = evaluate_hits(data, hits, names=("mrr@3",))
+    assert result.hits.rows.tolist() == [[-1, 0, -1]] * 2
 
 
 def test_pair_scores_are_of_relevant_pairs_and_of_pairs_that_are_not():

@@ -1,5 +1,6 @@
 """A collection of a server; the client's local mode stands in for one."""
 
+import traceback
 from dataclasses import replace
 
 import httpx
@@ -262,3 +263,21 @@ def test_a_point_of_somebody_else_is_told_and_not_taken_for_a_record(client):
     for act in (lambda: engine.search(DOCS.only(["dense"]), 9), lambda: list(engine.scan())):
         with pytest.raises(IndexFolderError, match=r"collection texts: a point holds no record"):
             act()
+
+
+def test_a_key_that_a_server_repeats_is_not_said(monkeypatch):
+    key = "qd-secret-0123456789"
+    body = b'{"status": {"error": "' + b"x" * 160 + key.encode() + b'"}}'
+    error = UnexpectedResponse(401, f"no {key}", body, httpx.Headers())
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(QdrantClient, "collection_exists", refuse)
+    with pytest.raises(IndexFolderError, match="or refuses") as caught:
+        ClusterStore("https://localhost:1", "texts", api_key=key)
+    said = "".join(traceback.format_exception(caught.value))
+    assert "qd-secret" not in said and "***" in said
+    with pytest.raises(RecipeError, match="contains a user or password") as refusal:
+        ClusterStore("http://me:password1@localhost:1", "texts")
+    assert "password1" not in str(refusal.value)
