@@ -59,8 +59,8 @@ def checked_texts(texts: object, what: str = "text") -> list[str]:
     if not isinstance(texts, Iterable) or isinstance(texts, Mapping | set | frozenset):
         raise TextError(f"{plural} must be a list of strings; got {type(texts).__name__}")
     # An array and a series of pandas convert their elements to Python's types.
-    converted: Any = texts.tolist() if hasattr(texts, "tolist") else texts
-    found = list(converted)
+    convert: Any = getattr(texts, "tolist", None)
+    found: list[Any] = list(texts if convert is None else convert())
     for row, text in enumerate(found, start=1):
         if not isinstance(text, str):
             raise TextError(f"{what} {row} of {len(found)} must be a string; got {_shown(text)}")

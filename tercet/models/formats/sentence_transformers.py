@@ -18,11 +18,11 @@ from typing import Any, Final, get_args
 
 from tokenizers import Tokenizer
 
-from tercet.errors import ModelError
+from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import write_json
 from tercet.models.choices import LayerSettings, PoolingName
 from tercet.models.network.loading import read_object, read_value
-from tercet.models.settings import Settings, named_prompts
+from tercet.models.settings import Settings, changed, named_prompts
 from tercet.types import Role
 
 # Their name -> our name, and the flag that stands for it before release 6.
@@ -132,16 +132,23 @@ def read_modules(folder: Path) -> Settings | None:
         return None
     modules = _read_module_list(folder / "modules.json")
     pooling, pool_prompt = _read_pooling(folder / modules["Pooling"] / "config.json")
-    max_tokens = _read_max_tokens(folder)
-    return Settings(
-        pooling=pooling,
-        rules="sentence_transformers",
-        normalize="Normalize" in modules,
-        layer=LayerSettings() if "Layer" in modules else None,  # its sizes are beside its weights
+    query_tokens, document_tokens = _read_max_tokens(folder)
+    found = {
+        "pooling": pooling,
+        "rules": "sentence_transformers",
+        "normalize": "Normalize" in modules,
+        "layer": LayerSettings()
+        if "Layer" in modules
+        else None,  # its sizes are beside its weights
         **_read_prompts(folder / "config_sentence_transformers.json"),
-        pool_prompt=pool_prompt,
-        **max_tokens,
-    )
+        "pool_prompt": pool_prompt,
+        "query_tokens": query_tokens,
+        "document_tokens": document_tokens,
+    }
+    try:
+        return changed(Settings(), found)
+    except RecipeError as error:
+        raise ModelError(f"{folder}: {error}; correct the files of the model") from error
 
 
 def _read_module_list(path: Path) -> dict[str, str]:
@@ -225,8 +232,8 @@ def _read_reader_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, read_object(path, optional=True)
 
 
-def _read_max_tokens(folder: Path) -> dict[str, int]:
-    """Return the longest texts in tokens: as set, else what both tokenizer and model take."""
+def _read_max_tokens(folder: Path) -> tuple[int, int]:
+    """Return the longest query and document: as set, else what both tokenizer and model take."""
     path, config = _read_reader_config(folder)
     task = config.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
@@ -249,10 +256,8 @@ def _read_max_tokens(folder: Path) -> dict[str, int]:
             f'{folder}: the longest text is unknown; set "max_seq_length" in '
             "sentence_bert_config.json"
         )
-    return {
-        f"{role}_tokens": int(config.get(f"{role}_length") or min(known))
-        for role in ("query", "document")
-    }
+    longest = min(known)
+    return config.get("query_length") or longest, config.get("document_length") or longest
 
 
 def _unknown_options(config: Mapping[str, Any]) -> str | None:

@@ -262,7 +262,8 @@ def test_an_adapter_without_settings_takes_those_of_its_base(tmp_path):
     path = folder.write(tmp_path / "base")
     peer = SentenceTransformer(str(path), device="cpu")
     peer.add_adapter(LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=["query"]))
-    peer[0].auto_model.save_pretrained(tmp_path / "adapter")
+    network: Any = peer[0]
+    network.auto_model.save_pretrained(tmp_path / "adapter")
     merged = load_adapters([tmp_path / "adapter"], base=path, attention="bidirectional")
     expected = alone(peer.encode, TEXTS, prompt_name="query")
     assert_alike(merged.encode(TEXTS, "query"), expected, folder)
