@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tercet.errors import BROKEN_MODEL, ModelError
+from tercet.files.console import shortened
 from tercet.models.network.words import Words, word_means
 from tercet.models.tokens import Tokens
 from tercet.segments import Packed, batches_by_length
@@ -30,17 +31,21 @@ class Step:
     states: Float[Tensor, "tokens hidden"]
     spans: list[np.ndarray]  # as in Tokens, of these texts; empty if not requested
     read: list[int]
+    all_texts: Sequence[str]
 
     def require_finite(self, finite: list[bool] | Tensor) -> None:
         """Check the vectors of these texts.
 
         Raises:
-            ModelError: if one is not finite, with its row.
+            ModelError: if one is not finite, with the row and the beginning of its text.
         """
         fine = np.asarray(finite, dtype=bool) if isinstance(finite, list) else finite.cpu().numpy()
         if not fine.all():
             row = min(row for row, is_fine in zip(self.rows, fine, strict=True) if not is_fine)
-            raise ModelError(f"the vector of text {row + 1} holds NaN or infinity; {BROKEN_MODEL}")
+            text = shortened(self.all_texts[row], 60)
+            raise ModelError(
+                f"the vector of text {row + 1}, {text!r}, holds NaN or infinity; {BROKEN_MODEL}"
+            )
 
 
 def batch_by_batch(
@@ -62,6 +67,7 @@ def batch_by_batch(
                 states_of(packed),
                 [tokens.spans[i] for i in batch] if tokens.spans else [],
                 [tokens.read[i] for i in batch] if tokens.read else [],
+                texts,
             )
             if advance is not None:
                 advance(len(batch))

@@ -434,7 +434,7 @@ def test_a_full_disk_leaves_the_old_output(teacher, pairs):
 def test_a_teacher_whose_vectors_are_no_numbers_is_refused(teacher, pairs):
     weight = next(iter(teacher.parameters()))
     weight.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"teacher's vector of .* contains NaN or infinity"):
+    with pytest.raises(ModelError, match=r"vector of text \d+, '.*', holds NaN or infinity"):
         mined(teacher, pairs)
     assert list((pairs.parent / "work").iterdir()) == []
 
