@@ -109,7 +109,8 @@ class Vectors:
 
     def not_finite(self) -> Bool[Tensor, "texts"]:
         """Return which texts have a value that is NaN or infinite."""
-        found = torch.zeros(len(self), dtype=torch.bool, device=self.tensors()[0].device)
+        device = next((tensor.device for tensor in self.tensors()), None)
+        found = torch.zeros(len(self), dtype=torch.bool, device=device)
         if self.dense is not None:
             found |= ~self.dense.isfinite().all(dim=1)
         if self.sparse is not None:

@@ -10,6 +10,7 @@
 Files of other kinds are absent. ``numpy.load(path, mmap_mode="r")`` opens each.
 """
 
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tercet.files.artifacts import write_npy_header
-from tercet.files.limits import unreadable
+from tercet.files.checksums import damage, note_damage
+from tercet.files.limits import ARRAY_ERRORS, unreadable
 from tercet.files.outputs import holds_only
 from tercet.files.records import readable
 from tercet.kinds import Kind
@@ -41,6 +43,7 @@ _TYPES: Final = {
     "multi": np.dtype(np.float16),  # of unit vectors: a dot product keeps three digits
     "multi_offsets": np.dtype(np.int64),
 }
+_LAST_64: Final = (1 << 64) - 1
 NAMES: Final = frozenset(f"{name}.npy" for name in _TYPES)  # that may be in such a folder
 
 
@@ -109,16 +112,19 @@ def read_vectors(folder: Path, rows: Int[np.ndarray, "texts"], kind: Kind) -> Ve
 
 
 def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
-    """Whether a folder holds vectors of one kind of this many texts, in files of full length."""
+    """Whether a folder holds vectors of one kind of this many texts, as they were written."""
     names = [*_VALUES[kind], f"{kind}_offsets"]
-    if any(unreadable(folder / f"{name}.npy") for name in names):
+    if not folder.exists() or any(unreadable(folder / f"{name}.npy") for name in names):
+        return False
+    if (path := damage(folder)) is not None:
+        note_damage(path)
         return False
     try:
         values = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _VALUES[kind]]
         if kind == "dense":
             return len(values[0]) == texts
         offsets = np.load(folder / f"{kind}_offsets.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError):
+    except ARRAY_ERRORS:
         return False
     return len(offsets) == texts + 1 and all(len(each) == offsets[-1] for each in values)
 
@@ -148,12 +154,12 @@ class GrowingArray:
         After an error the file states that it holds no rows.
         """
         with path.open("wb") as file:
-            array = GrowingArray(file, dtype, row)
+            made = GrowingArray(file, dtype, row)
             write_npy_header(file, (0, *row), dtype)
             begin = file.tell()
-            yield array
+            yield made
             file.seek(0)
-            write_npy_header(file, (array._rows, *row), dtype)
+            write_npy_header(file, (made._rows, *row), dtype)
             assert file.tell() == begin, "numpy leaves room in a header for a growing number"
 
     def add(self, values: Shaped[np.ndarray, "..."]) -> None:
@@ -161,6 +167,45 @@ class GrowingArray:
         assert values.shape[1:] == self._row, "rows of one width"
         self._file.write(np.ascontiguousarray(values, self._dtype).tobytes())
         self._rows += len(values)
+
+
+class KeySet:
+    """A set of 64-bit numbers in one array, 12 to 24 bytes each."""
+
+    def __init__(self) -> None:
+        self._table, self._count = array("Q", bytes(8 << 10)), 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, key: int) -> bool:
+        return self._table[self._place(_nonzero(key))] != 0
+
+    def add(self, key: int) -> bool:
+        """Add a number, whose last 64 bits count; return whether it is new."""
+        key = _nonzero(key)
+        if self._table[place := self._place(key)]:
+            return False
+        self._table[place] = key
+        self._count += 1
+        if 3 * self._count > 2 * len(self._table):
+            old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
+            for each in old:
+                if each:
+                    self._table[self._place(each)] = each
+        return True
+
+    def _place(self, key: int) -> int:
+        """Return where a number is, or the free place where it belongs."""
+        last = len(self._table) - 1
+        place = key & last
+        while (there := self._table[place]) and there != key:
+            place = (place + 1) & last
+        return place
+
+
+def _nonzero(key: int) -> int:
+    return (key & _LAST_64) or 1  # 0 is a free place
 
 
 def mapped_array(path: Path) -> np.ndarray:

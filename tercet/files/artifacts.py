@@ -5,14 +5,15 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
-from zipfile import BadZipFile
 
 import numpy as np
 
 from tercet.files.atomic import replacing_file, replacing_folder
-from tercet.files.limits import read_text, unreadable
+from tercet.files.checksums import damage, is_whole_archive, note_damage, seal, seal_archive
+from tercet.files.limits import ARRAY_ERRORS, read_text, unreadable
 
 _FACTS: Final = "facts"  # the name of a result's JSON part inside its .npz file
+_NAME: Final = "name"  # and of the file's name, by which another one in its place is noticed
 _FACTS_FILE: Final = "about.json"  # and inside its folder
 
 Arrays = Mapping[str, np.ndarray]
@@ -98,8 +99,10 @@ def write_npy_header(file: BinaryIO, shape: tuple[int, ...], dtype: Any) -> None
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write arrays as an ``.npz`` file that appears whole or not at all."""
     content: dict[str, Any] = dict(arrays)
-    with replacing_file(path) as fresh, fresh.open("wb") as file:
-        np.savez(file, **content)
+    with replacing_file(path) as fresh:
+        with fresh.open("wb") as file:
+            np.savez(file, **content)
+        seal_archive(fresh)
 
 
 class KeptResults:
@@ -121,9 +124,12 @@ class KeptResults:
     def find(self, *key: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """Return the JSON object and the arrays of a key; None if missing or damaged."""
         path = self.path(*key)
+        if not path.exists():
+            return None
         try:
             return _map(path) if self._mapped else _load(path)
-        except (OSError, ValueError, KeyError, BadZipFile, EOFError, MemoryError):
+        except (KeyError, *ARRAY_ERRORS):
+            note_damage(path)
             return None
 
     def keep(self, facts: Mapping[str, Any], arrays: Arrays, *key: Any) -> None:
@@ -133,18 +139,26 @@ class KeptResults:
                 for name, values in arrays.items():
                     np.save(folder / f"{name}.npy", values)
                 (folder / _FACTS_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+                seal(folder, self.path(*key).name)
             return
-        write_arrays(self.path(*key), {_FACTS: np.array(json.dumps(facts)), **arrays})
+        about = {_FACTS: np.array(json.dumps(facts)), _NAME: np.array(self.path(*key).name)}
+        write_arrays(self.path(*key), {**about, **arrays})
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if not is_whole_archive(path):
+        raise ValueError("it is damaged")
     # Opened here: numpy does not close a file that it cannot read.
     with path.open("rb") as file, np.load(file) as found:
-        arrays = {name: found[name] for name in found.files if name != _FACTS}
+        if _NAME in found.files and str(found[_NAME]) != path.name:
+            raise ValueError("it is another result")
+        arrays = {name: found[name] for name in found.files if name not in (_FACTS, _NAME)}
         return parse_json(str(found[_FACTS])), arrays
 
 
 def _map(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if damage(folder) is not None:
+        raise ValueError("it is damaged")
     arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
     facts = folder / _FACTS_FILE  # which a folder that was filled by its maker may lack
     return read_json(facts) if facts.exists() or not arrays else {}, arrays

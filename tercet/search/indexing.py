@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from tercet.data.files.documents import Document
 from tercet.data.files.texts import evenly_spaced
+from tercet.files.arrays import KeySet
 from tercet.files.progress import bar
 from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
@@ -72,12 +73,13 @@ def index_documents(
         ModelError: when the vectors are not those of the engine, or are broken.
         StorageError: when the disk refuses; all batches before are there.
     """
-    seen: set[str] = set()
+    seen = KeySet()  # of hashes of ids
     encoded = removed = 0
     with bar("index", total) as advance:
         records = (Record(each.id, each.text, each.title, each.fields) for each in documents)
         for batch in document_batches(records, lambda record: len(record.text)):
-            seen.update(record.id for record in batch)
+            for record in batch:
+                seen.add(hash(record.id))
             there = engine.fetch([record.id for record in batch])
             new = [record for record, old in zip(batch, there, strict=True) if record != old]
             if new:
@@ -85,8 +87,8 @@ def index_documents(
                 engine.flush()
             encoded += len(new)
             advance(len(batch))
-    if not keep:
-        gone = [record.id for record in engine.scan() if record.id not in seen]
+    if not keep and engine.stats().records > len(seen):
+        gone = [record.id for record in engine.scan() if hash(record.id) not in seen]
         removed = engine.delete(gone)
     engine.optimize()
     engine.flush()

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
+from tercet.files.checksums import is_whole_archive, seal_archive
 from tercet.files.limits import unreadable
 from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1
+_UNREADABLE: Final = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError)
 # Names of settings in runs of earlier versions, and in this one.
 _RENAMED: Final = (
     ("objective.in_lesson", "objective.mixture.in_distilled"),
@@ -64,6 +66,7 @@ def save(path: Path, what: dict[str, Any], progress: StageProgress, **states: An
     record = {"version": VERSION, "what": what, "progress": asdict(progress), **states}
     with replacing_file(path) as fresh:
         torch.save(record, fresh)
+        seal_archive(fresh)
 
 
 def load(
@@ -114,11 +117,13 @@ def read(path: Path, *, mapped: bool = False) -> Any:
     Raises:
         RecipeError: if it is missing or damaged.
     """
+    if not is_whole_archive(path):  # torch would not notice another byte in a weight
+        raise _damaged(path)
     try:
         if problem := unreadable(path):
             raise ValueError(problem)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (*_UNREADABLE, pickle.UnpicklingError) as error:
         raise _damaged(path) from error
 
 
@@ -127,6 +132,18 @@ def _damaged(path: Path) -> RecipeError:
         f"{path}: this file of an earlier run is gone or damaged; delete {path.parent} to "
         "start again, or give another --out"
     )
+
+
+def read_weights(path: Path, module: nn.Module, *, mapped: bool = False) -> dict[str, Tensor]:
+    """Return the trainable weights of the module that a file holds.
+
+    Raises:
+        RecipeError: if it is missing, damaged, or holds other things.
+    """
+    found = read(path, mapped=mapped)
+    if not isinstance(found, dict) or found.keys() != trainable(module).keys():
+        raise _damaged(path)
+    return found
 
 
 def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:

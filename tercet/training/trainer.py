@@ -17,6 +17,7 @@ from tercet import distributed
 from tercet.data.batches.sampler import BatchRows, Sampler
 from tercet.errors import RecipeError, TrainingError
 from tercet.files.atomic import replacing_file
+from tercet.files.checksums import seal_archive
 from tercet.files.console import say
 from tercet.files.progress import Advance, bar, notes
 from tercet.files.signals import Interrupted, Listener, Stopped, stopped, waiting
@@ -304,6 +305,7 @@ class Trainer:
             if distributed.is_main() and weights is not None:
                 with replacing_file(self.folder / BEST) as fresh:
                     torch.save(weights, fresh)
+                    seal_archive(fresh)
         else:
             progress.stale += 1
 
@@ -324,7 +326,9 @@ class Trainer:
             f"best, after step {progress.best_step} of {progress.step}; taking {taken}"
         )
         if best and progress.best_step != progress.step:
-            weights = checkpoint.read(self.folder / BEST, mapped=self.sharded is not None)
+            weights = checkpoint.read_weights(
+                self.folder / BEST, self.embedder, mapped=self.sharded is not None
+            )
             checkpoint.restore(self.embedder, weights)
 
     def _due(self, every: int | None) -> bool:

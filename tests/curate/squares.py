@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ class Squares:
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"power": self.power}
+
+    def files(self, unit: WorkUnit) -> Sequence[Path]:
+        return [self.out / f"{unit.reads['number']}.txt"]
 
     def open(self) -> DoUnit:
         self._tell("opened")

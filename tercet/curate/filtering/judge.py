@@ -26,6 +26,7 @@ from tercet.errors import RecipeError
 from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint, write_arrays
 from tercet.files.atomic import replacing_file
+from tercet.files.checksums import is_whole_archive, note_damage
 from tercet.files.progress import bar
 from tercet.files.records import readable
 from tercet.models.embedder import Embedder
@@ -180,6 +181,10 @@ class JudgeJob:
         """Return a function that ranks a shard; it loads the model when it first needs it."""
         return _ShardRanker(self).do
 
+    def files(self, unit: WorkUnit) -> Sequence[Path]:
+        """Return the files with the verdicts and the kept pairs of a shard."""
+        return [self.folders.out / name / unit.reads["to"] for name in ("verdicts", "pairs")]
+
     def unit(self, key: SourceLanguage, number: int, shard: PairShard) -> WorkUnit:
         """Make the unit of a shard, and write its pairs for the process that ranks it."""
         name = f"{key.folder}/{number:04}"
@@ -190,7 +195,8 @@ class JudgeJob:
             "pairs": shard.digest,
         }
         unit = WorkUnit(name, reads, size=len(shard.rows))
-        if not (path := self.folder(unit) / "pairs.npz").exists():
+        path = self.folder(unit) / "pairs.npz"
+        if not is_whole_archive(path):
             arrays = {"rows": shard.rows, "positives": shard.positives, "texts": shard.texts}
             write_arrays(path, arrays)
         return unit
@@ -218,6 +224,8 @@ class _ShardRanker:
         path = job.folder(unit) / "pairs.npz"
         with readable(path), np.load(path) as found:
             shard = PairShard(found["rows"], found["positives"], found["texts"])
+        if shard.digest != unit.reads["pairs"]:
+            raise RecipeError(f"{path}: holds other pairs; delete it, and call the filter again")
         ranks, scores = self._ranks(unit, shard)
         level = job.filtering.level(len(ranks))
         keep = ranks <= level
@@ -242,9 +250,12 @@ class _ShardRanker:
     ) -> tuple[Int32[np.ndarray, "pairs"], Float32[np.ndarray, "pairs"]]:
         folder = self.job.folder(unit)
         path = folder / "ranks.npz"
-        if path.exists():
+        if is_whole_archive(path):
             with readable(path), np.load(path) as found:
-                return found["rank"], found["score"]
+                if "of" not in found.files or str(found["of"]) == folder.name:
+                    return found["rank"], found["score"]
+        if path.exists():
+            note_damage(path)
         source = self.job.sources[unit.reads["of"]]
         rows, owners = np.unique(shard.rows, return_inverse=True)
         queries, documents = self._encode(source, shard, rows, folder / "vectors", unit.name)
@@ -257,7 +268,7 @@ class _ShardRanker:
                 device=self.embedder.device,
                 advance=advance,
             )
-        write_arrays(path, {"rank": ranks, "score": scores})
+        write_arrays(path, {"rank": ranks, "score": scores, "of": np.array(folder.name)})
         if not self.job.folders.keep_vectors:
             shutil.rmtree(folder / "vectors", ignore_errors=True)
         return ranks, scores

@@ -31,13 +31,22 @@ from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.artifacts import json_text, write_json
+from tercet.files.checksums import (
+    altered,
+    checksums,
+    note_absence,
+    note_damage,
+    sealed,
+    unsealed,
+)
 from tercet.files.outputs import FolderKind, holds_only, json_object, mark
 from tercet.models.zoo import zoo
 
 SETTINGS: Final = "filter.json"
 REPORT: Final = "report.json"
 DRAWING: Final = "report.png"
-_OURS: Final = ("pairs/*", "verdicts/*", "manifest/*", REPORT, SETTINGS, DRAWING)
+_RESULTS: Final = ("pairs", "verdicts")
+_OURS: Final = (*(f"{name}/*" for name in (*_RESULTS, "manifest")), REPORT, SETTINGS, DRAWING)
 
 
 def _is_older(folder: Path) -> bool:
@@ -166,18 +175,36 @@ def finished(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]] | N
             f"{out}: was made with different {_differences(before, settings)}; choose another "
             "--out (vectors are reused), or delete the folder"
         )
-    report = json_object(out / REPORT) if before == settings else {}
-    if not report:
+    report = _report(out) if before == settings else None
+    if report is None:
         if not ranked:  # verdicts by other rules, with which nothing was ranked
             shutil.rmtree(out / "verdicts", ignore_errors=True)
         mark(out, FILTERED)
         write_json(out / SETTINGS, settings, indent=1)
-    return report["sources"] if report else None
+    return report
 
 
 def write_report(out: Path, reports: Sequence[Mapping[str, Any]]) -> None:
     """Write the reports as JSON; this marks the folder as finished."""
-    write_json(out / REPORT, {"sources": list(reports)}, indent=1)
+    files = checksums(out, *(name for name in _RESULTS if (out / name).exists()))
+    write_json(out / REPORT, sealed({"sources": list(reports), "files": files}), indent=1)
+
+
+def _report(out: Path) -> list[dict[str, Any]] | None:
+    """Return the reports of a finished folder, if it still holds what was written."""
+    try:
+        found = unsealed(json_object(out / REPORT))
+    except ValueError:
+        note_damage(out / REPORT)
+        return None
+    if "sources" not in found:
+        return None
+    if "files" not in found:
+        note_absence(out)
+    elif (path := altered(out, found["files"])) is not None:
+        note_damage(path)
+        return None
+    return found["sources"]
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -100,6 +100,10 @@ class ScreenJob:
             for start in range(0, len(source), ROWS)
         ]
 
+    def files(self, unit: WorkUnit) -> Sequence[Path]:
+        """Return the file with the verdicts of a unit."""
+        return [self.path(unit)]
+
     def path(self, unit: WorkUnit) -> Path:
         """Return the file with the verdicts of a unit."""
         about = json.dumps([self.settings, unit.reads], sort_keys=True)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, forget, run_units
+from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.data.files.texts import open_texts
@@ -53,6 +53,10 @@ class EncodeJob:
         """Load the model."""
         return partial(self._do, self.load())
 
+    def files(self, unit: WorkUnit) -> Sequence[Path]:
+        """Return the file or folder with the vectors of a part."""
+        return [self.place(unit)]
+
     def units(self, part: int) -> list[WorkUnit]:
         """Cut the sources into parts of ``part`` texts."""
         units: list[WorkUnit] = []
@@ -94,9 +98,6 @@ def encode_files(job: EncodeJob, *, part: int = PART, runner: Runner = LOOP) -> 
     check_output(job.out, [source.path for source in job.sources.values()], ENCODED)
     _refuse_others(job, units)
     mark(job.out, ENCODED)
-    for unit in units:
-        if not job.place(unit).exists():
-            forget(unit, manifest)
     written = WrittenVectors(bytes=Counter())
     for _, report in run_units(job, units, manifest, runner=runner):
         written.texts += report["texts"]

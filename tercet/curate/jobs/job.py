@@ -1,8 +1,9 @@
 """Large jobs in units of work, on one machine or many, that continue after a kill.
 
 Each unit writes its own files, whole or not at all, and returns a report of plain values. A
-manifest has a file per finished unit, with a fingerprint of all that its result depends on. The
-same job started again does the units that are missing or have changed.
+manifest has a file per finished unit, with a fingerprint of all that its result depends on and the
+checksums of its files. The same job started again does the units that are missing, have changed,
+or whose files are damaged.
 """
 
 import json
@@ -22,8 +23,10 @@ from tercet.curate.jobs.runners import LOOP, LostError, Runner, spread
 from tercet.errors import RecipeError, TercetError
 from tercet.files.artifacts import fingerprint, read_json, write_json
 from tercet.files.atomic import sole_writer
+from tercet.files.checksums import checksum, checksums, note_absence, note_damage, sealed, unsealed
 from tercet.files.limits import read_text
 from tercet.files.progress import Advance, bar
+from tercet.files.signals import end_with
 
 UnitReport: TypeAlias = dict[str, Any]
 """The report on a finished unit: plain values that JSON can hold."""
@@ -60,6 +63,10 @@ class BulkJob(Protocol):
 
     def open(self) -> DoUnit:
         """Prepare a process, such as by loading the model; return the function that does a unit."""
+        ...
+
+    def files(self, unit: WorkUnit) -> Sequence[Path]:
+        """Return the files and folders that a unit writes, if it has something to write there."""
         ...
 
 
@@ -101,7 +108,8 @@ def _in_processes(
     job: BulkJob, units: Sequence[WorkUnit], manifest: Path, runner: Runner, advance: Advance
 ) -> Iterator[tuple[WorkUnit, UnitReport]]:
     """Have an engine do the missing units, in any order; if it fails, start another."""
-    opener = _JobOpener(job, manifest, _lock_text(manifest), Path.cwd())
+    driver = os.getpid() if runner.used == "daft" else None
+    opener = _JobOpener(job, manifest, _lock_text(manifest), Path.cwd(), driver)
     reports: dict[str, UnitReport] = {}
     losses = 0
     while missing := _missing(job, units, manifest, reports, advance):
@@ -140,22 +148,39 @@ def _missing(
 
 def recorded(job: BulkJob, unit: WorkUnit, manifest: Path) -> UnitReport | None:
     """Return the report of a unit that was done with the same settings and input."""
+    path = _path(manifest, unit)
     try:
-        found = read_json(_path(manifest, unit))
-        return found["report"] if found["of"] == _digest(job, unit) else None
+        found = unsealed(read_json(path))
+        if found["of"] != _digest(job, unit):
+            return None
+        if "files" not in found:
+            note_absence(manifest)
+            there = all(place.exists() for place in job.files(unit))
+            return found["report"] if there else None
+        for place, was in zip(job.files(unit), found["files"], strict=True):
+            if _contents(place) != was:
+                note_damage(place)
+                return None
+        return found["report"]
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, KeyError, TypeError):
+        note_damage(path)
         return None
 
 
 def record(job: BulkJob, unit: WorkUnit, manifest: Path, report: UnitReport) -> None:
     """Record that a unit is done, after its files are in place."""
-    content = {"of": _digest(job, unit), "report": report}
-    write_json(_path(manifest, unit), content, indent=None)
+    files = [_contents(path) for path in job.files(unit)]
+    content = {"of": _digest(job, unit), "report": report, "files": files}
+    write_json(_path(manifest, unit), sealed(content), indent=None)
 
 
-def forget(unit: WorkUnit, manifest: Path) -> None:
-    """Delete the record of a unit, so that it is done again."""
-    _path(manifest, unit).unlink(missing_ok=True)
+def _contents(path: Path) -> Any:
+    """Return the checksum of a file, those of all files in a folder, or None."""
+    if path.is_dir():
+        return checksums(path)
+    return checksum(path) if path.exists() else None
 
 
 def _path(manifest: Path, unit: WorkUnit) -> Path:
@@ -178,8 +203,11 @@ class _JobOpener:
     manifest: Path
     lock: str  # the text of the driver's lock, to detect another disk with the same path
     folder: Path  # the driver's working directory: paths may be relative to it
+    driver: int | None = None  # its process, which workers of the same machine do not outlive
 
     def __call__(self, threads: int | None) -> Callable[[str], str]:
+        if self.driver not in (None, os.getpid()):
+            end_with(self.driver)
         if threads is not None:
             _use_threads(threads)
         with suppress(OSError):  # missing on this machine: paths must be absolute then

@@ -9,6 +9,7 @@ import weakref
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,8 @@ from tercet.data.files.texts import text_key
 from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
-from tercet.files.limits import unreadable
+from tercet.files.checksums import damage, note_damage, seal
+from tercet.files.limits import ARRAY_ERRORS, unreadable
 from tercet.files.progress import Advance
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
@@ -157,6 +159,7 @@ class StoredVectors:
                 assert vectors.dense is not None
                 with fresh.open("wb") as opened:
                     np.save(opened, vectors.dense.numpy())
+            seal(path)
         return path
 
     def queries(
@@ -264,10 +267,12 @@ def encode_prompted(
 
 
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
-    if unreadable(path):
+    if unreadable(path) or not path.exists():
         return False
-    try:
-        found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # missing, or cut off by a copy
-        return False
-    return found.shape == shape and found.dtype == np.float32
+    with suppress(*ARRAY_ERRORS):  # cut off by a copy
+        if damage(path) is None:
+            found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+            if found.shape == shape and found.dtype == np.float32:
+                return True
+    note_damage(path)
+    return False

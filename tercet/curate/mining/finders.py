@@ -31,6 +31,7 @@ from tercet.curate.mining.document_pools import (
 from tercet.evaluate.measures.bm25 import K1, B, WordsOf, by_words
 from tercet.files.arrays import VectorWriter, is_whole, read_vectors
 from tercet.files.atomic import clear_about, replacing_folder
+from tercet.files.checksums import seal
 from tercet.files.progress import Advance
 from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
@@ -255,11 +256,14 @@ class EncodedShelf:
         ]
         if not missing:
             return shard
-        with ExitStack() as stack:
-            writers: dict[Kind, VectorWriter] = {}
-            for kind in missing:
-                fresh = stack.enter_context(replacing_folder(_folder(shard, kind)))
-                writers[kind] = stack.enter_context(VectorWriter.open(fresh))
+        with ExitStack() as folders, ExitStack() as files:
+            fresh: dict[Kind, Path] = {
+                kind: folders.enter_context(replacing_folder(_folder(shard, kind)))
+                for kind in missing
+            }
+            writers: dict[Kind, VectorWriter] = {
+                k: files.enter_context(VectorWriter.open(f)) for k, f in fresh.items()
+            }
             done = 0
             for batch in document_batches(texts, len):
                 some = prompts[done : done + len(batch)]
@@ -269,6 +273,10 @@ class EncodedShelf:
                 with clear_about(shard):
                     for kind, writer in writers.items():
                         writer.add(vectors.only((kind,)))
+            with clear_about(shard):
+                files.close()
+                for kind, folder in fresh.items():
+                    seal(folder, _folder(shard, kind).name)
         return shard
 
 

@@ -60,6 +60,10 @@ class EncodeDocumentsJob:
         """Load the teacher; the first unit reads the documents."""
         return partial(self._do, self.shared.miner())
 
+    def files(self, unit: WorkUnit) -> Sequence[Path]:
+        """Return nothing: shards have their checksums beside them."""
+        return []
+
     def _do(self, miner: Miner, unit: WorkUnit) -> UnitReport:
         miner.finder.prepare(miner.read().pools[unit.reads["prompt"]], unit.reads["start"])
         return {}
@@ -90,6 +94,10 @@ class MineBlocksJob:
             for number, source in enumerate(self.shared.sources)
             for start in range(0, len(source), SHARD)
         ]
+
+    def files(self, unit: WorkUnit) -> Sequence[Path]:
+        """Return the file with the mined rows of a block."""
+        return [self.part(unit)]
 
     def part(self, unit: WorkUnit) -> Path:
         """Return the file with the mined rows of a block."""

@@ -14,6 +14,7 @@ from tercet.data.files.examples import shown
 from tercet.errors import DataError, RecipeError
 from tercet.files.artifacts import parse_json
 from tercet.files.atomic import clear_about
+from tercet.files.checksums import sealed, unsealed
 from tercet.files.limits import unreadable
 
 _VERSION: Final = 1  # of the file; others are refused
@@ -104,7 +105,7 @@ def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Answ
     found: dict[AnswerKey, str] = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
-            record = parse_json(line)
+            record = unsealed(parse_json(line))
             key = (record["document"], record["start"], record["end"], record["digest"])
             if "answer" in record:
                 found[key] = str(record["answer"])
@@ -117,7 +118,7 @@ def _answers(path: Path, content: bytes, wanted: Mapping[str, Any]) -> dict[Answ
 
 def _check_head(path: Path, line: bytes, wanted: Mapping[str, Any]) -> None:
     try:
-        head = parse_json(line)
+        head = unsealed(parse_json(line))
     except ValueError:
         raise _another_kind(path) from None
     if not isinstance(head, dict) or head.get("kind") != _KIND:
@@ -141,7 +142,7 @@ def _key(passage: Passage) -> AnswerKey:
 
 
 def _write(path: Path, file: BinaryIO, record: Mapping[str, Any]) -> None:
-    line = json.dumps(record).encode() + b"\n"
+    line = json.dumps(sealed(record)).encode() + b"\n"
     with clear_about(path):
         written = file.write(line)
         if written != len(line):

@@ -7,6 +7,7 @@ tokenized when it is needed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -19,6 +20,7 @@ from tercet.data.files.sources import Source
 from tercet.files.arrays import GrowingArray
 from tercet.files.artifacts import KeptResults, fingerprint
 from tercet.files.atomic import replacing_folder
+from tercet.files.checksums import seal
 from tercet.files.progress import Bars, bar
 from tercet.models.tokens import Tokens
 from tercet.models.zoo.zoo import cache_folder
@@ -132,11 +134,16 @@ def _write(
     keys: list[np.ndarray] = []
     with (
         replacing_folder(folder) as fresh,
-        GrowingArray.open(fresh / "ids.npy", np.dtype(np.uint32), ()) as ids,
-        GrowingArray.open(fresh / "offsets.npy", np.dtype(np.int64), ()) as offsets,
-        GrowingArray.open(fresh / "about.npy", np.dtype(np.int32), (4,)) as about,
+        ExitStack() as arrays,
         bars(f"tokens of {source.name}, {role}", len(source)) as advance,
     ):
+
+        def array(name: str, kind: type, *row: int) -> GrowingArray:
+            made = GrowingArray.open(fresh / f"{name}.npy", np.dtype(kind), row)
+            return arrays.enter_context(made)
+
+        ids, offsets = array("ids", np.uint32), array("offsets", np.int64)
+        about = array("about", np.int32, 4)
         offsets.add(np.zeros(1, np.int64))
         end = 0
         for texts, prompts, rows in _texts(source, role, prompt_of):
@@ -152,6 +159,8 @@ def _write(
         order = np.argsort(every[:, 0], kind="stable")
         np.save(fresh / "keys.npy", every[order])
         np.save(fresh / "order.npy", order.astype(np.int64))
+        arrays.close()  # their files are complete from here on
+        seal(fresh, folder.name)
 
 
 def _keys_of(texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:

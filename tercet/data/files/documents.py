@@ -8,6 +8,7 @@ from typing import Any, Final
 from tercet.data.files.examples import as_object, nonblank, optional_text, shown, text_of
 from tercet.data.files.texts import text_records, text_under
 from tercet.errors import DataError
+from tercet.files.arrays import KeySet
 from tercet.files.records import FileRecord, open_parquet, parsed, readable
 
 _SCALARS: Final = (str, bool, int, float)
@@ -77,7 +78,7 @@ def read_documents(
     if keep_others and path.suffix == ".parquet":
         with readable(path), open_parquet(path) as file:
             columns = (*columns, *(set(file.schema_arrow.names) - set(columns)))
-    seen: set[int] = set()  # ids as 8-byte hashes
+    seen = KeySet()  # of hashes of ids
     for record in text_records(path, columns):
         if (
             split is not None
@@ -85,11 +86,10 @@ def read_documents(
         ):
             continue
         document = parsed(path, record, lambda it: fields.document(it, keep_others=keep_others))
-        if hash(document.id) in seen:
+        if not seen.add(hash(document.id)):
             _refuse_repeated_id(path, columns, fields, document.id, record.line)
-        seen.add(hash(document.id))
         yield document
-    if not seen:
+    if not len(seen):
         raise DataError(path, None, f'has no record whose "split" is {shown(split)}')
 
 

@@ -17,7 +17,13 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from tercet.data.files.examples import EXAMPLE_FIELDS, POSITIVES, QUERY, parse_example
+from tercet.data.files.examples import (
+    EXAMPLE_FIELDS,
+    OUR_FIELDS,
+    POSITIVES,
+    QUERY,
+    parse_example,
+)
 from tercet.data.files.readers import (
     ChosenReader,
     FileStamp,
@@ -33,6 +39,7 @@ from tercet.data.files.readers import (
 from tercet.errors import DataError, StorageError
 from tercet.files.artifacts import KeptResults, fingerprint_of_ends, write_npy_header
 from tercet.files.atomic import replacing_file
+from tercet.files.checksums import damage, seal
 from tercet.files.records import FileRecord, iter_records, parsed, readable
 from tercet.models.zoo.zoo import cache_folder
 from tercet.types import Example
@@ -57,7 +64,8 @@ ReportProgress: TypeAlias = Callable[[float], None]
 
 def example_records(path: Path) -> Iterator[FileRecord]:
     """Yield the records of a file that should hold examples."""
-    return iter_records(path, EXAMPLE_FIELDS, needs=(QUERY, POSITIVES))
+    known = (*EXAMPLE_FIELDS, *OUR_FIELDS)
+    return iter_records(path, EXAMPLE_FIELDS, needs=(QUERY, POSITIVES), known=known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +237,12 @@ def joined_sizes(parts: Sequence[np.ndarray], fingerprint: str) -> np.ndarray:
         return np.concatenate(parts)
     path = cache_folder() / "sources" / f"sizes-{fingerprint}.npy"
     try:
-        if not path.exists():
+        if not path.exists() or damage(path) is not None:
             with replacing_file(path) as fresh, fresh.open("wb") as file:
                 write_npy_header(file, (rows,), np.int32)
                 for part in parts:
                     file.write(np.ascontiguousarray(part, np.int32).tobytes())
+            seal(path)
         found = np.load(path, mmap_mode="r")
         if found.shape == (rows,) and found.dtype == np.int32:
             return found

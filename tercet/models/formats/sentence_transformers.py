@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import write_json
 from tercet.models.choices import LayerSettings, PoolingName
-from tercet.models.network.loading import read_object, read_value
+from tercet.models.network.loading import as_object, read_object, read_value
 from tercet.models.settings import Settings, changed, named_prompts
 from tercet.types import Role
 
@@ -277,7 +277,8 @@ def _unknown_options(config: Mapping[str, Any]) -> str | None:
 def _read_prompts(path: Path) -> dict[str, Any]:
     """Return prompts by role and by task; "passage" and "corpus" are names of "document"."""
     config = read_object(path, optional=True)
-    named = {name: prompt or "" for name, prompt in (config.get("prompts") or {}).items()}
+    read = as_object(path, config.get("prompts") or {})
+    named = {name: prompt or "" for name, prompt in read.items()}
     default = config.get("default_prompt_name") or None
     if default is not None and default not in named:
         raise ModelError(

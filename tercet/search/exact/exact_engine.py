@@ -33,6 +33,7 @@ from tercet.search.engine.engine import (
 )
 from tercet.search.engine.fusion import proposing, reciprocal_ranks, wanted, weighted_sum
 from tercet.search.exact import manifest as manifests
+from tercet.search.exact.ids import IdRows, keys_of
 from tercet.search.exact.manifest import Manifest, TokenPrecision
 from tercet.search.exact.merging import (
     LivePart,
@@ -81,7 +82,7 @@ class ExactEngine:
         self.read_only = read_only
         self._open = ExitStack()
         self._lock = RLock()  # guards the attributes below
-        self._places: dict[str, tuple[LivePart, int]] | None = None  # by id, once needed
+        self._ids: dict[LivePart, IdRows] = {}  # of parts where ids were looked up
         self._changed = False  # since the last commit
         if read_only:
             self._manifest, self._parts = _read(self.folder)
@@ -126,6 +127,11 @@ class ExactEngine:
         """Whether the ranges of codes are known; float32 needs none."""
         return self._manifest.stored == "float32" or self._manifest.ranges is not None
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether all of its files had checksums: not those of earlier versions."""
+        return manifests.is_sealed(self._manifest)
+
     # ---- what changes it -------------------------------------------------------------------------
 
     def settle(self, ranges: Ranges) -> None:
@@ -154,9 +160,6 @@ class ExactEngine:
             self._manifest = found
             self._forget([record.id for record in records])
             self._parts.append(part)
-            places = self._by_id()
-            for row, record in enumerate(records):
-                places[record.id] = part, row
             self._changed = True
             self._settle()
 
@@ -209,7 +212,7 @@ class ExactEngine:
                     self.flush()
             finally:
                 self._open.close()
-                self.read_only, self._parts, self._places = True, [], {}
+                self.read_only, self._parts, self._ids = True, [], {}
 
     def __enter__(self) -> "ExactEngine":
         return self
@@ -221,27 +224,22 @@ class ExactEngine:
         if self.read_only:
             raise RecipeError(f"{self.folder}: is closed or read-only; open it for writing")
 
-    def _by_id(self) -> dict[str, tuple[LivePart, int]]:
-        """Return the part and row of each id; read when first needed."""
-        if self._places is None:
-            self._places = {}
-            for part in self._parts:
-                self._place(part)
-        return self._places
-
-    def _place(self, part: LivePart) -> None:
-        assert self._places is not None
-        for row, name in enumerate(part.segment.documents.ids()):
-            if part.alive[row]:
-                self._places[name] = part, row
+    def _found(self, ids: Sequence[str]) -> Iterator[tuple[str, LivePart, int]]:
+        """Yield those ids that are there, each with its part and row."""
+        keys = keys_of(ids)
+        for part in self._parts:
+            if part not in self._ids:
+                self._ids[part] = IdRows.of(part.segment.documents)
+            rows = self._ids[part].find(keys)
+            for place in np.flatnonzero(rows >= 0).tolist():
+                if part.alive[rows[place]]:
+                    yield ids[place], part, int(rows[place])
 
     def _forget(self, ids: Sequence[str]) -> int:
-        places, gone = self._by_id(), 0
-        for name in ids:
-            if name in places:
-                part, row = places.pop(name)
-                part.alive[row] = False
-                gone += 1
+        gone = 0
+        for _, part, row in self._found(ids):
+            part.alive[row] = False
+            gone += 1
         self._changed = self._changed or gone > 0
         return gone
 
@@ -273,10 +271,13 @@ class ExactEngine:
         self._replace(start, part_of(write_merged(folder, self._parts[start:]), folder))
 
     def _replace(self, start: int, part: LivePart | None) -> None:
+        old = self._parts[start:]
         self._parts[start:] = [] if part is None else [part]
+        if part is not None and all(each in self._ids for each in old):
+            self._ids[part] = IdRows.merged([(self._ids[each], each.alive) for each in old])
+        for each in old:
+            self._ids.pop(each, None)
         self._changed = True
-        if part is not None and self._places is not None:
-            self._place(part)
 
     def _commit(self) -> None:
         self._manifest = manifests.commit(self.folder, self._manifest, self._parts)
@@ -313,14 +314,9 @@ class ExactEngine:
     def fetch(self, ids: Sequence[str]) -> list[Record | None]:
         """Return the records of these ids; None for an unknown id."""
         with self._lock:
-            places = self._by_id()
             views = self._views({})
             begins = {id(view.segment): view.begin for view in views}
-            rows = {
-                name: begins[id(places[name][0].segment)] + places[name][1]
-                for name in ids
-                if name in places
-            }
+            rows = {name: begins[id(part.segment)] + row for name, part, row in self._found(ids)}
         wanted = np.unique(np.array(list(rows.values()), np.int64))
         records = dict(zip(wanted.tolist(), _records(views, wanted), strict=True))
         return [records[rows[name]] if name in rows else None for name in ids]

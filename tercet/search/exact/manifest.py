@@ -16,6 +16,7 @@ import numpy as np
 from tercet.errors import IndexFolderError
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.atomic import replacing_file
+from tercet.files.checksums import altered, checksums, note_absence, sealed, unsealed
 from tercet.kinds import KINDS, Kind
 from tercet.rank.quantized import STORED, Ranges, Stored
 from tercet.search.exact.merging import LivePart, mapped, open_segment
@@ -39,6 +40,7 @@ class Manifest:
     ranges: Ranges | None = None  # of codes; None for float32 and before the first vector
     segments: Sequence[str] = ()
     deleted: str | None = None  # the file of rows, counted over all segments
+    checksums: Mapping[str, str] = field(default_factory=dict)  # of its files, by their paths
     version: int = VERSION
 
     @property
@@ -59,14 +61,15 @@ def read(folder: Path) -> Manifest | None:
         IndexFolderError: when it cannot be read, or is of another version.
     """
     try:
-        about = read_json(folder / FILE)
+        about = unsealed(read_json(folder / FILE))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise damaged(folder, f"{FILE} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("version") != VERSION:
         raise damaged(folder, f"{FILE} is not of version {VERSION}")
-    about = {"stored": "float32", "ranges": None} | about  # older ones say nothing of codes
+    # Older ones say nothing of codes and checksums.
+    about = {"stored": "float32", "ranges": None, "checksums": {}} | about
     if not _is_sound(about):
         raise damaged(folder, f"{FILE} has invalid content")
     about["ranges"] = _ranges_of(folder, about)
@@ -90,7 +93,7 @@ def _ranges_of(folder: Path, about: Mapping[str, Any]) -> Ranges | None:
 
 
 def _is_sound(about: Mapping[str, Any]) -> bool:
-    kinds = {"number": int, "widths": dict, "precision": str, "segments": list}
+    kinds = {"number": int, "widths": dict, "precision": str, "segments": list, "checksums": dict}
     return (
         set(about) == set(asdict(Manifest()))
         and all(isinstance(about[name], kind) for name, kind in kinds.items())
@@ -121,6 +124,10 @@ def open_parts(folder: Path, manifest: Manifest) -> list[LivePart]:
     Raises:
         IndexFolderError: when a file is missing or damaged.
     """
+    if (path := altered(folder, manifest.checksums)) is not None:
+        raise damaged(folder, f"{path.relative_to(folder)} is not as it was written")
+    if not is_sealed(manifest):
+        note_absence(folder)
     kinds = tuple(manifest.widths)
     parts = []
     for name in manifest.segments:
@@ -134,6 +141,11 @@ def open_parts(folder: Path, manifest: Manifest) -> list[LivePart]:
     if manifest.deleted is not None:
         _mark(folder / manifest.deleted, parts)
     return parts
+
+
+def is_sealed(manifest: Manifest) -> bool:
+    """Return whether all files of a commit have checksums: not those of earlier versions."""
+    return {*manifest.names} <= {name.partition("/")[0] for name in manifest.checksums}
 
 
 def _mark(path: Path, parts: Sequence[LivePart]) -> None:
@@ -166,7 +178,11 @@ def commit(folder: Path, manifest: Manifest, parts: Sequence[LivePart]) -> Manif
     made = replace(
         manifest, number=number, widths=dict(manifest.widths), segments=names, deleted=deleted
     )
-    write_json(folder / FILE, asdict(made))
+    # Segments of the commit before keep theirs, or stay without: they may have been altered since.
+    kept = {k: v for k, v in manifest.checksums.items() if k.partition("/")[0] in names}
+    fresh = [name for name in made.names if name not in manifest.segments]
+    made = replace(made, checksums={**kept, **(checksums(folder, *fresh) if fresh else {})})
+    write_json(folder / FILE, sealed(asdict(made)))
     return made
 
 

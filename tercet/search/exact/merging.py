@@ -6,9 +6,9 @@ keeps the order of the others.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, Final
 
 import numpy as np
@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64, Shaped
 
 from tercet.errors import ModelError
+from tercet.files.arrays import GrowingArray
 from tercet.files.artifacts import write_npy_header
 from tercet.files.atomic import replacing_folder
+from tercet.files.limits import ARRAY_ERRORS
 from tercet.kinds import Kind
 from tercet.rank.scoring import Postings
 from tercet.search.engine.engine import Record
@@ -35,11 +37,13 @@ from tercet.search.exact.segment import (
     damaged,
     dense_of,
 )
-from tercet.segments import row_of
+from tercet.segments import row_of, runs_within
 from tercet.vectors import Terms, TokenRows, Vectors
 
 _RECORDS: Final = "records.parquet"
 _BLOCK: Final = 65_536  # rows of vectors that are copied at a time
+_TEXTS: Final = 512  # whose token vectors are
+_POSTINGS: Final = 1 << 19  # terms of documents that are merged at a time
 _ARRAYS: Final[dict[Kind, tuple[str, ...]]] = {
     "dense": ("dense",),  # unless they are in codes
     "sparse": ("tokens", "token_offsets", "token_rows", "token_weights"),
@@ -57,10 +61,6 @@ _TYPES: Final = {
     "multi": ("float16", "float32"),
     "multi_offsets": ("int64",),
 }
-_UNREADABLE: Final = (  # what numpy raises at a damaged file
-    *(OSError, EOFError, ValueError, SyntaxError, TypeError),
-    *(OverflowError, MemoryError, RecursionError, TokenError),
-)
 _FILES: Final = {name: f"{name}.npy" for name in _TYPES}
 _TABLES: Final = ("dense", *_CODES, "multi")  # of two dimensions
 
@@ -123,8 +123,7 @@ def _sorted(tokens: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Postin
     """Return inverted lists of (token, row, weight) whose rows ascend for each token."""
     order = np.argsort(tokens, kind="stable")
     words, counts = np.unique(tokens, return_counts=True)
-    offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
-    return Postings(words.astype(np.int64), offsets, rows[order], weights[order])
+    return Postings(words.astype(np.int64), _bounds(counts), rows[order], weights[order])
 
 
 def merged_in_memory(parts: Sequence[LivePart]) -> Segment:
@@ -145,7 +144,7 @@ def merged_in_memory(parts: Sequence[LivePart]) -> Segment:
 def write_merged(folder: Path, parts: Sequence[LivePart]) -> Segment:
     """Write one segment of the rows that are alive in these, and open it.
 
-    Vectors are copied block by block and need not fit in memory; lists of terms have to.
+    Everything is copied block by block and need not fit in memory.
 
     Raises:
         StorageError: when the disk refuses; the folder is not there then.
@@ -153,7 +152,11 @@ def write_merged(folder: Path, parts: Sequence[LivePart]) -> Segment:
     first = parts[0].segment
     with replacing_folder(folder) as fresh:
         with pq.ParquetWriter(
-            fresh / _RECORDS, SCHEMA, compression="zstd", write_page_checksum=True
+            fresh / _RECORDS,
+            SCHEMA,
+            compression="zstd",
+            write_page_checksum=True,
+            write_statistics=False,  # of texts, which would stay in memory
         ) as writer:
             for table in _regrouped(_tables(parts)):
                 writer.write_table(table)
@@ -163,10 +166,7 @@ def write_merged(folder: Path, parts: Sequence[LivePart]) -> Segment:
                 shape = (sum(map(len, parts)), array.shape[1])
                 _write(fresh, name, _dense(parts, place), shape, array.dtype)
         if first.sparse is not None:
-            lists = _merged_postings(parts)
-            arrays = (lists.tokens, lists.offsets, lists.rows, lists.weights)
-            for name, array in zip(_ARRAYS["sparse"], arrays, strict=True):
-                _write(fresh, name, [array], array.shape, array.dtype)
+            _write_postings(fresh, parts)
         if first.multi is not None:
             offsets = _multi_offsets(parts)
             shape = (int(offsets[-1]), first.multi.vectors.shape[1])
@@ -231,7 +231,7 @@ def mapped(path: Path) -> np.ndarray:
         with warnings.catch_warnings():  # numpy would guess at a header that is not quite right
             warnings.simplefilter("error")
             return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (*_UNREADABLE, Warning) as error:
+    except (*ARRAY_ERRORS, Warning) as error:
         raise damaged(path.parent, f"{path.name} cannot be read: {error}") from error
 
 
@@ -287,11 +287,11 @@ def _multi(parts: Sequence[LivePart]) -> Iterator[Shaped[np.ndarray, "rows width
     for part in parts:
         rows = part.segment.multi
         assert rows is not None
-        alive = np.repeat(part.alive, np.diff(rows.offsets))
         yield rows.vectors[:0]  # a block even of a segment without tokens
-        for start in range(0, len(alive), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            yield rows.vectors[block][alive[block]]
+        for start in range(0, len(part.alive), _TEXTS):
+            bounds = rows.offsets[start : start + _TEXTS + 1]
+            alive = np.repeat(part.alive[start : start + _TEXTS], np.diff(bounds))
+            yield rows.vectors[bounds[0] : bounds[-1]][alive]
 
 
 def _multi_offsets(parts: Sequence[LivePart]) -> Int64[np.ndarray, "bounds"]:
@@ -300,21 +300,66 @@ def _multi_offsets(parts: Sequence[LivePart]) -> Int64[np.ndarray, "bounds"]:
         for part in parts
         if part.segment.multi is not None
     ]
-    return np.concatenate([[0], np.concatenate(lengths).cumsum()]).astype(np.int64)
+    return _bounds(np.concatenate(lengths))
 
 
 def _merged_postings(parts: Sequence[LivePart]) -> Postings:
-    tokens, rows, weights, before = [], [], [], 0
-    for part in parts:
-        lists = part.segment.sparse
-        assert lists is not None
-        renumbered = before + part.alive.cumsum() - 1
-        kept = part.alive[lists.rows]
-        tokens.append(np.repeat(lists.tokens, np.diff(lists.offsets))[kept])
-        rows.append(renumbered[lists.rows[kept]].astype(np.int32))
-        weights.append(lists.weights[kept])
-        before += len(part)
-    return _sorted(np.concatenate(tokens), np.concatenate(rows), np.concatenate(weights))
+    blocks = list(_postings_blocks(parts))
+    arrays = ([getattr(each, name) for each in blocks] for name in ("tokens", "rows", "weights"))
+    sizes = [np.diff(each.offsets) for each in blocks]
+    tokens, rows, weights = map(np.concatenate, arrays)
+    return Postings(tokens, _bounds(np.concatenate(sizes)), rows, weights)
+
+
+def _write_postings(folder: Path, parts: Sequence[LivePart]) -> None:
+    tokens, sizes = [], []
+    with ExitStack() as stack:
+        rows, weights = (
+            stack.enter_context(GrowingArray.open(folder / _FILES[name], np.dtype(kind), ()))
+            for name, kind in (("token_rows", "<i4"), ("token_weights", "<f4"))
+        )
+        for block in _postings_blocks(parts):
+            tokens.append(block.tokens)
+            sizes.append(np.diff(block.offsets))
+            rows.add(block.rows)
+            weights.add(block.weights)
+    bounds = _bounds(np.concatenate(sizes))
+    for name, array in (("tokens", np.concatenate(tokens)), ("token_offsets", bounds)):
+        _write(folder, name, [array], array.shape, array.dtype)
+
+
+def _postings_blocks(parts: Sequence[LivePart]) -> Iterator[Postings]:
+    """Yield the merged lists of some tokens at a time, by ascending token."""
+    every: list[Postings] = [p.segment.sparse for p in parts if p.segment.sparse is not None]
+    tokens = np.unique(np.concatenate([lists.tokens for lists in every]))
+    sizes = np.zeros(len(tokens), np.int64)
+    for lists in every:
+        sizes[np.searchsorted(tokens, lists.tokens)] += np.diff(lists.offsets)
+    counts = np.array([len(part) for part in parts])
+    starts = np.cumsum(counts) - counts
+    new_rows = [
+        np.cumsum(part.alive, dtype=np.int32) + np.int32(start - 1)
+        for part, start in zip(parts, starts.tolist(), strict=True)
+    ]
+    if not len(tokens):
+        yield _sorted(
+            tokens, *(np.zeros(0, _TYPES[f"token_{name}"][0]) for name in ("rows", "weights"))
+        )
+    for low, high in runs_within(_bounds(sizes).tolist(), _POSTINGS):
+        some: list[tuple[np.ndarray, ...]] = []
+        for part, lists, rows in zip(parts, every, new_rows, strict=True):
+            first = np.searchsorted(lists.tokens, tokens[low])
+            last = np.searchsorted(lists.tokens, tokens[high - 1], side="right")
+            bounds = lists.offsets[first : last + 1]
+            here = slice(bounds[0], bounds[-1])
+            kept = part.alive[lists.rows[here]]
+            words = np.repeat(lists.tokens[first:last], np.diff(bounds))
+            some.append((words[kept], rows[lists.rows[here][kept]], lists.weights[here][kept]))
+        yield _sorted(*map(np.concatenate, zip(*some, strict=True)))
+
+
+def _bounds(sizes: Int64[np.ndarray, "lists"]) -> Int64[np.ndarray, "bounds"]:
+    return np.concatenate([[0], sizes.cumsum()]).astype(np.int64)
 
 
 def _tables(parts: Sequence[LivePart]) -> Iterator[pa.Table]:

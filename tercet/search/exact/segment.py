@@ -75,9 +75,10 @@ class RecordTable:
             found.update(zip(here.tolist(), self.records_of(table), strict=True))
         return [found[row] for row in rows.tolist()]
 
-    def ids(self) -> list[str]:
-        """Return the id of each row."""
-        return [name for block in self.blocks(["id"]) for name in self._column(block, "id")]
+    def ids(self) -> Iterator[str]:
+        """Yield the id of each row."""
+        for block in self.blocks(["id"]):
+            yield from self._column(block, "id")
 
     def fields(self) -> Iterator[Mapping[str, Value | Sequence[Value]]]:
         """Yield the fields of each row."""

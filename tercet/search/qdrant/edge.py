@@ -22,6 +22,7 @@ from tercet.files.atomic import (
     replacing_folder,
     sole_writer,
 )
+from tercet.files.checksums import sealed, unsealed
 from tercet.kinds import KINDS, Kind
 from tercet.rank.coded import FACTOR
 from tercet.rank.quantized import STORED, Stored
@@ -113,8 +114,8 @@ class EdgeStore:
             )
             shard.flush()
             shard.close()
-            write_json(fresh / _WIDTHS, widths, indent=None)
-            write_json(fresh / _STORED, self._stored, indent=None)
+            write_json(fresh / _WIDTHS, sealed({**widths}), indent=None)
+            write_json(fresh / _STORED, sealed({"stored": self._stored}), indent=None)
         self._open()
 
     @contextmanager
@@ -244,7 +245,7 @@ def _is_from_edge(error: BaseException) -> bool:
 
 def _read_widths(path: Path) -> dict[Kind, int]:
     """Read the kinds of vectors with their widths; ValueError for other content."""
-    found = read_json(path)
+    found = unsealed(read_json(path))
     numbers = found.values() if isinstance(found, dict) and set(found) <= set(KINDS) else [None]
     if not found or not all(type(number) is int for number in numbers):
         raise ValueError(f"{path.name} has invalid content")
@@ -253,7 +254,8 @@ def _read_widths(path: Path) -> dict[Kind, int]:
 
 def _read_stored(path: Path) -> Stored:
     """Read how dense vectors are stored; older folders lack the file, and have no codes."""
-    found = read_json(path) if path.exists() else "float32"
+    found = unsealed(read_json(path)) if path.exists() else "float32"
+    found = found.get("stored") if isinstance(found, dict) else found  # older ones are a text
     if found not in STORED:
         raise ValueError(f"{path.name} has invalid content")
     return found

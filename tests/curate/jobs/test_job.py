@@ -1,3 +1,4 @@
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ class Squares:
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"power": self.power}
+
+    def files(self, unit: WorkUnit) -> list[Path]:
+        return [self.out / str(unit.reads["number"])]
 
     def open(self) -> DoUnit:
         self.opened += 1
@@ -78,3 +82,39 @@ def test_a_damaged_record_counts_as_none(tmp_path: Path):
     again = Squares(tmp_path)
     assert results(again) == [0, 1, 4, 9]
     assert again.done == [1]
+
+
+def test_a_unit_whose_file_was_altered_is_done_again_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    assert results(Squares(tmp_path)) == [0, 1, 4, 9]
+    (tmp_path / "2").write_text("5")
+    (tmp_path / "3").unlink()
+    again = Squares(tmp_path)
+    assert results(again) == [0, 1, 4, 9]
+    assert again.done == [2, 3]
+    assert (tmp_path / "2").read_text() == "4"
+    assert f"{tmp_path / '2'}: is damaged, and is made again" in caplog.text
+
+
+def test_files_of_two_units_that_were_swapped_are_made_again(tmp_path: Path):
+    results(Squares(tmp_path))
+    (tmp_path / "2").rename(tmp_path / "x")
+    (tmp_path / "3").rename(tmp_path / "2")
+    (tmp_path / "x").rename(tmp_path / "3")
+    again = Squares(tmp_path)
+    assert results(again) == [0, 1, 4, 9]
+    assert again.done == [2, 3]
+
+
+def test_a_record_of_an_earlier_version_is_used_with_one_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    results(Squares(tmp_path))
+    for path in (tmp_path / "manifest" / "numbers").glob("*.json"):
+        old = json.loads(path.read_text())
+        path.write_text(json.dumps({"of": old["of"], "report": old["report"]}))
+    again = Squares(tmp_path)
+    assert results(again) == [0, 1, 4, 9]
+    assert again.done == []
+    assert caplog.text.count("have no checksums") == 1

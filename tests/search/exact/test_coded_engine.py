@@ -157,6 +157,7 @@ def test_a_folder_from_before_there_were_codes_opens(tmp_path):
     path = folder / "manifest.json"
     about = json.loads(path.read_text())
     assert about.pop("stored") == "float32" and about.pop("ranges") is None
+    del about["checksum"], about["checksums"]
     path.write_text(json.dumps(about))
     with closing(ExactEngine(folder, stored="float32")) as engine:
         assert engine.search(c.QUESTIONS, 5) == wanted
