@@ -173,7 +173,7 @@ class KeySet:
     """A set of 64-bit numbers in one array, 12 to 24 bytes each."""
 
     def __init__(self) -> None:
-        self._table, self._count = array("Q", bytes(8 << 10)), 0
+        self._table, self._count = array("Q", [0]) * 1024, 0
 
     def __len__(self) -> int:
         return self._count
@@ -189,7 +189,7 @@ class KeySet:
         self._table[place] = key
         self._count += 1
         if 3 * self._count > 2 * len(self._table):
-            old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
+            old, self._table = self._table, array("Q", [0]) * (2 * len(self._table))
             for each in old:
                 if each:
                     self._table[self._place(each)] = each

@@ -41,7 +41,7 @@ from tercet.segments import row_of, runs_within
 from tercet.vectors import Terms, TokenRows, Vectors
 
 _RECORDS: Final = "records.parquet"
-_BLOCK: Final = 65_536  # rows of vectors that are copied at a time
+_BLOCK: Final = 2_048  # rows of vectors that are copied at a time
 _TEXTS: Final = 512  # whose token vectors are
 _POSTINGS: Final = 1 << 19  # terms of documents that are merged at a time
 _ARRAYS: Final[dict[Kind, tuple[str, ...]]] = {
