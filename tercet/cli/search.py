@@ -1,11 +1,12 @@
 """Verbs that make an index of documents, and search in it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import typer
 
@@ -22,9 +23,11 @@ from tercet.files.console import columns, one_line, results, say, shortened
 from tercet.kinds import KINDS, Kind, Weights
 
 if TYPE_CHECKING:
-    from tercet.search.engine.engine import Engine, Fusion, Value
+    from tercet.search.engine.engine import Engine, Fusion
 
 _FIELDS_NAMED: Final = 10  # in a message
+_VALUES_REMEMBERED: Final = 1_000  # of each field, to name those that are like a wrong one
+_Condition: TypeAlias = tuple[str, str, list[Any]]  # a field, what it should be, possible values
 
 Precision = Annotated[
     Literal["float32", "bfloat16", "int8", "int4", "binary", "binary+int8"],
@@ -179,15 +182,18 @@ def search(
     from tercet.search.text_index import check_texts, open_index
 
     check_texts(queries)
-    wanted, given = _where(only or []), weights_of(weights)
+    conditions, given = _conditions(only or []), weights_of(weights)
+    wanted: dict[str, list[Any]] = {}
+    for name, _, values in conditions:
+        wanted.setdefault(name, []).extend(values)
     with open_index(folder, load=load) as opened:
         complete, kinds = opened.about.complete, opened.kinds
         if not complete:
             say(f"tercet: note: {folder}: some documents are missing; call tercet index again")
         how = _fusion(fusion, given, opened.weights, candidates)
         found = opened.search(queries, k, fusion=how, where=wanted)
-        if not any(found):
-            _explain(folder, opened.engine, wanted, complete=complete)
+        if not any(found) or len(conditions) > len(wanted):  # one of several values may be wrong
+            _explain(folder, opened.engine, conditions, complete=complete)
     out = results()
     shown: Sequence[Kind] = kinds if len(kinds) > 1 else ()
     for query, hits in zip(queries, found, strict=True):
@@ -200,27 +206,48 @@ def search(
         out.print(table)
 
 
-def _explain(folder: Path, engine: "Engine", asked: Iterable[str], *, complete: bool) -> None:
-    """Say why nothing was found, where it is not for lack of likeness.
+def _explain(
+    folder: Path, engine: "Engine", conditions: Sequence[_Condition], *, complete: bool
+) -> None:
+    """Say which conditions no document fulfils, and which fields and values there are.
 
     Raises:
         IndexFolderError: when the index is said to be complete, and nothing is in it.
     """
-    lacking, known = set(asked), set[str]()
+    waiting, known = list(conditions), dict[str, set[str]]()
     if not engine.stats().records:
         if complete:
             raise IndexFolderError(
                 f"{folder}: its documents are gone; build it again with: tercet index --fresh"
             )
         return
-    for record in engine.scan() if lacking else ():
-        lacking -= record.fields.keys()
-        known |= record.fields.keys()
-        if not lacking:
+    for record in engine.scan() if waiting else ():
+        for name, value in record.fields.items():
+            values = value if isinstance(value, list | tuple) else [value]
+            waiting = [c for c in waiting if c[0] != name or not _any_equal(values, c[2])]
+            seen = known.setdefault(name, set())
+            if len(seen) < _VALUES_REMEMBERED:
+                seen |= {str(each) for each in values}
+        if not waiting:
             return
-    fields = one_line(", ".join(islice(sorted(known), _FIELDS_NAMED))) or "none"
-    for name in map(one_line, sorted(lacking)):
-        say(f"tercet: note: --where {name}: no document has this field; there are: {fields}")
+    for name, text, _ in waiting:
+        values = known.get(name)
+        if values is None:
+            what, lacks = one_line(name), "this field"
+            there = one_line(", ".join(islice(sorted(known), _FIELDS_NAMED))) or "none"
+        else:
+            what, lacks = one_line(f"{name}={text}"), "this value"
+            near = get_close_matches(text, values, _FIELDS_NAMED, cutoff=0.5) or sorted(values)
+            there = one_line(", ".join(shortened(each, 40) for each in near[:_FIELDS_NAMED]))
+        what = what.encode("utf-8", "backslashreplace").decode()  # of bytes that are no Unicode
+        say(f"tercet: note: --where {what}: no document has {lacks}; there are: {there}")
+
+
+def _any_equal(values: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Whether two lists share a value; true is not 1."""
+    return any(
+        a == b and isinstance(a, bool) == isinstance(b, bool) for a in values for b in wanted
+    )
 
 
 def _fusion(name: str, given: Weights | None, usual: Weights, candidates: int) -> "Fusion":
@@ -240,18 +267,18 @@ def _fusion(name: str, given: Weights | None, usual: Weights, candidates: int) -
     return ReciprocalRank(kinds=kinds, candidates=candidates)
 
 
-def _where(conditions: Sequence[str]) -> dict[str, list["Value"]]:
-    """Fields and the values that they may have; what looks like a number may be one."""
-    found: dict[str, list[Value]] = {}
-    for condition in conditions:
+def _conditions(given: Sequence[str]) -> list[_Condition]:
+    """Return fields, what they should be, and the values that this may stand for."""
+    found: list[_Condition] = []
+    for condition in given:
         name, equals, text = condition.partition("=")
         if not name or not equals:
             raise RecipeError(f"--where {condition}: write a field and its value, as section=web")
-        values = found.setdefault(name, [])
-        values.append(text)
+        values: list[Any] = [text]
         if text in ("true", "false"):
             values.append(text == "true")
         for number in (int, float):
             with suppress(ValueError):
                 values.append(number(text))
+        found.append((name, text, values))
     return found

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tercet.files.artifacts import write_npy_header
 from tercet.files.checksums import damage, note_damage
-from tercet.files.limits import unreadable
+from tercet.files.limits import ARRAY_ERRORS, unreadable
 from tercet.files.outputs import holds_only
 from tercet.files.records import readable
 from tercet.kinds import Kind
@@ -124,7 +124,7 @@ def is_whole(folder: Path, texts: int, kind: Kind) -> bool:
         if kind == "dense":
             return len(values[0]) == texts
         offsets = np.load(folder / f"{kind}_offsets.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError):
+    except ARRAY_ERRORS:
         return False
     return len(offsets) == texts + 1 and all(len(each) == offsets[-1] for each in values)
 

@@ -5,13 +5,12 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
-from zipfile import BadZipFile
 
 import numpy as np
 
 from tercet.files.atomic import replacing_file, replacing_folder
 from tercet.files.checksums import damage, is_whole_archive, note_damage, seal, seal_archive
-from tercet.files.limits import read_text, unreadable
+from tercet.files.limits import ARRAY_ERRORS, read_text, unreadable
 
 _FACTS: Final = "facts"  # the name of a result's JSON part inside its .npz file
 _NAME: Final = "name"  # and of the file's name, by which another one in its place is noticed
@@ -129,7 +128,7 @@ class KeptResults:
             return None
         try:
             return _map(path) if self._mapped else _load(path)
-        except (OSError, ValueError, KeyError, BadZipFile, EOFError, MemoryError):
+        except (KeyError, *ARRAY_ERRORS):
             note_damage(path)
             return None
 

@@ -3,7 +3,9 @@
 import os
 import stat
 from pathlib import Path
+from tokenize import TokenError
 from typing import Final
+from zipfile import BadZipFile
 
 MAX_RECORD_BYTES: Final = 1 << 24  # 16 MiB: a line, or the texts of a row of parquet
 MAX_JSON_BYTES: Final = 1 << 28  # 256 MiB: a file that is one JSON value, or a text read whole
@@ -12,6 +14,11 @@ MAX_EXPANSION: Final = 100  # ... than a hundredth
 MAX_VALUES: Final = 1 << 27  # of a column in a row group
 
 _NEEDED: Final = (".json", ".safetensors", ".bin", ".model")  # files of a model
+ARRAY_ERRORS: Final = (  # what numpy raises at a damaged file
+    *(OSError, EOFError, ValueError, SyntaxError, TypeError),
+    *(OverflowError, MemoryError, RecursionError, TokenError, BadZipFile),
+)
+
 _KINDS: Final = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),

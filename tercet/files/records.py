@@ -1,9 +1,11 @@
 """Data files record by record: lines of JSON, rows of parquet, or why one cannot be read."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -14,7 +16,9 @@ import pyarrow.parquet as pq
 
 from tercet.errors import DataError
 from tercet.files.artifacts import parse_json
+from tercet.files.console import shortened
 from tercet.files.limits import (
+    ARRAY_ERRORS,
     MAX_EXPANSION,
     MAX_RECORD_BYTES,
     MAX_UNPACKED,
@@ -26,8 +30,12 @@ BOM: Final = b"\xef\xbb\xbf"
 ROWS_AT_ONCE: Final = 1024  # rows of parquet that are Python objects at the same time, at most
 BYTES_AT_ONCE: Final = 1 << 26  # 64 MiB of their texts, or one row
 
-# What pyarrow raises on a damaged file. UnicodeDecodeError and ArrowInvalid are ValueErrors.
-DAMAGED: Final = (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError)
+# What readers of a damaged file raise. UnicodeDecodeError and ArrowInvalid are ValueErrors.
+DAMAGED: Final = (
+    *(pa.ArrowException, KeyError),
+    *ARRAY_ERRORS,
+    NotImplementedError,  # of zip files: another compression
+)
 
 _TEXTS: Final = (
     pa.types.is_string,
@@ -35,6 +43,15 @@ _TEXTS: Final = (
     pa.types.is_binary,
     pa.types.is_large_binary,
 )
+_MOST_UNKNOWN: Final = 100  # fields of a file, that are remembered
+_SHOWN_UNKNOWN: Final = 5
+_MOST_REPORTED: Final = 1_000  # lines that are not repeated
+_LONGEST_NAME: Final = 60  # characters that are compared
+_NEAR: Final = 0.7  # likeness of two names, of which one may be the other misspelt
+_reported: Final[set[str]] = set()
+
+log = logging.getLogger("tercet")
+
 _LISTS: Final = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 Needs: TypeAlias = Sequence[Sequence[str]]
@@ -63,23 +80,51 @@ def parsed(path: Path, record: FileRecord, parse: Callable[[FileRecord], Parsed]
         raise DataError(path, record.line, str(error)) from error
 
 
-def iter_records(path: Path, fields: Sequence[str], *, needs: Needs) -> Iterator[FileRecord]:
+def iter_records(
+    path: Path, fields: Sequence[str], *, needs: Needs, known: Sequence[str] = ()
+) -> Iterator[FileRecord]:
     """Yield the records of a .jsonl or .parquet file, without blank lines.
 
     Of parquet, only the columns in ``fields`` are read, and one column of each group in ``needs``
     is required. A line that is not JSON is a record with a problem, so that a caller who
-    collects problems can continue.
+    collects problems can continue. With ``known``, fields of other names are reported at the end.
 
     Raises:
         DataError: if the file cannot be read at all, or holds no record.
     """
-    empty = True
+    empty, known_fields, others = True, frozenset((*fields, *known)), dict[str, None]()
     is_parquet = known_suffix(path) == ".parquet"
+    if known and is_parquet:
+        with readable(path):
+            others = dict.fromkeys(pq.read_schema(path).names)
     for record in _parquet_records(path, fields, needs) if is_parquet else _jsonl_records(path):
         empty = False
         yield record
+        if known and isinstance(record.value, dict) and not known_fields.issuperset(record.value):
+            if len(others) < _MOST_UNKNOWN:
+                others |= dict.fromkeys(record.value)
     if empty:
         raise DataError(path, None, "holds no records; write one JSON object per line")
+    if unknown := [name for name in others if name not in known_fields]:
+        _report_unknown(path, unknown, known)
+
+
+def _report_unknown(path: Path, unknown: Sequence[str], known: Sequence[str]) -> None:
+    """Log the fields of a file that nothing reads, once for each file."""
+    named = [f'"{shortened(name, 40)}"{meant(name, known)}' for name in unknown[:_SHOWN_UNKNOWN]]
+    more = f" and {len(unknown) - len(named)} more" if len(unknown) > len(named) else ""
+    line = f"{path}: fields that are not read: {', '.join(named)}{more}"
+    if line not in _reported:
+        if len(_reported) >= _MOST_REPORTED:
+            _reported.clear()
+        _reported.add(line)
+        log.warning("%s", line)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return a question after the known name nearest to one, or an empty string."""
+    near = get_close_matches(name.lower()[:_LONGEST_NAME], list(known), n=1, cutoff=_NEAR)
+    return f' (did you mean "{near[0]}"?)' if near else ""
 
 
 def begins_with(path: Path | str, *fields: Sequence[str]) -> bool:
@@ -335,5 +380,6 @@ def readable(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(path, None, "no such file") from error
     except DAMAGED as error:
-        problem = error.strerror if isinstance(error, OSError) and error.strerror else error
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        problem = " ".join(problem.split()) or type(error).__name__
         raise DataError(path, None, f"cannot be read: {problem}") from error

@@ -21,6 +21,7 @@ _NONE: Final = np.empty(0, np.int32)
 _AT_ONCE: Final = 1_024  # texts that are tokenized together,
 _LETTERS_AT_ONCE: Final = 1 << 23  # and characters of them
 _LETTERS_A_TOKEN: Final = 16  # read of a long text at first, more than most texts need
+_MORE: Final = 256  # tokens that are read beyond those that are kept
 _MARGIN: Final = 1_024  # characters before a cut whose tokens are not trusted
 
 
@@ -333,7 +334,7 @@ class Tokenizer:
         is_bpe = type(self._fast.model).__name__ == "BPE"
 
         def size(row: int) -> int:
-            return factor * rooms[row] + 4 * _MARGIN
+            return factor * (rooms[row] + _MORE)
 
         waiting = range(len(texts))
         while waiting := [row for row in waiting if len(texts[row]) > 2 * size(row)]:

@@ -369,3 +369,75 @@ def test_cls_every_without_a_cls_token_is_refused():
         Form(cls_every=0)
     with pytest.raises(RecipeError, match="without echo; got 3 with echo"):
         Form(cls_every=3, echo="query")
+
+
+def long_texts(random: np.random.Generator) -> list[str]:
+    """Long texts of words, of one word, of white space, of other scripts, and of repetitions."""
+    words = " ".join(SENTENCES).split()
+    ordinary = " ".join(random.choice(words, 2_000))
+    huge = " ".join(word * int(times) for word in words for times in random.choice([1, 300], 2))
+    return [
+        ordinary,
+        ordinary.replace(" ", "\n\n  "),
+        "a" * 9_000,
+        "ab" * 4_500,
+        " " * 9_000 + "x",
+        "".join(random.choice(list("abc"), 9_000)),
+        "".join(random.choice(list("0123456789"), 9_000)),
+        "".join(random.choice(["é", "e\u0301", "ﬁ", "😀", " ", "<s>", "</s>", "web"], 5_000)),
+        "".join(map(chr, random.integers(0x4E00, 0x9FFF, 9_000))),
+        huge[:20_000],
+    ]
+
+
+FORMS = {
+    "plain": Form(),
+    "suffix": Form(suffix=" file</s>"),
+    "prompt left out": Form(pool_prompt=False),
+    "echo": Form(echo="query"),
+    "cls": Form(cls_every=7),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("build", EVERY)
+def test_a_long_text_that_is_cut_before_it_is_tokenized_has_the_same_tokens(
+    build, form, monkeypatch
+):
+    tokenizer = Tokenizer(build())
+    if form == "cls" and len(tokenizer.around[0]) != 1:
+        pytest.skip("has no token before a text")
+    texts, cuts = long_texts(np.random.default_rng(len(form))), []
+    decisive = Tokenizer._decisive
+
+    def counted(self, some, *more):
+        found = decisive(self, some, *more)
+        cuts.extend(len(part) < len(text) for part, text in zip(found, some, strict=True))
+        return found
+
+    def made() -> list[Tokens]:
+        return [
+            tokenizer(texts, limit, prompt, FORMS[form], spans=bool(prompt))
+            for limit, prompt in ((2, ""), (16, "read the mail: "), (60, ""))
+        ]
+
+    monkeypatch.setattr(Tokenizer, "_decisive", counted)
+    cut = made()
+    monkeypatch.setattr(Tokenizer, "_decisive", lambda _, some, *more: some)
+    for one, other in zip(cut, made(), strict=True):
+        assert [row.tolist() for row in one.ids] == [row.tolist() for row in other.ids]
+        assert [x.tolist() for x in one.spans] == [x.tolist() for x in other.spans]
+        assert (one.skipped, one.left_out, one.read, one.cuts, one.truncated) == (
+            (other.skipped, other.left_out, other.read, other.cuts, other.truncated)
+        )
+    assert sum(cuts) >= 6  # the ordinary texts at least
+
+
+def test_texts_of_many_characters_are_tokenized_few_at_a_time(monkeypatch):
+    monkeypatch.setattr("tercet.models.tokens._LETTERS_AT_ONCE", 50)
+    tokenizer = Tokenizer(wordpiece())
+    few = tokenizer(SENTENCES, 32, "read: ")
+    monkeypatch.undo()
+    assert [row.tolist() for row in few.ids] == [
+        row.tolist() for row in tokenizer(SENTENCES, 32, "read: ").ids
+    ]

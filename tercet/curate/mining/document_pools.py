@@ -27,7 +27,7 @@ from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
 from tercet.files.checksums import damage, note_damage, seal
-from tercet.files.limits import unreadable
+from tercet.files.limits import ARRAY_ERRORS, unreadable
 from tercet.files.progress import Advance
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
@@ -277,7 +277,7 @@ def encode_prompted(
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
     if unreadable(path) or not path.exists():
         return False
-    with suppress(OSError, ValueError, EOFError):  # cut off by a copy
+    with suppress(*ARRAY_ERRORS):  # cut off by a copy
         if damage(path) is None:
             found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
             if found.shape == shape and found.dtype == np.float32:

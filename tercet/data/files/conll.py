@@ -51,7 +51,8 @@ def read_labelled(path: Path | str, column: int | None = None) -> list[LabelledS
     if path.suffix in (".jsonl", ".parquet"):
         if column is not None:
             raise RecipeError(f"{path} has no columns; remove the column of the labels")
-        records = iter_records(path, (_TOKENS, _LABELS), needs=((_TOKENS,), (_LABELS,)))
+        fields = (_TOKENS, _LABELS)
+        records = iter_records(path, fields, needs=((_TOKENS,), (_LABELS,)), known=fields)
         return [parsed(path, record, _of_record) for record in records]
     sentences = list(_sentences(path, _rows(path), column))
     if not sentences:

@@ -32,6 +32,19 @@ EXAMPLE_FIELDS: Final = (
     *LANG,
 )
 
+OUR_FIELDS: Final = (
+    "rank",
+    "score",
+    "document_id",
+    "passage_start",
+    "passage_end",
+    "passage_position",
+    "generator",
+    "prompt_digest",
+    "seed",
+)
+"""What ``tercet filter`` and ``tercet synthesize`` write beside an example; nothing reads it."""
+
 SHOWN_CHARACTERS: Final = 60  # of a wrong value, in a message
 
 

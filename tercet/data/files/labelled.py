@@ -45,7 +45,8 @@ def read_labelled_texts(
     path = Path(path)
     fields = (text_field,) if isinstance(text_field, str) else tuple(text_field)
     names = LABELS if label_field == LABELS[0] else (label_field,)
-    for record in iter_records(path, (*fields, *names, SPLIT), needs=(fields[:1], names)):
+    every = (*fields, *names, SPLIT)
+    for record in iter_records(path, every, needs=(fields[:1], names), known=every):
         yield parsed(path, record, lambda it: _labelled(it.value, fields, names, label_prefix))
 
 

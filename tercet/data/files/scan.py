@@ -17,7 +17,13 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from tercet.data.files.examples import EXAMPLE_FIELDS, POSITIVES, QUERY, parse_example
+from tercet.data.files.examples import (
+    EXAMPLE_FIELDS,
+    OUR_FIELDS,
+    POSITIVES,
+    QUERY,
+    parse_example,
+)
 from tercet.data.files.readers import (
     ChosenReader,
     FileStamp,
@@ -58,7 +64,8 @@ ReportProgress: TypeAlias = Callable[[float], None]
 
 def example_records(path: Path) -> Iterator[FileRecord]:
     """Yield the records of a file that should hold examples."""
-    return iter_records(path, EXAMPLE_FIELDS, needs=(QUERY, POSITIVES))
+    known = (*EXAMPLE_FIELDS, *OUR_FIELDS)
+    return iter_records(path, EXAMPLE_FIELDS, needs=(QUERY, POSITIVES), known=known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class SimilaritySet:
         """
         path = Path(path)
         fields, needs = (*TEXT1, *TEXT2, *SCORE), (TEXT1, TEXT2, SCORE)
-        records = iter_records(path, fields, needs=needs)
+        records = iter_records(path, fields, needs=needs, known=fields)
         data = cls.of(path.stem, (parsed(path, record, _scored_pair) for record in records))
         if np.ptp(data.scores) == 0:
             raise DataError(

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tercet.errors import ModelError
 from tercet.files.artifacts import write_json
 from tercet.models.choices import LayerSettings, PoolingName
-from tercet.models.network.loading import read_object, read_value
+from tercet.models.network.loading import as_object, read_object, read_value
 from tercet.models.settings import Settings, named_prompts
 from tercet.types import Role
 
@@ -228,7 +228,7 @@ def _read_max_tokens(folder: Path) -> int:
 
 def _read_prompts(path: Path) -> dict[str, Any]:
     """Return prompts by role and by task; "passage" and "corpus" are names of "document"."""
-    read = read_object(path, optional=True).get("prompts") or {}
+    read = as_object(path, read_object(path, optional=True).get("prompts") or {})
     named = {name: prompt or "" for name, prompt in read.items()}
     for name in ("passage", "corpus"):
         if named.get(name) and not named.get("document"):

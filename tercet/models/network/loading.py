@@ -166,8 +166,8 @@ def check_weights(folder: Path, config: Any) -> None:
     numbers_a_byte = 8 if getattr(config, "quantization_config", None) else 1
     if wanted > numbers_a_byte * held:
         raise ModelError(
-            f"{folder}: config.json describes a network of {wanted:,} numbers, and the files of "
-            f"weights hold {held:,} bytes; copy or download both again"
+            f"{folder}: cannot be loaded: config.json describes a network of {wanted:,} numbers, "
+            f"and the files of weights hold {held:,} bytes; copy or download both again"
         )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +20,7 @@ from tercet.errors import ModelError
 from tercet.files.arrays import GrowingArray
 from tercet.files.artifacts import write_npy_header
 from tercet.files.atomic import replacing_folder
+from tercet.files.limits import ARRAY_ERRORS
 from tercet.kinds import Kind
 from tercet.rank.scoring import Postings
 from tercet.search.engine.engine import Record
@@ -61,10 +61,6 @@ _TYPES: Final = {
     "multi": ("float16", "float32"),
     "multi_offsets": ("int64",),
 }
-_UNREADABLE: Final = (  # what numpy raises at a damaged file
-    *(OSError, EOFError, ValueError, SyntaxError, TypeError),
-    *(OverflowError, MemoryError, RecursionError, TokenError),
-)
 _FILES: Final = {name: f"{name}.npy" for name in _TYPES}
 _TABLES: Final = ("dense", *_CODES, "multi")  # of two dimensions
 
@@ -235,7 +231,7 @@ def mapped(path: Path) -> np.ndarray:
         with warnings.catch_warnings():  # numpy would guess at a header that is not quite right
             warnings.simplefilter("error")
             return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (*_UNREADABLE, Warning) as error:
+    except (*ARRAY_ERRORS, Warning) as error:
         raise damaged(path.parent, f"{path.name} cannot be read: {error}") from error
 
 

@@ -416,3 +416,20 @@ def test_jsonl_is_written_as_readable_text(tmp_path):
     assert path.read_bytes().count(b"\n") == 1
     assert "søk" in path.read_text(encoding="utf-8")
     assert json.loads(path.read_bytes()) == {"query": "søk", "positives": ["p\u2028"], "task": "t"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_fields_that_are_not_read_are_reported_once_with_the_nearest_known_one(
+    tmp_path, caplog, suffix
+):
+    path = tmp_path / f"nq{suffix}"
+    rows = [{"query": "q", "positives": ["p"], "negatvies": ["n"], "number": 3, "rank": [1]}] * 3
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    open_source(path)
+    open_source(path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f'{path}: fields that are not read: "negatvies" (did you mean "negatives"?), "number"'
+    ]
