@@ -13,6 +13,7 @@ Files of other kinds are absent. ``numpy.load(path, mmap_mode="r")`` opens each.
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -206,6 +207,13 @@ class KeySet:
 
 def _nonzero(key: int) -> int:
     return (key & _LAST_64) or 1  # 0 is a free place
+
+
+def release(array: np.ndarray) -> None:
+    """Take the pages of a mapped array out of this process's memory; they can be read again."""
+    mapping = getattr(array, "_mmap", None)
+    if isinstance(mapping, mmap) and hasattr(mapping, "madvise"):
+        mapping.madvise(MADV_DONTNEED)
 
 
 def mapped_array(path: Path) -> np.ndarray:
