@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -161,8 +160,10 @@ def main(argv: list[str] | None = None) -> None:
             if end.code in _BY_SIGNAL and not getattr(end, "line", ""):
                 command = COMMANDS.get(next((word for word in words if word[:1] != "-"), ""))
                 say(f"tercet: stopped; {_NOTHING if command is None else command.kept}")
-            if end.code in _BY_SIGNAL and any(map(_is_waited_for, threading.enumerate())):
-                os._exit(end.code)  # a call of an endpoint may take minutes
+            if end.code in _BY_SIGNAL and argv is None:
+                # Python would wait for calls of an endpoint, and Daft's threads would abort it.
+                sys.stdout.flush()
+                os._exit(end.code)
             raise
         except Exception:
             sys.excepthook = _show_without_keys
@@ -177,11 +178,6 @@ def _refuse_bytes(words: Sequence[str]) -> None:
                 f"the argument {word!r} is not in {sys.getfilesystemencoding()}; rename the file, "
                 "or set PYTHONUTF8=1 if it is UTF-8"
             )
-
-
-def _is_waited_for(thread: threading.Thread) -> bool:
-    """Whether Python would wait for this thread before it ends."""
-    return not thread.daemon and thread is not threading.main_thread()
 
 
 def _show_without_keys(*error: Any) -> None:

@@ -68,27 +68,28 @@ class _Lines:
     """Prints how far a job is, where there is no terminal."""
 
     def __init__(self, about: str, total: int | None, done: int) -> None:
-        self._about, self._total, self._begun_at, self._done = about, total, done, done
-        self._began = time.monotonic()
-        self._due = self._began + FIRST_SECONDS
+        self._about, self._total, self._done = about, total, done
+        self._due = time.monotonic() + FIRST_SECONDS
+        self._first: tuple[float, int] | None = None  # when the first were done, and how many
 
     def __call__(self, count: int = 1, note: str = "") -> None:
         """Count, and print a line if it is time."""
         self._done += count
         now = time.monotonic()
+        began, before = self._first = self._first or (now, self._done)
         if now < self._due:
             return
         self._due = now + EVERY_SECONDS
         parts = [f"{self._about}{self._done:,}", *([note] if note else [])]
         if self._total is not None:
             parts[0] += f" of {self._total:,}"
-            if (here := self._done - self._begun_at) > 0:
-                seconds = (now - self._began) / here * max(0, self._total - self._done)
+            if self._done > before:
+                seconds = (now - began) / (self._done - before) * max(0, self._total - self._done)
                 parts.append(f"about {time_text(seconds)} left")
         say(", ".join(parts))
 
 
-def time_text(seconds: float) -> str:
+def time_text(seconds: float | int) -> str:
     """Return a time for people, as in "2 h 5 min"."""
     if seconds < 99:
         return f"{seconds:.0f} s"

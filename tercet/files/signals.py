@@ -3,6 +3,7 @@
 The exit status is 128 and the signal's number, as a shell has it: 130 for SIGINT, 143 for SIGTERM.
 """
 
+import _thread
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ from typing import Any, Final
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _AS_ONE: Final = 0.1  # seconds; `timeout` sends a signal to its child, and then to the whole group
+_LOOKS: Final = 0.5  # seconds between two looks at whether a process lives
+_GRACE: Final = 5.0  # for a worker to end by itself
 _AS_ONE_UNDER_TORCHRUN: Final = 5.0  # it passes on what a terminal has sent to all processes
 
 
@@ -147,3 +150,26 @@ def waiting() -> Iterator[Listener]:
             yield listener
         finally:
             listener.waits = before
+
+
+def end_with(process: int) -> None:
+    """Have this process end when another does, as by a signal, without a file half written."""
+
+    def watch() -> None:
+        while _lives(process):
+            time.sleep(_LOOKS)
+        _thread.interrupt_main()
+        time.sleep(_GRACE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,10 +1,16 @@
 import json
+import signal
+import subprocess
+import sys
+import time
+from threading import Event
 
 import pytest
 
 from tercet.data.files.sources import iter_examples
 from tests.answering import Reply, completion, endpoint, written
 from tests.cli.lines import cells, write
+from tests.processes import ROOT
 from tests.toy import SENTENCES
 
 
@@ -182,3 +188,32 @@ def test_a_key_that_an_endpoint_repeats_is_written_nowhere(
     assert (tmp_path / "q.log.jsonl").stat().st_mode & 0o777 == 0o600
     if "answer" in how and ended.status == 0:
         assert (tmp_path / "q.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_wait_for_calls_and_keeps_the_answers(tercet, start, tmp_path):
+    over = Event()
+
+    def reply(body, number):
+        if 5 <= number < 9:  # all of its workers wait
+            over.wait(60)
+        return ask(body, number)
+
+    with endpoint(reply) as served:
+        words = [str(word) for word in (*start, "--url", served.url, "--timeout", "50")]
+        command = [sys.executable, "-m", "tercet.cli", *words]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while len(served.calls) < 9:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.5)  # until the answers are logged
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+        over.set()
+        assert process.returncode == 143
+        assert err.splitlines()[-1] == (
+            "tercet: stopped; answers so far are kept, and the same command asks for the rest"
+        )
+        ended = tercet(*start, "--url", served.url, "--timeout", "50")
+    found = counted(ended.out)
+    assert (found["answered before"], found["answered now"]) == ("5", "4")

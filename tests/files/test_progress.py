@@ -37,7 +37,7 @@ def test_a_job_of_unknown_length_is_counted_and_a_short_or_hidden_one_is_silent(
 
 
 def test_times_are_readable():
-    times = [time_text(seconds) for seconds in (0.2, 98, 100, 5900, 7500)]
+    times = [time_text(seconds) for seconds in (0.2, 98.0, 100.0, 5900.0, 7500.0)]
     assert times == ["0 s", "98 s", "2 min", "98 min", "2 h 5 min"]
 
 

@@ -26,6 +26,7 @@ from tercet.files.atomic import sole_writer
 from tercet.files.checksums import checksum, checksums, note_absence, note_damage, sealed, unsealed
 from tercet.files.limits import read_text
 from tercet.files.progress import Advance, bar
+from tercet.files.signals import end_with
 
 UnitReport: TypeAlias = dict[str, Any]
 """The report on a finished unit: plain values that JSON can hold."""
@@ -107,7 +108,8 @@ def _in_processes(
     job: BulkJob, units: Sequence[WorkUnit], manifest: Path, runner: Runner, advance: Advance
 ) -> Iterator[tuple[WorkUnit, UnitReport]]:
     """Have an engine do the missing units, in any order; if it fails, start another."""
-    opener = _JobOpener(job, manifest, _lock_text(manifest), Path.cwd())
+    driver = os.getpid() if runner.used == "daft" else None
+    opener = _JobOpener(job, manifest, _lock_text(manifest), Path.cwd(), driver)
     reports: dict[str, UnitReport] = {}
     losses = 0
     while missing := _missing(job, units, manifest, reports, advance):
@@ -201,8 +203,11 @@ class _JobOpener:
     manifest: Path
     lock: str  # the text of the driver's lock, to detect another disk with the same path
     folder: Path  # the driver's working directory: paths may be relative to it
+    driver: int | None = None  # its process, which workers of the same machine do not outlive
 
     def __call__(self, threads: int | None) -> Callable[[str], str]:
+        if self.driver not in (None, os.getpid()):
+            end_with(self.driver)
         if threads is not None:
             _use_threads(threads)
         with suppress(OSError):  # missing on this machine: paths must be absolute then

@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,23 @@ def test_after_a_kill_of_the_driver_the_same_command_does_what_is_missing(
     assert json.loads(said) == [0, 1, 4, 9, 16, 25]
     done = [number for number, *_ in log_of(out, "done")]
     assert sorted([*done, *kept]) == list("012345")
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_driver_and_leave_nothing_half(tmp_path: Path):
+    out = tmp_path / "job"
+    first = start(out, {"engine": "daft", "workers": 2}, pause=60)
+    wait_for(out / "log")
+    while len(log_of(out, "begun")) < 2:
+        time.sleep(0.05)
+    workers = [int(process) for _, process, *_ in log_of(out, "begun")]
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end, "a worker outlives its driver"
+        time.sleep(0.1)
+    assert not list(out.glob(".*.new-*"))
 
 
 def test_a_second_driver_names_the_first(tmp_path: Path):
