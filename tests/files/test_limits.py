@@ -244,6 +244,8 @@ def test_small_parquet_files_of_huge_texts_are_refused_in_little_memory(tmp_path
         how = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
         pq.write_table(table, paths[-1], **how)
         assert paths[-1].stat().st_size < 20_000
+    how = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), ["x" * 12_000_000])
     bounds = pa.array([0, 3000], pa.int32())
     table = pa.table({"query": ["a"], "positives": pa.ListArray.from_arrays(bounds, shared)})
     paths.append(tmp_path / "one.parquet")

@@ -170,7 +170,7 @@ class EndpointGenerator:
 class _Watch:
     """Ends a connection after some seconds: a timeout alone starts again with every byte."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | int) -> None:
         self.seconds, self.expired = seconds, False
         self._copy: socket | None = None  # of the connection, which may be wrapped for TLS
         self._timer = Timer(seconds, self._expire)
