@@ -18,7 +18,7 @@ from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
 from tercet.models.foreign_code import refuse_code, refuse_code_in
 from tercet.models.network.attention import NAME, Layout
-from tercet.models.network.cpu import keep_few_kernels, keep_freed_memory
+from tercet.models.network.cpu import keep_freed_memory
 from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
 from tercet.segments import Packed, offsets_of
@@ -53,7 +53,6 @@ class Backbone(nn.Module):
             _open_windows(model)
         if self.device.type == "cpu":
             keep_freed_memory()
-            keep_few_kernels()
         self.train(model.training)
 
     @staticmethod
@@ -357,6 +356,11 @@ def _set_direction(model: nn.Module, attention: Attention) -> None:
 
 
 def _switch_to_packed(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder with a decoder, which cannot be packed; use a "
+            "model of one stack"
+        )
     try:
         model.set_attn_implementation(NAME)
         taken = model.config._attn_implementation == NAME

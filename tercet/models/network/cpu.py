@@ -5,7 +5,6 @@ applies a GELU while the result is still in the cache. The layout costs a second
 weights, so large models run without it. Results differ in the last bits only.
 """
 
-import os
 import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from tercet.models.network.fingerprints import WeightCache
 
 MAX_BYTES: Final = 1 << 30  # of weights that are worth a second copy
 _KEPT: Final = (32 << 20) - (64 << 10)  # bytes; glibc learns from blocks of up to 32 MiB
-_KERNELS: Final = 32  # a layer has up to four sorts, and queries some ten lengths
+_ROWS: Final = 64  # more are multiplied in multiples of this; no bit of a result changes
 _TOKENS: Final = 1_024  # rows the layout is chosen for; any number works
 _CLEARLY_SLOWER: Final = 1.3  # times the time of float32
 
@@ -36,17 +35,6 @@ def keep_freed_memory() -> None:
     block freed so far: hence one of nearly 32 MiB, the most that it learns from, freed untouched.
     """
     torch.empty(_KEPT, dtype=torch.uint8)
-
-
-@cache
-def keep_few_kernels() -> None:
-    """Let oneDNN keep the kernels of few lengths, unless the environment says how many.
-
-    Packed batches have as many tokens as their texts, and it keeps a thousand kernels, twice, of
-    some 100 KB: hundreds of megabytes after some ten thousand texts. Its first call reads this.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(_KERNELS))
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------
@@ -115,7 +103,14 @@ class Prepacked:
         run: Any = torch.ops.mkldnn._linear_pointwise
 
         def forward(x: Tensor) -> Tensor:
-            return run(x, weight, bias, activation, [], "none")
+            rows = x.shape[-2]
+            added = -rows % _ROWS if x.dim() > 1 and rows > _ROWS else 0
+            if not added:
+                return run(x, weight, bias, activation, [], "none")
+            # oneDNN keeps a kernel of 100 KB and more for each number of rows. Packed batches have
+            # as many as their tokens: hundreds of megabytes after some ten thousand texts.
+            x = F.pad(x, (0, 0, 0, added))
+            return run(x, weight, bias, activation, [], "none")[..., :rows, :]
 
         return forward
 
