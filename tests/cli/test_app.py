@@ -252,7 +252,6 @@ def escaped(text: str, encoding: str) -> str:
     [
         {"PYTHONIOENCODING": "ascii"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "NAMES": "ascii"},
-        {"LC_ALL": "C", "LANG": "C"},
     ],
 )
 def test_files_are_utf_8_whatever_the_locale(encoder_folder, files, tmp_path, env):

@@ -157,6 +157,8 @@ def _read_module_list(path: Path) -> dict[str, str]:
         found = [(module["type"], module["path"]) for module in read_value(path)]
     except (KeyError, TypeError) as error:
         raise ModelError(f"{path}: must be a list of modules with type and path") from error
+    if not all(isinstance(part, str) for module in found for part in module):
+        raise ModelError(f"{path}: must be a list of modules with type and path, both texts")
     names = [kind.rpartition(".")[2] for kind, _ in found]
     for (kind, _), name in zip(found, names, strict=True):
         theirs = kind.startswith("sentence_transformers.") and name != "Layer"
