@@ -3,6 +3,7 @@
 # make test      the quick tests, in a few minutes
 # make check     what CI runs: format, lint, layers, types, all tests but the long ones
 # make check-long  the tests that take longer
+# make bounds    tests on the lowest versions that pyproject.toml allows, on each Python
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ TYPES := --jaxtyping-packages=tercet,beartype.beartype
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo install test check check-long fix bench clean
+.PHONY: demo install test check check-long bounds fix bench clean
 
 demo: .venv/.demo
 	$(BIN)/tercet demo
@@ -30,6 +31,10 @@ check: .venv/.test
 
 check-long: .venv/.test
 	$(PYTEST) -m long
+
+# Other interpreters: make bounds PYTHONS="/opt/bin/python3.12 /opt/bin/python3.13"
+bounds:
+	$(PYTHON) tests/bounds.py $(PYTHONS)
 
 install: .venv/.test
 
@@ -56,4 +61,4 @@ bench: .venv/.test
 	touch $@ .venv/.demo
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .bounds runs

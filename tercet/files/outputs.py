@@ -17,6 +17,7 @@ from tercet.files.artifacts import read_json, write_json
 
 MARK: Final = ".tercet"
 _WITHOUT_WORTH: Final = (MARK, ".lock", ".DS_Store", "Thumbs.db", "desktop.ini")
+_ALL: Final = ("*", "*/*")
 _UNFINISHED: Final = (".new-", ".old-")  # see tercet.files.atomic
 
 
@@ -26,8 +27,8 @@ class FolderKind:
 
     Attributes:
         name: what such a folder is, such as "a model".
-        own: patterns of the paths in it that tercet writes, where * is any letters; without any,
-            the marker lists the files of a folder that is replaced as a whole.
+        own: patterns of the paths in it that tercet writes, such as "a.txt" and "b/*" for all that
+            is below b; without any, the marker lists the files of a folder that is replaced.
         shared: whether other files may be beside them, which stay as they are; false: the folder
             is replaced as a whole.
         is_data: whether tercet reads such folders, so that one inside an input becomes part of it.
@@ -68,7 +69,7 @@ def check_output(
     inside = out.exists() if kind is None else kind.is_data
     for each in inputs:
         if each is not None and Path(each).exists():
-            _refuse_input(out, Path(each), own or ("*",), inside=inside, flag=flag)
+            _refuse_input(out, Path(each), own or _ALL, inside=inside, flag=flag)
     if kind is None and out.exists() and not out.is_file():
         raise StorageError(out, "it is not a file")
     if kind is not None and kind.shared and out.exists() and not out.is_dir():
@@ -99,7 +100,7 @@ def mark(folder: Path, kind: FolderKind) -> None:
 
 
 def holds_only(folder: Path, patterns: Iterable[str]) -> bool:
-    """Whether all files in a folder have paths of these patterns, in which * is any letters."""
+    """Whether all files in a folder have paths of these patterns; see :class:`FolderKind`."""
     patterns = list(patterns)
     return all(_fits(path, patterns) for path in _files_in(folder))
 
@@ -191,4 +192,5 @@ def _has_worth(name: str) -> bool:
 
 
 def _fits(path: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
+    """Whether a pattern fits; one without / is of the folder's own files, not of those below."""
+    return any(fnmatchcase(path, each) for each in patterns if "/" in each or "/" not in path)

@@ -304,7 +304,7 @@ RUN: Final = FolderKind(
         "mixture.json",
         "model/*",
         "steps/*",
-        "refresh-*",
+        "refresh-*/*",
         "tensorboard/*",
         "[0-9]*-*/*",
     ),

@@ -333,6 +333,11 @@ def test_a_model_is_saved_over_a_model_of_tercet_alone(home, tmp_path, untouched
     (noted / MARK).unlink()  # as if an earlier version had made the model
     with pytest.raises(ModelError, match="is not a model and would be overwritten"):
         embedder.save(noted)
+    (noted / "notes.txt").unlink()
+    (noted / "mine").mkdir()
+    (noted / "mine/config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is not a model and would be overwritten"):
+        embedder.save(noted)
     embedder.backbone.add_lora(rank=2, alpha=4, dropout=0.0)
     before = untouched(tmp_path)
     for folder in (stock, noted, home / "sources"):

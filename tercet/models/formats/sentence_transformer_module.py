@@ -72,7 +72,10 @@ def _give_weights(transformer: Any, model: PreTrainedModel) -> None:
     # Release 5 stores the model as auto_model; in later ones that is a property.
     shown = isinstance(getattr(type(transformer), "auto_model", None), property)
     name = "model" if shown else "auto_model"
-    shared.set_attn_implementation(getattr(transformer, name).config._attn_implementation)
+    attention = getattr(transformer, name).config._attn_implementation
+    # Before 5.21, transformers gave Gemma 2 a kernel that leaves out the cap of its scores.
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    shared.set_attn_implementation("eager" if capped and attention == "sdpa" else attention)
     setattr(transformer, name, shared)
 
 

@@ -44,6 +44,7 @@ _FILES: Final = (  # that earlier versions, which left no marker, wrote
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*",
     "modules.json",
     "*_linear.pt",
     "[0-9]_*/*",

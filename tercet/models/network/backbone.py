@@ -356,6 +356,11 @@ def _set_direction(model: nn.Module, attention: Attention) -> None:
 
 
 def _switch_to_packed(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder with a decoder, which cannot be packed; use a "
+            "model of one stack"
+        )
     try:
         model.set_attn_implementation(NAME)
         taken = model.config._attn_implementation == NAME

@@ -143,7 +143,7 @@ def test_the_probe_refuses_positions_that_run_on_from_text_to_text():
         probe(backbone)
 
 
-@pytest.mark.parametrize("kind", ["mpnet", "t5", "bloom"])
+@pytest.mark.parametrize("kind", ["mpnet", "t5", "marian", "bloom"])
 def test_a_model_whose_attention_cannot_be_replaced_is_refused(kind, caplog):
     import transformers as t
 
@@ -151,6 +151,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(kind, caplog):
     configs = {
         "mpnet": lambda: t.MPNetConfig(**small, intermediate_size=96),  # pyright: ignore
         "t5": lambda: t.T5Config(d_model=64, num_layers=2, num_heads=4, d_ff=96, vocab_size=300),
+        "marian": lambda: t.MarianConfig(d_model=64, vocab_size=300, pad_token_id=0),
         "bloom": lambda: t.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=300),
     }
     with pytest.raises(ModelError, match=r"packed|attention"):
