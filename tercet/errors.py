@@ -22,6 +22,10 @@ class DataError(TercetError):
         super().__init__(f"{where}: {problem}")
 
 
+class TextError(TercetError, TypeError, ValueError):
+    """A text to encode is not a string of valid Unicode; the message names its row."""
+
+
 class RecipeError(TercetError):
     """A recipe or a run asks for something impossible, such as a batch larger than its data."""
 

@@ -14,14 +14,23 @@ example's document. A *task* is where examples come from; its *prompt* is put be
 A *source* is a set of examples that share batches: one file, or one language of a folder.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 POSITIVE: Final = 1
 NEGATIVE: Final = -1
 IGNORED: Final = 0
 
 Role: TypeAlias = Literal["query", "document"]
+
+# What users pass to encode. At run time the functions check it, with messages for users.
+if TYPE_CHECKING:
+    Texts: TypeAlias = Iterable[str]  # a list, tuple, array or series
+    Sentences: TypeAlias = Iterable[Iterable[str]]  # lists of words
+    RoleName: TypeAlias = str  # a role, a synonym of one, or "default"
+else:
+    Texts = Sentences = RoleName = object
 
 InBatch: TypeAlias = Literal["all", "positives", "none"]
 """Which documents of other examples are negatives: all, all but mined ones, none."""

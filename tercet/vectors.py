@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tercet.kinds import KINDS, Kind
@@ -105,6 +105,18 @@ class Vectors:
             found.append(self.sparse.weights)
         if self.multi is not None:
             found.append(self.multi.vectors)
+        return found
+
+    def not_finite(self) -> Bool[Tensor, "texts"]:
+        """Return which texts have a value that is NaN or infinite."""
+        device = next((tensor.device for tensor in self.tensors()), None)
+        found = torch.zeros(len(self), dtype=torch.bool, device=device)
+        if self.dense is not None:
+            found |= ~self.dense.isfinite().all(dim=1)
+        if self.sparse is not None:
+            found[row_of(self.sparse.offsets)[~self.sparse.weights.isfinite()]] = True
+        if self.multi is not None:
+            found[row_of(self.multi.offsets)[~self.multi.vectors.isfinite().all(dim=1)]] = True
         return found
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Vectors":

@@ -55,6 +55,9 @@ from tercet.training import checkpoint, log, plan
 from tercet.types import Example
 from tercet.vectors import Vectors
 
+# peft warns of what it does not know in a config, and reads the rest.
+pytestmark = pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+
 SECONDS = 10  # for one input, on a machine that does other things
 GROWTH = 300 << 10  # KiB, of all inputs of a reader together
 TOTAL = 10_000  # inputs of the long run, of all readers

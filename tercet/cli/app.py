@@ -2,11 +2,10 @@
 
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, Final, NamedTuple
@@ -14,10 +13,10 @@ from typing import Annotated, Any, Final, NamedTuple
 import typer
 from typer.core import TyperGroup
 
-from tercet.errors import RecipeError, TercetError
+from tercet.errors import TercetError
 from tercet.files.console import Notes, make_encodable, results, say
 from tercet.files.secrets import redacted
-from tercet.files.signals import SIGNALS, Stopped, listening
+from tercet.files.signals import SIGNALS, listening
 
 _NOTHING: Final = "nothing was left half done, and the same command starts again"
 _UNITS: Final = "what is finished is kept, and the same command goes on with the rest"
@@ -103,13 +102,6 @@ class LazyGroup(TyperGroup):
         command.name = cmd_name
         return command
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command; Ctrl-C ends it with what was said about it, which typer would lose."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise _ended(error) from None
-
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the overview without importing any command."""
         with formatter.section("Commands"):
@@ -149,9 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("tercet").handlers = [Notes()]
     _quiet_libraries()
     words = sys.argv[1:] if argv is None else argv
-    with listening():
+    with listening(in_command=True):
         try:
-            _refuse_bytes(words)
             app(words, prog_name="tercet")
         except TercetError as error:
             say(f"tercet: {error}")
@@ -165,19 +156,22 @@ def main(argv: list[str] | None = None) -> None:
                 sys.stdout.flush()
                 os._exit(end.code)
             raise
-        except Exception:
+        except Exception as error:
+            strange = next((word for word in words if not _is_text(word)), None)
+            if isinstance(error, UnicodeEncodeError) and strange is not None:
+                encoding = sys.getfilesystemencoding()
+                say(
+                    f"tercet: the argument {strange!r} is not in {encoding}; rename the file, or "
+                    "set PYTHONUTF8=1 if it is UTF-8"
+                )
+                sys.exit(2)
             sys.excepthook = _show_without_keys
             raise
 
 
-def _refuse_bytes(words: Sequence[str]) -> None:
-    """Refuse an argument that is no text: most libraries take no such path."""
-    for word in words:
-        if any("\ud800" <= letter <= "\udfff" for letter in word):
-            raise RecipeError(
-                f"the argument {word!r} is not in {sys.getfilesystemencoding()}; rename the file, "
-                "or set PYTHONUTF8=1 if it is UTF-8"
-            )
+def _is_text(word: str) -> bool:
+    """Whether an argument is text: most libraries take no other path."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
 
 
 def _show_without_keys(*error: Any) -> None:
@@ -186,13 +180,6 @@ def _show_without_keys(*error: Any) -> None:
 
 
 _BY_SIGNAL: Final = tuple(128 + number for number in SIGNALS)
-
-
-def _ended(error: KeyboardInterrupt) -> Stopped:
-    """Return the end of this process after Ctrl-C."""
-    end = Stopped(128 + signal.SIGINT)
-    end.line = getattr(error, "line", "")
-    return end
 
 
 def _quiet_libraries() -> None:

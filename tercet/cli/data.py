@@ -103,12 +103,12 @@ def check(
 
 def _token_counter(model: str) -> CountTokens:
     """Count tokens together with the prompts that the model puts before a text."""
-    from tercet.models.formats.parts import settings_of
-    from tercet.models.tokens import Tokenizer, load_tokenizer
+    from tercet.models.formats.parts import settings_of, tokenizer_of
+    from tercet.models.tokens import Tokenizer
     from tercet.models.zoo.zoo import resolve
 
     place = resolve(model)
-    tokenizer, settings = Tokenizer(load_tokenizer(place)), settings_of(model, Path(place))
+    tokenizer, settings = Tokenizer(tokenizer_of(place)), settings_of(model, Path(place))
 
     def count(texts: Sequence[str], role: Role) -> list[int]:
         return tokenizer(texts, 1_000_000, settings.prompt(role)).lengths

@@ -97,12 +97,12 @@ def retokenize(
     Example: tercet retokenize me5-small --tokenizer smollm2 --texts pairs.jsonl --out retokenized
     """
     from tercet.models.embedder import Embedder
+    from tercet.models.formats.parts import tokenizer_of
     from tercet.models.retokenize import with_tokenizer
-    from tercet.models.tokens import load_tokenizer
 
     _refuse_to_replace(out, "this", [base, tokenizer, texts])
     embedder = Embedder.load(base)
-    stock, before = load_tokenizer(zoo.resolve(tokenizer, say)), embedder.tokenizer
+    stock, before = tokenizer_of(zoo.resolve(tokenizer, say)), embedder.tokenizer
     made = with_tokenizer(embedder, stock, rows=rows)
     if texts is not None:
         _show_lengths(texts, before, made.tokenizer)

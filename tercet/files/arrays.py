@@ -13,6 +13,7 @@ Files of other kinds are absent. ``numpy.load(path, mmap_mode="r")`` opens each.
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from mmap import MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -173,7 +174,7 @@ class KeySet:
     """A set of 64-bit numbers in one array, 12 to 24 bytes each."""
 
     def __init__(self) -> None:
-        self._table, self._count = array("Q", bytes(8 << 10)), 0
+        self._table, self._count = array("Q", [0]) * 1024, 0
 
     def __len__(self) -> int:
         return self._count
@@ -189,7 +190,7 @@ class KeySet:
         self._table[place] = key
         self._count += 1
         if 3 * self._count > 2 * len(self._table):
-            old, self._table = self._table, array("Q", bytes(16 * len(self._table)))
+            old, self._table = self._table, array("Q", [0]) * (2 * len(self._table))
             for each in old:
                 if each:
                     self._table[self._place(each)] = each
@@ -206,6 +207,13 @@ class KeySet:
 
 def _nonzero(key: int) -> int:
     return (key & _LAST_64) or 1  # 0 is a free place
+
+
+def release(array: np.ndarray) -> None:
+    """Take the pages of a mapped array out of this process's memory; they can be read again."""
+    mapping = getattr(array, "_mmap", None)
+    if isinstance(mapping, mmap) and hasattr(mapping, "madvise"):
+        mapping.madvise(MADV_DONTNEED)
 
 
 def mapped_array(path: Path) -> np.ndarray:

@@ -33,9 +33,10 @@ class Stopped(SystemExit):
 
 
 def stopped(number: int, line: str = "") -> Interrupted | Stopped:
-    """Return the exception that ends the work after a signal."""
-    interrupted = number == signal.SIGINT
-    error = Interrupted(line) if interrupted else Stopped(128 + number)
+    """Return the exception that ends the work after a signal; in a command it is an exit status."""
+    in_command = _current is not None and _current.in_command
+    interrupts = number == signal.SIGINT and not in_command
+    error = Interrupted(line) if interrupts else Stopped(128 + number)
     error.line = line
     return error
 
@@ -43,7 +44,8 @@ def stopped(number: int, line: str = "") -> Interrupted | Stopped:
 class Listener:
     """The handler of both signals: which one came first, and whether it waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_command: bool = False) -> None:
+        self.in_command = in_command
         self.number = 0  # of the first signal
         self.waits = False
         self._restored: list[Callable[[], object]] = []
@@ -120,10 +122,11 @@ os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager
-def listening() -> Iterator[Listener]:
+def listening(*, in_command: bool = False) -> Iterator[Listener]:
     """Raise :class:`Interrupted` or :class:`Stopped` at a signal that comes inside this context.
 
-    Outside the main thread nothing changes.
+    Outside the main thread nothing changes. A command knows no :class:`Interrupted`, of which typer
+    would keep nothing.
     """
     global _current
     if threading.current_thread() is not threading.main_thread():
@@ -132,7 +135,7 @@ def listening() -> Iterator[Listener]:
     if _current is not None:
         yield _current
         return
-    listener = _current = Listener()
+    listener = _current = Listener(in_command=in_command)
     listener.begin()
     try:
         yield listener

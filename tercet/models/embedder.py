@@ -23,16 +23,17 @@ from tercet.models.formats.parts import ModelParts
 from tercet.models.formats.sentence_transformer_module import as_sentence_transformer
 from tercet.models.formats.tercet_folder import load_parts, save_adapter, save_parts
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.cpu import Prepacked
 from tercet.models.network.fingerprints import add_weights
 from tercet.models.network.heads import Heads, SpecialIds
 from tercet.models.network.latent_attention import AttentionLayer, build_layer
-from tercet.models.network.pooling import POOLINGS, cls_mean
+from tercet.models.network.pooling import POOLINGS, cls_mean, weighted_mean
+from tercet.models.network.reader import Network, Readers
 from tercet.models.network.words import Words
 from tercet.models.settings import Settings, changed
+from tercet.models.texts import checked_sentences, checked_texts, role_of
 from tercet.models.tokens import Tokenizer, Tokens
 from tercet.segments import Packed
-from tercet.types import Role
+from tercet.types import Role, RoleName, Sentences, Texts
 from tercet.vectors import Vectors
 
 __all__ = ["Embedder", "Settings"]
@@ -49,6 +50,8 @@ _LATER: Final = (
     "kinds",
     "multi_dim",
     "cls_every",
+    "default_prompt",
+    "rules",
 )
 _NOT_IN_VECTORS: Final = ("weights", "ranges")  # settings that change no vector
 
@@ -107,11 +110,7 @@ class Embedder(nn.Module):
         )
         on_gpu = backbone.device.type == "cuda"
         self.batch_tokens = 16_384 if on_gpu else 2_048  # of one encode step
-        linear: list[nn.Module] = [backbone]
-        if self.layer is not None:  # of a folded layer only the feed-forward runs
-            folds = self.layer.folds
-            linear += [self.layer.ff_in, self.layer.ff_out] if folds else [self.layer]
-        self._prepacked = Prepacked(nn.ModuleList(linear))
+        self._readers = Readers()
         self.about: Mapping[str, Any] = {}  # how it was made, saved with it: stages, data, seed
         self._cuts_reported: set[Role] = set()
         self.train(backbone.training)
@@ -128,9 +127,12 @@ class Embedder(nn.Module):
         Dense vectors are not normalized, token vectors are. A sparse vector has a weight for each
         pooled token that is not special, so the same token id may occur several times.
         """
-        return self._vectors(self.states(texts), texts, self.kinds if kinds is None else kinds)
+        wanted = self.kinds if kinds is None else kinds
+        return self._vectors(self._network.states(texts), texts, wanted, self.heads)
 
-    def _vectors(self, states: Tensor, texts: Packed, kinds: Sequence[Kind]) -> Vectors:
+    def _vectors(
+        self, states: Tensor, texts: Packed, kinds: Sequence[Kind], heads: Heads
+    ) -> Vectors:
         if unknown := set(kinds) - {*self.kinds, "dense"}:
             raise RecipeError(
                 f"the model makes no {' and no '.join(sorted(unknown))} vectors; it makes "
@@ -140,14 +142,23 @@ class Embedder(nn.Module):
         special = SpecialIds.of(self.tokenizer.stock, inserted=inserted)
         return Vectors(
             pooled(states, texts, self.settings) if "dense" in kinds else None,
-            self.heads.terms(states, texts, special) if "sparse" in kinds else None,
-            self.heads.rows(states, texts, special) if "multi" in kinds else None,
+            heads.terms(states, texts, special) if "sparse" in kinds else None,
+            heads.rows(states, texts, special) if "multi" in kinds else None,
         )
 
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
         """Return one state per token, which the pooling and the heads read."""
-        states = self.backbone(texts)
-        return states if self.layer is None else self.layer(states, texts)
+        return self._network.states(texts)
+
+    @property
+    def _network(self) -> Network:
+        return Network(self.backbone, self.layer, self.heads)
+
+    def train(self, mode: bool = True) -> "Embedder":
+        """Set the mode as in torch; training frees what was kept for inference."""
+        if mode:
+            self._readers.clear()
+        return super().train(mode)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -166,24 +177,29 @@ class Embedder(nn.Module):
 
     def tokenize(
         self,
-        texts: Sequence[str],
-        role: Role,
+        texts: Texts,
+        role: RoleName,
         prompts: str | Sequence[str] | None = None,
         max_tokens: int | None = None,
     ) -> Tokens:
-        """Return token ids of texts after their prompts; None takes the role's prompt and limit."""
-        settings = self.settings
+        """Return token ids of texts after their prompts; None takes the role's prompt and limit.
+
+        Raises:
+            TextError: if texts are not a list of strings of valid Unicode.
+            RecipeError: for an unknown role.
+        """
+        of, settings = role_of(role), self.settings
         before = settings.prompt(role) if prompts is None else prompts
-        longest = max_tokens or settings.max_tokens(role)
-        return self.tokenizer(texts, longest, before, settings.form(role))
+        longest = max_tokens or settings.max_tokens(of)
+        return self.tokenizer(checked_texts(texts), longest, before, settings.form(of))
 
     # ---- encoding ----------------------------------------------------------------------------
 
     @overload
     def encode(
         self,
-        texts: Sequence[str],
-        role: Role = "document",
+        texts: Texts,
+        role: RoleName = "default",
         *,
         output: Literal["texts"] = "texts",
         **options: Unpack[EncodeOptions],
@@ -192,8 +208,8 @@ class Embedder(nn.Module):
     @overload
     def encode(
         self,
-        texts: Sequence[str],
-        role: Role = "document",
+        texts: Texts,
+        role: RoleName = "default",
         *,
         output: Literal["tokens", "words"],
         **options: Unpack[EncodeOptions],
@@ -201,8 +217,8 @@ class Embedder(nn.Module):
 
     def encode(  # noqa: PLR0913 (independent choices, each with a default)
         self,
-        texts: Sequence[str],
-        role: Role = "document",
+        texts: Texts,
+        role: RoleName = "default",
         *,
         task: str | None = None,
         dims: int | None = None,
@@ -215,12 +231,15 @@ class Embedder(nn.Module):
         """Return dense vectors of texts as a float32 array, in the order given.
 
         Texts are sorted by length and run in batches of ``batch_tokens`` tokens. The first time
-        that texts of a role are cut to the model's limit, a warning says how many.
+        that texts of a role are cut to the model's limit, a warning says how many. Any number of
+        threads may encode at the same time. Vectors do not depend on autocast.
 
         Args:
             texts: any number of texts; the role's prompt is put before each.
-            role: "query" for what is searched with, "document" for what is found.
-            task: take the prompt of this task instead of the model's default prompt.
+            role: "query" for what is searched with, "document" for what is found, or a synonym
+                such as "passage". "default" takes the model's default prompt, if it has one, and is
+                "document" otherwise.
+            task: take the prompt of this task, or the prompt of this name, instead of the role's.
             dims: keep only this many leading coordinates, scaled to unit length again.
             progress: show a progress bar.
             attention: read a decoder in this direction, in this call only.
@@ -236,11 +255,11 @@ class Embedder(nn.Module):
             and "words" a list with one array of shape [tokens or words, dim] per text.
 
         Raises:
-            RecipeError: for an unknown task or pooling, ``dims`` out of range, or an empty text
-                if ``settings.on_empty`` is "error".
-            ModelError: if an encoder is asked to be causal, or the tokenizer lacks an end-of-text
-                token that is needed.
-            TypeError: if ``texts`` is a single string.
+            TextError: if ``texts`` is not a list of strings of valid Unicode; it names the row.
+            RecipeError: for an unknown role, task or pooling, ``dims`` out of range, or an empty
+                text if ``settings.on_empty`` is "error".
+            ModelError: if a vector holds NaN or infinity, an encoder is asked to be causal, or the
+                tokenizer lacks an end-of-text token that is needed.
 
         Example::
 
@@ -249,24 +268,28 @@ class Embedder(nn.Module):
         width = self._width(dims)
         given = {"pooling": pooling, "echo": echo}
         settings = changed(self.settings, {k: v for k, v in given.items() if v is not None})
-        batches = self._batches(texts, role, settings, task, progress, spans=output == "words")
-        with self._inferring(attention), batches as steps:
+        texts, words = checked_texts(texts), output == "words"
+        with (
+            self.reading(attention) as reader,
+            self._batches(reader, texts, role, settings, task, progress, spans=words) as steps,
+        ):
             if output == "tokens":
                 return token_states(steps, len(texts), width)
-            if output == "words":
+            if words:
                 return word_states(steps, [Words.of(text) for text in texts], width)
             unit = settings.normalize or dims is not None
             found = np.empty((len(texts), width), dtype=np.float32)
             for step in steps:
                 vectors = pooled(step.states, step.texts, settings)[:, :width].float()
                 vectors = F.normalize(vectors, dim=1) if unit else vectors
+                step.require_finite(vectors.isfinite().all(dim=1))
                 found[step.rows] = vectors.cpu().numpy()
             return found
 
     def encode_vectors(
         self,
-        texts: Sequence[str],
-        role: Role = "document",
+        texts: Texts,
+        role: RoleName = "default",
         *,
         kinds: Sequence[Kind] | None = None,
         task: str | None = None,
@@ -288,21 +311,22 @@ class Embedder(nn.Module):
             token vectors always; a sparse vector has each of its token ids once, ascending.
 
         Raises:
-            RecipeError: for a kind that the model does not make, an unknown task, ``dims`` out of
-                range, or an empty text if ``settings.on_empty`` is "error".
-            TypeError: if ``texts`` is a single string.
+            TextError: if ``texts`` is not a list of strings of valid Unicode; it names the row.
+            RecipeError: for a kind that the model does not make, an unknown role or task, ``dims``
+                out of range, or an empty text if ``settings.on_empty`` is "error".
+            ModelError: if a vector holds NaN or infinity.
 
         Example::
 
             vectors = embedder.encode_vectors(texts, kinds=["dense", "sparse"])
             vectors.dense, vectors.sparse.ids, vectors.sparse.weights
         """
-        wanted = tuple(self.kinds if kinds is None else kinds)
+        wanted, texts = tuple(self.kinds if kinds is None else kinds), checked_texts(texts)
         width = self._width(dims)
         unit = self.settings.normalize or dims is not None
 
         def finished(step: Step) -> Vectors:
-            made = self._vectors(step.states, step.texts, wanted)
+            made = self._vectors(step.states, step.texts, wanted, reader.heads)
             dense, sparse = made.dense, made.sparse
             if dense is not None:
                 dense = dense[:, :width].float()
@@ -310,13 +334,13 @@ class Embedder(nn.Module):
             return Vectors(dense, None if sparse is None else sparse.merged(), made.multi)
 
         nothing = Vectors.of_nothing(wanted, width, self.heads.width)
-        batches = self._batches(texts, role, self.settings, task, progress)
-        with self._inferring(), batches as steps:
+        with (
+            self.reading() as reader,
+            self._batches(reader, texts, role, self.settings, task, progress) as steps,
+        ):
             return text_vectors(steps, finished, nothing)
 
-    def encode_words(
-        self, sentences: Sequence[Sequence[str]], *, predictor: bool = False
-    ) -> list[np.ndarray]:
+    def encode_words(self, sentences: Sentences, *, predictor: bool = False) -> list[np.ndarray]:
         """Return one vector for each word of each sentence.
 
         A sentence is read as its words joined by spaces, without a prompt. A word's vector is the
@@ -331,7 +355,12 @@ class Embedder(nn.Module):
         Returns:
             One float32 array of shape [words, hidden] per sentence. A word that does not fit into
             ``settings.document_tokens`` has no row; a warning says how many there were.
+
+        Raises:
+            TextError: if a sentence is a string, or a word is not one.
+            ModelError: if a vector holds NaN or infinity.
         """
+        sentences = checked_sentences(sentences)
         words = [Words.joined(sentence) for sentence in sentences]
         texts = [" ".join(sentence) for sentence in sentences]
         limit = self.settings.document_tokens
@@ -339,8 +368,8 @@ class Embedder(nn.Module):
         def tokenize(part: Sequence[str]) -> Tokens:
             return self.tokenizer(part, limit, spans=True)
 
-        with self._inferring():
-            steps = batch_by_batch(self.states, self.device, texts, tokenize, self.batch_tokens)
+        with self.reading() as reader:
+            steps = batch_by_batch(reader.states, self.device, texts, tokenize, self.batch_tokens)
             return word_states(steps, words, self.dim, predictor=predictor)
 
     def _width(self, dims: int | None) -> int:
@@ -350,20 +379,20 @@ class Embedder(nn.Module):
         return width
 
     @contextmanager
-    def _batches(
+    def _batches(  # noqa: PLR0913 (all that one pass needs)
         self,
+        reader: Network,
         texts: Sequence[str],
-        role: Role,
+        name: RoleName,
         settings: Settings,
         task: str | None,
         progress: bool,
         *,
         spans: bool = False,
     ) -> Iterator[Iterator[Step]]:
-        """Check texts, offer their states batch by batch, then report how many texts were cut."""
-        if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts; put a single text into a list")
-        prompt, form = settings.prompt(role, task), settings.form(role)
+        """Offer the states of texts batch by batch, then report how many texts were cut."""
+        role = role_of(name)
+        prompt, form = settings.prompt(name, task), settings.form(role)
         limit = settings.max_tokens(role)
         asked = enumerate(texts, start=1) if settings.on_empty == "error" else ()
         if empty := next((number for number, text in asked if not text.strip()), None):
@@ -381,25 +410,21 @@ class Embedder(nn.Module):
 
         with bar("encode", len(texts), shown=progress) as advance:
             yield batch_by_batch(
-                self.states, self.device, texts, tokenize, self.batch_tokens, advance
+                reader.states, self.device, texts, tokenize, self.batch_tokens, advance
             )
         if cut and role not in self._cuts_reported:
             self._cuts_reported.add(role)
             log.warning("%d of %d %s texts were cut to %d tokens", cut, len(texts), role, limit)
 
     @contextmanager
-    def _inferring(self, attention: Attention | None = None) -> Iterator[None]:
-        training = self.training
-        self.eval()
-        try:
-            with (
-                torch.inference_mode(),
-                self._prepacked.in_use(),
-                self.backbone.direction(attention),
-            ):
-                yield
-        finally:
-            self.train(training)
+    def reading(self, attention: Attention | None = None) -> Iterator[Network]:
+        """Offer the network for inference, without changing this one: see :class:`Readers`.
+
+        Raises:
+            ModelError: if an encoder is asked to be causal, or a decoder fails the probe.
+        """
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            yield self._readers.of(self._network, attention)
 
     # ---- folders -----------------------------------------------------------------------------
 
@@ -519,6 +544,8 @@ class Embedder(nn.Module):
         usual, settings = Settings(), asdict(self.settings)
         if "multi" not in self.kinds:  # a head that is still to be trained makes no vectors
             settings["multi_dim"] = None
+        if self.settings.pooling != "last" and self.settings.pool_prompt:  # then rules agree
+            settings["rules"] = usual.rules
         for name in (*_LATER, *_NOT_IN_VECTORS):
             if name in _NOT_IN_VECTORS or settings[name] == getattr(usual, name):
                 del settings[name]
@@ -541,4 +568,6 @@ def pooled(
     """Return one vector per text, in at least float32 and not normalized."""
     if settings.cls_every is not None:
         return cls_mean(states, texts, settings.cls_every)
+    if settings.pooling == "weighted_mean" and settings.rules == "sentence_transformers":
+        return weighted_mean(states, texts, from_start=True)
     return POOLINGS[settings.pooling](states, texts)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tercet.errors import BROKEN_MODEL, ModelError
+from tercet.files.console import shortened
 from tercet.models.network.words import Words, word_means
 from tercet.models.tokens import Tokens
 from tercet.segments import Packed, batches_by_length
@@ -29,6 +31,21 @@ class Step:
     states: Float[Tensor, "tokens hidden"]
     spans: list[np.ndarray]  # as in Tokens, of these texts; empty if not requested
     read: list[int]
+    all_texts: Sequence[str]
+
+    def require_finite(self, finite: list[bool] | Tensor) -> None:
+        """Check the vectors of these texts.
+
+        Raises:
+            ModelError: if one is not finite, with the row and the beginning of its text.
+        """
+        fine = np.asarray(finite, dtype=bool) if isinstance(finite, list) else finite.cpu().numpy()
+        if not fine.all():
+            row = min(row for row, is_fine in zip(self.rows, fine, strict=True) if not is_fine)
+            text = shortened(self.all_texts[row], 60)
+            raise ModelError(
+                f"the vector of text {row + 1}, {text!r}, holds NaN or infinity; {BROKEN_MODEL}"
+            )
 
 
 def batch_by_batch(
@@ -50,6 +67,7 @@ def batch_by_batch(
                 states_of(packed),
                 [tokens.spans[i] for i in batch] if tokens.spans else [],
                 [tokens.read[i] for i in batch] if tokens.read else [],
+                texts,
             )
             if advance is not None:
                 advance(len(batch))
@@ -61,7 +79,9 @@ def text_vectors(
     """Return the vectors of all texts in the order given, on the CPU; ``nothing`` if no texts."""
     parts, rows = [], []
     for step in steps:
-        parts.append(finished(step).to("cpu"))
+        vectors = finished(step).to("cpu")
+        step.require_finite(~vectors.not_finite())
+        parts.append(vectors)
         rows += step.rows
     return Vectors.join(parts).take(torch.tensor(rows).argsort()) if parts else nothing
 
@@ -74,6 +94,7 @@ def token_states(steps: Iterable[Step], texts: int, width: int) -> list[np.ndarr
         pooled = step.texts.pooled.cpu().split(step.texts.lengths)
         for row, of_text, chosen in zip(step.rows, states, pooled, strict=True):
             found[row] = of_text[chosen].numpy()
+        step.require_finite([bool(np.isfinite(found[row]).all()) for row in step.rows])
     return found
 
 
@@ -87,6 +108,7 @@ def word_states(
         means = word_means(step.states[:, :width], step.spans, kept, predictor=predictor)
         for row, of_text in zip(step.rows, means, strict=True):
             found[row] = of_text.cpu().numpy()
+        step.require_finite([bool(np.isfinite(found[row]).all()) for row in step.rows])
     every = sum(map(len, words))
     lost = every - sum(map(len, found))
     if lost:

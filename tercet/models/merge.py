@@ -12,10 +12,10 @@ from tercet.models.choices import Attention
 from tercet.models.embedder import Embedder
 from tercet.models.formats.llm2vec import Llm2Vec, adapter_folder, read_llm2vec
 from tercet.models.formats.lora_adapters import merge_adapter
-from tercet.models.formats.parts import with_heads, with_layer
+from tercet.models.formats.parts import settings_of, tokenizer_of, with_heads, with_layer
+from tercet.models.formats.sentence_transformers import read_modules
 from tercet.models.network.backbone import Backbone, probe
 from tercet.models.settings import FILE, Settings, read_settings
-from tercet.models.tokens import load_tokenizer
 from tercet.models.zoo import zoo
 
 Compat: TypeAlias = Literal["llm2vec"]
@@ -32,8 +32,8 @@ def load_adapters(
     """Merge adapters into the weights of a base, one after the other and in float32.
 
     ``base`` None takes the one that the first adapter names. Direction and settings are those that
-    tercet saved with the last adapter. Adapters of other tools do not record a direction: give
-    ``attention``, and the settings are the defaults; or ``compat="llm2vec"`` for adapters trained
+    tercet or sentence-transformers saved with the last adapter, else the base's. Adapters of other
+    tools do not record a direction: give ``attention``; or ``compat="llm2vec"`` for those trained
     by llm2vec, which are bidirectional and bring their pooling, template and lengths.
 
     Raises:
@@ -50,12 +50,14 @@ def load_adapters(
         saved = [read_settings(f) if (f / FILE).exists() else None for f in folders]
         attention = attention or _direction(folders, saved)
         first, last = saved[0] or {}, saved[-1] or {}
-        settings, window = last.get("settings", Settings()), last.get("window")
+        window = last.get("window")
         base = base or first.get("adapter_of")
+        settings = last.get("settings") or read_modules(folders[-1])
         tokenizer = next((f for f in folders[::-1] if (f / "tokenizer_config.json").exists()), None)
     place = str(base or published.base)
     if not place:
         raise ModelError(f"{folders[0]}: does not name its base; give the base")
+    settings = settings or settings_of(place, Path(zoo.resolve(place)))
     backbone = Backbone.load(place, attention=attention, window=window)
     for folder in folders:
         merge_adapter(backbone, folder)
@@ -63,7 +65,7 @@ def load_adapters(
     probe(backbone)
     settings, layer = with_layer(folders[-1], settings, {}, backbone.hidden, dtype)
     settings, heads = with_heads(folders[-1], settings, settings, backbone.hidden)
-    loaded = load_tokenizer(tokenizer or zoo.resolve(place))
+    loaded = tokenizer_of(tokenizer or zoo.resolve(place))
     embedder = Embedder(backbone, loaded, settings, layer, heads)
     embedder.about = lineage(place, adapters)
     return embedder
@@ -81,10 +83,10 @@ def _hash(adapter: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _direction(folders: Sequence[Path], saved: Sequence[dict[str, Any] | None]) -> Attention:
-    """Return the direction in which all of these adapters were trained."""
+def _direction(folders: Sequence[Path], saved: Sequence[dict[str, Any] | None]) -> Attention | None:
+    """Return the direction in which all of these adapters were trained; None: the base's."""
     for folder, record in zip(folders, saved, strict=True):
-        if record is None:
+        if record is None and not (folder / "modules.json").is_file():
             raise ModelError(
                 f"{folder}: records no direction of attention, and peft would load it as causal; "
                 "give the attention, or compat if llm2vec trained it"
@@ -95,13 +97,14 @@ def _direction(folders: Sequence[Path], saved: Sequence[dict[str, Any] | None]) 
             f"{', '.join(map(str, folders))}: were trained in different directions; "
             "give the attention of the merged model"
         )
-    return directions.pop()
+    return directions.pop() if directions else None
 
 
 def _settings_of(published: Llm2Vec) -> Settings:
     roles = ("query", "document")
     return Settings(
         pooling=published.pooling,
+        rules="llm2vec",
         normalize=False,
         prompts=dict.fromkeys(roles, published.before) if published.before else {},
         suffixes=dict.fromkeys(roles, published.after) if published.after else {},

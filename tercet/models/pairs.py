@@ -11,8 +11,9 @@ from torch import Tensor
 from tercet.errors import DataError
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.embedder import Embedder
+from tercet.models.texts import checked_texts
 from tercet.rank.scoring import paired_scores
-from tercet.types import Role
+from tercet.types import Role, Texts
 from tercet.vectors import Vectors
 
 PAIRS_AT_ONCE: Final = 256  # since token vectors of long texts are large
@@ -20,8 +21,8 @@ PAIRS_AT_ONCE: Final = 256  # since token vectors of long texts are large
 
 def score_pairs(
     embedder: Embedder,
-    queries: Sequence[str],
-    documents: Sequence[str],
+    queries: Texts,
+    documents: Texts,
     *,
     weights: Weights | None = None,
     task: str | None = None,
@@ -45,14 +46,14 @@ def score_pairs(
     Raises:
         DataError: if the numbers of queries and documents differ.
         RecipeError: for an unknown task.
-        TypeError: if either is a single string.
+        TextError: if either is not a list of strings of valid Unicode; it names the row.
 
     Example:
         >>> score_pairs(embedder, ["web server"], ["nginx serves files"])["dense"].shape
         torch.Size([1])
     """
-    if isinstance(queries, str) or isinstance(documents, str):
-        raise TypeError("score_pairs takes lists of texts; put a single text into a list")
+    queries = checked_texts(queries, "query")
+    documents = checked_texts(documents, "document")
     if len(queries) != len(documents):
         raise DataError(
             "pairs",

@@ -4,15 +4,26 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import read_json, write_json
 from tercet.kinds import KINDS, Kind, Weights
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
+from tercet.models.texts import ROLES, role_of, surrogate_in
 from tercet.models.tokens import Form
 from tercet.rank.quantized import CodePrecision, Quantizer, Ranges
 from tercet.types import Role
+
+Rules: TypeAlias = Literal["tercet", "sentence_transformers", "llm2vec"]
+"""A library whose rules a model follows where libraries differ.
+
+- tercet: if the last token is pooled, an end-of-text token is added; the weights of a weighted mean
+  count pooled tokens; an empty text whose prompt is not pooled is pooled over all its tokens.
+- sentence_transformers: no token is added; the weights count a prompt that is not pooled, too; of
+  an empty text the special tokens behind it are pooled.
+- llm2vec: no token is added, since a template ends texts; otherwise as tercet.
+"""
 
 VERSION: Final = 1
 FILE: Final = "tercet.json"
@@ -25,7 +36,8 @@ class Settings:
 
     pooling: PoolingName = "mean"
     normalize: bool = True  # vectors of unit length, so that a dot product is a cosine
-    prompts: Mapping[str, str] = field(default_factory=dict)  # role -> what is put before a text
+    prompts: Mapping[str, str] = field(default_factory=dict)  # role or name -> put before a text
+    default_prompt: str | None = None  # name of the prompt of roles that have none
     task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task -> the same
     layer: LayerSettings | None = None  # trained, between token states and pooling
     append_end: bool = False  # the end-of-text token after every text, part of the vector
@@ -34,6 +46,7 @@ class Settings:
     pool_suffix: bool = False  # true: a suffix is part of the vector
     pool_special: bool = True  # false: the tokenizer's special tokens are not part of the vector
     echo: bool = False  # each text twice, and only the second copy part of the vector
+    rules: Rules = "tercet"  # whose rules apply where those of libraries differ
     on_empty: Literal["all", "error"] = "all"  # pool all tokens of an empty text, or refuse it
     query_tokens: int = 512  # a longer text is cut
     document_tokens: int = 512
@@ -44,18 +57,28 @@ class Settings:
     weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of kinds; "": default
     ranges: Mapping[int, Ranges] = field(default_factory=dict)  # coordinates kept -> of their codes
 
-    def prompt(self, role: Role, task: str | None = None) -> str:
-        """Return what is put before a text of this role.
+    def prompt(self, name: str, task: str | None = None) -> str:
+        """Return what is put before a text of this role, which may be a synonym.
+
+        That is the prompt of the role. One that has none gets the default prompt, unless that is
+        the other role's; the role "default" always gets it. ``task`` may be a task, or the name of
+        any prompt.
 
         Raises:
-            RecipeError: if the model has no prompts for the task.
+            RecipeError: for an unknown role, or if the model has no prompts for the task.
         """
+        role, default = role_of(name), self.default_prompt
         if task is None:
+            if default is not None and (name == "default" or default not in ROLES):
+                usual = self.prompts[default]
+                return usual if name == "default" else self.prompts.get(role, usual)
             return self.prompts.get(role, "")
-        if task not in self.task_prompts:
-            known = ", ".join(sorted(self.task_prompts)) or "none"
+        if task in self.task_prompts:
+            return self.task_prompts[task].get(role, "")
+        if task not in self.prompts:
+            known = ", ".join(sorted({*self.task_prompts, *self.prompts})) or "none"
             raise RecipeError(f"the model has no prompt for the task {task!r}; it knows: {known}")
-        return self.task_prompts[task].get(role, "")
+        return self.prompts[task]
 
     def form(self, role: Role) -> Form:
         """Return what else is put around a text of this role, and which of it is pooled."""
@@ -65,14 +88,19 @@ class Settings:
             pool_suffix=self.pool_suffix,
             pool_special=self.pool_special,
             end=self.ends,
+            pool_end=self.rules == "sentence_transformers",
             echo=role if self.echo else None,
             cls_every=self.cls_every,
         )
 
     @property
     def ends(self) -> bool:
-        """Whether the end-of-text token stands after every text."""
-        return self.append_end or self.pooling == "last"
+        """Whether the end-of-text token stands after every text.
+
+        A network that was not trained to embed gets one if its last token is pooled. A model of
+        another library keeps its tokenizer, which ends texts as in training.
+        """
+        return self.append_end or (self.pooling == "last" and self.rules == "tercet")
 
     def max_tokens(self, role: Role) -> int:
         """Return the longest text of this role in tokens, special ones and prompt included."""
@@ -85,6 +113,13 @@ class Settings:
             "special tokens that are not pooled": not self.pool_special,
             "echo": self.echo,
             "start tokens inside of texts": self.cls_every is not None,
+            "a weighted mean that counts tokens after the prompt": (
+                self.pooling == "weighted_mean"
+                and self.layer is None
+                and self.rules != "sentence_transformers"
+                and not self.pool_prompt
+                and any(prompt for _, prompt in named_prompts(self))
+            ),
         }
         return next((what for what, is_used in used.items() if is_used), None)
 
@@ -99,7 +134,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     unknown = set(changes) - known
     if unknown:
         raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
-    given = dict(changes)
+    given = {name: _by_role(name, value) for name, value in changes.items()}
     for name in ("dims", "kinds"):
         if isinstance(given.get(name), list):
             given[name] = tuple(given[name])
@@ -111,7 +146,11 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         given["ranges"] = dict(map(_ranges_of, given["ranges"].items()))
     for name, value in given.items():
         _check(name, value)
-    found = replace(settings, **given)
+    return _consistent(replace(settings, **given), default_given="default_prompt" in given)
+
+
+def _consistent(found: Settings, *, default_given: bool) -> Settings:
+    """Return the settings if they fit each other; new prompts may lack the old default one."""
     if found.cls_every is not None and found.pooling != "first":
         raise RecipeError(
             f'cls_every averages start tokens, so pooling must be "first"; got "{found.pooling}"; '
@@ -122,6 +161,45 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
             "cls_every averages the start tokens of prompts as well, so pool_prompt must be true; "
             "set it, or leave cls_every out"
         )
+    if found.default_prompt is None or found.default_prompt in found.prompts:
+        return found
+    if default_given:
+        known = ", ".join(found.prompts) or "nothing, as there are no prompts"
+        raise RecipeError(
+            f'the setting default_prompt must be one of {known}; got "{found.default_prompt}"'
+        )
+    return replace(found, default_prompt=None)
+
+
+def with_roles(changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return changes of a user, whose prompts and suffixes must be for roles.
+
+    Those in a model's files may have any name.
+
+    Raises:
+        RecipeError: for a name that is neither a role nor a synonym, nor the default prompt.
+    """
+    default = changes.get("default_prompt")
+    for setting in ("prompts", "suffixes"):
+        for name in changes.get(setting) or ():
+            if name != default:
+                role_of(name)
+    return changes
+
+
+def _by_role(setting: str, value: Any) -> Any:
+    """Return prompts and suffixes under the names of roles instead of their synonyms."""
+    if not isinstance(value, Mapping):
+        return value
+    if setting == "task_prompts":
+        return {task: _by_role("prompts", each) for task, each in value.items()}
+    if setting not in ("prompts", "suffixes"):
+        return value
+    found = dict(value)
+    for name in value:
+        role = ROLES.get(name, name)
+        if role != name and not found.get(role):
+            found[role] = found.pop(name)
     return found
 
 
@@ -174,7 +252,9 @@ def _ranges_of(pair: tuple[Any, Any]) -> tuple[int, Ranges]:
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(text, str) for pair in value.items() for text in pair
+        isinstance(text, str) and surrogate_in(text) is None
+        for pair in value.items()
+        for text in pair
     )
 
 
@@ -193,11 +273,13 @@ def _by_name(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "rules": (lambda it: it in get_args(Rules), f"one of {', '.join(get_args(Rules))}"),
+    "default_prompt": (lambda it: it is None or isinstance(it, str), "the name of a prompt"),
     "pooling": (lambda it: it in _POOLINGS, f"one of {', '.join(_POOLINGS)}"),
     "on_empty": (lambda it: it in ("all", "error"), "all or error"),
-    "prompts": (_are_texts, "texts by role"),
-    "suffixes": (_are_texts, "texts by role"),
-    "task_prompts": (_by_name(_are_texts), "texts by task and role"),
+    "prompts": (_are_texts, "texts by role, in valid Unicode"),
+    "suffixes": (_are_texts, "texts by role, in valid Unicode"),
+    "task_prompts": (_by_name(_are_texts), "texts by task and role, in valid Unicode"),
     "layer": (lambda it: it is None or isinstance(it, LayerSettings), "a layer or null"),
     "dims": (lambda it: isinstance(it, tuple) and all(map(_is_count, it)), "a list of widths"),
     "kinds": (_are_kinds, f"a list of kinds of vectors, from {', '.join(KINDS)}"),
@@ -219,7 +301,8 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / FILE
     if not path.exists():
-        if (folder / "adapter_config.json").exists():
+        # A folder of sentence-transformers reads as its base does.
+        if (folder / "adapter_config.json").exists() and not (folder / "modules.json").exists():
             raise ModelError(
                 f"{folder}: holds an adapter without {FILE}, so the direction of its attention is "
                 "unknown; save it with save_adapter, or merge it into its base first (tercet merge)"
@@ -248,9 +331,12 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def named_prompts(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield prompts by role, and those of tasks as ``sections-query``, which is mteb's format."""
+    """Yield prompts by role, and those of tasks as ``sections-query``, which is mteb's format.
+
+    Empty ones are left out, except where a default prompt would take their place.
+    """
     for role, prompt in settings.prompts.items():
-        if prompt:
+        if prompt or settings.default_prompt:
             yield role, prompt
     for task, prompts in settings.task_prompts.items():
         for role, prompt in prompts.items():

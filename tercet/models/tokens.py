@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from tokenizers import Encoding
+from tokenizers import Encoding, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from tercet.errors import ModelError, RecipeError
@@ -34,6 +34,7 @@ class Form:
     pool_suffix: bool = False
     pool_special: bool = True  # false: the tokenizer's special tokens are not pooled
     end: bool = False  # the end-of-text token last, pooled
+    pool_end: bool = False  # of a text without tokens, pool what the tokenizer puts behind it
     echo: Role | None = None  # the text twice, only the second pooled, in this role's template
     cls_every: int | None = None  # MCLS: repeat the start token after this many tokens
 
@@ -102,8 +103,8 @@ class Tokens:
         )
 
 
-def load_tokenizer(place: str | Path) -> Any:
-    """Load the transformers tokenizer of a folder or a hub id.
+def load_tokenizer(place: str | Path, *, lower_case: bool = False) -> Any:
+    """Load the transformers tokenizer of a folder or a hub id; it may put texts in lower case.
 
     Raises:
         ModelError: if it is missing or damaged.
@@ -122,6 +123,10 @@ def load_tokenizer(place: str | Path) -> Any:
         raise ModelError(
             f"{place}: has no tokenizer (tokenizer.json); copy it there from the model's origin"
         )
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if lower_case and fast is not None:
+        first = [fast.normalizer] if fast.normalizer is not None else []
+        fast.normalizer = normalizers.Sequence([normalizers.Lowercase(), *first])
     return tokenizer
 
 
@@ -155,6 +160,7 @@ class Tokenizer:
         at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
         self._head: list[int] = [] if at is None else full[:at]  # put before every text
         self._tail: list[int] = [] if at is None else full[at + len(bare) :]  # and after it
+        self._cuts_start = getattr(tokenizer, "truncation_side", "right") == "left"
         known = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
         self._filler: int = next((i for i in known if i is not None), 0)
 
@@ -178,7 +184,9 @@ class Tokenizer:
     ) -> Tokens:
         """Tokenize each text with its prompt, once, and cut what is longer than ``max_tokens``.
 
-        The end of the text is cut; prompt, suffix and special tokens stay. Character offsets decide
+        The end of the text is cut; prompt, suffix and special tokens stay. A tokenizer whose
+        truncation side is left loses the start of prompt and text instead, unless ``spans`` are
+        asked for. Character offsets decide
         what is pooled, so the borders are exact for any tokenizer: a token that lies partly in the
         text is pooled. A text without any token gets one filler token. If nothing is left to pool
         (an empty text, or no room beside the prompt, and no end-of-text token), all tokens are.
@@ -253,10 +261,13 @@ class Tokenizer:
         for (encoding, text), prompt in zip(parts, before, strict=True):
             ids = encoding.ids
             ids = ids[head : len(ids) - tail]
+            cut = len(ids) > room
+            start = len(ids) - room if cut and self._cuts_start and not spans else 0
+            ids = ids[start:]
             if not located:
-                yield _Laid([], ids[:room], [], cut=len(ids) > room, prompted=False)
+                yield _Laid([], ids[:room], [], cut=cut, prompted=False)
                 continue
-            offsets = encoding.offsets[head : head + len(ids)]
+            offsets = encoding.offsets[head + start : head + start + len(ids)]
             first, stop = _borders(offsets, len(prompt), len(prompt) + len(text))
             after = ids[stop:][:room]
             kept = max(first, min(stop, room - len(after)))
@@ -264,7 +275,7 @@ class Tokenizer:
                 ids[: min(first, room - len(after))],
                 ids[first:kept],
                 after,
-                cut=len(ids) > room,
+                cut=cut,
                 prompted=bool(prompt),
                 spans=[(a - len(prompt), b - len(prompt)) for a, b in offsets[first:kept] if spans],
             )
@@ -329,7 +340,10 @@ class Tokenizer:
         equal pairs first, only if it is near. So a beginning is enough if more than ``room`` tokens
         end a margin before its end, in words that end as well; otherwise a longer one is tried.
         With a suffix the end of the text stays too, since the suffix may share a token with it.
+        Texts that lose their start instead are read whole.
         """
+        if self._cuts_start:
+            return texts
         found, factor = list(texts), _LETTERS_A_TOKEN
         is_bpe = type(self._fast.model).__name__ == "BPE"
 
@@ -363,7 +377,8 @@ class Tokenizer:
         """Return how many leading tokens are not pooled, and the bounds of those after the text."""
         head, before, after = len(self._head), len(laid.before), len(laid.after)
         prompted = form.pool_prompt and not form.echo
-        pooled = len(laid.text) + prompted * before + form.pool_suffix * after + form.end * tail
+        ended = tail if form.end or (form.pool_end and form.pool_special) else 0
+        pooled = len(laid.text) + prompted * before + form.pool_suffix * after + ended
         if pooled == 0:
             return 0, (0, 0)
         skipped = 0 if form.pool_special else head

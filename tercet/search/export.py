@@ -8,18 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from tercet.data.files.documents import Document
 from tercet.data.files.examples import shown
-from tercet.errors import BROKEN_MODEL, DataError, ModelError
+from tercet.errors import DataError
 from tercet.files.arrays import NAMES, GrowingArray, VectorWriter, holds_only_vectors
 from tercet.files.atomic import clear_about, replacing_file, replacing_folder
 from tercet.files.outputs import FolderKind, check_output, mark
 from tercet.files.progress import Bars, bar
 from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
-from tercet.search.engine.checks import unusable
 from tercet.search.indexing import bytes_of, document_batches
 from tercet.search.rows import TAKEN, EngineRow, FormatName, json_line, lines_of, parts_of
 from tercet.types import Role
@@ -104,7 +101,6 @@ def write_dense(
             vectors = embedder.encode(
                 window, wanted.role, task=wanted.task, dims=wanted.dims, progress=progress
             )
-            _check_finite(Vectors(dense=torch.from_numpy(vectors)), window)
             if file is None:
                 array = GrowingArray.open(fresh, vectors.dtype, vectors.shape[1:])
                 file = opened.enter_context(array)
@@ -147,23 +143,9 @@ def write_rows(
 
 
 def _encoded(embedder: Embedder, texts: Sequence[str], wanted: EncodeOptions) -> Vectors:
-    """Return the vectors of some texts; ModelError when one is not finite."""
-    vectors = embedder.encode_vectors(
+    return embedder.encode_vectors(
         texts, wanted.role, kinds=wanted.kinds, task=wanted.task, dims=wanted.dims
     )
-    _check_finite(vectors, texts)
-    return vectors
-
-
-def _check_finite(vectors: Vectors, texts: Sequence[str]) -> None:
-    if (row := first_broken(vectors)) is not None:
-        raise ModelError(f"the vector of {shown(texts[row])} holds NaN or infinity; {BROKEN_MODEL}")
-
-
-def first_broken(vectors: Vectors) -> int | None:
-    """Return the first text with a vector that is not finite, or None."""
-    broken = unusable(vectors.to("cpu"), negative=False)
-    return int(broken.int().argmax()) if broken.any() else None
 
 
 def _row_of(document: Document) -> EngineRow:

@@ -72,9 +72,12 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise RecipeError(problem) from error
     for line in lines:
         try:
-            records.append(parse_json(line))
+            record = parse_json(line)
         except ValueError:
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
 
 

@@ -134,8 +134,10 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_work(
     said = refused("index", encoder_folder, files / "docs.jsonl", "--out", blocked)
     assert "is not an index and would be overwritten" in said
     monkeypatch.setattr(Embedder, "encode", None)
+
     said = refused("encode", encoder_folder, blocked, "--out", tmp_path)
     assert said.startswith(f"{tmp_path}: could not be written: it is not a file")
+
     said = refused("encode", encoder_folder, blocked, "--out", inside)
     assert said.startswith(f"{blocked}: could not be written: a file is where")
 
@@ -250,7 +252,6 @@ def escaped(text: str, encoding: str) -> str:
     [
         {"PYTHONIOENCODING": "ascii"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "NAMES": "ascii"},
-        {"LC_ALL": "C", "LANG": "C"},
     ],
 )
 def test_files_are_utf_8_whatever_the_locale(encoder_folder, files, tmp_path, env):
@@ -268,11 +269,15 @@ def test_files_are_utf_8_whatever_the_locale(encoder_folder, files, tmp_path, en
     assert "日" in row and "本" in row
 
 
-def test_an_argument_that_is_no_text_is_refused(refused, files):
-    said = refused("search", files / "index", "caf\udce9")
+def test_an_argument_that_is_no_text_is_refused(refused, encoder_folder, files, monkeypatch):
+    def takes_no_such_path(*_, **__):
+        "\udce9".encode()
+
+    monkeypatch.setattr("tercet.search.export.write_dense", takes_no_such_path)
+    said = refused("encode", encoder_folder, files / "texts.txt", "--out", "caf\udce9.npy")
     assert said == (
-        "the argument 'caf\\udce9' is not in utf-8; rename the file, or set PYTHONUTF8=1 if it is "
-        "UTF-8"
+        "the argument 'caf\\udce9.npy' is not in utf-8; rename the file, or set PYTHONUTF8=1 if it "
+        "is UTF-8"
     )
 
 

@@ -448,3 +448,43 @@ def test_codes_of_what_has_none_are_refused(refused, hybrid, files, tmp_path):
     told = refused(*words, "--engine", "qdrant", "--precision", "binary+int8")
     assert "take binary in place of binary+int8, or the exact engine" in told
     assert not (tmp_path / "index").exists()
+
+
+def test_verify_checks_an_index_without_a_model_and_names_a_damaged_file(tercet, refused, indexed):
+    ended = tercet("index", "--verify", "--out", indexed)
+    assert ended.status == 0
+    assert ended.out == f"{indexed}: 12 documents, as they were written\n"
+    before = {path: path.stat().st_mtime_ns for path in indexed.rglob("*")}
+    path = next((indexed / "exact").glob("segment-*")) / "records.parquet"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    said = refused("index", "--verify", "--out", indexed)
+    name = path.relative_to(indexed / "exact")
+    assert said == (
+        f"{indexed}/exact: the index is damaged ({name} is not as it was written); build it again "
+        "with: tercet index --fresh"
+    )
+    assert {path: path.stat().st_mtime_ns for path in indexed.rglob("*")}.keys() == before.keys()
+
+
+def test_verify_says_when_an_index_has_no_checksums(tercet, indexed):
+    path = indexed / "exact/manifest.json"
+    about = json.loads(path.read_text())
+    del about["checksum"], about["checksums"]
+    path.write_text(json.dumps(about))
+    ended = tercet("index", "--verify", "--out", indexed)
+    assert ended.status == 0
+    assert ended.out == (f"{indexed}: 12 documents, readable; there are no checksums of them\n")
+
+
+def test_an_index_needs_a_model_and_documents_or_verify(refused, indexed, tmp_path):
+    assert refused("index", "--out", tmp_path / "new") == (
+        "tercet index needs a MODEL and a FILE of documents; or --verify, which checks the index "
+        "in --out"
+    )
+    assert refused("index", "minilm", "--verify", "--out", indexed) == (
+        "--verify checks the index in --out; leave out MODEL and FILE"
+    )
+    said = refused("index", "--verify", "--out", tmp_path)
+    assert said == f"{tmp_path}: is not an index; build one with: tercet index"

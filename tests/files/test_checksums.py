@@ -1,11 +1,9 @@
 """Every altered byte of what is trusted again is noticed, or changes nothing."""
 
 import json
-import random
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +21,7 @@ from tercet.files.checksums import (
     sealed,
     unsealed,
 )
-
-
-def altered_copies(content: bytes, count: int = 60) -> Iterator[bytes]:
-    """Copies with one other byte: all of the first and last ones, and some in between."""
-    drawn = random.Random(0)
-    places = {*range(min(24, len(content))), *range(max(0, len(content) - 24), len(content))}
-    places |= {drawn.randrange(len(content)) for _ in range(count)}
-    for place in sorted(places):
-        yield (
-            content[:place]
-            + bytes([content[place] ^ 1 << drawn.randrange(8)])
-            + content[place + 1 :]
-        )
+from tests.damage import altered_copies
 
 
 def test_the_checksum_is_the_crc_of_sums_by_row_and_column_of_each_block(tmp_path: Path):

@@ -42,7 +42,7 @@ def test_no_texts_give_no_vectors(encoder_folder):
 
 
 def test_one_string_instead_of_a_list_is_refused(encoder_folder):
-    with pytest.raises(TypeError, match="list of texts"):
+    with pytest.raises(TypeError, match="list of strings"):
         Embedder.load(encoder_folder).encode("a text")
 
 

@@ -21,12 +21,15 @@ def decoder(decoder_folder) -> Embedder:
     return Embedder.load(decoder_folder, prompts=PROMPTS, pool_prompt=False)
 
 
-def states_of(embedder: Embedder, text: str, role, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
+def states_of(
+    embedder: Embedder, text: str, role, form: Form, attention=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One text alone: its states and which of them are pooled."""
+    backbone = embedder.backbone if attention is None else embedder.backbone.turned(attention)
     tokens = embedder.tokenizer([text], 512, embedder.settings.prompt(role), form)
     packed = tokens.pack()
     with torch.no_grad():
-        return embedder.backbone(packed), packed.pooled
+        return backbone(packed), packed.pooled
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -34,19 +37,18 @@ def states_of(embedder: Embedder, text: str, role, form: Form) -> tuple[torch.Te
 def test_each_pooling_and_direction_of_a_call_equals_a_loop(decoder, pooling, attention):  # spec 11
     found = decoder.encode(TEXTS, "query", pooling=pooling, attention=attention)
     form = Form(pool_prompt=False, end=pooling == "last")
-    with decoder.backbone.direction(attention):
-        for text, vector in zip(TEXTS, found, strict=True):
-            states, pooled = states_of(decoder, text, "query", form)
-            states = states[pooled].double()
-            place = torch.arange(1, len(states) + 1).double()
-            expected = {
-                "mean": states.mean(0),
-                "weighted_mean": (states * (place / place.sum())[:, None]).sum(0),
-                "first": states[0],
-                "last": states[-1],
-            }[pooling]
-            expected = (expected / expected.norm()).float().numpy()
-            np.testing.assert_allclose(vector, expected, atol=1e-6)
+    for text, vector in zip(TEXTS, found, strict=True):
+        states, pooled = states_of(decoder, text, "query", form, attention)
+        states = states[pooled].double()
+        place = torch.arange(1, len(states) + 1).double()
+        expected = {
+            "mean": states.mean(0),
+            "weighted_mean": (states * (place / place.sum())[:, None]).sum(0),
+            "first": states[0],
+            "last": states[-1],
+        }[pooling]
+        expected = (expected / expected.norm()).float().numpy()
+        np.testing.assert_allclose(vector, expected, atol=1e-6)
 
 
 def test_last_pooling_of_one_call_reads_the_end_of_text_token(decoder):

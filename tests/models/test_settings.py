@@ -30,7 +30,10 @@ def read(folder, **changes):
     ("settings", "problem"),
     [
         ({"normalize": "yes"}, "normalize must be true or false; got 'yes'"),
-        ({"prompts": ["query: "]}, r"prompts must be texts by role; got \['query: '\]"),
+        (
+            {"prompts": ["query: "]},
+            r"prompts must be texts by role, in valid Unicode; got \['query: '\]",
+        ),
         ({"suffixes": {"query": 1}}, "suffixes must be texts by role"),
         ({"task_prompts": {"mail": "find: "}}, "must be texts by task and role"),
         ({"query_tokens": "512"}, "query_tokens must be a whole number above 0; got '512'"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.index_memory import measured
 from tercet.data.files.documents import Document
 from tercet.search import indexing
 from tercet.search.exact.exact_engine import ExactEngine
@@ -140,3 +141,9 @@ def test_the_estimate_is_exact_where_documents_are_alike(tmp_path):
 
 def test_of_no_documents_nothing_is_expected():
     assert expected_bytes([], Encoder()) == (0, {})
+
+
+@pytest.mark.slow
+def test_an_index_takes_little_memory_for_each_document():
+    few, many = (measured(count, 100, "fake")["peak"] for count in (10_000, 60_000))
+    assert many - few < 50_000 * 160  # the benchmark's target is 100, of more documents

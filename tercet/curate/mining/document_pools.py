@@ -20,9 +20,7 @@ import torch
 from jaxtyping import Bool, Float32, Int, Int64, UInt64
 
 from tercet import distributed
-from tercet.data.files.examples import shown
 from tercet.data.files.texts import text_key
-from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
@@ -32,7 +30,6 @@ from tercet.files.progress import Advance
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
 from tercet.rank.topk import Hits, TopK, check_queries
-from tercet.search.export import first_broken
 from tercet.types import Role
 from tercet.vectors import Vectors
 
@@ -266,12 +263,7 @@ def encode_prompted(
     finally:
         teacher.settings = settings
     order = [row for rows in rows_of.values() for row in rows]
-    vectors = Vectors.join(parts).take(np.argsort(order).tolist())
-    if (row := first_broken(vectors)) is not None:
-        raise ModelError(
-            f"the teacher's vector of {shown(texts[row])} contains NaN or infinity; {BROKEN_MODEL}"
-        )
-    return vectors
+    return Vectors.join(parts).take(np.argsort(order).tolist())
 
 
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:

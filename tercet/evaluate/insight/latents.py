@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float64
 
 from tercet.errors import ModelError, RecipeError
-from tercet.evaluate.insight.lookahead import inference
 from tercet.evaluate.report.figures import HeatMap, MapLabels
 from tercet.models.embedder import Embedder
 from tercet.models.encode_loop import batch_by_batch
@@ -88,9 +87,9 @@ def latent_use(embedder: Embedder, texts: Sequence[str], role: Role = "document"
     heads, latents = layer.layer.heads, layer.layer.latents
     mass = torch.zeros(heads, latents, dtype=torch.float64)
     entropy, count = torch.zeros(heads, dtype=torch.float64), 0
-    with inference(embedder):
+    with embedder.reading() as reader:
         for step in batch_by_batch(
-            embedder.backbone,
+            reader.backbone,
             embedder.device,
             texts,
             lambda part: embedder.tokenize(part, role),

@@ -8,8 +8,7 @@ Direction map (5.2): the cosine of each token's causal and bidirectional state, 
 same weights. If it is high, the model needs little training for bidirectional attention.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -132,7 +131,7 @@ def prefix_sensitivity(
         ModelError: for an encoder with causal attention.
     """
     limit = embedder.settings.document_tokens
-    form = Form(end=embedder.settings.pooling == "last", echo="document" if echo else None)
+    form = Form(end=embedder.settings.ends, echo="document" if echo else None)
     rows = [_prefix_rows(embedder, triple, limit, form) for triple in triples]
     rows = [each for each in rows if each is not None]
     if not rows:
@@ -141,10 +140,10 @@ def prefix_sensitivity(
             f"same whatever follows, and each text at most {limit} tokens"
         )
     cosines = []
-    with inference(embedder), embedder.backbone.direction(attention):
+    with embedder.reading(attention) as reader:
         for start in range(0, len(rows), _TRIPLES_AT_ONCE):
             texts = _joined(rows[start : start + _TRIPLES_AT_ONCE]).to(embedder.device)
-            vectors = mean(embedder.backbone(texts), texts).cpu().double()
+            vectors = mean(reader.backbone(texts), texts).cpu().double()
             vectors = vectors.unflatten(0, (-1, 3))  # [triples, 3, hidden]
             cosines.append(F.cosine_similarity(vectors[:, :1], vectors[:, 1:], dim=-1))
     positive, negative = torch.cat(cosines).T.numpy()
@@ -199,23 +198,10 @@ def direction_map(embedder: Embedder, text: str) -> DirectionMap:
     tokens = embedder.tokenizer([text], limit, spans=True)
     packed = tokens.pack().to(embedder.device)
     states = []
-    with inference(embedder):
-        for attention in ("causal", "bidirectional"):
-            with backbone.direction(attention):
-                states.append(backbone.layer_states(packed).cpu().double())
+    for attention in ("causal", "bidirectional"):
+        with embedder.reading(attention) as reader:
+            states.append(reader.backbone.layer_states(packed).cpu().double())
     names = embedder.tokenizer.stock.convert_ids_to_tokens(tokens.ids[0].tolist())
     spans = zip(tokens.spans[0].tolist(), names, strict=True)
     shown = tuple(text[max(start, 0) : max(end, 0)].strip() or name for (start, end), name in spans)
     return DirectionMap(shown, F.cosine_similarity(states[0], states[1], dim=-1).numpy())
-
-
-@contextmanager
-def inference(embedder: Embedder) -> Iterator[None]:
-    """Turn off dropout and gradients, and restore the training mode afterwards."""
-    training = embedder.training
-    embedder.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        embedder.train(training)

@@ -12,7 +12,27 @@ from torch import Tensor
 from tercet.errors import ModelError
 from tercet.files.console import shortened
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.loading import Shapes, loading, misfits, shapes_of
+from tercet.models.network.loading import Shapes, loading, misfits, read_object, shapes_of
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a whole model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """Return the model that an adapter changes: a folder or a hub id.
+
+    Raises:
+        ModelError: if the adapter does not name it.
+    """
+    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{folder}: does not name the model that it changes; set base_model_name_or_path in "
+            "adapter_config.json, or merge it with a base: tercet merge --base"
+        )
+    return base
 
 
 def merge_adapter(backbone: Backbone, folder: Path) -> None:

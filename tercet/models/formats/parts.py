@@ -10,11 +10,12 @@ import torch
 
 from tercet.errors import ModelError
 from tercet.kinds import KINDS
-from tercet.models.formats.sentence_transformers import read_modules
+from tercet.models.formats.sentence_transformers import lowers_case, read_modules
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.heads import Heads, heads_in, load_heads
 from tercet.models.network.latent_attention import AttentionLayer, build_layer, load_layer
-from tercet.models.settings import Settings, read_settings
+from tercet.models.settings import FILE, Settings, read_settings
+from tercet.models.tokens import load_tokenizer
 from tercet.models.zoo import zoo
 
 _M3_TOKENS: Final = 8_192  # BGE-M3's limit; a model with fewer positions takes as many as it has
@@ -38,6 +39,16 @@ def settings_of(source: str | Path, folder: Path) -> Settings:
     """Return a model's settings: from ``tercet.json``, or as :func:`foreign_settings`."""
     saved = read_settings(folder) if folder.is_dir() else None
     return foreign_settings(source, folder) if saved is None else saved["settings"]
+
+
+def tokenizer_of(place: str | Path) -> Any:
+    """Load the tokenizer of a folder or hub id, which reads texts as its model was trained.
+
+    Raises:
+        ModelError: if it is missing or damaged.
+    """
+    folder = Path(place)
+    return load_tokenizer(place, lower_case=not (folder / FILE).exists() and lowers_case(folder))
 
 
 def foreign_settings(source: str | Path, folder: Path) -> Settings:

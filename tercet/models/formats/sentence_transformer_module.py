@@ -1,6 +1,5 @@
 """A model as a ``SentenceTransformer`` in memory, with the same weights."""
 
-import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +14,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from tercet.errors import MissingExtraError, ModelError
 from tercet.models.formats.parts import ModelParts
 from tercet.models.formats.sentence_transformers import LAYER, LAYER_CODE, prompt_ids, write_modules
+from tercet.models.network.backbone import sharing_copy
 from tercet.models.network.latent_attention import AttentionLayer
 from tercet.models.network.loading import quiet
 from tercet.models.settings import named_prompts
@@ -67,8 +67,7 @@ def as_sentence_transformer(parts: ModelParts) -> Any:
 
 def _give_weights(transformer: Any, model: PreTrainedModel) -> None:
     """Insert a copy of the model with the same tensors and the attention of transformers."""
-    same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    shared: Any = copy.deepcopy(model, same)
+    shared: Any = sharing_copy(model)
     # Release 5 stores the model as auto_model; in later ones that is a property.
     shown = isinstance(getattr(type(transformer), "auto_model", None), property)
     name = "model" if shown else "auto_model"

@@ -18,11 +18,11 @@ from typing import Any, Final, get_args
 
 from tokenizers import Tokenizer
 
-from tercet.errors import ModelError
+from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import write_json
 from tercet.models.choices import LayerSettings, PoolingName
 from tercet.models.network.loading import as_object, read_object, read_value
-from tercet.models.settings import Settings, named_prompts
+from tercet.models.settings import Settings, changed, named_prompts
 from tercet.types import Role
 
 # Their name -> our name, and the flag that stands for it before release 6.
@@ -88,7 +88,7 @@ def write_modules(folder: Path, settings: Settings, dim: int) -> None:
                 "pytorch": version("torch"),
             },
             "prompts": dict(named_prompts(settings)),
-            "default_prompt_name": None,
+            "default_prompt_name": settings.default_prompt,
             "similarity_fn_name": "cosine",
         },
     )
@@ -111,7 +111,7 @@ def prompt_ids(folder: Path, settings: Settings) -> list[list[int]]:
 
     Each is tokenized alone, with the special tokens before it and without the one after it.
     """
-    prompts = dict.fromkeys(prompt for _, prompt in named_prompts(settings))
+    prompts = dict.fromkeys(prompt for _, prompt in named_prompts(settings) if prompt)
     if settings.pool_prompt or not prompts:
         return []
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -132,16 +132,23 @@ def read_modules(folder: Path) -> Settings | None:
         return None
     modules = _read_module_list(folder / "modules.json")
     pooling, pool_prompt = _read_pooling(folder / modules["Pooling"] / "config.json")
-    max_tokens = _read_max_tokens(folder)
-    return Settings(
-        pooling=pooling,
-        normalize="Normalize" in modules,
-        layer=LayerSettings() if "Layer" in modules else None,  # its sizes are beside its weights
+    query_tokens, document_tokens = _read_max_tokens(folder)
+    found = {
+        "pooling": pooling,
+        "rules": "sentence_transformers",
+        "normalize": "Normalize" in modules,
+        "layer": LayerSettings()
+        if "Layer" in modules
+        else None,  # its sizes are beside its weights
         **_read_prompts(folder / "config_sentence_transformers.json"),
-        pool_prompt=pool_prompt,
-        query_tokens=max_tokens,
-        document_tokens=max_tokens,
-    )
+        "pool_prompt": pool_prompt,
+        "query_tokens": query_tokens,
+        "document_tokens": document_tokens,
+    }
+    try:
+        return changed(Settings(), found)
+    except RecipeError as error:
+        raise ModelError(f"{folder}: {error}; correct the files of the model") from error
 
 
 def _read_module_list(path: Path) -> dict[str, str]:
@@ -150,6 +157,8 @@ def _read_module_list(path: Path) -> dict[str, str]:
         found = [(module["type"], module["path"]) for module in read_value(path)]
     except (KeyError, TypeError) as error:
         raise ModelError(f"{path}: must be a list of modules with type and path") from error
+    if not all(isinstance(part, str) for module in found for part in module):
+        raise ModelError(f"{path}: must be a list of modules with type and path, both texts")
     names = [kind.rpartition(".")[2] for kind, _ in found]
     for (kind, _), name in zip(found, names, strict=True):
         theirs = kind.startswith("sentence_transformers.") and name != "Layer"
@@ -193,24 +202,50 @@ def _read_pooling(path: Path) -> tuple[PoolingName, bool]:
     return ours, config.get("include_prompt", True)
 
 
-def _read_max_tokens(folder: Path) -> int:
-    """Return the longest text in tokens: as set, else what both tokenizer and model take."""
+# Entries of sentence_bert_config.json that change no vector, or are read below.
+_KNOWN: Final = (
+    *("max_seq_length", "query_length", "document_length", "do_lower_case", "unpad_inputs"),
+    *("transformer_task", "modality_config", "module_output_name", "backend"),
+)
+# Entries with options of a library, and those options that change no vector.
+_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "model": ("dtype", "torch_dtype", "attn_implementation", "low_cpu_mem_usage", "device_map"),
+    "processor": ("padding_side", "model_max_length", "use_fast", "clean_up_tokenization_spaces"),
+    "tokenizer": ("padding_side", "model_max_length", "use_fast", "clean_up_tokenization_spaces"),
+    "config": ("use_cache", "output_hidden_states", "output_attentions"),
+    "processing": (),
+}
+_HARMLESS: Final = ("trust_remote_code", "local_files_only", "revision", "cache_dir", "token")
+
+
+def lowers_case(folder: Path) -> bool:
+    """Whether texts are put into lower case before the tokenizer reads them."""
+    return bool(_read_reader_config(folder)[1].get("do_lower_case"))
+
+
+def _read_reader_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file that says how texts are read, and its content."""
     # Old releases put the architecture in the name: sentence_roberta_config.json.
     names = [
         "sentence_bert_config.json",
         *sorted(p.name for p in folder.glob("sentence_*_config.json")),
     ]
     path = folder / next((name for name in names if (folder / name).is_file()), names[0])
-    config = read_object(path, optional=True)
-    if config.get("do_lower_case"):
-        raise ModelError(
-            f"{path}: asks for lower case before the tokenizer, which tercet does not do; if the "
-            'tokenizer lower-cases by itself, set "do_lower_case" to false'
-        )
+    return path, read_object(path, optional=True)
+
+
+def _read_max_tokens(folder: Path) -> tuple[int, int]:
+    """Return the longest query and document: as set, else what both tokenizer and model take."""
+    path, config = _read_reader_config(folder)
     task = config.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
         raise ModelError(
             f'{path}: transformer_task must be feature-extraction; got "{task}"; {REMEDY}'
+        )
+    if unknown := _unknown_options(config):
+        raise ModelError(
+            f"{path}: sets {unknown}, which tercet does not apply, so its vectors would differ; "
+            f"{REMEDY}"
         )
     limits = [config.get("max_seq_length")]
     if not limits[0]:
@@ -223,20 +258,42 @@ def _read_max_tokens(folder: Path) -> int:
             f'{folder}: the longest text is unknown; set "max_seq_length" in '
             "sentence_bert_config.json"
         )
-    return min(known)
+    longest = min(known)
+    return config.get("query_length") or longest, config.get("document_length") or longest
+
+
+def _unknown_options(config: Mapping[str, Any]) -> str | None:
+    """Return the first entry in use that may change vectors and that tercet does not read."""
+    for name, value in config.items():
+        if name in _KNOWN or value in (None, {}, [], False, ""):
+            continue
+        kind, _, ending = name.rpartition("_")
+        if kind not in _OPTIONS or ending not in ("args", "kwargs") or not isinstance(value, dict):
+            return f'"{name}"'
+        for option in value:
+            if option not in (*_OPTIONS[kind], *_HARMLESS):
+                return f'"{option}" in "{name}"'
+    return None
 
 
 def _read_prompts(path: Path) -> dict[str, Any]:
     """Return prompts by role and by task; "passage" and "corpus" are names of "document"."""
-    read = as_object(path, read_object(path, optional=True).get("prompts") or {})
+    config = read_object(path, optional=True)
+    read = as_object(path, config.get("prompts") or {})
     named = {name: prompt or "" for name, prompt in read.items()}
+    default = config.get("default_prompt_name") or None
+    if default is not None and default not in named:
+        raise ModelError(
+            f"{path}: default_prompt_name must be one of {', '.join(named) or 'no prompts'}; got "
+            f"{default!r}"
+        )
     for name in ("passage", "corpus"):
         if named.get(name) and not named.get("document"):
             named["document"] = named[name]
-    found: dict[str, Any] = {"prompts": {}, "task_prompts": {}}
+    found: dict[str, Any] = {"prompts": {}, "task_prompts": {}, "default_prompt": default}
     for name, prompt in named.items():
         task, dash, role = name.rpartition("-")
-        if dash and role in get_args(Role):
+        if dash and role in get_args(Role) and name != default:
             found["task_prompts"].setdefault(task, {})[role] = prompt
         else:
             found["prompts"][name] = prompt

@@ -14,12 +14,13 @@ from tercet.files.atomic import replacing_folder
 from tercet.files.outputs import FolderKind, check_output, holds_only, json_object, mark
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, Window
-from tercet.models.formats.lora_adapters import merge_adapter
+from tercet.models.formats.lora_adapters import base_of, is_adapter, merge_adapter
 from tercet.models.formats.nv_embed import is_nv_embed, load_nv_embed
 from tercet.models.formats.parts import (
     ModelParts,
     foreign_settings,
     settings_of,
+    tokenizer_of,
     with_heads,
     with_layer,
 )
@@ -27,8 +28,16 @@ from tercet.models.formats.sentence_transformers import write_modules
 from tercet.models.network.backbone import Backbone, probe
 from tercet.models.network.heads import save_heads
 from tercet.models.network.latent_attention import save_layer
-from tercet.models.settings import FILE, VERSION, Settings, changed, named_prompts, read_settings
-from tercet.models.tokens import Form, Tokenizer, load_tokenizer
+from tercet.models.settings import (
+    FILE,
+    VERSION,
+    Settings,
+    changed,
+    named_prompts,
+    read_settings,
+    with_roles,
+)
+from tercet.models.tokens import Form, Tokenizer
 from tercet.models.zoo import zoo
 
 _FILES: Final = (  # that earlier versions, which left no marker, wrote
@@ -64,6 +73,7 @@ def load_parts(
     keep_layers: int | None,
 ) -> ModelParts:
     """Load the parts of a model, with some settings changed; see :meth:`Embedder.load`."""
+    changes = with_roles(changes)
     place = zoo.resolve(str(source))
     folder = Path(place)
     if is_nv_embed(folder):
@@ -79,6 +89,8 @@ def load_parts(
     if saved is not None:
         attention, window = attention or saved["attention"], window or saved["window"]
         base, about = saved.get("adapter_of"), saved.get("about", {})
+    elif is_adapter(folder):
+        base = base_of(folder)
     backbone = Backbone.load(
         base or place, attention=attention, window=window, dtype=dtype, keep_layers=keep_layers
     )
@@ -101,7 +113,7 @@ def load_parts(
         probe(backbone)
     return ModelParts(
         backbone=backbone,
-        tokenizer=load_tokenizer(place if base is None else folder),
+        tokenizer=tokenizer_of(place if base is None else folder),
         settings=settings,
         layer=layer,
         heads=heads,

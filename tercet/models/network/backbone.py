@@ -4,10 +4,10 @@ Whether a decoder is really bidirectional cannot be seen from its settings, whic
 ignore. So all flags are set, and :func:`probe` changes a token to see which states change.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,10 +18,12 @@ from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
 from tercet.models.foreign_code import refuse_code, refuse_code_in
 from tercet.models.network.attention import NAME, Layout
-from tercet.models.network.cpu import keep_few_kernels, keep_freed_memory
+from tercet.models.network.cpu import keep_freed_memory
 from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
 from tercet.segments import Packed, offsets_of
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Backbone(nn.Module):
@@ -53,7 +55,6 @@ class Backbone(nn.Module):
             _open_windows(model)
         if self.device.type == "cpu":
             keep_freed_memory()
-            keep_few_kernels()
         self.train(model.training)
 
     @staticmethod
@@ -149,31 +150,23 @@ class Backbone(nn.Module):
         back[place] = torch.arange(len(place), device=device)
         return states[:, back]
 
-    @contextmanager
-    def direction(self, attention: Attention | None) -> Iterator[None]:
-        """Read in this direction inside the context; None changes nothing. Weights stay the same.
+    def turned(self, attention: Attention) -> "Backbone":
+        """Return a copy that reads in this direction, probed; it shares the weights.
 
         Raises:
             ModelError: if an encoder is asked to be causal, or a decoder fails the probe.
         """
-        before = self.attention
-        if attention is None or attention == before:
-            yield
-            return
-        if not self.is_decoder:
+        if attention != self.attention and not self.is_decoder:
             raise ModelError(
                 f"{type(self.model).__name__} is an encoder, which is always bidirectional"
             )
-        try:
-            self._turn(attention)
-            self.prove()
-            yield
-        finally:
-            self._turn(before)
-
-    def _turn(self, attention: Attention) -> None:
-        self.attention = attention
-        _set_direction(self.model, attention)
+        copied = sharing_copy(self)
+        if attention != self.attention:
+            copied.attention = attention
+            _set_direction(copied.model, attention)
+            copied.prove()
+            self._proved |= copied._proved
+        return copied
 
     def freeze_embeddings(self) -> None:
         """Do not train the token table, which holds most weights of a small multilingual model."""
@@ -202,7 +195,12 @@ class Backbone(nn.Module):
         return hasattr(self.model, "merge_and_unload")
 
 
-@torch.no_grad()
+def sharing_copy(module: ModuleT) -> ModuleT:
+    """Return a copy of a module with the same parameters and buffers."""
+    same = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, same)
+
+
 def probe(backbone: Backbone) -> None:
     """Check by numbers that texts are read alone, in the right direction, as transformers would.
 
@@ -210,6 +208,11 @@ def probe(backbone: Backbone) -> None:
         ModelError: if a text depends on its neighbours, a causal model sees the next token or a
             bidirectional one does not, or states differ from those of transformers' attention.
     """
+    with torch.no_grad(), torch.autocast(backbone.device.type, enabled=False):
+        _probe(backbone)
+
+
+def _probe(backbone: Backbone) -> None:
     training = backbone.training
     backbone.eval()
     vocabulary = backbone.config.get_text_config().vocab_size

@@ -5,13 +5,9 @@ applies a GELU while the result is still in the cache. The layout costs a second
 weights, so large models run without it. Results differ in the last bits only.
 """
 
-import os
 import timeit
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +18,7 @@ from tercet.models.network.fingerprints import WeightCache
 
 MAX_BYTES: Final = 1 << 30  # of weights that are worth a second copy
 _KEPT: Final = (32 << 20) - (64 << 10)  # bytes; glibc learns from blocks of up to 32 MiB
-_KERNELS: Final = 32  # a layer has up to four sorts, and queries some ten lengths
+_ROWS: Final = 64  # more are multiplied in multiples of this; no bit of a result changes
 _TOKENS: Final = 1_024  # rows the layout is chosen for; any number works
 _CLEARLY_SLOWER: Final = 1.3  # times the time of float32
 
@@ -36,17 +32,6 @@ def keep_freed_memory() -> None:
     block freed so far: hence one of nearly 32 MiB, the most that it learns from, freed untouched.
     """
     torch.empty(_KEPT, dtype=torch.uint8)
-
-
-@cache
-def keep_few_kernels() -> None:
-    """Let oneDNN keep the kernels of few lengths, unless the environment says how many.
-
-    Packed batches have as many tokens as their texts, and it keeps a thousand kernels, twice, of
-    some 100 KB: hundreds of megabytes after some ten thousand texts. Its first call reads this.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(_KERNELS))
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------
@@ -80,53 +65,53 @@ def _seconds(x: Tensor, weight: Tensor) -> float:
 # ---- prepacked weights -----------------------------------------------------------------------
 
 
-class Prepacked:
-    """The packed weights of one model, made at the first use and again when a weight changed."""
+class PackedLinear:
+    """The forward of a linear layer, on a copy of its weight in the layout of its kernel."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._packed: WeakKeyDictionary[nn.Linear, WeightCache[Tensor]] = WeakKeyDictionary()
+    def __init__(self, linear: nn.Linear, activation: str) -> None:
+        self._linear, self._activation = linear, activation
+        self._run: Any = torch.ops.mkldnn._linear_pointwise
+        self._kept: WeightCache[Tensor] = WeightCache()
+        self.refresh()
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Run the model's linear layers on packed weights: in inference mode, on a CPU.
+    def refresh(self) -> None:
+        """Pack the weight again if any number of it changed."""
+        self._weight = self._kept.get([self._linear.weight.detach()], self._packed)
 
-        If that is impossible, or the model too large, it runs unchanged.
-        """
-        changed: list[nn.Module] = []
-        if torch.is_inference_mode_enabled() and _suits(self._model):
-            fused = _followed_by_gelu(self._model)
-            for module in self._model.modules():
-                if type(module) is nn.Linear:
-                    activation = "gelu" if module in fused else "none"
-                    module.forward = self._forward(module, activation)  # pyright: ignore
-                    changed.append(module)
-            for activation in fused.values():
-                activation.forward = lambda x: x
-                changed.append(activation)
-        try:
-            yield
-        finally:
-            for module in changed:
-                module.__dict__.pop("forward", None)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output, after the activation."""
+        rows = x.shape[-2] if x.dim() > 1 else 1
+        added = -rows % _ROWS if rows > _ROWS else 0
+        if added:
+            # oneDNN keeps a kernel of 100 KB and more for each number of rows. Packed batches have
+            # as many as their tokens: hundreds of megabytes after some ten thousand texts.
+            x = F.pad(x, (0, 0, 0, added))
+        found = self._run(x, self._weight, self._linear.bias, self._activation, [], "none")
+        return found[..., :rows, :] if added else found
 
-    def _forward(self, linear: nn.Linear, activation: str) -> Callable[[Tensor], Tensor]:
-        weight, bias = self._weight(linear), linear.bias
-        run: Any = torch.ops.mkldnn._linear_pointwise
+    def _packed(self) -> Tensor:
+        with torch.inference_mode():
+            weight = self._linear.weight.detach()
+            return torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS)
 
-        def forward(x: Tensor) -> Tensor:
-            return run(x, weight, bias, activation, [], "none")
 
-        return forward
+def packed_layers(model: nn.Module) -> list[PackedLinear]:
+    """Change a model, for good, to run its linear layers on packed weights in inference mode.
 
-    def _weight(self, linear: nn.Linear) -> Tensor:
-        weight = linear.weight.detach()
-
-        def packed() -> Tensor:
-            with torch.inference_mode():
-                return torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS)
-
-        return self._packed.setdefault(linear, WeightCache()).get([weight], packed)
+    Returns its packed layers: none, and an unchanged model, if it is too large or not on a CPU.
+    """
+    if not _suits(model):
+        return []
+    fused = _followed_by_gelu(model)
+    found = []
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            packed = PackedLinear(module, "gelu" if module in fused else "none")
+            module.forward = packed  # pyright: ignore[reportAttributeAccessIssue]
+            found.append(packed)
+    for activation in fused.values():
+        activation.forward = lambda x: x
+    return found
 
 
 def _suits(model: nn.Module) -> bool:

@@ -32,14 +32,15 @@ def mean(hidden: Float[Tensor, "tokens hidden"], texts: Packed) -> Float[Tensor,
 
 
 def weighted_mean(
-    hidden: Float[Tensor, "tokens hidden"], texts: Packed
+    hidden: Float[Tensor, "tokens hidden"], texts: Packed, *, from_start: bool = False
 ) -> Float[Tensor, "texts hidden"]:
     """Average with weight j for the j-th pooled token (SGPT, arXiv 2202.08904, sec. 3.1).
 
-    For causal models: later tokens have read more of the text.
+    For causal models: later tokens have read more of the text. ``from_start`` counts all tokens of
+    a text, as sentence-transformers does, not only those that are pooled.
     """
     counted = _counted(texts)
-    running = counted.cumsum(0)
+    running = (torch.ones_like(counted) if from_start else counted).cumsum(0)
     before = torch.cat([running.new_zeros(1), running])[texts.offsets[:-1]]
     place = (running - before[segments.row_of(texts.offsets)]) * counted
     return _weighted(hidden, texts, place.unsqueeze(1))

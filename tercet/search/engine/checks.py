@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -67,7 +66,7 @@ def check_records(records: Sequence[Record], vectors: Vectors, widths: Widths) -
             f"{', '.join(found)}; encode all records with the same model and kinds"
         )
     _check_widths(found, widths, "these records")
-    broken = unusable(vectors)
+    broken = _unusable(vectors)
     if broken.any():
         record = records[int(broken.int().argmax())]
         raise ModelError(
@@ -82,7 +81,7 @@ def check_queries(queries: Vectors, widths: Widths) -> None:
         ModelError: when a width differs, or a value is NaN or infinite.
     """
     _check_widths(widths_of(queries), widths, "the queries")
-    broken = unusable(queries)
+    broken = _unusable(queries)
     if broken.any():
         raise ModelError(
             f"the vectors of query {int(broken.int().argmax())} hold NaN, infinity or a negative "
@@ -90,21 +89,12 @@ def check_queries(queries: Vectors, widths: Widths) -> None:
         )
 
 
-def unusable(vectors: Vectors, *, negative: bool = True) -> Bool[Tensor, "texts"]:
-    """Return which texts have a value that is not finite or, if ``negative``, a negative weight."""
-    bad = torch.zeros(len(vectors), dtype=torch.bool)
-    if vectors.dense is not None:
-        bad |= ~vectors.dense.isfinite().all(dim=1)
+def _unusable(vectors: Vectors) -> Bool[Tensor, "texts"]:
+    """Return which texts have a value that is not finite, or a negative weight."""
+    bad = vectors.not_finite()
     if vectors.sparse is not None:
-        weights = vectors.sparse.weights
-        _mark(bad, ~weights.isfinite() | (negative & (weights < 0)), vectors.sparse.offsets)
-    if vectors.multi is not None:
-        _mark(bad, ~vectors.multi.vectors.isfinite().all(dim=1), vectors.multi.offsets)
+        bad[row_of(vectors.sparse.offsets)[vectors.sparse.weights < 0]] = True
     return bad
-
-
-def _mark(bad: Tensor, values: Tensor, offsets: Tensor) -> None:
-    bad[row_of(offsets)[values]] = True
 
 
 def _check_widths(found: Widths, widths: Widths, what: str) -> None:

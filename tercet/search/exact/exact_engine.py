@@ -200,6 +200,7 @@ class ExactEngine:
         with self._lock:
             untidy = any(part.folder is None or not part.alive.all() for part in self._parts)
             if untidy or len(self._parts) > 1:
+                self._ids.clear()  # to be read again if they are needed, rather than merged
                 self._write(0)
             if self._changed:
                 self._commit()

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64, Shaped
 
 from tercet.errors import ModelError
-from tercet.files.arrays import GrowingArray
+from tercet.files.arrays import GrowingArray, release
 from tercet.files.artifacts import write_npy_header
 from tercet.files.atomic import replacing_folder
 from tercet.files.limits import ARRAY_ERRORS
@@ -41,7 +41,7 @@ from tercet.segments import row_of, runs_within
 from tercet.vectors import Terms, TokenRows, Vectors
 
 _RECORDS: Final = "records.parquet"
-_BLOCK: Final = 65_536  # rows of vectors that are copied at a time
+_BLOCK: Final = 2_048  # rows of vectors that are copied at a time
 _TEXTS: Final = 512  # whose token vectors are
 _POSTINGS: Final = 1 << 19  # terms of documents that are merged at a time
 _ARRAYS: Final[dict[Kind, tuple[str, ...]]] = {
@@ -281,6 +281,7 @@ def _dense(parts: Sequence[LivePart], place: int) -> Iterator[Shaped[np.ndarray,
         for start in range(0, len(vectors), _BLOCK):
             block = slice(start, start + _BLOCK)
             yield vectors[block][part.alive[block]]
+            release(vectors)
 
 
 def _multi(parts: Sequence[LivePart]) -> Iterator[Shaped[np.ndarray, "rows width"]]:
@@ -292,6 +293,7 @@ def _multi(parts: Sequence[LivePart]) -> Iterator[Shaped[np.ndarray, "rows width
             bounds = rows.offsets[start : start + _TEXTS + 1]
             alive = np.repeat(part.alive[start : start + _TEXTS], np.diff(bounds))
             yield rows.vectors[bounds[0] : bounds[-1]][alive]
+            release(rows.vectors)
 
 
 def _multi_offsets(parts: Sequence[LivePart]) -> Int64[np.ndarray, "bounds"]:
@@ -355,6 +357,8 @@ def _postings_blocks(parts: Sequence[LivePart]) -> Iterator[Postings]:
             kept = part.alive[lists.rows[here]]
             words = np.repeat(lists.tokens[first:last], np.diff(bounds))
             some.append((words[kept], rows[lists.rows[here][kept]], lists.weights[here][kept]))
+            release(lists.rows)
+            release(lists.weights)
         yield _sorted(*map(np.concatenate, zip(*some, strict=True)))
 
 

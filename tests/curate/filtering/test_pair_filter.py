@@ -8,13 +8,19 @@ import pytest
 
 from tercet.curate.filtering import judge as judging
 from tercet.curate.filtering.judge import FilterFolders, Filtering, Judge, shards_of
-from tercet.curate.filtering.pair_filter import filter_sources
+from tercet.curate.filtering.pair_filter import (
+    filter_sources,
+    finished,
+    settings_of,
+    write_report,
+)
 from tercet.curate.filtering.pair_rules import PairRules
 from tercet.curate.filtering.screen import ScreenedPairs, ScreenJob, SourceLanguage, screen_sources
 from tercet.data.files.sources import Source, iter_examples, open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.types import Example
+from tests.damage import unnoticed
 from tests.toy import SENTENCES
 
 EXAMPLES = [
@@ -257,3 +263,32 @@ def test_the_rules_are_applied_once_and_again_for_other_numbers(source, tmp_path
 
     assert files(PairRules()) == files(PairRules()) == 1
     assert files(PairRules(letters=0.5)) == 2
+
+
+@pytest.mark.slow
+def test_damage_to_a_finished_filter_is_mended_by_the_same_command(
+    source, tmp_path, encoder_folder
+):
+    out, work = tmp_path / "out", tmp_path / "work"
+    filtering, judge = Filtering(k=2, shard=1000), Judge(model=str(encoder_folder))
+    settings = settings_of([source.path], judge, filtering)
+
+    def run() -> tuple[Any, ...]:
+        reports = finished(out, settings)
+        if reports is None:
+            folders = FilterFolders(out=out, work=work)
+            reports = filter_sources([source], judge, filtering, folders)
+            write_report(out, reports)
+        langs = ("en", "de")
+        return reports, [written(out, lang) for lang in langs], [verdicts(out, x) for x in langs]
+
+    def again() -> tuple[Any, ...]:
+        run()
+        (out / "report.json").unlink()  # so that the work folder is read
+        return run()
+
+    first = run()
+    for folder, ask in ((out, run), (work, again)):
+        assert not unnoticed(
+            folder, ask=ask, same=lambda found: found == first, refusals=RecipeError, count=2
+        )

@@ -11,6 +11,7 @@ from tercet.files.arrays import NAMES
 from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.search.export import EncodeOptions
+from tests.damage import unnoticed
 from tests.processes import ROOT
 from tests.toy import SENTENCES
 
@@ -108,3 +109,24 @@ def test_two_files_with_one_name_are_refused(folder, tmp_path):
     with pytest.raises(RecipeError, match=r"empty: has no \.jsonl, \.parquet, \.txt file"):
         (tmp_path / "empty").mkdir()
         open_files([tmp_path / "empty"], "text")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("dense",), KINDS])
+def test_damage_to_a_finished_folder_is_mended_by_the_same_command(
+    encoder_folder, folder, tmp_path, kinds
+):
+    out, model = tmp_path / "out", encoder_folder
+    if kinds == KINDS:
+        Embedder.load(model, kinds=KINDS).save(model := tmp_path / "model")
+    wanted = EncodeOptions(kinds=kinds)
+    job = encoding(model, folder, out, wanted=wanted, arrays=kinds == KINDS)
+
+    def files() -> dict[str, bytes]:
+        encode_files(job)
+        return {name: array.tobytes() for name, array in arrays(out).items()}
+
+    first = files()
+    assert not unnoticed(
+        out, "*.npy", "*.json", ask=files, same=lambda found: found == first, count=1
+    )

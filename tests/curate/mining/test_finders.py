@@ -292,6 +292,6 @@ def test_vectors_that_are_no_numbers_are_refused(encoder_folder, pairs, by):
     for head in (broken.heads.sparse, broken.heads.multi):
         assert head is not None
         head.bias.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"teacher's vector of .* contains NaN or infinity"):
+    with pytest.raises(ModelError, match=r"vector of text \d+, '.*', holds NaN or infinity"):
         mined(broken, pairs, by)
     assert list((pairs.parent / "work").iterdir()) == []

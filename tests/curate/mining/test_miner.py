@@ -13,8 +13,11 @@ from tercet.curate.mining.miner import Mining, MiningReport, mine, sweep
 from tercet.curate.mining.rules import REASONS, MiningRule
 from tercet.data.files.sources import iter_examples, open_source, write_examples
 from tercet.errors import DataError, ModelError, RecipeError, StorageError
+from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.types import Example, Role
+from tests import toy
+from tests.damage import unnoticed
 from tests.toy import ENCODERS, SENTENCES, random_model, small_disk
 
 PROMPT = "read mail "
@@ -434,7 +437,7 @@ def test_a_full_disk_leaves_the_old_output(teacher, pairs):
 def test_a_teacher_whose_vectors_are_no_numbers_is_refused(teacher, pairs):
     weight = next(iter(teacher.parameters()))
     weight.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"teacher's vector of .* contains NaN or infinity"):
+    with pytest.raises(ModelError, match=r"vector of text \d+, '.*', holds NaN or infinity"):
         mined(teacher, pairs)
     assert list((pairs.parent / "work").iterdir()) == []
 
@@ -464,3 +467,42 @@ def test_every_line_of_the_output_has_one_score_a_text(teacher, pairs):
             scores = record.get(f"{name}_scores", [])
             assert len(scores) == len(record.get(f"{name}s", []))
             assert all(score == round(score, 6) for score in scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["dense", "hybrid"])
+def test_damage_to_stored_vectors_changes_no_row_that_is_mined(
+    teacher, pairs, tmp_path, by, caplog
+):
+    how: dict[str, Any] = {"by": by}
+    if by == "hybrid":
+        teacher = Embedder.load(tmp_path_of_three_kinds(tmp_path))
+        how["rule"] = MiningRule(kind="percent", value=0.95)
+    wanted, _ = mined(teacher, pairs, **how)
+    work = pairs.parent / "work"
+    assert not unnoticed(
+        work,
+        ask=lambda: mined(teacher, pairs, **how)[0],
+        same=lambda found: found == wanted,
+        count=1 if by == "hybrid" else 5,
+    )
+    assert "is damaged, and is made again" in caplog.text
+
+
+def tmp_path_of_three_kinds(tmp_path: Path) -> Path:
+    toy.save_model(tmp_path / "base", "bert")
+    Embedder.load(tmp_path / "base", kinds=KINDS).save(tmp_path / "three")
+    return tmp_path / "three"
+
+
+def test_stored_vectors_of_an_earlier_version_are_used_with_one_note(
+    teacher, pairs, encoded, caplog
+):
+    wanted, _ = mined(teacher, pairs)
+    for path in (pairs.parent / "work").glob("*.sum"):
+        path.unlink()
+    seen, _ = encoded
+    seen.clear()
+    assert mined(teacher, pairs)[0] == wanted
+    assert not seen
+    assert caplog.text.count("holds files of an earlier version") == 1

@@ -39,7 +39,7 @@ POOLING_NAMES = [ours for ours, _ in POOLINGS.values() if ours]
 
 def settings(*, max_tokens: int = 16, **changes: Any) -> Settings:
     lengths = {"query_tokens": max_tokens, "document_tokens": max_tokens}
-    return replace(Settings(prompts=PROMPTS), **lengths, **changes)
+    return replace(Settings(prompts=PROMPTS, rules="sentence_transformers"), **lengths, **changes)
 
 
 def save_tokenizer(folder: Path, **kwargs: Any) -> None:
@@ -364,7 +364,8 @@ def test_a_pooling_that_tercet_has_not_is_an_error_that_names_it(written, conten
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"do_lower_case": true}', 'asks for lower case .*set "do_lower_case" to false'),
+        ('{"processor_kwargs": {"split": 1}}', 'sets "split" in "processor_kwargs", which tercet'),
+        ('{"query_expansion": {"length": 32}}', 'sets "query_expansion", which tercet does not'),
         ('{"transformer_task": "fill-mask"}', 'transformer_task must be .*; got "fill-mask"'),
         ("{}", 'longest text is unknown; set "max_seq_length" in sentence_bert_config.json'),
     ],

@@ -202,26 +202,28 @@ def test_the_cuda_kernel_for_varying_lengths_equals_groups_of_equal_length():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "phi3"])
-def test_a_decoder_can_be_read_the_other_way_for_a_while(kind):
+def test_a_turned_copy_reads_the_other_way_and_shares_the_weights(kind):
     texts = pack(*random_texts(9, 5))
     causal = Backbone(random_model(DECODERS[kind]), attention="causal")
-    turned = Backbone(random_model(DECODERS[kind]), attention="bidirectional", window="keep")
+    both_ways = Backbone(random_model(DECODERS[kind]), attention="bidirectional", window="keep")
     with torch.no_grad():
-        before, other = causal(texts), turned(texts)
-        with causal.direction("bidirectional"):
-            torch.testing.assert_close(causal(texts), other)
-        with turned.direction("causal"):
-            torch.testing.assert_close(turned(texts), before)
+        before, other = causal(texts), both_ways(texts)
+        turned = causal.turned("bidirectional")
+        torch.testing.assert_close(turned(texts), other)
+        torch.testing.assert_close(both_ways.turned("causal")(texts), before)
         torch.testing.assert_close(causal(texts), before, rtol=0, atol=0)
+        for weight in causal.parameters():
+            weight.mul_(0.9)
+        assert (turned(texts) - other).abs().max() > 0.01
     assert causal.config.is_causal and not turned.config.is_causal
+    assert all(map(lambda a, b: a is b, causal.parameters(), turned.parameters()))
 
 
 def test_an_encoder_has_no_causal_form_to_read():
     encoder = Backbone(random_model(ENCODERS["bert"]))
-    with pytest.raises(ModelError, match="is an encoder"), encoder.direction("causal"):
-        pass
-    with encoder.direction(None), encoder.direction("bidirectional"):
-        assert encoder.attention == "bidirectional"
+    with pytest.raises(ModelError, match="is an encoder"):
+        encoder.turned("causal")
+    assert encoder.turned("bidirectional").attention == "bidirectional"
 
 
 def test_layer_states_begin_with_the_embeddings_and_end_with_the_last_states():
@@ -246,14 +248,11 @@ def test_attention_dropout_is_raised_in_training_alone():
 
 def test_a_decoder_that_does_not_turn_is_refused_when_it_is_read_both_ways(monkeypatch):
     backbone = Backbone(random_model(DECODERS["llama"]))
-    turn = backbone._turn
-    monkeypatch.setattr(backbone, "_turn", lambda way: setattr(backbone, "attention", way))
-    with pytest.raises(ModelError, match="must be bidirectional"):
-        with backbone.direction("bidirectional"):
-            pass
-    monkeypatch.setattr(backbone, "_turn", turn)
-    with backbone.direction("bidirectional"):
-        assert backbone.attention == "bidirectional"
+    with monkeypatch.context() as patch:
+        patch.setattr("tercet.models.network.backbone._set_direction", lambda *_: None)
+        with pytest.raises(ModelError, match="must be bidirectional"):
+            backbone.turned("bidirectional")
+    assert backbone.turned("bidirectional").attention == "bidirectional"
 
 
 def test_attention_in_chunks_is_refused():

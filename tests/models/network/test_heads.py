@@ -306,7 +306,9 @@ def test_an_error_while_encoding_is_raised_at_once(folder: Path, monkeypatch):
         calls.append(texts)
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(embedder, "states", broken)
+    monkeypatch.setattr(
+        "tercet.models.network.reader.Network.states", lambda _, texts: broken(texts)
+    )
     with pytest.raises(RuntimeError, match="boom"):
         embedder.encode_vectors(["a", "b"])
     assert len(calls) == 1
