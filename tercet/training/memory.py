@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -14,7 +15,7 @@ from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
 from tercet.segments import Packed
 
-SHARE: Final = 0.5  # of free memory
+SHARE: Final = 0.25  # of free memory; the rest is for the model's states, files and neighbours
 COPIES: Final = 6  # of a batch's vectors: by chunk, joined, in order, as queries; and gradients
 _NUMBER: Final = 4  # bytes; vectors are float32 whatever the products are in
 _PAIR: Final = 16  # bytes a pair and kind: scores, their softmax and gradients
@@ -81,7 +82,7 @@ def memory_budget(
 ) -> MemoryBudget:
     """Return the budget of a step with a loss over these kinds of vectors.
 
-    ``memory_gb`` None takes half of the free memory.
+    ``memory_gb`` None takes a quarter of the free memory.
     """
     backbone, layer = embedder.backbone, embedder.settings.layer
     return MemoryBudget(
@@ -141,16 +142,46 @@ def pair_bytes(backbone: Backbone) -> int:
 
 
 def memory_for(device: torch.device, memory_gb: float | None = None) -> float:
-    """Return the bytes that a step may take: those asked for, or half of the free memory."""
+    """Return the bytes that a step may take: those asked for, or a quarter of the free memory."""
     return _free_bytes(device) * SHARE if memory_gb is None else memory_gb * 1e9
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return free_memory() // distributed.local_world_size()
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory that are free, in this container if it has a limit.
+
+    ``root`` is where the file systems of the kernel are.
+    """
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024 // distributed.local_world_size()
-    except (OSError, KeyError):  # not Linux: assume that half of the memory is free
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux: assume that half of the memory is free
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    groups = root / "sys/fs/cgroup"
+    for name in _groups_of_process(root):
+        try:
+            limit = int((groups / name / "memory.max").read_text())
+            used = int((groups / name / "memory.current").read_text())
+            parts = (groups / name / "memory.stat").read_text().splitlines()
+            cached = dict(part.split() for part in parts).get("inactive_file", "0")
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+        free = min(free, max(0, limit - used + int(cached)))
+    return free
+
+
+def _groups_of_process(root: Path) -> list[str]:
+    """Return the control groups (version 2) that this process belongs to, the innermost first."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        lines = []
+    inner = next((line[len("0::/") :] for line in lines if line.startswith("0::/")), "")
+    path = Path(inner)
+    return [str(each) for each in (path, *path.parents)]

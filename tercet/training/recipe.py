@@ -209,7 +209,7 @@ class Run:
     device: str | None = None  # None: a GPU if there is one
     precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
     chunk_tokens: int | None = None  # encoded together; None: 2,048 on a CPU, 16,384 on a GPU
-    memory_gb: float | None = None  # for kept activations; None: half of the free memory
+    memory_gb: float | None = None  # for kept activations; None: a quarter of what is free
     save_minutes: float = 5.0  # between checkpoints
     save_steps: int | None = None  # between checkpoints, as well
     eval_steps: int | None = None  # between evaluations; None: ten times a stage

@@ -1,4 +1,6 @@
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.network.chunked import _first_kept
 from tercet.segments import Packed, batches_by_length
-from tercet.training.memory import COPIES, MemoryBudget, graph_bytes, pair_bytes
+from tercet.training.memory import COPIES, MemoryBudget, free_memory, graph_bytes, pair_bytes
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests import toy
 
@@ -152,3 +154,39 @@ def test_without_dropout_or_bent_scores_no_attention_weights_are_kept(encoder_fo
     assert pair_bytes(embedder.backbone) > 0
     embedder.backbone.attention_dropout = 0.0
     assert pair_bytes(embedder.backbone) == 0
+
+
+def kernel_files(root: Path, *, group: str, limit: str, used: int, cached: int) -> Path:
+    """Files as the kernel shows them: 8 GB free, and a control group."""
+    files = {
+        "proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n",
+        "proc/self/cgroup": f"0::/{group}\n",
+        f"sys/fs/cgroup/{group}/memory.max": f"{limit}\n",
+        f"sys/fs/cgroup/{group}/memory.current": f"{used}\n",
+        f"sys/fs/cgroup/{group}/memory.stat": f"anon 5\ninactive_file {cached}\nslab 7\n",
+    }
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+def test_free_memory_is_that_of_the_container(tmp_path):
+    limited = kernel_files(
+        tmp_path / "a", group="job/step", limit="3000000000", used=1_500_000_000, cached=200_000_000
+    )
+    assert free_memory(limited) == 1_700_000_000
+    outer = kernel_files(tmp_path / "b", group="", limit="2000000000", used=0, cached=0)
+    (outer / "proc/self/cgroup").write_text("0::/job/step\n")  # only the outer group has a limit
+    assert free_memory(outer) == 2_000_000_000
+    full = kernel_files(tmp_path / "c", group="job", limit="1000", used=2_000, cached=0)
+    assert free_memory(full) == 0
+
+
+def test_without_a_limit_free_memory_is_that_of_the_machine(tmp_path):
+    unlimited = kernel_files(tmp_path / "a", group="", limit="max", used=5, cached=0)
+    assert free_memory(unlimited) == 8_000_000 * 1024
+    shutil.rmtree(unlimited / "sys")
+    assert free_memory(unlimited) == 8_000_000 * 1024
+    (unlimited / "proc/meminfo").unlink()
+    assert free_memory(unlimited) > 0
