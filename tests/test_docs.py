@@ -163,12 +163,8 @@ def test_the_run_in_the_extending_page_runs(tmp_path, encoder_folder, pairs, mon
     assert (tmp_path / "runs/mine/model/config.json").exists()
 
 
-def covering_tests() -> list[str]:
-    return sorted(set(re.findall(r"`(tests/[^`]+::\w+)`", (ROOT / "docs/traps.md").read_text())))
-
-
-@pytest.mark.parametrize("test", covering_tests())
-def test_every_test_of_a_trap_exists(test):
+@pytest.mark.parametrize(("page", "test"), of_each_page(r"`(tests/[^`]+::\w+)`"))
+def test_every_test_named_exists(page, test):
     file, _, name = test.partition("::")
     assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
 
