@@ -101,9 +101,14 @@ class Backbone(nn.Module):
 
     @property
     def max_tokens(self) -> int:
-        """The longest text that the model has positions for."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return int(limit or 1_000_000) - self.position_offset
+        """The longest text that the model has positions for.
+
+        Some rotary positions change for all texts of a batch if one is longer than a limit
+        (longrope, dynamic). There it is the longest text that never does that.
+        """
+        config = self.config.get_text_config()
+        limits = [getattr(config, "max_position_embeddings", None), _rotary_limit(config)]
+        return min((int(each) for each in limits if each), default=1_000_000) - self.position_offset
 
     @property
     def device(self) -> torch.device:
@@ -406,6 +411,18 @@ def _open_windows(model: nn.Module) -> None:
         if isinstance(getattr(module, "sliding_window", None), int):
             config: Any = getattr(module, "config", None)
             module.sliding_window = config.sliding_window  # pyright: ignore
+
+
+def _rotary_limit(config: Any) -> int | None:
+    """Return the longest text before rotary positions depend on the longest one of a batch."""
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    found = []
+    for each in (rope, *rope.values()) if isinstance(rope, dict) else ():
+        kind = isinstance(each, dict) and (each.get("rope_type") or each.get("type"))
+        if kind in ("longrope", "su", "dynamic"):
+            name = "original_max_position_embeddings"
+            found.append(each.get(name) or getattr(config, name, None))
+    return min((int(each) for each in found if each), default=None)
 
 
 def _position_offset(model: nn.Module) -> int:

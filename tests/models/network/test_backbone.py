@@ -1,14 +1,16 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as t
 from transformers import AttentionInterface
 
 from tercet.errors import ModelError
+from tercet.models.embedder import Embedder
 from tercet.models.network.attention import NAME
 from tercet.models.network.backbone import Backbone, probe
-from tests.toy import DECODERS, ENCODERS, pack, random_model, random_texts, save_model
+from tests.toy import DECODERS, ENCODERS, byte_bpe, pack, random_model, random_texts, save_model
 
 CASES: list[tuple[str, Any]] = [
     (name, way) for name in DECODERS for way in ("causal", "bidirectional")
@@ -224,6 +226,29 @@ def test_an_encoder_has_no_causal_form_to_read():
     with pytest.raises(ModelError, match="is an encoder"):
         encoder.turned("causal")
     assert encoder.turned("bidirectional").attention == "bidirectional"
+
+
+LONGROPE: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 1e4} | {
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 20,
+}
+
+
+def test_rotary_positions_never_depend_on_a_longer_text_of_the_batch(tmp_path):
+    """They would for all texts, if one were longer than the original limit."""
+    config = t.Phi3Config(**{**DECODERS["phi3"].to_dict(), "rope_parameters": LONGROPE})
+    config.original_max_position_embeddings = 20
+    random_model(config).save_pretrained(tmp_path)
+    byte_bpe().save_pretrained(tmp_path)
+    embedder = Embedder.load(tmp_path)
+    assert embedder.backbone.max_tokens == embedder.settings.document_tokens == 20
+    short, long = "play music", "a compiler for the language of the moon " * 9
+    alone, together = embedder.encode([short]), embedder.encode([short, long])
+    np.testing.assert_allclose(together[:1], alone, atol=1e-6)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert Backbone(random_model(config)).max_tokens == 20
+    assert Backbone(random_model(DECODERS["phi3"])).max_tokens == 128
 
 
 def test_layer_states_begin_with_the_embeddings_and_end_with_the_last_states():
