@@ -42,8 +42,11 @@ def bar(
 
     ``unit`` is what a line without a terminal calls what is counted, as in "step ".
     """
+    if not shown:
+        yield _silent
+        return
     console = Console(stderr=True)
-    if shown and (not console.is_terminal or console.is_dumb_terminal):
+    if not console.is_terminal or console.is_dumb_terminal:
         yield _Lines(f"{label}: {unit}", total, done)
         return
     columns = (
@@ -55,13 +58,17 @@ def bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
             progress.update(task, advance=count, note=note)
 
         yield advance
+
+
+def _silent(count: int = 1, note: str = "") -> None:
+    """Show nothing."""
 
 
 class _Lines:

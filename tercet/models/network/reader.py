@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tercet.models.choices import Attention
 from tercet.models.network.backbone import Backbone, sharing_copy
-from tercet.models.network.cpu import PackedLinear, packed_layers
+from tercet.models.network.cpu import PackedLinear, packed_layers, rounded
 from tercet.models.network.heads import Heads
 from tercet.models.network.latent_attention import AttentionLayer
 from tercet.segments import Packed
@@ -27,11 +27,15 @@ class Network:
     backbone: Backbone
     layer: AttentionLayer | None
     heads: Heads
+    packed: tuple[PackedLinear, ...] = ()  # of a copy
 
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
         """Return one state per token, which the pooling and the heads read."""
-        states = self.backbone(texts)
-        return states if self.layer is None else self.layer(states, texts)
+        read = rounded(texts) if self.packed else texts
+        states = self.backbone(read)
+        if self.layer is not None:
+            states = self.layer(states, read)
+        return states[: len(texts.ids)]
 
     def parts(self) -> list[nn.Module]:
         """Return the modules that it consists of."""
@@ -43,7 +47,6 @@ class _Copy:
     """A copy, and what the network consisted of when it was made."""
 
     network: Network
-    packed: list[PackedLinear]
     objects: list[object]
     facts: list[object]
 
@@ -72,7 +75,7 @@ class Readers:
                 found = self._made.get(direction)
                 if found is None or not _same(found, objects, facts):
                     found = self._made[direction] = _copy_of(network, direction, objects, facts)
-        for layer in found.packed:
+        for layer in found.network.packed:
             layer.refresh()
         return found.network
 
@@ -88,17 +91,14 @@ class Readers:
 def _copy_of(
     network: Network, direction: Attention, objects: list[object], facts: list[object]
 ) -> _Copy:
-    layer = network.layer
-    copied = Network(
-        network.backbone.turned(direction).eval(),
-        None if layer is None else sharing_copy(layer).eval(),
-        sharing_copy(network.heads).eval(),
-    )
-    linear: list[nn.Module] = [copied.backbone]
-    if copied.layer is not None:  # of a folded layer only the feed-forward runs
-        folds = copied.layer.folds
-        linear += [copied.layer.ff_in, copied.layer.ff_out] if folds else [copied.layer]
-    return _Copy(copied, packed_layers(nn.ModuleList(linear)), objects, facts)
+    backbone = network.backbone.turned(direction).eval()
+    layer = None if network.layer is None else sharing_copy(network.layer).eval()
+    linear: list[nn.Module] = [backbone]
+    if layer is not None:  # of a folded layer only the feed-forward runs
+        linear += [layer.ff_in, layer.ff_out] if layer.folds else [layer]
+    packed = packed_layers(nn.ModuleList(linear))
+    heads = sharing_copy(network.heads).eval()
+    return _Copy(Network(backbone, layer, heads, tuple(packed)), objects, facts)
 
 
 def _contents(network: Network) -> tuple[list[object], list[object]]:
