@@ -134,7 +134,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     unknown = set(changes) - known
     if unknown:
         raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
-    given = {name: _by_role(name, value) for name, value in changes.items()}
+    given = dict(changes)
     for name in ("dims", "kinds"):
         if isinstance(given.get(name), list):
             given[name] = tuple(given[name])
@@ -172,7 +172,7 @@ def _consistent(found: Settings, *, default_given: bool) -> Settings:
 
 
 def with_roles(changes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return changes of a user, whose prompts and suffixes must be for roles.
+    """Return changes of a user, whose prompts and suffixes must be for roles, or synonyms of them.
 
     Those in a model's files may have any name.
 
@@ -182,9 +182,10 @@ def with_roles(changes: Mapping[str, Any]) -> Mapping[str, Any]:
     default = changes.get("default_prompt")
     for setting in ("prompts", "suffixes"):
         for name in changes.get(setting) or ():
-            if name != default:
-                role_of(name)
-    return changes
+            if name not in ROLES and name != default:
+                raise RecipeError(f'{setting} must be for "query" or "document"; got {name!r}')
+    found = {name: _by_role(name, value) for name, value in changes.items()}
+    return {**found, "default_prompt": ROLES.get(default, default)} if default else found
 
 
 def _by_role(setting: str, value: Any) -> Any:

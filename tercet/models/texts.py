@@ -20,8 +20,8 @@ ROLES: Final[dict[str, Role]] = {
     "passage": "document",
     "passages": "document",
     "corpus": "document",
-    "default": "document",
 }
+_UNNAMED: Final = "default"  # stands for no role
 
 
 def role_of(name: object) -> Role:
@@ -32,6 +32,8 @@ def role_of(name: object) -> Role:
     Raises:
         RecipeError: for any other name.
     """
+    if name == _UNNAMED:
+        return "document"
     if isinstance(name, str) and name in ROLES:
         return ROLES[name]
     near = get_close_matches(name.lower(), ROLES, n=1) if isinstance(name, str) else []

@@ -169,6 +169,10 @@ FOLDERS = {
     "prompt by default": Folder(prompts={"s2p": "about: "}, default="s2p"),
     "query by default": Folder(prompts={"query": "find: "}, default="query"),
     "empty by default": Folder(prompts={**PROMPTS, "none": ""}, default="none"),
+    "default by default": Folder(
+        prompts={"default": "about: ", "docs": "read: "}, default="default"
+    ),
+    "docs by default": Folder(prompts={"docs": "about: "}, default="docs"),
     "prompts": Folder(prompts=PROMPTS),
     "a prompt that is null": Folder(prompts={"query": "find: ", "document": None}),
     "no limit": Folder(limit=None),
