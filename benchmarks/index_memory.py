@@ -30,7 +30,7 @@ from tercet.vectors import Vectors
 
 TARGET = 100  # bytes a document
 DIM = 64
-ROWS = ((100, 20_000, 80_000), (2_000, 4_000, 16_000))  # characters, numbers of documents
+ROWS = ((100, 20_000, 80_000), (2_000, 16_000, 64_000))  # characters, numbers of documents
 
 
 class FakeModel:
