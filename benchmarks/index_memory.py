@@ -2,8 +2,8 @@
 
     python -m benchmarks.index_memory
 
-Each row is a process of its own that indexes documents of so many characters with a fake model of
-64 coordinates, so that only the index is measured, or with a tiny BERT, whose kernels count too.
+Each row is a separate process. It indexes documents of a given length with a fake model of 64
+coordinates, so that only the index is measured, or with a tiny BERT, whose kernels count too.
 ``anonymous`` and ``peak`` are MB at most: without and with mapped files. ``bytes a document`` is
 the growth of the peak over the growth of the number of documents.
 """
@@ -49,7 +49,7 @@ class FakeModel:
 
 
 def side(count: int, characters: int, model: str, folder: Path) -> dict[str, int]:
-    """Index so many documents in this process; return its peaks in bytes."""
+    """Index ``count`` documents in this process; return its peaks in bytes."""
     torch.set_num_threads(1)
     drawn = random.Random(0)
     words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(5_000)]

@@ -33,7 +33,7 @@ class FolderKind:
             is replaced as a whole.
         is_data: whether tercet reads such folders, so that one inside an input becomes part of it.
         is_older: whether a folder without a marker is one of an earlier version.
-        error: the class of the error for a folder that is none.
+        error: the class of the error for a folder of another kind.
     """
 
     name: str

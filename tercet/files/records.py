@@ -34,7 +34,7 @@ BYTES_AT_ONCE: Final = 1 << 26  # 64 MiB of their texts, or one row
 DAMAGED: Final = (
     *(pa.ArrowException, KeyError),
     *ARRAY_ERRORS,
-    NotImplementedError,  # of zip files: another compression
+    NotImplementedError,  # zipfile raises it for a compression that it does not support
 )
 
 _TEXTS: Final = (
@@ -238,7 +238,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 def parquet_parts(
     path: Path, file: pq.ParquetFile, columns: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a file in order, so many at once that their texts fit into memory.
+    """Yield the rows of a file in order, in batches whose texts fit into memory.
 
     A file of some kB can hold a text of many MB, or hold one text once and refer to it from every
     row. So a row group is measured before it is written out.
@@ -294,7 +294,7 @@ class _RowGroup:
                     use_threads=False,
                 ):
                     fits = min(fits, self.measure(batch))
-        except pa.ArrowNotImplementedError:  # lists of texts of which some are no references
+        except pa.ArrowNotImplementedError:  # pyarrow cannot read lists as dictionaries in part
             entry = max(_dictionary_bytes(self._path, it) for it in texts)
             return min(max(BYTES_AT_ONCE // max(entry, 1), 1), ROWS_AT_ONCE)
         self.measured = True

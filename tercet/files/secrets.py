@@ -28,7 +28,7 @@ def hide(secret: str) -> None:
 def redacted(text: str) -> str:
     """Return a text without keys: those of :func:`hide`, of the environment, and before an @.
 
-    A key is found as it is, in any case, and as JSON, URLs and base64 write it.
+    A key is found in upper and lower case, and as JSON, URLs and base64 write it.
     """
     from_environment = {
         value.strip() for name, value in os.environ.items() if _VARIABLE.search(name)

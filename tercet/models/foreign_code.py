@@ -30,13 +30,13 @@ def refuse_code_in(what: str, config: Mapping[str, Any]) -> None:
     code = _code_named_in(config)
     if code is not None:
         raise ModelError(
-            f"{what} names code of its own ({code}), which tercet never runs; use a model whose "
+            f"{what} names custom code ({code}), which tercet never runs; use a model whose "
             "architecture transformers itself has"
         )
 
 
 def _code_named_in(config: Mapping[str, Any]) -> str | None:
-    """Return the first mention of code in a config and what is nested in it; None if there is none.
+    """Return the first mention of custom code in a config, nested parts included, or None.
 
     Older releases of transformers ask whether to run it, also that of a part.
     """

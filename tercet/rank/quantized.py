@@ -269,7 +269,7 @@ def _has_integers() -> bool:
     right[::2], left[::2, 1::2] = 127, 127
     try:
         same = _by_integers(left, right).equal(_by_floats(left, right))
-    except (AttributeError, RuntimeError, NotImplementedError):  # not of this torch, or this chip
+    except (AttributeError, RuntimeError, NotImplementedError):  # this torch or chip lacks it
         return False
     return same and _seconds(_by_integers, left, right) < _seconds(_by_floats, left, right)
 

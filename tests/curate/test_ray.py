@@ -54,7 +54,7 @@ def two_nodes() -> Any:
             cluster.add_node(**node)
             cluster.add_node(**node)
             return cluster
-        except Exception:
+        except Exception:  # what Ray raises for a node that starts too slowly; the last is shown
             cluster.shutdown()
             if attempt == 2:
                 raise

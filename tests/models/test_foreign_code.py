@@ -19,7 +19,7 @@ from tercet.objectives.token_heads import find_masked_head, load_head
 from tests import published, toy
 
 RUN = "from pathlib import Path\nPath({trace!r}).touch()\n"
-NEVER = r"names code of its own \(.*\), which tercet never runs; use a model whose architecture"
+NEVER = r"names custom code \(.*\), which tercet never runs; use a model whose architecture"
 
 
 @pytest.fixture(autouse=True)

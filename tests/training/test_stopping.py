@@ -13,35 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from tercet.data.files.sources import open_source, write_examples
 from tercet.files import signals
 from tercet.models.embedder import Embedder
-from tercet.recipes.finetune import finetune
 from tercet.training.log import read
 from tercet.training.loop import train
 from tercet.training.recipe import Run
 from tercet.training.trainer import Trainer
-from tercet.types import Example
-from tests.toy import SENTENCES
 
 QUIET = Run(device="cpu", show_progress=False)
 BOTH = [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, SystemExit, 143)]
-
-
-@pytest.fixture
-def data(tmp_path):
-    examples = [
-        Example(text.split()[-1] + f" {i}", (f"{text} number {i}",), (SENTENCES[(i + 1) % 12],))
-        for i in range(4)
-        for text in SENTENCES
-    ]
-    write_examples(tmp_path / "pairs.jsonl", examples)
-    return open_source(tmp_path / "pairs.jsonl")
-
-
-@pytest.fixture
-def recipe(encoder_folder):
-    return finetune(base=str(encoder_folder), batch_size=8, learning_rate=1e-3)  # 6 steps
 
 
 def bits(embedder: Embedder) -> list[bytes]:

@@ -135,7 +135,7 @@ class RetrievalSet:
         return 0 if self.own_rows is None else int((self.own_rows >= 0).sum())
 
     def depth(self, ranks: int) -> int:
-        """Return how deep to search to have so many documents left."""
+        """Return how many hits to ask for, so that enough remain without the own document."""
         return ranks + (self.own_rows is not None)
 
     @property

@@ -148,6 +148,6 @@ def faults(kept: bool) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what other libraries do is theirs")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
 def test_freed_memory_is_not_fetched_from_the_system_again():
     assert faults(kept=True) < 500 < faults(kept=False)
