@@ -63,7 +63,7 @@ def run_page(out: Path) -> Page:
     """
     record = json_object(out / "recipe.json")
     if "recipe" not in record:
-        raise RecipeError(f"{out}: holds no finished training (recipe.json); give a run's folder")
+        raise RecipeError(f"{out}: holds no training (recipe.json); give a run's folder")
     recipe, mixture = record["recipe"], json_object(out / "mixture.json")
     stages, several = recipe["stages"], len(recipe["stages"]) > 1
     names = [f"{number}-{stage['name']}" for number, stage in enumerate(stages, 1)]
