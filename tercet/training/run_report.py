@@ -94,7 +94,7 @@ def run_page(out: Path) -> Page:
 
 
 def stage_charts(
-    records: Sequence[Mapping[str, Any]], dev_scores: Sequence[Sequence[float]] = ()
+    records: Sequence[Mapping[str, Any]], dev_scores: Sequence[Sequence[float | int]] = ()
 ) -> list[Html]:
     """Return the curves of a stage's log; ``dev_scores`` are steps with the score after them."""
     steps = [record for record in records if "loss" in record]
@@ -131,7 +131,7 @@ def stage_charts(
 
 
 def _dev_lines(
-    records: Sequence[Mapping[str, Any]], dev_scores: Sequence[Sequence[float]]
+    records: Sequence[Mapping[str, Any]], dev_scores: Sequence[Sequence[float | int]]
 ) -> list[Line]:
     """Return the score that the best weights are chosen by, and the other figures beside it."""
     found: dict[str, list[tuple[float, float]]] = {}

@@ -21,6 +21,8 @@ Html = NewType("Html", str)
 Ink: TypeAlias = Literal["own", "faint", "other", "second", "third", "fourth", "fifth"]
 """A colour: of the user's model, a lighter one, that of baselines, and further ones."""
 
+Numbers: TypeAlias = Sequence[float | int]
+
 SERIES: Final[tuple[Ink, ...]] = ("own", "second", "third", "fourth", "fifth", "faint")
 _POINTS: Final = 1_500  # of a curve; more cannot be seen and make the page heavy
 _TRACK: Final = 16  # pixels: height of a system in a row
@@ -32,8 +34,8 @@ class Line:
     """A curve; with ``dots`` its points are marked."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Numbers
+    y: Numbers
     ink: Ink = "own"
     dots: bool = False
     filled: bool = False  # down to zero, in steps: a histogram
@@ -81,7 +83,7 @@ def line_chart(  # noqa: PLR0913 (independent choices, each with a default)
     )
 
 
-def histogram(samples: Mapping[str, Sequence[float]], *, name: str, x: str, bins: int = 40) -> Html:
+def histogram(samples: Mapping[str, Numbers], *, name: str, x: str, bins: int = 40) -> Html:
     """Draw how values of several samples are distributed, each in percent of its own number."""
     everything = np.concatenate([np.asarray(each, np.float64) for each in samples.values()])
     everything = everything[np.isfinite(everything)]
@@ -166,7 +168,7 @@ def running_mean(values: Float64[np.ndarray, "steps"]) -> Float64[np.ndarray, "s
     return np.divide(sums[end] - sums[first], number, out=nothing, where=number > 0)
 
 
-def with_mean(name: str, x: Sequence[float], y: Sequence[float]) -> list[Line]:
+def with_mean(name: str, x: Numbers, y: Numbers) -> list[Line]:
     """Return a curve in a faint colour, and its running mean in a strong one."""
     smooth = running_mean(np.asarray(y, dtype=np.float64))
     return [Line(name, x, y, "faint"), Line("running mean", x, smooth.tolist(), "own")]
@@ -186,7 +188,7 @@ class _Axis:
     @classmethod
     def of(
         cls,
-        values: Sequence[float],
+        values: Numbers,
         *,
         from_zero: bool = False,
         whole: bool = False,
@@ -204,7 +206,7 @@ class _Axis:
         margin = 0.03 * (high - low)
         return cls(low if from_zero else low - margin, high + margin, step)
 
-    def share(self, value: float) -> float:
+    def share(self, value: float | int) -> float:
         """Return where a value is, in percent."""
         return 100 * (value - self.low) / (self.high - self.low)
 

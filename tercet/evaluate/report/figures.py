@@ -169,7 +169,7 @@ def _bar(axes: "Axes", place: int, value: Interval, colour: str) -> None:
 class CurvePoint:
     """A point of a curve, with its interval and a label beside it."""
 
-    x: float
+    x: float | int
     value: Interval
     label: str = ""
 
@@ -318,7 +318,7 @@ def panels(
     *,
     x: str,
     y: str,
-    marked: float | None = None,
+    marked: float | int | None = None,
 ) -> "Figure":
     """Draw a heading for each group, and below it a panel for each name; bands are intervals.
 
@@ -347,7 +347,7 @@ def panels(
     return figure
 
 
-def _draw_panel(axes: "Axes", lines: Curves, marked: float | None) -> None:
+def _draw_panel(axes: "Axes", lines: Curves, marked: float | int | None) -> None:
     looks = _looks(lines, ())
     for name, points in lines.items():
         steps = [point.x for point in points]

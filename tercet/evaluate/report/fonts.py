@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontEntry
 
 OWN_FONT: Final = "DejaVu Sans"  # comes with matplotlib
 _STAND_IN: Final = "Last Resort"  # comes with it too, and has a box for every character
@@ -153,7 +152,7 @@ def _arranges() -> bool:
     return hasattr(ft2font, "__libraqm_version__")
 
 
-def _known_fonts() -> tuple["FontEntry", ...]:
+def _known_fonts() -> tuple[Any, ...]:
     from matplotlib.font_manager import fontManager
 
     upright = [
@@ -162,7 +161,7 @@ def _known_fonts() -> tuple["FontEntry", ...]:
     return tuple(sorted(upright, key=_preference))
 
 
-def _preference(entry: "FontEntry") -> tuple[bool, bool, float, str]:
+def _preference(entry: Any) -> tuple[bool, bool, int, str]:
     weight = entry.weight if isinstance(entry.weight, int) else _NORMAL
     special = any(word in entry.name for word in ("Serif", "Mono", "Condensed"))
     return special, "Sans" not in entry.name, abs(weight - _NORMAL), entry.name
@@ -170,7 +169,7 @@ def _preference(entry: "FontEntry") -> tuple[bool, bool, float, str]:
 
 @lru_cache(maxsize=64)
 def _fonts_with(
-    chars: frozenset[str], fonts: tuple["FontEntry", ...]
+    chars: frozenset[str], fonts: tuple[Any, ...]
 ) -> tuple[tuple[str, frozenset[str]], ...]:
     """Return names of fonts with the characters that each adds, the one with most first."""
     from matplotlib.ft2font import FT2Font
