@@ -112,8 +112,7 @@ def open_source(
 
     The file is .jsonl, .csv, .tsv (also .gz or .zst) or .parquet, a folder of BEIR with judgements
     to train on, ``-`` for standard input, or ``hf://datasets/OWNER/NAME/FILE``. It is read once
-    from end to end. Languages stay together: :func:`tercet.data.files.folders.open_sources`
-    separates them, and opens folders.
+    from end to end. Languages stay together: ``open_sources`` separates them, and opens folders.
 
     Args:
         path: the file.
@@ -126,7 +125,7 @@ def open_source(
     Raises:
         DataError: at the first record that is not an example, naming the line.
 
-    Example:
+    Examples:
         >>> len(open_source("pairs.jsonl"))
         2
     """
@@ -190,7 +189,7 @@ def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
         DataError: if an example could not be read back.
         StorageError: if the disk refuses; the old file is still there then.
 
-    Example:
+    Examples:
         >>> write_examples("pairs.jsonl", [Example("web server", ("nginx serves files",))])
     """
     write_records(path, map(example_record, examples), {})
