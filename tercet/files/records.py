@@ -307,8 +307,10 @@ def _jsonl_records(path: Path) -> Iterator[FileRecord]:
         except ValueError as error:  # nested too deeply, or an integer of thousands of digits
             problem = str(error)
         if first and (problem or isinstance(value, list)):
-            if (other := _of_another_form(path, record.content)) is not None:
+            other = _of_another_form(path, record.content)
+            if other is not None and record.content.strip() != b"{":  # it may be that line alone
                 raise DataError(path, record.line, other)
+            problem = other or problem
         first = False
         yield replace(record, value=value, problem=problem)
 

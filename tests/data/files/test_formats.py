@@ -333,8 +333,7 @@ def test_a_file_under_a_wrong_name_says_what_it_is_and_what_to_do(tmp_path, name
     path = tmp_path / name
     path.write_bytes(content)
     assert said in problem(open_source, path)
-    (error,) = check_data([path]).errors
-    assert said in error
+    assert said in check_data([path]).errors[0]
 
 
 @pytest.mark.parametrize("cut", [10, 60])
