@@ -27,21 +27,21 @@ FETCHED = re.compile(
 )
 
 
-def cell(text: object) -> str:
-    """Return a text that stands in a cell of a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+def plain(text: object) -> str:
+    """Return a text in one line of Markdown, without markup of its own."""
+    return re.sub(r"([*_<\[\]])", r"\\\1", " ".join(str(text).split()))
 
 
 def default_of(option: Any) -> str:
     """Return the default as users would write it, or nothing."""
     value = option.default
     if option.required:
-        return "required"
+        return "Required."
     if value is None or value == [] or value == () or callable(value) or "UNSET" in repr(value):
         return ""
     if isinstance(value, bool):
-        return "on" if value else ""
-    return f"`{getattr(value, 'value', value)}`"
+        return "Default: on." if value else ""
+    return f"Default: `{getattr(value, 'value', value)}`."
 
 
 def value_of(option: Any, ctx: Any) -> str:
@@ -53,14 +53,17 @@ def value_of(option: Any, ctx: Any) -> str:
     return f"{taken}, repeatable" if option.multiple else taken
 
 
-def option_rows(options: list[Any], ctx: Any) -> Iterator[str]:
-    """Yield the table of a group of options."""
-    yield "| option | value | meaning | default |"
-    yield "|---|---|---|---|"
+def option_lines(options: list[Any], ctx: Any) -> Iterator[str]:
+    """Yield a list of options: names, what they take, meaning, default."""
     for option in options:
         names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-        cells = (value_of(option, ctx), option.help or "")
-        yield "| " + " | ".join([names, *map(cell, cells), default_of(option)]) + " |"
+        value = value_of(option, ctx)
+        taken = f" *{plain(value)}*" if value else ""
+        meaning = plain(option.help or "")
+        default = default_of(option)
+        known = "default" in meaning.lower() or not default
+        yield f"- {names}{taken}: {meaning}" + ("" if known else f" {default}")
+    yield ""
 
 
 def command_section(command: Any, ctx: Any, level: int) -> Iterator[str]:
@@ -74,21 +77,15 @@ def command_section(command: Any, ctx: Any, level: int) -> Iterator[str]:
     options = [
         param for param in shown if param.param_type_name == "option" and "--help" not in param.opts
     ]
-    if arguments:
-        yield "| argument | meaning |"
-        yield "|---|---|"
-        for argument in arguments:
-            yield f"| `{argument.name}` | {cell(getattr(argument, 'help', '') or '')} |"
-        yield ""
+    for argument in arguments:
+        yield f"- `{argument.metavar or argument.name}`: {plain(getattr(argument, 'help', '') or '')}"
+    yield ""
     groups: dict[str, list[Any]] = {}
     for option in options:
         groups.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(option)
     for name, members in groups.items():
-        if len(groups) > 1 or name != "Options":
-            yield f"**{name}**"
-            yield ""
-        yield from option_rows(members, ctx)
-        yield ""
+        yield from (f"**{name}**", "")
+        yield from option_lines(members, ctx)
 
 
 def paragraphs(text: str) -> Iterator[str]:
@@ -98,15 +95,20 @@ def paragraphs(text: str) -> Iterator[str]:
         if found := re.fullmatch(r"Examples?: (tercet .*)", line):
             yield from ("```sh", *re.split(r" (?=tercet )", found[1]), "```", "")
         elif line:
-            yield from (line.replace("<", "&lt;"), "")
+            yield from (plain(line), "")
 
 
 def commands_page() -> str:
     """Return the page of all commands, read from the commands themselves."""
     root: Any = typer.main.get_command(app)
-    lines = ["# Commands", "", "Generated from `tercet COMMAND --help`.", ""]
+    lines = [
+        "# Commands",
+        "",
+        "Generated from `tercet COMMAND --help`. Options of all commands:",
+        "",
+    ]
     main = typer.Context(root, info_name="tercet")
-    lines += [*option_rows([p for p in root.params if p.param_type_name == "option"], main), ""]
+    lines += [*option_lines([p for p in root.params if p.param_type_name == "option"], main)]
 
     def walk(group: Any, ctx: Any, level: int) -> None:
         for name in group.list_commands(ctx):
