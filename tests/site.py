@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from tercet.recipes.catalog import RECIPES
+from tercet.recipes.settings import Setting, settings_of
 
 from tercet.cli.app import app
+from tercet.cli.train import shown
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs/reference"
@@ -78,7 +81,8 @@ def command_section(command: Any, ctx: Any, level: int) -> Iterator[str]:
         param for param in shown if param.param_type_name == "option" and "--help" not in param.opts
     ]
     for argument in arguments:
-        yield f"- `{argument.metavar or argument.name}`: {plain(getattr(argument, 'help', '') or '')}"
+        meaning = plain(getattr(argument, "help", None) or "")
+        yield f"- `{argument.metavar or argument.name}`: {meaning}"
     yield ""
     groups: dict[str, list[Any]] = {}
     for option in options:
@@ -122,6 +126,39 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def settings_page() -> str:
+    """Return the page of all settings of the recipes, as ``--explain`` has them."""
+    lines = [
+        "# Settings of the recipes",
+        "",
+        "Generated from `tercet train RECIPE --explain`. A setting is given by `--set NAME=VALUE`,",
+        "in a TOML file (`--recipe run.toml`), or as a parameter in Python, with `_` for the dot.",
+        "",
+    ]
+    machine: dict[str, str] = {}  # the same for each recipe
+    for name, entry in RECIPES.items():
+        parts: dict[str, list[str]] = {}
+        for setting in settings_of(entry).values():
+            if setting.part == "run":
+                machine[setting.name] = setting_line(setting)
+            else:
+                title = f"Stage {setting.part}" if setting.part else "The whole run"
+                parts.setdefault(title, []).append(setting_line(setting))
+        lines += [f"## {name}", "", f"{plain(entry.summary).capitalize()}.", ""]
+        for title, settings in parts.items():
+            lines += [f"**{title}**", "", *settings, ""]
+    lines += ["## Every recipe: how it runs", "", *machine.values(), ""]
+    return "\n".join(lines)
+
+
+def setting_line(setting: Setting) -> str:
+    """Return a list entry: name, unit, meaning, default."""
+    unit = f" ({setting.unit})" if setting.unit else ""
+    default = shown(setting.default)
+    known = "" if default == "-" else f" Default: `{default}`."
+    return f"- `{setting.name}`{unit}: {plain(setting.full_meaning)}{known}"
+
+
 def fetched_from_outside(site: Path) -> list[str]:
     """Return what the built pages and styles would fetch from another host."""
     return [
@@ -134,6 +171,7 @@ def fetched_from_outside(site: Path) -> list[str]:
 def main() -> int:
     """Write the generated pages, build, and check the result."""
     (REFERENCE / "commands.md").write_text(commands_page())
+    (REFERENCE / "settings.md").write_text(settings_page())
     build = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     if code := subprocess.run(build, cwd=ROOT).returncode:
         return code

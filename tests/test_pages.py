@@ -111,11 +111,7 @@ def shortened(words: list[str]) -> list[str]:
     """A training of a few steps."""
     if words[0] != "train" or "--explain" in words:
         return words
-    given = [
-        word.partition("=")[0]
-        for flag, word in itertools.pairwise(words)
-        if flag == "--set"
-    ]
+    given = [word.partition("=")[0] for flag, word in itertools.pairwise(words) if flag == "--set"]
     stages = [word for word in words if word.startswith("stages=")]
     for name, value in SHORT[words[1]].items():
         stage = name.partition(".")[0]
