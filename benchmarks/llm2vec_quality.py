@@ -115,7 +115,7 @@ def _train(chosen: argparse.Namespace, packages: list[dict[str, Any]]) -> None:
         "sentences": [open_texts(folder / "sentences.jsonl")],
         "pairs": [open_source(folder / "pairs.jsonl")],
     }
-    run = Run(precision=chosen.precision, save_minutes=3, show_progress=False)
+    run = Run(dtype=chosen.precision, save_minutes=3, show_progress=False)
     train(recipe, data, chosen.run, run=run, say=lambda line: print(line, flush=True))
 
 

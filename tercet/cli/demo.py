@@ -224,7 +224,7 @@ def _settings(
         "budget": f"{stage.steps} steps of {stage.batch_size} examples, {seconds:.0f} s in all",
         "objective": str(stage.objective),
         "learning rate": f"{stage.learning_rate} at its peak, {stage.schedule}",
-        "precision": run.precision,
+        "dtype": run.dtype,
         "dev set": f"the first {DEV_EXAMPLES} examples of the dev split, by nDCG@10",
         "versions": ", ".join(f"{name} {version(name)}" for name in names),
         "python": sys.version.split()[0],

@@ -127,7 +127,7 @@ def test_what_belongs_to_the_machine_changes_no_gradient(data, recipe, tmp_path)
 
 
 def test_bfloat16_learns_whether_graphs_are_kept_or_not(data, recipe, tmp_path):
-    half = replace(QUIET, precision="bfloat16", chunk_tokens=40)
+    half = replace(QUIET, dtype="bfloat16", chunk_tokens=40)
     kept = weights(train(recipe, [data], tmp_path / "kept", run=half))
     again = weights(train(recipe, [data], tmp_path / "again", run=replace(half, memory_gb=0.0)))
     base = weights(loop.build(recipe.model))
