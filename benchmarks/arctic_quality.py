@@ -368,7 +368,7 @@ def _train(out: Path, base: str, *flags: str) -> None:
 
 
 def _tercet(*arguments: str) -> None:
-    _run("-m", "tercet.cli", *arguments)
+    _run("-m", "tercet", *arguments)
 
 
 def _run(*arguments: str) -> None:

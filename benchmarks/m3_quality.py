@@ -168,7 +168,7 @@ def _interval(said: dict[str, Any]) -> list[float]:
 
 
 def _tercet(*arguments: str) -> None:
-    _run("-m", "tercet.cli", *arguments)
+    _run("-m", "tercet", *arguments)
 
 
 def _run(*arguments: str) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, Final, NamedTuple
@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from tercet.errors import TercetError
-from tercet.files.console import Notes, make_encodable, results, say
+from tercet.files.console import QUIET, Notes, complain, make_encodable, results
 from tercet.files.secrets import redacted
 from tercet.files.signals import SIGNALS, listening
 
@@ -125,6 +125,12 @@ def about(
         bool | None,
         typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
     ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show results and errors only: no progress, no notes.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what is done, and warnings of libraries.")
+    ] = False,
 ) -> None:
     """Make a text embedder of your own: train, measure, search.
 
@@ -138,19 +144,17 @@ def main(argv: list[str] | None = None) -> None:
     After Ctrl-C the status is 130, and after SIGTERM 143; one line says what is kept.
     """
     make_encodable()
-    logging.getLogger("tercet").handlers = [Notes()]
-    _quiet_libraries()
-    words = sys.argv[1:] if argv is None else argv
+    words = _set_loudness(sys.argv[1:] if argv is None else argv)
     with listening(in_command=True):
         try:
             app(words, prog_name="tercet")
         except TercetError as error:
-            say(f"tercet: {error}")
+            complain(f"tercet: {error}")
             sys.exit(2)
         except SystemExit as end:
             if end.code in _BY_SIGNAL and not getattr(end, "line", ""):
                 command = COMMANDS.get(next((word for word in words if word[:1] != "-"), ""))
-                say(f"tercet: stopped; {_NOTHING if command is None else command.kept}")
+                complain(f"tercet: stopped; {_NOTHING if command is None else command.kept}")
             if end.code in _BY_SIGNAL and argv is None:
                 # Python would wait for calls of an endpoint, and Daft's threads would abort it.
                 sys.stdout.flush()
@@ -160,13 +164,31 @@ def main(argv: list[str] | None = None) -> None:
             strange = next((word for word in words if not _is_text(word)), None)
             if isinstance(error, UnicodeEncodeError) and strange is not None:
                 encoding = sys.getfilesystemencoding()
-                say(
+                complain(
                     f"tercet: the argument {strange!r} is not in {encoding}; rename the file, or "
                     "set PYTHONUTF8=1 if it is UTF-8"
                 )
                 sys.exit(2)
             sys.excepthook = _show_without_keys
             raise
+
+
+_LOUDNESS: Final = ("--quiet", "--verbose")
+
+
+def _set_loudness(words: Sequence[str]) -> list[str]:
+    """Do what --quiet and --verbose say, which may stand anywhere, and return the other words."""
+    end = words.index("--") if "--" in words else len(words)
+    given = set(words[:end]) & {*_LOUDNESS}
+    os.environ.pop(QUIET, None)
+    if "--quiet" in given:
+        os.environ[QUIET] = "1"
+    logger = logging.getLogger("tercet")
+    logger.handlers = [Notes()]
+    logger.setLevel(logging.INFO if "--verbose" in given else logging.NOTSET)
+    if "--verbose" not in given:
+        _quiet_libraries()
+    return [*(word for word in words[:end] if word not in given), *words[end:]]
 
 
 def _is_text(word: str) -> bool:

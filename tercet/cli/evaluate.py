@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from tercet.cli.options import (
-    DimsOption,
+    DimsListOption,
     Echo,
     KindsOption,
     ModelName,
@@ -170,7 +170,7 @@ def evaluate(
     names = _names(model, against)
     load_model = partial(
         load,
-        precision="float32" if precision in PRECISIONS else precision,
+        dtype="float32" if precision in PRECISIONS else precision,
         attention=attention,
         pooling=pooling,
         echo=echo,
@@ -384,7 +384,7 @@ def sizes(
             help="Examples (.jsonl, .parquet), or a folder in the layout of BEIR or FlagEmbedding."
         ),
     ],
-    dims: DimsOption = None,
+    dims: DimsListOption = None,
     split: Annotated[str | None, typer.Option(help="Of a folder; None: its only one.")] = None,
     task: Annotated[
         str | None,

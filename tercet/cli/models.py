@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
-from tercet.cli.options import DimsOption, ModelName, Precision, ReadingOption, load
+from tercet.cli.options import DimsListOption, ModelName, Precision, ReadingOption, load
 from tercet.errors import DataError, RecipeError
 from tercet.files.console import columns, results, say
 from tercet.files.outputs import check_output
@@ -144,7 +144,7 @@ def calibrate(
     texts: Annotated[
         Path, typer.Argument(help="Documents such as will be searched (.txt, .jsonl, .parquet).")
     ],
-    dims: DimsOption = None,
+    dims: DimsListOption = None,
     save: Annotated[bool, typer.Option("--save", help="Keep them in the model's folder.")] = False,
     most: Annotated[int, typer.Option(min=1, help="Texts that are taken, at equal distances.")] = (
         5_000

@@ -1,7 +1,9 @@
 """Options that several commands share, and what their values mean."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
@@ -18,6 +20,242 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 
 _PARTS: Final = 1000  # of a progress bar
+
+# Panels of a help text. A command shows its own panels first, then these in this order.
+DATA: Final = "Data"
+MODEL: Final = "Model"
+VECTORS: Final = "Vectors"
+READING: Final = "How texts are read"
+OUTPUT: Final = "Output"
+MACHINE: Final = "Machine"
+CLUSTER: Final = "Several processes"
+
+
+def model_names(incomplete: str) -> list[str]:
+    """Return the models that a word may become: names of the zoo, and folders."""
+    from tercet.models.zoo import zoo
+
+    start = Path(incomplete)
+    parent, name = (start, "") if incomplete.endswith("/") else (start.parent, start.name)
+    found = [model.name for model in zoo.MODELS if model.name.startswith(incomplete)]
+    with suppress(OSError):
+        inside = sorted(parent.iterdir()) if incomplete else []
+        found += [f"{each}/" for each in inside if each.name.startswith(name) and each.is_dir()]
+    return found
+
+
+def model_option(text: str, *flags: str) -> Any:
+    """Return the option of a model, with the help of one command."""
+    return typer.Option(
+        *(flags or ("--model",)), help=text, rich_help_panel=MODEL, autocompletion=model_names
+    )
+
+
+ModelOption = Annotated[str, model_option("Zoo name, folder or hub id (see: tercet list-models).")]
+MaybeModelOption = Annotated[
+    str | None, model_option("Zoo name, folder or hub id (see: tercet list-models).")
+]
+CompareWithOption = Annotated[
+    list[str] | None,
+    model_option("Another model to compare with. Repeat for more.", "--compare-with"),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Device such as cpu, cuda or cuda:1. Default: a GPU if there is one.",
+        rich_help_panel=MACHINE,
+    ),
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16"],
+    typer.Option(
+        "--dtype",
+        help="Type of the weights in memory; bfloat16 is faster on chips that support it.",
+        rich_help_panel=MACHINE,
+    ),
+]
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        min=1,
+        help="Tokens encoded together. Default: 16,384 on a GPU, 2,048 on a CPU.",
+        rich_help_panel=MACHINE,
+    ),
+]
+StoreAsOption = Annotated[
+    Literal["float32", "int8", "int4", "binary", "binary+int8"],
+    typer.Option(
+        "--store-as",
+        help="How dense vectors of documents are stored; binary+int8 searches by bits and scores "
+        "what it finds by int8.",
+        rich_help_panel=VECTORS,
+    ),
+]
+KindOption = Annotated[
+    list[Kind] | None,
+    typer.Option(
+        "--kind",
+        help="Kind of vectors. Repeat for more. Default: all that the model makes.",
+        rich_help_panel=VECTORS,
+    ),
+]
+KindWeightOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kind-weight",
+        metavar="KIND=NUMBER",
+        help="Weight of a kind's scores in the sum, such as sparse=0.3. Repeat for more. Default: "
+        "the model's weights.",
+        rich_help_panel=VECTORS,
+    ),
+]
+DimsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--dims",
+        min=1,
+        help="Keep this many leading coordinates of dense vectors. Default: all.",
+        rich_help_panel=VECTORS,
+    ),
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="Use the model's prompts for this task. Default: its usual prompts.",
+        rich_help_panel=READING,
+    ),
+]
+AttentionOption = Annotated[
+    Literal["causal", "bidirectional"] | None,
+    typer.Option(
+        "--attention",
+        help="Direction in which a decoder reads. Default: the one it was trained with.",
+        rich_help_panel=READING,
+    ),
+]
+PoolOption = Annotated[
+    Literal["mean", "weighted_mean", "first", "last"] | None,
+    typer.Option(
+        "--pooling",
+        help="How token states become one vector. Default: the model's pooling.",
+        rich_help_panel=READING,
+    ),
+]
+EchoOption = Annotated[
+    bool,
+    typer.Option(
+        "--echo",
+        help="Read each text twice and pool the second copy.",
+        rich_help_panel=READING,
+    ),
+]
+QueryTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--query-tokens",
+        min=1,
+        help="Maximum number of query tokens; longer queries are cut. Default: the model's limit.",
+        rich_help_panel=READING,
+    ),
+]
+DocumentTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--document-tokens",
+        min=1,
+        help="Maximum number of document tokens; longer documents are cut. Default: the model's "
+        "limit.",
+        rich_help_panel=READING,
+    ),
+]
+TestDataOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--test-data",
+        help="Test file or folder whose texts must not be in training data. Repeat for more.",
+        rich_help_panel=DATA,
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        help='Which split to read: of a folder of BEIR, or records with this "split".',
+        rich_help_panel=DATA,
+    ),
+]
+
+
+def field_option(name: str, what: str) -> Any:
+    """Return the option that names a column of the user's files."""
+    return typer.Option(
+        f"--{name}-field", help=f"Field of a record that holds {what}.", rich_help_panel=DATA
+    )
+
+
+TextFieldOption = Annotated[str, field_option("text", "the text")]
+TitleFieldOption = Annotated[str, field_option("title", "the title")]
+IdFieldOption = Annotated[str, field_option("id", "the id")]
+LabelFieldOption = Annotated[str, field_option("label", "the label")]
+QueryFieldOption = Annotated[str | None, field_option("query", "the query")]
+PositiveFieldOption = Annotated[str | None, field_option("positive", "the positive document")]
+NegativeFieldOption = Annotated[str | None, field_option("negative", "the negative documents")]
+WorkOption = Annotated[
+    Path,
+    typer.Option(
+        "--work",
+        help="Folder for intermediate results, so that a killed run goes on. May be deleted.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        min=0,
+        help="Seed of all that is drawn at random.",
+        rich_help_panel=MACHINE,
+    ),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write all figures to this file too; - prints them as JSON instead of tables.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+RunnerChoice = Annotated[
+    Literal["auto", "loop", "daft", "ray"],
+    typer.Option(
+        "--runner",
+        help="What distributes the work. auto: a loop, or Daft for several --workers.",
+        rich_help_panel=CLUSTER,
+    ),
+]
+WorkersChoice = Annotated[
+    int,
+    typer.Option("--workers", min=1, help="Processes on each machine.", rich_help_panel=CLUSTER),
+]
+AddressChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="Address of a Ray cluster: HOST:PORT of its head, or auto.",
+        rich_help_panel=CLUSTER,
+    ),
+]
+
+
+def out_option(text: str) -> Any:
+    """Return ``--out`` with the help of one command."""
+    return typer.Option("--out", help=text, rich_help_panel=OUTPUT)
+
+
+# ---- the older options, which go as their commands are converted ---------------------------------
 
 ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
 Precision = Annotated[
@@ -45,7 +283,7 @@ WeightsOption = Annotated[
         help="Of dense, sparse and multi scores, such as 1,0.3,1; None: those of the model.",
     ),
 ]
-DimsOption = Annotated[
+DimsListOption = Annotated[
     list[int] | None,
     typer.Option("--dims", help="Coordinates to keep; may be repeated. None: those trained for."),
 ]
@@ -61,18 +299,44 @@ AddressOption = Annotated[
 ]
 
 
-def load(model: str, precision: str, **how: Any) -> Any:
-    """Load an embedder; ``how`` sets attention, pooling and echo, None keeps the model's own."""
+def load(
+    model: str,
+    dtype: str = "float32",
+    *,
+    device: str | None = None,
+    batch_tokens: int | None = None,
+    **how: Any,
+) -> Any:
+    """Load an embedder; ``how`` sets such as attention, pooling and echo; None changes nothing."""
     import torch
 
     from tercet.models.embedder import Embedder
     from tercet.models.network.cpu import warning_of
 
     wanted = {name: value for name, value in how.items() if value}
-    dtype, device = getattr(torch, precision), "cuda" if torch.cuda.is_available() else "cpu"
-    if (warning := warning_of(dtype, device)) is not None:
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if (warning := warning_of(getattr(torch, dtype), place)) is not None:
         say(f"tercet: note: {warning}")
-    return Embedder.load(model, dtype=dtype, **wanted).to(device)
+    embedder = Embedder.load(model, dtype=getattr(torch, dtype), **wanted).to(checked(place))
+    if batch_tokens is not None:
+        embedder.batch_tokens = batch_tokens
+    return embedder
+
+
+def checked(device: str) -> str:
+    """Return a device that torch knows and this machine has.
+
+    Raises:
+        RecipeError: for any other.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"--device {device}: cannot be used here: {reason}") from error
+    return device
 
 
 def where(model: str) -> str:
@@ -81,6 +345,39 @@ def where(model: str) -> str:
 
     is_name = zoo.find(model) is not None or not Path(model).exists()
     return model if is_name else str(Path(model).resolve())
+
+
+def in_order(named: Iterable[Kind] | None) -> tuple[Kind, ...] | None:
+    """Return the kinds that ``--kind`` names, each once, in the usual order; None if none."""
+    some = set(named or ())
+    return tuple(kind for kind in KINDS if kind in some) or None
+
+
+def changed_weights(given: Sequence[str] | None) -> dict[Kind, float] | None:
+    """Return the weights by kind that ``--kind-weight`` gives; None if it is not given.
+
+    Raises:
+        RecipeError: for an unknown kind, or a weight below 0 or without end.
+    """
+    numbers: dict[Any, float] = dict(numbers_of(given, "kind-weight", float, example="sparse=0.3"))
+    found: dict[Kind, float] = {}
+    for kind in KINDS:
+        if kind in numbers:
+            found[kind] = numbers.pop(kind)
+    if numbers:
+        raise RecipeError(
+            f"--kind-weight {next(iter(numbers))}: there is no such kind"
+            f"{nearest(next(iter(numbers)), KINDS)}; kinds are {', '.join(KINDS)}"
+        )
+    if wrong := next((kind for kind, weight in found.items() if not 0 <= weight < inf), None):
+        raise RecipeError(f"--kind-weight {wrong} must be 0 or more; got {found[wrong]}")
+    return found or None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known word that is nearest; "" if none is near."""
+    near = get_close_matches(word, list(known), 1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def kinds_of(named: str | None) -> tuple[Kind, ...] | None:
@@ -143,7 +440,11 @@ def weighted(path: Path) -> tuple[Path, float]:
 
 
 def numbers_of(
-    given: Sequence[str] | None, flag: str, number: Callable[[str], Number]
+    given: Sequence[str] | None,
+    flag: str,
+    number: Callable[[str], Number],
+    *,
+    example: str = "news/de=2",
 ) -> dict[str, Number]:
     """Return the numbers by name of a flag such as ``--weight news=2``.
 
@@ -158,7 +459,7 @@ def numbers_of(
         with suppress(ValueError):
             found[name] = number(value)
         if not name or name not in found:
-            raise RecipeError(f"--{flag} is {text!r}; write NAME=NUMBER, as in news/de=2")
+            raise RecipeError(f"--{flag} is {text!r}; write NAME=NUMBER, as in {example}")
     return found
 
 

@@ -16,6 +16,7 @@ from tercet.files.secrets import redacted
 CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
+QUIET: Final = "TERCET_QUIET"  # the environment variable that ``--quiet`` sets
 CLOSED: Final = 141  # a shell's status of a program that writes to a pipe without a reader
 
 
@@ -65,8 +66,19 @@ def results() -> Console:
 
 
 def say(line: str) -> None:
-    """Print to standard error; long lines are not wrapped, so that paths can be copied."""
+    """Print a note to standard error, unless ``--quiet`` was given."""
+    if not quiet():
+        complain(line)
+
+
+def complain(line: str) -> None:
+    """Print an error to standard error; long lines are not wrapped, so that paths can be copied."""
     _Plain(stderr=True).print(redacted(line), soft_wrap=True)
+
+
+def quiet() -> bool:
+    """Whether notes and progress are left out, also in processes that this one starts."""
+    return bool(os.environ.get(QUIET))
 
 
 def _to_nowhere(stream: IO[str]) -> None:
@@ -108,5 +120,6 @@ class Notes(logging.Handler):
     """Prints log records of the package like its errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record."""
-        say(f"tercet: note: {record.getMessage()}")
+        """Print the record; an error also where notes are left out."""
+        show = complain if record.levelno >= logging.ERROR else say
+        show(f"tercet: note: {record.getMessage()}")

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tercet.files.console import say
+from tercet.files.console import quiet, say
 
 FIRST_SECONDS: Final = 15.0  # before the first line: a job that is done by then prints none
 EVERY_SECONDS: Final = 60.0  # between two
@@ -42,7 +42,7 @@ def bar(
 
     ``unit`` is what a line without a terminal calls what is counted, as in "step ".
     """
-    if not shown:
+    if not shown or quiet():
         yield _silent
         return
     console = Console(stderr=True)

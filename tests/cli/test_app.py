@@ -199,7 +199,7 @@ def test_a_signal_ends_a_command_with_a_line_that_says_what_is_kept(
 
 
 def test_as_a_program_it_prints_its_results_and_nothing_else_to_a_pipe(files):
-    command = [sys.executable, "-m", "tercet.cli", "search", str(files / "index"), SENTENCES[1]]
+    command = [sys.executable, "-m", "tercet", "search", str(files / "index"), SENTENCES[1]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*command, "-k1"], env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -216,7 +216,7 @@ def test_as_a_program_it_prints_its_results_and_nothing_else_to_a_pipe(files):
 def program(words: list[str | Path], **options: Any) -> "subprocess.CompletedProcess[bytes]":
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.update(options.pop("env", {}))
-    command = [sys.executable, "-m", "tercet.cli", *map(str, words)]
+    command = [sys.executable, "-m", "tercet", *map(str, words)]
     return subprocess.run(command, env=environment, check=False, **options)
 
 
@@ -296,7 +296,7 @@ def test_a_reader_that_ends_early_or_a_full_disk_is_no_traceback(files):
     )
     ended = program(["check", files / "missing"], stderr=subprocess.DEVNULL)
     assert ended.returncode == 2
-    script = f"exec {sys.executable} -m tercet.cli check {files}/pairs.jsonl <&- >&- 2>&-"
+    script = f"exec {sys.executable} -m tercet check {files}/pairs.jsonl <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", script], cwd=ROOT, check=False).returncode == 0
 
 

@@ -201,7 +201,7 @@ def test_a_signal_does_not_wait_for_calls_and_keeps_the_answers(tercet, start, t
 
     with endpoint(reply) as served:
         words = [str(word) for word in (*start, "--url", served.url, "--timeout", "50")]
-        command = [sys.executable, "-m", "tercet.cli", *words]
+        command = [sys.executable, "-m", "tercet", *words]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while len(served.calls) < 9:
             assert process.poll() is None

@@ -292,7 +292,7 @@ def test_tensorboard_files_are_written_on_request(data, recipe, tmp_path):
 def test_kill_9_at_any_time_and_the_same_command_goes_on(data, encoder_folder, tmp_path):
     def command(name):
         flags = f"--base {encoder_folder} --batch-size 4 --epochs 5 --save-steps 2 --device cpu"
-        start = [sys.executable, "-m", "tercet.cli", "train", "finetune", "--data", str(data.path)]
+        start = [sys.executable, "-m", "tercet", "train", "finetune", "--data", str(data.path)]
         return [*start, "--out", str(tmp_path / name), *flags.split()]
 
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -153,7 +153,7 @@ def _die(*_):
 
 
 def command(data, base, out, *more: str) -> list[str]:
-    words = [sys.executable, "-m", "tercet.cli", "train", "finetune", "--data", str(data.path)]
+    words = [sys.executable, "-m", "tercet", "train", "finetune", "--data", str(data.path)]
     flags = f"--base {base} --out {out} --batch-size 4 --epochs 40 --device cpu"
     return [*words, *flags.split(), *more]
 
@@ -221,7 +221,7 @@ def test_a_second_signal_ends_a_program_at_once(data, encoder_folder, tmp_path, 
 @pytest.mark.slow
 def test_processes_of_torchrun_stop_after_the_same_step(data, encoder_folder, tmp_path):
     words = command(data, encoder_folder, tmp_path / "run")
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tercet.cli"
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tercet"
     words[1:3] = torchrun.split()
     process = started(words, tmp_path / "run/log.jsonl", 3)
     process.send_signal(signal.SIGTERM)

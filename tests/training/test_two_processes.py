@@ -407,7 +407,7 @@ def test_processes_beside_each_other_share_the_free_memory(monkeypatch):
 @pytest.mark.parametrize("more", ["", "--shard-weights --checkpoint-activations"])
 def test_the_command_line_trains_in_two_processes(tmp_path, more):
     prepare(tmp_path)
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tercet.cli"
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tercet"
     flags = "train finetune --base base --data pairs.jsonl --dev pairs.jsonl --out run --device cpu"
     ended = subprocess.run(
         [sys.executable, *torchrun.split(), *flags.split(), "--batch-size", "8", *more.split()],

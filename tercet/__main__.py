@@ -1,0 +1,5 @@
+"""Entry point of ``python -m tercet``, also under torchrun."""
+
+from tercet.cli.app import main
+
+main()
