@@ -71,7 +71,7 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
 
     sources = [open_source(path) for path in paths]
     dev = RetrievalSet.from_examples(_first(_examples(packages, "dev"), DEV_EXAMPLES), "dev")
-    recipe = finetune(base=BASE, steps=steps, seed=seed, learning_rate=1e-4, temperature=0.03)
+    recipe = finetune(model=BASE, steps=steps, seed=seed, learning_rate=1e-4, temperature=0.03)
     run = Run(eval_steps=max(1, steps // 2))
     embedder = train(recipe, sources, out, score=dev_score(dev), run=run, say=say)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Kind, Weights, parse_kinds
-from tercet.models.choices import PoolingName
 from tercet.recipes import flags
 from tercet.recipes.flags import divided, lora_of, prompts_by_role, recorded
 from tercet.types import Distillation, Vocabulary

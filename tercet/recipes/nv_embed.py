@@ -79,7 +79,8 @@ def nv_embed(
     ] = "identity",
     preset: Annotated[
         NVEmbedPreset,
-        "nv-embed: the published layer (512 latents, 8 heads as wide as the model, normal).",
+        "Values of that layer; nv-embed: as published (512 latents, 8 heads as wide as the model, "
+        "normal).",
     ] = "default",
     attention: Annotated[
         Attention, "Direction of attention; causal is the paper's ablation."

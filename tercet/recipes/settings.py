@@ -10,7 +10,7 @@ those of the machine (``tercet.training.recipe.Run``) begin with ``run``, such a
 import inspect
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -25,6 +25,11 @@ Built = TypeVar("Built")
 
 RUN: Final = "run"
 _OF_THIS_MACHINE: Final = ("device", "memory_gb", "show_progress")  # not taken from another run
+_OF_EXAMPLES: Final = {  # numbers of a stage that mean nothing where it reads plain texts
+    *("positives", "negatives", "in_batch", "mask_duplicates", "query_tokens", "document_tokens"),
+    *("mixing", "length_edges", "token_budget", "batch_sizes", "batching"),
+    *("shuffle_segments", "shuffle_at"),
+}
 _NONE: Final = "none"
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -40,9 +45,18 @@ class Setting:
     unit: str = ""
 
     @property
-    def stage(self) -> str:
-        """Name of the stage it belongs to; "run" for the machine, empty for the whole recipe."""
+    def part(self) -> str:
+        """Name of the stage it belongs to; "run" for the machine, empty for the whole run."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def full_meaning(self) -> str:
+        """The meaning, with the choices that there are."""
+        kinds, _ = _kinds(self.type)
+        choices = [
+            str(each) for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)
+        ]
+        return f"{self.meaning} Choices: {', '.join(choices)}." if choices else self.meaning
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +79,12 @@ def settings_of(entry: RecipeEntry) -> dict[str, Setting]:
         prefix = "" if len(stages) == 1 else f"{name}."
         for field, kind in get_type_hints(Stage, include_extras=True).items():
             if hasattr(kind, "__metadata__") and prefix + field not in known:
-                found.append(_setting(prefix + field, kind, getattr(stage, field)))
+                if entry.stages[name].format == "examples" or field not in _OF_EXAMPLES:
+                    found.append(_setting(prefix + field, kind, getattr(stage, field)))
     defaults = {field.name: field.default for field in fields(Run)}
     for field, kind in get_type_hints(Run, include_extras=True).items():
-        found.append(_setting(f"{RUN}.{field}", kind, defaults[field]))
+        if hasattr(kind, "__metadata__"):
+            found.append(_setting(f"{RUN}.{field}", kind, defaults[field]))
     return {setting.name: setting for setting in found}
 
 
@@ -128,6 +144,16 @@ def from_words(entry: RecipeEntry, words: Iterable[str]) -> dict[str, Any]:
             raise RecipeError(f"--set gives {setting.name} twice; remove one")
         found[setting.name] = _parsed(text.strip(), setting)
     return found
+
+
+def checked(entry: RecipeEntry, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the names of settings, each in the type of its setting.
+
+    Raises:
+        RecipeError: if a name is unknown or a value has another type.
+    """
+    known = settings_of(entry)
+    return {name: _checked(value, _named(name, known, entry)) for name, value in values.items()}
 
 
 def from_file(entry: RecipeEntry, name: str, path: Path) -> dict[str, Any]:
@@ -192,14 +218,12 @@ def _of_run(entry: RecipeEntry, name: str, path: Path, values: Any) -> dict[str,
     return found
 
 
-def _named(
-    name: str, known: Mapping[str, Setting], entry: RecipeEntry, where: str = ""
-) -> Setting:
+def _named(name: str, known: Mapping[str, Setting], entry: RecipeEntry, where: str = "") -> Setting:
     if len(entry.stages) == 1:
         name = name.removeprefix(f"{next(iter(entry.stages))}.")
     if name in known:
         return known[name]
-    last = {each.rpartition(".")[2]: each for each in reversed(known)}
+    last = {each.rpartition(".")[2]: each for each in reversed(list(known))}
     hint = meant(name, known) or meant(last.get(name, ""), known)
     raise RecipeError(
         f"{where}there is no setting {name!r}{hint}; --explain lists all settings of this recipe"
@@ -216,7 +240,10 @@ def _parsed(text: str, setting: Setting) -> Any:
             (each, *_) = get_args(kind)
             parts = [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
             of_part = replace(setting, type=each)
-            return get_origin(kind)(_parsed(part, of_part) for part in parts)
+            try:
+                return get_origin(kind)([_parsed(part, of_part) for part in parts])
+            except RecipeError:
+                raise _refused(text, setting) from None
         if kind is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if kind in (int, float):
@@ -257,7 +284,8 @@ def _refused(value: Any, setting: Setting, where: str = "") -> RecipeError:
             wanted.append(f"one of {', '.join(map(str, get_args(kind)))}")
             hint = meant(str(value), list(map(str, get_args(kind))))
         elif get_origin(kind) in (list, tuple):
-            wanted.append(f"a list of {_WORDS[get_args(kind)[0]]}s, as in 64,128")
+            of_part = _WORDS[get_args(kind)[0]].removeprefix("a ")
+            wanted.append(f"a list of {of_part}s, as in 64,128")
         else:
             wanted.append(_WORDS[kind])
     wanted += [_NONE] * optional

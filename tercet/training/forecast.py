@@ -19,7 +19,7 @@ from tercet.training.plan import TrainingPlan
 from tercet.training.recipe import Stage
 
 LOOKED_AT: Final = 64  # examples of the first batch whose tokens are counted
-TIMED_SECONDS: Final = 0.5  # at least, of the network's forward pass
+TIMED_SECONDS: Final = 0.3  # at least, of the network's forward pass
 _SOURCES: Final = 4  # whose texts are timed
 _TOGETHER: Final = 8  # texts
 _FORWARDS: Final = 3.0  # that a step costs: a forward and a backward of twice its operations
@@ -94,7 +94,9 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", 86_400.0), ("h", 3_600.0), ("min", 60.0)):
         if seconds >= 1.5 * length:
             number = seconds / length
-            return f"{number:.1f} {unit}" if number < 10 and unit != "min" else f"{number:.0f} {unit}"
+            return (
+                f"{number:.1f} {unit}" if number < 10 and unit != "min" else f"{number:.0f} {unit}"
+            )
     return f"{max(1, round(seconds))} s"
 
 
@@ -105,12 +107,13 @@ def seconds_of_token(embedder: Embedder, sources: Sequence[Source]) -> float | N
     texts = [text for each in some for text in (each.query, *each.positives, *each.negatives)]
     if not texts:
         return None
+    limit = min(embedder.settings.max_tokens("document"), embedder.backbone.max_tokens)
     training = embedder.training
     embedder.eval()
     tokens, seconds = 0, 0.0
     try:
         for begin in range(0, len(texts), _TOGETHER):
-            some = embedder.tokenize(texts[begin : begin + _TOGETHER], "document")
+            some = embedder.tokenizer(texts[begin : begin + _TOGETHER], limit)
             packed = some.pack().to(embedder.device)
             embedder.states(packed)  # the first call of a shape is slower
             began = time.perf_counter()
@@ -143,7 +146,9 @@ def _of_stage(
         tokens = float(stage.batch_size * min(block, embedder.backbone.max_tokens))
         batch = f"{stage.batch_size:,} blocks"
     else:
-        work = stage.objective.start(embedder, sources, collator_of(embedder, stage, plan.prompt_of))
+        work = stage.objective.start(
+            embedder, sources, collator_of(embedder, stage, plan.prompt_of)
+        )
         try:
             groups = groups_of(stage, work.drawn, embedder, budget, chunk)
             sampler = sampler_of(stage, work.drawn, plan.recipe.seed, embedder, groups)

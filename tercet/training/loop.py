@@ -126,9 +126,7 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -
     device = run.home
     plan, embedder = _begin(plan)
     embedder.settings = without_tuning(embedder.settings, plan.say)
-    if not any((folder / CHECKPOINT).exists() for folder in folders):
-        for line in lines_of(forecast_stages(plan, embedder)):
-            plan.say(line)
+    _announce(plan, embedder, folders)
     begins_with = {"base": fingerprint_of_base(embedder)}
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     kinds, untrained = embedder.kinds, {*embedder.heads.drawn}
@@ -164,6 +162,14 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -
                 embedder.save(out / "model")
         distributed.barrier()
     return embedder.eval()
+
+
+def _announce(plan: TrainingPlan, embedder: Embedder, folders: Sequence[Path]) -> None:
+    """Print what all stages will do, unless the run goes on from a checkpoint."""
+    if any((folder / CHECKPOINT).exists() for folder in folders):
+        return
+    for line in lines_of(forecast_stages(plan, embedder)):
+        plan.say(line)
 
 
 def _describe_model(

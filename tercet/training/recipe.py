@@ -259,7 +259,9 @@ class Run:
         None
     )
     eval_steps: Annotated[
-        int | None, "Steps between evaluations on the dev set. Default: a tenth of a stage.", "steps"
+        int | None,
+        "Steps between evaluations on the dev set. Default: a tenth of a stage.",
+        "steps",
     ] = None
     shard_weights: Annotated[
         bool, "Spread weights, gradients and optimizer over the processes (FSDP2)."
@@ -272,11 +274,11 @@ class Run:
         "Also save the model after these steps of the first stage; 0: before training.",
         "steps",
     ] = ()
-    cache_tokens: Annotated[
-        bool, "Tokenize training texts once and keep their tokens on disk."
-    ] = False
+    cache_tokens: Annotated[bool, "Tokenize training texts once and keep their tokens on disk."] = (
+        False
+    )
     tensorboard: Annotated[bool, "Write files for TensorBoard too."] = False
-    show_progress: Annotated[bool, "Show progress while training."] = True
+    show_progress: bool = True
 
     def __post_init__(self) -> None:
         above(0, self, "save_minutes")

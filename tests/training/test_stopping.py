@@ -154,7 +154,7 @@ def _die(*_):
 
 def command(data, base, out, *more: str) -> list[str]:
     words = [sys.executable, "-m", "tercet", "train", "finetune", "--data", str(data.path)]
-    flags = f"--base {base} --out {out} --batch-size 4 --epochs 40 --device cpu"
+    flags = f"--model {base} --out {out} --set batch_size=4 --set epochs=40 --device cpu"
     return [*words, *flags.split(), *more]
 
 
