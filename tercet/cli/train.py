@@ -280,10 +280,10 @@ def stage_data(
     for stage in recipe.stages:
         reads = entry.stages[stage.name]
         own, common = files.get(stage.name, ()), files.get("", ())
-        taken: list[tuple[Path, DataFormat]] = [(path, entry.format) for path in common]
-        if reads.shares == "never" or (own and reads.shares == "instead"):
-            taken = []
-        taken += [(path, reads.format) for path in own]
+        taken: list[tuple[Path, DataFormat]] = []
+        if reads.shares == "beside" or (reads.shares == "instead" and not own):
+            taken.extend((path, entry.format) for path in common)
+        taken.extend((path, reads.format) for path in own)
         if not taken:
             what = "" if reads.shares == "never" else "--data FILE or "
             raise RecipeError(
