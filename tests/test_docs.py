@@ -165,7 +165,7 @@ def test_the_run_in_the_extending_page_runs(tmp_path, encoder_folder, pairs, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "finetune", partial(finetune.finetune, str(encoder_folder)))
     (example,) = [block for block in EXTENDING if "runs/mine" in block]
-    short = example.replace('base="minilm", steps=100', "steps=2")
+    short = example.replace('model="minilm", steps=100', "steps=2")
     exec(compile(short, "docs/extending.md", "exec"), {})
     assert (tmp_path / "runs/mine/model/config.json").exists()
 
