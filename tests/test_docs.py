@@ -1,6 +1,7 @@
 """What README and docs name exists, and what they show runs."""
 
 import ast
+import gzip
 import importlib
 import json
 import pkgutil
@@ -164,7 +165,7 @@ def test_the_run_in_the_extending_page_runs(tmp_path, encoder_folder, pairs, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "finetune", partial(finetune.finetune, str(encoder_folder)))
     (example,) = [block for block in EXTENDING if "runs/mine" in block]
-    short = example.replace('base="minilm", steps=100', "steps=2")
+    short = example.replace('model="minilm", steps=100', "steps=2")
     exec(compile(short, "docs/extending.md", "exec"), {})
     assert (tmp_path / "runs/mine/model/config.json").exists()
 
@@ -227,6 +228,9 @@ GOOD = b'{"query": "a", "positives": ["b"]}\n'
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("pairs.doc", b"a,b"),
+        ("pairs.jsonl", gzip.compress(b"a")),
+        ("pairs.jsonl", "{}".encode("utf-16")),
         ("pairs.csv", b"a,b"),
         ("pairs.jsonl", b""),
         ("pairs.jsonl", GOOD + b'{"query":\n'),

@@ -37,7 +37,7 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "demo": LazyCommand("tercet.cli.data:demo", "Train on real texts and measure, in minutes."),
     "check": LazyCommand("tercet.cli.data:check", "Report what a data file or folder holds."),
     "train": LazyCommand(
-        "tercet.cli.train:recipes",
+        "tercet.cli.train:train",
         "Train an embedder by a recipe.",
         kept="the last checkpoint is kept, if there is one, and the same command goes on from it",
     ),

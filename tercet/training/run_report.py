@@ -260,7 +260,7 @@ def _settings(record: Mapping[str, Any]) -> list[Html]:
     shown = {
         "seed": str(recipe["seed"]),
         "device": str(run.get("device") or "found by tercet"),
-        "precision of products": str(run.get("precision", "")),
+        "dtype": str(run.get("dtype", run.get("precision", ""))),
         "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items()),
         "paper": str(recipe.get("paper") or ""),
     }

@@ -22,7 +22,7 @@ from tests.toy import SENTENCES
 VERBS = [
     *("demo", "check", "models", "inspect", "merge", "encode", "index", "search"),
     *("eval", "diagnose", "probe", "mine", "decontaminate", "convert", "study"),
-    *("train", "train finetune", "train llm2vec", "train nv-embed"),
+    "train",
     *("convert classification", "convert clustering", "convert similarity"),
 ]
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def test_train_eval_index_search_and_encode_follow_each_other(
 ):
     out = tmp_path / "run"
     dev = files / "pairs.jsonl"
-    ended = tercet(*train(out, "--epochs", "2", "--dev", dev, "--eval-steps", "3"))
+    ended = tercet(*train(out, "--set", "epochs=2", "--dev", dev, "--set", "run.eval_steps=3"))
     assert (ended.status, ended.out) == (0, f"{out}/model\n")
     assert "contrastive: 6 steps of 8 examples" in ended.err
     assert re.search(
@@ -91,8 +91,7 @@ def test_help_of_each_verb_shows_an_example(tercet, verb):
         (["search", "index", "q", "--k", "many"], "'--k'"),
         (["search", "index"], "'queries'"),
         (["encode", "model", "a.txt", "--out", "v.npy", "--role", "title"], "'--role'"),
-        (["train", "finetune", "--out", "run"], "'--data'"),
-        (["train", "simcse"], "'simcse'"),
+        (["train", "--out", "run"], "'recipe'"),
         (["serach", "index", "q"], "'serach'"),
     ],
 )
