@@ -35,9 +35,9 @@ def pairs(lang: str, split: str, count: int) -> list[Example]:
 def main(
     out: Path = Path("runs/examples/arctic_embed"),
     model: str = "me5-small",
-    rows: int = 1_500,
-    steps: int = 40,
-    tests: int = 300,
+    rows: int = 800,
+    steps: int = 24,
+    tests: int = 200,
     widths: tuple[int, ...] = (384, 128),
 ) -> None:
     """Train both stages, and print nDCG@10 for each language and width before and after."""
@@ -48,7 +48,7 @@ def main(
     recipe = arctic_embed(
         model=model,
         steps=steps,
-        pretraining_batch_size=64,
+        pretraining_batch_size=48,
         finetuning_batch_size=16,
         finetuning_negatives=3,
         dims=[widths[-1]],

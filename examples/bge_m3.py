@@ -37,9 +37,9 @@ def pairs(split: str, count: int) -> list[Example]:
 def main(
     out: Path = Path("runs/examples/bge_m3"),
     model: str = "me5-small",
-    rows: int = 1_500,
-    steps: int = 40,
-    tests: int = 300,
+    rows: int = 800,
+    steps: int = 25,
+    tests: int = 200,
 ) -> None:
     """Mine, train, and print nDCG@10 on the test split: of the base, then of each kind and sum."""
     write_examples(out / "data/pairs.jsonl", pairs("train", rows))

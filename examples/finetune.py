@@ -33,9 +33,9 @@ def pairs(split: str, count: int) -> list[Example]:
 def main(
     out: Path = Path("runs/examples/finetune"),
     model: str = "minilm",
-    rows: int = 6_000,
-    steps: int = 80,
-    tests: int = 500,
+    rows: int = 4_000,
+    steps: int = 60,
+    tests: int = 300,
 ) -> None:
     """Train on pairs of the train split, and print nDCG@10 on the test split before and after."""
     write_examples(out / "data/pairs.jsonl", pairs("train", rows))

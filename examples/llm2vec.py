@@ -35,9 +35,9 @@ def pairs(split: str, count: int) -> list[Example]:
 def main(
     out: Path = Path("runs/examples/llm2vec"),
     model: str = "smollm2",
-    rows: int = 2_000,
-    steps: tuple[int, int, int] = (12, 12, 40),
-    tests: int = 200,
+    rows: int = 1_000,
+    steps: tuple[int, int, int] = (10, 10, 30),
+    tests: int = 150,
 ) -> None:
     """Train the three stages, and print nDCG@10 on the test split before and after."""
     known = pairs("train", rows)

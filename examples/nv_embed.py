@@ -47,8 +47,16 @@ def sections(rows: list[dict[str, str]]) -> list[Example]:
         section, line = row["section"], row["short"]
         other = next((text for name, text in last.items() if name != section), None)
         if section in last and other:
-            about = {"query_prompt": SORT, "task": "sort", "in_batch": "none"}
-            found.append(Example(line, (last[section],), (other,), **about))
+            found.append(
+                Example(
+                    line,
+                    (last[section],),
+                    (other,),
+                    query_prompt=SORT,
+                    task="sort",
+                    in_batch="none",
+                )
+            )
         last = {section: line} | {name: text for name, text in last.items() if name != section}
     return found
 
@@ -57,9 +65,9 @@ def main(
     out: Path = Path("runs/examples/nv_embed"),
     model: str = "smollm2",
     teacher: str = "minilm",
-    rows: int = 1_500,
-    steps: int = 40,
-    tests: int = 200,
+    rows: int = 600,
+    steps: int = 30,
+    tests: int = 150,
 ) -> None:
     """Mine negatives, train both stages, and print nDCG@10 on the test split before and after."""
     train_rows, folder = packages("train", rows), out / "data"

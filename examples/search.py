@@ -18,8 +18,8 @@ QUESTIONS = ("tell me when my battery runs low", "turn a folder of photos into a
 def main(
     out: Path = Path("runs/examples/search"),
     model: str = "minilm",
-    documents: int = 2_000,
-    queries: int = 500,
+    documents: int = 1_000,
+    queries: int = 300,
 ) -> None:
     """Index in full and in 4 bits, print how often the right text is found, and ask questions."""
     rows = pq.read_table(PACKAGES, filters=[("split", "=", "test")]).slice(0, documents).to_pylist()

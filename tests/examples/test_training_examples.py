@@ -34,8 +34,8 @@ def test_finetune(capsys, tmp_path, encoder_folder):
 
 
 @pytest.mark.slow
-def test_llm2vec(capsys, tmp_path, decoder_folder):
-    said = printed(capsys, "llm2vec", tmp_path, decoder_folder, rows=40, steps=(1, 1, 1), tests=10)
+def test_llm2vec(capsys, tmp_path, language_model):
+    said = printed(capsys, "llm2vec", tmp_path, language_model, rows=40, steps=(1, 1, 1), tests=10)
     assert re.search(f"nDCG@10 before  {FIGURE}\nnDCG@10 after   {FIGURE}\n", said)
     assert {path.name for path in (tmp_path / "run").glob("[0-9]-*")} == {
         "1-mntp",
