@@ -130,12 +130,16 @@ def shortened(words: list[str]) -> list[str]:
 def shared(tmp_path_factory) -> Path:
     """The files that pages read."""
     folder = tmp_path_factory.mktemp("pages")
-    rows = [
-        {"query": f"{text.split()[-1]} {i}", "positives": [f"{text} {i}"], "lang": "en"}
-        for i in range(3)
-        for text in SENTENCES
-    ]
-    for name, part in (("pairs", rows[:24]), ("dev", rows[12:24]), ("test", rows[24:])):
+    known, unseen = SENTENCES[:8], SENTENCES[8:]  # no text of a test in training
+    rows, tests = (
+        [
+            {"query": f"{text.split()[-1]} {i}", "positives": [f"{text} {i}"], "lang": "en"}
+            for i in range(3)
+            for text in texts
+        ]
+        for texts in (known, unseen)
+    )
+    for name, part in (("pairs", rows), ("dev", tests), ("test", tests)):
         write(folder / f"{name}.jsonl", *({k: r[k] for k in ("query", "positives")} for r in part))
     texts = [" ".join(SENTENCES[(i + j) % len(SENTENCES)] for j in range(4)) for i in range(24)]
     documents = [
@@ -147,7 +151,7 @@ def shared(tmp_path_factory) -> Path:
     labels = [
         {"text": f"{text} {i}", "label": "ab"[n % 2], "split": ("train", "test")[i]}
         for i in range(2)
-        for n, text in enumerate(SENTENCES)
+        for n, text in enumerate(known)
     ]
     write(folder / "labelled.jsonl", *labels)
     scores = [
@@ -160,7 +164,7 @@ def shared(tmp_path_factory) -> Path:
     write(folder / "sources/news.jsonl", *({**r, "lang": "de"} for r in rows[:12]), *rows[12:24])
     (folder / "sets").mkdir()
     for language in ("de", "en", "ko"):
-        write(folder / f"sets/{language}.jsonl", *({**r, "lang": language} for r in rows[24:]))
+        write(folder / f"sets/{language}.jsonl", *({**r, "lang": language} for r in tests))
     for name, part in (("train", SENTENCES[:8]), ("test", SENTENCES[8:])):
         sentences = ("".join(f"{w}\t{'XY'[len(w) % 2]}\n" for w in s.split()) for s in part)
         (folder / f"{name}.conll").write_text("\n".join(sentences))
