@@ -44,7 +44,7 @@ PAGES = [
     if page not in GENERATED  # by tests/site.py, at each build
 ]
 # Looked up, not read from beginning to end, so they may be longer than a page to read.
-REFERENCE = ("architecture", "log", "traps", "benchmarks/speed", "CHANGELOG", "formats")
+REFERENCE = ("architecture", "log", "traps", "benchmarks/speed", "CHANGELOG")
 FOLDERS = ("tercet", "tests", "docs", "benchmarks", "examples")
 FILES_OF_OURS = ("tercet.json",)  # looks like a module, and is a file
 

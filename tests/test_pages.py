@@ -141,7 +141,7 @@ def shared(tmp_path_factory) -> Path:
     )
     for name, part in (("pairs", rows), ("dev", tests), ("test", tests)):
         write(folder / f"{name}.jsonl", *({k: r[k] for k in ("query", "positives")} for r in part))
-    texts = [" ".join(SENTENCES[(i + j) % len(SENTENCES)] for j in range(4)) for i in range(24)]
+    texts = [f"page {i} " + " ".join(SENTENCES[(i + j) % 12] for j in range(4)) for i in range(24)]
     documents = [
         {"id": f"d{i}", "title": text[:12], "text": f"{text}\n\n{text}", "section": "web"}
         for i, text in enumerate(texts)
