@@ -334,7 +334,7 @@ def _draw_languages(path: Path, found: "LanguageComparison") -> None:
         for label, axis in found.axes.items()
     }
     with drawing():
-        write_png(path, dots(panels, y="nDCG@10"))
+        write_png(path, dots(panels, y="nDCG@10", baselines=found.others))
 
 
 def _measure_tasks(
