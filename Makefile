@@ -2,6 +2,7 @@
 # make install   .venv with everything that tests and benchmarks need
 # make test      the quick tests, in a few minutes
 # make check     what CI runs: format, lint, layers, types, all tests but the long ones
+# make docs      the documentation site, in site/
 # make check-long  the tests that take longer
 # make bounds    tests on the lowest versions that pyproject.toml allows, on each Python
 
@@ -14,7 +15,7 @@ TYPES := --jaxtyping-packages=tercet,beartype.beartype
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo install test check check-long bounds fix bench clean
+.PHONY: demo install test check check-long docs bounds fix bench clean
 
 demo: .venv/.demo
 	$(BIN)/tercet demo
@@ -27,10 +28,14 @@ check: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
+	$(BIN)/python -m tests.site
 	$(PYTEST) $(TYPES) -m "not long"
 
 check-long: .venv/.test
 	$(PYTEST) -m long
+
+docs: .venv/.test
+	$(BIN)/python -m tests.site
 
 # Other interpreters: make bounds PYTHONS="/opt/bin/python3.12 /opt/bin/python3.13"
 bounds:
@@ -61,4 +66,4 @@ bench: .venv/.test
 	touch $@ .venv/.demo
 
 clean:
-	rm -rf .venv .bounds runs
+	rm -rf .venv .bounds runs site .cache

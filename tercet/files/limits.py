@@ -1,4 +1,4 @@
-"""What may be read: regular files only, and up to which size; docs/data.md lists the limits."""
+"""What may be read: regular files only, up to a size; docs/data/limits.md lists the limits."""
 
 import os
 import stat

@@ -72,16 +72,15 @@ class EncodeOptions(TypedDict, total=False):
 class Embedder(nn.Module):
     """A backbone, a pooling, and the settings that the model was trained with.
 
-    Use :meth:`load` for a saved model. Made directly, it takes a ``tokenizer`` of transformers, the
+    Use ``load`` for a saved model. Made directly, it takes a ``tokenizer`` of transformers, the
     ``layer`` that ``settings.layer`` describes and the ``heads`` of ``settings.kinds``; None makes
     new ones with random weights, to be trained.
 
-    Example::
-
-        embedder = Embedder.load("minilm")
-        queries = embedder.encode(["edit text in a terminal"], "query")
-        documents = embedder.encode(["a small editor", "a web server"])
-        scores = queries @ documents.T  # [1, 2]: cosines
+    Examples:
+        >>> embedder = Embedder.load("minilm")
+        >>> queries = embedder.encode(["edit text in a terminal"], "query")
+        >>> documents = embedder.encode(["a small editor", "a web server"])
+        >>> scores = queries @ documents.T  # [1, 2]: cosines
     """
 
     def __init__(
@@ -261,9 +260,8 @@ class Embedder(nn.Module):
             ModelError: if a vector holds NaN or infinity, an encoder is asked to be causal, or the
                 tokenizer lacks an end-of-text token that is needed.
 
-        Example::
-
-            vectors = embedder.encode(["a small editor"], dims=128)  # [1, 128], float32
+        Examples:
+            >>> vectors = embedder.encode(["a small editor"], dims=128)  # [1, 128], float32
         """
         width = self._width(dims)
         given = {"pooling": pooling, "echo": echo}
@@ -316,10 +314,9 @@ class Embedder(nn.Module):
                 out of range, or an empty text if ``settings.on_empty`` is "error".
             ModelError: if a vector holds NaN or infinity.
 
-        Example::
-
-            vectors = embedder.encode_vectors(texts, kinds=["dense", "sparse"])
-            vectors.dense, vectors.sparse.ids, vectors.sparse.weights
+        Examples:
+            >>> vectors = embedder.encode_vectors(texts, kinds=["dense", "sparse"])
+            >>> vectors.dense, vectors.sparse.ids, vectors.sparse.weights
         """
         wanted, texts = tuple(self.kinds if kinds is None else kinds), checked_texts(texts)
         width = self._width(dims)
@@ -458,9 +455,8 @@ class Embedder(nn.Module):
             ModelError: if the folder is incomplete or damaged, or the model cannot be packed.
             RecipeError: for an unknown setting or a value that it cannot have.
 
-        Example::
-
-            embedder = Embedder.load("run/model", dtype=torch.bfloat16, query_tokens=64)
+        Examples:
+            >>> embedder = Embedder.load("run/model", dtype=torch.bfloat16, query_tokens=64)
         """
         parts = load_parts(
             source,
@@ -531,9 +527,8 @@ class Embedder(nn.Module):
             MissingExtraError: if sentence-transformers is not installed.
             ModelError: if it cannot express the settings, or LoRA is not merged yet.
 
-        Example::
-
-            scores = mteb.evaluate(embedder.as_sentence_transformer(), tasks)
+        Examples:
+            >>> scores = mteb.evaluate(embedder.as_sentence_transformer(), tasks)
         """
         return as_sentence_transformer(self.parts).train(self.training)
 

@@ -48,7 +48,7 @@ def score_pairs(
         RecipeError: for an unknown task.
         TextError: if either is not a list of strings of valid Unicode; it names the row.
 
-    Example:
+    Examples:
         >>> score_pairs(embedder, ["web server"], ["nginx serves files"])["dense"].shape
         torch.Size([1])
     """

@@ -56,7 +56,7 @@ def top_k(
         ModelError: if queries and documents differ in width, or hold NaN. (A NaN among the
             vectors of good documents is not searched for, which would be slow: engines do that.)
 
-    Example:
+    Examples:
         >>> top_k(embedder.encode(["web server"], "query"), embedder.encode(texts), 2).rows
         array([[0, 1]])
     """

@@ -114,7 +114,7 @@ def index(
         RecipeError: if the options do not fit the model or each other.
         StorageError: if the disk refuses; the batches written before are kept.
 
-    Example:
+    Examples:
         >>> docs = [Document("1", "nginx serves files"), Document("2", "mpd plays music")]
         >>> index(docs, "minilm", "runs/index").documents
         2
@@ -268,7 +268,7 @@ def open_index(folder: Path | str, *, load: Load = load_embedder) -> TextIndex:
         IndexFolderError: if it is not an index, is damaged, or its model has changed or is gone.
         RecipeError: if another process has it open.
 
-    Example:
+    Examples:
         >>> with open_index("runs/index") as opened:
         ...     [hit.record.id for hit in opened.search(["a server for the web"], k=1)[0]]
         ['1']

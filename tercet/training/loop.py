@@ -68,7 +68,7 @@ def train(
         TrainingError: if a loss or gradient is NaN or infinite; it names the examples.
         StorageError: if the disk refuses a checkpoint; the one before it is kept.
 
-    Example:
+    Examples:
         ``train(finetune(steps=100), [open_source("pairs.jsonl")], Path("runs/mine"))``
     """
     run, out = run or Run(), Path(out)

@@ -192,7 +192,7 @@ def mine(
         ModelError: if the teacher's vectors contain NaN or infinity.
         StorageError: if the disk refuses; an earlier output is still there then.
 
-    Example:
+    Examples:
         ``mine(Embedder.load("minilm"), [open_source("pairs.jsonl")], Path("mined.jsonl"),
         mining=Mining(negatives=7))``
     """

@@ -69,7 +69,7 @@ def read_documents(
     Raises:
         DataError: at the first record that is not a document or repeats an id, naming the line.
 
-    Example:
+    Examples:
         >>> next(read_documents("docs.jsonl")).text
         'nginx serves files'
     """

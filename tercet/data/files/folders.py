@@ -108,7 +108,7 @@ def open_sources(
         DataError: at the first record that is not an example, naming file and line, and if a
             folder holds nothing to read.
 
-    Example:
+    Examples:
         >>> [source.name for source in open_sources("sources/")]
         ['news/de', 'news/en']
     """

@@ -106,7 +106,7 @@ def open_source(
     """Check every example of a .jsonl or .parquet file, and make them readable by row.
 
     The file is read once from end to end. Languages stay together:
-    :func:`tercet.data.files.folders.open_sources` separates them, and opens folders.
+    ``open_sources`` separates them, and opens folders.
 
     Args:
         path: the file.
@@ -118,7 +118,7 @@ def open_source(
     Raises:
         DataError: at the first record that is not an example, naming the line.
 
-    Example:
+    Examples:
         >>> len(open_source("pairs.jsonl"))
         2
     """
@@ -181,7 +181,7 @@ def write_examples(path: Path | str, examples: Iterable[Example]) -> None:
         DataError: if an example could not be read back.
         StorageError: if the disk refuses; the old file is still there then.
 
-    Example:
+    Examples:
         >>> write_examples("pairs.jsonl", [Example("web server", ("nginx serves files",))])
     """
     write_records(path, map(example_record, examples), {})

@@ -151,7 +151,7 @@ def measure(
     Raises:
         RecipeError: if the model has no prompts for the task.
 
-    Example:
+    Examples:
         >>> measure(embedder, RetrievalSet.from_path("test.jsonl")).result.mean("ndcg@10")
         0.856
     """
