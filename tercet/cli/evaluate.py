@@ -97,8 +97,8 @@ def evaluate(
     seen: Annotated[
         list[str] | None,
         typer.Option(
-            help="Language of the training data, for means of seen and unseen languages. Repeat for "
-            "more.",
+            help="Language of the training data, for means of seen and unseen ones. Repeat "
+            "for more.",
             rich_help_panel=DATA,
         ),
     ] = None,

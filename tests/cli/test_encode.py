@@ -150,7 +150,7 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(refused
         said = refused(*words, tmp_path / name, "--kind", "dense", "--kind", "sparse")
         assert f"{name}: vectors of some kinds are a folder of arrays; name it without" in said
     said = refused(*words, folder, "--kind", "sparse", "--per", "token")
-    assert said == "--output tokens is of dense vectors alone; leave --kinds out"
+    assert said == "--per token applies to dense vectors only; leave --kind out"
     assert "kinds are 'terms'; choose from" in refused(*words, folder, "--kind", "terms")
     assert list(tmp_path.iterdir()) == []
 

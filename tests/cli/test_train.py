@@ -62,7 +62,7 @@ def test_a_model_that_is_not_there_or_incomplete_is_named(refused, train, files,
     assert said.startswith(f"{tmp_path}/lost: no such folder or file; check the path, or use one")
     assert "has no config.json" in refused(*train(out, base=files / "folder"))
     assert "is it a complete transformers folder" in refused(*train(out, base=files / "incomplete"))
-    said = refused("eval", tmp_path / "lost", files / "pairs.jsonl")
+    said = refused("eval", files / "pairs.jsonl", "--model", tmp_path / "lost")
     assert said.startswith(f"{tmp_path}/lost: no such folder")
 
 
