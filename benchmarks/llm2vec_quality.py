@@ -93,20 +93,20 @@ def _train(chosen: argparse.Namespace, packages: list[dict[str, Any]]) -> None:
             (Example(p["short"], (p["long"],), task="debian") for p in known),
         )
     recipe = llm2vec(
-        base=chosen.base,
+        model=chosen.base,
         stages="mntp,simcse,supervised",
         mntp_steps=chosen.mntp,
         mntp_batch_size=8,
-        block_tokens=256,
+        mntp_block_tokens=256,
         mntp_learning_rate=3e-4,
         simcse_steps=chosen.simcse,
         simcse_batch_size=64,
         simcse_learning_rate=1e-4,
-        simcse_tokens=64,
+        simcse_max_tokens=64,
         supervised_steps=chosen.supervised,
-        batch_size=32,
-        learning_rate=2e-4,
-        temperature=0.05,
+        supervised_batch_size=32,
+        supervised_learning_rate=2e-4,
+        supervised_temperature=0.05,
         max_tokens=128,
         query_prompt=PROMPT,
     )
@@ -115,7 +115,7 @@ def _train(chosen: argparse.Namespace, packages: list[dict[str, Any]]) -> None:
         "sentences": [open_texts(folder / "sentences.jsonl")],
         "pairs": [open_source(folder / "pairs.jsonl")],
     }
-    run = Run(precision=chosen.precision, save_minutes=3, show_progress=False)
+    run = Run(dtype=chosen.precision, save_minutes=3, show_progress=False)
     train(recipe, data, chosen.run, run=run, say=lambda line: print(line, flush=True))
 
 

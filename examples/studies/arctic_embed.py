@@ -26,7 +26,15 @@ TITLES = {
 }
 
 
-@with_numbers_of(arctic_embed, "stages", "epochs", "dims", "matryoshka", "threshold")
+@with_numbers_of(
+    arctic_embed,
+    "stages",
+    "steps",
+    "pretraining_epochs",
+    "dims",
+    "matryoshka",
+    "finetuning_threshold",
+)
 def study(
     data: Annotated[list[Source], "Pairs of the pretraining, a file a language; may be repeated."],
     mined: Annotated[list[Source], "Examples with negatives, a file a language; may be repeated."],
@@ -40,8 +48,8 @@ def study(
     short: Annotated[int, "Coordinates of a short vector."] = 256,
     queries: Annotated[int | None, "The first ones of each language; None: all."] = None,
     documents: Annotated[int | None, "Of each language, relevant ones first; None: all."] = None,
-    steps: Annotated[int, "Of the pretraining."] = 1_000,
-    finetuning_steps: Annotated[int, "Of the fine-tuning."] = 100,
+    pretraining_steps: Annotated[int, "Steps of the pretraining."] = 1_000,
+    finetuning_steps: Annotated[int, "Steps of the fine-tuning."] = 100,
     **numbers: Any,
 ) -> Study:
     """Data of both stages, short vectors, thresholds of mining and filters, one at a time.
@@ -51,14 +59,16 @@ def study(
     short ones. For some parts, name cells: --only full --only 'matryoshka-*'.
 
     Example: tercet study examples/studies/arctic_embed.py --data en.jsonl --data de.jsonl
-    --mined mined-en.jsonl --mined mined-de.jsonl --test test/ --out runs/parts --steps 200
+    --mined mined-en.jsonl --mined mined-de.jsonl --test test/ --out runs/parts
+    --pretraining-steps 200
     """
     read: dict[str, Sequence[Source]] = {"pairs": data, "mined": mined, **english_of(data, mined)}
     read |= {f"pairs-{name}": open_sources(path) for name, path in map(level, filtered or ())}
     if thresholds:
         require_bare(data)
     sets = open_languages(test, queries=queries, documents=documents, short=short)
-    sizes = {"dims": [short], "steps": steps, "finetuning_steps": finetuning_steps, **numbers}
+    steps = {"pretraining_steps": pretraining_steps, "finetuning_steps": finetuning_steps}
+    sizes = {"dims": [short], **steps, **numbers}
     return Study(
         cells=list(cells(read, thresholds or [], sizes)),
         data=read,
@@ -82,7 +92,7 @@ def cells(
     if "pairs-en" in read:
         yield cell("all-en", "mined-en", "pretraining")
     for value in thresholds:
-        yield cell(f"threshold-{value:g}", "pairs", "pretraining", threshold=value)
+        yield cell(f"threshold-{value:g}", "pairs", "pretraining", finetuning_threshold=value)
     if "pairs-en" in read:
         yield cell("pretraining-en", "pairs-en")
         yield cell("en-all", "mined", "pretraining-en")

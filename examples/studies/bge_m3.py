@@ -25,7 +25,7 @@ PARTS = {
 """What is compared with the full cell, which differs from it in one thing."""
 
 
-@with_numbers_of(bge_m3, "stages", "kinds", "self_distillation")
+@with_numbers_of(bge_m3, "stages", "steps", "kinds", "unified_self_distillation")
 def study(
     data: Annotated[list[Source], "Examples, of every stage; may be repeated. FILE:2 weighs."],
     test: Annotated[

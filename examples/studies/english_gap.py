@@ -22,7 +22,7 @@ BOTH = "en+en"  # English alone, as many steps as with another language
 STAGES = ("raw", "fine-tuned")
 
 
-@with_numbers_of(arctic_embed, "stages", "epochs")
+@with_numbers_of(arctic_embed, "stages", "steps", "pretraining_epochs")
 def study(
     english: Annotated[Path, "Pairs in English."],
     other: Annotated[list[Path], "Pairs in another language, such as de.jsonl; an arm each."],
@@ -32,8 +32,8 @@ def study(
     rows: Annotated[int | None, "Pairs of each corpus, at most; None: the smallest's."] = None,
     queries: Annotated[int | None, "The first ones of each language; None: all."] = None,
     documents: Annotated[int | None, "Of each language, relevant ones first; None: all."] = None,
-    steps: Annotated[int, "Of the pretraining; of the arm en half."] = 1_000,
-    batch_size: Annotated[int, "Pairs a step of the pretraining."] = 1_024,
+    pretraining_steps: Annotated[int, "Steps of the pretraining; the arm en takes half."] = 1_000,
+    pretraining_batch_size: Annotated[int, "Pairs in a step of the pretraining."] = 1_024,
     finetuning_steps: Annotated[int, "The same in each arm."] = 100,
     **numbers: Any,
 ) -> Study:
@@ -44,19 +44,23 @@ def study(
     after the same fine-tuning.
 
     Example: tercet study examples/studies/english_gap.py --english en.jsonl --other de.jsonl
-    --data mined.jsonl --test test/ --out runs/gap --steps 200 --batch-size 128
+    --data mined.jsonl --test test/ --out runs/gap --pretraining-steps 200
+    --pretraining-batch-size 128
     """
+    steps, batch_size = pretraining_steps, pretraining_batch_size
     if steps < 2 or steps % 2:
-        raise RecipeError(f"steps is {steps}; give an even number: the arm en takes half of them")
+        raise RecipeError(
+            f"pretraining_steps must be even, since the arm en takes half of them; got {steps}"
+        )
     sets = open_languages(test, queries=queries, documents=documents)
     parts = english_and_others(sets)
     corpora = equal_corpora(english, other, out / "data", batch_size=batch_size, rows=rows)
     arms = {HALF: ["en"], BOTH: ["en"]}
     arms |= {f"en+{lang}": ["en", lang] for lang in corpora if lang != "en"}
-    sizes = {"batch_size": batch_size, "finetuning_steps": finetuning_steps, **numbers}
+    sizes = {"pretraining_batch_size": batch_size, "finetuning_steps": finetuning_steps, **numbers}
     cells = []
     for name in arms:
-        recipe = arctic_embed(steps=steps // 2 if name == HALF else steps, **sizes)
+        recipe = arctic_embed(pretraining_steps=steps // 2 if name == HALF else steps, **sizes)
         pretraining, finetuning = recipe.stages
         stages = (replace(pretraining, data=name), finetuning)
         cells.append(Cell(name, replace(recipe, stages=stages)))

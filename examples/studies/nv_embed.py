@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from tercet.data.files.sources import Source
 from tercet.evaluate.suites.suite import EvaluationSet, open_sets
+from tercet.recipes.flags import STEPS
 from tercet.recipes.nv_embed import nv_embed
 from tercet.studies.cells import Cell, Study, with_numbers_of
 from tercet.studies.tables import (
@@ -31,7 +32,7 @@ SCHEDULES = {
 }
 
 
-@with_numbers_of(nv_embed, "attention", "pooling", "stages", "blended_in_batch")
+@with_numbers_of(nv_embed, "attention", "pooling", "stages", "steps", "blended_in_batch")
 def study(
     data: Annotated[list[Source], "Examples of retrieval; may be repeated. FILE:2 weighs."],
     tasks: Annotated[list[Source], "Examples of other tasks; may be repeated."],
@@ -48,7 +49,7 @@ def study(
     --only 'one-*' --only reversed.
 
     Example: tercet study examples/studies/nv_embed.py --data pairs.jsonl --tasks labels.jsonl
-    --test test.jsonl --out runs/nv --keep-layers 6 --steps 60 --blended-steps 60
+    --test test.jsonl --out runs/nv --keep-layers 6 --retrieval-steps 60 --blended-steps 60
     """
     sets = open_sets(test)
     return Study(
@@ -59,17 +60,20 @@ def study(
     )
 
 
-def cells(steps: int = 1_000, blended_steps: int = 1_000, **numbers: Any) -> Iterator[Cell]:
+def cells(
+    retrieval_steps: int | None = None, blended_steps: int | None = None, **numbers: Any
+) -> Iterator[Cell]:
     """Yield the grid, and the schedules besides the two stages that are in it.
 
     A schedule of one stage trains on all data, as long as both stages together.
     """
-    both: dict[str, Any] = {"steps": steps, "blended_steps": blended_steps, **numbers}
+    first, second = retrieval_steps or STEPS, blended_steps or STEPS
+    both: dict[str, Any] = {"retrieval_steps": first, "blended_steps": second, **numbers}
     for attention in ATTENTIONS:
         for pooling in POOLINGS:
             recipe = nv_embed(attention=attention, pooling=pooling, **both)  # pyright: ignore
             yield Cell(f"{attention}-{pooling}", recipe)
-    one = {**both, "stages": "blended", "blended_steps": steps + blended_steps}
+    one = {**both, "stages": "blended", "blended_steps": first + second}
     yield Cell("one-stage-in-batch", nv_embed(**one, blended_in_batch="all"))
     yield Cell("one-stage-own", nv_embed(**one))
     yield Cell("reversed", nv_embed(**both, stages="blended,retrieval"))

@@ -7,6 +7,7 @@ pretraining harms what a short fine-tuning brings back (arXiv 2412.04506, sectio
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +26,17 @@ from tercet.training.snapshots import models_in
 
 EARLY = 0.06  # share of the steps: 8K of 130K in the paper
 JUDGED = ("raw", "fine-tuned")
-OF_PRETRAINING = ("preset", "epochs", "steps", "batch_size", "learning_rate", "warmup", "decay")
+OF_PRETRAINING = (
+    "preset",
+    *(name for name in signature(arctic_embed).parameters if name.startswith("pretraining_")),
+)
 
 
-@with_numbers_of(arctic_embed, "base", "stages", "query_tokens", "document_tokens", *OF_PRETRAINING)
+@with_numbers_of(arctic_embed, "model", "stages", "steps", *OF_PRETRAINING)
 def study(
     checkpoints: Annotated[
-        list[str], "A run folder with --models-at; or several models in order, repeated."
+        list[str],
+        "A run folder with models of several steps (run.models_at), or several models in order.",
     ],
     data: Annotated[list[Source], "Examples with negatives to fine-tune on; may be repeated."],
     test: Annotated[list[Path], "Folder of LANG.jsonl, or such a file; may be repeated."],
@@ -62,7 +67,7 @@ def study(
     cells = [Cell(f"{step}-raw", folder) for step, folder in models.items()]
     for step, folder in models.items():
         recipe = arctic_embed(
-            base=str(folder), stages="finetuning", finetuning_steps=finetuning_steps, **numbers
+            model=str(folder), stages="finetuning", finetuning_steps=finetuning_steps, **numbers
         )
         cells.append(Cell(f"{step}-fine-tuned", recipe))
     titled = groups_of(sets, [lang.strip() for lang in seen.split(",") if lang.strip()])
@@ -84,7 +89,7 @@ def models_of(named: Sequence[str]) -> dict[int, Path]:
     if len(found) < max(2, len(named)):
         raise RecipeError(
             f"{', '.join(named)}: a series of two checkpoints or more is needed, each once; train "
-            "with --models-at, such as 0,100,400,1000, and give the run folder, or give several "
+            "with --set run.models_at=0,100,400,1000 and give the run folder, or give several "
             "models"
         )
     return found

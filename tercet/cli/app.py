@@ -50,7 +50,7 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     ),
     "train": LazyCommand(
         _TRAIN,
-        "tercet.cli.train:recipes",
+        "tercet.cli.train:train",
         "Train an embedder by a recipe.",
         kept="the last checkpoint is kept, if there is one, and the same command goes on from it",
     ),

@@ -55,7 +55,7 @@ _SHOWN: Final = 3  # names in a note
 
 def demo(
     out: Annotated[Path, out_option("Run folder.")] = Path("runs/demo"),
-    data: Annotated[
+    packages: Annotated[
         Path, typer.Option(help="File with Debian package descriptions.", rich_help_panel=DATA)
     ] = EXAMPLES,
     steps: Annotated[
@@ -72,7 +72,7 @@ def demo(
 
     require_package("bm25s", "the demo", "demo")
     require_package("matplotlib", "the demo", "demo")
-    run_demo(out, data, steps=steps, seed=seed, console=results(), say=say)
+    run_demo(out, packages, steps=steps, seed=seed, console=results(), say=say)
 
 
 def check(

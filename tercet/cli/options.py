@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
-from difflib import get_close_matches
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from tercet.errors import MissingExtraError, RecipeError
 from tercet.files.artifacts import json_text, write_json
 from tercet.files.console import results, say
+from tercet.files.records import meant
 from tercet.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -396,7 +396,7 @@ def changed_weights(given: Sequence[str] | None) -> dict[Kind, float] | None:
     found: dict[Any, float] = numbers_of(given, "kind-weight", float, example="sparse=0.3")
     if unknown := next((name for name in found if name not in KINDS), None):
         raise RecipeError(
-            f"--kind-weight {unknown}: there is no such kind{nearest(unknown, KINDS)}; kinds are "
+            f"--kind-weight {unknown}: there is no such kind{meant(unknown, KINDS)}; kinds are "
             f"{', '.join(KINDS)}"
         )
     return found or None
@@ -415,29 +415,6 @@ def require_package(name: str, what: str, extra: str) -> None:
     """
     if not has_package(name):
         raise MissingExtraError(what, extra)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the known word that is nearest; "" if none is near."""
-    near = get_close_matches(word, list(known), 1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def whole_numbers(flag: str, named: str | None) -> tuple[int, ...]:
-    """Return the whole numbers of a flag, separated by commas; empty if not given.
-
-    Raises:
-        RecipeError: if one is negative, not whole, or given twice.
-    """
-    parts = [part.strip() for part in (named or "").split(",")] if named is not None else []
-    fits = all(part.isascii() and part.isdigit() for part in parts)
-    numbers = tuple(int(part) for part in parts) if fits else ()
-    if not fits or len(set(numbers)) < len(numbers):
-        raise RecipeError(
-            f"--{flag} {named}: give whole numbers from 0 up with commas between, each once, such "
-            "as 0,2,8"
-        )
-    return numbers
 
 
 def opened(

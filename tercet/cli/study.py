@@ -94,7 +94,7 @@ def _run(
 
     if seeds is not None:
         study = replace(study, seeds=seeds)
-    run = Run(precision=precision, device=device, memory_gb=memory_gb)
+    run = Run(dtype=precision, device=device, memory_gb=memory_gb)
     cells = {"only": only or (), "without": without or ()}
     found = run_study(study, out, run, **cells, keep_models=keep_models, say=say)
     facts = {**facts, "seeds": study.seeds, "precision": precision}

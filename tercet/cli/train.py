@@ -1,265 +1,328 @@
-"""The verb ``train``: a recipe's parameters become flags.
+"""The command ``train``: a recipe, its data, and the settings that differ from the defaults."""
 
-Beside them stand the flags of the data that it reads, and of the machine it runs on.
-"""
-
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from tercet.cli.options import numbers_of, opened, weighted, whole_numbers
-from tercet.data.batches.mixture import names_some, refuse_unknown, weighed
-from tercet.data.files.scan import EXAMPLE_FORMAT
-from tercet.data.files.sources import Source
-from tercet.data.files.texts import text_format
+from tercet.cli.options import (
+    DATA,
+    MACHINE,
+    TextFieldOption,
+    model_option,
+    numbers_of,
+    opened,
+    out_option,
+)
 from tercet.errors import RecipeError
-from tercet.files.console import results, say
+from tercet.files.console import columns, results, say
 from tercet.files.outputs import check_output
-from tercet.recipes.arctic_embed import arctic_embed
-from tercet.recipes.bge_m3 import bge_m3
-from tercet.recipes.finetune import finetune
-from tercet.recipes.llm2vec import llm2vec
-from tercet.recipes.nv_embed import nv_embed
+from tercet.files.records import meant
+from tercet.recipes.catalog import RECIPES, DataFormat, RecipeEntry, recipe_named
+
+if TYPE_CHECKING:
+    from tercet.data.files.sources import Source
+    from tercet.recipes.settings import Setting, Training
+    from tercet.training.recipe import Recipe
+
+SETTINGS: Final = "Settings"
+_PART_TITLES: Final = {"": "the whole run", "run": "this machine"}
+Files = Mapping[str, Sequence[Path]]
+"""The files that are named for each stage; those of all stages under an empty name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reads:
-    """Data that a recipe reads: what its stages call it, and the flag that names its files."""
-
-    mixture: str
-    flag: str
-    help: str
-    texts: bool = False  # plain texts; false: examples
-    needed: bool = True
-    otherwise: str | None = None  # the flag whose files are taken where this one names none
-    beside: str | None = None  # the flag whose files are read as well
+def recipe_names(incomplete: str) -> list[tuple[str, str]]:
+    """Return the recipes that a word may become, with what they are for."""
+    return [(n, each.summary) for n, each in RECIPES.items() if n.startswith(incomplete)]
 
 
-PAIRS: Final = Reads(
-    mixture="pairs",
-    flag="data",
-    help="Examples: .jsonl, .parquet or a folder of sources; may be repeated. FILE:2 weighs.",
-)
-
-
-TEXTS: Final = Reads(
-    mixture="texts",
-    flag="data",
-    help="Texts: .txt (one a line), .jsonl, .parquet or a folder; may be repeated. FILE:2 weighs.",
-    texts=True,
-    needed=False,
-)
-SENTENCES: Final = Reads(
-    mixture="sentences",
-    flag="sentences",
-    help="Texts for SimCSE; None: those of --data.",
-    texts=True,
-    needed=False,
-    otherwise="data",
-)
-RETRIEVAL: Final = Reads(
-    mixture="retrieval",
-    flag="data",
-    help="Examples of retrieval tasks, for both stages; may be repeated. FILE:2 weighs.",
-)
-TASKS: Final = Reads(
-    mixture="blended",
-    flag="tasks",
-    help="Examples of other tasks (see tercet convert), for the stage blended; may be repeated.",
-    needed=False,
-    beside="data",
-)
-TEXTS_OR_DATA: Final = Reads(
-    mixture="texts",
-    flag="texts",
-    help="Texts for the stage retromae, .txt, .jsonl or .parquet; None: all texts of --data.",
-    texts=True,
-    needed=False,
-    otherwise="data",
-)
-PAIRS_OR_DATA: Final = Reads(
-    mixture="pairs",
-    flag="pairs",
-    help="Examples for the stage contrastive; None: --data.",
-    needed=False,
-    otherwise="data",
-)
-EXAMPLES: Final = Reads(
-    mixture="examples",
-    flag="data",
-    help="Examples, files or folders, for every stage that has no data of its own; may be "
-    "repeated. FILE:2 weighs.",
-    needed=False,
-)
-SOURCES: Final = Reads(
-    mixture="pairs",
-    flag="data",
-    help="Examples: files, or folders of sources; may be repeated. FILE:2 weighs.",
-    needed=False,
-)
-MINED_OR_DATA: Final = Reads(
-    mixture="mined",
-    flag="mined",
-    help="Examples with negatives for the fine-tuning (see tercet mine); None: those of --data, "
-    "mined by the pretrained model.",
-    needed=False,
-    otherwise="data",
-)
-MORE_PAIRS: Final = Reads(
-    mixture="pairs", flag="pairs", help="Examples for the stage supervised.", needed=False
-)
-
-recipes = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-
-@recipes.callback()
-def _about_recipes() -> None:
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="finetune, llm2vec, nv-embed, bge-m3 or arctic-embed.", autocompletion=recipe_names
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[STAGE=]FILE",
+            help="Training data: a file or folder for every stage that has none named for it, or "
+            "STAGE=FILE for one stage. Repeat for more.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    dev: Annotated[
+        Path | None,
+        typer.Option(
+            help="Examples to measure on while training; the best weights are kept.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBER",
+            help="How often an epoch uses the examples of a source (news=2) or of one of its "
+            "languages (news/de=0.5). Repeat for more.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    count: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBER",
+            help="How many examples of a source or language an epoch uses. Repeat for more.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    text_field: TextFieldOption = "text",
+    model: Annotated[
+        str | None,
+        model_option("Model to start from: zoo name, folder or hub id. Default: the recipe's."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps of the whole run, divided among its stages. Default: the "
+            "recipe's.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Seed of all that is drawn at random.", rich_help_panel=SETTINGS),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change a setting, such as batch_size=32 or unified.negatives=7. Repeat for more.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            help="Read settings from a TOML file, or from the recipe.json of an earlier run.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="List all settings of the recipe with defaults, units and meanings, and stop.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Check everything, print stages, steps, batches, time and memory, and stop.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None, out_option("Folder of the run; the model goes to its folder model.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Device such as cpu, cuda or cuda:1. Default: a GPU if there is one.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(
+            help="Type of matrix products; weights stay float32. Default: float32.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+) -> None:
     """Train an embedder by a recipe.
 
-    Example: tercet train finetune --data pairs.jsonl --out runs/mine
+    finetune: any model, on pairs of a query and a document. llm2vec: a decoder becomes an encoder,
+    from plain texts. nv-embed: instruction tuning on many tasks. bge-m3: dense, sparse and
+    multi-vector retrieval from one model. arctic-embed: pretraining on many sources and languages,
+    then mined negatives.
+
+    A run that was killed goes on when the same command is given again.
+
+    Examples:
+        tercet train finetune --data pairs.jsonl --dev dev.jsonl --out runs/mine
+        tercet train bge-m3 --data mined.jsonl --steps 300 --set unified.negatives=3 --plan
     """
-
-
-def training_verb(recipe: Callable[..., Any], *reads: Reads, example: str) -> Callable[..., None]:
-    """Return a function that typer can turn into a command, which trains by the recipe."""
-
-    @wraps(recipe)
-    def command(out: Path, dev: Path | None, **flags: Any) -> None:
+    entry = recipe_named(recipe)
+    if explain:
+        _explain(recipe, entry)
+        return
+    shorthand = {"model": model, "steps": steps, "seed": seed}
+    shorthand |= {"run.device": device, "run.dtype": dtype}
+    chosen = _training(entry, recipe, file, changes or (), shorthand)
+    files = _files(data or (), entry)
+    named = [path for some in files.values() for path in some]
+    if out is None and not plan:
+        raise RecipeError("--out is missing: name the folder of the run, as in --out runs/mine")
+    if out is not None:
         from tercet.training.plan import RUN
-        from tercet.training.recipe import Run
 
-        flags["models_at"] = whole_numbers("models-at", flags["models_at"])
-        run = Run(**{name: flags.pop(name) for name in list(flags) if name in Run.__annotations__})
-        field = flags.pop("text_field", "text")
-        files = {kind.flag: flags.pop(kind.flag) or [] for kind in reads}
-        weights = numbers_of(flags.pop("weight"), "weight", float)
-        counts = numbers_of(flags.pop("count"), "count", int)
-
-        def data(built: Any) -> dict[str, list[Source]]:
-            found = _data(built, reads, files, field)
-            return _weighed(found, weights, counts)
-
-        named = [weighted(path)[0] for paths in files.values() for path in paths]
         check_output(out, [*named, dev], RUN)
-        _train(recipe(**flags), data, out, dev, run)
+    weights, counts = numbers_of(weight, "weight", float), numbers_of(count, "count", int)
 
-    shown = [_data_flag(kind) for kind in reads]
-    if any(kind.texts for kind in reads):
-        shown.append(_flag("text_field", str, "Where a text is in a record.", "text"))
-    shown += [
-        _flag(
-            "weight", list[str] | None, "NAME=2 or NAME/de=0.5: uses an epoch; repeatable.", None
-        ),
-        _flag("count", list[str] | None, "NAME/de=10000: its examples an epoch; repeatable.", None),
-        _flag("out", Path, "Run folder; the model goes into its folder model."),
-        _flag(
-            "dev", Path | None, "Examples to measure on, and to choose the best weights by.", None
-        ),
-    ]
-    numbers = [
-        _flag(parameter.name, kind, text, parameter.default)
-        for parameter in inspect.signature(recipe).parameters.values()
-        for kind, text in [get_args(parameter.annotation)]
-    ]
-    machine = [
-        _flag("precision", Literal["float32", "bfloat16"], "Of matrix products.", "float32"),
-        _flag("device", str | None, "Such as cpu or cuda; None: a GPU if there is one.", None),
-        _flag("memory_gb", float | None, "For activations; None: half of what is free.", None),
-        _flag("chunk_tokens", int | None, "Tokens encoded together.", None),
-        _flag("save_minutes", float, "Between checkpoints.", 5.0),
-        _flag("save_steps", int | None, "Between checkpoints, as well.", None),
-        _flag("eval_steps", int | None, "Between evaluations; None: ten times.", None),
-        _flag("shard_weights", bool, "Each process holds a part of the weights (FSDP2).", False),
-        _flag("checkpoint_activations", bool, "Compute layers again, keep less of them.", False),
-        _flag(
-            "models_at",
-            str | None,
-            "Steps of the first stage, with commas, after which its model is saved as well; 0: as "
-            "it begins.",
-            None,
-        ),
-        _flag("cache_tokens", bool, "Tokenize once, and keep the tokens on disk.", False),
-        _flag("tensorboard", bool, "Write TensorBoard files too.", False),
-    ]
-    everything = [*shown, *numbers, *machine]
-    command.__signature__ = inspect.Signature(everything)  # pyright: ignore
-    command.__annotations__ = {p.name: p.annotation for p in everything}
-    command.__doc__ = (
-        f"{inspect.getdoc(recipe)}\n\nA killed run goes on when the same command is given again."
-        f"\n\nExample: {example}"
-    )
-    return command
+    def sources(made: "Recipe") -> "dict[str, list[Source]]":
+        return _weighed(stage_data(made, entry, files, text_field), weights, counts)
+
+    _run(chosen, sources, out, dev, only_plan=plan)
 
 
-def _data_flag(kind: Reads) -> inspect.Parameter:
-    if kind.needed:
-        return _flag(kind.flag, list[Path], kind.help)
-    return _flag(kind.flag, list[Path] | None, kind.help, None)
+# ---- settings --------------------------------------------------------------------------------
 
 
-def _flag(name: str, kind: Any, text: str, default: Any = ...) -> inspect.Parameter:
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind, typer.Option(help=text)],
-    )
+def _training(
+    entry: RecipeEntry,
+    name: str,
+    file: Path | None,
+    changes: Sequence[str],
+    shorthand: Mapping[str, Any],
+) -> "Training":
+    """Return the recipe and run of a file, the options and --set, which counts most."""
+    from tercet.recipes.settings import built, checked, from_file, from_words
+
+    given = {} if file is None else from_file(entry, name, file)
+    options = checked(entry, {key: v for key, v in shorthand.items() if v is not None})
+    words = from_words(entry, changes)
+    if twice := sorted(options.keys() & words.keys()):
+        flag = twice[0].removeprefix("run.")
+        raise RecipeError(f"--{flag} and --set {twice[0]} give the same setting; remove one")
+    return built(entry, given | options | words)
 
 
-def _data(
-    recipe: Any, reads: tuple[Reads, ...], files: Mapping[str, list[Path]], field: str
-) -> dict[str, list[Source]]:
-    """The sources of each mixture, opened; a file that is read twice is opened once."""
-    asked = {stage.data: stage.name for stage in recipe.stages}
-    known: dict[tuple[Path, bool], list[Source]] = {}
-    found: dict[str, list[Source]] = {}
-    used: set[str] = set()
-    are_texts = {kind.flag: kind.texts for kind in reads}
-    for kind in reads:
-        if kind.mixture not in asked:
-            continue
-        flag = kind.flag if files[kind.flag] or kind.otherwise is None else kind.otherwise
-        if not files[flag]:
+def _explain(name: str, entry: RecipeEntry) -> None:
+    """Print all settings of a recipe, by the part of the run that they belong to."""
+    from tercet.recipes.settings import settings_of
+
+    out = results()
+    out.print(f"{name}: {entry.summary}\n", style="bold")
+    out.print(_stages_line(entry), soft_wrap=True)
+    parts: dict[str, list[Setting]] = {}
+    for setting in settings_of(entry).values():
+        parts.setdefault(setting.part, []).append(setting)
+    run = parts.pop("run")
+    for part, settings in {**parts, "run": run}.items():
+        title = _PART_TITLES.get(part, f"stage {part}")
+        table = columns("setting", "default", "unit", "meaning")
+        for each in settings:
+            table.add_row(each.name, shown(each.default), each.unit or "-", each.full_meaning)
+        out.print(f"\n{title}", style="bold")
+        out.print(table)
+    out.print(f"\nExample: tercet train {entry.example} --set seed=1", soft_wrap=True)
+
+
+def _stages_line(entry: RecipeEntry) -> str:
+    """Describe what each stage reads."""
+    parts = []
+    for stage, reads in entry.stages.items():
+        if reads.shares == "never":
+            how = f"only --data {stage}=FILE"
+        elif len(entry.stages) == 1:
+            how = "--data FILE"
+        else:
+            also = "and" if reads.shares == "beside" else "or"
+            how = f"--data FILE {also} --data {stage}=FILE"
+        parts.append(f"{stage} reads {reads.format} ({how})")
+    return "\n".join(parts)
+
+
+def shown(value: Any) -> str:
+    """Return a value as it is written after ``--set NAME=``; "-" for none."""
+    if value is None or value == ():
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---- data ------------------------------------------------------------------------------------
+
+
+def _files(given: Sequence[str], entry: RecipeEntry) -> Files:
+    """Return the files of each stage, from words such as ``unified=mined.jsonl``."""
+    found: dict[str, list[Path]] = {}
+    for word in given:
+        stage, equals, file = word.partition("=")
+        if not equals or Path(word).exists():
+            stage, file = "", word
+        elif stage not in entry.stages:
             raise RecipeError(
-                f"the stage {asked[kind.mixture]} needs --{kind.flag}, and there is none"
+                f"--data {word}: there is no stage {stage!r}{meant(stage, entry.stages)}, and no "
+                f"such file; the stages are {', '.join(entry.stages)}"
             )
-        flags = [flag] if kind.beside is None else [kind.beside, flag]
-        used.update(flags)
-        found[kind.mixture] = [
-            source
-            for name in flags
-            for path in files[name]
-            for source in _opened(path, are_texts[name], field, known)
-        ]
-    for flag, paths in files.items():
-        if paths and flag not in used:
-            stages = ", ".join(stage.name for stage in recipe.stages)
+        found.setdefault(stage, []).append(Path(file))
+    return found
+
+
+def stage_data(
+    recipe: "Recipe", entry: RecipeEntry, files: Files, text_field: str
+) -> "dict[str, list[Source]]":
+    """Return the sources of each stage, opened; a file that several stages read is opened once."""
+    known: dict[tuple[Path, DataFormat], list[Source]] = {}
+    found: dict[str, list[Source]] = {}
+    used = set()
+    for stage in recipe.stages:
+        reads = entry.stages[stage.name]
+        own, common = files.get(stage.name, ()), files.get("", ())
+        taken: list[tuple[Path, DataFormat]] = []
+        if reads.shares == "beside" or (reads.shares == "instead" and not own):
+            taken.extend((path, entry.format) for path in common)
+        taken.extend((path, reads.format) for path in own)
+        if not taken:
+            what = "" if reads.shares == "never" else "--data FILE or "
             raise RecipeError(
-                f"--{flag} is given, but no stage reads it (stages: {stages}); leave it out, or "
-                "add the stage that does"
+                f"the stage {stage.name} needs {reads.format}, and there are none; give "
+                f"{what}--data {stage.name}=FILE"
+            )
+        used |= {path for path, _ in taken}
+        for path, kind in taken:
+            if (path, kind) not in known:
+                known[path, kind] = _opened(path, kind, text_field)
+        found[stage.data] = [source for key in taken for source in known[key]]
+    for stage, paths in files.items():
+        if idle := [path for path in paths if path not in used]:
+            running = ", ".join(stage.name for stage in recipe.stages)
+            word = f"{stage}={idle[0]}" if stage else str(idle[0])
+            raise RecipeError(
+                f"--data {word}: no stage reads it (stages: {running}); remove it, or add the "
+                "stage that does with --set stages=..."
             )
     return found
 
 
-def _opened(
-    named: Path, texts: bool, field: str, known: dict[tuple[Path, bool], list[Source]]
-) -> list[Source]:
-    if (named, texts) not in known:
-        path, weight = weighted(named)
-        record_format = text_format(field) if texts else EXAMPLE_FORMAT
-        known[named, texts] = opened(path, weight=weight, record_format=record_format)
-    return known[named, texts]
+def _opened(path: Path, kind: DataFormat, text_field: str) -> "list[Source]":
+    from tercet.data.files.scan import EXAMPLE_FORMAT
+    from tercet.data.files.texts import text_format
+
+    return opened(
+        path, record_format=text_format(text_field) if kind == "texts" else EXAMPLE_FORMAT
+    )
 
 
 def _weighed(
-    data: dict[str, list[Source]], weights: Mapping[str, float | int], counts: Mapping[str, int]
-) -> dict[str, list[Source]]:
-    """Every mixture with the weights that were given by name."""
+    data: "dict[str, list[Source]]",
+    weights: Mapping[str, float | int],
+    counts: Mapping[str, int],
+) -> "dict[str, list[Source]]":
+    """Return every mixture with the weights that were given by name."""
+    from tercet.data.batches.mixture import names_some, refuse_unknown, weighed
+
     refuse_unknown([*weights, *counts], [source for some in data.values() for source in some])
     return {
         name: weighed(
@@ -271,73 +334,45 @@ def _weighed(
     }
 
 
-def _train(
-    recipe: Any,
-    data: Callable[[Any], dict[str, list[Source]]],
-    out: Path,
+# ---- the run ---------------------------------------------------------------------------------
+
+
+def _run(
+    training: "Training",
+    data: "Callable[[Recipe], dict[str, list[Source]]]",
+    out: Path | None,
     dev: Path | None,
-    run: Any,
+    *,
+    only_plan: bool,
 ) -> None:
     from tercet import distributed
-    from tercet.evaluate.measures.by_kind import dev_score
-    from tercet.evaluate.measures.prompts import task_names
-    from tercet.evaluate.sets.retrieval_set import RetrievalSet
-    from tercet.training.loop import train
+    from tercet.training.forecast import lines_of
+    from tercet.training.loop import forecast, train
 
     distributed.start()
     try:
-        sources = data(recipe)
-        score = None
-        if dev is not None:
-            task = task_names(dev, examples=True)[0]
-            score = dev_score(RetrievalSet.from_examples(dev), task)
+        training.run.find_device()  # raises before data are read
+        sources = data(training.recipe)
+        score = None if dev is None else _score(dev)
+        if only_plan:
+            lines = lines_of(forecast(training.recipe, sources, run=training.run))
+            if distributed.is_main():
+                results().print("\n".join(lines), soft_wrap=True)
+            return
+        assert out is not None, "checked by the caller"
         tell = say if distributed.is_main() else (lambda line: None)
-        train(recipe, sources, out, score=score, run=run, say=tell)
+        train(training.recipe, sources, out, score=score, run=training.run, say=tell)
         if distributed.is_main():
             results().print(f"{out / 'model'}", soft_wrap=True)
-            say(f"next: tercet index {out / 'model'} docs.jsonl --out {out / 'index'}")
+            say(f"next: tercet index docs.jsonl --model {out / 'model'} --out {out / 'index'}")
     finally:
         distributed.stop()
 
 
-recipes.command("finetune")(
-    training_verb(
-        finetune, PAIRS, example="tercet train finetune --data pairs.jsonl --out runs/mine"
-    )
-)
-recipes.command("llm2vec")(
-    training_verb(
-        llm2vec,
-        TEXTS,
-        SENTENCES,
-        MORE_PAIRS,
-        example="tercet train llm2vec --base smollm2 --data texts.txt --out runs/mine",
-    )
-)
-recipes.command("nv-embed")(
-    training_verb(
-        nv_embed,
-        RETRIEVAL,
-        TASKS,
-        example="tercet train nv-embed --base smollm2 --data pairs.jsonl --tasks labels.jsonl "
-        "--out runs/mine",
-    )
-)
-recipes.command("bge-m3")(
-    training_verb(
-        bge_m3,
-        EXAMPLES,
-        TEXTS_OR_DATA,
-        PAIRS_OR_DATA,
-        example="tercet train bge-m3 --base me5-small --data mined.jsonl --out runs/mine",
-    )
-)
-recipes.command("arctic-embed")(
-    training_verb(
-        arctic_embed,
-        SOURCES,
-        MINED_OR_DATA,
-        example="tercet train arctic-embed --base me5-small --data pairs.jsonl --mined mined.jsonl "
-        "--out runs/mine",
-    )
-)
+def _score(dev: Path) -> Callable[[Any], Any]:
+    from tercet.evaluate.measures.by_kind import dev_score
+    from tercet.evaluate.measures.prompts import task_names
+    from tercet.evaluate.sets.retrieval_set import RetrievalSet
+
+    task = task_names(dev, examples=True)[0]
+    return dev_score(RetrievalSet.from_examples(dev), task)

@@ -64,7 +64,7 @@ class MNTP:
     @property
     def traits(self) -> Traits:
         """No vectors are compared."""
-        return Traits(shardable=True)
+        return Traits(block_tokens=self.block_tokens, shardable=True)
 
     def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "MNTPWork":
         """Bind the objective to an embedder and texts; ``collate`` is not used.

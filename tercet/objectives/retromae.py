@@ -83,7 +83,7 @@ class RetroMAE:
     @property
     def traits(self) -> Traits:
         """No vectors are compared; the token table is read outside the network as well."""
-        return Traits()
+        return Traits(block_tokens=self.max_tokens)
 
     def start(
         self, embedder: Embedder, sources: Sequence[Source], collate: Collator

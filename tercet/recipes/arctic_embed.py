@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 from tercet.curate.mining.rules import MiningRule
 from tercet.models.choices import PoolingName
 from tercet.recipes import flags
-from tercet.recipes.flags import lora_of, prompts_by_role
+from tercet.recipes.flags import divided, lora_of, prompts_by_role, recorded
 from tercet.types import ScheduleName
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ArcticPreset: TypeAlias = Literal["small", "arctic-m", "arctic-l"]
 
+SHARES: Final[Mapping[str, int]] = {"pretraining": 3, "finetuning": 1}  # of the steps, rounded
 DECAY: Final = 6_000 / 9_342  # share of the fine-tuning, in the paper
 
 
@@ -45,64 +46,99 @@ PRESETS: Final[Mapping[ArcticPreset, PresetNumbers]] = {
 }
 
 
+@recorded
 def arctic_embed(
-    base: flags.Base = "me5-small",
+    model: flags.ModelName = "me5-small",
     preset: Annotated[
         ArcticPreset,
-        "Numbers for what no flag says: for one machine, or the paper's for its sizes M and L.",
+        "Values of what is not given: for one machine, or the paper's for its sizes M and L.",
     ] = "small",
-    stages: Annotated[str, "Of pretraining and finetuning, in order, with commas."] = (
-        "pretraining,finetuning"
-    ),
-    epochs: Annotated[float | None, "Of the pretraining; None: the preset's."] = None,
-    steps: Annotated[int | None, "Of the pretraining; overrides epochs."] = None,
-    finetuning_steps: Annotated[int | None, "None: the preset's, or one pass."] = None,
-    batch_size: Annotated[
-        int | None, "Pairs a step of pretraining, over all processes; None: the preset's."
+    stages: flags.Stages = "pretraining,finetuning",
+    steps: Annotated[
+        int | None,
+        "Budget of the whole run, divided among its stages (3 : 1). Default: epochs of the "
+        "pretraining, and the preset's steps or one pass of the fine-tuning.",
+        "steps",
     ] = None,
-    finetuning_batch_size: Annotated[int | None, "Queries a step; None: the preset's."] = None,
-    learning_rate: Annotated[float | None, "Of the pretraining; None: the preset's."] = None,
-    finetuning_learning_rate: Annotated[float | None, "None: the preset's."] = None,
-    warmup: Annotated[float, "Share of the pretraining; the paper names none."] = 0.01,
-    decay: Annotated[float, "Share of the pretraining; the paper names none."] = 0.1,
+    pretraining_epochs: Annotated[
+        float | None, "Passes over the data. Default: the preset's.", "epochs"
+    ] = None,
+    pretraining_steps: Annotated[
+        int | None, "Optimizer steps of this stage; overrides epochs.", "steps"
+    ] = None,
+    finetuning_steps: Annotated[
+        int | None, "Optimizer steps of this stage. Default: the preset's, or one pass.", "steps"
+    ] = None,
+    pretraining_batch_size: Annotated[
+        int | None, "Pairs in a step, over all processes. Default: the preset's.", "pairs"
+    ] = None,
+    finetuning_batch_size: Annotated[
+        int | None, "Queries in a step, over all processes. Default: the preset's.", "queries"
+    ] = None,
+    pretraining_learning_rate: Annotated[
+        float | None, "Learning rate at its peak. Default: the preset's."
+    ] = None,
+    finetuning_learning_rate: Annotated[
+        float | None, "Learning rate at its peak. Default: the preset's."
+    ] = None,
+    pretraining_warmup: Annotated[
+        float, "Part of the steps in which the learning rate rises; the paper names none.", "share"
+    ] = 0.01,
+    pretraining_decay: Annotated[
+        float, "Part of the steps in which the learning rate falls; the paper names none.", "share"
+    ] = 0.1,
     finetuning_schedule: Annotated[
-        ScheduleName, "wsd: constant, then a decay; early: the decay first."
+        ScheduleName,
+        "Course of the learning rate; wsd: constant, then a decay; early: the decay first.",
     ] = "wsd",
-    finetuning_decay: Annotated[float, "Share of the fine-tuning, in the paper 6,000 of 9,342."] = (
-        DECAY
-    ),
+    finetuning_decay: Annotated[
+        float,
+        "Part of the steps in which the learning rate falls; 6,000 of 9,342 in the paper.",
+        "share",
+    ] = DECAY,
     temperature: flags.Temperature = 0.02,
     dims: Annotated[
-        list[int] | None, "Shorter widths to train too; may be repeated. None: 256."
+        list[int] | None, "Shorter vector widths to train as well. Default: 256.", "coordinates"
     ] = None,
     matryoshka: Annotated[
         Literal["both", "finetuning", "none"], "Stages that train shorter widths."
     ] = "both",
-    query_tokens: Annotated[int, "Of the pretraining; longer ones are cut."] = 32,
-    document_tokens: Annotated[int, "Of the pretraining; longer ones are cut."] = 256,
-    finetuning_tokens: Annotated[int, "Of both, in the fine-tuning."] = 512,
-    negatives: Annotated[int, "Mined ones of a query, in the fine-tuning."] = 10,
-    threshold: Annotated[
-        float, "A negative scores below this share of the positive, where the model mines."
+    pretraining_query_tokens: Annotated[int, "Longer queries are cut.", "tokens"] = 32,
+    pretraining_document_tokens: Annotated[int, "Longer documents are cut.", "tokens"] = 256,
+    finetuning_max_tokens: flags.MaxTokens = 512,
+    finetuning_negatives: flags.Negatives = 10,
+    finetuning_threshold: Annotated[
+        float,
+        "Where the model mines: a negative scores below this share of the positive's score.",
+        "share",
     ] = 0.98,
-    pooling: Annotated[PoolingName | None, "None: the preset's, or the model's own."] = None,
+    pooling: Annotated[
+        PoolingName | None,
+        "How token states become a vector. Default: the preset's, or the model's.",
+    ] = None,
     attention: flags.TurnDecoder = None,
-    query_prompt: Annotated[str | None, "None: the preset's, or the model's own."] = None,
-    document_prompt: Annotated[str | None, "None: the preset's, or the model's own."] = None,
+    query_prompt: Annotated[
+        str | None, "Text put before every query. Default: the preset's, or the model's."
+    ] = None,
+    document_prompt: Annotated[
+        str | None, "Text put before every document. Default: the preset's, or the model's."
+    ] = None,
     lora_rank: flags.LoraRank = None,
     freeze_embeddings: flags.FreezeEmbeddings = False,
-    patience: flags.Patience = None,
-    seed: Annotated[int, "Of batches, dropout and LoRA."] = 0,
+    finetuning_patience: flags.Patience = None,
+    seed: flags.Seed = 0,
 ) -> "Recipe":
     """Pretrain on pairs of many sources, fine-tune on mined negatives, with short vectors in both.
 
-    Without --mined, the pretrained model mines the negatives of the pairs itself before the
-    fine-tuning begins. A stronger teacher makes better ones: tercet mine --teacher.
+    Where the fine-tuning has no data with negatives, the pretrained model mines them from the pairs
+    before the fine-tuning begins. A stronger model finds better ones (``tercet mine``).
     """
     from tercet.objectives.contrastive import Contrastive
     from tercet.training.recipe import Model, Recipe, Stage, chosen
 
     usual = PRESETS[preset]
+    own = {"pretraining": pretraining_steps, "finetuning": finetuning_steps}
+    steps_of = divided(steps, stages, SHARES, own, default=None)
     shorter = (256,) if dims is None else tuple(dims)
     built = {
         "pretraining": Stage(
@@ -112,16 +148,16 @@ def arctic_embed(
             ),
             data="pairs",
             keep="last",
-            epochs=usual.epochs if epochs is None else epochs,
-            steps=steps,
-            batch_size=batch_size or usual.batch_size,
+            epochs=usual.epochs if pretraining_epochs is None else pretraining_epochs,
+            steps=steps_of["pretraining"],
+            batch_size=pretraining_batch_size or usual.batch_size,
             negatives=0,
-            query_tokens=query_tokens,
-            document_tokens=document_tokens,
-            learning_rate=learning_rate or usual.learning_rate,
+            query_tokens=pretraining_query_tokens,
+            document_tokens=pretraining_document_tokens,
+            learning_rate=pretraining_learning_rate or usual.learning_rate,
             schedule="wsd",
-            warmup=warmup,
-            decay=decay,
+            warmup=pretraining_warmup,
+            decay=pretraining_decay,
         ),
         "finetuning": Stage(
             name="finetuning",
@@ -129,24 +165,24 @@ def arctic_embed(
                 temperature=temperature, dims=() if matryoshka == "none" else shorter
             ),
             data="mined",
-            steps=finetuning_steps or usual.finetuning_steps,
+            steps=steps_of["finetuning"] or usual.finetuning_steps,
             batch_size=finetuning_batch_size or usual.finetuning_batch_size,
-            negatives=negatives,
+            negatives=finetuning_negatives,
             in_batch="none",
-            query_tokens=finetuning_tokens,
-            document_tokens=finetuning_tokens,
-            refresh=_mined_at_start(negatives, threshold),
+            query_tokens=finetuning_max_tokens,
+            document_tokens=finetuning_max_tokens,
+            refresh=_mined_at_start(finetuning_negatives, finetuning_threshold),
             learning_rate=finetuning_learning_rate or usual.finetuning_learning_rate,
             schedule=finetuning_schedule,
             warmup=0.0,
             decay=finetuning_decay,
-            patience=patience,
+            patience=finetuning_patience,
         ),
     }
     return Recipe(
         name="arctic-embed",
         model=Model(
-            base=base,
+            base=model,
             pooling=pooling or usual.pooling,
             attention=attention,
             lora=lora_of(lora_rank),

@@ -5,21 +5,21 @@ dense vector on pairs follows. Then all three kinds are trained together on exam
 negatives, and the weighted sum of their scores teaches each of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Kind, Weights, parse_kinds
-from tercet.models.choices import PoolingName
 from tercet.recipes import flags
-from tercet.recipes.flags import lora_of, prompts_by_role
+from tercet.recipes.flags import divided, lora_of, prompts_by_role, recorded
 from tercet.types import Distillation, Vocabulary
 
 if TYPE_CHECKING:
     from tercet.training.recipe import Recipe, Refresh
 
+SHARES: Final[Mapping[str, int]] = {"retromae": 1, "contrastive": 1, "unified": 1}  # of the steps
 WARMUP: Final = 0.1  # share of a stage's steps
 
 Train: TypeAlias = Literal["all", "heads"]
@@ -27,80 +27,96 @@ ByLength: TypeAlias = Literal["fit", "bge-m3-80gb"]
 RefreshBy: TypeAlias = Literal["dense", "sparse", "multi", "hybrid"]
 
 
+@recorded
 def bge_m3(
-    base: flags.Base = "me5-small",
-    stages: Annotated[str, "Of retromae, contrastive and unified, in order, with commas."] = (
-        "retromae,contrastive,unified"
-    ),
-    kinds: Annotated[str, "Of vectors to train together: dense, sparse, multi, with commas."] = (
-        "dense,sparse,multi"
-    ),
-    multi_dim: Annotated[int | None, "Width of a token's vector; None: the model's."] = None,
-    retromae_steps: Annotated[int, "Of the stage retromae."] = 1_000,
-    contrastive_steps: Annotated[int, "Of the stage contrastive."] = 1_000,
-    steps: Annotated[int, "Of the stage unified."] = 1_000,
-    retromae_batch_size: Annotated[int, "Blocks of texts a step."] = 32,
-    contrastive_batch_size: Annotated[int, "Pairs a step, over all processes."] = 256,
-    batch_size: Annotated[int, "Queries a step of the stage unified, over all processes."] = 64,
-    retromae_learning_rate: Annotated[float, "Of the stage retromae, at its peak."] = 7e-5,
-    contrastive_learning_rate: Annotated[float, "Of the stage contrastive, at its peak."] = 5e-5,
-    learning_rate: Annotated[float, "Of the stage unified, at its peak."] = 1e-5,
-    encoder_mask: Annotated[float, "Share of words hidden from the encoder."] = 0.3,
-    decoder_mask: Annotated[float, "Share of tokens hidden from each row of the decoder."] = 0.5,
-    vocabulary: Annotated[
-        Vocabulary, "Tokens that RetroMAE names: those that the data have, or all."
+    model: flags.ModelName = "me5-small",
+    stages: flags.Stages = "retromae,contrastive,unified",
+    steps: flags.Steps = None,
+    retromae_steps: flags.StageSteps = None,
+    contrastive_steps: flags.StageSteps = None,
+    unified_steps: flags.StageSteps = None,
+    kinds: Annotated[
+        str, "Kinds of vectors to train: dense, sparse and multi, with commas between."
+    ] = "dense,sparse,multi",
+    multi_dim: Annotated[
+        int | None, "Width of a token's vector. Default: the model's width.", "coordinates"
+    ] = None,
+    retromae_batch_size: Annotated[int, "Blocks of texts in a step.", "blocks"] = 32,
+    contrastive_batch_size: Annotated[int, "Pairs in a step, over all processes.", "pairs"] = 256,
+    unified_batch_size: Annotated[int, "Queries in a step, over all processes.", "queries"] = 64,
+    retromae_learning_rate: Annotated[float, "Learning rate at its peak."] = 7e-5,
+    contrastive_learning_rate: Annotated[float, "Learning rate at its peak."] = 5e-5,
+    unified_learning_rate: Annotated[float, "Learning rate at its peak."] = 1e-5,
+    retromae_encoder_mask: Annotated[
+        float, "Share of the words that are masked in the encoder.", "share"
+    ] = 0.3,
+    retromae_decoder_mask: Annotated[
+        float, "Share of the tokens that are masked in each row of the decoder.", "share"
+    ] = 0.5,
+    retromae_vocabulary: Annotated[
+        Vocabulary, "Tokens that RetroMAE chooses from: those that occur in the data, or all."
     ] = "seen",
+    retromae_max_tokens: Annotated[
+        int, "Length of a block of texts; longer texts are cut.", "tokens"
+    ] = 512,
     temperature: flags.Temperature = 0.02,
-    negatives: Annotated[int, "Mined negatives of a query, at most."] = 7,
-    sum_weights: Annotated[str, "Of dense, sparse and multi scores in their sum."] = "1,0.3,1",
-    self_distillation: Annotated[bool, "Let the sum of the scores teach each kind."] = True,
-    lesson_weights: Annotated[
-        str | None, "Of what it teaches dense, sparse and multi; None: those of the losses."
+    unified_negatives: flags.Negatives = 7,
+    unified_sum_weights: Annotated[
+        str, "Weights of dense, sparse and multi scores in their sum, with commas between."
+    ] = "1,0.3,1",
+    unified_self_distillation: Annotated[bool, "Let the sum of the scores teach each kind."] = True,
+    unified_distillation_weights: Annotated[
+        str | None,
+        "Weights of what the sum teaches dense, sparse and multi. Default: those of the losses.",
     ] = None,
-    distil_after: Annotated[int, "Optimizer steps of the stage unified before that."] = 0,
-    dense_loss: Annotated[float, "Weight of the dense loss; 0 leaves it out."] = 1.0,
-    sparse_loss: Annotated[float, "Weight of the sparse loss."] = 0.1,
-    multi_loss: Annotated[float, "Weight of the multi-vector loss."] = 1.0,
-    sum_loss: Annotated[float, "Weight of the loss of the sum."] = 1.0,
-    teacher: Annotated[
+    unified_distil_after: Annotated[
+        int, "Optimizer steps before self-distillation begins.", "steps"
+    ] = 0,
+    unified_dense_loss: Annotated[float, "Weight of the dense loss; 0 leaves it out."] = 1.0,
+    unified_sparse_loss: Annotated[float, "Weight of the sparse loss."] = 0.1,
+    unified_multi_loss: Annotated[float, "Weight of the multi-vector loss."] = 1.0,
+    unified_sum_loss: Annotated[float, "Weight of the loss of the sum."] = 1.0,
+    unified_distil: Annotated[
         Distillation,
-        "Learn the scores that examples bring, if they are a reranker's; not mining's cosines.",
+        "Learn from the scores in the examples, if they come from a reranker (not the cosines of "
+        "mining).",
     ] = "none",
-    dims: Annotated[
-        list[int] | None, "A shorter dense width to train too; may be repeated."
-    ] = None,
+    dims: flags.ShorterDims = None,
     batching: Annotated[
-        ByLength | None, "Batch sizes by length: what memory takes, or the paper's tables a device."
+        ByLength | None,
+        "Batch sizes by length: what memory takes (fit), or the paper's tables for a device of "
+        "80 GB.",
     ] = None,
     length_edges: flags.LengthEdges = None,
-    refresh_steps: Annotated[
-        int | None, "Mine negatives anew with the model in training, every so many steps."
+    unified_refresh_steps: Annotated[
+        int | None, "Mine negatives with the model in training after every so many steps.", "steps"
     ] = None,
-    refresh_by: Annotated[
-        RefreshBy, "Which of its scores say what is near; hybrid: their sum, by sum_weights."
+    unified_refresh_by: Annotated[
+        RefreshBy, "Scores by which it mines; hybrid: their sum by sum_weights."
     ] = "dense",
     shuffle_segments: Annotated[
-        float, "Share of the positives whose thirds change places; the paper: 0.002."
+        float, "Share of the positives whose thirds change places; 0.002 in the paper.", "share"
     ] = 0.0,
     shuffle_at: Annotated[CutName, "Where positives are cut for that."] = "characters",
-    pooling: Annotated[PoolingName | None, "first as in the paper; None: the model's own."] = None,
+    pooling: flags.ModelsPooling = None,
     cls_every: Annotated[
-        int | None, "The start token again before every so many tokens (MCLS; with first)."
+        int | None, "Repeat the start token after this many tokens (MCLS; with first).", "tokens"
     ] = None,
     attention: flags.TurnDecoder = None,
-    patience: flags.Patience = None,
-    train: Annotated[Train, "In the stage unified: every weight, or the new heads alone."] = "all",
+    unified_patience: flags.Patience = None,
+    unified_train: Annotated[Train, "Train every weight, or the new heads alone."] = "all",
     freeze_embeddings: flags.FreezeEmbeddings = False,
     lora_rank: flags.LoraRank = None,
-    query_prompt: Annotated[str | None, "Put before every query; None: the model's own."] = None,
-    document_prompt: Annotated[str | None, "Put before every document."] = None,
+    query_prompt: flags.QueryPrompt = None,
+    document_prompt: flags.DocumentPrompt = None,
     query_tokens: flags.QueryTokens = None,
     document_tokens: flags.DocumentTokens = None,
     positions: Annotated[
-        int | None, "Give an encoder room for texts of so many tokens; train it on such texts."
+        int | None,
+        "Extend an encoder's table of positions to texts of this length; train on such texts.",
+        "tokens",
     ] = None,
-    retromae_tokens: Annotated[int, "Of a text in RetroMAE, and of a block of texts."] = 512,
-    seed: Annotated[int, "Of batches, masks, dropout and new weights."] = 0,
+    seed: flags.Seed = 0,
 ) -> "Recipe":
     """Train one model for dense, sparse and multi-vector retrieval, each taught by their sum."""
     from tercet.losses.unified import Mixture
@@ -109,23 +125,25 @@ def bge_m3(
     from tercet.objectives.unified import Unified
     from tercet.training.recipe import Model, Recipe, Stage, chosen
 
-    trained, summed = parse_kinds(kinds), Weights.parse(sum_weights)
+    trained, summed = parse_kinds(kinds), Weights.parse(unified_sum_weights)
+    own = {"retromae": retromae_steps, "contrastive": contrastive_steps, "unified": unified_steps}
+    steps_of = divided(steps, stages, SHARES, own)
     edges = tuple(length_edges or ())
     shuffles = {"shuffle_segments": shuffle_segments, "shuffle_at": shuffle_at}
     built = {
         "retromae": Stage(
             name="retromae",
             objective=RetroMAE(
-                encoder_mask=encoder_mask,
-                decoder_mask=decoder_mask,
-                max_tokens=retromae_tokens,
-                vocabulary=vocabulary,
-                head=base,
+                encoder_mask=retromae_encoder_mask,
+                decoder_mask=retromae_decoder_mask,
+                max_tokens=retromae_max_tokens,
+                vocabulary=retromae_vocabulary,
+                head=model,
                 head_needed=False,
             ),
             data="texts",
             keep="last",
-            steps=retromae_steps,
+            steps=steps_of["retromae"],
             batch_size=retromae_batch_size,
             learning_rate=retromae_learning_rate,
             warmup=WARMUP,
@@ -134,7 +152,7 @@ def bge_m3(
             name="contrastive",
             objective=Contrastive(temperature=temperature, dims=tuple(dims or ())),
             data="pairs",
-            steps=contrastive_steps,
+            steps=steps_of["contrastive"],
             batch_size=contrastive_batch_size,
             negatives=0,
             learning_rate=contrastive_learning_rate,
@@ -150,44 +168,45 @@ def bge_m3(
                 mixture=Mixture(
                     temperature=temperature,
                     in_sum=summed,
-                    in_loss=Weights(dense_loss, sparse_loss, multi_loss),
-                    of_sum=sum_loss,
-                    distilled=1.0 if self_distillation else 0.0,
-                    in_distilled=None if lesson_weights is None else Weights.parse(lesson_weights),
-                    distil=teacher,
+                    in_loss=Weights(unified_dense_loss, unified_sparse_loss, unified_multi_loss),
+                    of_sum=unified_sum_loss,
+                    distilled=1.0 if unified_self_distillation else 0.0,
+                    in_distilled=None
+                    if unified_distillation_weights is None
+                    else Weights.parse(unified_distillation_weights),
+                    distil=unified_distil,
                 ),
-                distil_after=distil_after,
+                distil_after=unified_distil_after,
                 dims=tuple(dims or ()),
             ),
             data="examples",
-            steps=steps,
-            batch_size=batch_size,
-            negatives=negatives,
-            learning_rate=learning_rate,
+            steps=steps_of["unified"],
+            batch_size=unified_batch_size,
+            negatives=unified_negatives,
+            learning_rate=unified_learning_rate,
             warmup=WARMUP,
-            refresh=_refresh(refresh_steps, refresh_by, trained, summed),
-            patience=patience,
+            refresh=_refresh(unified_refresh_steps, unified_refresh_by, trained, summed),
+            patience=unified_patience,
             batching="bge-m3-finetune-80gb" if batching == "bge-m3-80gb" else batching,
             length_edges=edges,
             **shuffles,
         ),
     }
     wanted = chosen(built, stages)
-    if train == "heads" and [stage.name for stage in wanted] != ["unified"]:
+    if unified_train == "heads" and [stage.name for stage in wanted] != ["unified"]:
         raise RecipeError(
-            "training the heads alone leaves the other stages nothing to do; "
-            "give --stages unified as well"
+            "unified_train=heads trains nothing in the other stages; set stages to unified as well"
         )
     return Recipe(
         name="bge-m3",
         model=Model(
-            base=base,
+            base=model,
             attention=attention,
             pooling=pooling,
             kinds=tuple(kind for kind in KINDS if kind in {"dense", *trained}),
             multi_dim=multi_dim,
             cls_every=cls_every,
-            freeze_backbone=train == "heads",
+            freeze_backbone=unified_train == "heads",
             freeze_embeddings=freeze_embeddings,
             positions=positions,
             lora=lora_of(lora_rank),

@@ -8,46 +8,54 @@ small models; each is a flag.
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tercet.recipes import flags
-from tercet.recipes.flags import lora_of, prompts_by_role
+from tercet.recipes.flags import lora_of, prompts_by_role, recorded
 from tercet.types import Policy
 
 if TYPE_CHECKING:
     from tercet.training.recipe import Recipe
 
 
+@recorded
 def finetune(
-    base: flags.Base = "minilm",
-    epochs: Annotated[float, "Passes over the data."] = 1.0,
-    steps: Annotated[int | None, "Optimizer steps; overrides epochs."] = None,
-    batch_size: Annotated[int, "Examples a step, over all processes."] = 64,
-    learning_rate: Annotated[float, "At its peak."] = 5e-5,
+    model: flags.ModelName = "minilm",
+    epochs: Annotated[float, "Passes over the data.", "epochs"] = 1.0,
+    steps: Annotated[
+        int | None, "Budget of the whole run. Default: as many as epochs need.", "steps"
+    ] = None,
+    batch_size: Annotated[int, "Examples in a step, over all processes.", "examples"] = 64,
+    learning_rate: Annotated[float, "Learning rate at its peak."] = 5e-5,
     schedule: Annotated[
         Literal["constant", "linear", "wsd"],
-        "Of the learning rate; wsd: warmup-stable-decay.",
+        "Course of the learning rate; wsd: warmup, stable, decay.",
     ] = "linear",
     temperature: flags.Temperature = 0.05,
-    dims: Annotated[list[int] | None, "A shorter width to train as well; may be repeated."] = None,
+    dims: flags.ShorterDims = None,
     negatives: flags.Negatives = 8,
     in_batch: Annotated[
-        Policy, "Others' documents that are negatives; per_row: all, but what a row's task forbids."
+        Policy,
+        "Which documents of other examples are negatives; per_row: all, unless the task of a row "
+        "forbids it.",
     ] = "per_row",
     mixing: Annotated[
-        Literal["single", "blended"], "One source a batch, or all in each."
+        Literal["single", "blended"], "A batch has examples of one source, or of all."
     ] = "single",
     length_edges: flags.LengthEdges = None,
     token_budget: Annotated[
-        int | None, "Examples times tokens of the longest text of their group, at most."
+        int | None,
+        "Maximum of a batch: its examples times the tokens of the longest text of their length "
+        "group.",
+        "tokens",
     ] = None,
     query_tokens: flags.QueryTokens = None,
     document_tokens: flags.DocumentTokens = None,
-    query_prompt: Annotated[str | None, "Put before every query."] = None,
-    document_prompt: Annotated[str | None, "Put before every document."] = None,
+    query_prompt: flags.QueryPrompt = None,
+    document_prompt: flags.DocumentPrompt = None,
     pooling: flags.ModelsPooling = None,
     attention: flags.TurnDecoder = None,
     lora_rank: flags.LoraRank = None,
     freeze_embeddings: flags.FreezeEmbeddings = False,
     patience: flags.Patience = None,
-    seed: Annotated[int, "Of batches, dropout and LoRA."] = 0,
+    seed: flags.Seed = 0,
 ) -> "Recipe":
     """Fine-tune on files of queries, positives and, where there are any, mined negatives."""
     from tercet.objectives.contrastive import Contrastive
@@ -56,7 +64,7 @@ def finetune(
     return Recipe(
         name="finetune",
         model=Model(
-            base=base,
+            base=model,
             pooling=pooling,
             attention=attention,
             lora=lora_of(lora_rank),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from tercet.data.batches.masking import Masking, MaskToken
 from tercet.models.choices import Attention, PoolingName, Window
 from tercet.recipes import flags
-from tercet.recipes.flags import lora_of, prompts_by_role
+from tercet.recipes.flags import divided, lora_of, prompts_by_role, recorded
 
 if TYPE_CHECKING:
     from tercet.training.recipe import Recipe
@@ -25,52 +25,67 @@ PRESETS: Final[Mapping[LLM2VecPreset, Masking]] = {  # paper, appendix D.1
     "mistral-words": Masking(probability=0.2, kind="default"),  # the same, for vectors of words
 }
 
+SHARES: Final[Mapping[str, int]] = {"mntp": 1, "simcse": 1, "supervised": 1}  # of a run's steps
 
+
+@recorded
 def llm2vec(
-    base: Annotated[str, "Zoo name, local folder or hub id of a decoder."] = "smollm2",
-    stages: Annotated[
-        str, "Of mntp, simcse and supervised, in order, with commas."
-    ] = "mntp,simcse",
-    mntp_steps: Annotated[int, "Of masked next-token prediction."] = 1_000,
-    simcse_steps: Annotated[int, "Of SimCSE."] = 1_000,
-    supervised_steps: Annotated[int, "Of training on pairs."] = 1_000,
-    preset: Annotated[
-        LLM2VecPreset, "Masking as the paper chose it for a family of models."
+    model: Annotated[
+        str, "Decoder to start from: a zoo name, a local folder or a hub id."
+    ] = "smollm2",
+    stages: flags.Stages = "mntp,simcse",
+    steps: flags.Steps = None,
+    mntp_steps: flags.StageSteps = None,
+    simcse_steps: flags.StageSteps = None,
+    supervised_steps: flags.StageSteps = None,
+    mntp_preset: Annotated[
+        LLM2VecPreset, "Masking that the paper chose for a family of models."
     ] = "default",
-    mask_probability: Annotated[float | None, "Share of hidden tokens; None: the preset's."] = None,
-    masking: Annotated[
-        Literal["default", "all"] | None,
-        "default: 80 % masked, 10 % random, 10 % kept; None: the preset's.",
+    mntp_mask_probability: Annotated[
+        float | None, "Share of the tokens that are masked. Default: the preset's.", "share"
     ] = None,
-    mask_token: Annotated[MaskToken, 'blank is "_"; a mask token of the model wins.'] = "blank",
-    block_tokens: Annotated[int, "Of one block of texts."] = 512,
-    mntp_batch_size: Annotated[int, "Blocks a step."] = 32,
-    mntp_learning_rate: Annotated[float, "Of masked next-token prediction."] = 5e-5,
-    concatenated: Annotated[bool, "Let texts of a block see each other, as the paper did."] = False,
-    train_head: Annotated[bool, "Train the language-model head too, as the paper did."] = False,
-    simcse_batch_size: Annotated[int, "Texts a step."] = 128,
-    simcse_learning_rate: Annotated[float, "Of SimCSE."] = 3e-5,
-    attention_dropout: Annotated[float, "What makes SimCSE's two views differ."] = 0.3,
-    simcse_tokens: Annotated[int, "Longer texts are cut in SimCSE."] = 128,
-    batch_size: Annotated[int, "Pairs a step."] = 512,
-    learning_rate: Annotated[float, "Of training on pairs, at its peak."] = 2e-4,
-    temperature: Annotated[float, "Of training on pairs."] = 0.02,
-    negatives: flags.Negatives = 1,
+    mntp_masking: Annotated[
+        Literal["default", "all"] | None,
+        "What replaces a masked token; default: 80 % the mask token, 10 % a random one, 10 % "
+        "unchanged; all: always the mask token. Default: the preset's.",
+    ] = None,
+    mntp_mask_token: Annotated[
+        MaskToken, 'Token that masks where the model has no mask token; blank: "_".'
+    ] = "blank",
+    mntp_block_tokens: Annotated[int, "Length of a block of texts.", "tokens"] = 512,
+    mntp_batch_size: Annotated[int, "Blocks in a step, over all processes.", "blocks"] = 32,
+    mntp_learning_rate: Annotated[float, "Learning rate of the stage, constant."] = 5e-5,
+    mntp_concatenated: Annotated[
+        bool, "Let the texts of a block attend to each other, as in the paper."
+    ] = False,
+    mntp_train_head: Annotated[bool, "Train the language-model head too, as in the paper."] = False,
+    simcse_batch_size: Annotated[int, "Texts in a step, over all processes.", "texts"] = 128,
+    simcse_learning_rate: Annotated[float, "Learning rate at its peak."] = 3e-5,
+    simcse_attention_dropout: Annotated[
+        float, "Dropout of attention, which makes the two views of a text differ.", "share"
+    ] = 0.3,
+    simcse_max_tokens: flags.MaxTokens = 128,
+    supervised_batch_size: Annotated[int, "Pairs in a step, over all processes.", "pairs"] = 512,
+    supervised_learning_rate: Annotated[float, "Learning rate at its peak."] = 2e-4,
+    supervised_temperature: flags.Temperature = 0.02,
+    supervised_negatives: flags.Negatives = 1,
     max_tokens: flags.MaxTokens = 512,
     query_prompt: Annotated[
-        str | None, "Instruction before queries; best ended by a line break."
+        str | None, "Instruction before every query; best ended by a line break."
     ] = None,
-    document_prompt: Annotated[str | None, "Instruction before documents."] = None,
+    document_prompt: Annotated[str | None, "Instruction before every document."] = None,
     pool_prompt: flags.PoolPrompt = False,
-    pooling: Annotated[PoolingName, "From states to a vector."] = "mean",
+    pooling: Annotated[PoolingName, "How token states become a vector."] = "mean",
     attention: Annotated[
-        Attention, "causal trains the ablation that the paper calls Uni."
+        Attention, "Direction of attention; causal trains the ablation that the paper calls Uni."
     ] = "bidirectional",
     window: Annotated[
-        Window | None, "Sliding windows; None: full where all layers have one (Mistral), else keep."
+        Window | None,
+        "Sliding windows of attention. Default: full attention where every layer has a window "
+        "(Mistral), otherwise the model's.",
     ] = None,
     lora_rank: flags.LoraRankOrAll = 16,
-    seed: Annotated[int, "Of batches, masks, dropout and LoRA."] = 0,
+    seed: flags.Seed = 0,
 ) -> "Recipe":
     """Turn a decoder into a text encoder: MNTP and SimCSE on texts, then pairs on request."""
     from tercet.objectives.contrastive import Contrastive
@@ -78,26 +93,30 @@ def llm2vec(
     from tercet.objectives.simcse import SimCSE
     from tercet.training.recipe import Model, Recipe, Stage, chosen
 
-    usual = PRESETS[preset]
+    own = {"mntp": mntp_steps, "simcse": simcse_steps, "supervised": supervised_steps}
+    steps_of = divided(steps, stages, SHARES, own)
+    usual = PRESETS[mntp_preset]
     mntp = MNTP(
-        head=base,
+        head=model,
         masking=Masking(
-            probability=usual.probability if mask_probability is None else mask_probability,
-            kind=masking or usual.kind,
+            probability=usual.probability
+            if mntp_mask_probability is None
+            else mntp_mask_probability,
+            kind=mntp_masking or usual.kind,
         ),
-        mask_token=mask_token,
-        block_tokens=block_tokens,
-        concatenated=concatenated,
-        train_head=train_head,
+        mask_token=mntp_mask_token,
+        block_tokens=mntp_block_tokens,
+        concatenated=mntp_concatenated,
+        train_head=mntp_train_head,
     )
-    simcse = SimCSE(attention_dropout=attention_dropout, max_tokens=simcse_tokens)
+    simcse = SimCSE(attention_dropout=simcse_attention_dropout, max_tokens=simcse_max_tokens)
     built = {
         "mntp": Stage(
             name="mntp",
             objective=mntp,
             data="texts",
             keep="last",
-            steps=mntp_steps,
+            steps=steps_of["mntp"],
             batch_size=mntp_batch_size,
             learning_rate=mntp_learning_rate,
             schedule="constant",
@@ -109,7 +128,7 @@ def llm2vec(
             objective=simcse,
             data="sentences",
             keep="last",
-            steps=simcse_steps,
+            steps=steps_of["simcse"],
             batch_size=simcse_batch_size,
             learning_rate=simcse_learning_rate,
             warmup=0.0,
@@ -117,11 +136,11 @@ def llm2vec(
         ),
         "supervised": Stage(
             name="supervised",
-            objective=Contrastive(temperature=temperature),
-            steps=supervised_steps,
-            batch_size=batch_size,
-            negatives=negatives,
-            learning_rate=learning_rate,
+            objective=Contrastive(temperature=supervised_temperature),
+            steps=steps_of["supervised"],
+            batch_size=supervised_batch_size,
+            negatives=supervised_negatives,
+            learning_rate=supervised_learning_rate,
             warmup=0.3,
             weight_decay=0.0,
         ),
@@ -129,7 +148,7 @@ def llm2vec(
     return Recipe(
         name="llm2vec",
         model=Model(
-            base=base,
+            base=model,
             attention=attention,
             window=window,
             pooling=pooling,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 from tercet.models.choices import Attention, LayerSettings, PoolingName
 from tercet.recipes import flags
-from tercet.recipes.flags import lora_of
+from tercet.recipes.flags import divided, lora_of, recorded
 from tercet.types import Mixing, Policy
 
 if TYPE_CHECKING:
@@ -27,60 +27,80 @@ POOLERS: Final[Mapping[Pooler, PoolingName]] = {
     "mean": "mean",
     "eos": "last",
 }
+SHARES: Final[Mapping[str, int]] = {"retrieval": 1, "blended": 1}  # of a run's steps
 WARMUP: Final = 500  # steps, in the paper; a tenth of a shorter stage
 
 
+@recorded
 def nv_embed(
-    base: flags.Base = "smollm2",
-    stages: Annotated[str, "Of retrieval and blended, in order, with commas."] = (
-        "retrieval,blended"
-    ),
-    steps: Annotated[int, "Of the stage retrieval."] = 1_000,
-    blended_steps: Annotated[int, "Of the stage blended."] = 1_000,
-    batch_size: Annotated[int, "Queries a step, over all processes."] = 128,
-    learning_rate: Annotated[float, "Of the stage retrieval, at its peak."] = 2e-5,
-    blended_learning_rate: Annotated[float, "Of the stage blended, at its peak."] = 1.5e-5,
+    model: flags.ModelName = "smollm2",
+    stages: flags.Stages = "retrieval,blended",
+    steps: flags.Steps = None,
+    retrieval_steps: flags.StageSteps = None,
+    blended_steps: flags.StageSteps = None,
+    batch_size: Annotated[int, "Queries in a step, over all processes.", "queries"] = 128,
+    retrieval_learning_rate: Annotated[float, "Learning rate at its peak."] = 2e-5,
+    blended_learning_rate: Annotated[float, "Learning rate at its peak."] = 1.5e-5,
     warmup_steps: Annotated[
-        int | None, "Of each stage; None: 500, or a tenth of a shorter stage."
+        int | None,
+        "Steps in which the learning rate of a stage rises. Default: 500, or a tenth of a shorter "
+        "stage.",
+        "steps",
     ] = None,
-    temperature: Annotated[float, "Of the softmax over documents; the paper names none."] = 0.02,
+    temperature: Annotated[
+        float, "Temperature of the softmax over documents; the paper names none."
+    ] = 0.02,
     negatives: flags.Negatives = 7,
-    in_batch: Annotated[
-        Policy, "Others' documents that are negatives in the stage retrieval."
+    retrieval_in_batch: Annotated[
+        Policy, "Which documents of other examples are negatives."
     ] = "all",
     blended_in_batch: Annotated[
-        Policy, "The same in the stage blended; per_row: what a row's task allows."
+        Policy,
+        "Which documents of other examples are negatives; per_row: all, unless the task of a row "
+        "forbids it.",
     ] = "none",
-    mixing: Annotated[
-        Mixing, "Of the stage blended: all sources in each batch, or one a batch."
+    blended_mixing: Annotated[
+        Mixing, "A batch has examples of all sources, or of one."
     ] = "blended",
-    mask_duplicates: Annotated[bool, "Ignore documents equal to a positive."] = True,
-    pooling: Annotated[Pooler, "From states to a vector; eos: that of the end-of-text token."] = (
-        "latent"
-    ),
-    latents: Annotated[int, "Of latent attention."] = 512,
-    heads: Annotated[int, "Of the layer before pooling."] = 8,
-    head_size: Annotated[int | None, "Of each head; None: the model's width over heads."] = None,
+    mask_duplicates: Annotated[
+        bool, "Never take a document that equals a positive as a negative."
+    ] = True,
+    pooling: Annotated[
+        Pooler, "How token states become a vector; eos: the state of the end-of-text token."
+    ] = "latent",
+    latents: Annotated[int, "Rows of the dictionary of latent attention.", "latents"] = 512,
+    heads: Annotated[int, "Attention heads of the layer before pooling.", "heads"] = 8,
+    head_size: Annotated[
+        int | None, "Width of a head. Default: the model's width divided by heads.", "coordinates"
+    ] = None,
     init: Annotated[
-        Literal["normal", "identity"], "identity starts as plain mean pooling, for small data."
+        Literal["normal", "identity"],
+        "First weights of that layer; identity starts as plain mean pooling, for small data.",
     ] = "identity",
     preset: Annotated[
         NVEmbedPreset,
-        "nv-embed: the published layer (512 latents, 8 heads as wide as the model, normal).",
+        "Values of that layer; nv-embed: as published (512 latents, 8 heads as wide as the model, "
+        "normal).",
     ] = "default",
-    attention: Annotated[Attention, "causal is the paper's ablation."] = "bidirectional",
+    attention: Annotated[
+        Attention, "Direction of attention; causal is the paper's ablation."
+    ] = "bidirectional",
     instruction: Annotated[
-        str | None, "What the model does by default; None: the first task's of the data."
+        str | None,
+        "Instruction of the finished model for queries. Default: that of the first task of the "
+        "data.",
     ] = None,
     pool_prompt: flags.PoolPrompt = False,
     append_end: Annotated[bool, "End every text with the end-of-text token."] = True,
     max_tokens: flags.MaxTokens = 512,
     lora_rank: flags.LoraRankOrAll = 16,
-    lora_dropout: Annotated[float, "Of the low-rank updates."] = 0.1,
+    lora_dropout: Annotated[float, "Dropout of the low-rank updates.", "share"] = 0.1,
     keep_layers: Annotated[
-        int | None, "Keep the first layers of the base only, for experiments; None: all."
+        int | None,
+        "Use the first layers of the model only, for experiments. Default: all layers.",
+        "layers",
     ] = None,
-    seed: Annotated[int, "Of batches, dropout and new weights."] = 0,
+    seed: flags.Seed = 0,
 ) -> "Recipe":
     """Train on retrieval, then on all tasks with instructions, with latent attention pooling."""
     from tercet.models.settings import as_prompt
@@ -97,33 +117,35 @@ def nv_embed(
             head_size="hidden" if published else head_size,
             init="normal" if published else init,
         )
+    own = {"retrieval": retrieval_steps, "blended": blended_steps}
+    steps_of = divided(steps, stages, SHARES, own)
     retrieval = Stage(
         name="retrieval",
         objective=Contrastive(temperature=temperature),
         data="retrieval",
-        steps=steps,
+        steps=steps_of["retrieval"],
         batch_size=batch_size,
         negatives=negatives,
-        in_batch=in_batch,
+        in_batch=retrieval_in_batch,
         mask_duplicates=mask_duplicates,
-        learning_rate=learning_rate,
-        warmup_steps=_warmup(warmup_steps, steps),
+        learning_rate=retrieval_learning_rate,
+        warmup_steps=_warmup(warmup_steps, steps_of["retrieval"]),
         weight_decay=0.0,
     )
     blended = replace(
         retrieval,
         name="blended",
         data="blended",
-        steps=blended_steps,
+        steps=steps_of["blended"],
         in_batch=blended_in_batch,
-        mixing=mixing,
+        mixing=blended_mixing,
         learning_rate=blended_learning_rate,
-        warmup_steps=_warmup(warmup_steps, blended_steps),
+        warmup_steps=_warmup(warmup_steps, steps_of["blended"]),
     )
     return Recipe(
         name="nv-embed",
         model=Model(
-            base=base,
+            base=model,
             attention=attention,
             pooling=POOLERS[pooling],
             layer=layer,
@@ -147,5 +169,5 @@ def nv_embed(
     )
 
 
-def _warmup(given: int | None, steps: int) -> int:
-    return min(WARMUP, steps // 10) if given is None else given
+def _warmup(given: int | None, steps: int | None) -> int:
+    return min(WARMUP, (steps or 0) // 10) if given is None else given

@@ -248,7 +248,7 @@ class _CellRunner:
         return model
 
     def _measure(self, folder: Path) -> AnswersBySet:
-        model = Embedder.load(folder, dtype=getattr(torch, self.run.precision))
+        model = Embedder.load(folder, dtype=getattr(torch, self.run.dtype))
         model.to(self.run.find_device())
         found: dict[str, np.ndarray] = {}
         with bar("measuring", len(self.study.sets), shown=self.run.show_progress) as advance:
@@ -260,7 +260,7 @@ class _CellRunner:
     def _origin(self, cell: Cell, seed: int) -> dict[str, Any]:
         """Return, as JSON values, all that the vectors of a cell depend on."""
         if isinstance(cell.model, Path):
-            return {"model": self._fingerprint(cell.model), "precision": self.run.precision}
+            return {"model": self._fingerprint(cell.model), "precision": self.run.dtype}
         recipe = replace(cell.model, seed=seed)
         read = {stage.data: self.study.data[stage.data] for stage in recipe.stages}
         origin = {
@@ -269,7 +269,7 @@ class _CellRunner:
                 name: [[source.name, source.fingerprint, source.weight] for source in sources]
                 for name, sources in read.items()
             },
-            "precision": self.run.precision,
+            "precision": self.run.dtype,
         }
         if cell.after is not None:
             before = self._origin(self._cell(cell.after), seed)

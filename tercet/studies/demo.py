@@ -71,7 +71,7 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
 
     sources = [open_source(path) for path in paths]
     dev = RetrievalSet.from_examples(_first(_examples(packages, "dev"), DEV_EXAMPLES), "dev")
-    recipe = finetune(base=BASE, steps=steps, seed=seed, learning_rate=1e-4, temperature=0.03)
+    recipe = finetune(model=BASE, steps=steps, seed=seed, learning_rate=1e-4, temperature=0.03)
     run = Run(eval_steps=max(1, steps // 2))
     embedder = train(recipe, sources, out, score=dev_score(dev), run=run, say=say)
 
@@ -145,7 +145,7 @@ def _packages(data: Path) -> list[dict[str, Any]]:
             data,
             None,
             "no such file; run the demo in a checkout of the repository, "
-            "or say with --data where packages.en.parquet is",
+            "or say with --packages where packages.en.parquet is",
         )
     columns = ["id", "short", "long", "section", "split"]
     return pq.read_table(data, columns=columns).to_pylist()
@@ -224,7 +224,7 @@ def _settings(
         "budget": f"{stage.steps} steps of {stage.batch_size} examples, {seconds:.0f} s in all",
         "objective": str(stage.objective),
         "learning rate": f"{stage.learning_rate} at its peak, {stage.schedule}",
-        "precision": run.precision,
+        "dtype": run.dtype,
         "dev set": f"the first {DEV_EXAMPLES} examples of the dev split, by nDCG@10",
         "versions": ", ".join(f"{name} {version(name)}" for name in names),
         "python": sys.version.split()[0],

@@ -14,7 +14,10 @@ from tercet.files.outputs import mark
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import require_dims
+from tercet.training.forecast import StageForecast, lines_of
+from tercet.training.forecast import forecast as forecast_stages
 from tercet.training.plan import (
+    CHECKPOINT,
     RUN,
     Data,
     TrainingPlan,
@@ -82,19 +85,48 @@ def train(
         return _train(plan, out, score, begun=begun)
 
 
-def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -> Embedder:
-    recipe, run = plan.recipe, plan.run
-    several, folders = len(recipe.stages) > 1, stage_folders(recipe, out)
-    refuse_other_stages(out, folders)
+def forecast(recipe: Recipe, data: Data, *, run: Run | None = None) -> list[StageForecast]:
+    """Estimate what a training takes, without training or writing anything.
+
+    Args:
+        recipe: what would be trained.
+        data: as for :func:`train`.
+        run: device, memory and dtype.
+
+    Returns:
+        For each stage its steps, batches, documents that a query is compared with, tokens of a
+        step, seconds and GB.
+
+    Raises:
+        RecipeError: if recipe and data do not fit together.
+    """
+    run = run or Run()
+    plan, embedder = _begin(TrainingPlan(recipe, by_stage(recipe, data), run, lambda line: None))
+    return forecast_stages(plan, embedder)
+
+
+def _begin(plan: TrainingPlan) -> tuple[TrainingPlan, Embedder]:
+    """Return the embedder that the first stage begins with, after checks of all stages."""
+    recipe = plan.recipe
     require_negatives(recipe, plan.sources)
-    device = run.home
+    device = plan.run.home
     torch.manual_seed(recipe.seed)  # for the weights of a new layer
     embedder = build(recipe.model).to(device)
     for stage in recipe.stages:  # all of them, before the first is trained
         require_dims(stage.objective.traits.dims, embedder, stage.name)
     plan = replace(plan, prompt_of=prompts_of(embedder.settings))  # before those of the data
     embedder.settings = with_prompts_of(plan.sources, embedder.settings)
+    return plan, embedder
+
+
+def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -> Embedder:
+    recipe, run = plan.recipe, plan.run
+    several, folders = len(recipe.stages) > 1, stage_folders(recipe, out)
+    refuse_other_stages(out, folders)
+    device = run.home
+    plan, embedder = _begin(plan)
     embedder.settings = without_tuning(embedder.settings, plan.say)
+    _announce(plan, embedder, folders)
     begins_with = {"base": fingerprint_of_base(embedder)}
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     kinds, untrained = embedder.kinds, {*embedder.heads.drawn}
@@ -130,6 +162,14 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -
                 embedder.save(out / "model")
         distributed.barrier()
     return embedder.eval()
+
+
+def _announce(plan: TrainingPlan, embedder: Embedder, folders: Sequence[Path]) -> None:
+    """Print what all stages will do, unless the run goes on from a checkpoint."""
+    if any((folder / CHECKPOINT).exists() for folder in folders):
+        return
+    for line in lines_of(forecast_stages(plan, embedder)):
+        plan.say(line)
 
 
 def _describe_model(

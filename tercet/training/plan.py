@@ -155,9 +155,9 @@ def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> 
 def without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
     """Return the settings without what was tuned for the vectors of the base."""
     if settings.weights:
-        say("training drops the base's tuned weights; find new ones (tercet tune-weights)")
+        say("training drops the base's tuned weights; find new ones (tercet tune weights)")
     if settings.ranges:
-        say("training drops the base's ranges of codes; learn new ones (tercet calibrate)")
+        say("training drops the base's ranges of codes; learn new ones (tercet tune codes)")
     return replace(settings, weights={}, ranges={})
 
 
@@ -246,7 +246,7 @@ def identity(
     """
     flat = dict(_leaves("model", asdict(recipe.model))) | dict(_leaves("", asdict(stage)))
     flat |= {f"data {source.name}": source.fingerprint for source in sources}
-    return {**flat, **begins_with, "seed": recipe.seed, "precision": run.precision}
+    return {**flat, **begins_with, "seed": recipe.seed, "precision": run.dtype}
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -281,7 +281,7 @@ def refuse_other_model(folder: Path, what: Mapping[str, Any]) -> None:
 def is_saved(folder: Path, stages: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether a folder holds the model that these stages made.
 
-    It must not be replaced: it may have been changed since, such as by ``tercet tune-weights``.
+    It must not be replaced: it may have been changed since, such as by ``tercet tune weights``.
     """
     try:
         saved = read_json(folder / FILE)["about"]["stages"]
@@ -337,7 +337,7 @@ def stage_folders(recipe: Recipe, out: Path) -> list[Path]:
 
 
 def describe(plan: TrainingPlan, out: Path) -> None:
-    """Write ``recipe.json`` and ``mixture.json`` for people and diffs; nothing reads them back."""
+    """Write ``recipe.json``, which ``tercet train --recipe`` reads, and ``mixture.json``."""
     sources = {source.name: source for given in plan.sources for source in given}
     record = {
         "recipe": asdict(plan.recipe),

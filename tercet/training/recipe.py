@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 
 import torch
 
@@ -113,32 +113,67 @@ class Stage:
     name: str
     objective: Objective
     data: str = "pairs"  # which of the run's mixtures it reads
-    keep: Literal["best", "last"] = "best"  # which weights stay, if a dev set is measured
-    epochs: float = 1.0
-    steps: int | None = None  # overrides epochs
-    batch_size: int = 64  # examples of one optimizer step, over all processes
-    positives: int = 1  # of one query in a batch, at most
-    negatives: int = 8  # mined ones of one query, at most
-    in_batch: Policy = "per_row"  # which documents of other examples are negatives
-    mask_duplicates: bool = True  # copies of a query's positives are never its negatives
-    query_tokens: int | None = None  # longer ones are cut in this stage; None: the model's limit
-    document_tokens: int | None = None
-    mixing: Mixing = "single"  # one source a batch, or all in each
-    length_edges: tuple[int, ...] = ()  # borders of length groups, in tokens; a batch has one group
-    token_budget: int | None = None  # examples times tokens of their group's longest text, at most
-    batch_sizes: tuple[int, ...] = ()  # one for each length group, in place of batch_size
-    batching: Batching | None = None  # "fit": what memory takes, up to batch_size; or a table
-    shuffle_segments: float = 0.0  # share of the long positives whose thirds change places
-    shuffle_at: CutName = "characters"  # where they are cut
+    keep: Annotated[
+        Literal["best", "last"], "Which weights stay, if there is a dev set: the best or the last."
+    ] = "best"
+    epochs: Annotated[float, "Passes over the data.", "epochs"] = 1.0
+    steps: Annotated[int | None, "Optimizer steps; overrides epochs.", "steps"] = None
+    batch_size: Annotated[int, "Examples in a step, over all processes.", "examples"] = 64
+    positives: Annotated[int, "Maximum number of positives of a query in a batch.", "documents"] = 1
+    negatives: Annotated[int, "Maximum number of mined negatives of a query.", "documents"] = 8
+    in_batch: Annotated[
+        Policy,
+        "Which documents of other examples are negatives; per_row: all, unless the task of a row "
+        "forbids it.",
+    ] = "per_row"
+    mask_duplicates: Annotated[
+        bool, "Never take a document that equals a positive as a negative."
+    ] = True
+    query_tokens: Annotated[
+        int | None, "Longer queries are cut in this stage. Default: the model's limit.", "tokens"
+    ] = None
+    document_tokens: Annotated[
+        int | None, "Longer documents are cut in this stage. Default: the model's limit.", "tokens"
+    ] = None
+    mixing: Annotated[Mixing, "A batch has examples of one source, or of all."] = "single"
+    length_edges: Annotated[
+        tuple[int, ...],
+        "Borders between length groups; a batch has texts of one group.",
+        "tokens",
+    ] = ()
+    token_budget: Annotated[
+        int | None,
+        "Maximum of a batch: its examples times the tokens of the longest text of their length "
+        "group.",
+        "tokens",
+    ] = None
+    batch_sizes: Annotated[
+        tuple[int, ...], "Batch size of each length group, in place of batch_size.", "examples"
+    ] = ()
+    batching: Annotated[
+        Batching | None,
+        "Batch sizes by length: what memory takes (fit), or a table of the paper for 80 GB.",
+    ] = None
+    shuffle_segments: Annotated[
+        float, "Share of the long positives whose thirds change places.", "share"
+    ] = 0.0
+    shuffle_at: Annotated[CutName, "Where positives are cut for that."] = "characters"
     refresh: Refresh | None = None  # mine negatives again with the model in training
-    learning_rate: float = 2e-5  # at the peak
-    schedule: ScheduleName = "linear"
-    warmup: float = 0.1  # share of the steps
-    warmup_steps: int | None = None  # overrides warmup
-    decay: float = 0.1  # share of the steps; of the schedules wsd and early
-    weight_decay: float = 0.01
-    clip: float = 1.0  # largest norm of the gradient
-    patience: int | None = None  # evaluations without a better result until it stops
+    learning_rate: Annotated[float, "Learning rate at its peak."] = 2e-5
+    schedule: Annotated[
+        ScheduleName,
+        "Course of the learning rate; wsd: warmup, stable, decay; early: the decay first.",
+    ] = "linear"
+    warmup: Annotated[float, "Part of the steps in which the learning rate rises.", "share"] = 0.1
+    warmup_steps: Annotated[int | None, "Steps of the warmup; overrides warmup.", "steps"] = None
+    decay: Annotated[
+        float, "Part of the steps in which the rate falls; of the schedules wsd and early.", "share"
+    ] = 0.1
+    weight_decay: Annotated[float, "Weight decay of AdamW."] = 0.01
+    clip: Annotated[float, "Maximum norm of the gradient."] = 1.0
+    patience: Annotated[
+        int | None, "Stop after this many evaluations without a better dev score.", "evaluations"
+    ] = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective):
@@ -200,24 +235,49 @@ class Recipe:
     seed: int = 0
     paper: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)  # where we depart from it, and why
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that a recipe function was given
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """How a recipe is run on this machine."""
 
-    device: str | None = None  # None: a GPU if there is one
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
-    chunk_tokens: int | None = None  # encoded together; None: 2,048 on a CPU, 16,384 on a GPU
-    memory_gb: float | None = None  # for kept activations; None: a quarter of what is free
-    save_minutes: float = 5.0  # between checkpoints
-    save_steps: int | None = None  # between checkpoints, as well
-    eval_steps: int | None = None  # between evaluations; None: ten times a stage
-    shard_weights: bool = False  # over the processes, with gradients and optimizer (FSDP2)
-    checkpoint_activations: bool = False  # layers are computed again instead of kept
-    models_at: tuple[int, ...] = ()  # steps of the first stage after which its model is saved
-    cache_tokens: bool = False  # tokenize training texts once, and keep their tokens on disk
-    tensorboard: bool = False
+    device: Annotated[
+        str | None, "Device, such as cpu or cuda:1. Default: a GPU if there is one."
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], "Type of matrix products; weights stay float32."
+    ] = "float32"
+    chunk_tokens: Annotated[
+        int | None, "Tokens encoded together. Default: 2,048 on a CPU, 16,384 on a GPU.", "tokens"
+    ] = None
+    memory_gb: Annotated[
+        float | None, "Memory for kept activations. Default: a quarter of what is free.", "GB"
+    ] = None
+    save_minutes: Annotated[float, "Time between checkpoints.", "minutes"] = 5.0
+    save_steps: Annotated[int | None, "Also save a checkpoint after this many steps.", "steps"] = (
+        None
+    )
+    eval_steps: Annotated[
+        int | None,
+        "Steps between evaluations on the dev set. Default: a tenth of a stage.",
+        "steps",
+    ] = None
+    shard_weights: Annotated[
+        bool, "Spread weights, gradients and optimizer over the processes (FSDP2)."
+    ] = False
+    checkpoint_activations: Annotated[
+        bool, "Compute the activations of layers again instead of keeping them."
+    ] = False
+    models_at: Annotated[
+        tuple[int, ...],
+        "Also save the model after these steps of the first stage; 0: before training.",
+        "steps",
+    ] = ()
+    cache_tokens: Annotated[bool, "Tokenize training texts once and keep their tokens on disk."] = (
+        False
+    )
+    tensorboard: Annotated[bool, "Write files for TensorBoard too."] = False
     show_progress: bool = True
 
     def __post_init__(self) -> None:
@@ -236,6 +296,10 @@ class Run:
     def home(self) -> torch.device:
         """Where an embedder is between stages: sharded, it may be too large for one device."""
         return torch.device("cpu") if self.shards_weights else self.find_device()
+
+    def tokens_together(self, device: torch.device) -> int:
+        """Return how many tokens are encoded together on a device."""
+        return self.chunk_tokens or (16_384 if device.type == "cuda" else 2_048)
 
     def find_device(self) -> torch.device:
         """Return the device asked for; by default a GPU if there is one.

@@ -76,13 +76,12 @@ class Trainer:
             self.sharded = ShardedEmbedder(embedder, run.find_device())
         self.recomputed = recomputable(embedder.backbone) if run.checkpoint_activations else []
         self.optimizer = optimizer.adamw(embedder, stage)
-        on_gpu = embedder.device.type == "cuda"
-        self.chunk_tokens = run.chunk_tokens or (16_384 if on_gpu else 2_048)
+        self.chunk_tokens = run.tokens_together(embedder.device)
         self.budget = memory_budget(
             embedder,
             stage.objective.traits.kinds,
             run.memory_gb,
-            half=run.precision == "bfloat16",
+            half=run.dtype == "bfloat16",
             recomputed=bool(self.recomputed),
         )
         self.progress, self.alarm = checkpoint.StageProgress(), SparseAlarm()
@@ -232,7 +231,7 @@ class Trainer:
         self.embedder.train()
         step = self.progress.step
         seed = _seed_of(self.seed, step, distributed.rank())
-        half, sharded = self.options.precision == "bfloat16", self.sharded is not None
+        half, sharded = self.options.dtype == "bfloat16", self.sharded is not None
         device = self.embedder.device.type
         graph_tokens = self.budget.graph_tokens(batch.texts)
         chunks = Chunks(self.chunk_tokens, graph_tokens, seed, in_step=sharded)
@@ -430,7 +429,7 @@ class Trainer:
             f"{self.stage.name}: {self.steps} steps of {size} {self.work.unit}; "
             f"{count:,} weights in training"
         )
-        kind = getattr(torch, self.options.precision)
+        kind = getattr(torch, self.options.dtype)
         if (warning := warning_of(kind, self.embedder.device)) is not None:
             self.say(f"tercet: note: {warning}")
         if self.stage.objective.traits.contrasts:

@@ -79,7 +79,7 @@ def train(encoder_folder, files):
     """The words of a short training."""
 
     def words(out: Path, *more: str | Path, base: Path | str = encoder_folder) -> list[str | Path]:
-        start = ["train", "finetune", "--base", base, "--out", out, "--batch-size", "8"]
+        start = ["train", "finetune", "--model", base, "--out", out, "--set", "batch_size=8"]
         data = [] if "--data" in more else ["--data", files / "pairs.jsonl"]
         return [*start, *data, "--device", "cpu", *more]
 

@@ -27,13 +27,13 @@ def test_train_eval_index_search_and_encode_follow_each_other(
 ):
     out = tmp_path / "run"
     dev = files / "pairs.jsonl"
-    ended = tercet(*train(out, "--epochs", "2", "--dev", dev, "--eval-steps", "3"))
+    ended = tercet(*train(out, "--set", "epochs=2", "--dev", dev, "--set", "run.eval_steps=3"))
     assert (ended.status, ended.out) == (0, f"{out}/model\n")
     assert "contrastive: 6 steps of 8 examples" in ended.err
     assert re.search(
         r"dev set: 0\.\d+ before training, 0\.\d+ at best, after step \d of 6", ended.err
     )
-    assert f"next: tercet index {out}/model docs.jsonl --out {out}/index\n" in ended.err
+    assert f"next: tercet index docs.jsonl --model {out}/model --out {out}/index\n" in ended.err
 
     ended = tercet("eval", dev, "--model", out / "model", "--compare-with", encoder_folder)
     lines = ended.out.splitlines()
@@ -79,8 +79,7 @@ def test_train_eval_index_search_and_encode_follow_each_other(
         (["search", "index", "q", "--k", "many"], "'--k'"),
         (["search", "index"], "'QUESTION'"),
         (["encode", "a.txt", "--model", "model", "--out", "v.npy", "--role", "title"], "'--role'"),
-        (["train", "finetune", "--out", "run"], "'--data'"),
-        (["train", "simcse"], "'simcse'"),
+        (["train", "--out", "run"], "'recipe'"),
         (["serach", "index", "q"], "'serach'"),
     ],
 )

@@ -326,7 +326,7 @@ def test_kinds_and_protocol_are_as_asked_for(tercet, refused, of_all_kinds, file
     for wrong, said in (
         ("sparse", "write NAME=NUMBER, as in sparse=0.3"),
         ("sparse=x", "write NAME=NUMBER, as in sparse=0.3"),
-        ("sparce=1", "there is no such kind; did you mean sparse?"),
+        ("sparce=1", 'there is no such kind (did you mean "sparse"?)'),
         ("sparse=-1", "the weight of sparse must be 0 or more; got -1"),
         ("multi=nan", "the weight of multi must be 0 or more; got nan"),
     ):

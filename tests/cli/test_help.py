@@ -31,7 +31,6 @@ def commands() -> dict[str, Any]:
 
 
 ALL = commands()
-ALL = {words: each for words, each in ALL.items() if words.split()[:1] != ["train"]}
 LEAVES = {words: each for words, each in ALL.items() if not hasattr(each, "list_commands")}
 
 

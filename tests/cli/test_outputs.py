@@ -48,7 +48,7 @@ class Writes(NamedTuple):
 
 MINE = "mine {h}/pairs.jsonl --by bm25 --negatives 1 --depth 5 --at-least 0 --work {h}/../work "
 MAKE = "--task t --instruction i --out {out}"
-SMALL = "--base {h}/model --batch-size 8 --steps 2 --device cpu"
+SMALL = "--model {h}/model --set batch_size=8 --steps 2 --device cpu"
 
 FILES = {
     "check --json": Writes(
@@ -144,7 +144,7 @@ FOLDERS = {
         "diagnose {h}/texts.txt --model {h}/model --triples {h}/triples.jsonl --out {out}",
         ("", "model"),
     ),
-    "demo": Writes("demo --data {h}/packages.parquet --steps 2 --out {out}", ("",)),
+    "demo": Writes("demo --packages {h}/packages.parquet --steps 2 --out {out}", ("",)),
     "study": Writes(
         "study {h}/study.py --data {h}/pairs.jsonl --test {h}/test.jsonl --model {h}/model "
         "--device cpu --out {out}",
@@ -298,7 +298,7 @@ def test_a_run_does_not_replace_a_model_that_it_did_not_make(
     (out / path).write_text("{}")
     before = untouched(out)
     words = filled(FOLDERS["train"], home, out)
-    said = refused(*words, "--models-at", "1")
+    said = refused(*words, "--set", "run.models_at=1")
     assert said.startswith(f"{(out / path).parent}: is not a model and would be overwritten")
     assert untouched(out) == before
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 import transformers as t
 
+from tercet.cli.train import shown
 from tercet.models.embedder import Embedder
-from tests.cli.lines import table, write
+from tercet.recipes.catalog import RECIPES
+from tercet.recipes.settings import settings_of
+from tests.cli.lines import cells, table, write
 from tests.toy import DECODERS, SENTENCES, byte_bpe
 
 
@@ -23,20 +26,82 @@ def language_model(tmp_path_factory):
 def llm2vec(language_model):
     """The words of a short training of all stages that are asked for."""
 
-    def words(out, *more, base=language_model):
-        numbers = {"mntp-steps": 2, "mntp-batch-size": 4, "block-tokens": 32, "simcse-steps": 3}
-        sizes = {"simcse-batch-size": 6, "supervised-steps": 2, "batch-size": 4, "lora-rank": 2}
-        flags = [f"--{name}={number}" for name, number in {**numbers, **sizes}.items()]
-        return [*("train", "llm2vec", "--base", base, "--out", out, "--device=cpu"), *flags, *more]
+    def words(out, *more, model=language_model):
+        settings = "mntp.steps=2 mntp.batch_size=4 mntp.block_tokens=32 simcse.steps=3"
+        settings += " simcse.batch_size=6 lora_rank=2"
+        if any("supervised" in str(word) for word in more):
+            settings += " supervised.steps=2 supervised.batch_size=4"
+        start = ("train", "llm2vec", "--model", model, "--out", out, "--device=cpu")
+        return [*start, *(f"--set={word}" for word in settings.split()), *more]
 
     return words
 
 
-def test_the_flags_of_a_recipe_are_its_parameters(tercet):
-    out = tercet("train", "finetune", "--help").out
-    for flag in ("--base", "--temperature", "--length-edges", "--token-budget", "--lora-rank"):
-        assert flag in out
-    assert "--save-steps" in out  # of a run
+def test_explain_lists_every_setting_with_default_unit_and_meaning(tercet):
+    for recipe, entry in RECIPES.items():
+        out = tercet("train", recipe, "--explain").out
+        for setting in settings_of(entry).values():
+            (line,) = [line for line in out.splitlines() if line.split(" ")[0] == setting.name]
+            assert cells(line)[1] == shown(setting.default) and setting.meaning in line
+        assert f"Example: tercet train {entry.example}" in out
+
+
+def test_plan_prints_what_each_stage_will_do_and_writes_nothing(tercet, train, files, tmp_path):
+    ended = tercet(*train(tmp_path / "run", "--plan"))
+    assert ended.status == 0 and not (tmp_path / "run").exists()
+    first, header, row = ended.out.splitlines()
+    assert first.startswith("plan: 1 stage, about ")
+    assert cells(header)[:5] == ["stage", "reads", "steps", "batch", "candidates"]
+    assert cells(row)[:5] == ["contrastive", "pairs", "3", "8 examples", "8"]
+    words = ["--model", files.parent / "none", "--data", files / "pairs.jsonl", "--plan"]
+    ended = tercet("train", "bge-m3", *words)
+    assert ended.status == 2 and "no such folder" in ended.err  # a plan looks at the model too
+
+
+def test_a_training_begins_with_the_plan_of_all_stages(tercet, llm2vec, files, tmp_path):
+    words = llm2vec(tmp_path / "run", "--data", files / "texts.txt")
+    said = tercet(*words).err.splitlines()
+    at = next(number for number, line in enumerate(said) if line.startswith("plan: 2 stages"))
+    rows = [cells(line)[:5] for line in said[at + 2 : at + 4]]
+    assert rows == [
+        ["mntp", "texts", "2", "4 blocks", "-"],
+        ["simcse", "texts", "3", "6 texts", "6"],
+    ]
+    assert not any(line.startswith("mntp:") for line in said[:at])
+    assert "plan:" not in tercet(*words).err  # it has finished
+
+
+def test_settings_come_from_a_file_and_from_an_earlier_run(tercet, refused, train, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('recipe = "finetune"\ntemperature = 0.1\n[run]\nsave_steps = 2\n')
+    assert tercet(*train(tmp_path / "first", "--recipe", file, "--set=seed=5")).status == 0
+    made = json.loads((tmp_path / "first/recipe.json").read_text())
+    assert made["recipe"]["stages"][0]["objective"]["temperature"] == 0.1
+    assert (made["recipe"]["seed"], made["run"]["save_steps"]) == (5, 2)
+    start, data = train(tmp_path / "again")[:2], train(tmp_path / "again")[-4:-2]
+    words = [*start, *data, "--recipe", tmp_path / "first/recipe.json", "--device", "cpu"]
+    assert tercet(*words, "--out", tmp_path / "again").status == 0
+    ends = [
+        (tmp_path / name / "model/model.safetensors").read_bytes() for name in ("first", "again")
+    ]
+    assert ends[0] == ends[1]
+    said = refused("train", "bge-m3", "--recipe", tmp_path / "first/recipe.json", "--plan")
+    assert said.endswith(f"write: tercet train finetune --recipe {tmp_path}/first/recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("train finetun", "there is no recipe 'finetun' (did you mean \"finetune\"?)"),
+        ("train finetune", "--out is missing: name the folder of the run, as in --out runs/mine"),
+        ("train finetune --plan", "the stage contrastive needs examples, and there are none"),
+        ("train finetune --plan --seed 1 --set seed=2", "--seed and --set seed give the same"),
+        ("train bge-m3 --plan --data unifed=a.jsonl", "--data unifed=a.jsonl: there is no stage"),
+        ("train finetune --plan --dtype float16", "run.dtype must be one of float32, bfloat16"),
+    ],
+)
+def test_a_training_that_is_not_described_well_is_refused(refused, words, problem):
+    assert refused(*words.split()).startswith(problem)
 
 
 @pytest.mark.parametrize(
@@ -67,23 +132,31 @@ def test_a_model_that_is_not_there_or_incomplete_is_named(refused, train, files,
 
 
 @pytest.mark.parametrize(
-    ("flags", "problem"),
+    ("setting", "problem"),
     [
-        (["--dims", "65"], "dims are [65], but the model's vectors have 64"),
-        (["--dims", "8", "--dims", "8"], "dims are (8, 8); give lengths of 1 or more, each once"),
-        (["--batch-size", "1"], "batch_size must be at least 2, got 1"),
-        (["--learning-rate", "-1"], "learning_rate is -1.0; give a number above 0"),
-        (["--temperature", "0"], "temperature is 0.0; give a number above 0"),
-        (["--lora-rank", "0"], "rank is 0; give 1 or more"),
-        (["--save-steps", "0"], "save_steps is 0; give 1 or more"),
-        (["--token-budget", "0"], "token_budget is 0; give 1 or more"),
-        (["--device", "tpu"], "the device 'tpu' cannot be used here"),
-        (["--attention", "causal"], "BertModel is an encoder"),
+        ("dims=65", "dims are [65], but the model's vectors have 64"),
+        ("dims=8,8", "dims are (8, 8); give lengths of 1 or more, each once"),
+        ("learning_rate=-1", "learning_rate is -1.0; give a number above 0"),
+        ("temperature=0", "temperature is 0.0; give a number above 0"),
+        ("lora_rank=0", "rank is 0; give 1 or more"),
+        ("run.save_steps=0", "save_steps is 0; give 1 or more"),
+        ("token_budget=0", "token_budget is 0; give 1 or more"),
+        ("run.device=tpu", "the device 'tpu' cannot be used here"),
+        ("attention=causal", "BertModel is an encoder"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(refused, train, tmp_path, flags, problem):
-    assert refused(*train(tmp_path / "run", *flags)).startswith(problem)
+def test_settings_that_make_no_sense_are_refused(refused, train, tmp_path, setting, problem):
+    words = train(tmp_path / "run", "--set", setting)
+    if setting.startswith("run.device"):
+        words = [word for word in words if word not in ("--device", "cpu")]
+    assert refused(*words).startswith(problem)
     assert not (tmp_path / "run/recipe.json").exists()
+
+
+def test_a_batch_of_one_example_is_refused(refused, train, tmp_path):
+    words = [word for word in train(tmp_path / "run") if word not in ("--set", "batch_size=8")]
+    said = refused(*words, "--set", "batch_size=1")
+    assert said.startswith("batch_size must be at least 2, got 1")
 
 
 def test_a_run_folder_of_other_settings_is_refused_and_the_same_command_goes_on(
@@ -91,34 +164,28 @@ def test_a_run_folder_of_other_settings_is_refused_and_the_same_command_goes_on(
 ):
     out = tmp_path / "run"
     assert tercet(*train(out)).status == 0
-    said = refused(*train(out, "--temperature", "0.1"))
+    said = refused(*train(out, "--set", "temperature=0.1"))
     assert said.startswith(f"{out} holds a run with other settings (objective.temperature was ")
     assert said.endswith("another --out, or delete that folder")
     ended = tercet(*train(out))
     assert ended.status == 0 and "this stage is finished already" in ended.err
 
 
-def test_lora_flags_train_a_model_that_loads_without_peft(tercet, train, tmp_path):
-    ended = tercet(*train(tmp_path / "run", "--lora-rank", "2"))
+def test_a_rank_of_lora_trains_a_model_that_loads_without_peft(tercet, train, tmp_path):
+    ended = tercet(*train(tmp_path / "run", "--set", "lora_rank=2"))
     assert ended.status == 0
     assert not list((tmp_path / "run/model").glob("adapter*"))
     assert Embedder.load(tmp_path / "run/model").encode(["music"]).shape == (1, 64)
 
 
-def test_a_weight_behind_a_file_says_how_often_its_examples_are_used(
+def test_a_file_whose_name_has_a_colon_or_an_equals_sign_is_that_file(
     tercet, train, files, tmp_path
 ):
-    pairs = files / "pairs.jsonl"
-    for weight, steps in (("", 3), (":2", 6), (":0.5", 2)):
-        ended = tercet(*train(tmp_path / f"run{weight[1:]}", "--data", f"{pairs}{weight}"))
-        assert f"contrastive: {steps} steps of 8 examples" in ended.err
-
-
-def test_a_file_whose_name_ends_like_a_weight_is_that_file(tercet, train, files, tmp_path):
-    named = tmp_path / "pairs:2.jsonl"
-    named.write_bytes((files / "pairs.jsonl").read_bytes())
-    ended = tercet(*train(tmp_path / "run", "--data", named))
-    assert "contrastive: 3 steps" in ended.err
+    for number, name in enumerate(("pairs:2.jsonl", "contrastive=pairs.jsonl")):
+        named = tmp_path / name
+        named.write_bytes((files / "pairs.jsonl").read_bytes())
+        ended = tercet(*train(tmp_path / f"run{number}", "--data", named))
+        assert "contrastive: 3 steps" in ended.err
 
 
 def test_weights_and_counts_are_given_by_source_and_language(tercet, train, tmp_path):
@@ -163,7 +230,7 @@ def test_cached_tokens_train_the_same_model_and_the_mixture_is_written(
 ):
     monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
     losses = []
-    for number, flags in enumerate([[], ["--cache-tokens"]]):
+    for number, flags in enumerate([[], ["--set", "run.cache_tokens=true"]]):
         out = tmp_path / f"run{number}"
         assert tercet(*train(out, *flags)).status == 0
         log = (out / "log.jsonl").read_text().splitlines()
@@ -176,7 +243,7 @@ def test_cached_tokens_train_the_same_model_and_the_mixture_is_written(
 
 
 def test_length_flags_are_in_tokens(tercet, train, tmp_path):
-    flags = ["--length-edges", "8", "--length-edges", "10", "--token-budget", "24"]
+    flags = ["--set", "length_edges=8,10", "--set", "token_budget=24"]
     ended = tercet(*train(tmp_path / "run", *flags))
     assert ended.status == 0
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -217,8 +284,9 @@ def test_llm2vec_trains_its_stages_and_a_finished_run_is_left_alone(
 def test_each_stage_of_llm2vec_reads_the_data_of_its_flag(tercet, llm2vec, files, tmp_path):
     texts = write(tmp_path / "texts.jsonl", *({"body": text} for text in SENTENCES))
     sentences = write(tmp_path / "sentences.jsonl", *({"body": f"{i} maps"} for i in range(7)))
-    data = ["--data", texts, "--sentences", sentences, "--pairs", files / "pairs.jsonl"]
-    stages = ["--stages", "mntp,simcse,supervised", "--text-field", "body"]
+    pairs = files / "pairs.jsonl"
+    data = ["--data", texts, "--data", f"simcse={sentences}", "--data", f"supervised={pairs}"]
+    stages = ["--set", "stages=mntp,simcse,supervised", "--text-field", "body"]
     ended = tercet(*llm2vec(tmp_path / "run", *data, *stages))
     assert ended.status == 0, ended.err
     started = [line.split(":")[0] for line in ended.err.splitlines() if "in training" in line]
@@ -233,30 +301,27 @@ def test_each_stage_of_llm2vec_reads_the_data_of_its_flag(tercet, llm2vec, files
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ("mntp,simcse", "the stage mntp needs --data"),
-        ("mntp --sentences {}/texts.txt", "the stage mntp needs --data"),
-        ("simcse", "the stage simcse needs --sentences"),
-        ("mntp,supervised --data {}/texts.txt", "the stage supervised needs --pairs"),
+        ("mntp,simcse", "the stage mntp needs texts, and there are none; give --data FILE or --da"),
+        ("mntp --data simcse={0}/texts.txt", "the stage mntp needs texts"),
+        ("mntp,supervised --data {0}/texts.txt", "the stage supervised needs examples, and ther"),
         (
-            "mntp,simcse --data {0}/texts.txt --pairs {0}/pairs.jsonl",
-            "--pairs is given, but no stage reads it",
+            "mntp,simcse --data {0}/texts.txt --data supervised={0}/pairs.jsonl",
+            "--data supervised={0}/pairs.jsonl: no stage reads it (stages: mntp, simcse)",
         ),
         (
-            "mntp --data {0}/texts.txt --sentences {0}/texts.txt",
-            "--sentences is given, but no stage reads it",
+            "supervised --data {0}/texts.txt --data supervised={0}/pairs.jsonl",
+            "--data {0}/texts.txt: no stage reads it",
         ),
-        (
-            "supervised --data {0}/texts.txt --pairs {0}/pairs.jsonl",
-            "--data is given, but no stage reads it",
-        ),
-        ("mntp,simsce --data {}/texts.txt", "stages are 'mntp,simsce'; choose from mntp, simcse"),
+        ("mntp,simsce --data {0}/texts.txt", "stages are 'mntp,simsce'; choose from mntp, simcse"),
     ],
 )
-def test_data_that_is_missing_or_too_much_is_named_by_its_flag(
-    refused, llm2vec, files, tmp_path, flags, problem
+def test_data_that_is_missing_or_too_much_is_named(
+    refused, language_model, files, tmp_path, flags, problem
 ):
-    words = llm2vec(tmp_path / "run", "--stages", *flags.format(files).split())
-    assert refused(*words).startswith(problem)
+    stages, *data = flags.format(files).split()
+    words = ["--model", language_model, "--out", tmp_path / "run", "--device", "cpu"]
+    said = refused("train", "llm2vec", *words, "--set", f"stages={stages}", *data)
+    assert said.startswith(problem.format(files))
     assert not (tmp_path / "run").exists()
 
 
@@ -274,7 +339,7 @@ def test_texts_that_cannot_be_trained_on_are_named(
     refused, llm2vec, tmp_path, name, content, problem
 ):
     (tmp_path / name).write_bytes(content)
-    words = llm2vec(tmp_path / "run", "--data", tmp_path / name, "--stages", "mntp")
+    words = llm2vec(tmp_path / "run", "--data", tmp_path / name)
     assert problem in refused(*words)
 
 
@@ -282,14 +347,15 @@ def test_a_base_that_llm2vec_cannot_turn_is_refused(
     refused, llm2vec, files, decoder_folder, encoder_folder, tmp_path
 ):
     data = ["--data", files / "texts.txt"]
-    assert "is an encoder, which" in refused(*llm2vec(tmp_path, *data, base=encoder_folder))
-    said = refused(*llm2vec(tmp_path / "run", *data, base=decoder_folder))
+    assert "is an encoder, which" in refused(*llm2vec(tmp_path, *data, model=encoder_folder))
+    said = refused(*llm2vec(tmp_path / "run", *data, model=decoder_folder))
     assert said.startswith(f"{decoder_folder}: the weights of its language-model head are missing")
 
 
 def test_models_at_saves_models_on_the_way(tercet, refused, train, tmp_path):
-    assert tercet(*train(tmp_path / "run", "--models-at", "0,2")).status == 0
+    assert tercet(*train(tmp_path / "run", "--set", "run.models_at=0,2")).status == 0
     assert sorted(path.name for path in (tmp_path / "run/steps").iterdir()) == ["0", "2"]
-    for wrong in ("2,2", "1.5", "", "-1"):
-        said = refused(*train(tmp_path / "other", f"--models-at={wrong}"))
-        assert said.startswith(f"--models-at {wrong}: give whole numbers from 0 up")
+    said = refused(*train(tmp_path / "other", "--set", "run.models_at=1.5"))
+    assert said.startswith("run.models_at must be a list of whole numbers, as in 64,128; got '1.5'")
+    said = refused(*train(tmp_path / "other", "--set", "run.models_at=-1"))
+    assert said.startswith("models_at is [-1]; give steps")

@@ -62,9 +62,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def recipe(folder: Path, base: str = "xlm-roberta", **changes: Any) -> Recipe:
-    numbers: dict[str, Any] = {"stages": "unified", "steps": 4, "batch_size": 6, "negatives": 2}
-    numbers |= {"multi_dim": 16, "learning_rate": 1e-3, "temperature": 0.1}
-    return bge_m3(base=str(folder / base), **{**numbers, **changes})
+    numbers: dict[str, Any] = {"stages": "unified", "unified_steps": 4}
+    numbers |= {"unified_batch_size": 6, "unified_negatives": 2}
+    numbers |= {"multi_dim": 16, "unified_learning_rate": 1e-3, "temperature": 0.1}
+    return bge_m3(model=str(folder / base), **{**numbers, **changes})
 
 
 def data(folder: Path, name: str = "plain") -> dict[str, list[Source]]:
@@ -139,7 +140,7 @@ def test_the_start_of_distillation_survives_a_kill(folder: Path, tmp_path: Path)
         return 0.0
 
     calls = 0
-    built = recipe(folder, distil_after=3)
+    built = recipe(folder, unified_distil_after=3)
     run = replace(QUIET, save_steps=1, eval_steps=1, chunk_tokens=16)  # several chunks a step
     whole = train(built, data(folder), tmp_path / "whole", run=run, score=lambda e: 0.0)
     with pytest.raises(Killed):
@@ -155,7 +156,7 @@ def test_the_start_of_distillation_survives_a_kill(folder: Path, tmp_path: Path)
 def test_a_trained_model_is_saved_with_all_kinds_and_learned(
     folder: Path, tmp_path: Path, base: str
 ):
-    built = recipe(folder, base, steps=12, dims=[16])
+    built = recipe(folder, base, unified_steps=12, dims=[16])
     trained = train(built, data(folder), tmp_path / "run", run=QUIET)
     loaded = Embedder.load(tmp_path / "run/model")
     assert loaded.kinds == KINDS and loaded.settings.dims == (16,)
@@ -167,20 +168,20 @@ def test_a_trained_model_is_saved_with_all_kinds_and_learned(
 
 
 def test_heads_alone_leave_the_backbone_as_it_was(folder: Path, tmp_path: Path):
-    built = recipe(folder, train="heads")
+    built = recipe(folder, unified_train="heads")
     train(built, data(folder), tmp_path / "run", run=QUIET)
     base = Embedder.load(folder / "xlm-roberta")
     trained = Embedder.load(tmp_path / "run/model")
     before, after = base.backbone.model.state_dict(), trained.backbone.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert trained.heads.sparse is not None and trained.heads.sparse.weight.any()
-    with pytest.raises(RecipeError, match="heads alone"):
-        bge_m3(base="x", train="heads")
+    with pytest.raises(RecipeError, match="unified_train=heads trains nothing in the other stages"):
+        bge_m3(model="x", unified_train="heads")
 
 
 @pytest.mark.parametrize("lesson", ["kl", "listwise"])
 def test_scores_of_a_reranker_are_learned(folder: Path, tmp_path: Path, lesson: Any):
-    built = recipe(folder, teacher=lesson, steps=8)
+    built = recipe(folder, unified_distil=lesson, unified_steps=8)
     with_scores = train(built, data(folder, "scored"), tmp_path / "scored", run=QUIET)
     without = train(built, data(folder), tmp_path / "plain", run=QUIET)
     assert with_scores.fingerprint() != without.fingerprint()
@@ -223,7 +224,7 @@ def test_lora_trains_the_heads_too(folder: Path, tmp_path: Path):
 
 
 def test_stages_make_the_kinds_that_were_trained_by_then(folder: Path, tmp_path: Path):
-    built = recipe(folder, stages="contrastive,unified", contrastive_steps=2, steps=2)
+    built = recipe(folder, stages="contrastive,unified", contrastive_steps=2, unified_steps=2)
     sources = data(folder)
     train(built, {"pairs": sources["examples"], **sources}, tmp_path / "run", run=QUIET)
     first = Embedder.load(tmp_path / "run/1-contrastive/model")

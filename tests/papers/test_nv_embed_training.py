@@ -165,17 +165,17 @@ def prepare(folder: Path) -> None:
 
 def recipe(folder: Path, **changes: Any) -> Recipe:
     numbers: dict[str, Any] = {
-        "steps": 2,
+        "retrieval_steps": 2,
         "blended_steps": 2,
         "batch_size": 7,
-        "learning_rate": 1e-30,  # weights stay, so that both runs have the same ones
+        "retrieval_learning_rate": 1e-30,  # weights stay, so that both runs have the same ones
         "blended_learning_rate": 1e-30,
         "latents": 6,
         "heads": 2,
         "init": "normal",
         "lora_dropout": 0.0,
     }
-    return nv_embed(base=str(folder / "base"), **(numbers | changes))
+    return nv_embed(model=str(folder / "base"), **(numbers | changes))
 
 
 def sources(folder: Path) -> dict[str, list[Source]]:

@@ -39,15 +39,15 @@ def mined(tmp_path) -> list[Source]:
 
 def small(base: Path, **changes: Any) -> Recipe:
     numbers: dict[str, Any] = {
-        "steps": 3,
+        "pretraining_steps": 3,
         "finetuning_steps": 2,
-        "batch_size": 8,
+        "pretraining_batch_size": 8,
         "finetuning_batch_size": 4,
         "dims": [16],
-        "negatives": 2,
-        "learning_rate": 1e-3,
+        "finetuning_negatives": 2,
+        "pretraining_learning_rate": 1e-3,
     }
-    return arctic_embed(base=str(base), **(numbers | changes))
+    return arctic_embed(model=str(base), **(numbers | changes))
 
 
 def test_the_preset_of_the_paper_has_its_numbers():  # traps A14 and the table of section 8
@@ -75,7 +75,9 @@ def test_the_fine_tuning_is_constant_for_3342_steps_and_then_decays():  # trap A
 
 
 def test_a_flag_counts_more_than_the_preset():
-    recipe = arctic_embed(preset="arctic-l", batch_size=64, finetuning_steps=5, query_prompt="q: ")
+    recipe = arctic_embed(
+        preset="arctic-l", pretraining_batch_size=64, finetuning_steps=5, query_prompt="q: "
+    )
     assert recipe.stages[0].batch_size == 64
     assert recipe.stages[1].steps == 5
     assert recipe.model.prompts == {"query": "q: ", "document": ""}
@@ -98,7 +100,7 @@ def test_pairs_alone_train_both_stages_with_negatives_that_the_model_mines(
 ):
     said: list[str] = []
     trained = train(
-        small(encoder_folder, threshold=1.0),
+        small(encoder_folder, finetuning_threshold=1.0),
         {"pairs": pairs, "mined": pairs},
         tmp_path / "run",
         run=QUIET,
@@ -124,7 +126,7 @@ def test_rows_that_bring_negatives_keep_them_and_nothing_is_mined(
 def test_a_killed_fine_tuning_goes_on_with_the_negatives_it_mined(
     encoder_folder, pairs, tmp_path, monkeypatch
 ):
-    data, recipe = {"pairs": pairs, "mined": pairs}, small(encoder_folder, threshold=1.0)
+    data, recipe = {"pairs": pairs, "mined": pairs}, small(encoder_folder, finetuning_threshold=1.0)
     whole = train(recipe, data, tmp_path / "whole", run=QUIET)
     save = Trainer._save
 
@@ -147,7 +149,10 @@ def test_a_killed_fine_tuning_goes_on_with_the_negatives_it_mined(
 def test_each_stage_cuts_texts_at_its_own_length_and_the_model_at_its_own(encoder_folder, pairs):
     embedder = Embedder.load(encoder_folder)
     first, second = small(
-        encoder_folder, query_tokens=4, document_tokens=6, finetuning_tokens=8
+        encoder_folder,
+        pretraining_query_tokens=4,
+        pretraining_document_tokens=6,
+        finetuning_max_tokens=8,
     ).stages
     long = Example("one two three four five six", ("word " * 30,))
     for stage, cut in ((first, (4, 6)), (second, (8, 8))):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tercet.cli.train import EXAMPLES, PAIRS_OR_DATA, TEXTS_OR_DATA, _data
+from tercet.cli.train import stage_data
 from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.tuned_weights import save_weights
@@ -18,6 +18,7 @@ from tercet.objectives.retromae import RetroMAE
 from tercet.objectives.unified import Unified
 from tercet.rank.quantized import Ranges
 from tercet.recipes.bge_m3 import bge_m3
+from tercet.recipes.catalog import RECIPES
 from tercet.training.log import read
 from tercet.training.loop import train
 from tercet.training.recipe import Recipe, Refresh, Run
@@ -41,9 +42,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def small(folder: Path, **changes: Any) -> Recipe:
-    steps = {"retromae_steps": 2, "contrastive_steps": 2, "steps": 3}
-    sizes = {"retromae_batch_size": 4, "contrastive_batch_size": 6, "batch_size": 6}
-    given = {"base": str(folder / "base"), **steps, **sizes, **changes}
+    steps = {"retromae_steps": 2, "contrastive_steps": 2, "unified_steps": 3}
+    sizes = {"retromae_batch_size": 4, "contrastive_batch_size": 6, "unified_batch_size": 6}
+    given = {"model": str(folder / "base"), **steps, **sizes, **changes}
     return bge_m3(multi_dim=16, **given)
 
 
@@ -96,17 +97,17 @@ def test_three_stages_killed_between_steps_end_as_if_they_had_not_been(
     assert embedder.encode_vectors(toy.SENTENCES).kinds == KINDS
 
 
-def test_stages_without_data_of_their_own_read_the_examples(folder: Path):
-    reads = (EXAMPLES, TEXTS_OR_DATA, PAIRS_OR_DATA)
+def test_stages_without_data_of_their_own_read_the_common_files(folder: Path):
+    entry = RECIPES["bge-m3"]
     (folder / "texts.txt").write_text("\n".join(toy.SENTENCES) + "\n", encoding="utf-8")
     pairs, texts = folder / "pairs.jsonl", folder / "texts.txt"
-    found = _data(small(folder), reads, {"data": [pairs], "texts": [], "pairs": []}, "text")
+    found = stage_data(small(folder), entry, {"": [pairs]}, "text")
     assert {name: [s.path for s in sources] for name, sources in found.items()} == {
         "examples": [pairs],
         "texts": [pairs],
         "pairs": [pairs],
     }
-    found = _data(small(folder), reads, {"data": [pairs], "texts": [texts], "pairs": []}, "text")
+    found = stage_data(small(folder), entry, {"": [pairs], "retromae": [texts]}, "text")
     assert [s.path for s in found["texts"]] == [texts]
 
 
@@ -116,12 +117,12 @@ def test_options_of_the_stages_reach_them(folder: Path):
         stages="unified",
         kinds="dense,multi",
         dims=[16, 32],
-        distil_after=7,
-        self_distillation=False,
-        refresh_steps=100,
+        unified_distil_after=7,
+        unified_self_distillation=False,
+        unified_refresh_steps=100,
         shuffle_segments=0.002,
         batching="bge-m3-80gb",
-        sum_loss=0.5,
+        unified_sum_loss=0.5,
     )
     (stage,) = recipe.stages
     assert isinstance(stage.objective, Unified)
@@ -133,25 +134,34 @@ def test_options_of_the_stages_reach_them(folder: Path):
 
 
 def test_negatives_are_refreshed_by_the_scores_that_are_asked_for(folder: Path):
-    usual = small(folder, refresh_steps=100).stages[-1].refresh
+    usual = small(folder, unified_refresh_steps=100).stages[-1].refresh
     assert usual is not None and usual == Refresh(every=100)
-    summed = small(folder, refresh_steps=9, refresh_by="hybrid", sum_weights="1,0.5,0.2")
+    summed = small(
+        folder,
+        unified_refresh_steps=9,
+        unified_refresh_by="hybrid",
+        unified_sum_weights="1,0.5,0.2",
+    )
     assert summed.stages[-1].refresh == Refresh(
         every=9, mining=replace(usual.mining, by="hybrid", weights=Weights(1.0, 0.5, 0.2))
     )
-    fewer = small(folder, refresh_steps=9, refresh_by="hybrid", kinds="sparse").stages[-1].refresh
+    fewer = (
+        small(folder, unified_refresh_steps=9, unified_refresh_by="hybrid", kinds="sparse")
+        .stages[-1]
+        .refresh
+    )
     assert fewer is not None and fewer.mining.weights == Weights(1.0, 0.3, 0.0)
     with pytest.raises(RecipeError, match="refresh_by is sparse, but nothing is refreshed"):
-        small(folder, refresh_by="sparse")
+        small(folder, unified_refresh_by="sparse")
     for by in ("hybrid", "sparse"):
         with pytest.raises(RecipeError, match=f"refresh_by is {by}, but the model makes no sparse"):
-            small(folder, refresh_steps=9, refresh_by=by, kinds="dense,multi")
+            small(folder, unified_refresh_steps=9, unified_refresh_by=by, kinds="dense,multi")
 
 
 def test_a_rerankers_scores_and_refreshed_negatives_do_not_go_together(folder: Path):
     for lesson in ("kl", "listwise"):
         with pytest.raises(RecipeError, match="a refresh mines have none"):
-            small(folder, refresh_steps=100, teacher=lesson)
+            small(folder, unified_refresh_steps=100, unified_distil=lesson)
 
 
 def test_retromae_goes_on_from_an_adapter_though_its_head_is_not_there(
@@ -160,7 +170,7 @@ def test_retromae_goes_on_from_an_adapter_though_its_head_is_not_there(
     embedder = Embedder.load(folder / "base")
     embedder.backbone.add_lora(rank=2, alpha=4, dropout=0.0)
     embedder.save_adapter(tmp_path / "adapter", str(folder / "base"))
-    built = small(folder, stages="retromae", base=str(tmp_path / "adapter"))
+    built = small(folder, stages="retromae", model=str(tmp_path / "adapter"))
     train(built, {"texts": data(folder)["texts"]}, tmp_path / "run", run=QUIET)
     assert (tmp_path / "run/model/tercet.json").exists()
 
@@ -234,13 +244,13 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_trained(
     folder: Path, tmp_path: Path
 ):
     with pytest.raises(RecipeError, match="LoRA"):
-        small(folder, stages="unified", train="heads", lora_rank=2)
+        small(folder, stages="unified", unified_train="heads", lora_rank=2)
     with pytest.raises(RecipeError, match="LoRA"):
         small(folder, positions=300, lora_rank=2)
     with pytest.raises(RecipeError, match="counts in the sum"):
-        small(folder, sum_weights="0,0,0")
+        small(folder, unified_sum_weights="0,0,0")
     with pytest.raises(RecipeError, match="three numbers"):
-        small(folder, sum_weights="1,2")
+        small(folder, unified_sum_weights="1,2")
     with pytest.raises(RecipeError, match="dims are of dense vectors"):
         small(folder, kinds="sparse,multi", dims=[16])
     with pytest.raises(RecipeError, match=r"dims are \[4000\], but .*stage contrastive"):
@@ -252,16 +262,18 @@ def test_heads_that_stay_behind_are_told_of(folder: Path, tmp_path: Path, caplog
     examples = {"examples": data(folder)["examples"]}
     train(small(folder, stages="unified"), examples, tmp_path / "all", run=QUIET)
     base = str(tmp_path / "all/model")
-    more = bge_m3(base=base, stages="unified", kinds="dense,sparse", steps=1, batch_size=6)
+    more = bge_m3(
+        model=base, stages="unified", kinds="dense,sparse", unified_steps=1, unified_batch_size=6
+    )
     train(more, examples, tmp_path / "some", run=QUIET)
     assert "trains the network and not its layers for multi vectors" in caplog.text
 
 
 def test_a_stage_alone_reads_its_own_data(folder: Path):
-    reads = (EXAMPLES, TEXTS_OR_DATA, PAIRS_OR_DATA)
+    entry = RECIPES["bge-m3"]
     (folder / "own.txt").write_text("\n".join(toy.SENTENCES) + "\n", encoding="utf-8")
     alone = small(folder, stages="retromae")
-    found = _data(alone, reads, {"data": [], "texts": [folder / "own.txt"], "pairs": []}, "text")
+    found = stage_data(alone, entry, {"retromae": [folder / "own.txt"]}, "text")
     assert list(found) == ["texts"]
-    with pytest.raises(RecipeError, match="the stage unified needs --data"):
-        _data(small(folder, stages="unified"), reads, {"data": [], "texts": [], "pairs": []}, "t")
+    with pytest.raises(RecipeError, match="the stage unified needs examples, and there are none"):
+        stage_data(small(folder, stages="unified"), entry, {}, "text")

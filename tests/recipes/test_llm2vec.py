@@ -51,12 +51,12 @@ def small(base: str, **changes: Any):
     numbers = {
         "mntp_steps": 5,
         "mntp_batch_size": 4,
-        "block_tokens": 32,
+        "mntp_block_tokens": 32,
         "mntp_learning_rate": 3e-3,
         "simcse_steps": 5,
         "simcse_batch_size": 6,
         "supervised_steps": 4,
-        "batch_size": 4,
+        "supervised_batch_size": 4,
         "lora_rank": 4,
         "query_prompt": "find: ",
     }
@@ -94,8 +94,8 @@ def masking(**flags: Any) -> Masking:
 
 
 def test_presets_and_flags_choose_the_masking():
-    assert masking(preset="mistral") == Masking(probability=0.8, kind="all")
-    mixed = masking(preset="mistral", mask_probability=0.4)
+    assert masking(mntp_preset="mistral") == Masking(probability=0.8, kind="all")
+    mixed = masking(mntp_preset="mistral", mntp_mask_probability=0.4)
     assert mixed == Masking(probability=0.4, kind="all")
 
 
@@ -196,7 +196,7 @@ def test_a_stage_without_data_and_data_without_a_stage_are_refused(base, data, t
 def test_training_the_head_too_changes_what_is_learned_and_leaves_no_head(base, data, tmp_path):
     both = {
         flag: train(
-            small(base, stages="mntp", train_head=flag),
+            small(base, stages="mntp", mntp_train_head=flag),
             data_of(data, "texts"),
             tmp_path / str(flag),
             run=QUIET,
@@ -234,7 +234,9 @@ def test_smollm2_learns_from_real_texts(tmp_path):
         pytest.skip("smollm2 is not installed")
     path = Path(tmp_path / "texts.txt")
     path.write_text("\n".join(SENTENCES) + "\n")
-    recipe = llm2vec("smollm2", stages="mntp", mntp_steps=2, mntp_batch_size=2, block_tokens=32)
+    recipe = llm2vec(
+        "smollm2", stages="mntp", mntp_steps=2, mntp_batch_size=2, mntp_block_tokens=32
+    )
     trained = train(recipe, {"texts": [open_texts(path)]}, tmp_path / "run", run=QUIET)
     assert trained.backbone.attention == "bidirectional"
     losses = [record["loss"] for record in read(tmp_path / "run/log.jsonl")]
@@ -252,5 +254,5 @@ def test_a_run_of_other_stages_is_not_written_over(base, data, tmp_path):
     with pytest.raises(RecipeError, match=r"other stages \(1-mntp, 2-simcse\)"):
         train(small(base, stages="simcse,mntp"), texts, tmp_path / "two", run=QUIET)
     with pytest.raises(RecipeError, match=r"masking\.probability was '0\.2', now '0\.4'"):
-        changed = small(base, stages="mntp,simcse", mask_probability=0.4)
+        changed = small(base, stages="mntp,simcse", mntp_mask_probability=0.4)
         train(changed, texts, tmp_path / "two", run=QUIET)

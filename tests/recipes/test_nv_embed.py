@@ -54,17 +54,17 @@ def data(tmp_path) -> dict[str, Any]:
 
 def small(base: Path, **changes: Any):
     numbers: dict[str, Any] = {
-        "steps": 4,
+        "retrieval_steps": 4,
         "blended_steps": 4,
         "batch_size": 6,
         "latents": 8,
         "heads": 4,
         "max_tokens": 64,
-        "learning_rate": 1e-2,
+        "retrieval_learning_rate": 1e-2,
         "blended_learning_rate": 1e-2,
         "lora_rank": 4,
     }
-    return nv_embed(base=str(base), **(numbers | changes))
+    return nv_embed(model=str(base), **(numbers | changes))
 
 
 def test_the_recipe_has_the_papers_numbers():
@@ -78,7 +78,7 @@ def test_the_recipe_has_the_papers_numbers():
     assert (first.in_batch, second.in_batch, second.mixing) == ("all", "none", "blended")
     assert first.schedule == second.schedule == "linear"
     assert first.weight_decay == 0
-    assert nv_embed(steps=20_000).stages[0].warmup_steps == 500
+    assert nv_embed(retrieval_steps=20_000).stages[0].warmup_steps == 500
     published = nv_embed(preset="nv-embed").model.layer
     assert published == LayerSettings(latents=512, heads=8, head_size="hidden", init="normal")
 
@@ -170,7 +170,7 @@ def test_rows_without_a_prompt_are_not_trained_with_that_of_another_task(
 
     monkeypatch.setattr(Embedder, "tokenize", seen)
     both = {"retrieval": [source], "blended": [source, data["blended"][1]]}
-    recipe = small(decoder_folder, steps=2, blended_steps=2)
+    recipe = small(decoder_folder, retrieval_steps=2, blended_steps=2)
     model = train(recipe, both, tmp_path / "run", run=QUIET)
     assert given == {("query", ""), ("document", ""), ("query", KIND), ("document", KIND)}
     assert not any(model.settings.prompts.values())
@@ -231,7 +231,9 @@ def test_only_the_first_layers_are_kept_on_request(decoder_folder, tmp_path):
 def test_another_layer_takes_the_place_of_a_trained_one_with_a_warning(
     decoder_folder, data, tmp_path, caplog
 ):
-    train(small(decoder_folder, steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET)
+    train(
+        small(decoder_folder, retrieval_steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET
+    )
     model = str(tmp_path / "run/model")
     same = LayerSettings(latents=8, heads=4, init="normal")  # of the same sizes, however it begins
     kept, trained = Embedder.load(model, layer=same), Embedder.load(model)
@@ -246,7 +248,9 @@ def test_another_layer_takes_the_place_of_a_trained_one_with_a_warning(
 
 
 def test_a_model_whose_layer_was_not_copied_is_refused(decoder_folder, data, tmp_path):
-    train(small(decoder_folder, steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET)
+    train(
+        small(decoder_folder, retrieval_steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET
+    )
     shutil.rmtree(tmp_path / "run/model/1_Layer")
     with pytest.raises(ModelError, match=r"a trained layer, and its folder \(1_Layer\) is not"):
         Embedder.load(tmp_path / "run/model")
@@ -277,10 +281,14 @@ def test_low_rank_updates_and_a_layer_take_memory_of_their_own(decoder_folder):
 
 
 def test_finetune_goes_on_with_a_trained_layer(decoder_folder, data, tmp_path):
-    train(small(decoder_folder, steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET)
+    train(
+        small(decoder_folder, retrieval_steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET
+    )
     base = str(tmp_path / "run/model")
     sources: list[Source] = data["retrieval"]
-    tuned = train(finetune(base=base, steps=2, batch_size=6), sources, tmp_path / "more", run=QUIET)
+    tuned = train(
+        finetune(model=base, steps=2, batch_size=6), sources, tmp_path / "more", run=QUIET
+    )
     before = Embedder.load(base).layer
     assert tuned.layer is not None and before is not None
     assert not np.array_equal(before.latents.detach().numpy(), tuned.layer.latents.detach().numpy())
@@ -289,7 +297,9 @@ def test_finetune_goes_on_with_a_trained_layer(decoder_folder, data, tmp_path):
 def test_prompts_of_tasks_come_back_from_the_files_of_sentence_transformers(
     decoder_folder, data, tmp_path
 ):
-    train(small(decoder_folder, steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET)
+    train(
+        small(decoder_folder, retrieval_steps=1, blended_steps=1), data, tmp_path / "run", run=QUIET
+    )
     before = Embedder.load(tmp_path / "run/model").settings
     (tmp_path / "run/model/tercet.json").unlink()  # as it is where that library saved it again
     after = Embedder.load(tmp_path / "run/model", attention="bidirectional").settings

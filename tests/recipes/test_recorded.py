@@ -7,28 +7,27 @@ import pytest
 from tercet.cli.app import main
 from tests.toy import SENTENCES
 
-COMMON = "--batch-size 4 --device cpu"
 RUNS = {
-    "finetune": ("encoder", "--steps 3", [2.02097, 3.62883, 1.61489]),
+    "finetune": ("encoder", "steps=3 batch_size=4", [2.02097, 3.62883, 1.61489]),
     "llm2vec": (
         "decoder",
-        "--stages simcse --simcse-steps 2 --simcse-batch-size 4 --lora-rank 2",
+        "stages=simcse simcse.steps=2 simcse.batch_size=4 lora_rank=2",
         [0.08411, 0.02023],
     ),
     "nv-embed": (
         "decoder",
-        "--steps 2 --stages retrieval --latents 8 --heads 2",
+        "stages=retrieval steps=2 batch_size=4 latents=8 heads=2",
         [13.12166, 7.40251],
     ),
     "bge-m3": (
         "encoder",
-        "--steps 2 --stages contrastive,unified --contrastive-steps 2 --contrastive-batch-size 4 "
-        "--multi-dim 8",
+        "stages=contrastive,unified steps=4 contrastive.batch_size=4 unified.batch_size=4 "
+        "multi_dim=8",
         [3.83385, 2.85703, 1.58341, 3.26522],
     ),
     "arctic-embed": (
         "encoder",
-        "--steps 2 --stages pretraining --dims 16",
+        "stages=pretraining steps=2 pretraining.batch_size=4 dims=16",
         [3.24082, 3.70274],
     ),
 }
@@ -51,8 +50,8 @@ def test_a_run_with_a_fixed_seed_has_the_recorded_losses(
         data.write_text("\n".join(map(json.dumps, rows)))
     folder = encoder_folder if base == "encoder" else decoder_folder
     out = tmp_path / "run"
-    flags = ["--base", str(folder), "--data", str(data), "--out", str(out)]
-    flags += [*COMMON.split(), *words.split()]
+    flags = ["--model", str(folder), "--data", str(data), "--out", str(out), "--device", "cpu"]
+    flags += [f"--set={word}" for word in words.split()]
     with pytest.raises(SystemExit) as end:
         main(["train", recipe, *flags])
     assert end.value.code in (None, 0)

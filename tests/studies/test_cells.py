@@ -20,7 +20,7 @@ from tests.studies.toy_studies import QUIET, kept, rows, run
 from tests.toy import save_model
 
 DOCS = Path(__file__).parents[2] / "docs/extending.md"
-COLDER = """        Cell("colder", finetune(base=base, temperature=0.005, **numbers), after="warm"),
+COLDER = """        Cell("colder", finetune(model=model, temperature=0.005, **numbers), "warm"),
     ]
 """
 NUMBERS: dict[str, Any] = {"steps": 2, "batch_size": 6, "learning_rate": 1e-3}
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run_in(folder: Path, out: str, *words: Any, data: str = "pairs.jsonl", **more: Any) -> str:
-    files = ["--data", folder / data, "--test", folder / "test.jsonl", "--base", folder / "base"]
+    files = ["--data", folder / data, "--test", folder / "test.jsonl", "--model", folder / "base"]
     return run(folder / "temperatures.py", folder / out, *files, *words, **{**NUMBERS, **more})
 
 
@@ -58,7 +58,7 @@ def test_a_cell_holds_what_training_and_measuring_by_hand_give(folder, tmp_path)
         base = tmp_path / "warm/model" if cell == "colder" else folder / "base"
         model = Embedder.load(base)
         if temperature:
-            recipe = finetune(base=str(base), temperature=temperature, **NUMBERS)
+            recipe = finetune(model=str(base), temperature=temperature, **NUMBERS)
             model = train(recipe, source, tmp_path / cell, run=QUIET)
         expected = measure(model, data).result.scores["ndcg@10"]
         assert np.allclose(kept(folder / "out", cell, "test"), expected)
@@ -147,7 +147,7 @@ def test_each_seed_is_another_training_of_the_recipe(folder, tmp_path, monkeypat
 
 
 def test_cells_are_chosen_by_name_with_those_they_come_after():
-    recipe = finetune(base="x")
+    recipe = finetune(model="x")
     chain = [Cell("a-1", recipe), Cell("b-1", recipe, after="a-1"), Cell("b-2", recipe)]
     study = Study(cells=chain, sets=[], report=lambda results: [])
 

@@ -32,12 +32,12 @@ arctic_embed, bge_m3, english_gap, nv_embed, transfer = (
     for name in ("arctic_embed", "bge_m3", "english_gap", "nv_embed", "transfer")
 )
 ARCTIC: dict[str, Any] = {
-    "steps": 2,
-    "batch_size": 5,
-    "learning_rate": 1e-3,
+    "pretraining_steps": 2,
+    "pretraining_batch_size": 5,
+    "pretraining_learning_rate": 1e-3,
     "finetuning_steps": 1,
     "finetuning_batch_size": 4,
-    "negatives": 1,
+    "finetuning_negatives": 1,
 }
 
 
@@ -73,7 +73,7 @@ def made_up(cells: Any, sets: Any, answers: Any, stages: int = 2) -> Results:
 
 
 def nv_cells() -> list[Any]:
-    return list(nv_embed.cells(steps=3, blended_steps=2, base="x", latents=6))
+    return list(nv_embed.cells(retrieval_steps=3, blended_steps=2, model="x", latents=6))
 
 
 def test_nv_embed_has_a_grid_and_three_more_schedules_of_equal_length():
@@ -121,9 +121,15 @@ def test_nv_embed_measures_each_set_after_each_stage(folder, decoder_folder, tmp
             ("test", "groups.jsonl"),
         )
     ]
-    numbers = {"steps": 1, "blended_steps": 1, "batch_size": 6, "latents": 6, "max_tokens": 48}
+    numbers = {
+        "retrieval_steps": 1,
+        "blended_steps": 1,
+        "batch_size": 6,
+        "latents": 6,
+        "max_tokens": 48,
+    }
     only = ("--only=bidirectional-eos", "--only=one-stage-own")
-    run(STUDIES / "nv_embed.py", tmp_path, *files, *only, base=decoder_folder, **numbers)
+    run(STUDIES / "nv_embed.py", tmp_path, *files, *only, model=decoder_folder, **numbers)
     for stage in (0, 1):
         assert kept(tmp_path, "bidirectional-eos", "groups", stage=stage).shape == (5, 12)
     assert kept(tmp_path, "one-stage-own", "test").shape == (9,)
@@ -140,7 +146,7 @@ def flat(objective: Unified) -> dict[str, Any]:
 
 
 def test_bge_m3s_cells_differ_from_the_full_one_in_what_their_names_say():
-    numbers = {"batch_size": 8, "steps": 1}
+    numbers = {"unified_batch_size": 8, "unified_steps": 1}
     full = bge_m3.bge_m3(stages="unified", **numbers)
     cells = {cell.name: cell.model for cell in bge_m3.others(**numbers)}
     assert sorted(cells) == sorted(name for _, names in bge_m3.PARTS.values() for name in names)
@@ -169,7 +175,12 @@ def test_bge_m3s_cells_differ_from_the_full_one_in_what_their_names_say():
 def test_bge_m3_measures_each_kind_and_leaves_open_what_a_cell_does_not_make(folder, tmp_path):
     files = [f"--data={folder / 'mined.jsonl'}", f"--test={folder / 'test.jsonl'}"]
     only = [f"--only={name}" for name in ("full", "dense-sparse", "retromae-unified")]
-    sizes = {"steps": 1, "retromae_steps": 1, "batch_size": 4, "retromae_batch_size": 4}
+    sizes = {
+        "unified_steps": 1,
+        "retromae_steps": 1,
+        "unified_batch_size": 4,
+        "retromae_batch_size": 4,
+    }
     sizes["multi_dim"] = 8
     run(
         STUDIES / "bge_m3.py",
@@ -177,7 +188,7 @@ def test_bge_m3_measures_each_kind_and_leaves_open_what_a_cell_does_not_make(fol
         *files,
         *only,
         "--keep-models",
-        base=folder / "xlm",
+        model=folder / "xlm",
         **sizes,
     )
     data = RetrievalSet.from_examples(folder / "test.jsonl")
@@ -239,7 +250,7 @@ def run_arctic(folder: Path, out: Path, *words: str, **more: Any) -> str:
         for lang in ("en", "de")
         for flag, prefix in (("data", ""), ("mined", "mined-"))
     ]
-    flags = {"base": folder / "bert", "test": folder / "sets", "short": 16}
+    flags = {"model": folder / "bert", "test": folder / "sets", "short": 16}
     return run(STUDIES / "arctic_embed.py", out, *files, *words, **{**flags, **ARCTIC, **more})
 
 
@@ -253,7 +264,7 @@ def test_arctic_embed_trains_a_shared_pretraining_once_as_a_run_of_both_stages(f
     printed = run_arctic(folder, tmp_path / "out", *only)
     assert printed.count("pretraining: 2 steps") == 2
     assert printed.count("finetuning: 1 steps") == 3
-    recipe = arctic_recipe(base=str(folder / "bert"), dims=[16], **ARCTIC)
+    recipe = arctic_recipe(model=str(folder / "bert"), dims=[16], **ARCTIC)
     data = {
         name: [open_source(folder / f"{prefix}{lang}.jsonl") for lang in ("en", "de")]
         for name, prefix in (("pairs", ""), ("mined", "mined-"))
@@ -286,12 +297,12 @@ def test_arctic_embed_refuses_what_it_cannot_vary(folder, tmp_path):
 
 def test_all_arms_of_the_english_gap_but_the_first_read_equally_many_pairs(folder, tmp_path):
     files = {"english": folder / "en.jsonl", "other": folder / "de.jsonl", "test": folder / "sets"}
-    numbers = {**ARCTIC, "steps": 4, "dims": 16, "data": folder / "mined.jsonl"}
+    numbers = {**ARCTIC, "pretraining_steps": 4, "dims": 16, "data": folder / "mined.jsonl"}
     run(
         STUDIES / "english_gap.py",
         tmp_path,
         "--keep-models",
-        base=folder / "bert",
+        model=folder / "bert",
         **files,
         **numbers,
     )
@@ -311,8 +322,8 @@ def test_all_arms_of_the_english_gap_but_the_first_read_equally_many_pairs(folde
     lead = paired_difference(*(kept(tmp_path, arm, "en", stage=1) for arm in ("en+de", "en+en")))
     assert table[-1][2] == f"{lead.mean:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]"
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
-    odd = {**numbers, "steps": 3}
-    assert "give an even number" in run(
+    odd = {**numbers, "pretraining_steps": 3}
+    assert "pretraining_steps must be even" in run(
         STUDIES / "english_gap.py", tmp_path, **files, **odd, status=2
     )
 
@@ -337,7 +348,7 @@ def test_the_english_gaps_corpora_are_equally_long_and_of_whole_batches(folder, 
 
 @pytest.fixture(scope="module")
 def series(folder) -> Path:
-    recipe = finetune(base=str(folder / "bert"), steps=2, batch_size=6, learning_rate=1e-3)
+    recipe = finetune(model=str(folder / "bert"), steps=2, batch_size=6, learning_rate=1e-3)
     source = open_source(folder / "mined.jsonl")
     train(recipe, [source], folder / "run", run=replace(QUIET, models_at=(0, 1, 2)))
     return folder / "run"
@@ -360,7 +371,7 @@ def test_transfer_shows_each_language_raw_and_after_fine_tuning(folder, series, 
     printed = run(STUDIES / "transfer.py", tmp_path / "out", *files, checkpoints=series, **numbers)
     assert "cell 6 of 6: 2-fine-tuned" in printed
     recipe = arctic_recipe(
-        base=str(series / "steps/1"),
+        model=str(series / "steps/1"),
         stages="finetuning",
         dims=[16],
         finetuning_steps=1,

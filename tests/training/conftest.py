@@ -21,4 +21,4 @@ def data(tmp_path):
 
 @pytest.fixture
 def recipe(encoder_folder):
-    return finetune(base=str(encoder_folder), batch_size=8, learning_rate=1e-3)  # 6 steps
+    return finetune(model=str(encoder_folder), batch_size=8, learning_rate=1e-3)  # 6 steps

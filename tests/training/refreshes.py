@@ -47,6 +47,6 @@ def prepare(folder: Path) -> Source:
 
 def recipe_for(folder: Path, **changes: Any) -> Recipe:
     """Six steps of 12 examples in three epochs; mined after two and four."""
-    plain = finetune(base=str(folder), batch_size=12, learning_rate=1e-3, steps=6, negatives=2)
+    plain = finetune(model=str(folder), batch_size=12, learning_rate=1e-3, steps=6, negatives=2)
     refresh = Refresh(every=2, mining=replace(NEAREST, depth=16, rule=DRAWN))
     return replace(plain, stages=(replace(plain.stages[0], refresh=refresh, **changes),))

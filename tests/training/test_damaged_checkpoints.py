@@ -21,7 +21,7 @@ QUIET = Run(device="cpu", show_progress=False, eval_steps=1)
 def run(tmp_path, encoder_folder):
     """Train for three steps, of which the first is the best on the dev set; return the weights."""
     write_examples(tmp_path / "pairs.jsonl", [Example(t.split()[-1], (t,)) for t in SENTENCES])
-    recipe = finetune(base=str(encoder_folder), batch_size=4, steps=3)
+    recipe = finetune(model=str(encoder_folder), batch_size=4, steps=3)
 
     def trained() -> dict[str, torch.Tensor]:
         scores = iter((0.1, 0.9, 0.5, 0.4))

@@ -134,7 +134,7 @@ def test_a_slow_rise_is_told_once_in_a_run_that_was_killed(
     """Trap B18 of BGE-M3: 0, 4, 8, 12 % of the dev texts, and a kill before or after the alarm."""
     write_examples(tmp_path / "pairs.jsonl", [Example(t.split()[-1], (t,)) for t in SENTENCES])
     source = open_source(tmp_path / "pairs.jsonl")
-    recipe = finetune(base=str(encoder_folder), batch_size=6)
+    recipe = finetune(model=str(encoder_folder), batch_size=6)
     recipe = replace(recipe, stages=(replace(recipe.stages[0], steps=6),))
     run = Run(device="cpu", show_progress=False, save_steps=1, eval_steps=2)
     shares = iter([0.0, 0.04, 0.08, 0.12])

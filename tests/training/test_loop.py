@@ -127,7 +127,7 @@ def test_what_belongs_to_the_machine_changes_no_gradient(data, recipe, tmp_path)
 
 
 def test_bfloat16_learns_whether_graphs_are_kept_or_not(data, recipe, tmp_path):
-    half = replace(QUIET, precision="bfloat16", chunk_tokens=40)
+    half = replace(QUIET, dtype="bfloat16", chunk_tokens=40)
     kept = weights(train(recipe, [data], tmp_path / "kept", run=half))
     again = weights(train(recipe, [data], tmp_path / "again", run=replace(half, memory_gb=0.0)))
     base = weights(loop.build(recipe.model))
@@ -291,7 +291,8 @@ def test_tensorboard_files_are_written_on_request(data, recipe, tmp_path):
 @pytest.mark.slow
 def test_kill_9_at_any_time_and_the_same_command_goes_on(data, encoder_folder, tmp_path):
     def command(name):
-        flags = f"--base {encoder_folder} --batch-size 4 --epochs 5 --save-steps 2 --device cpu"
+        flags = f"--model {encoder_folder} --device cpu --set batch_size=4 --set epochs=5 "
+        flags += "--set run.save_steps=2"
         start = [sys.executable, "-m", "tercet", "train", "finetune", "--data", str(data.path)]
         return [*start, "--out", str(tmp_path / name), *flags.split()]
 

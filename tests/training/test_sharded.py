@@ -75,7 +75,7 @@ def gradients(folder: Path, out: str, recipe: Recipe, run: Run) -> list[list[Ten
         found.append([whole_of(p.grad).clone() for p in weights if p.grad is not None])
         return clip(self, weights)
 
-    with in_float64(run.precision == "float32") as patch:
+    with in_float64(run.dtype == "float32") as patch:
         patch.setattr(Trainer, "_clipped", recorded)
         two.trained(folder, out, recipe, run)
     return found
@@ -182,7 +182,7 @@ def one_of_two(folder: Path) -> None:
             folder,
             "two bfloat16",
             recipe_of(folder, "chunks, some graphs kept"),
-            replace(MIXED, precision="bfloat16"),
+            replace(MIXED, dtype="bfloat16"),
         ),
         "idle": gradients_with_an_idle_process(folder),
         "six": weights_after_six_steps(folder, "two", SHARDED),

@@ -35,7 +35,7 @@ def data(tmp_path) -> Source:
 
 def recipe_on(base: Path, *rates: float) -> Recipe:
     """Two stages of two steps, with these learning rates."""
-    plain = finetune(base=str(base), batch_size=6)
+    plain = finetune(model=str(base), batch_size=6)
     stages = [
         replace(plain.stages[0], name=name, steps=2, learning_rate=rate)
         for name, rate in zip(("first", "second"), rates, strict=True)

@@ -95,7 +95,7 @@ def prepare(folder: Path) -> None:
 def recipe(folder: Path, rate: float = 1e-4, steps: int = 6, **changes: Any) -> Recipe:
     """Batches of 8, 8 and 3; up to two of up to three positives, and of up to four negatives."""
     plain = finetune(
-        base=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
+        model=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
     )
     stage = replace(plain.stages[0], positives=2, **changes)
     kinds = KINDS if isinstance(stage.objective, Unified) else None
@@ -404,13 +404,17 @@ def test_processes_beside_each_other_share_the_free_memory(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", ["", "--shard-weights --checkpoint-activations"])
+@pytest.mark.parametrize(
+    "more", ["", "--set run.shard_weights=true --set run.checkpoint_activations=true"]
+)
 def test_the_command_line_trains_in_two_processes(tmp_path, more):
     prepare(tmp_path)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m tercet"
-    flags = "train finetune --base base --data pairs.jsonl --dev pairs.jsonl --out run --device cpu"
+    flags = (
+        "train finetune --model base --data pairs.jsonl --dev pairs.jsonl --out run --device cpu"
+    )
     ended = subprocess.run(
-        [sys.executable, *torchrun.split(), *flags.split(), "--batch-size", "8", *more.split()],
+        [sys.executable, *torchrun.split(), *flags.split(), "--set", "batch_size=8", *more.split()],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
