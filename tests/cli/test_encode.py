@@ -151,7 +151,7 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(refused
         assert f"{name}: vectors of some kinds are a folder of arrays; name it without" in said
     said = refused(*words, folder, "--kind", "sparse", "--per", "token")
     assert said == "--per token applies to dense vectors only; leave --kind out"
-    assert "kinds are 'terms'; choose from" in refused(*words, folder, "--kind", "terms")
+    assert "'terms' is not one of" in refused(*words, folder, "--kind", "terms")
     assert list(tmp_path.iterdir()) == []
 
 

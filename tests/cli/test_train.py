@@ -97,7 +97,7 @@ def test_settings_come_from_a_file_and_from_an_earlier_run(tercet, refused, trai
         ("train finetune --plan", "the stage contrastive needs examples, and there are none"),
         ("train finetune --plan --seed 1 --set seed=2", "--seed and --set seed give the same"),
         ("train bge-m3 --plan --data unifed=a.jsonl", "--data unifed=a.jsonl: there is no stage"),
-        ("train finetune --plan --dtype float16", "run.dtype must be one of float32, bfloat16"),
+        ("train finetune --plan --dtype float16", "Invalid value for '--dtype': 'float16' is not one of"),
     ],
 )
 def test_a_training_that_is_not_described_well_is_refused(refused, words, problem):
