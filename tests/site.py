@@ -14,6 +14,9 @@ from typing import Any
 import typer
 
 from tercet.cli.app import app
+from tercet.cli.train import shown
+from tercet.recipes.catalog import RECIPES
+from tercet.recipes.settings import Setting, settings_of
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs/reference"
@@ -27,21 +30,21 @@ FETCHED = re.compile(
 )
 
 
-def cell(text: object) -> str:
-    """Return a text that stands in a cell of a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+def plain(text: object) -> str:
+    """Return a text in one line of Markdown, without markup of its own."""
+    return re.sub(r"([*_<\[\]])", r"\\\1", " ".join(str(text).split()))
 
 
 def default_of(option: Any) -> str:
     """Return the default as users would write it, or nothing."""
     value = option.default
     if option.required:
-        return "required"
+        return "Required."
     if value is None or value == [] or value == () or callable(value) or "UNSET" in repr(value):
         return ""
     if isinstance(value, bool):
-        return "on" if value else ""
-    return f"`{getattr(value, 'value', value)}`"
+        return "Default: on." if value else ""
+    return f"Default: `{getattr(value, 'value', value)}`."
 
 
 def value_of(option: Any, ctx: Any) -> str:
@@ -53,14 +56,17 @@ def value_of(option: Any, ctx: Any) -> str:
     return f"{taken}, repeatable" if option.multiple else taken
 
 
-def option_rows(options: list[Any], ctx: Any) -> Iterator[str]:
-    """Yield the table of a group of options."""
-    yield "| option | value | meaning | default |"
-    yield "|---|---|---|---|"
+def option_lines(options: list[Any], ctx: Any) -> Iterator[str]:
+    """Yield a list of options: names, what they take, meaning, default."""
     for option in options:
         names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
-        cells = (value_of(option, ctx), option.help or "")
-        yield "| " + " | ".join([names, *map(cell, cells), default_of(option)]) + " |"
+        value = value_of(option, ctx)
+        taken = f" *{plain(value)}*" if value else ""
+        meaning = plain(option.help or "")
+        default = default_of(option)
+        known = "default" in meaning.lower() or not default
+        yield f"- {names}{taken}: {meaning}" + ("" if known else f" {default}")
+    yield ""
 
 
 def command_section(command: Any, ctx: Any, level: int) -> Iterator[str]:
@@ -74,21 +80,16 @@ def command_section(command: Any, ctx: Any, level: int) -> Iterator[str]:
     options = [
         param for param in shown if param.param_type_name == "option" and "--help" not in param.opts
     ]
-    if arguments:
-        yield "| argument | meaning |"
-        yield "|---|---|"
-        for argument in arguments:
-            yield f"| `{argument.name}` | {cell(getattr(argument, 'help', '') or '')} |"
-        yield ""
+    for argument in arguments:
+        meaning = plain(getattr(argument, "help", None) or "")
+        yield f"- `{argument.metavar or argument.name}`: {meaning}"
+    yield ""
     groups: dict[str, list[Any]] = {}
     for option in options:
         groups.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(option)
     for name, members in groups.items():
-        if len(groups) > 1 or name != "Options":
-            yield f"**{name}**"
-            yield ""
-        yield from option_rows(members, ctx)
-        yield ""
+        yield from (f"**{name}**", "")
+        yield from option_lines(members, ctx)
 
 
 def paragraphs(text: str) -> Iterator[str]:
@@ -98,15 +99,20 @@ def paragraphs(text: str) -> Iterator[str]:
         if found := re.fullmatch(r"Examples?: (tercet .*)", line):
             yield from ("```sh", *re.split(r" (?=tercet )", found[1]), "```", "")
         elif line:
-            yield from (line.replace("<", "&lt;"), "")
+            yield from (plain(line), "")
 
 
 def commands_page() -> str:
     """Return the page of all commands, read from the commands themselves."""
     root: Any = typer.main.get_command(app)
-    lines = ["# Commands", "", "Generated from `tercet COMMAND --help`.", ""]
+    lines = [
+        "# Commands",
+        "",
+        "Generated from `tercet COMMAND --help`. Options of all commands:",
+        "",
+    ]
     main = typer.Context(root, info_name="tercet")
-    lines += [*option_rows([p for p in root.params if p.param_type_name == "option"], main), ""]
+    lines += [*option_lines([p for p in root.params if p.param_type_name == "option"], main)]
 
     def walk(group: Any, ctx: Any, level: int) -> None:
         for name in group.list_commands(ctx):
@@ -118,6 +124,39 @@ def commands_page() -> str:
 
     walk(root, main, 2)
     return "\n".join(lines) + "\n"
+
+
+def settings_page() -> str:
+    """Return the page of all settings of the recipes, as ``--explain`` has them."""
+    lines = [
+        "# Settings of the recipes",
+        "",
+        "Generated from `tercet train RECIPE --explain`. A setting is given by `--set NAME=VALUE`,",
+        "in a TOML file (`--recipe run.toml`), or as a parameter in Python, with `_` for the dot.",
+        "",
+    ]
+    machine: dict[str, str] = {}  # the same for each recipe
+    for name, entry in RECIPES.items():
+        parts: dict[str, list[str]] = {}
+        for setting in settings_of(entry).values():
+            if setting.part == "run":
+                machine[setting.name] = setting_line(setting)
+            else:
+                title = f"Stage {setting.part}" if setting.part else "The whole run"
+                parts.setdefault(title, []).append(setting_line(setting))
+        lines += [f"## {name}", "", f"{plain(entry.summary).capitalize()}.", ""]
+        for title, settings in parts.items():
+            lines += [f"**{title}**", "", *settings, ""]
+    lines += ["## Every recipe: how it runs", "", *machine.values(), ""]
+    return "\n".join(lines)
+
+
+def setting_line(setting: Setting) -> str:
+    """Return a list entry: name, unit, meaning, default."""
+    unit = f" ({setting.unit})" if setting.unit else ""
+    default = shown(setting.default)
+    known = "" if default == "-" else f" Default: `{default}`."
+    return f"- `{setting.name}`{unit}: {plain(setting.full_meaning)}{known}"
 
 
 def fetched_from_outside(site: Path) -> list[str]:
@@ -132,6 +171,7 @@ def fetched_from_outside(site: Path) -> list[str]:
 def main() -> int:
     """Write the generated pages, build, and check the result."""
     (REFERENCE / "commands.md").write_text(commands_page())
+    (REFERENCE / "settings.md").write_text(settings_page())
     build = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     if code := subprocess.run(build, cwd=ROOT).returncode:
         return code

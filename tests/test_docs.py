@@ -1,6 +1,7 @@
 """What README and docs name exists, and what they show runs."""
 
 import ast
+import gzip
 import importlib
 import json
 import pkgutil
@@ -231,6 +232,9 @@ GOOD = b'{"query": "a", "positives": ["b"]}\n'
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("pairs.doc", b"a,b"),
+        ("pairs.jsonl", gzip.compress(b"a", mtime=0)),
+        ("pairs.jsonl", "{}".encode("utf-16")),
         ("pairs.csv", b"a,b"),
         ("pairs.jsonl", b""),
         ("pairs.jsonl", GOOD + b'{"query":\n'),

@@ -3,6 +3,7 @@
 A hang is a failure by the time limit of each input, growth by the memory after the last one.
 """
 
+import gzip
 import json
 import resource
 import shutil
@@ -27,6 +28,7 @@ from tercet.curate.jobs import job
 from tercet.curate.synthesis.answers import answer_log
 from tercet.curate.synthesis.endpoint import _answer_in
 from tercet.curate.synthesis.generators import QuestionPrompt
+from tercet.data.files.beir import read_folder
 from tercet.data.files.conll import read_labelled
 from tercet.data.files.documents import read_documents
 from tercet.data.files.labelled import read_label_texts, read_labelled_texts
@@ -36,7 +38,6 @@ from tercet.data.files.texts import open_texts, read_texts
 from tercet.data.report import check_data
 from tercet.errors import TercetError
 from tercet.evaluate.insight.lookahead import read_triples
-from tercet.evaluate.sets.beir import read_folder
 from tercet.evaluate.sets.label_sets import read_label_set
 from tercet.files.arrays import read_vectors
 from tercet.files.artifacts import KeptResults
@@ -126,6 +127,13 @@ def _lines(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+def _zstd(content: bytes) -> bytes:
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, "zstd") as stream:
+        stream.write(content)
+    return out.getvalue().to_pybytes()
+
+
 def _parquet(path: Path, rows: list[dict[str, Any]]) -> bytes:
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path.read_bytes()
@@ -155,6 +163,32 @@ FILES: dict[str, tuple[str, list[bytes], Reader]] = {
     "label names": ("a.json", [b'{"0": "sad", "1": "glad"}'], read_label_texts),
     "similarity": ("a.jsonl", [_lines(SCORED)], SimilaritySet.from_file),
     "words": ("a.jsonl", [_lines(WORDS)], read_labelled),
+    "examples, gzip": (
+        "a.jsonl.gz",
+        [gzip.compress(_lines(ROWS))],
+        lambda p: [_every(open_source(p)), check_data([p])],
+    ),
+    "examples, zstd": ("a.jsonl.zst", [_zstd(_lines(ROWS))], lambda p: _every(open_source(p))),
+    "table": (
+        "a.csv",
+        [b'query,positive,negative_1\na,"b ""c""\n d",e\n\nf,g,\n'],
+        lambda p: [_every(open_source(p)), check_data([p])],
+    ),
+    "table with tabs": (
+        "a.tsv",
+        [b'text\tid\tlabel\n"a\tb"\t1\tx\nc\t2\ty\n'],
+        lambda p: [list(read_documents(p, keep_others=True)), list(read_labelled_texts(p))],
+    ),
+    "table, gzip": (
+        "a.csv.gz",
+        [gzip.compress(b"text1,text2,score\na,b,1\na,c,2.5\n")],
+        SimilaritySet.from_file,
+    ),
+    "lines, zstd": (
+        "a.txt.zst",
+        [_zstd(b"one\ntwo\n\n")],
+        lambda p: [list(read_texts(p)), _every(open_texts(p))],
+    ),
     "conll": ("a.conll", [CONLLU, b"a X\nb Y\n\nc X\n"], read_labelled),
     "triples": (
         "a.jsonl",
@@ -183,6 +217,12 @@ def _in_beir(folder: Path) -> Path:
     (folder / "corpus.jsonl").write_bytes(_lines(CORPUS))
     (folder / "queries.jsonl").write_bytes(_lines([{"_id": "q", "text": "a", "answers": ["b"]}]))
     (folder / "qrels/test.tsv").write_bytes(b"query-id\tcorpus-id\tscore\nq\t1\t1\nq\t2\t0\n")
+    return folder
+
+
+def _in_training(folder: Path) -> Path:
+    _in_beir(folder)
+    (folder / "qrels/test.tsv").rename(folder / "qrels/train.tsv")
     return folder
 
 
@@ -296,6 +336,7 @@ def _read_arrays(folder: Path) -> Any:
 # A folder of which one file is damaged, and who reads the folder.
 FOLDERS: dict[str, tuple[Callable[[Path], Path], Reader]] = {
     "beir": (_in_beir, read_folder),
+    "beir to train on": (_in_training, lambda p: [_every(open_source(p)), check_data([p])]),
     "flagembedding set": (_in_flag, read_folder),
     "arctic": (_in_arctic, _arctic),
     "parquet": (_in_parquet, lambda p: _every(open_source(p / "a.parquet"))),

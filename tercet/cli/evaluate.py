@@ -395,7 +395,7 @@ def _draw_languages(out: Path | None, found: "LanguageComparison") -> None:
         for label, axis in found.axes.items()
     }
     with drawing():
-        write_png(out / _PICTURE, dots(panels, y="nDCG@10"))
+        write_png(out / _PICTURE, dots(panels, y="nDCG@10", baselines=found.others))
 
 
 def _can_draw() -> bool:

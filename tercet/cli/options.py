@@ -99,8 +99,13 @@ StoreAsOption = Annotated[
     ),
 ]
 
-KindName = StrEnum("KindName", [(kind, kind) for kind in KINDS])
-"""The kinds of vectors, as a type of which a flag may have several."""
+
+class KindName(StrEnum):
+    """The kinds of vectors, as a type of which a flag may have several values."""
+
+    dense = "dense"
+    sparse = "sparse"
+    multi = "multi"
 
 
 def kind_option(text: str) -> Any:

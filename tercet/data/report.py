@@ -10,18 +10,23 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from tercet.data.batches.mixture import batches_of
-from tercet.data.files.examples import parse_example
+from tercet.data.files.beir import is_judged_folder, training_files
+from tercet.data.files.examples import USUAL_FIELDS, ExampleFields
 from tercet.data.files.folders import Shard, find_groups
-from tercet.data.files.scan import ReportProgress, example_records
+from tercet.data.files.scan import RecordFormat, ReportProgress, example_format
 from tercet.data.files.sources import in_language
 from tercet.data.files.texts import EvenSample, text_key
 from tercet.errors import DataError
-from tercet.files.records import parsed
+from tercet.files.forms import Content, known_form
+from tercet.files.parquet import open_parquet
+from tercet.files.records import BOM, FieldNames, parsed, readable
 from tercet.types import Example, Role
 
 MAX_ERRORS: Final = 20  # enough to repair at a time
 TOKEN_SAMPLE: Final = 1024  # at most: examples of a source whose tokens are counted
 SHOWN_SAMPLES: Final = 3
+MAX_SEEN: Final = 1000  # sets of columns of a file that are remembered
+SHOWN_COLUMNS: Final = 20  # of a file that nothing reads
 QUANTILES: Final = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 CountTokens: TypeAlias = Callable[[Sequence[str], Role], list[int]]
@@ -83,6 +88,18 @@ class SourceReport:
 
 
 @dataclass(frozen=True, slots=True)
+class FileReport:
+    """A file or a folder of BEIR, as it was understood."""
+
+    path: str
+    format: str  # such as "CSV, gzip"
+    encoding: str  # empty: it is not text
+    columns: Mapping[str, str]  # field of an example: the columns that were taken for it
+    unread: tuple[str, ...]  # columns that nothing reads, the first ones
+    rows: int  # valid ones
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """What was found; where there are errors, the counts are of the valid rows."""
 
@@ -91,6 +108,7 @@ class DataReport:
     samples: tuple[Example, ...]  # up to three, from begin to end
     errors: tuple[str, ...]  # "file:line: problem", the first 20
     warnings: tuple[str, ...]  # what to think about before training
+    files: tuple[FileReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +120,7 @@ class CheckOptions:
     query_tokens: int | None = None  # where queries will be truncated
     document_tokens: int | None = None
     against: Mapping[str, Collection[int]] = field(default_factory=dict)  # keys of texts by set
+    fields: ExampleFields = USUAL_FIELDS  # where they are not recognised
 
 
 def check_data(
@@ -118,12 +137,17 @@ def check_data(
     errors: list[str] = []
     samples = EvenSample[Example](8)
     shards = _shards(paths, errors)
+    record_format, files = example_format(options.fields), list[FileReport]()
     for number, shard in enumerate(shards):
         if len(errors) >= MAX_ERRORS:
             break
-        for row in _valid_rows(shard, errors):
+        columns, valid = _Columns(options.fields), 0
+        for row in _valid_rows(shard, record_format, columns, errors):
             tallies.setdefault((shard.source, row.lang), _Tally()).add(row, options)
             samples.add(row)
+            valid += 1
+        if valid:
+            files.append(_file_report(shard.path, columns, valid))
         if progress is not None:
             progress((number + 1) / len(shards))
     rows = sum(tally.rows for tally in tallies.values())
@@ -139,6 +163,7 @@ def check_data(
         samples=tuple(samples.kept[place] for place in places.astype(int).tolist()),
         errors=tuple(errors),
         warnings=tuple(_warnings(total, len(errors))),
+        files=tuple(files),
     )
 
 
@@ -152,11 +177,61 @@ def _shards(paths: Iterable[Path], errors: list[str]) -> list[Shard]:
     return found
 
 
-def _valid_rows(shard: Shard, errors: list[str]) -> Iterable[Example]:
+class _Columns:
+    """The columns that were taken for each field, and those that nothing reads."""
+
+    def __init__(self, fields: ExampleFields) -> None:
+        self.taken: dict[str, dict[str, None]] = {}
+        self.unread: dict[str, None] = {}
+        self._fields = [FieldNames.of(names) for names in fields.columns]
+        self._seen: set[tuple[str, ...]] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Add the columns of a record, unless another record had the same."""
+        keys = tuple(names)
+        if keys in self._seen:
+            return
+        if len(self._seen) < MAX_SEEN:
+            self._seen.add(keys)
+        read = {group.names[0]: group.among(keys) for group in self._fields}
+        for field_name, columns in read.items():
+            if columns:
+                self.taken.setdefault(field_name, {}).update(dict.fromkeys(columns))
+        known = {name for columns in read.values() for name in columns}
+        for name in keys:
+            if name not in known and len(self.unread) < SHOWN_COLUMNS:
+                self.unread[name] = None
+
+
+def _file_report(path: Path, columns: _Columns, rows: int) -> FileReport:
+    if is_judged_folder(path):
+        corpus, queries, judgements = (str(file.relative_to(path)) for file in training_files(path))
+        taken = {"query": queries, "positives": f"{corpus} by {judgements}"}
+        return FileReport(str(path), "folder of BEIR", "UTF-8", taken, (), rows)
+    form, encoding = known_form(path), ""
+    with readable(path):
+        if form is not None and form.kind == "parquet":
+            with open_parquet(path) as file:
+                columns.add(file.schema_arrow.names)
+        else:
+            with Content(path).buffered() as file:
+                encoding = "UTF-8 with BOM" if file.read(len(BOM)) == BOM else "UTF-8"
+    taken = {name: ", ".join(found) for name, found in columns.taken.items()}
+    described = "" if form is None else form.described
+    return FileReport(str(path), described, encoding, taken, tuple(columns.unread), rows)
+
+
+def _valid_rows(
+    shard: Shard, record_format: RecordFormat, columns: _Columns, errors: list[str]
+) -> Iterable[Example]:
     try:
-        for record in example_records(shard.path):
+        for record in record_format.records(shard.path):
+            if isinstance(record.value, dict):
+                columns.add(record.value)
             try:
-                row = parsed(shard.path, record, lambda it: parse_example(it.value, shard.source))
+                row = parsed(
+                    shard.path, record, lambda it: record_format.parse(it.value, shard.source)
+                )
             except DataError as error:
                 errors.append(str(error))
                 if len(errors) >= MAX_ERRORS:

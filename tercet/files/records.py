@@ -1,34 +1,35 @@
-"""Data files record by record: lines of JSON, rows of parquet, or why one cannot be read."""
+"""Data files record by record: lines of JSON, rows of tables, or why one cannot be read."""
 
+import csv
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet as pq
 
 from tercet.errors import DataError
 from tercet.files.artifacts import parse_json
 from tercet.files.console import shortened
+from tercet.files.forms import (
+    Content,
+    FileForm,
+    form_of,
+    known_form,
+)
 from tercet.files.limits import (
     ARRAY_ERRORS,
-    MAX_EXPANSION,
     MAX_RECORD_BYTES,
-    MAX_UNPACKED,
-    MAX_VALUES,
     unreadable,
 )
+from tercet.files.parquet import open_parquet, parquet_parts
 
 BOM: Final = b"\xef\xbb\xbf"
-ROWS_AT_ONCE: Final = 1024  # rows of parquet that are Python objects at the same time, at most
-BYTES_AT_ONCE: Final = 1 << 26  # 64 MiB of their texts, or one row
 
 # What readers of a damaged file raise. UnicodeDecodeError and ArrowInvalid are ValueErrors.
 DAMAGED: Final = (
@@ -37,27 +38,54 @@ DAMAGED: Final = (
     NotImplementedError,  # zipfile raises it for a compression that it does not support
 )
 
-_TEXTS: Final = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-)
 _MOST_UNKNOWN: Final = 100  # fields of a file, that are remembered
 _SHOWN_UNKNOWN: Final = 5
 _MOST_REPORTED: Final = 1_000  # lines that are not repeated
 _LONGEST_NAME: Final = 60  # characters that are compared
+_MOST_KEYS: Final = 1_000  # sets of fields of records, whose unknown ones are remembered
+_DIGITS: Final = 9  # of the number of a column
 _NEAR: Final = 0.7  # likeness of two names, of which one may be the other misspelt
 _reported: Final[set[str]] = set()
 
-functions: Any = pyarrow.compute  # made when pyarrow is imported, so that no checker knows them
-
 log = logging.getLogger("tercet")
 
-_LISTS: Final = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-
-Needs: TypeAlias = Sequence[Sequence[str]]
 Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True, slots=True)
+class FieldNames:
+    """The names that a field may have in a file."""
+
+    names: tuple[str, ...]  # two of them in one record are an error
+    usual: tuple[str, ...] = ()  # names that others use; read where none of ``names`` is there
+    numbered: tuple[str, ...] = ()  # with _1, _2 and so on they hold one text each
+    flag: str = ""  # of the command line: it names the field
+
+    @classmethod
+    def of(cls, field: "str | Sequence[str] | FieldNames") -> "FieldNames":
+        """Return the names of a field that has these names."""
+        if isinstance(field, FieldNames):
+            return field
+        return cls((field,) if isinstance(field, str) else tuple(field))
+
+    def among(self, given: Collection[str]) -> list[str]:
+        """Return the names, of those given, that hold this field; several may be ambiguous."""
+        found = [name for name in self.names if name in given]
+        if self.numbered and (numbers := self._numbered(given)):
+            return [*found, *numbers]
+        return found or [name for name in self.usual if name in given]
+
+    def _numbered(self, given: Iterable[str]) -> list[str]:
+        numbers: dict[str, int] = {}
+        for name in given:
+            base, _, number = name.rpartition("_")
+            if base in self.numbered and number.isascii() and number.isdecimal():
+                numbers[name] = int(number[:_DIGITS])
+        return sorted(numbers, key=lambda name: (numbers[name], name))
+
+
+Names: TypeAlias = "str | Sequence[str] | FieldNames"
+"""The name of a field, or all names that it may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +93,7 @@ class FileRecord:
     """One record of a file, or the reason why it cannot be read."""
 
     line: int  # of the file, from 1; of parquet, the row
-    offset: int  # the byte where the line begins; 0 for parquet
+    offset: int  # the byte where the line begins, unpacked; of tables, as lines of JSON; 0: parquet
     done: float  # the part of the file before the record
     content: bytes  # for fingerprints
     value: object = None
@@ -83,39 +111,99 @@ def parsed(path: Path, record: FileRecord, parse: Callable[[FileRecord], Parsed]
 
 
 def iter_records(
-    path: Path, fields: Sequence[str], *, needs: Needs, known: Sequence[str] = ()
+    path: Path,
+    fields: Sequence[Names],
+    *,
+    needs: Sequence[Names],
+    known: Sequence[str] | None = None,
 ) -> Iterator[FileRecord]:
-    """Yield the records of a .jsonl or .parquet file, without blank lines.
+    """Yield the records of a file of any format, without blank lines.
 
-    Of parquet, only the columns in ``fields`` are read, and one column of each group in ``needs``
-    is required. A line that is not JSON is a record with a problem, so that a caller who
-    collects problems can continue. With ``known``, fields of other names are reported at the end.
+    The formats are JSON lines, CSV and TSV, each also packed, and parquet. Of parquet, only the
+    columns of ``fields`` are read. Of parquet and tables, a column for each of ``needs`` is
+    required. A record that cannot be read is one with a problem, so that a caller who collects
+    problems can continue. If ``known`` is given, fields that are neither in it nor read are
+    reported at the end, with the number of records that have them.
 
     Raises:
         DataError: if the file cannot be read at all, or holds no record.
     """
-    empty, known_fields, others = True, frozenset((*fields, *known)), dict[str, None]()
-    is_parquet = known_suffix(path) == ".parquet"
-    if known and is_parquet:
-        with readable(path):
-            others = dict.fromkeys(pq.read_schema(path).names)
-    for record in _parquet_records(path, fields, needs) if is_parquet else _jsonl_records(path):
+    form = form_of(path)
+    groups = [FieldNames.of(each) for each in fields]
+    unknown = None if known is None else _UnknownFields(groups, known)
+    empty = True
+    for record in _records(path, form, groups, [FieldNames.of(each) for each in needs], unknown):
         empty = False
+        if unknown is not None and isinstance(record.value, dict):
+            unknown.add(record.value)
         yield record
-        if known and isinstance(record.value, dict) and not known_fields.issuperset(record.value):
-            if len(others) < _MOST_UNKNOWN:
-                others |= dict.fromkeys(record.value)
     if empty:
-        raise DataError(path, None, "holds no records; write one JSON object per line")
-    if unknown := [name for name in others if name not in known_fields]:
-        _report_unknown(path, unknown, known)
+        raise DataError(path, None, _NO_RECORDS.get(form.kind, "holds no records"))
+    if unknown is not None:
+        unknown.report(path)
 
 
-def _report_unknown(path: Path, unknown: Sequence[str], known: Sequence[str]) -> None:
-    """Log the fields of a file that nothing reads, once for each file."""
-    named = [f'"{shortened(name, 40)}"{meant(name, known)}' for name in unknown[:_SHOWN_UNKNOWN]]
-    more = f" and {len(unknown) - len(named)} more" if len(unknown) > len(named) else ""
-    line = f"{path}: fields that are not read: {', '.join(named)}{more}"
+_NO_RECORDS: Final[dict[str, str]] = {
+    "jsonl": "holds no records; write one JSON object per line",
+    "csv": "holds no records; write the names of the columns, and a row for each record",
+    "tsv": "holds no records; write the names of the columns, and a row for each record",
+}
+
+
+def _records(
+    path: Path,
+    form: FileForm,
+    fields: Sequence[FieldNames],
+    needs: Sequence[FieldNames],
+    unknown: "_UnknownFields | None",
+) -> Iterator[FileRecord]:
+    if form.kind == "parquet":
+        return _parquet_records(path, fields, needs, unknown)
+    return _jsonl_records(path) if form.kind == "jsonl" else _table_records(path, form, needs)
+
+
+class _UnknownFields:
+    """Counts of the fields that nothing reads."""
+
+    def __init__(self, fields: Sequence[FieldNames], known: Sequence[str]) -> None:
+        self._fields, self._known = fields, frozenset(known)
+        self._of_keys: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, names: Collection[str], records: int = 1) -> None:
+        """Count the unknown fields of some records that have these fields."""
+        keys = tuple(names)
+        unknown = self._of_keys.get(keys)
+        if unknown is None:
+            read = {name for group in self._fields for name in group.among(keys)}
+            unknown = tuple(name for name in keys if name not in read | self._known)
+            if len(self._of_keys) < _MOST_KEYS:
+                self._of_keys[keys] = unknown
+        for name in unknown:
+            if name in self._counts or len(self._counts) < _MOST_UNKNOWN:
+                self._counts[name] += records
+
+    def report(self, path: Path) -> None:
+        """Log the fields that nothing reads, once for each file."""
+        names = [*self._known, *(name for group in self._fields for name in group.names)]
+        others: list[str] = []
+        for name, count in self._counts.items():
+            if near := nearest(name, names):
+                have = "record has" if count == 1 else "records have"
+                _log_once(
+                    f'{path}: {count:,} {have} a field "{shortened(name, 40)}", which is ignored; '
+                    f'did you mean "{near}"?'
+                )
+            else:
+                others.append(f'"{shortened(name, 40)}"')
+        more = len(others) - _SHOWN_UNKNOWN
+        if others:
+            shown = ", ".join(others[:_SHOWN_UNKNOWN])
+            rest = f" and {more} more" if more > 0 else ""
+            _log_once(f"{path}: fields that are not read: {shown}{rest}")
+
+
+def _log_once(line: str) -> None:
     if line not in _reported:
         if len(_reported) >= _MOST_REPORTED:
             _reported.clear()
@@ -123,37 +211,53 @@ def _report_unknown(path: Path, unknown: Sequence[str], known: Sequence[str]) ->
         log.warning("%s", line)
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name nearest to one, or None if none is near."""
+    near = get_close_matches(name.lower()[:_LONGEST_NAME], list(known), n=1, cutoff=_NEAR)
+    return near[0] if near else None
+
+
 def meant(name: str, known: Iterable[str]) -> str:
     """Return a question after the known name nearest to one, or an empty string."""
-    near = get_close_matches(name.lower()[:_LONGEST_NAME], list(known), n=1, cutoff=_NEAR)
-    return f' (did you mean "{near[0]}"?)' if near else ""
+    near = nearest(name, known)
+    return "" if near is None else f' (did you mean "{near}"?)'
 
 
-def begins_with(path: Path | str, *fields: Sequence[str]) -> bool:
-    """Whether the first record of a file has a field of each group, to recognise its type.
+def begins_with(path: Path | str, *fields: Names) -> bool:
+    """Whether the first record of a file has each of these fields, to recognise its type.
 
     False for folders, and for a file whose first line is damaged: its reader reports that.
     """
     path = Path(path)
     if path.is_dir():
         return False
-    names = [name for group in fields for name in group]
-    first = next(iter_records(path, names, needs=())).value
-    return isinstance(first, dict) and all(any(n in first for n in group) for group in fields)
+    groups = [FieldNames.of(each) for each in fields]
+    first = next(iter_records(path, groups, needs=())).value
+    return isinstance(first, dict) and all(group.among(first) for group in groups)
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Yield the number, the first byte and the content of each line, line end and BOM taken off."""
-    with readable(path), path.open("rb") as file:
-        offset = len(BOM) if file.read(len(BOM)) == BOM else 0
-        file.seek(offset)
-        number = 0
+    for number, offset, _, line in _raw_lines(path):
+        yield number, offset, line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, int, float, bytes]]:
+    """Yield the number of each line, its first byte, the part of the file before it, and itself."""
+    with readable(path), Content(path).buffered() as file:
+        content: Any = file.raw
+        packed = not (form := known_form(path)) or form.compression is not None
+        total = 1 if packed else max(path.stat().st_size, 1)
+        offset = number = 0
         while line := file.readline(MAX_RECORD_BYTES + 1):
+            if number == 0 and line.startswith(BOM):
+                offset, line = len(BOM), line[len(BOM) :]
             number += 1
             if len(line) > MAX_RECORD_BYTES:
                 problem = f"is longer than {MAX_RECORD_BYTES:,} bytes; end the line of each record"
                 raise DataError(path, number, f"{problem}, or split the text")
-            yield number, offset, line.removesuffix(b"\n").removesuffix(b"\r")
+            if line:
+                yield number, offset, content.done if packed else offset / total, line
             offset += len(line)
 
 
@@ -169,7 +273,7 @@ def decoded(line: bytes, offset: int) -> str:
 
 
 def known_suffix(path: Path) -> str:
-    """Return the ending of a file that can be read, with its dot."""
+    """Return the ending of a file of examples that is written, with its dot."""
     if path.is_dir() and not path.suffix:
         raise DataError(path, None, "is a folder; give one of its files")
     if path.suffix not in (".jsonl", ".parquet"):
@@ -179,17 +283,17 @@ def known_suffix(path: Path) -> str:
 
 def line_records(path: Path) -> Iterator[FileRecord]:
     """Yield the lines of a text file as records whose value is the text of the line."""
-    with readable(path):
-        total = max(path.stat().st_size, 1)
-    for number, offset, line in iter_lines(path):
+    for number, offset, done, raw in _raw_lines(path):
+        line = raw.removesuffix(b"\n").removesuffix(b"\r")
         try:
             text, problem = decoded(line, offset), None
         except ValueError as error:
             text, problem = None, str(error)
-        yield FileRecord(number, offset, offset / total, line, text, problem)
+        yield FileRecord(number, offset, done, line, text, problem)
 
 
 def _jsonl_records(path: Path) -> Iterator[FileRecord]:
+    first = True
     for record in line_records(path):
         if record.content.isspace() or not record.content:
             continue
@@ -202,20 +306,168 @@ def _jsonl_records(path: Path) -> Iterator[FileRecord]:
             )
         except ValueError as error:  # nested too deeply, or an integer of thousands of digits
             problem = str(error)
+        if first and (problem or isinstance(value, list)):
+            other = _of_another_form(path, record.content)
+            if other is not None and record.content.strip() != b"{":  # it may be that line alone
+                raise DataError(path, record.line, other)
+            problem = other or problem
+        first = False
         yield replace(record, value=value, problem=problem)
 
 
-def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterator[FileRecord]:
-    with readable(path), open_parquet(path) as file:
-        columns = columns_of(file, fields)
-        for group in needs:
-            if not set(group) & set(columns):
-                raise DataError(
-                    path,
-                    None,
-                    f'has no column "{group[0]}"; rename one of its columns to it: '
-                    + ", ".join(f'"{name}"' for name in file.schema_arrow.names),
+def _of_another_form(path: Path, line: bytes) -> str | None:
+    """Return what a file is whose first line is no object, as far as the line shows it."""
+    text = line.strip()
+    if text in (b"[", b"{") or text.startswith((b"[{", b"[ {")):
+        query = "." if text == b"{" else "'.[]'"
+        return (
+            "is one JSON value and not one object per line; convert it: "
+            f"jq -c {query} {path.name} > lines-of-{path.name}"
+        )
+    named = [kind for kind, mark in (("tsv", b"\t"), ("csv", b",")) if mark in text]
+    if named and text[:1] not in b'{["' and text.isascii():
+        return (
+            f"not JSON; it looks like a table, whose file is named "
+            f"{path.name.replace('.jsonl', f'.{named[0]}')}"
+        )
+    return None
+
+
+class _TextLines:
+    """The decoded lines of a table, for the parser, and how far they were read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lines, self._bytes = path, _raw_lines(path), 0
+        self.line, self.done = 0, 0.0
+        self.problem: str | None = None
+
+    def __iter__(self) -> "_TextLines":
+        return self
+
+    def begin_row(self) -> int:
+        """Begin the next row, and return the number of its first line."""
+        self._bytes, self.problem = 0, None
+        return self.line + 1
+
+    def __next__(self) -> str:
+        self.line, offset, self.done, line = next(self._lines)
+        self._bytes += len(line)
+        if self._bytes > MAX_RECORD_BYTES:
+            problem = f"a row is longer than {MAX_RECORD_BYTES:,} bytes; is a quotation mark open?"
+            raise DataError(self._path, self.line, problem)
+        try:
+            return decoded(line, offset)
+        except ValueError as error:
+            self.problem = self.problem or str(error)
+            return line.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        self._lines.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _table_records(path: Path, form: FileForm, needs: Sequence[FieldNames]) -> Iterator[FileRecord]:
+    """Yield the rows of a CSV or TSV file as records of texts; an empty cell is an absent field.
+
+    The content of a record is its line of JSON, so it does not depend on how cells are quoted.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
+    mark = "," if form.kind == "csv" else "\t"
+    lines = _TextLines(path)
+    rows = csv.reader(lines, delimiter=mark, strict=True)
+    header: list[str] | None = None
+    offset = 0
+    try:
+        while True:
+            line, done = lines.begin_row(), lines.done
+            try:
+                cells = next(rows, None)
+            except csv.Error as error:
+                if header is None:
+                    raise DataError(path, line, _table_problem(error, mark)) from error
+                yield FileRecord(line, offset, done, b"", None, _table_problem(error, mark))
+                return  # where the next row begins is not known
+            if cells is None:
+                return
+            if not cells or (cells == [""] and header is None):
+                continue
+            if header is None:
+                header = _header(path, line, cells, mark, lines.problem)
+                _check_columns(path, header, needs)
+                continue
+            problem = lines.problem
+            if problem is None and len(cells) != len(header):
+                problem = (
+                    f"has {len(cells)} cells, but the first line names {len(header)} columns; put "
+                    f"quotation marks around a text that holds a {_MARKS[mark]}"
                 )
+            value = {name: cell for name, cell in zip(header, cells, strict=False) if name and cell}
+            content = json.dumps(value, ensure_ascii=False).encode()
+            yield FileRecord(line, offset, done, content, None if problem else value, problem)
+            offset += len(content) + 1
+    finally:
+        lines.close()
+
+
+_MARKS: Final = {",": "comma", "\t": "tab", ";": "semicolon"}
+
+
+def _header(path: Path, line: int, cells: list[str], mark: str, problem: str | None) -> list[str]:
+    """Return the names of the columns, of which those without a name are not read."""
+    names = [cell.strip() for cell in cells]
+    others = [_MARKS[other] for other in _MARKS if other != mark and other in cells[0]]
+    if problem is None and cells[0].lstrip().startswith('{"'):
+        problem = "its first line is JSON; name a file of JSON lines .jsonl"
+    elif problem is None and len(names) == 1 and others:
+        problem = (
+            f"its first line has a {others[0]} but no {_MARKS[mark]}; a .csv has commas between "
+            "its columns, and a .tsv has tabs"
+        )
+    elif problem is None and not any(names):
+        problem = "its first line is blank; it names the columns"
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if problem is None and twice is not None:
+        problem = f'its first line names a column "{shortened(twice, 40)}" twice; rename one'
+    if problem is not None:
+        raise DataError(path, line, problem)
+    return names
+
+
+def _table_problem(error: csv.Error, mark: str) -> str:
+    if "unexpected end" in str(error):
+        return "a quotation mark that opens in this row is never closed; close it"
+    if "new-line character" in str(error):
+        return "holds a carriage return that ends no line; save the file with usual line ends"
+    return (
+        f"cannot be split into columns: {error}; put quotation marks around a text that holds a "
+        f"{_MARKS[mark]} or a quotation mark, and double the ones in it"
+    )
+
+
+def _check_columns(path: Path, names: Sequence[str], needs: Sequence[FieldNames]) -> None:
+    """Raise a DataError if a field that is needed has no column."""
+    for group in needs:
+        if not group.among(names):
+            flag = f", or name it with {group.flag}" if group.flag else ""
+            shown = ", ".join(f'"{shortened(name, 40)}"' for name in names if name)
+            raise DataError(
+                path,
+                None,
+                f'has no column "{group.names[0]}"; rename one of its columns to it{flag}: {shown}',
+            )
+
+
+def _parquet_records(
+    path: Path,
+    fields: Sequence[FieldNames],
+    needs: Sequence[FieldNames],
+    unknown: _UnknownFields | None,
+) -> Iterator[FileRecord]:
+    with readable(path), open_parquet(path) as file:
+        names = file.schema_arrow.names
+        columns = columns_of(names, fields)
+        _check_columns(path, names, needs)
+        if unknown is not None:
+            unknown.add(names, file.metadata.num_rows)
         total = max(file.metadata.num_rows, 1)
         row = 0
         for part in parquet_parts(path, file, columns):
@@ -227,149 +479,10 @@ def _parquet_records(path: Path, fields: Sequence[str], needs: Needs) -> Iterato
             raise DataError(path, None, problem)
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Return the file, to be read one row group at a time.
-
-    By default pyarrow prefetches all row groups: the whole file would be in memory.
-    """
-    return pq.ParquetFile(path, pre_buffer=False)
-
-
-def parquet_parts(
-    path: Path, file: pq.ParquetFile, columns: Sequence[str]
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a file in order, in batches whose texts fit into memory.
-
-    A file of some kB can hold a text of many MB, or hold one text once and refer to it from every
-    row. So a row group is measured before it is written out.
-
-    Raises:
-        DataError: if a row, or what a row group unpacks to, is too large.
-    """
-    row = 0
-    for number in range(file.metadata.num_row_groups):
-        group = _RowGroup(path, file.metadata.row_group(number), number, columns, row)
-        row += file.metadata.row_group(number).num_rows
-        at_once = group.rows_at_once()
-        for batch in file.iter_batches(
-            at_once, row_groups=[number], columns=list(columns), use_threads=False
-        ):
-            if not group.measured:
-                group.measure(batch)
-            yield batch
-
-
-class _RowGroup:
-    """The sizes of a row group: packed, unpacked, and of texts that are written out."""
-
-    def __init__(
-        self, path: Path, group: Any, number: int, columns: Sequence[str], first: int
-    ) -> None:
-        self._path, self._number, self._names, self._row = path, number, columns, first
-        parts = [group.column(at) for at in range(group.num_columns)]
-        self._columns = [it for it in parts if it.path_in_schema.partition(".")[0] in columns]
-        self._packed = sum(column.total_compressed_size for column in self._columns)
-        self._written, self._fits = 0, ROWS_AT_ONCE
-        self.measured = False
-        self._check(sum(column.total_uncompressed_size for column in self._columns))
-        if any(column.num_values > MAX_VALUES for column in self._columns):
-            problem = f"a row group holds more than {MAX_VALUES:,} values of a column"
-            raise DataError(path, None, f"{problem}; write it again with smaller row groups")
-
-    def rows_at_once(self) -> int:
-        """Return how many rows can be in memory together; measure them, unless that is later."""
-        texts = [it for it in self._columns if it.physical_type == "BYTE_ARRAY"]
-        if all(it.num_values * it.total_uncompressed_size <= MAX_RECORD_BYTES for it in texts):
-            self.measured = True  # whatever is in it
-            return ROWS_AT_ONCE
-        names = [it.path_in_schema for it in texts]
-        fits = ROWS_AT_ONCE
-        try:
-            # Read like this, a text that occurs many times is kept once.
-            with pq.ParquetFile(self._path, pre_buffer=False, read_dictionary=names) as file:
-                for batch in file.iter_batches(
-                    ROWS_AT_ONCE,
-                    row_groups=[self._number],
-                    columns=list(self._names),
-                    use_threads=False,
-                ):
-                    fits = min(fits, self.measure(batch))
-        except pa.ArrowNotImplementedError:  # pyarrow cannot read lists as dictionaries in part
-            entry = max(_dictionary_bytes(self._path, it) for it in texts)
-            return min(max(BYTES_AT_ONCE // max(entry, 1), 1), ROWS_AT_ONCE)
-        self.measured = True
-        return fits
-
-    def measure(self, batch: pa.RecordBatch) -> int:
-        """Check the next rows, and return how many of them can be in memory together."""
-        sizes = sum(map(_bytes_by_row, batch.columns), np.zeros(len(batch), np.int64))
-        if (sizes > MAX_RECORD_BYTES).any():
-            row = self._row + int((sizes > MAX_RECORD_BYTES).argmax()) + 1
-            problem = f"is longer than {MAX_RECORD_BYTES:,} bytes; split its text"
-            raise DataError(self._path, row, problem)
-        self._row += len(batch)
-        self._written += int(sizes.sum())
-        self._check(self._written)
-        return max(BYTES_AT_ONCE // max(int(sizes.max(initial=0)), 1), 1)
-
-    def _check(self, size: int) -> None:
-        if size > max(MAX_UNPACKED, MAX_EXPANSION * self._packed):
-            raise DataError(
-                self._path,
-                None,
-                f"a row group of {self._packed:,} bytes unpacks to {size:,} bytes and more, over "
-                f"{MAX_EXPANSION} times as many; write it again without repeated texts, or in "
-                "smaller row groups",
-            )
-
-
-def _dictionary_bytes(path: Path, column: Any) -> int:
-    """Return the size of the texts that a column refers to, at most."""
-    whole = column.total_uncompressed_size
-    if not column.has_dictionary_page or column.dictionary_page_offset is None:
-        return 0
-    with path.open("rb") as file:
-        file.seek(column.dictionary_page_offset)
-        header = file.read(16)  # Thrift: 0x15 type 0x15 size, both numbers of 7 bits a byte
-    at, number = 1, 0
-    while at < len(header) and header[at] & 0x80:
-        at += 1
-    for shift, byte in enumerate(header[at + 2 :]):
-        number |= (byte & 0x7F) << 7 * shift
-        if not byte & 0x80:
-            return min(number >> 1, whole)
-    return whole
-
-
-def _bytes_by_row(values: Any) -> np.ndarray:
-    """Return how many bytes the texts of each row have once they are written out."""
-    kind = values.type
-    if pa.types.is_dictionary(kind):
-        of_entries = np.append(_bytes_by_row(values.dictionary), 0)  # -1, for null, finds the 0
-        return of_entries[values.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
-    if pa.types.is_map(kind):
-        values = pa.ListArray.from_arrays(
-            values.offsets, pa.StructArray.from_arrays([values.keys, values.items], ["k", "v"])
-        )
-        kind = values.type
-    if any(is_list(kind) for is_list in _LISTS):
-        ends = np.append(0, np.cumsum(_bytes_by_row(values.flatten())))
-        counts = functions.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
-        bounds = np.append(0, np.cumsum(counts))
-        return np.diff(ends[bounds])
-    if pa.types.is_struct(kind):
-        nothing = np.zeros(len(values), np.int64)
-        return sum((_bytes_by_row(each) for each in values.flatten()), nothing)
-    if any(is_text(kind) for is_text in _TEXTS):
-        lengths = functions.binary_length(values).fill_null(0).to_numpy(zero_copy_only=False)
-        return lengths.astype(np.int64)
-    return np.zeros(len(values), np.int64)
-
-
-def columns_of(file: pq.ParquetFile, fields: Sequence[str]) -> list[str]:
-    """Return those fields that the file has."""
-    names = file.schema_arrow.names
-    return [field for field in fields if field in names]
+def columns_of(names: Sequence[str], fields: Sequence[Names]) -> list[str]:
+    """Return those of these columns that hold the fields."""
+    found = (name for each in fields for name in FieldNames.of(each).among(names))
+    return list(dict.fromkeys(found))
 
 
 @contextmanager

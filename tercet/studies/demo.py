@@ -20,8 +20,18 @@ from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import DataError
 from tercet.evaluate.measures.by_kind import dev_score
 from tercet.evaluate.measures.retrieval import Measured, RetrievalResult, measure, measure_bm25
+from tercet.evaluate.report.charts import Html, histogram, interval_chart
 from tercet.evaluate.report.intervals import Interval, paired_difference
-from tercet.evaluate.report.page import ExampleSearch, RunReport, ScoreSample, write_report
+from tercet.evaluate.report.page import (
+    Page,
+    Section,
+    facts,
+    figure,
+    interval_table,
+    ranked,
+    side_by_side,
+    write_page,
+)
 from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
 from tercet.files.outputs import check_output, mark
 from tercet.models.embedder import Embedder
@@ -33,6 +43,7 @@ from tercet.training import log
 from tercet.training.loop import train
 from tercet.training.plan import RUN
 from tercet.training.recipe import Recipe, Run
+from tercet.training.run_report import stage_charts
 from tercet.types import Example
 from tercet.vectors import Vectors
 
@@ -80,22 +91,21 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
     found = _search(out, packages, embedder, after.documents)
     comparison = _compare(before, after, lexical)
     seconds = time.monotonic() - began
-    losses, rates = _curves(out)
-    report = RunReport(
-        title="Demo: fine-tuning MiniLM on Debian package descriptions",
-        summary=_summary(comparison.gain, seconds),
-        results=comparison.results,
-        differences=comparison.differences,
-        scores={"before": _sample(before), "after": _sample(after)},
-        searches=[
-            ExampleSearch(query, [(hit.record.title, hit.score) for hit in hits])
-            for query, hits in found
+    page = Page(
+        "Demo: fine-tuning MiniLM on Debian package descriptions",
+        _summary(comparison.gain, seconds),
+        [
+            Section("Results", _results(comparison)),
+            Section("Training", stage_charts(log.read(out / log.LOG))),
+            Section("Scores of relevant and other documents", [_scores(before, after)]),
+            Section(
+                "Example searches",
+                [ranked(q, [(hit.record.title, hit.score) for hit in hits]) for q, hits in found],
+            ),
+            Section("Settings", [facts(_settings(recipe, run, sources, seconds))]),
         ],
-        settings=_settings(recipe, run, sources, seconds),
-        losses=losses,
-        learning_rates=rates,
     )
-    write_report(out / "report.html", report)
+    write_page(out / "report.html", page)
     _last_screen(out, console, comparison, found)
 
 
@@ -181,14 +191,35 @@ def _search(
     return list(zip(QUERIES, found, strict=True))
 
 
-def _sample(measured: Measured) -> ScoreSample:
-    return ScoreSample(measured.positives.tolist(), measured.negatives.tolist())
+def _results(compared: _Comparison) -> list[Html]:
+    metric = METRICS[0]
+    rows = {name: {name: row[metric]} for name, row in compared.results.items()}
+    drawing = interval_chart(rows, name=metric, baselines=("BM25", "before"))
+    caption = (
+        f"{metric} and its 95 % interval. Overlapping intervals do not show equality: see the "
+        "differences query by query."
+    )
+    return [
+        figure(drawing, caption),
+        interval_table("system", compared.results),
+        interval_table("difference, query by query", compared.differences, signed=True),
+    ]
 
 
-def _curves(out: Path) -> tuple[list[float], list[float]]:
-    """Losses and learning rates of all steps."""
-    steps = [record for record in log.read(out / log.LOG) if "loss" in record]
-    return [r["loss"] for r in steps], [r["learning_rate"] for r in steps]
+def _scores(before: Measured, after: Measured) -> Html:
+    charts = (
+        histogram(
+            {"relevant": each.positives.tolist(), "other": each.negatives.tolist()},
+            name=f"scores {when} training",
+            x=f"score {when} training",
+        )
+        for when, each in (("before", before), ("after", after))
+    )
+    return figure(
+        side_by_side(charts),
+        "Scores of queries with the documents that answer them, and with other documents. The less "
+        "the two histograms overlap, the better.",
+    )
 
 
 def _verdict(gain: Interval) -> str:

@@ -15,6 +15,7 @@ from tercet.evaluate.measures.retention import retention
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.evaluate.suites.suite import MAIN, EvaluationSet, as_evaluation_set
 from tercet.files.artifacts import fingerprint
+from tercet.files.forms import RECORDS, bare_name, is_of, listed
 from tercet.models.embedder import Embedder
 from tercet.types import Example
 
@@ -46,7 +47,7 @@ def open_languages(
     tasks: dict[str, dict[str, None]] = {}
     for path in _files(paths):
         for number, example in enumerate(iter_examples(path), start=1):
-            lang = example.lang or path.stem
+            lang = example.lang or bare_name(path)
             if not _CODE.fullmatch(lang):
                 raise DataError(
                     path,
@@ -55,7 +56,7 @@ def open_languages(
                     "the file by its language, such as de.jsonl",
                 )
             rows.setdefault(lang, []).append(example)
-            tasks.setdefault(lang, {}).update(dict.fromkeys((example.task, path.stem)))
+            tasks.setdefault(lang, {}).update(dict.fromkeys((example.task, bare_name(path))))
     if not rows:
         raise RecipeError("there is no evaluation set; give a folder of LANG.jsonl files")
     found = []
@@ -93,16 +94,16 @@ def language_of(source: Source) -> str:
         return source.lang
     languages = {example.lang for example in iter_examples(source.path)}
     if languages == {""}:
-        return source.path.stem
+        return bare_name(source.path)
     return languages.pop() if len(languages) == 1 else ""
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.glob("*") if p.suffix in (".jsonl", ".parquet"))
+        inside = sorted(p for p in path.glob("*") if is_of(p, RECORDS))
         if path.is_dir() and not inside:
-            raise RecipeError(f"{path}: holds no .jsonl or .parquet file of examples")
+            raise RecipeError(f"{path}: holds no {listed(RECORDS)} file of examples")
         found += inside if path.is_dir() else [path]
     return found
 

@@ -156,7 +156,7 @@ class Results:
         return Table(title, rows)
 
     def bars(self, name: str, cells: Mapping[str, str], columns: Sequence[Column]) -> Picture:
-        """Return a picture with a group of bars for each column, a colour for each cell."""
+        """Return a picture with a panel for each column, and a bar for each cell."""
         drawn = {
             label: {
                 column.title: figure
@@ -166,7 +166,8 @@ class Results:
             for label, cell in cells.items()
             if self.has(cell)
         }
-        return Picture(name, partial(bars, drawn))
+        baselines = [label for label, cell in cells.items() if cell == WORDS]
+        return Picture(name, partial(bars, drawn, baselines=baselines))
 
     def _point(self, cell: str, column: Column, name: str) -> float:
         """Return a figure of one set and one seed without its interval, which takes time."""

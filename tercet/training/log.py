@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -17,11 +18,13 @@ from tercet.evaluate.measures.by_kind import EMPTY
 from tercet.files.artifacts import parse_json
 from tercet.files.atomic import clear_about, replacing_file
 from tercet.files.limits import read_text
+from tercet.files.secrets import redacted
 from tercet.training.batches import Groups, sampled
 from tercet.training.recipe import Stage
 from tercet.types import Example
 
 LOG: Final = "log.jsonl"
+MESSAGES: Final = "messages.jsonl"
 _RECENT: Final = 32  # batches over which the share of empty vectors is averaged
 _RISE: Final = 0.1  # of that mean; on a dev set, whose texts stay the same, EMPTY is enough
 _DEVIATIONS: Final = 1.5  # standard deviations of single batches that a rise must exceed as well
@@ -79,6 +82,43 @@ def read(path: Path) -> list[dict[str, Any]]:
             break
         records.append(record)
     return records
+
+
+@contextmanager
+def kept_messages(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Append warnings, and lines that go to the function that is yielded, to ``messages.jsonl``.
+
+    The lines are passed on. Those of earlier calls, of a run that goes on, stay.
+    """
+
+    def keep(kind: str, text: str) -> None:
+        with suppress(OSError), (folder / MESSAGES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "text": redacted(text)}) + "\n")
+
+    def keep_and_say(line: str) -> None:
+        keep("note", line)
+        say(line)
+
+    handler = _Kept(keep)
+    log.addHandler(handler)
+    try:
+        yield keep_and_say
+    finally:
+        log.removeHandler(handler)
+
+
+def read_messages(folder: Path) -> list[dict[str, Any]]:
+    """Return the messages of a run, each with its ``kind``, note or warning, and its ``text``."""
+    return [each for each in read(folder / MESSAGES) if {"kind", "text"} <= each.keys()]
+
+
+class _Kept(logging.Handler):
+    def __init__(self, keep: Callable[[str, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.keep = keep
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.keep("warning", record.getMessage())
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

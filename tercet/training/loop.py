@@ -16,6 +16,7 @@ from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import require_dims
 from tercet.training.forecast import StageForecast, lines_of
 from tercet.training.forecast import forecast as forecast_stages
+from tercet.training.log import kept_messages
 from tercet.training.plan import (
     CHECKPOINT,
     RUN,
@@ -37,6 +38,7 @@ from tercet.training.plan import (
     without_tuning,
 )
 from tercet.training.recipe import Recipe, Run, Stage
+from tercet.training.run_report import try_to_report
 from tercet.training.snapshots import STEPS, Snapshots
 from tercet.training.trainer import Score, Trainer
 
@@ -52,7 +54,8 @@ def train(
 ) -> Embedder:
     """Run a recipe's stages and save the embedder under ``out/model``.
 
-    Of several stages, each one's model is kept too, in its folder in ``out``. The same call after a
+    Of several stages, each one's model is kept too, in its folder in ``out``. At the end,
+    ``out/report.html`` shows curves, data, settings and warnings. The same call after a
     kill goes on from the last checkpoint, and on a CPU ends with the same bits as a run that was
     never stopped. With ``Run.shard_weights`` each of several processes holds a part of the
     network's weights while it trains; the embedder that is returned is whole, and on the CPU.
@@ -80,9 +83,11 @@ def train(
     if not distributed.is_main():
         return _train(plan, out, score, begun=begun)
     check_run_place(plan, out)
-    with sole_writer(out):
+    with sole_writer(out), kept_messages(out, say) as keep_and_say:
         mark(out, RUN)
-        return _train(plan, out, score, begun=begun)
+        embedder = _train(replace(plan, say=keep_and_say), out, score, begun=begun)
+        try_to_report(out, say)
+    return embedder
 
 
 def forecast(recipe: Recipe, data: Data, *, run: Run | None = None) -> list[StageForecast]:

@@ -10,6 +10,7 @@ from tercet.data.batches.collate import PromptOf
 from tercet.data.batches.mixture import by_language, shares_of
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
+from tercet.evaluate.measures.retrieval import versions
 from tercet.files.artifacts import read_json, write_json
 from tercet.files.outputs import FolderKind, check_output, json_object
 from tercet.kinds import KINDS, Kind
@@ -302,6 +303,8 @@ RUN: Final = FolderKind(
         "log.jsonl",
         "recipe.json",
         "mixture.json",
+        "messages.jsonl",
+        "report.html",
         "model/*",
         "steps/*",
         "refresh-*/*",
@@ -346,6 +349,7 @@ def describe(plan: TrainingPlan, out: Path) -> None:
             name: {"examples": len(source), "fingerprint": source.fingerprint}
             for name, source in sources.items()
         },
+        "versions": versions(),
     }
     mixture = {
         stage.name: _mixture(stage, of_stage)

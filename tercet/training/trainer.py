@@ -407,6 +407,7 @@ class Trainer:
         for name, weight in checkpoint.trainable(self.embedder).items():
             digest.update(name.encode())
             digest.update(weight.detach().float().cpu().numpy().tobytes())
+        (found, groups), scores = self._candidates(), self.progress.scores
         return {
             "stage": self.stage.name,
             "objective": repr(self.stage.objective),
@@ -419,7 +420,21 @@ class Trainer:
             "lora": self.embedder.backbone.has_lora,
             "weights": digest.hexdigest(),
             MADE_WITH: self.what,
+            **({"dev_scores": [list(each) for each in scores]} if scores else {}),
+            **(
+                {"candidates": round(found.in_batch(max(groups.sizes)), 1)}
+                if found is not None
+                else {}
+            ),
         }
+
+    def _candidates(self) -> tuple[Candidates | None, Groups]:
+        """Return how many documents a query is compared with, if it is; and sizes of batches."""
+        rows = sum(map(len, self.work.drawn))
+        groups = self.groups or Groups((), (min(self.stage.batch_size, rows),))
+        if not self.stage.objective.traits.contrasts:
+            return None, groups
+        return Candidates.of(self.stage, self.sources), groups
 
     def _introduce(self) -> None:
         count = sum(p.numel() for p in self.embedder.parameters() if p.requires_grad)
@@ -432,9 +447,9 @@ class Trainer:
         kind = getattr(torch, self.options.dtype)
         if (warning := warning_of(kind, self.embedder.device)) is not None:
             self.say(f"tercet: note: {warning}")
-        if self.stage.objective.traits.contrasts:
-            groups = self.groups or Groups((), (min(self.stage.batch_size, rows),))
-            self.say(Candidates.of(self.stage, self.sources).summary(groups))
+        found, groups = self._candidates()
+        if found is not None:
+            self.say(found.summary(groups))
 
     def _complaint(self, problem: str, rows: BatchRows) -> str:
         pairs = list(zip(rows.source.tolist(), rows.row.tolist(), strict=True))

@@ -149,7 +149,7 @@ def test_what_a_user_gets_wrong_is_said_in_a_line(refused, start, docs, tmp_path
     assert refused(*start, *url, "--split", "dev").endswith(
         "has no record whose \"split\" is 'dev'"
     )
-    assert refused(*start, *url, "--text-field", "text").startswith(f'{docs}:1: "text" is missing')
+    assert refused(*start, *url, "--text-field", "long").startswith(f'{docs}:1: "long" is missing')
     assert refused(*start, *url, "--temperature", "-1").endswith("got -1, 0.95 and 64")
     into = [docs if word == tmp_path / "q.jsonl" else word for word in start]
     assert refused(*into, *url) == f"{docs}: is an input; " + ("give another --out")

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tercet.data.files.beir import read_folder
 from tercet.data.files.documents import read_documents
 from tercet.data.files.folders import open_sources
 from tercet.data.files.sources import open_source
 from tercet.data.files.texts import read_texts
 from tercet.data.report import check_data
 from tercet.errors import DataError, IndexFolderError, ModelError, TercetError
-from tercet.evaluate.sets.beir import read_folder
 from tercet.files.artifacts import fingerprint_of_file, read_json
 from tercet.files.limits import MAX_RECORD_BYTES
 from tercet.files.records import iter_lines
@@ -281,7 +281,7 @@ def test_rows_are_the_same_however_many_are_read_at_once(tmp_path, monkeypatch):
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=700)
     wanted = open_source(path)
     assert wanted.examples([0, 2999, 700])[1].positives == ("4 " * 300, "x")
-    from tercet.files import records
+    from tercet.files import parquet as records
 
     monkeypatch.setattr(records, "BYTES_AT_ONCE", 2000)
     few = open_source(path)

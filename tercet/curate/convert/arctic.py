@@ -24,7 +24,8 @@ from tercet.errors import DataError
 from tercet.files.artifacts import fingerprint_number
 from tercet.files.atomic import clear_about, replacing_folder
 from tercet.files.outputs import FolderKind, check_output, holds_only, mark
-from tercet.files.records import open_parquet, parquet_parts, readable
+from tercet.files.parquet import open_parquet, parquet_parts
+from tercet.files.records import readable
 from tercet.types import Example
 
 QUERY_ID, QUERY_TEXT = "QUERY_ID", "QUERY_TEXT"

@@ -12,11 +12,13 @@ from zlib import crc32
 import numpy as np
 
 from tercet.data.files.examples import QUERY
+from tercet.data.files.inputs import local_path
 from tercet.data.files.similarity import SimilaritySet, is_similarity_file
 from tercet.data.files.sources import iter_examples
 from tercet.data.files.texts import normal_form, read_texts
 from tercet.errors import MissingExtraError, RecipeError
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.files.forms import RECORDS, is_of
 from tercet.files.records import begins_with
 from tercet.types import Example
 
@@ -139,15 +141,16 @@ def evaluation_texts(path: Path | str) -> Iterator[str]:
     Raises:
         DataError: at the first record that cannot be read, with file and line.
     """
-    path = Path(path)
+    path = local_path(path)
+    is_text = not is_of(path, RECORDS)
     if path.is_dir():
         data = RetrievalSet.from_folder(path)
         yield from data.queries
         relevant = np.unique(data.judgements.docs[data.judgements.grades > 0])
         yield from (data.documents[row] for row in relevant.tolist())
-    elif path.suffix != ".txt" and is_similarity_file(path):
+    elif not is_text and is_similarity_file(path):
         yield from SimilaritySet.from_file(path).texts
-    elif path.suffix != ".txt" and begins_with(path, QUERY):
+    elif not is_text and begins_with(path, QUERY):
         for example in iter_examples(path):
             yield from (example.query, *example.positives)
     else:

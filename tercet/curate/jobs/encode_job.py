@@ -12,13 +12,13 @@ from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.sources import Source
 from tercet.data.files.texts import open_texts
 from tercet.errors import RecipeError
+from tercet.files.forms import TEXTS, bare_name, is_of, listed
 from tercet.files.outputs import FolderKind, check_output, mark
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.search.export import EncodeOptions, WrittenVectors, write_dense, write_vectors
 
 PART: Final = 100_000  # texts per part of a file
-SUFFIXES: Final = (".jsonl", ".parquet", ".txt")
 _MANIFEST: Final = ".manifest"
 ENCODED: Final = FolderKind(
     "a folder of vectors of files",
@@ -116,7 +116,7 @@ def open_files(paths: Sequence[Path], field: str) -> dict[str, Source]:
     for path in paths:
         for file in _files_in(path) if path.is_dir() else [path]:
             inside = file.relative_to(path) if path.is_dir() else Path(file.name)
-            name = str(inside.with_suffix(""))
+            name = str(inside.with_name(bare_name(inside)))
             if name in found:
                 raise RecipeError(
                     f"{file} and {found[name].path}: the vectors of both would be named {name}; "
@@ -127,9 +127,13 @@ def open_files(paths: Sequence[Path], field: str) -> dict[str, Source]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if is_of(path, TEXTS) and path.parent.name != "qrels"  # judgements, which are no texts
+    )
     if not found:
-        raise RecipeError(f"{folder}: has no {', '.join(SUFFIXES)} file; give another folder")
+        raise RecipeError(f"{folder}: has no {listed(TEXTS)} file; give another folder")
     return found
 
 

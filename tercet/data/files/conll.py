@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from tercet.data.files.examples import as_object, nonblank, shown, text_of
+from tercet.data.files.inputs import local_path
 from tercet.errors import DataError, RecipeError
+from tercet.files.forms import RECORDS, TABLES, is_of
 from tercet.files.records import FileRecord, iter_records, line_records, parsed
 
 UNLABELLED: Final = "_"  # a word that is encoded, but neither trained on nor counted
@@ -47,12 +49,12 @@ def read_labelled(path: Path | str, column: int | None = None) -> list[LabelledS
         DataError: at the first invalid line, naming it.
         RecipeError: for a ``column`` that cannot hold labels, or for a file without columns.
     """
-    path = Path(path)
-    if path.suffix in (".jsonl", ".parquet"):
+    path = local_path(path)
+    if is_of(path, RECORDS) and not is_of(path, TABLES):  # a .tsv has a word a line
         if column is not None:
             raise RecipeError(f"{path} has no columns; remove the column of the labels")
         fields = (_TOKENS, _LABELS)
-        records = iter_records(path, fields, needs=((_TOKENS,), (_LABELS,)), known=fields)
+        records = iter_records(path, fields, needs=fields, known=())
         return [parsed(path, record, _of_record) for record in records]
     sentences = list(_sentences(path, _rows(path), column))
     if not sentences:

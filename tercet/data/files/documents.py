@@ -5,11 +5,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tercet.data.files.examples import as_object, nonblank, optional_text, shown, text_of
+from tercet.data.files.examples import (
+    ID,
+    TEXT,
+    TITLE,
+    as_object,
+    given,
+    named_field,
+    nonblank,
+    optional_text,
+    shown,
+    text_of,
+)
+from tercet.data.files.inputs import local_path
 from tercet.data.files.texts import text_records, text_under
 from tercet.errors import DataError
 from tercet.files.arrays import KeySet
-from tercet.files.records import FileRecord, open_parquet, parsed, readable
+from tercet.files.forms import known_form
+from tercet.files.parquet import open_parquet
+from tercet.files.records import FieldNames, FileRecord, Names, parsed, readable
 
 _SCALARS: Final = (str, bool, int, float)
 _SPLIT: Final = "split"
@@ -27,20 +41,34 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The names that text, title and id have in the records of a file."""
+    """The names that text, title and id have in the records of a file.
+
+    The default ones stand for all names that are recognised (``content``, ``body``, ``_id``).
+    """
 
     text: str = "text"
     title: str = "title"
     id: str = "id"
 
+    @property
+    def names(self) -> tuple[FieldNames, FieldNames, FieldNames]:
+        """The names of text, title and id."""
+        return (
+            named_field(self.text, TEXT),
+            named_field(self.title, TITLE),
+            named_field(self.id, ID),
+        )
+
     def document(self, record: FileRecord, *, keep_others: bool = False) -> Document:
         """Return the document that a record holds, or raise a ValueError that names the field."""
         values = as_object(record.value)
-        named = (self.text, self.title, self.id)
+        text, title, id_ = self.names
+        named = {name for group in self.names for name in group.among(values)}
+        name, value = given(values, id_)
         return Document(
-            id=_id_of(values.get(self.id), self.id, record.line),
-            text=nonblank(text_under(values, self.text), self.text),
-            title=optional_text(values, (self.title,)) or "",
+            id=_id_of(value, name, record.line),
+            text=nonblank(text_under(values, text), self.text),
+            title=optional_text(values, title) or "",
             fields={n: v for n, v in values.items() if n not in named and _can_be_filtered(v)}
             if keep_others
             else {},
@@ -54,7 +82,7 @@ def read_documents(
     split: str | None = None,
     keep_others: bool = False,
 ) -> Iterator[Document]:
-    """Yield the documents of a .jsonl, .parquet or .txt file (one text per line).
+    """Yield the documents of a file (.txt has one per line), or of a folder of BEIR.
 
     Blank lines are skipped. The title may be absent. An absent id becomes the number of the line,
     or of the parquet row.
@@ -73,11 +101,12 @@ def read_documents(
         >>> next(read_documents("docs.jsonl")).text
         'nginx serves files'
     """
-    path = Path(path)
-    columns = (fields.text, fields.title, fields.id, _SPLIT)
-    if keep_others and path.suffix == ".parquet":
+    path = local_path(path)
+    columns: tuple[Names, ...] = (*fields.names, _SPLIT)
+    form = known_form(path)
+    if keep_others and form is not None and form.kind == "parquet" and path.is_file():
         with readable(path), open_parquet(path) as file:
-            columns = (*columns, *(set(file.schema_arrow.names) - set(columns)))
+            columns = (*columns, *file.schema_arrow.names)
     seen = KeySet()  # of hashes of ids
     for record in text_records(path, columns):
         if (
@@ -94,7 +123,7 @@ def read_documents(
 
 
 def _refuse_repeated_id(
-    path: Path, columns: tuple[str, ...], fields: Fields, repeated: str, line: int
+    path: Path, columns: tuple[Names, ...], fields: Fields, repeated: str, line: int
 ) -> None:
     """Read the file again to find the first line with this id; two ids may share a hash."""
     for earlier in text_records(path, columns):

@@ -3,15 +3,31 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, get_args
 
+from tercet.files.records import FieldNames, Names
 from tercet.types import Example, InBatch
 
 # The first name of each field is the one that is written; the others are read as well. The short
-# ones are those of FlagEmbedding's files.
-QUERY: Final = ("query",)
-POSITIVES: Final = ("positives", "positive", "pos")
-NEGATIVES: Final = ("negatives", "negative", "neg")
+# ones are those of FlagEmbedding's files, and the usual ones those of other data sets.
+_POSITIVES: Final = ("positives", "positive", "pos")
+_NEGATIVES: Final = ("negatives", "negative", "neg")
+QUERY: Final = FieldNames(("query",), ("anchor", "question", "sentence1"), flag="--query-field")
+POSITIVES: Final = FieldNames(
+    _POSITIVES,
+    ("passage", "answer", "context", "document", "text", "sentence2"),
+    numbered=_POSITIVES,
+    flag="--positive-field",
+)
+NEGATIVES: Final = FieldNames(_NEGATIVES, numbered=_NEGATIVES, flag="--negative-field")
+TEXT: Final = FieldNames(("text",), ("content", "body", "passage", "document"), flag="--text-field")
+TITLE: Final = FieldNames(("title",), flag="--title-field")
+ID: Final = FieldNames(("id",), ("_id",), flag="--id-field")
+# Of a pair with a score, which is no example.
+TEXT1: Final = ("text1", "sentence1")
+TEXT2: Final = ("text2", "sentence2")
+SCORE: Final = ("score", "label", "similarity")
 POSITIVE_SCORES: Final = ("positive_scores", "pos_scores")
 NEGATIVE_SCORES: Final = ("negative_scores", "neg_scores")
 QUERY_PROMPT: Final = ("query_prompt", "prompt")
@@ -19,18 +35,11 @@ DOCUMENT_PROMPT: Final = ("document_prompt",)
 TASK: Final = ("task",)
 IN_BATCH: Final = ("in_batch",)
 LANG: Final = ("lang", "language")
-EXAMPLE_FIELDS: Final = (
-    *QUERY,
-    *POSITIVES,
-    *NEGATIVES,
-    *POSITIVE_SCORES,
-    *NEGATIVE_SCORES,
-    *QUERY_PROMPT,
-    *DOCUMENT_PROMPT,
-    *TASK,
-    *IN_BATCH,
-    *LANG,
+_OTHERS: Final = (
+    *(POSITIVE_SCORES, NEGATIVE_SCORES, QUERY_PROMPT, DOCUMENT_PROMPT),
+    *(TASK, IN_BATCH, LANG),
 )
+EXAMPLE_FIELDS: Final[tuple[Names, ...]] = (QUERY, POSITIVES, NEGATIVES, *_OTHERS)
 
 OUR_FIELDS: Final = (
     "rank",
@@ -48,7 +57,44 @@ OUR_FIELDS: Final = (
 SHOWN_CHARACTERS: Final = 60  # of a wrong value, in a message
 
 
-def parse_example(record: object, task: str) -> Example:
+@dataclass(frozen=True, slots=True)
+class ExampleFields:
+    """The names that query, positives and negatives have in the records of a file.
+
+    The default ones stand for all names that are recognised; another one for itself alone, and for
+    its numbered columns (``NAME_1``, ``NAME_2``).
+    """
+
+    query: str = "query"
+    positives: str = "positives"
+    negatives: str = "negatives"
+
+    @property
+    def names(self) -> tuple[FieldNames, FieldNames, FieldNames]:
+        """The names of query, positives and negatives."""
+        return (
+            named_field(self.query, QUERY),
+            named_field(self.positives, POSITIVES),
+            named_field(self.negatives, NEGATIVES),
+        )
+
+    @property
+    def columns(self) -> tuple[Names, ...]:
+        """All fields of an example."""
+        return (*self.names, *_OTHERS)
+
+
+USUAL_FIELDS: Final = ExampleFields()
+
+
+def named_field(name: str, field: FieldNames) -> FieldNames:
+    """Return the names of a field that the user calls ``name``; its first name means all."""
+    if name in field.names[:1]:
+        return field
+    return FieldNames((name,), numbered=(name,) if field.numbered else (), flag=field.flag)
+
+
+def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS) -> Example:
     """Return the training example that a decoded JSON object or a parquet row holds.
 
     Unknown fields are ignored, and a field that is null counts as absent. ``task`` is the name
@@ -59,17 +105,25 @@ def parse_example(record: object, task: str) -> Example:
         ValueError: naming the field; the caller adds file and line.
     """
     fields = as_object(record)
-    name, query = given(fields, QUERY)
+    query_names, positive_names, negative_names = names.names
+    name, query = given(fields, query_names)
     if query is None:
-        raise ValueError('"query" is missing; an example needs a "query" and its "positives"')
-    positives = _texts(fields, POSITIVES)
+        _refuse_labelled(fields)
+        raise ValueError(
+            f'"{name}" is missing; an example needs a "query" and its "positives"; if another '
+            f"field holds the query, name it with {query_names.flag}"
+        )
+    positives = _texts(fields, positive_names)
     if not positives:
         raise ValueError(
-            '"positives" is missing or empty; a query needs at least one document that it matches'
+            f'"{positive_names.names[0]}" is missing or empty; a query needs at least one document '
+            f"that it matches; if another field holds it, name it with {positive_names.flag}"
         )
+    if name == TEXT1[1]:
+        _refuse_scored(fields)
     for text in positives:
-        nonblank(text, POSITIVES[0])
-    negatives = _texts(fields, NEGATIVES)
+        nonblank(text, positive_names.names[0])
+    negatives = _texts(fields, negative_names)
     return Example(
         query=nonblank(text_of(query, name), name),
         positives=positives,
@@ -82,6 +136,30 @@ def parse_example(record: object, task: str) -> Example:
         in_batch=_policy(fields),
         lang=optional_text(fields, LANG) or "",
     )
+
+
+def _refuse_scored(fields: Mapping[str, Any]) -> None:
+    """Raise for a pair with a score, most of which do not match."""
+    score = next((name for name in SCORE if fields.get(name) is not None), None)
+    if score is not None and TEXT2[1] in fields:
+        raise ValueError(
+            f'"{TEXT1[1]}", "{TEXT2[1]}" and "{score}" are a pair with a score and not an example; '
+            "make examples of them with: tercet convert scores"
+        )
+
+
+def _refuse_labelled(fields: Mapping[str, Any]) -> None:
+    """Raise for a text with a label, or a scored pair of texts without the names of an example."""
+    if "text" in fields and ("label" in fields or "labels" in fields):
+        raise ValueError(
+            '"text" and "label" are a labelled text and not an example; make examples of them '
+            "with: tercet convert labels"
+        )
+    if TEXT1[0] in fields and TEXT2[0] in fields:
+        raise ValueError(
+            f'"{TEXT1[0]}" and "{TEXT2[0]}" are a pair with a score and not an example; make '
+            "examples of them with: tercet convert scores"
+        )
 
 
 def example_record(example: Example) -> dict[str, Any]:
@@ -134,19 +212,42 @@ def shown(value: object) -> str:
     return whole if len(whole) <= SHOWN_CHARACTERS else whole[:SHOWN_CHARACTERS] + "..."
 
 
-def given(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
-    """Return the name of a field in this record, and its value; None if it is absent."""
-    if len(names) == 1:
-        return names[0], fields.get(names[0])
-    used = [name for name in names if fields.get(name) is not None]
-    if len(used) > 1:
+def given(fields: Mapping[str, Any], names: Sequence[str] | FieldNames) -> tuple[str, Any]:
+    """Return the name of a field in this record, and its value; None if it is absent.
+
+    Numbered columns are one list.
+
+    Raises:
+        ValueError: if two names may hold the field.
+    """
+    if not isinstance(names, FieldNames):
+        if len(names) == 1:
+            return names[0], fields.get(names[0])
+        names = FieldNames(tuple(names))
+    elif (value := fields.get(names.names[0])) is not None and len(names.names) == 1:
+        return names.names[0], value
+    used = names.among({name: None for name, value in fields.items() if value is not None})
+    if not used:
+        return names.names[0], None
+    if len(used) == 1 and not _is_numbered(used[0], names):
+        return used[0], fields[used[0]]
+    if not _is_numbered(used[0], names):
+        if used[0] in names.usual:
+            raise ValueError(
+                f'"{used[0]}" and "{used[1]}" may both be the {names.names[0]}; name the one that '
+                f"is with {names.flag}"
+            )
         raise ValueError(
             f'"{used[0]}" and "{used[1]}" are two names of one field; keep one of them'
         )
-    return (used[0], fields[used[0]]) if used else (names[0], None)
+    return used[0], [fields[name] for name in used]
 
 
-def optional_text(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def _is_numbered(name: str, names: FieldNames) -> bool:
+    return bool(names.numbered) and name not in names.names and name not in names.usual
+
+
+def optional_text(fields: Mapping[str, Any], names: Sequence[str] | FieldNames) -> str | None:
     """Return the text in a field of this record; None if it is absent."""
     name, value = given(fields, names)
     return None if value is None else text_of(value, name)
@@ -174,7 +275,7 @@ def _policy(fields: Mapping[str, Any]) -> InBatch | None:
     return value
 
 
-def _texts(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+def _texts(fields: Mapping[str, Any], names: FieldNames) -> tuple[str, ...]:
     name, value = given(fields, names)
     if value is None:
         return ()

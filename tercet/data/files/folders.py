@@ -3,16 +3,19 @@
 A file ``news.parquet`` of a folder is the source ``news``, and so is a folder ``news`` with shards
 in it, at any depth. The language of a row is its field ``lang``, or else that of a part of its
 path such as ``lang=de``. The rows of a language are the source ``news/de``; those without one are
-``news``. Batches are made, and rows counted, by source and language.
+``news``. Batches are made, and rows counted, by source and language. A folder of BEIR is a source.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
+from tercet.data.files.beir import corpus_of, is_judged_folder
+from tercet.data.files.examples import ExampleFields
+from tercet.data.files.inputs import local_path
 from tercet.data.files.readers import stamp_of
 from tercet.data.files.scan import (
     EXAMPLE_FORMAT,
@@ -21,9 +24,12 @@ from tercet.data.files.scan import (
     RecordFormat,
     ReportProgress,
     cached_scan,
+    example_format,
+    files_of,
 )
 from tercet.data.files.sources import Source, in_language, iter_examples, joined_source
 from tercet.errors import DataError
+from tercet.files.forms import A_MODEL, bare_name, is_model_folder, is_of, listed
 from tercet.files.records import readable
 from tercet.types import Example
 
@@ -52,7 +58,7 @@ class SourceFiles:
 
 
 def find_groups(
-    path: Path | str, suffixes: Sequence[str] = EXAMPLE_FORMAT.suffixes
+    path: Path | str, record_format: RecordFormat = EXAMPLE_FORMAT
 ) -> list[SourceFiles]:
     """Return the sources that a file or a folder holds, by name; nothing is opened.
 
@@ -62,15 +68,18 @@ def find_groups(
     Raises:
         DataError: if there is no file to read, or two sources would have one name.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return [SourceFiles(path.stem, path, (Shard(path, path.stem),))]
+    path = local_path(path)
+    if not path.is_dir() or is_judged_folder(path):
+        name = path.resolve().name if path.is_dir() else bare_name(path)
+        return [_group(name, path, record_format, [], given=True)]
     unread: list[Path] = []
     with readable(path):
-        groups = [_group(*named, suffixes, unread) for named in _named_children(path)]
+        groups = [_group(*named, record_format, unread) for named in _named_children(path)]
     groups = sorted((group for group in groups if group.shards), key=lambda group: group.name)
     if not groups:
-        kinds = " or ".join(suffixes)
+        if is_model_folder(path):
+            raise DataError(path, None, A_MODEL)
+        kinds = listed(record_format.kinds)
         raise DataError(path, None, f"is a folder that holds no {kinds} file; put data into it")
     if unread:
         names = ", ".join(str(each.relative_to(path)) for each in unread[:SHOWN])
@@ -92,6 +101,7 @@ def open_sources(
     *,
     weight: float | int = 1.0,
     progress: ReportProgress | None = None,
+    fields: ExampleFields | None = None,
     record_format: RecordFormat = EXAMPLE_FORMAT,
 ) -> list[Source]:
     """Check the sources of a file or a folder, and open one for each language of each.
@@ -102,6 +112,7 @@ def open_sources(
         path: a file, or a folder whose children are sources.
         weight: how often an epoch uses each example.
         progress: called with the share that is read, from 0 to 1.
+        fields: names of the columns, where they are not recognised.
         record_format: what a record holds; examples, unless it is given.
 
     Raises:
@@ -112,8 +123,10 @@ def open_sources(
         >>> [source.name for source in open_sources("sources/")]
         ['news/de', 'news/en']
     """
-    groups = find_groups(path, record_format.suffixes)
-    sizes = {shard.path: stamp_of(shard.path)[0] for group in groups for shard in group.shards}
+    record_format = record_format if fields is None else example_format(fields)
+    groups = find_groups(path, record_format)
+    shards = [shard.path for group in groups for shard in group.shards]
+    sizes = {shard: stamp_of(shard, files_of(shard))[0] for shard in shards}
     total, done = max(sum(sizes.values()), 1), 0
     sources: list[Source] = []
     for group in groups:
@@ -140,9 +153,9 @@ def open_sources(
     return sources
 
 
-def shard_examples(shard: Shard) -> Iterator[Example]:
+def shard_examples(shard: Shard, fields: ExampleFields | None = None) -> Iterator[Example]:
     """Yield the examples of one file of a source, with their task and language."""
-    for example in iter_examples(shard.path, shard.source):
+    for example in iter_examples(shard.path, shard.source, fields=fields):
         yield in_language(example, shard.lang)
 
 
@@ -151,20 +164,31 @@ def _named_children(folder: Path) -> list[tuple[str, Path]]:
     children = sorted(child for child in folder.iterdir() if not _is_hidden(child))
     if any(child.name.startswith(LANGUAGE) for child in children):
         return [(folder.resolve().name, folder)]
-    return [(child.name if child.is_dir() else child.stem, child) for child in children]
+    return [(child.name if child.is_dir() else bare_name(child), child) for child in children]
 
 
-def _group(name: str, path: Path, suffixes: Sequence[str], unread: list[Path]) -> SourceFiles:
-    """Collect the files of a source; files of other types are added to ``unread``."""
+def _group(
+    name: str, path: Path, record_format: RecordFormat, unread: list[Path], *, given: bool = False
+) -> SourceFiles:
+    """Collect the files of a source; files of other types are added to ``unread``.
+
+    A file that was ``given`` is in it, whatever its name: its reader says what is wrong.
+    """
+    if is_judged_folder(path):
+        of_texts = record_format.plain is not None
+        return SourceFiles(name, path, (Shard(corpus_of(path) if of_texts else path, name),))
+    if given:
+        return SourceFiles(name, path, (Shard(path, name),))
     files = sorted(_files(path))
-    unread += [file for file in files if file.suffix not in suffixes]
+    kinds = record_format.kinds
+    unread += [file for file in files if not is_of(file, kinds)]
     return SourceFiles(
         name,
         path,
         tuple(
             Shard(file, name, _language(file.relative_to(path.parent)))
             for file in files
-            if file.suffix in suffixes
+            if is_of(file, kinds)
         ),
     )
 

@@ -5,15 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tercet.data.files.examples import as_object, given, nonblank, optional_text, shown, text_of
+from tercet.data.files.examples import (
+    TEXT,
+    as_object,
+    given,
+    named_field,
+    nonblank,
+    optional_text,
+    shown,
+    text_of,
+)
+from tercet.data.files.inputs import local_path
 from tercet.data.files.texts import text_under
 from tercet.errors import DataError
 from tercet.files.artifacts import parse_json
 from tercet.files.limits import read_text
-from tercet.files.records import begins_with, iter_records, parsed, readable
+from tercet.files.records import FieldNames, begins_with, iter_records, parsed, readable
 
-TEXT: Final = "text"
-LABELS: Final = ("label", "labels")  # two names of one field: one label, or a list of them
+LABELS: Final = FieldNames(("label", "labels"), flag="--label-field")  # one, or a list of them
 SPLIT: Final = "split"
 
 
@@ -29,11 +38,11 @@ class LabelledText:
 def read_labelled_texts(
     path: Path | str,
     *,
-    text_field: str | Sequence[str] = TEXT,
-    label_field: str = LABELS[0],
+    text_field: str | Sequence[str] = TEXT.names[0],
+    label_field: str = LABELS.names[0],
     label_prefix: str = "",
 ) -> Iterator[LabelledText]:
-    """Yield the labelled texts of a .jsonl or .parquet file, in order.
+    """Yield the labelled texts of a file, in order.
 
     Several text fields, such as title and abstract, are joined by spaces; all but the first may
     be absent. A label is a text or a whole number, or a list of them; the field ``labels`` is read
@@ -42,12 +51,15 @@ def read_labelled_texts(
     Raises:
         DataError: at the first record that is not a labelled text, naming file and line.
     """
-    path = Path(path)
-    fields = (text_field,) if isinstance(text_field, str) else tuple(text_field)
-    names = LABELS if label_field == LABELS[0] else (label_field,)
-    every = (*fields, *names, SPLIT)
-    for record in iter_records(path, every, needs=(fields[:1], names), known=every):
-        yield parsed(path, record, lambda it: _labelled(it.value, fields, names, label_prefix))
+    path = local_path(path)
+    first, *others = (text_field,) if isinstance(text_field, str) else text_field
+    texts, labels = named_field(first, TEXT), named_field(label_field, LABELS)
+    for record in iter_records(
+        path, (texts, *others, labels, SPLIT), needs=(texts, labels), known=()
+    ):
+        yield parsed(
+            path, record, lambda it: _labelled(it.value, texts, others, labels, label_prefix)
+        )
 
 
 def read_label_texts(path: Path | str) -> dict[str, str]:
@@ -70,18 +82,21 @@ def read_label_texts(path: Path | str) -> dict[str, str]:
 
 def is_labelled_file(path: Path | str) -> bool:
     """Whether the first record of a file has a text and a label."""
-    return begins_with(path, (TEXT,), LABELS)
+    return begins_with(path, TEXT, LABELS)
 
 
 def _labelled(
-    record: object, text_fields: Sequence[str], label_names: Sequence[str], prefix: str
+    record: object,
+    text_names: FieldNames,
+    others: Sequence[str],
+    label_names: FieldNames,
+    prefix: str,
 ) -> LabelledText:
     fields = as_object(record)
-    first, *others = text_fields
-    parts = [text_under(fields, first), *(optional_text(fields, (name,)) for name in others)]
+    parts = [text_under(fields, text_names), *(optional_text(fields, (name,)) for name in others)]
     text = " ".join(part for part in parts if part and not part.isspace())
     return LabelledText(
-        text=nonblank(text, first),
+        text=nonblank(text, text_names.names[0]),
         labels=_labels(*given(fields, label_names), prefix),
         split=optional_text(fields, (SPLIT,)),
     )
@@ -91,7 +106,7 @@ def _labels(name: str, value: object, prefix: str) -> tuple[str, ...]:
     if value is None:
         raise ValueError(
             f'"{name}" is missing; it holds the label, or a list of labels; '
-            "if another field does, name that"
+            f"if another field does, name it with {LABELS.flag}"
         )
     labels = [_label(each, name) for each in (value if isinstance(value, list) else [value])]
     kept = [label.removeprefix(prefix) for label in labels if label.startswith(prefix)]

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from tercet.data.files.examples import EXAMPLE_FIELDS
 from tercet.errors import DataError
-from tercet.files.records import columns_of, open_parquet, readable
+from tercet.files.parquet import open_parquet
+from tercet.files.records import Names, columns_of, readable
 
 CACHED_BYTES: Final = 1 << 28  # 256 MiB: two windows of one file's row groups fit into it
 KEPT_BYTES: Final = 1 << 30  # 1 GiB of row groups in memory, of all files; at least two groups
@@ -70,7 +71,7 @@ class ParquetReader:
     path: Path
     stamp: FileStamp
     blocks: np.ndarray  # [row groups] int64, the first row of each
-    fields: Sequence[str] = EXAMPLE_FIELDS
+    fields: Sequence[Names] = EXAMPLE_FIELDS
 
     def read(self, rows: Sequence[int]) -> list[object]:
         """Return the records of these rows; each row group is read once."""
@@ -88,7 +89,7 @@ class ParquetReader:
     def _group(self, group: int) -> pa.Table:
         def load() -> pa.Table:
             with open_parquet(self.path) as file:
-                columns = columns_of(file, self.fields)
+                columns = columns_of(file.schema_arrow.names, self.fields)
                 return file.read_row_group(group, columns=columns, use_threads=False)
 
         return row_group_cache.get((self.path, self.stamp, tuple(self.fields), group), load)
@@ -183,16 +184,16 @@ def blocks_among(rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     return firsts[firsts < len(rows)].astype(np.int64)
 
 
-def stamp_of(path: Path) -> FileStamp:
-    """Return the size and modification time of a file."""
+def stamp_of(path: Path, parts: Sequence[Path] = ()) -> FileStamp:
+    """Return the size and modification time of a file; of its parts, if it is a folder of some."""
     with readable(path):
-        status = path.stat()
-    return status.st_size, status.st_mtime_ns
+        states = [part.stat() for part in parts or (path,)]
+    return sum(it.st_size for it in states), max(it.st_mtime_ns for it in states)
 
 
-def check_stamp(path: Path, stamp: FileStamp) -> None:
-    """Raise a DataError if a file was written to."""
-    if stamp_of(path) != stamp:
+def check_stamp(path: Path, stamp: FileStamp, parts: Sequence[Path] = ()) -> None:
+    """Raise a DataError if a file, or a part of it, was written to."""
+    if stamp_of(path, parts) != stamp:
         raise changed(path)
 
 

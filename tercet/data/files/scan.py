@@ -3,7 +3,8 @@
 Where rows begin and how long they are is kept in the cache as plain arrays, which are mapped: the
 memory of a process does not grow with rows. An entry is used for a file of the same size, time,
 beginning and end. The cache is ``$TERCET_CACHE/sources``, or ``~/.cache/tercet/sources``, and may
-be deleted.
+be deleted. Of a packed file, a table or a folder of BEIR, rows are read from a copy, see
+:mod:`tercet.data.files.inputs`.
 """
 
 import hashlib
@@ -12,18 +13,21 @@ import logging
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from tercet.data.files.beir import is_judged_folder, training_files, training_records
 from tercet.data.files.examples import (
     EXAMPLE_FIELDS,
     OUR_FIELDS,
-    POSITIVES,
-    QUERY,
+    USUAL_FIELDS,
+    ExampleFields,
     parse_example,
 )
+from tercet.data.files.inputs import is_packed, lines_of
 from tercet.data.files.readers import (
     ChosenReader,
     FileStamp,
@@ -37,10 +41,11 @@ from tercet.data.files.readers import (
     stamp_of,
 )
 from tercet.errors import DataError, StorageError
-from tercet.files.artifacts import KeptResults, fingerprint_of_ends, write_npy_header
+from tercet.files.artifacts import KeptResults, fingerprint, fingerprint_of_ends, write_npy_header
 from tercet.files.atomic import replacing_file
 from tercet.files.checksums import damage, seal
-from tercet.files.records import FileRecord, iter_records, parsed, readable
+from tercet.files.forms import RECORDS, TEXTS, FormKind, known_form
+from tercet.files.records import FileRecord, Names, iter_records, parsed, readable
 from tercet.models.zoo.zoo import cache_folder
 from tercet.types import Example
 
@@ -62,10 +67,12 @@ ReportProgress: TypeAlias = Callable[[float], None]
 """Is called with the part that is done, up to 1."""
 
 
-def example_records(path: Path) -> Iterator[FileRecord]:
-    """Yield the records of a file that should hold examples."""
-    known = (*EXAMPLE_FIELDS, *OUR_FIELDS)
-    return iter_records(path, EXAMPLE_FIELDS, needs=(QUERY, POSITIVES), known=known)
+def example_records(path: Path, fields: ExampleFields = USUAL_FIELDS) -> Iterator[FileRecord]:
+    """Yield the records of a file or folder of BEIR that should hold examples."""
+    if is_judged_folder(path):
+        return training_records(path)
+    needs = fields.names[:2]
+    return iter_records(path, fields.columns, needs=needs, known=OUR_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +82,39 @@ class RecordFormat:
     about: str = "examples"  # differs where another format makes other examples of a file
     records: Callable[[Path], Iterator[FileRecord]] = example_records
     parse: Parse = parse_example
-    fields: tuple[str, ...] = EXAMPLE_FIELDS  # columns of a parquet file that are read
+    fields: tuple[Names, ...] = EXAMPLE_FIELDS  # columns of a parquet file that are read
     plain: Callable[[str], object] | None = None  # a line of a .txt file, if such are read
 
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of files that may hold such records."""
-        return (".jsonl", ".parquet") if self.plain is None else (".jsonl", ".parquet", ".txt")
+    def kinds(self) -> tuple[FormKind, ...]:
+        """The kinds of files that may hold such records."""
+        return RECORDS if self.plain is None else TEXTS
 
     def decode(self, path: Path) -> Callable[[str], object]:
         """Return the function that reads a line of this file."""
-        return json.loads if self.plain is None or path.suffix != ".txt" else self.plain
+        form = known_form(path)
+        is_text = self.plain is not None and form is not None and form.kind == "txt"
+        return self.plain if is_text and self.plain is not None else json.loads
 
 
 EXAMPLE_FORMAT: Final = RecordFormat()
+
+
+def example_format(fields: ExampleFields | None) -> RecordFormat:
+    """Return the format of examples whose fields have these names."""
+    if fields is None or fields == USUAL_FIELDS:
+        return EXAMPLE_FORMAT
+    return RecordFormat(
+        about=f"examples {fields}",
+        records=partial(example_records, fields=fields),
+        parse=partial(parse_example, names=fields),
+        fields=fields.columns,
+    )
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that are read for a file, or for a folder of BEIR."""
+    return list(training_files(path)) if is_judged_folder(path) else [path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +158,17 @@ class FileScan:
 
     def readable(self, record_format: RecordFormat) -> list[ReadableRows]:
         """Return the rows of each language with their reader."""
-        if self.path.suffix != ".parquet":
-            decode = record_format.decode(self.path)
+        form = known_form(self.path)
+        if form is None or form.kind != "parquet":
+            decode, lines, stamp = record_format.decode(self.path), self.path, self.stamp
+            if is_packed(self.path):
+                is_whole = form is not None and form.kind in ("jsonl", "txt")
+                records = None if is_whole else _plain_records(self.path)
+                lines = lines_of(self.path, files_of(self.path), records)
+                stamp = stamp_of(lines)
             return [
                 ReadableRows(
-                    part,
-                    LineReader(self.path, self.stamp, part.where, decode),
-                    *line_blocks(part.where),
+                    part, LineReader(lines, stamp, part.where, decode), *line_blocks(part.where)
                 )
                 for part in self.parts
             ]
@@ -185,9 +215,10 @@ def scan(
     path: Path, record_format: RecordFormat, facts: FileFacts, progress: ReportProgress | None
 ) -> FileScan:
     """Read a file once and check every record; a DataError names the first invalid line."""
-    stamp = stamp_of(path)
+    parts = files_of(path)
+    stamp, form = stamp_of(path, parts), known_form(path)
     growing: dict[str, _GrowingRows] = {}
-    rows, is_parquet = 0, path.suffix == ".parquet"
+    rows, is_parquet = 0, form is not None and form.kind == "parquet"
     for record in record_format.records(path):
         example = parsed(path, record, lambda it: record_format.parse(it.value, facts.task))
         lang = (example.lang or facts.lang) if facts.by_language else ""
@@ -206,7 +237,7 @@ def scan(
             progress(record.done)
     if progress is not None:
         progress(1.0)
-    check_stamp(path, stamp)
+    check_stamp(path, stamp, parts)
     return FileScan(path, stamp, tuple(growing[lang].finished(lang) for lang in sorted(growing)))
 
 
@@ -214,7 +245,7 @@ def cached_scan(
     path: Path, record_format: RecordFormat, facts: FileFacts, progress: ReportProgress | None
 ) -> FileScan:
     """Return the result of :func:`scan`, from the cache where a large file is known."""
-    if stamp_of(path)[0] < LARGE_BYTES:
+    if stamp_of(path, files_of(path))[0] < LARGE_BYTES:
         return scan(path, record_format, facts, progress)
     cache = KeptResults(cache_folder() / "sources", _VERSION, mapped=True)
     key = (str(path.resolve()), record_format.about, asdict(facts))
@@ -271,7 +302,7 @@ def _keep(cache: KeptResults, key: tuple[Any, ...], found: FileScan) -> None:
 
 def _known(cache: KeptResults, key: tuple[Any, ...], path: Path) -> FileScan | None:
     """Return what the cache holds of the file; None if it has changed or the entry is damaged."""
-    stamp, kept = stamp_of(path), cache.find(*key)
+    stamp, kept = stamp_of(path, files_of(path)), cache.find(*key)
     if kept is None:
         return None
     facts, arrays = kept
@@ -295,4 +326,12 @@ def _kept_rows(
 
 def _ends(path: Path) -> str:
     with readable(path):
-        return fingerprint_of_ends(path, _ENDS)
+        ends = [fingerprint_of_ends(each, _ENDS) for each in files_of(path)]
+    return ends[0] if len(ends) == 1 else fingerprint(*ends)
+
+
+def _plain_records(path: Path) -> Iterator[FileRecord]:
+    """Yield the records of a table or a folder of BEIR, whatever they hold."""
+    if is_judged_folder(path):
+        return training_records(path)
+    return iter_records(path, (), needs=())

@@ -3,19 +3,25 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from tercet.data.files.examples import as_object, finite, given, nonblank, text_of
+from tercet.data.files.examples import (
+    SCORE,
+    TEXT1,
+    TEXT2,
+    as_object,
+    finite,
+    given,
+    nonblank,
+    text_of,
+)
+from tercet.data.files.inputs import local_path
 from tercet.errors import DataError
+from tercet.files.forms import bare_name
 from tercet.files.records import FileRecord, begins_with, iter_records, parsed
-
-# The first name of each field is ours; the others are read as well.
-TEXT1: Final = ("text1", "sentence1")
-TEXT2: Final = ("text2", "sentence2")
-SCORE: Final = ("score", "label", "similarity")
 
 BootstrapUnit: TypeAlias = Literal["pairs", "texts"]
 
@@ -46,16 +52,15 @@ class SimilaritySet:
 
     @classmethod
     def from_file(cls, path: Path | str) -> "SimilaritySet":
-        """Read a .jsonl or .parquet file of records with ``text1``, ``text2`` and ``score``.
+        """Read a file of records with ``text1``, ``text2`` and ``score``.
 
         Raises:
             DataError: at the first record that is not a scored pair, naming file and line, and
                 if all scores are equal.
         """
-        path = Path(path)
-        fields, needs = (*TEXT1, *TEXT2, *SCORE), (TEXT1, TEXT2, SCORE)
-        records = iter_records(path, fields, needs=needs, known=fields)
-        data = cls.of(path.stem, (parsed(path, record, _scored_pair) for record in records))
+        path, fields = local_path(path), (TEXT1, TEXT2, SCORE)
+        records = iter_records(path, fields, needs=fields, known=())
+        data = cls.of(bare_name(path), (parsed(path, record, _scored_pair) for record in records))
         if np.ptp(data.scores) == 0:
             raise DataError(
                 path,
@@ -78,8 +83,8 @@ class SimilaritySet:
 
 
 def is_similarity_file(path: Path | str) -> bool:
-    """Whether the first record of a file has the first text of a pair."""
-    return begins_with(path, TEXT1)
+    """Whether the first record of a file has the first text of a pair and its score."""
+    return begins_with(path, TEXT1[:1]) or begins_with(path, TEXT1, SCORE)
 
 
 def _scored_pair(record: FileRecord) -> tuple[str, str, float]:
@@ -95,4 +100,12 @@ def _scored_pair(record: FileRecord) -> tuple[str, str, float]:
     name, value = given(fields, SCORE)
     if value is None:
         raise ValueError(f'"{name}" is missing; give the similarity of the two texts as a number')
-    return texts[0], texts[1], finite(value, name)
+    return texts[0], texts[1], finite(_number(value), name)
+
+
+def _number(value: object) -> object:
+    """Return the number that a text holds, as the cell of a table does; else the value."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

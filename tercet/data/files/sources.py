@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tercet.data.files.examples import example_record, parse_example
+from tercet.data.files.examples import ExampleFields, example_record, parse_example
+from tercet.data.files.inputs import local_path
 from tercet.data.files.readers import WINDOW_BLOCKS, Reader, ShardReader, changed
 from tercet.data.files.scan import (
     EXAMPLE_FORMAT,
@@ -26,13 +27,14 @@ from tercet.data.files.scan import (
     RecordFormat,
     ReportProgress,
     add_prompts,
-    example_records,
+    example_format,
     joined_sizes,
     scan,
 )
 from tercet.errors import DataError
 from tercet.files.artifacts import fingerprint
 from tercet.files.atomic import replacing_file
+from tercet.files.forms import bare_name
 from tercet.files.records import known_suffix, parsed
 from tercet.types import Example
 
@@ -83,16 +85,18 @@ def in_language(example: Example, lang: str) -> Example:
     return example if example.lang or not lang else replace(example, lang=lang)
 
 
-def iter_examples(path: Path | str, task: str | None = None) -> Iterator[Example]:
+def iter_examples(
+    path: Path | str, task: str | None = None, *, fields: ExampleFields | None = None
+) -> Iterator[Example]:
     """Yield the examples of a file; ``task`` is the name for those that give none.
 
     Raises:
         DataError: at the first record that is not an example, naming the line.
     """
-    path = Path(path)
-    name = path.stem if task is None else task
-    for record in example_records(path):
-        yield parsed(path, record, lambda it: parse_example(it.value, name))
+    path, form = local_path(path), example_format(fields)
+    name = bare_name(path) if task is None else task
+    for record in form.records(path):
+        yield parsed(path, record, lambda it: form.parse(it.value, name))
 
 
 def open_source(
@@ -101,18 +105,21 @@ def open_source(
     name: str | None = None,
     weight: float | int = 1.0,
     progress: ReportProgress | None = None,
+    fields: ExampleFields | None = None,
     record_format: RecordFormat = EXAMPLE_FORMAT,
 ) -> Source:
-    """Check every example of a .jsonl or .parquet file, and make them readable by row.
+    """Check every example of a file, and make them readable by row.
 
-    The file is read once from end to end. Languages stay together:
-    ``open_sources`` separates them, and opens folders.
+    The file is .jsonl, .csv, .tsv (also .gz or .zst) or .parquet, a folder of BEIR with judgements
+    to train on, ``-`` for standard input, or ``hf://datasets/OWNER/NAME/FILE``. It is read once
+    from end to end. Languages stay together: ``open_sources`` separates them, and opens folders.
 
     Args:
         path: the file.
         name: the source's name; None takes the file's.
         weight: how often an epoch uses each example.
         progress: called with the share of the file that is read, from 0 to 1.
+        fields: names of the columns, where they are not recognised.
         record_format: what a record holds; examples, unless it is given.
 
     Raises:
@@ -122,8 +129,9 @@ def open_source(
         >>> len(open_source("pairs.jsonl"))
         2
     """
-    path = Path(path)
-    name = path.stem if name is None else name
+    path = local_path(path)
+    name = bare_name(path) if name is None else name
+    record_format = record_format if fields is None else example_format(fields)
     pieces = scan(path, record_format, FileFacts(name), progress).readable(record_format)
     return joined_source(pieces, path=path, name=name, weight=weight, parse=record_format.parse)
 

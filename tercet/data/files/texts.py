@@ -1,4 +1,4 @@
-"""Files of plain texts: .txt with one text per line, .jsonl and .parquet with a text field."""
+"""Files of plain texts: .txt with one text per line, or records with a text field."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -7,28 +7,31 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tercet.data.files.examples import as_object, nonblank, text_of
+from tercet.data.files.beir import is_judged_folder, judged_documents
+from tercet.data.files.examples import TEXT, as_object, given, named_field, nonblank, text_of
+from tercet.data.files.inputs import local_path
 from tercet.data.files.scan import RecordFormat
 from tercet.data.files.sources import Source, open_source
 from tercet.errors import DataError
 from tercet.files.artifacts import fingerprint_number
-from tercet.files.records import FileRecord, iter_records, line_records, parsed
+from tercet.files.forms import TEXTS, form_of
+from tercet.files.records import FieldNames, FileRecord, Names, iter_records, line_records, parsed
 from tercet.types import Example
 
 Value = TypeVar("Value")
 
 
 def read_texts(path: Path | str, field: str = "text") -> Iterator[str]:
-    """Yield the texts of a .jsonl, .parquet or .txt file in order, with blank ones.
+    """Yield the texts of a file in order, with blank ones.
 
     Each text becomes a row of an array of vectors, so a blank line of a .txt file is a text.
 
     Raises:
         DataError: at the first record without such a text, naming the line.
     """
-    path = Path(path)
-    for record in text_records(path, (field,), blank_lines=True):
-        yield parsed(path, record, lambda it: text_under(it.value, field))
+    path, names = local_path(path), named_field(field, TEXT)
+    for record in text_records(path, (names,), blank_lines=True):
+        yield parsed(path, record, lambda it: text_under(it.value, names))
 
 
 def open_texts(
@@ -54,52 +57,57 @@ def open_texts(
 
 def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
     """Return the format of files of texts."""
+    names = named_field(field, TEXT)
     return RecordFormat(
         about=f"texts {field!r} {blank}",
-        records=partial(text_records, fields=(field,), blank_lines=blank),
-        parse=partial(_as_example, field=field, blank=blank),
-        fields=(field,),
+        records=partial(text_records, fields=(names,), blank_lines=blank),
+        parse=partial(_as_example, field=names, blank=blank),
+        fields=(names,),
         plain=partial(_line_as_record, field=field),
     )
 
 
 def text_records(
-    path: Path, fields: tuple[str, ...], *, blank_lines: bool = False
+    path: Path, fields: tuple[Names, ...], *, blank_lines: bool = False
 ) -> Iterator[FileRecord]:
-    """Yield the records of a file; a line of plain text is a record with only the first field."""
-    if path.suffix in (".jsonl", ".parquet"):
-        yield from iter_records(path, fields, needs=(fields[:1],))
+    """Yield the records of a file; a line of plain text is a record with only the first field.
+
+    Of a folder of BEIR these are its documents.
+    """
+    if is_judged_folder(path):
+        yield from judged_documents(path)
         return
-    if path.suffix != ".txt":
-        kinds = "use .jsonl, .parquet or .txt"
-        raise DataError(path, None, f'unknown kind of file "{path.suffix}"; {kinds}')
-    empty = True
+    if form_of(path, TEXTS).kind != "txt":
+        yield from iter_records(path, fields, needs=fields[:1])
+        return
+    empty, name = True, FieldNames.of(fields[0]).names[0]
     for record in line_records(path):
         text = str(record.value or "")
         if blank_lines or record.problem or (text and not text.isspace()):
             empty = False
-            yield replace(record, value={fields[0]: text})
+            yield replace(record, value={name: text})
     if empty:
         raise DataError(path, None, "holds no texts; write one text per line")
 
 
-def _as_example(record: object, task: str, *, field: str, blank: bool) -> Example:
+def _as_example(record: object, task: str, *, field: FieldNames, blank: bool) -> Example:
     text = text_under(record, field)
-    return Example(text if blank else nonblank(text, field), (text,), task=task)
+    return Example(text if blank else nonblank(text, field.names[0]), (text,), task=task)
 
 
 def _line_as_record(line: str, *, field: str) -> dict[str, str]:
     return {field: line.removesuffix("\n").removesuffix("\r")}
 
 
-def text_under(record: object, field: str) -> str:
+def text_under(record: object, field: FieldNames) -> str:
     """Return the text of a record, or raise a ValueError that names the field."""
-    value = as_object(record).get(field)
+    name, value = given(as_object(record), field)
     if value is None:
         raise ValueError(
-            f'"{field}" is missing; it holds the text; if another field does, name that'
+            f'"{name}" is missing; it holds the text; if another field does, name it with '
+            f"{TEXT.flag}"
         )
-    return text_of(value, field)
+    return text_of(value, name)
 
 
 def normal_form(text: str) -> str:

@@ -23,13 +23,22 @@ from tercet.evaluate.insight.lookahead import (
 from tercet.evaluate.report.figures import (
     HeatMap,
     ScoreSample,
+    as_svg,
     drawing,
     heat_maps,
     histograms,
     write_png,
 )
 from tercet.evaluate.report.intervals import Interval, interval
-from tercet.evaluate.report.page import PageFigure, RunReport, Section, write_report
+from tercet.evaluate.report.page import (
+    Page,
+    Section,
+    facts,
+    figure,
+    interval_table,
+    paragraph,
+    write_page,
+)
 from tercet.files.artifacts import write_json
 from tercet.files.outputs import FolderKind, check_output, json_object, mark
 from tercet.models.embedder import Embedder
@@ -148,11 +157,11 @@ def write_diagnosis(
         StorageError: if the disk refuses.
     """
     check_output(folder, kind=DIAGNOSIS)
-    section = diagnosis_section(found, seed=seed)
     record = _record(found, material, seed)
     mark(folder, DIAGNOSIS)
     write_json(folder / FILE, record, indent=1)
     with drawing():
+        section = diagnosis_section(found, seed=seed)
         write_png(folder / "prefix_sensitivity.png", _prefix_figure(found))
         if maps := _mapped(found):
             write_png(folder / "direction_map.png", heat_maps(maps))
@@ -163,37 +172,37 @@ def write_diagnosis(
         "versions": ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
     }
     title = f"Diagnosis of {', '.join(found)}"
-    write_report(
-        folder / "report.html", RunReport(title, (), {}, sections=[section], settings=settings)
-    )
+    page = Page(title, (), [section, Section("Settings", [facts(settings)])])
+    write_page(folder / "report.html", page)
 
 
 def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Section:
-    """Return the part of a report that compares models, such as the stages of one."""
-    drawings = [
-        PageFigure(
-            partial(_prefix_figure, found),
-            "Cosine of a prefix with itself when the continuation has the same meaning in other "
-            "words (blue) and another meaning (orange). A causal model does not see what follows: "
-            "all its cosines are 1, unless each text is repeated (echo). The further the blue "
-            "histogram is to the right of the orange one, the more the model uses what follows.",
-        )
-    ]
+    """Return the part of a report that compares models, such as the stages of one.
+
+    Call it inside ``tercet.evaluate.report.figures.drawing``.
+    """
+    prefixes = (
+        "Cosine of a prefix with itself when the continuation has the same meaning in other "
+        "words (blue) and another meaning (orange). A causal model does not see what follows: "
+        "all its cosines are 1, unless each text is repeated (echo). The further the blue "
+        "histogram is to the right of the orange one, the more the model uses what follows."
+    )
+    directions = (
+        "Cosine of a token's states with causal and with bidirectional attention and the "
+        "same weights, by layer, for the tokens of the first text; at the right the mean "
+        "of each layer over the tokens of all texts. Bright everywhere: bidirectional "
+        "attention may work without training. Dark: the model has to learn it."
+    )
+    drawings = [figure(as_svg(_prefix_figure(found), prefixes), prefixes)]
     if maps := _mapped(found):
-        drawings.append(
-            PageFigure(
-                partial(heat_maps, maps),
-                "Cosine of a token's states with causal and with bidirectional attention and the "
-                "same weights, by layer, for the tokens of the first text; at the right the mean "
-                "of each layer over the tokens of all texts. Bright everywhere: bidirectional "
-                "attention may work without training. Dark: the model has to learn it.",
-            )
-        )
+        drawings.append(figure(as_svg(heat_maps(maps), directions), directions))
     return Section(
         "The effect of the words that follow",
-        [_map_summary(name, each) for name, each in found.items() if each.maps],
-        prefix_table(found, seed=seed),
-        drawings,
+        [
+            *(paragraph(_map_summary(name, each)) for name, each in found.items() if each.maps),
+            interval_table("model", prefix_table(found, seed=seed)),
+            *drawings,
+        ],
     )
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float32
 from tercet.data.files.sources import iter_examples
 from tercet.errors import RecipeError
 from tercet.files.console import shortened
+from tercet.files.forms import bare_name
 from tercet.models.embedder import Embedder, Settings
 from tercet.models.settings import named_prompts
 from tercet.types import Role
@@ -31,7 +32,7 @@ def task_names(data: Path, *, examples: bool = False) -> tuple[str, ...]:
     For ``examples`` that is the task that all of its records name, then the name of the path.
     """
     named = {example.task for example in iter_examples(data)} if examples else set()
-    return (*(named if len(named) == 1 else ()), data.stem)
+    return (*(named if len(named) == 1 else ()), bare_name(data))
 
 
 def known_task(settings: Settings, names: Sequence[str]) -> str | None:

@@ -3,41 +3,51 @@
 Draw inside :func:`drawing`, which sets the style, and raises if matplotlib is not installed.
 """
 
+import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
+from math import isfinite, isnan
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from tercet.errors import MissingExtraError
-from tercet.evaluate.report.intervals import Interval
+from tercet.evaluate.report.charts import Html
+from tercet.evaluate.report.fonts import fitted, give_fonts, width
+from tercet.evaluate.report.intervals import Interval, metrics_of
 from tercet.files.atomic import replacing_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's palette, which is safe for the colour-blind; systems use it in this order.
-COLOURS: Final = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
-_POSITIVE, _NEGATIVE, _CURVE, _FAINT = "#0072B2", "#E69F00", "#0072B2", "#A9C9E2"
-_INK, GRID = "#222222", "#DDDDDD"
+# Okabe & Ito's palette, which is safe for the colour-blind; the user's model has the first one.
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+GREYS: Final = ("#6B747D", "#A3ABB3", "#43494F", "#C6CCD1")  # of baselines
+_MARKS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")  # tell systems apart without colours
+_POSITIVE, _NEGATIVE, _CURVE = "#0072B2", "#E69F00", "#0072B2"
+_INK, GRID, _EDGE = "#222222", "#DDDDDD", "#888888"
 _WIDTH: Final = 7.2  # inches of every figure; the page scales it
 _DPI: Final = 200  # of a PNG
-_POINTS: Final = 1_500  # of a curve; more cannot be seen and make the page heavy
 _TITLE_CHARACTERS: Final = 75  # that fit across a figure
 MOST_SOURCES: Final = 40  # of a mixture, the largest; those after them share one bar
 _COLOURED: Final = 20  # languages of a mixture with their own colour
+_NAMED_SHARE: Final = 0.07  # of a row, to have room for the name of a language
 _PANEL_COLUMNS: Final = 4
 _PANEL_HEIGHT: Final = 1.75  # inches of a row
 _PANEL_CHARACTERS: Final = 24  # of a title, in a line
+_ROW_CHARACTERS: Final = 30  # of a name at the left of a figure
+_LEGEND_CHARACTERS: Final = 100  # of all names in a line of a legend
+_UPRIGHT_CHARACTERS: Final = 80  # below a figure; wider names are turned
+_BAR_COLUMNS: Final = 3
 _LABELLED_TOKENS: Final = 80  # below a heat map; more labels cannot be read
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
@@ -45,7 +55,7 @@ _STYLE: Final[dict[Any, Any]] = {
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
-    "axes.edgecolor": "#888888",
+    "axes.edgecolor": _EDGE,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
@@ -83,82 +93,83 @@ def drawing() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError as error:
-        raise MissingExtraError("the report", "plot") from error
-    with matplotlib.rc_context(_STYLE):
-        yield
+        raise MissingExtraError("drawing pictures", "plot") from error
+    log = logging.getLogger("matplotlib.font_manager")  # it remarks on each bold font it lacks
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with matplotlib.rc_context(_STYLE):
+            yield
+    finally:
+        log.setLevel(level)
 
 
-def bars(results: Mapping[str, Mapping[str, Interval]]) -> "Figure":
-    """Draw a group of bars for each metric, and a colour for each system."""
-    figure = new_figure(height=3.2)
-    axes = figure.add_subplot()
-    names, width = metrics_of(results), 0.8 / len(results)
-    for number, (label, row) in enumerate(results.items()):
-        shown = [(place, row[name]) for place, name in enumerate(names) if name in row]
-        places = [place + (number - (len(results) - 1) / 2) * width for place, _ in shown]
-        axes.bar(
-            places,
-            [value.mean for _, value in shown],
-            width * 0.92,
-            label=label,
-            color=COLOURS[number % len(COLOURS)],
-            yerr=_whiskers([value for _, value in shown]),
-            error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 3},
-        )
-        for place, (_, value) in zip(places, shown, strict=True):
-            axes.annotate(
-                f"{value.mean:.3f}",
-                (place, value.high),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
-    axes.set_xticks(range(len(names)), names)
-    axes.tick_params(axis="x", length=0)
-    axes.set_ylim(0, max(axes.get_ylim()[1] * 1.05, 0.1))
-    axes.set_ylabel("mean over queries")
-    axes.grid(axis="y", color=GRID, linewidth=0.7)
-    _legend_above(axes, len(results))
-    return figure
+@dataclass(frozen=True, slots=True)
+class _Look:
+    colour: str
+    mark: str
 
 
-def loss_curve(
-    losses: Float64[np.ndarray, "steps"],
-    learning_rates: Float64[np.ndarray, "rates"],
-    steps_apart: int,
+def _looks(names: Iterable[str], baselines: Collection[str]) -> dict[str, _Look]:
+    """Return colour and mark of each system: strong ones, and grey ones of baselines."""
+    names = list(dict.fromkeys(names))
+    strong = [name for name in names if name not in baselines]
+    grey = [name for name in names if name in baselines]
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(strong)}
+    colours |= {name: GREYS[place % len(GREYS)] for place, name in enumerate(grey)}
+    return {n: _Look(colours[n], _MARKS[place % len(_MARKS)]) for place, n in enumerate(names)}
+
+
+def bars(
+    results: Mapping[str, Mapping[str, Interval]], *, baselines: Collection[str] = ()
 ) -> "Figure":
-    """Draw losses and their running mean; below them the learning rate, if it is given."""
-    with_rates = len(learning_rates) > 0
-    figure = new_figure(height=3.8 if with_rates else 2.8)
-    shares = {"height_ratios": [3, 1]} if with_rates else {}
-    grid = figure.subplots(1 + with_rates, 1, sharex=True, squeeze=False, gridspec_kw=shares)
-    axes = grid[0, 0]
-    steps = steps_apart * np.arange(1, len(losses) + 1)
-    every = _thinned(len(losses))
-    axes.plot(steps[every], losses[every], color=_FAINT, linewidth=0.8, label="each step")
-    smooth = running_mean(losses)[every]
-    axes.plot(steps[every], smooth, color=_CURVE, linewidth=1.8, label="running mean")
-    axes.set_ylabel("loss")
-    _legend_above(axes, 2)
-    if with_rates:
-        every = _thinned(len(learning_rates))
-        at = steps_apart * (1 + every)
-        grid[1, 0].plot(at, learning_rates[every], color=_INK, linewidth=1.2)
-        grid[1, 0].set_ylabel("learning rate")
-        grid[1, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        grid[1, 0].set_ylim(bottom=0)
-    grid[-1, 0].set_xlabel("step")
-    for each in grid[:, 0]:
-        each.grid(color=GRID, linewidth=0.7)
+    """Draw a panel for each metric, in it a bar for each system; baselines are grey."""
+    names = metrics_of(results)
+    rows = max(-(-len(names) // _BAR_COLUMNS), 1)
+    columns = max(-(-len(names) // rows), 1)
+    figure = new_figure(height=rows * (0.75 + 0.27 * len(results)))
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    looks = _looks(results, baselines)
+    for axes, metric in zip(grid.flat, names, strict=False):
+        for place, (label, row) in enumerate(results.items()):
+            value = row.get(metric)
+            if value is not None and not isnan(value.mean):
+                _bar(axes, place, value, looks[label].colour)
+        axes.set_title(fill(metric, _TITLE_CHARACTERS // columns), loc="left")
+        axes.set_yticks(range(len(results)), [fitted(name, _ROW_CHARACTERS) for name in results])
+        axes.set_ylim(len(results) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlim(min(axes.get_xlim()[0], 0), max(axes.get_xlim()[1] * 1.28, 0.1))
+        axes.grid(axis="x", color=GRID, linewidth=0.7)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
     return figure
+
+
+def _bar(axes: "Axes", place: int, value: Interval, colour: str) -> None:
+    axes.barh(
+        place,
+        value.mean,
+        0.7,
+        color=colour,
+        xerr=_whiskers([value]),
+        error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2},
+    )
+    axes.annotate(
+        f"{value.mean:.3f}",
+        (max(value.high, value.mean) if isfinite(value.high) else value.mean, place),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
     """A point of a curve, with its interval and a label beside it."""
 
-    x: float
+    x: float | int
     value: Interval
     label: str = ""
 
@@ -171,6 +182,7 @@ def curves(lines: Curves, *, x: str, y: str) -> "Figure":
     """Draw a curve for each name over a logarithmic axis, with the interval of each point."""
     figure = new_figure(height=3.8)
     axes = figure.add_subplot()
+    looks = _looks(lines, ())
     for number, (name, points) in enumerate(lines.items()):
         points = sorted(points, key=lambda point: point.x)
         axes.errorbar(
@@ -178,52 +190,66 @@ def curves(lines: Curves, *, x: str, y: str) -> "Figure":
             [point.value.mean for point in points],
             yerr=_whiskers([point.value for point in points]),
             label=name,
-            color=COLOURS[number % len(COLOURS)],
-            marker="o",
+            color=looks[name].colour,
+            marker=looks[name].mark,
             linewidth=1.8,
             elinewidth=0.8,
             capsize=3,
         )
         for point in points:
             place = (point.x, point.value.mean)
-            beside = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(point.label, place, **beside)
+            above = number % 2 == 0  # neighbours of one width would cover each other
+            axes.annotate(
+                point.label,
+                place,
+                xytext=(5, 5) if above else (-5, -5),
+                ha="left" if above else "right",
+                va="bottom" if above else "top",
+                textcoords="offset points",
+                fontsize=8,
+            )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")  # at powers of two, which never collide
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color=GRID, linewidth=0.7)
-    _legend_above(axes, len(lines))
+    _legend(figure, axes)
     return figure
 
 
 def dots(
-    panels: Mapping[str, Mapping[str, Mapping[str, Interval]]], *, y: str = "nDCG@10"
+    panels: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    *,
+    y: str = "nDCG@10",
+    baselines: Collection[str] = (),
 ) -> "Figure":
     """Draw a panel for each title, with a dot and its interval for each language and system."""
-    figure = new_figure(height=0.6 + 2.2 * len(panels))
+    figure = new_figure(height=0.9 + 2.2 * len(panels))
     grid = figure.subplots(len(panels), 1, sharey=True, squeeze=False)[:, 0]
+    systems = dict.fromkeys(s for rows in panels.values() for row in rows.values() for s in row)
+    looks = _looks(systems, baselines)
     for axes, (title, rows) in zip(grid, panels.items(), strict=True):
-        systems = list(dict.fromkeys(system for row in rows.values() for system in row))
-        for number, system in enumerate(systems):
+        for number, system in reversed(list(enumerate(systems))):  # the first one on top
             beside = (number - (len(systems) - 1) / 2) * 0.6 / len(systems)
-            shown = [(p + beside, row[system]) for p, row in enumerate(rows.values())]
+            shown = [(p + beside, r[system]) for p, r in enumerate(rows.values()) if system in r]
             axes.errorbar(
                 [place for place, _ in shown],
                 [value.mean for _, value in shown],
                 yerr=_whiskers([value for _, value in shown]),
                 label=system,
-                color=COLOURS[number % len(COLOURS)],
-                fmt="o",
-                markersize=4,
+                color=looks[system].colour,
+                fmt=looks[system].mark,
+                markersize=4.5 if system in baselines else 6,
                 elinewidth=1,
             )
-        axes.set_xticks(range(len(rows)), list(rows))
+        names = [fitted(name, _ROW_CHARACTERS) for name in rows]
+        turned = (max(map(width, names), default=0) + 1) * len(names) > _UPRIGHT_CHARACTERS
+        axes.set_xticks(range(len(rows)), names, rotation=90 if turned else 0)
         axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.set_ylabel(y)
-        axes.set_title(title, loc="left")
+        axes.set_title(fill(title, _TITLE_CHARACTERS), loc="left")
         axes.grid(axis="y", color=GRID, linewidth=0.7)
-    grid[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
+    _legend(figure, grid[0], reverse=True)
     return figure
 
 
@@ -251,17 +277,40 @@ def mixture_bars(shares: Mapping[str, Mapping[str, float]]) -> "Figure":
     figure = new_figure(height=1.2 + 0.28 * len(rows))
     axes = figure.add_subplot()
     left = np.zeros(len(rows))
+    longest = 100 * max(sum(of_source.values()) for of_source in rows.values())
+    few = len(langs) <= len(COLOURS)
     for number, lang in enumerate(sorted(langs, key=lambda lang: -langs[lang])):
         widths = np.array([100 * of_source.get(lang, 0.0) for of_source in rows.values()])
-        colour = colormaps["tab20"](number) if number < _COLOURED else "#BBBBBB"
-        label = (lang or "unknown") if number < _COLOURED else f"_{lang}"
-        axes.barh(range(len(rows)), widths, left=left, height=0.7, color=colour, label=label)
+        strong = COLOURS[number] if few else colormaps["tab20"](number)
+        colour = strong if number < _COLOURED else "#BBBBBB"
+        name = lang or "unknown"
+        segments = axes.barh(
+            range(len(rows)),
+            widths,
+            left=left,
+            height=0.7,
+            color=colour,
+            label=name if number < _COLOURED else f"_{lang}",
+            edgecolor="white",
+            linewidth=0.6,
+        )
+        named = [name if part >= _NAMED_SHARE * longest else "" for part in widths]
+        ink = "white" if _is_dark(colour) else _INK
+        axes.bar_label(segments, named, label_type="center", fontsize=7, color=ink)
         left += widths
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(rows)), [fitted(name, _ROW_CHARACTERS) for name in rows])
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlabel("% of the rows")
-    axes.legend(ncols=min(len(langs), 8), fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
+    _legend(figure, axes)
     return figure
+
+
+def _is_dark(colour: Any) -> bool:
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = to_rgb(colour)
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
 
 
 def panels(
@@ -269,7 +318,7 @@ def panels(
     *,
     x: str,
     y: str,
-    marked: float | None = None,
+    marked: float | int | None = None,
 ) -> "Figure":
     """Draw a heading for each group, and below it a panel for each name; bands are intervals.
 
@@ -280,7 +329,8 @@ def panels(
     parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
     handles, labels = [], []
     for part, (heading, group), count in zip(parts, groups.items(), rows, strict=True):
-        part.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        title = fill(heading, _TITLE_CHARACTERS)
+        part.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         grid = part.subplots(count, _PANEL_COLUMNS, sharex=True, sharey=True, squeeze=False)
         for axes, (title, lines) in zip(grid.flat, group.items(), strict=False):
             _draw_panel(axes, lines, marked)
@@ -293,47 +343,23 @@ def panels(
             axes.tick_params(labelbottom=True)
         for axes in grid[:, 0]:
             axes.set_ylabel(y, fontsize=8)
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9)
+    _legend_of(figure, handles, labels)
     return figure
 
 
-def _draw_panel(axes: "Axes", lines: Curves, marked: float | None) -> None:
-    for number, (name, points) in enumerate(lines.items()):
+def _draw_panel(axes: "Axes", lines: Curves, marked: float | int | None) -> None:
+    looks = _looks(lines, ())
+    for name, points in lines.items():
         steps = [point.x for point in points]
-        colour = COLOURS[2 * number % len(COLOURS)]
+        colour, mark = looks[name].colour, looks[name].mark
         means = [point.value.mean for point in points]
-        axes.plot(steps, means, color=colour, marker="o", markersize=3, linewidth=1.5, label=name)
+        axes.plot(steps, means, color=colour, marker=mark, markersize=3, linewidth=1.5, label=name)
         low, high = ([getattr(p.value, side) for p in points] for side in ("low", "high"))
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     if marked is not None:
-        axes.axvline(marked, color="#888888", linestyle=":", linewidth=1)
+        axes.axvline(marked, color=_EDGE, linestyle=":", linewidth=1)
     axes.tick_params(labelsize=8)
     axes.grid(color=GRID, linewidth=0.7)
-
-
-def metrics_of(rows: Mapping[str, Mapping[str, Interval]]) -> list[str]:
-    """Return all metrics, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows.values() for name in row))
-
-
-def running_mean(values: Float64[np.ndarray, "steps"]) -> Float64[np.ndarray, "steps"]:
-    """Return the mean of the values around each, a thirtieth of all on either side.
-
-    Values that are not finite are left out; NaN if there are no others.
-    """
-    reach, finite = len(values) // 30, np.isfinite(values)
-    sums = np.concatenate([[0.0], np.where(finite, values, 0.0).cumsum()])
-    counts = np.concatenate([[0], finite.cumsum()])
-    place = np.arange(len(values))
-    first, end = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
-    number = counts[end] - counts[first]
-    nothing = np.full(len(values), np.nan)
-    return np.divide(sums[end] - sums[first], number, out=nothing, where=number > 0)
-
-
-def _thinned(count: int) -> Int64[np.ndarray, "points"]:
-    """Return the indices of at most ``_POINTS`` points, with the first and the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, _POINTS)).round().astype(np.int64))
 
 
 def histograms(
@@ -366,7 +392,7 @@ def histograms(
         axes.set_xlabel(score)
         axes.tick_params(labelbottom=True)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2, fontsize=9)
+    _legend_of(figure, handles, labels)
     return figure
 
 
@@ -450,24 +476,40 @@ def new_figure(height: float) -> "Figure":
     return figure
 
 
-def _legend_above(axes: "Axes", columns: int) -> None:
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, fontsize=9)
+def _legend(figure: "Figure", axes: "Axes", *, reverse: bool = False) -> None:
+    """Put a legend above the figure, in as many lines as its names need."""
+    handles, labels = axes.get_legend_handles_labels()
+    step = -1 if reverse else 1
+    _legend_of(figure, handles[::step], labels[::step])
 
 
-def as_svg(figure: "Figure", name: str) -> str:
-    """Return a figure as part of a page, with a name for screen readers."""
+def _legend_of(figure: "Figure", handles: Sequence[Any], labels: Sequence[str]) -> None:
+    if not labels:
+        return
+    names = [fitted(label, _TITLE_CHARACTERS) for label in labels]
+    columns = _LEGEND_CHARACTERS // (max(map(width, names)) + 6)
+    columns = max(1, min(columns, len(names)))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=8)
+
+
+def as_svg(figure: "Figure", name: str) -> Html:
+    """Return a figure as part of a page, with a name for screen readers and the page's colours."""
     from matplotlib import rc_context
 
     out = StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with rc_context({"svg.hashsalt": name}), _any_script():  # ids: the same in every run
-        figure.savefig(out, format="svg", metadata=nothing)
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+    with rc_context({"svg.hashsalt": name}), _unmeasured():  # ids: the same in every run
+        figure.savefig(out, format="svg", metadata=nothing, facecolor="none")
     drawing = out.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     # Ids such as axes_1 would be repeated in every drawing; nothing refers to them.
     drawing = re.sub(r' id="([A-Za-z0-9.]+_\d+|image[0-9a-f]+)"', "", drawing)
     drawing = re.sub(r' (width|height)="[\d.]+pt"', "", drawing, count=2)
-    return drawing.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
+    for colour, of_page in ((_INK, "var(--ink)"), (GRID, "var(--line)"), (_EDGE, "var(--other)")):
+        drawing = drawing.replace(colour.lower(), of_page)
+    return Html(drawing.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1))
 
 
 def write_png(path: Path, figure: "Figure") -> None:
@@ -476,13 +518,14 @@ def write_png(path: Path, figure: "Figure") -> None:
     Raises:
         StorageError: if the disk refuses.
     """
-    with replacing_file(path) as fresh, _any_script():
+    give_fonts(figure)
+    with replacing_file(path) as fresh:
         figure.savefig(fresh, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 @contextmanager
-def _any_script() -> Iterator[None]:
-    """Ignore warnings about characters that matplotlib's font lacks; they become boxes."""
+def _unmeasured() -> Iterator[None]:
+    """Ignore warnings about letters that matplotlib cannot measure; the browser draws them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

@@ -5,7 +5,7 @@ draws is the interval. It estimates the result on other queries of the same kind
 another training run, or queries of another kind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,6 +39,11 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Return whether the interval is on one side of zero."""
         return self.low > 0 or self.high < 0
+
+
+def metrics_of(rows: Mapping[str, Mapping[str, Interval]]) -> list[str]:
+    """Return all metrics of some systems, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows.values() for name in row))
 
 
 def interval(

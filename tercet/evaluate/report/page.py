@@ -1,149 +1,207 @@
-"""One HTML page about a training run and what it gained.
+"""One HTML page about a training, an evaluation or an analysis, in one design.
 
-The file is self-contained: no scripts, no fonts, no downloads. Equal reports give equal bytes.
+The file is self-contained: no scripts, no fonts, no downloads. It is light or dark as the reader's
+system is, and readable on a telephone. Equal pages give equal bytes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-import numpy as np
-
-from tercet.evaluate.report.figures import (
-    ScoreSample,
-    as_svg,
-    bars,
-    drawing,
-    histograms,
-    loss_curve,
-    metrics_of,
-)
-from tercet.evaluate.report.intervals import Interval
+from tercet.evaluate.report.charts import Html
+from tercet.evaluate.report.intervals import Interval, metrics_of
 from tercet.files.atomic import replacing_file
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleSearch:
-    """A query and the titles that it found, best first, with their scores."""
-
-    query: str
-    found: Sequence[tuple[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class PageFigure:
-    """A figure that is drawn when the page is written."""
-
-    draw: Callable[[], "Figure"]
-    caption: str
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page about another analysis. Empty fields are left out."""
+    """A heading and what is below it; a section without parts is left out."""
 
     title: str
-    text: Sequence[str] = ()  # a paragraph each
-    rows: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)  # of one table
-    drawings: Sequence[PageFigure] = ()
+    parts: Sequence[Html]
 
 
 @dataclass(frozen=True, slots=True)
-class RunReport:
-    """The contents of the page. Empty fields are left out."""
+class Page:
+    """A title, what was done with which result in a paragraph each, and sections."""
 
     title: str
-    summary: Sequence[str]  # what was done with which result, a paragraph each
-    results: Mapping[str, Mapping[str, Interval]]  # by system, such as "BM25", then by metric
-    differences: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)  # paired
-    losses: Sequence[float] = ()  # of each logged step
-    learning_rates: Sequence[float] = ()  # of the same steps
-    steps_apart: int = 1  # from one logged step to the next
-    scores: Mapping[str, ScoreSample] = field(default_factory=dict)  # by model: before, after
-    searches: Sequence[ExampleSearch] = ()
+    summary: Sequence[str]
     sections: Sequence[Section] = ()
-    settings: Mapping[str, str] = field(default_factory=dict)  # seed, split, versions, budget
 
 
-def write_report(path: Path | str, report: RunReport) -> None:
+def write_page(path: Path | str, page: Page) -> None:
     """Write the page; the file appears whole or not at all.
 
     Raises:
-        MissingExtraError: if matplotlib is not installed.
         StorageError: if the disk refuses.
     """
-    with drawing():
-        page = _page(report)
     with replacing_file(Path(path)) as fresh:
-        fresh.write_text(page, encoding="utf-8")
+        fresh.write_text(_whole(page), encoding="utf-8")
 
 
-def _page(report: RunReport) -> str:
-    parts = [
-        f"<h1>{escape(report.title)}</h1>",
-        *(f"<p>{escape(paragraph)}</p>" for paragraph in report.summary),
-        *_results(report),
-        *_searches(report),
-        *(part for section in report.sections for part in _section(section)),
-        *_settings(report),
+def _whole(page: Page) -> str:
+    body = [
+        f"<h1>{escape(page.title)}</h1>",
+        *(f'<p class="lead">{escape(paragraph)}</p>' for paragraph in page.summary),
     ]
-    return _FRAME.format(title=escape(report.title), css=_CSS, body="\n".join(parts))
+    for section in page.sections:
+        if section.parts:
+            heading = f"<h2>{escape(section.title)}</h2>"
+            body.append("<section>" + "\n".join([heading, *section.parts]) + "</section>")
+    return _FRAME.format(title=escape(page.title), css=_CSS, body="\n".join(body))
 
 
-def _results(report: RunReport) -> Iterator[str]:
-    if report.results:
-        yield "<h2>Results</h2>"
-        yield _interval_table("system", report.results)
-        yield _figure(
-            bars(report.results),
-            "Each metric by system; the whiskers are the intervals of the table. "
-            "Overlapping whiskers do not show equality: see the paired differences.",
-        )
-    if report.differences:
-        yield "<h3>Differences, query by query</h3>"
-        yield _interval_table("difference", report.differences, signed=True)
-        yield "<p class=note>Bold: the interval excludes zero.</p>"
-    if len(report.losses):
-        yield "<h2>Training</h2>"
-        losses = np.asarray(report.losses, dtype=np.float64)
-        rates = np.asarray(report.learning_rates, dtype=np.float64)
-        yield _figure(
-            loss_curve(losses, rates, report.steps_apart),
-            "Training loss of each step (light) and its running mean (dark).",
-        )
-    if report.scores:
-        yield "<h2>Scores of relevant and other documents</h2>"
-        yield _figure(
-            histograms(report.scores),
-            "Scores of queries with the documents that answer them, and with other documents. The "
-            "less the two histograms overlap, the better.",
-        )
+# ---- parts of a section --------------------------------------------------------------------------
 
 
-def _interval_table(
-    head: str, rows: Mapping[str, Mapping[str, Interval]], *, signed: bool = False
-) -> str:
+def paragraph(text: str) -> Html:
+    """Return a paragraph."""
+    return Html(f"<p>{escape(text)}</p>")
+
+
+def note(text: str) -> Html:
+    """Return a remark in small letters."""
+    return Html(f'<p class="note">{escape(text)}</p>')
+
+
+def heading(text: str) -> Html:
+    """Return a heading inside a section."""
+    return Html(f"<h3>{escape(text)}</h3>")
+
+
+def figure(drawing: Html, caption: str) -> Html:
+    """Return a chart with the sentence below it."""
+    return Html(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+def side_by_side(parts: Iterable[Html]) -> Html:
+    """Return parts beside each other, where there is room."""
+    return Html(f'<div class="beside">{"".join(parts)}</div>')
+
+
+def facts(rows: Mapping[str, str]) -> Html:
+    """Return names with their values."""
+    lines = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in rows.items()
+    )
+    return _scrolled(f'<table class="facts">{lines}</table>', "facts")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
+    """Return a table; numbers stand at the right of their columns."""
+    rows = [list(row) for row in rows]
+    counts = [all(_is_number(row[place]) for row in rows) for place in range(len(header))]
+    kinds = [' class="count"' if is_count and rows else "" for is_count in counts]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(name)}</th>'
+        for name, kind in zip(header, kinds, strict=True)
+    )
+    lines = "".join(
+        "<tr>"
+        + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return _scrolled(f"<table><tr>{head}</tr>{lines}</table>", ", ".join(header))
+
+
+def interval_table(
+    corner: str,
+    rows: Mapping[str, Mapping[str, Interval]],
+    *,
+    signed: bool = False,
+    over: str = "queries",
+) -> Html:
     """Return a table with a row for each system, and a note on how the intervals were computed."""
     names = metrics_of(rows)
-    header = "".join(f"<th>{escape(name)}</th>" for name in names)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     lines = [
-        f"<tr><th>{escape(label)}</th>{''.join(_cell(row.get(n), signed) for n in names)}</tr>"
+        f'<tr><th scope="row">{escape(label)}</th>'
+        f"{''.join(_cell(row.get(n), signed) for n in names)}</tr>"
         for label, row in rows.items()
     ]
-    made = sorted({_how_made(each) for row in rows.values() for each in row.values()})
-    return (
-        f"<div class=wide><table><tr><th>{escape(head)}</th>{header}</tr>{''.join(lines)}</table>"
-        f"</div><p class=note>{escape('; '.join(made))}</p>"
+    body = f'<table><tr><th scope="col">{escape(corner)}</th>{head}</tr>{"".join(lines)}</table>'
+    made = sorted({_how_made(each, over) for row in rows.values() for each in row.values()})
+    bold = "Bold: the interval excludes zero. " if signed else ""
+    return Html(_scrolled(body, corner) + note(bold + "; ".join(made) + "."))
+
+
+def commands(lines: Iterable[str]) -> Html:
+    """Return commands to copy."""
+    return Html(f'<pre tabindex="0">{escape(chr(10).join(lines))}</pre>')
+
+
+def messages(lines: Iterable[tuple[str, str]]) -> Html:
+    """Return a list of messages, each with its kind, of which a warning stands out."""
+    items = "".join(
+        f'<li class="{escape(kind)}">'
+        + (f"<b>{escape(kind)}:</b> " if kind != "note" else "")
+        + f"{escape(text)}</li>"
+        for kind, text in lines
+    )
+    return Html(f'<ul class="messages">{items}</ul>')
+
+
+def ranked(query: str, found: Iterable[tuple[str, float]]) -> Html:
+    """Return a query with the titles that it found, best first, and their scores."""
+    items = "".join(
+        f'<li><span class="score">{score:.3f}</span> {escape(title)}</li>' for title, score in found
+    )
+    return Html(f'<h3 class="query">{escape(query)}</h3><ol>{items}</ol>')
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """A text, its figures in a few words, and texts that belong to it by what they are."""
+
+    text: str
+    figures: str
+    others: Sequence[tuple[str, str]]
+
+
+def example(shown: Quoted) -> Html:
+    """Return an example from the data."""
+    others = "".join(
+        f'<p><span class="what">{escape(what)}:</span> {escape(text)}</p>'
+        for what, text in shown.others
+    )
+    figures = f'<p class="what">{escape(shown.figures)}</p>' if shown.figures else ""
+    return Html(
+        f'<div class="example"><p class="query">{escape(shown.text)}</p>{figures}{others}</div>'
     )
 
 
+def folded(title: str, parts: Iterable[Html]) -> Html:
+    """Return parts that are shown once the reader opens them."""
+    inside = "".join(parts)
+    return Html(f"<details><summary>{escape(title)}</summary>{inside}</details>")
+
+
+def flat(record: Mapping[str, object], before: str = "") -> Iterator[tuple[str, str]]:
+    """Yield nested settings one by one, such as ``model.base``, without those that are None."""
+    for name, value in record.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{before}{name}.")
+        elif value not in (None, {}, [], ()):
+            yield f"{before}{name}", str(value)
+
+
+def _scrolled(table_: str, name: str) -> Html:
+    """Return a table that scrolls inside itself, also by the keyboard."""
+    label = escape(f"table: {name}")
+    return Html(f'<div class="wide" tabindex="0" role="region" aria-label="{label}">{table_}</div>')
+
+
+def _is_number(text: str) -> bool:
+    return not text or text == "-" or text.strip("%").replace(",", "").replace(".", "", 1).isdigit()
+
+
 def _cell(value: Interval | None, signed: bool) -> str:
-    if value is None:
+    if value is None or value.mean != value.mean:
         return "<td>-</td>"
     form = "+.3f" if signed else ".3f"
     mean = f"{value.mean:{form}}"
@@ -152,68 +210,93 @@ def _cell(value: Interval | None, signed: bool) -> str:
     return f"<td>{mean} <span>[{value.low:{form}}, {value.high:{form}}]</span></td>"
 
 
-def _how_made(value: Interval) -> str:
+def _how_made(value: Interval, over: str) -> str:
     return (
-        f"Mean over {value.queries:,} queries and {value.level:.0%} bootstrap interval "
-        f"({value.resamples:,} resamples of the queries, seed {value.seed})"
+        f"Over {value.queries:,} {over}, with {value.level:.0%} bootstrap intervals "
+        f"({value.resamples:,} resamples of the {over}, seed {value.seed})"
     )
 
 
-def _searches(report: RunReport) -> Iterator[str]:
-    if report.searches:
-        yield "<h2>Example searches</h2>"
-    for search in report.searches:
-        found = "".join(
-            f"<li><span class=score>{score:.3f}</span> {escape(title)}</li>"
-            for title, score in search.found
-        )
-        yield f"<h3 class=query>{escape(search.query)}</h3><ol>{found}</ol>"
-
-
-def _section(section: Section) -> Iterator[str]:
-    yield f"<h2>{escape(section.title)}</h2>"
-    yield from (f"<p>{escape(paragraph)}</p>" for paragraph in section.text)
-    if section.rows:
-        yield _interval_table("model", section.rows)
-    yield from (_figure(each.draw(), each.caption) for each in section.drawings)
-
-
-def _settings(report: RunReport) -> Iterator[str]:
-    if report.settings:
-        rows = "".join(
-            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
-            for name, value in report.settings.items()
-        )
-        yield f"<h2>Settings</h2><div class=wide><table class=settings>{rows}</table></div>"
-
-
-def _figure(figure: "Figure", caption: str) -> str:
-    return f"<figure>{as_svg(figure, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
 _CSS: Final = """
-body { max-width: 46rem; margin: 3rem auto; padding: 0 1.2rem; color: #222; background: #fff;
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c2126; --soft: #56606a; --line: #d9dee3;
+  --panel: #f5f7f9; --own: #0b62b0; --faint: #a9c9e8; --other: #7c858e; --second: #c65300;
+  --third: #00805e; --fourth: #a4447c; --fifth: #7a6400; --warn: #9a4a00; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e4e8eb; --soft: #a2acb5;
+  --line: #343b42; --panel: #1d2226; --own: #62b0f5; --faint: #2f5273; --other: #959ea7;
+  --second: #f29b5c; --third: #45c9a0; --fourth: #e28bbd; --fifth: #d8c34f; --warn: #f0ac5f; } }
+* { box-sizing: border-box; }
+body { max-width: 52rem; margin: 0 auto; padding: 2.2rem 1.2rem 4rem; color: var(--ink);
+  background: var(--paper); overflow-wrap: break-word;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; vertical-align: top;
-  border-bottom: 1px solid #ddd; }
+h1 { font-size: 1.65rem; line-height: 1.25; margin: 0 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .7rem; padding-top: .9rem;
+  border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
+p { margin: .5rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { text-align: left; padding: .35rem 1.3rem .35rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
-td span, .score { color: #666; white-space: nowrap; }
-.settings th { font-weight: 400; color: #555; white-space: nowrap; }
-.settings td { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-.note, figcaption { color: #555; font-size: .87rem; margin: .4rem 0 0; }
-figure { margin: 1.4rem 0; }
-figure svg { width: 100%; height: auto; display: block; }
+td span, .score { color: var(--soft); white-space: nowrap; }
+th.count, td.count { text-align: right; }
+table:not(.facts) td { white-space: nowrap; }
+.facts th { font-weight: 400; color: var(--soft); min-width: 7rem; max-width: 16rem; }
+.facts td { overflow-wrap: anywhere; white-space: pre-line; }
+.wide { overflow-x: auto; margin: .5rem 0; }
+.wide:focus-visible, pre:focus-visible, summary:focus-visible { outline: 2px solid var(--own);
+  outline-offset: 2px; }
+.note, figcaption { color: var(--soft); font-size: .86rem; }
+figure { margin: 1rem 0 1.4rem; }
+figcaption { margin-top: .3rem; }
+figure > svg { width: 100%; height: auto; display: block; }
 figure svg text { font-family: inherit !important; }
-.query { font-weight: 600; }
+pre { background: var(--panel); padding: .8rem 1rem; overflow-x: auto; font-size: .86rem;
+  line-height: 1.5; border-radius: 4px; }
 ol { margin: 0; padding-left: 1.6rem; }
 li { padding: .1rem 0; }
 .score { font-variant-numeric: tabular-nums; margin-right: .5rem; }
-@media print { body { margin: 0; max-width: none; } figure, ol { break-inside: avoid; } }
+.messages { padding-left: 1.2rem; font-size: .9rem; }
+.messages .warning b { color: var(--warn); }
+details { margin: .8rem 0; }
+summary { cursor: pointer; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+  gap: 0 2rem; }
+.chart { margin: .6rem 0 1rem; }
+.axes { font-size: .86rem; margin: 0 0 .5rem; }
+.axes b { font-weight: 600; margin-right: 1rem; }
+.across { font-size: .8rem; color: var(--soft); text-align: center; margin: 1.4rem 0 0 3.4rem; }
+.key { display: inline-block; margin-right: 1rem; color: var(--soft); }
+.key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%;
+  margin-right: .35rem; background: currentColor; }
+.key i.other { border-radius: 0; }
+svg.plot { overflow: visible; margin-left: 3.4rem; width: calc(100% - 4rem); display: block; }
+svg.plot text, .foot text { font-size: 12px; fill: var(--soft);
+  font-variant-numeric: tabular-nums; }
+.plot path { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round;
+  vector-effect: non-scaling-stroke; }
+.plot path.faint { stroke-width: 1; }
+.plot path.filled { fill: currentColor; fill-opacity: .25; }
+.plot circle, .rows circle, .rows rect { fill: currentColor; }
+line.grid { stroke: var(--line); }
+line.zero { stroke: var(--soft); stroke-width: 1.5; }
+.rows line.own, .rows line.other { stroke: currentColor; stroke-width: 2.5; }
+.own { color: var(--own); } .faint { color: var(--faint); } .other { color: var(--other); }
+.second { color: var(--second); } .third { color: var(--third); } .fourth { color: var(--fourth); }
+.fifth { color: var(--fifth); }
+.rows { display: grid; grid-template-columns: minmax(4rem, max-content) 1fr auto;
+  align-items: center; gap: 0 1rem; font-size: .9rem; }
+.rows .name { max-width: 16rem; overflow-wrap: anywhere; line-height: 1.25; }
+.rows .number { font-variant-numeric: tabular-nums; }
+.rows svg { width: 100%; overflow: visible; display: block; }
+.example { border-left: 3px solid var(--line); padding-left: .9rem; margin: 1rem 0;
+  font-size: .92rem; }
+.example p { margin: .25rem 0; }
+.example .query { font-weight: 600; }
+.example .what { color: var(--soft); }
+@media (max-width: 34rem) { body { padding: 1.2rem .9rem 3rem; }
+  .rows { grid-template-columns: 1fr auto; } .rows .name { grid-column: 1 / -1; max-width: none; }
+  .rows .name:empty { display: none; } }
+@media print { body { padding: 0; max-width: none; } figure, ol, .example { break-inside: avoid; } }
 """
 
 _FRAME: Final = """<!doctype html>
@@ -225,7 +308,9 @@ _FRAME: Final = """<!doctype html>
 <style>{css}</style>
 </head>
 <body>
+<main>
 {body}
+</main>
 </body>
 </html>
 """

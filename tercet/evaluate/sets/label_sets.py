@@ -9,8 +9,10 @@ from typing import Final
 import numpy as np
 from jaxtyping import Int64
 
+from tercet.data.files.inputs import local_path
 from tercet.data.files.labelled import LabelledText, read_labelled_texts
 from tercet.errors import DataError
+from tercet.files.forms import bare_name
 
 TRAIN_TEXTS: Final = 10_000  # to learn from, at most; more take minutes and change little
 
@@ -91,14 +93,14 @@ def read_label_set(path: Path | str) -> ClassificationSet | ClusteringSet:
         DataError: at the first record that is not a labelled text, naming its line; for a file in
             which only some records have a split, or with fewer than two labels.
     """
-    path = Path(path)
+    path = local_path(path)
     records = [record for record in read_labelled_texts(path) if record.labels]
     names: dict[str, int] = {}
     splits = {record.split for record in records}
     if not splits - {None}:
         rows = _rows(records, names)
         _need_two(path, names, rows, "the texts have")
-        return ClusteringSet(path.stem, tuple(names), rows)
+        return ClusteringSet(bare_name(path), tuple(names), rows)
     if None in splits:
         problem = 'some records have a "split" and others do not; add it to all of them'
         raise DataError(path, None, problem)
@@ -111,7 +113,7 @@ def read_label_set(path: Path | str) -> ClassificationSet | ClusteringSet:
     known = set(train.texts)
     if twice := sum(text in known for text in test.texts):
         log.warning("%s: %d test texts are also train texts", path, twice)
-    return ClassificationSet(path.stem, tuple(names), train, test)
+    return ClassificationSet(bare_name(path), tuple(names), train, test)
 
 
 def _rows(records: Sequence[LabelledText], names: dict[str, int]) -> LabelledRows:

@@ -3,21 +3,23 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
+from tercet.data.files.beir import is_judged_folder
+from tercet.data.files.inputs import local_path
 from tercet.data.files.labelled import is_labelled_file
 from tercet.data.files.languages import named_pair
 from tercet.data.files.similarity import is_similarity_file
 from tercet.errors import DataError
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.files.forms import RECORDS, bare_name, is_of
 
 SetFormat: TypeAlias = Literal["retrieval folder", "examples", "labelled texts", "scored pairs"]
-
-_SUFFIXES: Final = (".jsonl", ".parquet")
 
 
 def format_of(path: Path) -> SetFormat:
     """Return the format of one evaluation set; whether it can be read is found out later."""
+    path = local_path(path)
     if path.is_dir():
         return "retrieval folder"
     if is_similarity_file(path):
@@ -42,7 +44,7 @@ class SetLocation:
         """
         data = RetrievalSet.from_path(self.path, split if self.path.is_dir() else None)
         data.require_judgements("its figures by language")
-        of_queries, of_documents = named_pair(self.path.stem)
+        of_queries, of_documents = named_pair(bare_name(self.path))
         return replace(
             data,
             name=self.name,
@@ -59,13 +61,13 @@ def sets_in(folder: Path) -> list[SetLocation]:
     Raises:
         DataError: for two sets of one name.
     """
-    if not folder.is_dir() or _is_set_folder(folder):
+    if not folder.is_dir() or is_judged_folder(folder):
         return []
-    found = [SetLocation(path.stem, "", path) for path in _retrieval_sets(folder)]
-    groups = (path for path in folder.iterdir() if path.is_dir() and not _is_set_folder(path))
+    found = [SetLocation(bare_name(path), "", path) for path in _retrieval_sets(folder)]
+    groups = (path for path in folder.iterdir() if path.is_dir() and not is_judged_folder(path))
     for group in sorted(groups):
         found += [
-            SetLocation(f"{group.name}/{path.stem}", group.name, path)
+            SetLocation(f"{group.name}/{bare_name(path)}", group.name, path)
             for path in _retrieval_sets(group)
         ]
     for name, count in Counter(each.name for each in found).items():
@@ -78,16 +80,6 @@ def _retrieval_sets(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir())
-        if _is_set_folder(path)
-        or (path.suffix in _SUFFIXES and path.is_file() and format_of(path) == "examples")
+        if is_judged_folder(path)
+        or (is_of(path, RECORDS) and path.is_file() and format_of(path) == "examples")
     ]
-
-
-def _is_set_folder(path: Path) -> bool:
-    """Return whether a folder has some of the files of one set, even if others are missing."""
-    return path.is_dir() and (
-        (path / "corpus.jsonl").exists()
-        or (path / "queries.jsonl").exists()
-        or (path / "qrels").exists()
-        or any(path.glob("*qrels.*"))
-    )

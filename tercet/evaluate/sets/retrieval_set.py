@@ -7,10 +7,12 @@ from typing import Final
 
 import numpy as np
 
+from tercet.data.files.beir import read_folder
+from tercet.data.files.inputs import local_path
 from tercet.data.files.languages import named_pair
 from tercet.data.files.sources import iter_examples
 from tercet.errors import RecipeError
-from tercet.evaluate.sets.beir import read_folder
+from tercet.files.forms import bare_name
 from tercet.metrics import Judgements
 from tercet.types import Example
 
@@ -48,7 +50,8 @@ class RetrievalSet:
             DataError: if it cannot be read.
             RecipeError: if a split of a file is requested.
         """
-        if Path(path).is_dir():
+        path = local_path(path)
+        if path.is_dir():
             return cls.from_folder(path, split)
         if split is not None:
             raise RecipeError(f"{path}: --split applies to folders only; remove it for a file")
@@ -85,7 +88,7 @@ class RetrievalSet:
             query_langs += [query_lang] * (len(relevant) - len(query_langs))  # of new ones
             document_langs += [document_lang] * (len(documents) - len(document_langs))
         return cls(
-            name=name or (Path(source).stem if from_file else "examples"),
+            name=name or (bare_name(local_path(source)) if from_file else "examples"),
             queries=tuple(relevant),
             query_ids=tuple(f"q{i}" for i in range(1, len(relevant) + 1)),
             documents=tuple(documents),
@@ -97,7 +100,7 @@ class RetrievalSet:
 
     @classmethod
     def from_folder(cls, folder: Path | str, split: str | None = None) -> "RetrievalSet":
-        """Read a folder of BEIR or FlagEmbedding; see :mod:`tercet.evaluate.sets.beir`.
+        """Read a folder of BEIR or FlagEmbedding; see :mod:`tercet.data.files.beir`.
 
         Only queries that this split judges are kept, in the order of their file.
 

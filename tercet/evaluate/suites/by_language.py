@@ -26,6 +26,7 @@ from tercet.evaluate.measures.retrieval import RetrievalResult, measure_bm25
 from tercet.evaluate.sets.location import SetLocation
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.artifacts import KeptResults, fingerprint_of_file
+from tercet.files.forms import bare_name
 from tercet.files.progress import bar
 from tercet.models.embedder import Embedder
 from tercet.models.settings import Settings
@@ -137,7 +138,7 @@ def _restored(facts: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> SetSco
 
 def _documents_first(location: SetLocation) -> tuple[str, str, str]:
     """Return a key that sorts sets of one corpus together: en, de-en, ko-en, ko."""
-    of_queries, of_documents = named_pair(location.path.stem)
+    of_queries, of_documents = named_pair(bare_name(location.path))
     return of_documents, "" if of_queries == of_documents else of_queries, location.name
 
 

@@ -90,6 +90,9 @@ class SetComparison:
     differences: Figures
     search: Mapping[str, dict[str, Any]]  # by model: how its vectors were searched
     models: Mapping[str, dict[str, Any]]  # by model: under which conditions it was measured
+    examined: EvaluationSet
+    measured: Mapping[str, Result]  # by system: what the figures were computed from
+    own: Sequence[str]  # systems that are the first model, by each kind of its vectors
 
     def record(self, data: Path) -> dict[str, Any]:
         """Return all figures and conditions, for a JSON file."""
@@ -124,7 +127,7 @@ def compare(
     models: dict[str, dict[str, Any]] = {}
     token_words: dict[str, WordsOf] = {}
     measured: dict[str, Result] = {}
-    within_first = False
+    own: list[str] = []
     for name in names:
         embedder = load(name)
         task = _task(name, embedder, examined, options, first=name == names[0])
@@ -145,10 +148,10 @@ def compare(
         models[name] = conditions(embedder, dims=options.dims, stored=options.precision)
         models[name]["task"] = task
         if name == names[0]:
-            within_first = len(measured) > 1
+            own = list(measured)
     if options.baselines:
         measured |= _baselines(examined, token_words)
-    return _compared(examined, measured, options.seed, within_first, search, models)
+    return _compared(examined, measured, options.seed, own, search, models)
 
 
 def _baselines(examined: EvaluationSet, token_words: Mapping[str, WordsOf]) -> dict[str, Result]:
@@ -158,8 +161,8 @@ def _baselines(examined: EvaluationSet, token_words: Mapping[str, WordsOf]) -> d
         measured[examined.baseline_name] = examined.baseline()
         for name, words_of in token_words.items():
             assert isinstance(examined.data, RetrievalSet)
-            own = measure_bm25(examined.data, words_of)
-            measured[f"{examined.baseline_name}, tokens of {name}"] = own
+            label = f"{examined.baseline_name}, tokens of {name}"
+            measured[label] = measure_bm25(examined.data, words_of)
     except MissingExtraError as error:
         say(f"{examined.baseline_name} is left out: {error}")
     return measured
@@ -169,11 +172,12 @@ def _compared(
     examined: EvaluationSet,
     measured: Mapping[str, Result],
     seed: int,
-    within_first: bool,
+    own: Sequence[str],
     search: Mapping[str, dict[str, Any]],
     models: Mapping[str, dict[str, Any]],
 ) -> SetComparison:
     first, *others = measured
+    within_first = len(own) > 1
 
     def difference(name: str, metric: str) -> Interval:
         pair = (name, first) if within_first else (first, name)
@@ -191,6 +195,9 @@ def _compared(
         {name: {m: difference(name, m) for m in examined.metrics} for name in others},
         search,
         models,
+        examined,
+        measured,
+        own,
     )
 
 

@@ -203,7 +203,7 @@ def read_nv_embed(folder: Path) -> NvEmbed:
     if len(widths) > 1:
         raise ModelError(
             f"{path}: hidden_dim, latent_dim and the text model's hidden_size must be equal; got "
-            f"{', '.join(map(str, sorted(widths)))}; {REMEDY}"
+            f"{', '.join(sorted(map(str, widths)))}; {REMEDY}"
         )
     return NvEmbed(
         text_config=MappingProxyType(text),

@@ -52,7 +52,8 @@ def test_parquet_gives_the_same_documents(tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"], "id": ["x", None]}), path)
     assert list(read_documents(path)) == [Document("x", "a"), Document("2", "b")]
     assert problem_of(path, lambda path: read_texts(path, "body")) == (
-        ': has no column "body"; rename one of its columns to it: "text", "id"'
+        ': has no column "body"; rename one of its columns to it, or name it with --text-field: '
+        '"text", "id"'
     )
 
 
@@ -117,16 +118,18 @@ def test_invalid_utf8_in_plain_text_is_found_at_its_byte(tmp_path):
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
-    path = written(tmp_path, "a", "docs.csv")
-    assert problem_of(path) == ': unknown kind of file ".csv"; use .jsonl, .parquet or .txt'
+    path = written(tmp_path, "a", "docs.doc")
+    assert problem_of(path) == (
+        ': unknown kind of file ".doc"; use .jsonl, .csv, .tsv, .parquet or .txt'
+    )
     assert problem_of(tmp_path / "absent.txt") == ": no such file"
 
 
 def test_texts_to_encode_keep_blank_ones_in_their_place(tmp_path):
     path = written(tmp_path, "a\n\n b \n", "docs.txt")
     assert list(read_texts(path)) == ["a", "", " b "]
-    path = written(tmp_path, '{"body": ""}\n{"body": "a"}\n')
-    assert list(read_texts(path, "body")) == ["", "a"]
+    path = written(tmp_path, '{"long": ""}\n{"long": "a"}\n')
+    assert list(read_texts(path, "long")) == ["", "a"]
     assert problem_of(path, read_texts).startswith(':1: "text" is missing')
 
 

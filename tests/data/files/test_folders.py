@@ -169,7 +169,7 @@ def test_two_sources_of_one_name_are_refused(folder):
 def test_a_folder_without_data_is_refused(tmp_path):
     (tmp_path / "empty" / "inside").mkdir(parents=True)
     with pytest.raises(
-        DataError, match=r"empty: is a folder that holds no .jsonl or .parquet file"
+        DataError, match=r"empty: is a folder that holds no .jsonl, .csv, .tsv or .parquet file"
     ):
         open_sources(tmp_path / "empty")
     with pytest.raises(DataError, match="no such file"):
@@ -179,12 +179,12 @@ def test_a_folder_without_data_is_refused(tmp_path):
 def test_files_of_other_types_are_reported_and_hidden_ones_skipped(folder, caplog):
     for name in ("README.md", ".cache.jsonl", "_SUCCESS"):
         (folder / name).write_text("not read")
-    (folder / "news" / "notes.csv").write_text("not read")
+    (folder / "news" / "notes.txt").write_text("not read")
     with caplog.at_level(logging.WARNING):
         assert len(open_sources(folder)) == 9
     (record,) = caplog.records
     assert (
-        record.getMessage() == f"{folder}: skipped files of other types: README.md, news/notes.csv"
+        record.getMessage() == f"{folder}: skipped files of other types: README.md, news/notes.txt"
     )
 
 

@@ -51,8 +51,8 @@ GOOD = b'{"text1": "a", "text2": "b", "score": 1}\n'
         (b'{"text1": "a", "sentence2": 3, "score": 1}', r':2: "sentence2" must be a text, got 3'),
         (b'{"text1": "a", "text2": "b"}', r':2: "score" is missing; give the similarity'),
         (
-            b'{"text1": "a", "text2": "b", "label": "1"}',
-            r":2: \"label\" must hold numbers, got '1'",
+            b'{"text1": "a", "text2": "b", "label": "yes"}',
+            r":2: \"label\" must hold numbers, got 'yes'",
         ),
         (b'{"text1": "a", "text2": "b", "score": NaN}', r':2: "score" must hold finite numbers'),
         (b'{"text1": "a", "text2": "b", "score": 1, "label": 2}', r':2: "score" and "label" are'),

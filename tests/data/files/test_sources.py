@@ -15,7 +15,7 @@ from tercet.data.files import readers, scan, sources
 from tercet.data.files.readers import ParquetReader, row_group_cache
 from tercet.data.files.sources import iter_examples, open_source, write_examples
 from tercet.errors import DataError, StorageError
-from tercet.files import records
+from tercet.files import parquet, records
 from tercet.types import Example, InBatch
 
 GOOD = '{"query": "q", "positives": ["p"]}\n'
@@ -208,18 +208,21 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path):
     assert error_of(tmp_path / "absent.jsonl") == ": no such file"
     assert error_of(tmp_path / "absent.parquet") == ": no such file"
     (tmp_path / "folder.jsonl").mkdir()
-    assert error_of(tmp_path / "folder.jsonl") == ": cannot be read: Is a directory"
-    (tmp_path / "a.csv").write_text("query,positive\n")
-    assert error_of(tmp_path / "a.csv") == ': unknown kind of file ".csv"; use .jsonl or .parquet'
+    assert error_of(tmp_path / "folder.jsonl") == ": is a folder; give one of its files"
+    (tmp_path / "a.doc").write_text("query,positive\n")
+    assert error_of(tmp_path / "a.doc") == (
+        ': unknown kind of file ".doc"; use .jsonl, .csv, .tsv or .parquet'
+    )
 
 
 def test_parquet_without_the_columns_is_refused_with_the_columns_it_has(tmp_path):
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"question": ["q"], "pos": [["p"]]}), path)
+    pq.write_table(pa.table({"ask": ["q"], "pos": [["p"]]}), path)
     assert error_of(path) == (
-        ': has no column "query"; rename one of its columns to it: "question", "pos"'
+        ': has no column "query"; rename one of its columns to it, or name it with --query-field: '
+        '"ask", "pos"'
     )
-    pq.write_table(pa.table({"query": ["q"], "answer": ["p"]}), path)
+    pq.write_table(pa.table({"query": ["q"], "reply": ["p"]}), path)
     assert error_of(path).startswith(': has no column "positives"; rename one of its columns')
 
 
@@ -351,7 +354,7 @@ def test_progress_rises_to_one(tmp_path, suffix, monkeypatch):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_opening_and_reading_never_hold_the_whole_file(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(records, "ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", 16)
     monkeypatch.setattr(sources, "ROWS_PER_GROUP", 16)
     path = tmp_path / f"a.{suffix}"
     filler = np.random.default_rng(0).bytes(8000).hex()
@@ -431,5 +434,6 @@ def test_fields_that_are_not_read_are_reported_once_with_the_nearest_known_one(
     open_source(path)
     open_source(path)
     assert [record.getMessage() for record in caplog.records] == [
-        f'{path}: fields that are not read: "negatvies" (did you mean "negatives"?), "number"'
+        f'{path}: 3 records have a field "negatvies", which is ignored; did you mean "negatives"?',
+        f'{path}: fields that are not read: "number"',
     ]

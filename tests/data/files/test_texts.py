@@ -48,10 +48,10 @@ def test_blank_lines_are_texts_on_request(tmp_path):
     [
         ("a.txt", b"\n \n", "holds no texts; write one text per line"),
         ("a.txt", b"fine\n\xff\n", ":2: invalid UTF-8 at byte 5"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', ':2: "text" is missing'),
+        ("a.jsonl", b'{"text": "x"}\n{"long": "y"}\n', ':2: "text" is missing'),
         ("a.jsonl", b'{"text": " "}\n', ':1: "text" holds a blank text'),
         ("a.jsonl", b'{"text": 3}\n', ':1: "text" must be a text, got 3'),
-        ("a.csv", b"x\n", 'unknown kind of file ".csv"; use .jsonl, .parquet or .txt'),
+        ("a.doc", b"x\n", 'unknown kind of file ".doc"; use .jsonl, .csv, .tsv, .parquet or .txt'),
     ],
 )
 def test_a_file_without_texts_says_what_is_wrong_with_it(tmp_path, name, content, problem):

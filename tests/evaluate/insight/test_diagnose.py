@@ -18,7 +18,8 @@ from tercet.evaluate.insight.diagnose import (
     write_diagnosis,
 )
 from tercet.evaluate.insight.lookahead import DirectionMap, PrefixResult, PrefixTriple
-from tercet.evaluate.report.page import RunReport, write_report
+from tercet.evaluate.report.figures import drawing
+from tercet.evaluate.report.page import Page, write_page
 from tercet.models.embedder import Embedder
 
 TRIPLES = (
@@ -139,9 +140,9 @@ def test_the_page_shows_each_model_and_way_beside_the_others(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
     for part in (
         "<h1>Diagnosis of base, + MNTP</h1>",
-        "<th>base causal</th>",
-        "<th>base bidirectional</th>",
-        "<th>+ MNTP bidirectional</th>",
+        '<th scope="row">base causal</th>',
+        '<th scope="row">base bidirectional</th>',
+        '<th scope="row">+ MNTP bidirectional</th>',
         "over layers 1 to 3",
         ">server<",
     ):
@@ -157,10 +158,12 @@ def test_the_lowest_layer_is_told_with_its_number(found):
     cosines = np.array([[1.0, 1.0], [0.9, 0.7], [0.1, 0.3], [0.5, 0.5]])
     one = {"base": Diagnosis(found["base"].prefixes, (DirectionMap(("a", "b"), cosines),))}
     # layers 1 to 3: means 0.8, 0.2 and 0.5
-    assert diagnosis_section(one).text == [
-        "base: its causal and bidirectional states have a mean cosine of 0.500 over layers "
-        "1 to 3; the lowest is 0.200, in layer 2, and the last is 0.500."
-    ]
+    with drawing():
+        first = diagnosis_section(one).parts[0]
+    assert first == (
+        "<p>base: its causal and bidirectional states have a mean cosine of 0.500 over layers "
+        "1 to 3; the lowest is 0.200, in layer 2, and the last is 0.500.</p>"
+    )
 
 
 def test_the_same_numbers_give_the_same_bytes_and_a_picture_grows_with_the_models(
@@ -208,8 +211,9 @@ def test_a_table_has_a_row_for_each_way_of_reading(found):
 
 
 def test_a_section_can_stand_in_the_report_of_a_run(found, tmp_path):
-    report = RunReport("A run", ["It ran."], {}, sections=[diagnosis_section(found)])
-    write_report(tmp_path / "report.html", report)
+    with drawing():
+        page = Page("A run", ["It ran."], [diagnosis_section(found)])
+    write_page(tmp_path / "report.html", page)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.index("It ran.") < page.index("<h2>The effect of the words that follow</h2>")
 

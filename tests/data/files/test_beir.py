@@ -1,14 +1,23 @@
 """Folders of both layouts: what is read, which split, and what is said of what is wrong."""
 
+import gzip
 import json
+import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from tercet.data.files.documents import Document, read_documents
+from tercet.data.files.folders import open_sources
+from tercet.data.files.sources import open_source
+from tercet.data.files.texts import text_format
+from tercet.data.report import check_data
 from tercet.errors import DataError, RecipeError
 from tercet.evaluate.measures.retrieval import evaluate_hits
 from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
 from tercet.rank.topk import Hits
+from tercet.types import Example
 from tests.cli.lines import write
 
 
@@ -226,3 +235,104 @@ def test_a_metric_of_answers_needs_some(tmp_path):
     hits = Hits(np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int64))
     with pytest.raises(RecipeError, match='its queries have no "answers" to look for'):
         evaluate_hits(data, hits, names=["answer@20"])
+
+
+TRAIN = "query-id\tcorpus-id\tscore\ny\tb\t2\ny\t3\t0\nx\ta\t1\nx\t3\t1\n"
+LEARNED = [
+    Example("qx", ("Title one", "three"), task="scifact"),
+    Example("qy", ("two",), ("three",), task="scifact"),
+]
+
+
+@pytest.fixture
+def beir(tmp_path):
+    (tmp_path / "scifact").mkdir()
+    write_beir(tmp_path / "scifact", at="qrels/train.tsv", qrels=TRAIN)
+    (tmp_path / "scifact/qrels/test.tsv").write_text("x\ta\t1\n")
+    return tmp_path / "scifact"
+
+
+def test_the_training_split_of_a_folder_is_a_source_of_examples(beir):
+    source = open_source(beir)
+    assert (source.name, source.without_negatives) == ("scifact", 1)
+    assert pickle.loads(pickle.dumps(source)).examples([1, 0]) == LEARNED[::-1]
+    (same,) = open_sources(beir)
+    assert (same.fingerprint, same.examples([0, 1])) == (source.fingerprint, LEARNED)
+    (beir / "qrels/train.tsv").write_text(TRAIN.replace("y\t3\t0\n", ""))
+    assert open_source(beir).examples([1])[0].negatives == ()
+
+
+def test_a_folder_of_several_sets_has_a_source_for_each(beir):
+    (beir.parent / "more.jsonl").write_text('{"query": "a", "positives": ["b"]}\n')
+    assert [(it.name, len(it)) for it in open_sources(beir.parent)] == [("more", 1), ("scifact", 2)]
+
+
+def test_files_of_a_set_may_be_packed(beir):
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv"):
+        (beir / f"{name}.gz").write_bytes(gzip.compress((beir / name).read_bytes()))
+        (beir / name).unlink()
+    assert open_source(beir).examples([0, 1]) == LEARNED
+    assert RetrievalSet.from_folder(beir, "train").queries == ("qx", "qy")
+
+
+def test_documents_of_a_folder_have_their_titles_and_are_texts_too(beir):
+    documents = [Document("a", "Title one"), Document("b", "two"), Document("3", "three")]
+    assert list(read_documents(beir)) == documents
+    (source,) = open_sources(beir, record_format=text_format())
+    assert [it.query for it in source.examples([0, 1, 2])] == ["one", "two", "three"]
+
+
+def test_check_says_that_it_is_a_folder_of_beir(beir):
+    report = check_data([beir])
+    (file,) = report.files
+    assert (file.format, file.rows, report.errors) == ("folder of BEIR", 2, ())
+    assert file.columns == {
+        "query": "queries.jsonl",
+        "positives": "corpus.jsonl by qrels/train.tsv",
+    }
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        ("x\ta\t1\nx\tz\t1\n", r"train.tsv:2: id 'z' is not in corpus.jsonl"),
+        ("x\ta\t1\nw\tz\t0\nw\ta\t1\n", r"train.tsv:2: id 'z' is not in corpus.jsonl"),
+        ("w\ta\t1\n", r"train.tsv:1: id 'w' is not in queries.jsonl"),
+        ("x\ta\t0\n", r"train.tsv: judges no document above 0"),
+        ("", r"train.tsv: holds no judgements"),
+    ],
+)
+def test_what_is_wrong_with_training_judgements_is_named(beir, qrels, message):
+    (beir / "qrels/train.tsv").write_text(qrels)
+    with pytest.raises(DataError, match=message):
+        open_source(beir)
+
+
+def test_a_folder_without_a_training_split_says_which_it_has(beir):
+    (beir / "qrels/train.tsv").unlink()
+    message = r"no judgements to train on; add qrels/train.tsv; it has those of test, which are for"
+    with pytest.raises(DataError, match=message):
+        open_source(beir)
+
+
+def test_blank_documents_and_queries_without_an_answer_are_left_out_and_counted(beir, caplog):
+    (beir / "corpus.jsonl").write_text(
+        '{"_id": "a", "text": ""}\n{"_id": "b", "text": "two"}\n{"_id": 3, "text": "three"}\n'
+    )
+    (beir / "qrels/train.tsv").write_text("y\tb\t2\ny\ta\t1\nx\ta\t1\n")
+    assert open_source(beir).examples([0]) == [Example("qy", ("two",), task="scifact")]
+    said = [record.getMessage().removeprefix(f"{beir}: ") for record in caplog.records]
+    assert "1 judged documents are blank, and are left out" in said
+    assert "1 queries have no document above 0: left out" in said
+
+
+def test_documents_that_nobody_judged_are_not_held(beir):
+    with (beir / "corpus.jsonl").open("a") as file:
+        for number in range(20_000):
+            file.write(json.dumps({"_id": f"other {number}", "text": "x" * 200}) + "\n")
+    tracemalloc.start()
+    try:
+        open_source(beir)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20  # ids alone would take more
+    finally:
+        tracemalloc.stop()
