@@ -44,9 +44,8 @@ PAGES = [
     if page not in GENERATED  # by tests/site.py, at each build
 ]
 # Looked up, not read from beginning to end, so they may be longer than a page to read.
-REFERENCE = ("architecture", "log", "traps", "benchmarks/speed", "CHANGELOG", "formats")
+REFERENCE = ("architecture", "log", "traps", "benchmarks/speed", "CHANGELOG")
 FOLDERS = ("tercet", "tests", "docs", "benchmarks", "examples")
-HISTORY = ("CHANGELOG.md", "log.md")
 FILES_OF_OURS = ("tercet.json",)  # looks like a module, and is a file
 
 
@@ -77,18 +76,19 @@ def test_every_path_named_exists(page, path):
     assert "NAME" in path or (ROOT / path).exists()
 
 
+HISTORY = ("CHANGELOG.md", "log.md")  # commands there had other names when they were run
+
+
 def commands() -> Iterator[tuple[str, str]]:
     """Page and command line, from code blocks and from code inside a sentence."""
     for page in PAGES:
-        if page.name in HISTORY:  # which names commands as they were then
-            continue
         text = page.read_text()
-        for line in re.findall(
-            rf"^ *(?:torchrun .*-m )?tercet ((?:{'|'.join(COMMANDS)}|-).*)$", text, re.MULTILINE
-        ):
-            yield page.name, line.partition("#")[0]
+        for block in re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+            for line in re.findall(r"^ *(?:torchrun .*-m )?tercet (.*)$", block, re.MULTILINE):
+                yield page.name, line.partition("#")[0]
         for line in re.findall(r"`(?:torchrun [^`]*-m )?tercet ([^`]*)`", text):
-            yield page.name, line
+            if page.name not in HISTORY:
+                yield page.name, line
 
 
 @pytest.mark.parametrize(("page", "line"), sorted(set(commands())))
