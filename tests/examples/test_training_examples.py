@@ -27,7 +27,9 @@ def language_model(tmp_path_factory):
 
 
 def test_finetune(capsys, tmp_path, encoder_folder):
-    said = printed(capsys, "finetune", tmp_path, encoder_folder, rows=64, steps=2, tests=10)
+    said = printed(
+        capsys, "finetune", tmp_path, encoder_folder, rows=64, batch=2, steps=2, tests=10
+    )
     assert re.search(f"nDCG@10 before  {FIGURE}\nnDCG@10 after   {FIGURE}\n", said)
     assert re.search(f"difference      {CHANGE}\n", said)
     assert (tmp_path / "run/report.html").exists()
