@@ -73,7 +73,7 @@ def test_a_retrieval_set_has_results_differences_examples_and_conditions(embedde
     ):
         assert part in text, part
     assert [each.split(":")[0] for each in spoken(page)] == ["ndcg@10", "mine minus, ndcg@10"]
-    record = json.loads((place.out / "results.json").read_text())
+    record = json.loads((place.out / "scores.json").read_text())
     assert record["results"]["mine"]["ndcg@10"]["mean"] == pytest.approx(
         float(spoken(page)[0].split("mine ")[1][:5]), abs=1e-3
     )
@@ -156,7 +156,7 @@ def test_a_folder_of_sets_is_shown_by_language(embedder, tmp_path):
         assert part in text, part
     assert spoken(page)[0].startswith("ndcg@10 by language, monolingual: de 0.")
     assert (place.out / "languages.png").exists()
-    assert json.loads((place.out / "results.json").read_text())["sets"].keys() == {
+    assert json.loads((place.out / "scores.json").read_text())["sets"].keys() == {
         "de",
         "ko",
         "ko-en",
@@ -173,7 +173,7 @@ def test_stored_sizes_are_shown_by_bytes(embedder, place):
     assert "query tokens 9" in text_of(page)
     assert spoken(page)[1].startswith("ndcg@10 minus 64 float32: ")
     assert (place.out / "sizes.png").exists()
-    rows = json.loads((place.out / "results.json").read_text())["rows"]
+    rows = json.loads((place.out / "scores.json").read_text())["rows"]
     assert rows[0]["minus_first"]["mean"] == 0
 
 
