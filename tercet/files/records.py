@@ -397,7 +397,7 @@ def _table_records(path: Path, form: FileForm, needs: Sequence[FieldNames]) -> I
             problem = lines.problem
             if problem is None and len(cells) != len(header):
                 problem = (
-                    f"has {len(cells)} cells, but the first line names {len(header)} columns; put "
+                    f"has {len(cells)} cell{'s'[: len(cells) > 1]}, but the first line names {len(header)} columns; put "
                     f"quotation marks around a text that holds a {_MARKS[mark]}"
                 )
             value = {name: cell for name, cell in zip(header, cells, strict=False) if name and cell}
