@@ -1,6 +1,7 @@
 """The command ``train``: a recipe, its data, and the settings that differ from the defaults."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -191,7 +192,7 @@ def train(
     def sources(made: "Recipe") -> "dict[str, list[Source]]":
         return _weighed(stage_data(made, entry, files, text_field, fields), weights, counts)
 
-    _run(chosen, sources, out, dev, only_plan=plan)
+    _run(chosen, sources, out, dev and partial(_score, dev, fields), only_plan=plan)
 
 
 # ---- settings --------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ def _run(
     training: "Training",
     data: "Callable[[Recipe], dict[str, list[Source]]]",
     out: Path | None,
-    dev: Path | None,
+    dev: Callable[[], Callable[[Any], Any]] | None,
     *,
     only_plan: bool,
 ) -> None:
@@ -374,7 +375,7 @@ def _run(
     try:
         training.run.find_device()  # raises before data are read
         sources = data(training.recipe)
-        score = None if dev is None else _score(dev)
+        score = None if dev is None else dev()
         if only_plan:
             lines = lines_of(forecast(training.recipe, sources, run=training.run))
             if distributed.is_main():
@@ -390,10 +391,10 @@ def _run(
         distributed.stop()
 
 
-def _score(dev: Path) -> Callable[[Any], Any]:
+def _score(dev: Path, fields: "ExampleFields | None") -> Callable[[Any], Any]:
     from tercet.evaluate.measures.by_kind import dev_score
     from tercet.evaluate.measures.prompts import task_names
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
 
-    task = task_names(dev, examples=True)[0]
-    return dev_score(RetrievalSet.from_examples(dev), task)
+    task = task_names(dev, examples=True, fields=fields)[0]
+    return dev_score(RetrievalSet.from_examples(dev, fields=fields), task)
