@@ -103,7 +103,7 @@ def test_standard_input_is_data_but_only_once(verb, tmp_path):
     rows = b'{"q": "apple tree", "positive": "a tree with apples"}\n' * 2
     rows += b'{"q": "web server", "positive": "serves files"}\n'
     test = tmp_path / "test.jsonl"
-    test.write_text('{"query": "apple tree", "positive": "other"}\n')
+    test.write_text('{"query": "apple tree", "positive": "other", "text": "cats"}\n')
     out = tmp_path / "out.jsonl"
     words = {
         "check": ["check", "-", "--test-data"],
