@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from tercet.cli.help import SETTINGS, Group, show_help, single
 from tercet.errors import TercetError
-from tercet.files.console import QUIET, Notes, complain, make_encodable, results
+from tercet.files.console import COMMAND, QUIET, Notes, complain, make_encodable, results
 from tercet.files.secrets import redacted
 from tercet.files.signals import SIGNALS, listening
 
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     make_encodable()
     words = _set_loudness(sys.argv[1:] if argv is None else argv)
+    COMMAND.set(shlex.join(["tercet", *words]))
     with listening(in_command=True):
         try:
             sys.exit(app(words, prog_name="tercet", standalone_mode=False) or 0)
