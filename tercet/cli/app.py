@@ -260,9 +260,8 @@ def _nearest_option(error: Any) -> str:
 
 def _nearest_choice(error: Any) -> str:
     """Suggest the choice that is nearest to a value that is none of them."""
-    choices = getattr(getattr(getattr(error, "param", None), "type", None), "choices", ())
-    wrong = re.search(r"'(.*?)' is not one of", str(getattr(error, "message", "")))
-    near = get_close_matches(wrong[1], [str(each) for each in choices], 1) if wrong else []
+    wrong = re.search(r"'(.*?)' is not one of (.*)", str(getattr(error, "message", "")))
+    near = get_close_matches(wrong[1], re.findall(r"'(.*?)'", wrong[2]), 1) if wrong else []
     return f"Did you mean {near[0]}?" if near else ""
 
 

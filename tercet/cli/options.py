@@ -480,17 +480,6 @@ def opened(
         return open_sources(path, weight=weight, progress=progress, record_format=record_format)
 
 
-def weighted(path: Path) -> tuple[Path, float]:
-    """Split ``pairs.jsonl:0.5`` into the file and its weight; without one the weight is 1."""
-    name, colon, weight = str(path).rpartition(":")
-    if not colon:
-        return path, 1.0
-    try:
-        return Path(name), float(weight)
-    except ValueError:
-        return path, 1.0
-
-
 def numbers_of(
     given: Sequence[str] | None,
     flag: str,
