@@ -75,9 +75,7 @@ def evaluate(
     ] = True,
     out: Annotated[
         Path | None,
-        out_option(
-            "Folder for scores, pictures and report; sets that are measured there are kept."
-        ),
+        out_option("Folder for scores, pictures and report; measured sets are kept there."),
     ] = None,
     json: JsonOption = None,
     split: SplitOption = None,

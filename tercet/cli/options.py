@@ -238,7 +238,7 @@ SplitOption = Annotated[
     str | None,
     typer.Option(
         "--split",
-        help='Split to read: of a folder of BEIR, or the field "split" of records.',
+        help='Split of a folder of BEIR, or "split" of records.',
         rich_help_panel=DATA,
     ),
 ]
@@ -255,15 +255,9 @@ TextFieldOption = Annotated[str, field_option("text", "the text")]
 TitleFieldOption = Annotated[str, field_option("title", "the title")]
 IdFieldOption = Annotated[str, field_option("id", "the id")]
 LabelFieldOption = Annotated[str, field_option("label", "the label")]
-QueryFieldOption = Annotated[
-    str | None, field_option("query", "the query. Default: query, anchor or question")
-]
-PositiveFieldOption = Annotated[
-    str | None, field_option("positive", "the positives. Default: positives, answer or passage")
-]
-NegativeFieldOption = Annotated[
-    str | None, field_option("negative", "the negatives. Default: negatives or negative_1")
-]
+QueryFieldOption = Annotated[str | None, field_option("query", "the query")]
+PositiveFieldOption = Annotated[str | None, field_option("positive", "the positives")]
+NegativeFieldOption = Annotated[str | None, field_option("negative", "the negatives")]
 WorkOption = Annotated[
     Path,
     typer.Option(
