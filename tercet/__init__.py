@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from tercet.curate.mining.miner import Mining, mine
     from tercet.data.files.documents import Document, read_documents
+    from tercet.data.files.examples import ExampleFields
     from tercet.data.files.folders import open_sources
     from tercet.data.files.sources import open_source, write_examples
     from tercet.data.files.texts import open_texts
@@ -43,6 +44,7 @@ _MODULES: Final = {
     "Document": "tercet.data.files.documents",
     "Embedder": "tercet.models.embedder",
     "Example": "tercet.types",
+    "ExampleFields": "tercet.data.files.examples",
     "IndexOptions": "tercet.search.text_index",
     "Mining": "tercet.curate.mining.miner",
     "ModelError": "tercet.errors",
@@ -75,6 +77,7 @@ __all__ = [
     "Document",
     "Embedder",
     "Example",
+    "ExampleFields",
     "IndexOptions",
     "Mining",
     "ModelError",

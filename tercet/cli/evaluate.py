@@ -25,16 +25,21 @@ from tercet.cli.options import (
     KindOption,
     KindWeightOption,
     ModelOption,
+    NegativeFieldOption,
     PoolOption,
+    PositiveFieldOption,
+    QueryFieldOption,
     QueryTokensOption,
     SeedOption,
     SplitOption,
     StoreAsOption,
     WidthsOption,
     changed_weights,
+    fields_of,
     in_order,
     known_models,
     load,
+    local_inputs,
     out_option,
     require_package,
 )
@@ -43,6 +48,7 @@ from tercet.files.console import COMMAND, columns, say
 from tercet.files.outputs import check_files, check_output, mark
 
 if TYPE_CHECKING:
+    from tercet.data.files.examples import ExampleFields
     from tercet.evaluate.measures.retention import Retained
     from tercet.evaluate.report.intervals import Interval
     from tercet.evaluate.suites.averages import Averages
@@ -55,8 +61,9 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Argument(
-            help="Examples, pairs of texts with a score, or labelled texts (.jsonl, .parquet), a "
-            "folder in the layout of BEIR or FlagEmbedding, or a folder of such sets."
+            help="File of examples, pairs of texts with a score, or labelled texts, a folder in "
+            "the layout of BEIR or FlagEmbedding, or a folder of such sets.",
+            callback=local_inputs,
         ),
     ] = None,
     *,
@@ -68,9 +75,7 @@ def evaluate(
     ] = True,
     out: Annotated[
         Path | None,
-        out_option(
-            "Folder for scores, pictures and report; sets that are measured there are kept."
-        ),
+        out_option("Folder for scores, pictures and report; measured sets are kept there."),
     ] = None,
     json: JsonOption = None,
     split: SplitOption = None,
@@ -97,6 +102,9 @@ def evaluate(
             rich_help_panel=DATA,
         ),
     ] = None,
+    query_field: QueryFieldOption = None,
+    positive_field: PositiveFieldOption = None,
+    negative_field: NegativeFieldOption = None,
     kind: KindOption = None,
     kind_weight: KindWeightOption = None,
     protocol: Annotated[
@@ -215,6 +223,12 @@ def evaluate(
         "protocol": protocol,
         "per-label": per_label,
     }
+    of_fields = {
+        "query-field": query_field,
+        "positive-field": positive_field,
+        "negative-field": negative_field,
+    }
+    fields = fields_of(query_field, positive_field, negative_field)
     of_sizes = {"factor": factor, "metric": metric}
     if compressed:
         of_others = {**of_one_set, "seen": seen, "mteb": mteb, "store-as": codes}
@@ -222,7 +236,7 @@ def evaluate(
         if data is None or sets_in(data):
             raise RecipeError(f"--compressed needs a single set; {data} is a folder of sets")
         _measure_sizes(
-            *(load_model, model, data, task, split),
+            *(load_model, model, data, fields, task, split),
             *(dims, metric or "ndcg@10", factor, prompts),
             *(seed, shown, out),
         )
@@ -231,14 +245,14 @@ def evaluate(
     width = _one(dims)
     if data is None or mteb:
         of_data = {**of_one_set, "seen": seen, "task": task, "split": split}
-        _refuse_ignored("--mteb", {**of_data, "store-as": codes})
+        _refuse_ignored("--mteb", {**of_data, "store-as": codes, **of_fields})
         record = _measure_tasks(
             names, mteb or (), load_model, dims=width, prompts=prompts, shown=shown
         )
         _report(out, "tasks of mteb", partial(write_tasks_report, record=record))
         return
     if locations := sets_in(data):
-        _refuse_ignored("a folder of sets", of_one_set)
+        _refuse_ignored("a folder of sets", {**of_one_set, **of_fields})
     else:
         _refuse_ignored("a single set", {"seen": seen})
     options = ComparisonOptions(
@@ -260,7 +274,7 @@ def evaluate(
         _show_languages(found, shown)
         write = partial(write_language_report, found=found)
     else:
-        examined = open_set(data, split=split, per_label=per_label, seed=seed)
+        examined = open_set(data, split=split, fields=fields, per_label=per_label, seed=seed)
         if examined.category in ("Classification", "Clustering"):
             require_package("sklearn", f"{examined.category.lower()} of texts", "probe")
         found = compare(names, load_model, examined, options)
@@ -432,6 +446,7 @@ def _measure_sizes(
     load_model: Callable[[str], Any],
     model: str,
     data: Path,
+    fields: "ExampleFields | None",
     task: str | None,
     split: str | None,
     dims: list[int] | None,
@@ -455,13 +470,13 @@ def _measure_sizes(
     from tercet.rank.coded import FACTOR
 
     depth_of(metric)  # raises for an unknown metric before the work
-    examined = RetrievalSet.from_path(data, split)
+    examined = RetrievalSet.from_path(data, split, fields)
     embedder = load_model(model)
     if not prompts:
         drop_prompts(embedder)
     if task is not None:
         embedder.settings.prompt("query", task)  # raises for an unknown task
-    names = task_names(data, examples=not data.is_dir())
+    names = task_names(data, examples=not data.is_dir(), fields=fields)
     found = retention(
         embedder,
         examined,
