@@ -1,6 +1,6 @@
 """The kinds of vectors, and how much each counts in a sum of scores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Final, Literal, TypeAlias
@@ -48,6 +48,20 @@ class Weights:
                 "multi, such as 1,0.3,1"
             )
         return Weights(*numbers)
+
+    def changed(self, given: Mapping[Kind, float]) -> "Weights":
+        """Return these weights with others for some kinds.
+
+        Raises:
+            RecipeError: unless each is 0 or more and one is above 0.
+        """
+        weights = {kind: given.get(kind, self.of(kind)) for kind in KINDS}
+        for kind, weight in weights.items():
+            if not 0 <= weight < inf:
+                raise RecipeError(f"the weight of {kind} must be 0 or more; got {weight}")
+        if not any(weights.values()):
+            raise RecipeError("all kinds have the weight 0; give one of them a number above 0")
+        return Weights(**weights)
 
     def of(self, kind: Kind) -> float:
         """Return the weight of one kind."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from tercet.recipes.catalog import RECIPES
-from tercet.recipes.settings import Setting, settings_of
 
 from tercet.cli.app import app
 from tercet.cli.train import shown
+from tercet.recipes.catalog import RECIPES
+from tercet.recipes.settings import Setting, settings_of
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs/reference"

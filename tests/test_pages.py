@@ -6,6 +6,7 @@ steps long (``SHORT``). What cannot run here is listed with its reason (``NOT_RU
 checked by ``tests/test_docs.py``.
 """
 
+import inspect
 import itertools
 import json
 import re
@@ -22,7 +23,8 @@ import pytest
 
 from tercet.cli.app import COMMANDS, main
 from tercet.models.zoo import zoo
-from tests.answering import completion, endpoint
+from tercet.recipes.catalog import RECIPES
+from tests.answering import completion, endpoint, written
 from tests.cli.lines import write
 from tests.test_docs import PAGES, ROOT
 from tests.toy import SENTENCES
@@ -111,16 +113,15 @@ def shortened(words: list[str]) -> list[str]:
     """A training of a few steps."""
     if words[0] != "train" or "--explain" in words:
         return words
-    given = [word.partition("=")[0] for flag, word in itertools.pairwise(words) if flag == "--set"]
-    stages = [word for word in words if word.startswith("stages=")]
+    if "--steps" in words:
+        at = words.index("--steps")
+        words = [*words[:at], *words[at + 2 :]]
+    given = dict(word.split("=", 1) for flag, word in itertools.pairwise(words) if flag == "--set")
+    parameters = inspect.signature(RECIPES[words[1]].function).parameters
+    stages = given.get("stages") or (parameters["stages"].default if "stages" in parameters else "")
     for name, value in SHORT[words[1]].items():
-        stage = name.partition(".")[0]
-        if name == "steps":
-            if "--steps" in words:
-                at = words.index("--steps")
-                words = [*words[:at], *words[at + 2 :]]
-            words = [*words, "--steps", str(value)]
-        elif name not in given and ("." not in name or not stages or stage in stages[0]):
+        stage, dot, _ = name.partition(".")
+        if name not in given and (not dot or stage in stages):
             words = [*words, "--set", f"{name}={value}"]
     return words
 
@@ -129,14 +130,18 @@ def shortened(words: list[str]) -> list[str]:
 def shared(tmp_path_factory) -> Path:
     """The files that pages read."""
     folder = tmp_path_factory.mktemp("pages")
-    rows = [
-        {"query": f"{text.split()[-1]} {i}", "positives": [f"{text} {i}"], "lang": "en"}
-        for i in range(3)
-        for text in SENTENCES
-    ]
-    for name, part in (("pairs", rows[:24]), ("dev", rows[12:24]), ("test", rows[24:])):
+    known, unseen = SENTENCES[:8], SENTENCES[8:]  # no text of a test in training
+    rows, tests = (
+        [
+            {"query": f"{text.split()[-1]} {i}", "positives": [f"{text} {i}"], "lang": "en"}
+            for i in range(3)
+            for text in texts
+        ]
+        for texts in (known, unseen)
+    )
+    for name, part in (("pairs", rows), ("dev", tests), ("test", tests)):
         write(folder / f"{name}.jsonl", *({k: r[k] for k in ("query", "positives")} for r in part))
-    texts = [" ".join(SENTENCES[(i + j) % len(SENTENCES)] for j in range(4)) for i in range(24)]
+    texts = [f"page {i} " + " ".join(SENTENCES[(i + j) % 12] for j in range(4)) for i in range(24)]
     documents = [
         {"id": f"d{i}", "title": text[:12], "text": f"{text}\n\n{text}", "section": "web"}
         for i, text in enumerate(texts)
@@ -146,7 +151,7 @@ def shared(tmp_path_factory) -> Path:
     labels = [
         {"text": f"{text} {i}", "label": "ab"[n % 2], "split": ("train", "test")[i]}
         for i in range(2)
-        for n, text in enumerate(SENTENCES)
+        for n, text in enumerate(known)
     ]
     write(folder / "labelled.jsonl", *labels)
     scores = [
@@ -159,7 +164,7 @@ def shared(tmp_path_factory) -> Path:
     write(folder / "sources/news.jsonl", *({**r, "lang": "de"} for r in rows[:12]), *rows[12:24])
     (folder / "sets").mkdir()
     for language in ("de", "en", "ko"):
-        write(folder / f"sets/{language}.jsonl", *({**r, "lang": language} for r in rows[24:]))
+        write(folder / f"sets/{language}.jsonl", *({**r, "lang": language} for r in tests))
     for name, part in (("train", SENTENCES[:8]), ("test", SENTENCES[8:])):
         sentences = ("".join(f"{w}\t{'XY'[len(w) % 2]}\n" for w in s.split()) for s in part)
         (folder / f"{name}.conll").write_text("\n".join(sentences))
@@ -198,7 +203,13 @@ def run(*words: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def made(shared, encoder_folder, decoder_folder, tmp_path_factory) -> dict[str, Callable[[], None]]:
+def writer_folder(tmp_path_factory) -> Path:
+    """A tiny random decoder with its language-model head."""
+    return written(tmp_path_factory.mktemp("writer"))
+
+
+@pytest.fixture(scope="session")
+def made(shared, encoder_folder, writer_folder, tmp_path_factory) -> dict[str, Callable[[], None]]:
     """How to make what a page uses and another page has made, by the path that pages name."""
     m3 = tmp_path_factory.mktemp("m3") / "run"
 
@@ -227,9 +238,9 @@ def made(shared, encoder_folder, decoder_folder, tmp_path_factory) -> dict[str, 
         "runs/mine/model": lambda: copy(encoder_folder, "runs/mine/model"),
         "runs/plain/model": lambda: copy(encoder_folder, "runs/plain/model"),
         "runs/arctic/model": lambda: copy(encoder_folder, "runs/arctic/model"),
-        "runs/l2v/1-mntp/model": lambda: copy(decoder_folder, "runs/l2v/1-mntp/model"),
-        "runs/l2v/model": lambda: copy(decoder_folder, "runs/l2v/model"),
-        "runs/nv/model": lambda: copy(decoder_folder, "runs/nv/model"),
+        "runs/l2v/1-mntp/model": lambda: copy(writer_folder, "runs/l2v/1-mntp/model"),
+        "runs/l2v/model": lambda: copy(writer_folder, "runs/l2v/model"),
+        "runs/nv/model": lambda: copy(writer_folder, "runs/nv/model"),
         "runs/m3/model": three_kinds,
         "mined.jsonl": lambda: copy(Path("pairs.jsonl"), "mined.jsonl"),
         "questions.jsonl": lambda: copy(Path("pairs.jsonl"), "questions.jsonl"),
@@ -244,9 +255,9 @@ def copy(what: Path, where: str) -> None:
 
 
 @pytest.fixture
-def tiny_zoo(encoder_folder, decoder_folder, monkeypatch) -> None:
+def tiny_zoo(encoder_folder, writer_folder, monkeypatch) -> None:
     """Models of the zoo are tiny random ones."""
-    folders = {"smollm2": decoder_folder, "gemma3": decoder_folder}
+    folders = {"smollm2": writer_folder, "gemma3": writer_folder}
     monkeypatch.setattr(
         zoo, "_resolve_zoo", lambda model, report: folders.get(model.name, encoder_folder)
     )

@@ -2,17 +2,22 @@
 
 import logging
 import os
+import re
+import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand
 
+from tercet.cli.help import SETTINGS, Group, show_help, single
 from tercet.errors import TercetError
 from tercet.files.console import QUIET, Notes, complain, make_encodable, results
 from tercet.files.secrets import redacted
@@ -23,63 +28,96 @@ _UNITS: Final = "what is finished is kept, and the same command goes on with the
 
 
 class LazyCommand(NamedTuple):
-    """A command by name: the module and function that hold it, and its line in the overview."""
+    """A command by name: its panel and line in the overview, and where its function is."""
 
+    panel: str
     where: str
     summary: str
-    settings: Mapping[str, Any] = {}  # of its click context
     kept: str = _NOTHING  # when a signal ends it
+    settings: Mapping[str, Any] = {}  # of its click context
 
 
 _REST: Final = {"ignore_unknown_options": True, "allow_interspersed_args": False}  # a file's
+_START, _TRAIN, _DATA = "Start", "Train", "Data"
+_MEASURE, _SEARCH, _MODELS = "Measure", "Search", "Models"
 
 COMMANDS: Final[Mapping[str, LazyCommand]] = {
-    "demo": LazyCommand("tercet.cli.data:demo", "Train on real texts and measure, in minutes."),
-    "check": LazyCommand("tercet.cli.data:check", "Report what a data file or folder holds."),
+    "demo": LazyCommand(
+        _START, "tercet.cli.data:demo", "Train on real texts and measure, in minutes."
+    ),
+    "check": LazyCommand(
+        _START, "tercet.cli.data:check", "Report what a data file or folder holds."
+    ),
     "train": LazyCommand(
+        _TRAIN,
         "tercet.cli.train:train",
         "Train an embedder by a recipe.",
         kept="the last checkpoint is kept, if there is one, and the same command goes on from it",
     ),
-    "eval": LazyCommand("tercet.cli.evaluate:evaluate", "Measure a model on test sets."),
-    "encode": LazyCommand(
-        "tercet.cli.encode:encode",
-        "Turn texts into vectors.",
-        kept="files that are finished in a folder are kept, and the same command goes on",
+    "study": LazyCommand(
+        _TRAIN,
+        "tercet.cli.study:study",
+        "Compare trainings that differ in one thing each.",
+        _UNITS,
+        _REST,
     ),
-    "index": LazyCommand("tercet.cli.search:index", "Make documents searchable.", kept=_UNITS),
-    "search": LazyCommand("tercet.cli.search:search", "Search an index."),
     "mine": LazyCommand(
-        "tercet.cli.mine:mine", "Add hard negatives to training pairs.", kept=_UNITS
+        _DATA, "tercet.cli.mine:mine", "Add hard negatives to training pairs.", _UNITS
     ),
-    "filter": LazyCommand("tercet.cli.data:filter_pairs", "Drop bad training pairs.", kept=_UNITS),
+    "filter": LazyCommand(
+        _DATA, "tercet.cli.data:filter_pairs", "Drop bad training pairs.", _UNITS
+    ),
     "synthesize": LazyCommand(
+        _DATA,
         "tercet.cli.synthesize:synthesize",
         "Let a language model write questions.",
         kept="answers so far are kept, and the same command asks for the rest",
     ),
-    "convert": LazyCommand("tercet.cli.convert:convert", "Convert other data to training rows."),
+    "convert": LazyCommand(
+        _DATA, "tercet.cli.convert:convert", "Convert other data to training rows."
+    ),
     "decontaminate": LazyCommand(
-        "tercet.cli.convert:decontaminate", "Drop training rows that are in a test set."
+        _DATA, "tercet.cli.convert:decontaminate", "Drop training rows that are in a test set."
     ),
-    "models": LazyCommand("tercet.cli.models:models", "List the models that come in packages."),
-    "inspect": LazyCommand("tercet.cli.models:inspect", "Describe a model and how it was made."),
-    "merge": LazyCommand("tercet.cli.models:merge", "Merge adapters into their base model."),
-    "retokenize": LazyCommand("tercet.cli.models:retokenize", "Give a model another tokenizer."),
-    "diagnose": LazyCommand("tercet.cli.evaluate:diagnose", "Show what a decoder's states know."),
-    "probe": LazyCommand("tercet.cli.evaluate:probe", "Classify words by a model's states."),
-    "tune-weights": LazyCommand(
-        "tercet.cli.evaluate:tune_weights", "Choose the weights of dense, sparse and multi scores."
+    "eval": LazyCommand(
+        _MEASURE,
+        "tercet.cli.evaluate:evaluate",
+        "Measure a model on test sets.",
+        kept="sets that were measured are kept in --out, and the same command goes on",
     ),
-    "calibrate": LazyCommand("tercet.cli.models:calibrate", "Choose the ranges of int8 and int4."),
-    "sizes": LazyCommand("tercet.cli.evaluate:sizes", "Measure what smaller vectors cost."),
-    "study": LazyCommand(
-        "tercet.cli.study:study", "Compare trainings that differ in one thing each.", _REST, _UNITS
+    "diagnose": LazyCommand(
+        _MEASURE, "tercet.cli.insight:diagnose", "Show what a decoder's states know."
+    ),
+    "probe": LazyCommand(
+        _MEASURE, "tercet.cli.insight:probe", "Classify words by a model's states."
+    ),
+    "index": LazyCommand(_SEARCH, "tercet.cli.search:index", "Make documents searchable.", _UNITS),
+    "search": LazyCommand(_SEARCH, "tercet.cli.search:search", "Search an index."),
+    "encode": LazyCommand(
+        _SEARCH,
+        "tercet.cli.encode:encode",
+        "Turn texts into vectors.",
+        kept="files that are finished in a folder are kept, and the same command goes on",
+    ),
+    "list-models": LazyCommand(
+        _MODELS, "tercet.cli.models:list_models", "List the models that come in packages."
+    ),
+    "inspect": LazyCommand(
+        _MODELS, "tercet.cli.models:inspect", "Describe a model and how it was made."
+    ),
+    "tune": LazyCommand(
+        _MODELS, "tercet.cli.models:tune", "Choose weights of kinds, or ranges of int8 and int4."
+    ),
+    "merge": LazyCommand(
+        _MODELS, "tercet.cli.models:merge", "Merge adapters into their base model."
+    ),
+    "retokenize": LazyCommand(
+        _MODELS, "tercet.cli.models:retokenize", "Give a model another tokenizer."
     ),
 }
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(Group):
     """A group that imports a command when it is run: help and typing errors need no torch."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -95,22 +133,30 @@ class LazyGroup(TyperGroup):
         module, _, attribute = entry.where.partition(":")
         found = getattr(import_module(module), attribute)
         if not isinstance(found, typer.Typer):
-            single = typer.Typer(**_STYLE, add_completion=False)
-            single.command(cmd_name, context_settings=dict(entry.settings))(found)
-            found = single
+            found = single(cmd_name, found, entry.settings)
         command = typer.main.get_command(found)
         command.name = cmd_name
         return command
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the overview without importing any command."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the overview without importing any command."""
+        show_help(self._summaries(), ctx)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Return the commands that a word may become, without importing any."""
+        ctx.command = self._summaries()
+        return ctx.command.shell_complete(ctx, incomplete)
+
+    def _summaries(self) -> Group:
+        """Return a group of the same commands that can only be listed."""
+        listed: dict[str, Any] = {
+            name: TyperCommand(name, help=command.summary, rich_help_panel=command.panel)
+            for name, command in COMMANDS.items()
+        }
+        return Group(name=self.name, commands=listed, help=self.help, params=self.params)
 
 
-_STYLE: Final[Mapping[str, Any]] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
-
-app = typer.Typer(cls=LazyGroup, no_args_is_help=True, **_STYLE)
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, **{**SETTINGS, "add_completion": True})
 
 
 def _show_version(wanted: bool | None) -> None:
@@ -123,7 +169,9 @@ def _show_version(wanted: bool | None) -> None:
 def about(
     version: Annotated[
         bool | None,
-        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_show_version, is_eager=True
+        ),
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Show results and errors only: no progress, no notes.")
@@ -147,7 +195,10 @@ def main(argv: list[str] | None = None) -> None:
     words = _set_loudness(sys.argv[1:] if argv is None else argv)
     with listening(in_command=True):
         try:
-            app(words, prog_name="tercet")
+            sys.exit(app(words, prog_name="tercet", standalone_mode=False) or 0)
+        except _UsageError as error:
+            _show_usage_error(error, words)
+            sys.exit(getattr(error, "exit_code", 2))
         except TercetError as error:
             complain(f"tercet: {error}")
             sys.exit(2)
@@ -171,6 +222,63 @@ def main(argv: list[str] | None = None) -> None:
                 sys.exit(2)
             sys.excepthook = _show_without_keys
             raise
+
+
+# ---- slips in the words of a command -------------------------------------------------------------
+
+_UsageError: Final[Any] = typer.BadParameter.__bases__[0]  # of click, or of typer's copy of it
+
+
+def _show_usage_error(error: Any, words: Sequence[str]) -> None:
+    """Print how the command is called, and in the last line what is wrong with the words."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help, printed already
+        if error.message.strip():
+            complain(error.message)
+        return
+    named = next((word for word in words if word in COMMANDS), "")
+    command = f"tercet {named}".strip() if error.ctx is None else error.ctx.command_path
+    if error.ctx is not None:
+        complain(error.ctx.get_usage())
+    hints = [_nearest_option(error), _nearest_choice(error), _model_first(error, command, words)]
+    said = str(getattr(error, "message", "")) if hints[0] else error.format_message()
+    said = said.replace("Value error, ", "")
+    said = said if said.endswith(("?", ".")) else f"{said}."
+    hint = next((f" {hint}" for hint in hints if hint), "")
+    complain(f"tercet: {said}{hint} (see: {command} --help)")
+
+
+def _nearest_option(error: Any) -> str:
+    """Suggest the option that is nearest to one that does not exist."""
+    name = str(getattr(error, "option_name", ""))
+    if type(error).__name__ != "NoSuchOption" or error.ctx is None:
+        return ""
+    known = [each for one in error.ctx.command.get_params(error.ctx) for each in one.opts]
+    near = get_close_matches(name, [each for each in known if each[:2] == "--"], 1, cutoff=0.6)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _nearest_choice(error: Any) -> str:
+    """Suggest the choice that is nearest to a value that is none of them."""
+    choices = getattr(getattr(getattr(error, "param", None), "type", None), "choices", ())
+    wrong = re.search(r"'(.*?)' is not one of", str(getattr(error, "message", "")))
+    near = get_close_matches(wrong[1], [str(each) for each in choices], 1) if wrong else []
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _model_first(error: Any, command: str, words: Sequence[str]) -> str:
+    """Suggest --model, where the name of a model stands among the words without it."""
+    if error.ctx is None or "--model" in words:
+        return ""
+    if not any("--model" in each.opts for each in error.ctx.command.get_params(error.ctx)):
+        return ""
+    from tercet.models.zoo import zoo
+
+    rest = [word for word in words if word not in command.split()]
+    for word in rest:
+        if zoo.find(word) or (Path(word) / "config.json").is_file():
+            others = [each for each in rest if each is not word]
+            return f"Did you mean: {command} {shlex.join([*others, '--model', word])}?"
+    return ""
 
 
 _LOUDNESS: Final = ("--quiet", "--verbose")

@@ -1,4 +1,4 @@
-"""Verbs that convert other data to training rows, and remove the texts of a test from them."""
+"""The commands convert and decontaminate."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -8,89 +8,125 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 
+from tercet.cli.help import group
+from tercet.cli.options import (
+    DATA,
+    Figures,
+    JsonOption,
+    LabelFieldOption,
+    SeedOption,
+    SplitOption,
+    TestDataOption,
+    WorkOption,
+    out_option,
+)
 from tercet.errors import DataError, RecipeError
-from tercet.files.console import columns, count_table, results, say
+from tercet.files.console import columns, count_table, say
 from tercet.files.outputs import FolderKind, check_files, check_output, mark
 
+_ROWS, _LABELS = "Rows", "Labels"  # panels
 SHOWN_LABELS: Final = 20
 CLEANED: Final = FolderKind("a folder of cleaned rows", shared=True, is_data=True)
 
-convert = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-
-@convert.callback()
-def _about_conversions() -> None:
-    """Make training rows of labelled texts and of scored pairs.
-
-    Example: tercet convert classification mails.jsonl --task mails --instruction "Tell the kind of
-    a mail" --out rows.jsonl
-    """
-
-
-OutOption = Annotated[Path, typer.Option(help="The rows: a .jsonl or .parquet file.")]
-TaskOption = Annotated[str, typer.Option(help="Name of the set, kept in each row.")]
-InstructionOption = Annotated[
-    str, typer.Option(help="What to do with a text, in words; becomes the prompt.")
+RowsOut = Annotated[Path, out_option("The rows: a .jsonl or .parquet file.")]
+TaskNameOption = Annotated[
+    str,
+    typer.Option("--task", help="Name of the task, kept in each row.", rich_help_panel=_ROWS),
 ]
-AgainstOption = Annotated[
-    list[Path] | None,
-    typer.Option(help="A test file or folder whose texts are left out; may be repeated."),
+InstructionOption = Annotated[
+    str,
+    typer.Option(
+        help="What to do with a text, in words; it becomes the prompt.", rich_help_panel=_ROWS
+    ),
 ]
 ThresholdOption = Annotated[
-    float, typer.Option(help="Overlap from which two texts count as near duplicates.")
+    float,
+    typer.Option(
+        help="Overlap from which two texts count as near duplicates.", rich_help_panel=DATA
+    ),
 ]
-NegativesOption = Annotated[int, typer.Option(min=1, help="Of each row, at most.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of what is drawn.")]
-LabelledArgument = Annotated[
-    Path, typer.Argument(help="A .jsonl or .parquet file of labelled texts.")
-]
-TextFieldsOption = Annotated[
-    list[str] | None,
-    typer.Option("--text-field", help='Where the text is ("text"); repeated, they are joined.'),
-]
-LabelFieldOption = Annotated[str, typer.Option(help="Where the label is, or the list of labels.")]
-LabelPrefixOption = Annotated[str, typer.Option(help="Only labels that begin so, without it.")]
-LabelTextsOption = Annotated[
-    Path | None, typer.Option(help='The words of labels: {"0": "sadness", ...}; None: the labels.')
-]
-ModeOption = Annotated[
-    Literal["label", "example"] | None,
-    typer.Option(help="What answers a text; None: example for more than two labels, else label."),
-]
-RowsOption = Annotated[
-    int | None, typer.Option(min=1, help="At most, and balanced by label; None: a row a text.")
-]
-SplitOption = Annotated[str | None, typer.Option(help='Only records with this "split".')]
-LonelyOption = Annotated[
-    Literal["label", "skip"],
-    typer.Option(help="A text whose label has no other gets the words of its label, or no row."),
+NegativesOption = Annotated[
+    int, typer.Option(min=1, help="Maximum number of negatives of a row.", rich_help_panel=_ROWS)
 ]
 
 
-def labelled(
-    file: LabelledArgument,
-    task: TaskOption,
+def labels(
+    file: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file of labelled texts.")],
+    task: TaskNameOption,
     instruction: InstructionOption,
-    out: OutOption,
-    mode: ModeOption = None,
-    rows: RowsOption = None,
-    negatives: NegativesOption = 7,
-    text_field: TextFieldsOption = None,
+    out: RowsOut,
+    json: JsonOption = None,
+    text_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text-field",
+            help="Field of a record that holds the text. Repeat to join several. Default: text.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     label_field: LabelFieldOption = "label",
-    label_prefix: LabelPrefixOption = "",
-    label_texts: LabelTextsOption = None,
-    lonely: LonelyOption = "label",
     split: SplitOption = None,
-    against: AgainstOption = None,
+    test_data: TestDataOption = None,
     threshold: ThresholdOption = 0.8,
+    label_prefix: Annotated[
+        str,
+        typer.Option(
+            help="Take only labels that begin like this, without this beginning.",
+            rich_help_panel=_LABELS,
+        ),
+    ] = "",
+    label_texts: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON file with the words of labels: {"0": "sadness", ...}. Default: the labels.',
+            rich_help_panel=_LABELS,
+        ),
+    ] = None,
+    mode: Annotated[
+        Literal["label", "example"] | None,
+        typer.Option(
+            help="Positive of a text: its label, or another text with it. Default: example for "
+            "more than two labels, else label.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of rows, balanced by label. Default: a row for each text.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    negatives: NegativesOption = 7,
+    lonely: Annotated[
+        Literal["label", "skip"],
+        typer.Option(
+            help="A text without another of its label gets the words of the label, or no row.",
+            rich_help_panel=_LABELS,
+        ),
+    ] = "label",
     seed: SeedOption = 0,
 ) -> None:
-    """Write a row for each text of a file, and report the counts."""
+    r"""Make rows of texts with one or several labels each.
+
+    The positive of a text is another text with its label, or the words of the label; negatives
+    have other labels. Of a text with several labels one is drawn for its row, and no text or label
+    that shares any of them becomes a negative. --text-field decides between titles and whole
+    documents.
+
+    Examples:
+        tercet convert labels mails.jsonl --task mails \
+            --instruction "Classify the mail by department." --out rows.jsonl
+        tercet convert labels papers.jsonl --task papers --text-field title --label-field topics \
+            --instruction "Name the topic of the paper." --out rows.jsonl
+    """
     from tercet.curate.convert.classification import convert_labelled
     from tercet.curate.convert.conversion import Conversion
     from tercet.data.files.labelled import read_label_texts, read_labelled_texts
 
-    _check_place(out, file, label_texts, *(against or []))
+    shown = _checked(json, out, file, label_texts, *(test_data or []))
     words = read_label_texts(label_texts) if label_texts else None
     every = read_labelled_texts(
         file,
@@ -99,115 +135,123 @@ def labelled(
         label_prefix=label_prefix,
     )
     texts = (text for text in every if split is None or text.split == split)
-    if against:
-        texts = _withheld(texts, lambda text: [text.text], against, threshold)
+    if test_data:
+        texts = _withheld(texts, lambda text: [text.text], test_data, threshold, shown)
     conversion = Conversion(task=task, instruction=instruction, negatives=negatives, seed=seed)
     converted = convert_labelled(
         texts, conversion, mode=mode, rows=rows, lonely=lonely, label_texts=words
     )
-    _write(out, converted)
+    _write(out, converted, shown)
 
 
-convert.command(
-    "classification",
-    help="""Make rows of texts with a class each.
-
-    The positive of a text is another text of its class, or the words of its label; the negatives
-    are of other classes.
-
-    Example: tercet convert classification mails.jsonl --task mails
-    --instruction "Classify the mail by department." --out rows.jsonl
-    """,
-)(labelled)
-convert.command(
-    "clustering",
-    help="""Make rows of texts with topics, one or several each.
-
-    One of a text's topics is drawn for its row; no text or topic that shares any of them becomes
-    a negative. Which fields are read decides between titles and whole documents.
-
-    Example: tercet convert clustering papers.jsonl --task papers --text-field title
-    --label-field topics --instruction "Name the topic of the paper." --out rows.jsonl
-    """,
-)(labelled)
-
-
-@convert.command()
-def similarity(
+def scores(
     file: Annotated[
         Path, typer.Argument(help="A .jsonl or .parquet file with text1, text2 and score.")
     ],
-    task: TaskOption,
+    task: TaskNameOption,
     instruction: InstructionOption,
-    out: OutOption,
+    out: RowsOut,
+    json: JsonOption = None,
+    test_data: TestDataOption = None,
+    threshold: ThresholdOption = 0.8,
     scale: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Lowest and highest score, mapped to 0 and 5; None: unchanged."),
+        typer.Option(
+            metavar="LOWEST HIGHEST",
+            help="Lowest and highest score, mapped to 0 and 5. Default: scores stay as they are.",
+            rich_help_panel=_ROWS,
+        ),
     ] = None,
-    alike: Annotated[float, typer.Option(help="Least score of a pair that becomes rows.")] = 4.0,
-    unlike: Annotated[float, typer.Option(help="Highest known score of a negative.")] = 2.5,
+    alike: Annotated[
+        float,
+        typer.Option(help="Minimum score of a pair that becomes rows.", rich_help_panel=_ROWS),
+    ] = 4.0,
+    unlike: Annotated[
+        float, typer.Option(help="Maximum known score of a negative.", rich_help_panel=_ROWS)
+    ] = 2.5,
     negatives: NegativesOption = 7,
-    against: AgainstOption = None,
-    threshold: ThresholdOption = 0.8,
 ) -> None:
-    """Make rows of pairs of texts with a score, in both directions.
+    r"""Make rows of pairs of texts with a score, in both directions.
 
-    Negatives are texts of the file that share words with the query and are not known to be like
-    it.
+    Negatives are texts of the file that share words with the query and are not known to be similar
+    to it.
 
-    Example: tercet convert similarity pairs.jsonl --task sts
-    --instruction "Retrieve semantically similar text." --out rows.jsonl
+    Example:
+        tercet convert scores pairs.jsonl --task sts --scale 0 1 \
+            --instruction "Retrieve semantically similar text." --out rows.jsonl
     """
     from tercet.curate.convert.conversion import Conversion
     from tercet.curate.convert.scored_pairs import convert_similarity
     from tercet.data.files.similarity import SimilaritySet
 
-    _check_place(out, file, *(against or []))
+    shown = _checked(json, out, file, *(test_data or []))
     data = SimilaritySet.from_file(file)
-    if against:
+    if test_data:
         texts = data.texts
         pairs = zip(data.pairs.tolist(), data.scores.tolist(), strict=True)
         scored = [(texts[first], texts[second], score) for (first, second), score in pairs]
-        kept = list(_withheld(scored, lambda pair: pair[:2], against, threshold))
+        kept = list(_withheld(scored, lambda pair: pair[:2], test_data, threshold, shown))
         data = SimilaritySet.of(data.name, kept)
     conversion = Conversion(task=task, instruction=instruction, negatives=negatives)
-    _write(out, convert_similarity(data, conversion, alike=alike, unlike=unlike, rescale=scale))
+    converted = convert_similarity(data, conversion, alike=alike, unlike=unlike, rescale=scale)
+    _write(out, converted, shown)
 
 
-@convert.command()
 def flagembedding(
-    places: Annotated[
+    paths: Annotated[
         list[Path], typer.Argument(help="Files of rows, or folders of them; several are one set.")
     ],
-    out: OutOption,
-    prompt: Annotated[str, typer.Option(help="Before queries of rows without a prompt.")] = "",
-    form: Annotated[
-        str, typer.Option("--format", help="Of prompt and query; \\n is a line break.")
+    out: RowsOut,
+    json: JsonOption = None,
+    prompt: Annotated[
+        str,
+        typer.Option(help="Prompt of queries whose rows have no prompt.", rich_help_panel=_ROWS),
+    ] = "",
+    prompt_format: Annotated[
+        str,
+        typer.Option(
+            help="How prompt and query are joined; \\n is a line break.", rich_help_panel=_ROWS
+        ),
     ] = "{}{}",
-    rows: Annotated[int | None, typer.Option(min=1, help="Of each file, at most.")] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum number of rows of each file.", rich_help_panel=_ROWS),
+    ] = None,
     small: Annotated[
-        int, typer.Option(min=0, help="A folder's files with fewer rows become one task.")
+        int,
+        typer.Option(
+            min=0,
+            help="Files of a folder with fewer rows become one task.",
+            rich_help_panel=_ROWS,
+        ),
     ] = 0,
     drop: Annotated[
-        int, typer.Option(min=0, help="That task is left out where it has fewer rows.")
+        int,
+        typer.Option(
+            min=0,
+            help="Leave that task out if it has fewer rows.",
+            rich_help_panel=_ROWS,
+        ),
     ] = 0,
     seed: SeedOption = 0,
 ) -> None:
-    """Make rows of FlagEmbedding's, with what its names of files and its flags say in each row.
+    """Make rows of FlagEmbedding's rows; what its file names and flags say is kept in each row.
 
-    Other rows' documents are kept out where the name of a file or folder ends in no_in_batch_neg.
+    Where the name of a file or folder ends in no_in_batch_neg, documents of other rows are not used
+    as negatives.
 
-    Example: tercet convert flagembedding data/sts data/nq_no_in_batch_neg --out rows.jsonl
+    Example:
+        tercet convert flagembedding data/sts data/nq_no_in_batch_neg --out rows.jsonl
     """
     from tercet.curate.convert.flagembedding import FileLimits, convert_flag_rows, flag_set
     from tercet.data.files.sources import write_examples
     from tercet.files.progress import bar
     from tercet.models.formats.bge_m3_files import FlagRows
 
-    _check_place(out, *places)
-    how = FlagRows(prompt=prompt, form=form.replace("\\n", "\n"), seed=seed)
+    shown = _checked(json, out, *paths)
+    how = FlagRows(prompt=prompt, form=prompt_format.replace("\\n", "\n"), seed=seed)
     limits = FileLimits(rows=rows, small=small, drop=drop)
-    chosen = flag_set(places, limits)
+    chosen = flag_set(paths, limits)
     tasks: Counter[str] = Counter()
 
     def examples(advance: Any) -> Iterator[Any]:
@@ -217,74 +261,102 @@ def flagembedding(
 
     with bar("rows", sum(chosen.counts[file.path] for file in chosen.files)) as advance:
         write_examples(out, examples(advance))
-    results().print(count_table("task", "rows", tasks))
+    shown.print(count_table("task", "rows", tasks))
+    shown.write({"rows": tasks, "left_out": chosen.left_out + how.notes})
     for reason, count in (chosen.left_out + how.notes).items():
         say(f"tercet: note: left out: {count:,} {reason}")
 
 
-@convert.command("arctic")
-def from_arctic(
-    folder: Annotated[
-        Path, typer.Argument(help="With queries.parquet, documents.parquet and labels.parquet.")
+def arctic(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A folder with queries.parquet, documents.parquet and labels.parquet; or files of "
+            "rows (.jsonl, .parquet)."
+        ),
     ],
-    out: OutOption,
+    out: Annotated[
+        Path, out_option("A .jsonl or .parquet file of rows; or, from rows, a folder of tables.")
+    ],
     mined: Annotated[
-        Path | None, typer.Option(help="A table with RELEVANCE; below 0 are negatives.")
+        Path | None,
+        typer.Option(
+            help="Table with RELEVANCE; documents below 0 are negatives.", rich_help_panel=DATA
+        ),
     ] = None,
-    work: Annotated[Path, typer.Option(help="Where texts wait on the disk meanwhile.")] = Path(
-        "runs/convert"
-    ),
+    work: WorkOption = Path("runs/convert"),
+    json: JsonOption = None,
 ) -> None:
-    """Make rows of Arctic-Embed's tables of queries, documents and labels.
+    """Make rows of Arctic-Embed's tables of queries, documents and labels, or tables of rows.
 
-    Example: tercet convert arctic tables/ --mined tables/mined.parquet --out rows.parquet
+    The input decides: a folder of tables becomes rows, files of rows become a folder of tables.
+
+    Examples:
+        tercet convert arctic tables/ --mined tables/mined.parquet --out rows.parquet
+        tercet convert arctic rows.parquet --out tables/
     """
-    from tercet.curate.convert.arctic import TablesReport, examples_of_tables
-    from tercet.data.files.sources import write_examples
+    from tercet.curate.convert.arctic import TABLES, TablesReport, examples_of_tables, write_tables
+    from tercet.data.files.sources import iter_examples, write_examples
 
-    tables = (folder / f"{name}.parquet" for name in ("queries", "documents", "labels"))
-    _check_place(out, mined, *tables)
+    (first, *more), shown = paths, Figures(json)
+    if not first.is_dir():
+        if mined is not None:
+            raise RecipeError("--mined is for a folder of tables; leave it out for files of rows")
+        check_files(paths, json=shown.file)
+        check_output(out, paths, TABLES)
+        _show_tables(write_tables(out, chain.from_iterable(map(iter_examples, paths))), shown)
+        return
+    if more:
+        raise RecipeError(f"{more[0]}: give one folder of tables, or files of rows")
+    tables = (first / f"{name}.parquet" for name in ("queries", "documents", "labels"))
+    shown = _checked(json, out, mined, *tables)
     report = TablesReport()
-    write_examples(out, examples_of_tables(folder, report, work=work, mined=mined))
-    _show_tables(report)
+    write_examples(out, examples_of_tables(first, report, work=work, mined=mined))
+    _show_tables(report, shown)
 
 
-@convert.command()
-def to_arctic(
-    files: Annotated[list[Path], typer.Argument(help="Rows: .jsonl or .parquet files.")],
-    out: Annotated[Path, typer.Option(help="A folder.")],
-) -> None:
-    """Write rows as Arctic-Embed's tables of queries, documents, labels and mined documents.
+def _about_conversions() -> None:
+    r"""Make training rows of other data.
 
-    Example: tercet convert to-arctic rows.parquet --out tables/
+    Example:
+        tercet convert labels mails.jsonl --task mails \
+            --instruction "Classify the mail by department." --out rows.jsonl
     """
-    from tercet.curate.convert.arctic import TABLES, write_tables
-    from tercet.data.files.sources import iter_examples
 
-    check_output(out, files, TABLES)
-    _show_tables(write_tables(out, chain.from_iterable(map(iter_examples, files))))
+
+convert = group(
+    _about_conversions,
+    ("labels", labels),
+    ("scores", scores),
+    ("flagembedding", flagembedding),
+    ("arctic", arctic),
+)
 
 
 def decontaminate(
     file: Annotated[
         Path, typer.Argument(help="Training rows: .jsonl, .parquet, or a folder of sources.")
     ],
-    against: Annotated[
+    test_data: Annotated[
         list[Path],
         typer.Option(
-            help="Examples, scored pairs, labelled or plain texts, or a folder in BEIR's layout; "
-            "may be repeated."
+            "--test-data",
+            help="Test file or folder whose texts must not be in training data. Repeat for more.",
+            rich_help_panel=DATA,
         ),
     ],
-    out: OutOption,
+    out: Annotated[Path, out_option("The rows that stay: a file, or a folder for a folder.")],
     threshold: ThresholdOption = 0.8,
+    json: JsonOption = None,
 ) -> None:
-    """Take the texts of a test, and what is nearly the same, out of training rows.
+    """Remove texts of a test, and near duplicates of them, from training rows.
 
-    A row goes with its query or its last positive; a negative goes alone. A folder becomes a
-    folder of the same files, or one file where --out has an ending.
+    A row is dropped if its query or its last positive is removed; negatives are removed one by one.
+    Tests may be examples, scored pairs, labelled or plain texts, or folders in BEIR's layout. A
+    folder becomes a folder of the same files, or one file if --out has an ending.
 
-    Example: tercet decontaminate rows.jsonl --against test.jsonl --out clean.jsonl
+    Example:
+        tercet decontaminate rows.jsonl --test-data test.jsonl --out clean.jsonl
     """
     from tercet.curate.convert.decontaminate import EvaluationTexts, Removal
     from tercet.curate.convert.decontaminate import decontaminate as cleaned
@@ -292,12 +364,14 @@ def decontaminate(
     from tercet.data.files.sources import write_examples
     from tercet.files.progress import bar
 
+    shown = Figures(json)
+    check_files([file, *test_data], json=shown.file)
     outputs = _cleaned_files(file, out)
     if as_folder := file.is_dir() and not out.suffix:
-        check_output(out, [file, *against], CLEANED)
+        check_output(out, [file, *test_data], CLEANED)
     else:
-        _check_place(out, file, *against)
-    index, removal = EvaluationTexts.read(against, threshold), Removal()
+        _checked(None, out, file, *test_data)
+    index, removal = EvaluationTexts.read(test_data, threshold), Removal()
     with bar("rows", None) as advance:
 
         def rows(shards: Sequence[Any]) -> Iterator[Any]:
@@ -316,7 +390,8 @@ def decontaminate(
                 say(f"tercet: note: {path}: not written: no row is left")
     if not removal.kept:
         raise DataError(file, None, "every row has a text of the test; nothing is left")
-    _show_removal(removal)
+    _show_removal(removal, shown)
+    shown.write(_removal_record(removal))
 
 
 def _cleaned_files(source: Path, out: Path) -> list[tuple[Path, list[Any]]]:
@@ -329,27 +404,29 @@ def _cleaned_files(source: Path, out: Path) -> list[tuple[Path, list[Any]]]:
     return [(out / shard.path.relative_to(source), [shard]) for shard in shards]
 
 
-def _check_place(out: Path, *inputs: Path | None) -> None:
-    """Raise, before anything is read, if the result would replace an input."""
+def _checked(json: Path | None, out: Path, *inputs: Path | None) -> Figures:
+    """Raise, before anything is read, if a result would replace an input."""
     from tercet.files.records import known_suffix
 
+    shown = Figures(json)
     known_suffix(out)
-    check_files(inputs, out=out)
+    check_files(inputs, out=out, json=shown.file)
+    return shown
 
 
 def _withheld(
-    items: Any, texts_of: Any, against: Sequence[Path], threshold: float
+    items: Any, texts_of: Any, test_data: Sequence[Path], threshold: float, shown: Figures
 ) -> Iterator[Any]:
     """Yield the items without a text of the tests; at the end, show what was removed."""
     from tercet.curate.convert.decontaminate import EvaluationTexts, Removal, withhold
 
     removal = Removal()
-    index = EvaluationTexts.read(against, threshold)
+    index = EvaluationTexts.read(test_data, threshold)
     yield from withhold(items, texts_of, against=index, removal=removal)
-    _show_removal(removal)
+    _show_removal(removal, shown)
 
 
-def _write(out: Path, converted: Any) -> None:
+def _write(out: Path, converted: Any, shown: Figures) -> None:
     from tercet.data.files.sources import write_examples
 
     rows = converted.rows
@@ -365,22 +442,23 @@ def _write(out: Path, converted: Any) -> None:
     }
     if converted.label_instead:
         counts["rows with the label for want of another text"] = converted.label_instead
-    results().print(count_table("what", "count", counts))
+    shown.print(count_table("what", "count", counts))
+    shown.write({**counts, "labels": converted.labels, "mode": converted.mode})
     if converted.labels:
         most = dict(islice(converted.labels.items(), SHOWN_LABELS))
-        results().print(count_table("label", "rows", most))
+        shown.print(count_table("label", "rows", most))
     if len(converted.labels) > SHOWN_LABELS:
         say(f"tercet: note: {len(converted.labels) - SHOWN_LABELS} smaller labels are not shown")
     if converted.mode:
         say(f"tercet: note: rows of mode {converted.mode}")
 
 
-def _show_removal(removal: Any) -> None:
+def _show_removal(removal: Any, shown: Figures) -> None:
     table = columns("found in", "field", "how", "texts")
     for (file, field, how), count in sorted(removal.texts.items()):
         table.add_row(file, field, how, f"{count:,}")
     if removal.texts:
-        results().print(table)
+        shown.print(table)
     gone = removal.rows - removal.kept
     say(f"tercet: note: {gone:,} of {removal.rows:,} left out for texts of the test")
     if removal.without_negatives:
@@ -389,8 +467,17 @@ def _show_removal(removal: Any) -> None:
         say("tercet: note: more than half went; is the test made of the same texts?")
 
 
-def _show_tables(report: Any) -> None:
+def _removal_record(removal: Any) -> dict[str, Any]:
+    texts = [
+        {"file": file, "field": field, "how": how, "texts": count}
+        for (file, field, how), count in sorted(removal.texts.items())
+    ]
+    return {"rows": removal.rows, "kept": removal.kept, "texts": texts}
+
+
+def _show_tables(report: Any, shown: Figures) -> None:
     table = columns("queries", "rows", "without a label", "negatives")
     counts = (report.queries, report.rows, report.unanswered, report.negatives)
     table.add_row(*(f"{count:,}" for count in counts))
-    results().print(table)
+    shown.print(table)
+    shown.write(dict(zip(("queries", "rows", "without_label", "negatives"), counts, strict=True)))

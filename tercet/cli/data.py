@@ -1,4 +1,4 @@
-"""Commands on data: the demo, reports on files and folders, and filtering of pairs."""
+"""The commands demo, check and filter."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -8,11 +8,27 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from tercet.cli.options import (
-    AddressOption,
-    Precision,
-    RunnerOption,
-    WorkersOption,
+    DATA,
+    OUTPUT,
+    TRAINING,
+    AddressChoice,
+    BatchTokensOption,
+    DeviceOption,
+    DocumentTokensOption,
+    DtypeOption,
+    Figures,
+    JsonOption,
+    PlotOption,
+    QueryTokensOption,
+    RunnerChoice,
+    SeedOption,
+    TestDataOption,
+    WorkersChoice,
+    WorkOption,
+    model_option,
     opened,
+    out_option,
+    require_package,
     shown_progress,
 )
 from tercet.data.files.texts import text_key
@@ -25,76 +41,87 @@ from tercet.data.report import (
     check_data,
 )
 from tercet.errors import RecipeError
-from tercet.files.artifacts import write_json
 from tercet.files.atomic import sole_writer
-from tercet.files.console import columns, count_table, results, say, shortened
+from tercet.files.console import columns, complain, count_table, results, say, shortened
 from tercet.files.outputs import check_files, check_output
 from tercet.types import Role
 
 EXAMPLES: Final = Path("examples/data/packages.en.parquet")
 _COUNTS: Final = ("with_negatives", "distinct_queries", "distinct_documents", "duplicate_pairs")
 
+_RANKS, _RULES = "Ranks", "Rules without a model"  # panels
 _SHOWN: Final = 3  # names in a note
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    data: Annotated[Path, typer.Option(help="Debian package descriptions.")] = EXAMPLES,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of batches and dropout.")] = 0,
+    out: Annotated[Path, out_option("Run folder.")] = Path("runs/demo"),
+    packages: Annotated[
+        Path, typer.Option(help="File with Debian package descriptions.", rich_help_panel=DATA)
+    ] = EXAMPLES,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps.", rich_help_panel=TRAINING)
+    ] = 40,
+    seed: SeedOption = 0,
 ) -> None:
     """Fine-tune a small model on real texts, measure the gain, and search, in minutes.
 
-    Example: tercet demo --out runs/demo
+    Example:
+        tercet demo --out runs/demo
     """
-    from tercet.cli.demo import run_demo
+    from tercet.studies.demo import run_demo
 
-    run_demo(out, data, steps=steps, seed=seed, console=results(), say=say)
+    require_package("bm25s", "the demo", "demo")
+    require_package("matplotlib", "the demo", "demo")
+    run_demo(out, packages, steps=steps, seed=seed, console=results(), say=say)
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file, or a folder.")],
-    batch_size: Annotated[int, typer.Option(help="To count batches an epoch.")] = 256,
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="DATA", help="Files of examples or texts, or folders of them."),
+    ],
+    test_data: TestDataOption = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=2, help="Batch size, to count batches an epoch.", rich_help_panel=DATA),
+    ] = 256,
     model: Annotated[
-        str | None, typer.Option(help="Count the tokens of its tokenizer, on a sample.")
+        str | None, model_option("Count the tokens of this model's tokenizer, on a sample.")
     ] = None,
-    query_tokens: Annotated[int | None, typer.Option(help="Where queries will be cut.")] = None,
-    document_tokens: Annotated[int | None, typer.Option(help="And documents.")] = None,
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(help="Evaluation sets, or a folder of them: count rows that stand there."),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the mixture into this PNG.")] = None,
+    query_tokens: QueryTokensOption = None,
+    document_tokens: DocumentTokensOption = None,
+    json: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
-    """Read training data and report what is in it, by source and language, and what is wrong.
+    """Report what is in training data, by source and language, and what is wrong with it.
 
-    Example: tercet check sources/ --model me5-small --document-tokens 256 --against test.jsonl
+    Example:
+        tercet check pairs.jsonl --model me5-small --document-tokens 256 --test-data test.jsonl
     """
-    if batch_size < 2:
-        raise RecipeError(f"--batch-size must be at least 2, got {batch_size}")
     if model is None and (query_tokens or document_tokens):
         raise RecipeError("tokens are counted with a model's tokenizer; name one with --model")
-    check_files([file, *(against or ()), model], json=json, plot=plot)
+    shown = Figures(json)
+    check_files([*files, *(test_data or ()), model], json=shown.file, plot=plot)
+    if plot is not None:
+        require_package("matplotlib", "--plot", "plot")
     options = CheckOptions(
         batch_size=batch_size,
         tokens=None if model is None else _token_counter(model),
         query_tokens=query_tokens,
         document_tokens=document_tokens,
-        against={name: keys for each in against or () for name, keys in _keys(each).items()},
+        against={name: keys for each in test_data or () for name, keys in _keys(each).items()},
     )
-    with shown_progress(f"read {file.name}") as progress:
-        report = check_data([file], options, progress)
+    with shown_progress(f"read {files[0].name}") as progress:
+        report = check_data(files, options, progress)
     if report.total is not None:
-        _show(report, report.total, options)
+        _show(report, report.total, options, shown)
     for warning in report.warnings:
         say(f"tercet: note: {warning}")
     for error in report.errors:
-        say(f"tercet: {error}")
-    if json is not None:
-        record = asdict(report)
-        del record["samples"]
-        write_json(json, {"batch_size": batch_size, "model": model, **record})
+        complain(f"tercet: {error}")
+    record = asdict(report)
+    del record["samples"]
+    shown.write({"batch_size": batch_size, "model": model, **record})
     if plot is not None and report.sources:
         _draw(plot, report.sources)
     if report.errors:
@@ -128,8 +155,7 @@ def _keys(path: Path) -> dict[str, set[int]]:
     return {each.name: {text_key(text) for text in evaluation_texts(each)} for each in sets}
 
 
-def _show(report: DataReport, total: SourceReport, options: CheckOptions) -> None:
-    out = results()
+def _show(report: DataReport, total: SourceReport, options: CheckOptions, out: Figures) -> None:
     mixture = columns("source", "lang", "rows", "share", "batches", "duplicate pairs")
     for each in (*report.sources, total):
         duplicates = f"{each.duplicate_pairs / each.pairs:.1%}"
@@ -185,65 +211,95 @@ def filter_pairs(
     files: Annotated[
         list[Path], typer.Argument(help="Examples: .jsonl, .parquet, or folders of them.")
     ],
-    out: Annotated[Path, typer.Option(help="A folder for the pairs, the verdicts, a report.")],
-    model: Annotated[
-        str, typer.Option(help="What ranks: zoo name, folder or hub id.")
-    ] = "me5-small",
+    *,
+    model: Annotated[str, model_option("Model that ranks: zoo name, folder or hub id.")] = (
+        "me5-small"
+    ),
+    out: Annotated[Path, out_option("Folder for the kept pairs, the verdicts and a report.")],
+    json: JsonOption = None,
+    plot: PlotOption = None,
     preset: Annotated[
         Literal["arctic", "e5", "nomic"],
-        typer.Option(help="arctic: top 20 of 3 million; e5 and nomic: top 2 of 1 million."),
+        typer.Option(
+            help="arctic: top 20 of 3 million; e5 and nomic: top 2 of 1 million.",
+            rich_help_panel=_RANKS,
+        ),
     ] = "arctic",
     k: Annotated[
-        int | None, typer.Option(help="Worst rank that is kept; None: the preset's.")
+        int | None,
+        typer.Option(
+            "--k",
+            help="Worst rank that is kept. Default: the preset's.",
+            rich_help_panel=_RANKS,
+        ),
     ] = None,
     top_share: Annotated[
-        float | None, typer.Option(help="In place of k: the best part of a shard, such as 0.002.")
+        float | None,
+        typer.Option(
+            help="Instead of --k: share of a shard that is kept, such as 0.002.",
+            rich_help_panel=_RANKS,
+        ),
     ] = None,
     shard: Annotated[
-        int | None, typer.Option(help="Pairs that are compared; None: the preset's.")
+        int | None,
+        typer.Option(
+            help="Pairs that are ranked together. Default: the preset's.", rich_help_panel=_RANKS
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
     without: Annotated[
         list[str] | None,
         typer.Option(
-            help="A rule to leave out: same, short, long, letters, script, duplicate; repeat it."
+            help="Rule to leave out: same, short, long, letters, script or duplicate. Repeat for "
+            "more.",
+            rich_help_panel=_RULES,
         ),
     ] = None,
-    min_characters: Annotated[str, typer.Option(help="Of a query, and of a document.")] = "2,2",
+    min_characters: Annotated[
+        tuple[int, int],
+        typer.Option(
+            metavar="QUERY DOCUMENT",
+            help="Minimum number of characters of a query and of a document.",
+            rich_help_panel=_RULES,
+        ),
+    ] = (2, 2),
     max_characters: Annotated[
-        str | None, typer.Option(help="Of both, such as 500,20000; None: any number.")
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="QUERY DOCUMENT",
+            help="Maximum number of characters of both, such as 500 20000. Default: no limit.",
+            rich_help_panel=_RULES,
+        ),
     ] = None,
-    letters: Annotated[float, typer.Option(help="Least share of letters in a text.")] = 0.3,
-    query_tokens: Annotated[
-        int | None, typer.Option(help="Where queries are cut; None: the model's own.")
-    ] = None,
-    document_tokens: Annotated[
-        int | None, typer.Option(help="Where documents are cut; None: the model's own.")
-    ] = None,
-    precision: Precision = "float32",
-    work: Annotated[Path, typer.Option(help="Where ranks stay for the next time.")] = Path(
-        "runs/filter"
-    ),
+    letters: Annotated[
+        float, typer.Option(help="Minimum share of letters in a text.", rich_help_panel=_RULES)
+    ] = 0.3,
+    query_tokens: QueryTokensOption = None,
+    document_tokens: DocumentTokensOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    batch_tokens: BatchTokensOption = None,
+    work: WorkOption = Path("runs/filter"),
     keep_vectors: Annotated[
-        bool, typer.Option("--keep-vectors", help="They stay in the work folder too.")
+        bool,
+        typer.Option("--keep-vectors", help="Keep vectors in --work too.", rich_help_panel=OUTPUT),
     ] = False,
-    runner: RunnerOption = "auto",
-    workers: WorkersOption = 1,
-    address: AddressOption = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw report.png.")] = False,
+    runner: RunnerChoice = "auto",
+    workers: WorkersChoice = 1,
+    address: AddressChoice = None,
 ) -> None:
     """Leave out pairs whose document is far from the best ones for its query.
 
     The pairs of each source and language are cut into shards, and a small model ranks each document
-    among all of its shard. Before that, rules drop what needs no model. OUT/pairs has what is kept,
-    with ranks and scores, OUT/verdicts a line for each pair. The same command continues a killed
-    run; with another --k and --out, nothing is embedded again.
+    among all documents of its shard. Before that, rules drop pairs that no model is needed for.
+    OUT/pairs holds what is kept, with ranks and scores, OUT/verdicts a line for each pair. The same
+    command continues a killed run; with another --k and --out, nothing is encoded again.
 
-    Example: tercet filter news.parquet faq.jsonl --model me5-small --out filtered
+    Example:
+        tercet filter news.parquet faq.jsonl --model me5-small --out filtered
     """
     from tercet.curate.filtering.judge import PRESETS, FilterFolders, Judge
     from tercet.curate.filtering.pair_filter import (
-        DRAWING,
         FILTERED,
         filter_sources,
         finished,
@@ -254,11 +310,13 @@ def filter_pairs(
     from tercet.curate.jobs.runners import Runner
 
     where = Runner(engine=runner, workers=workers, address=address)
-    least, most = _two("min-characters", min_characters), _two("max-characters", max_characters)
+    most = max_characters or (None, None)
+    if plot is not None:
+        require_package("matplotlib", "--plot", "plot")
     rules = PairRules(
         without=tuple(without or ()),
-        query_characters=(least[0] or 0, most[0]),
-        document_characters=(least[1] or 0, most[1]),
+        query_characters=(min_characters[0], most[0]),
+        document_characters=(min_characters[1], most[1]),
         letters=letters,
     )
     usual = PRESETS[preset]
@@ -272,10 +330,14 @@ def filter_pairs(
     )
     judge = Judge(
         model=model,
-        precision=precision,
+        precision=dtype,
+        device=device,
+        batch_tokens=batch_tokens,
         query_tokens=query_tokens,
         document_tokens=document_tokens,
     )
+    shown = Figures(json)
+    check_files([*files, model], json=shown.file, plot=plot)
     check_output(out, [*files, model], FILTERED)
     with sole_writer(out):
         settings = settings_of(files, judge, filtering)
@@ -287,26 +349,13 @@ def filter_pairs(
             write_report(out, reports)
         else:
             say(f"{out}: has finished already; this is its report")
-        _show_filtered(reports)
+        _show_filtered(reports, shown)
         _advise(reports, filtering.shard)
-        if plot:
-            _draw_filtered(reports, out / DRAWING)
+        if plot is not None:
+            _draw_filtered(reports, plot)
 
 
-def _two(flag: str, text: str | None) -> tuple[int | None, int | None]:
-    """Parse the numbers of a flag: for queries and for documents."""
-    if text is None:
-        return None, None
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise RecipeError(
-            f"--{flag} must be two whole numbers, for queries and documents, as in 2,10; "
-            f"got {text!r}"
-        )
-    return int(parts[0]), int(parts[1])
-
-
-def _show_filtered(reports: Sequence[Mapping[str, Any]]) -> None:
+def _show_filtered(reports: Sequence[Mapping[str, Any]], out: Figures) -> None:
     """Print two tables with a line for each source and language."""
     rules = list(reports[0]["dropped"])
     levels = list(reports[0]["levels"])
@@ -320,11 +369,11 @@ def _show_filtered(reports: Sequence[Mapping[str, Any]]) -> None:
         about = (report["ranked"], report["shards"], report["shard"], report["k"])
         kept = (f"{n:,}" for n in report["levels"].values())
         ranked.add_row(*label, *(f"{n:,}" for n in about), f"{report['score']:.3f}", *kept)
-    out = results()
     out.print("pairs, and which rule dropped them", style="bold")
     out.print(counts)
     out.print("pairs that were ranked, their mean score, and how many each k keeps", style="bold")
     out.print(ranked)
+    out.write(list(reports))
 
 
 def _advise(reports: Sequence[Mapping[str, Any]], shard: int) -> None:

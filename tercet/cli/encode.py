@@ -1,4 +1,4 @@
-"""The verb that turns texts into vectors: arrays, or rows for a search engine."""
+"""The command encode: texts to vectors, as arrays or as rows for a search engine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -8,16 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from tercet.cli.options import (
-    AddressOption,
-    Echo,
-    ModelName,
-    PoolingOption,
-    Precision,
-    ReadingOption,
-    RunnerOption,
-    WorkersOption,
-    kinds_of,
+    OUTPUT,
+    READING,
+    VECTORS,
+    AddressChoice,
+    AttentionOption,
+    BatchTokensOption,
+    DeviceOption,
+    DimsOption,
+    DtypeOption,
+    EchoOption,
+    IdFieldOption,
+    KindName,
+    ModelOption,
+    PoolOption,
+    RunnerChoice,
+    TaskOption,
+    TextFieldOption,
+    TitleFieldOption,
+    WorkersChoice,
+    in_order,
+    kind_option,
     load,
+    out_option,
 )
 from tercet.errors import RecipeError
 from tercet.files.console import results, say
@@ -34,58 +47,76 @@ _ARRAYS: Final = (".npy", ".npz")
 
 
 def encode(
-    model: ModelName,
     files: Annotated[
         list[Path],
         typer.Argument(help="Texts: .txt (one a line), .jsonl or .parquet; or folders of them."),
     ],
+    model: ModelOption,
     out: Annotated[
         Path,
-        typer.Option(
-            help="A .npy file; a folder with --kinds or for several files; .jsonl with --format."
+        out_option(
+            "A .npy file; a folder for several kinds or files; a .jsonl file with --format."
         ),
     ],
-    role: Annotated[Literal["query", "document"], typer.Option(help="Decides the prompt.")] = (
-        "document"
-    ),
-    text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
-    task: Annotated[str | None, typer.Option(help="Take this task's prompts.")] = None,
-    dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
-    kinds: Annotated[
-        str | None, typer.Option(help="Such as dense,sparse,multi: a folder of arrays.")
+    text_field: TextFieldOption = "text",
+    title_field: TitleFieldOption = "title",
+    id_field: IdFieldOption = "id",
+    role: Annotated[
+        Literal["query", "document"],
+        typer.Option(help="Role of the texts; it decides the prompt.", rich_help_panel=READING),
+    ] = "document",
+    task: TaskOption = None,
+    attention: AttentionOption = None,
+    pooling: PoolOption = None,
+    echo: EchoOption = False,
+    kind: Annotated[
+        list[KindName] | None,
+        kind_option(
+            "dense, sparse or multi. Repeat for more. Several, or another than dense, become a "
+            "folder of arrays. Default: dense."
+        ),
     ] = None,
+    dims: DimsOption = None,
+    per: Annotated[
+        Literal["text", "token", "word"],
+        typer.Option(help="What gets a vector.", rich_help_panel=VECTORS),
+    ] = "text",
     form: Annotated[
         Literal["elasticsearch", "milvus", "opensearch", "qdrant", "vespa"] | None,
-        typer.Option("--format", help="Rows that this engine takes in, as lines of JSON."),
+        typer.Option(
+            "--format",
+            help="Write rows that this engine reads, as lines of JSON.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    id_field: Annotated[str, typer.Option(help="Where the id is, for --format.")] = "id",
-    title_field: Annotated[str, typer.Option(help="Where the title is, for --format.")] = "title",
-    output: Annotated[
-        Literal["texts", "tokens", "words"], typer.Option(help="What gets a vector.")
-    ] = "texts",
-    attention: ReadingOption = None,
-    pooling: PoolingOption = None,
-    echo: Echo = False,
-    precision: Precision = "float32",
     part: Annotated[
         int | None,
-        typer.Option(help="Texts that are written together into the folder; None: 100,000."),
+        typer.Option(
+            help="Number of texts in each part of a folder. Default: 100,000.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    runner: RunnerOption = "auto",
-    workers: WorkersOption = 1,
-    address: AddressOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    batch_tokens: BatchTokensOption = None,
+    runner: RunnerChoice = "auto",
+    workers: WorkersChoice = 1,
+    address: AddressChoice = None,
 ) -> None:
-    """Turn texts into vectors: a row of the output for each, or for each token or word.
+    """Turn texts into vectors: a row of the output for each text, token or word.
 
-    With tokens or words the output is an .npz file: vectors of all texts, and in offsets where
-    each text begins. With --kinds it is a folder of arrays for each kind, with --format a file of
-    rows for a search engine, with all kinds that the model makes and the engine takes.
+    With --per token or word the output is an .npz file: "vectors" holds those of all texts,
+    "offsets" where each text begins. With --kind it is a folder of arrays for each kind. With
+    --format it is a file of rows for a search engine, with all kinds that both the model and the
+    engine know.
 
-    Several files or a folder, or one file with --part, become a folder with vectors for each file,
-    or each part of a large one. There a killed run goes on when the same command is given again,
-    and --workers or --runner ray share the work.
+    Several files, a folder, or one file with --part become a folder with vectors for each file, or
+    for each part of a large one. There the same command continues a killed run, and --workers or
+    --runner ray share the work.
 
-    Example: tercet encode minilm texts.txt --out vectors.npy
+    Examples:
+        tercet encode texts.txt --model minilm --out vectors.npy
+        tercet encode docs.jsonl --model minilm --format qdrant --out rows.jsonl
     """
     from tercet.data.files.documents import Fields, read_documents
     from tercet.data.files.texts import read_texts
@@ -98,9 +129,10 @@ def encode(
     )
     from tercet.search.rows import HELD
 
-    chosen = kinds_of(kinds)
+    chosen, output = in_order(kind), f"{per}s"
     wanted = {"role": role, "task": task, "dims": dims}
-    reading = {"attention": attention, "pooling": pooling, "echo": echo}
+    how = {"device": device, "batch_tokens": batch_tokens}
+    loaded = partial(load, model, dtype, **how, attention=attention, pooling=pooling, echo=echo)
     shared = runner != "auto" or workers > 1 or address is not None
     if len(files) > 1 or files[0].is_dir() or part is not None or shared:
         from tercet.curate.jobs.encode_job import ENCODED, PART, encode_files, open_files
@@ -110,9 +142,8 @@ def encode(
         check_output(out, [*files, model], ENCODED)
         where = Runner(engine=runner, workers=workers, address=address)
         sources = open_files(files, text_field)
-        how = EncodeOptions(kinds=chosen or ("dense",), **wanted)
-        opened = partial(load, model, precision, **reading)
-        job = _job(opened, precision, sources, out, wanted=how, arrays=chosen is not None)
+        options = EncodeOptions(kinds=chosen or ("dense",), **wanted)
+        job = _job(loaded, dtype, sources, out, wanted=options, arrays=chosen is not None)
         _tell(out, encode_files(job, part=PART if part is None else part, runner=where))
         return
     (file,) = files
@@ -126,27 +157,27 @@ def encode(
     # The whole file is read once before the model is: a line that is wrong shows early.
     texts = read_texts(file, text_field) if form is None else read_documents(file, fields)
     total = sum(1 for _ in texts)
-    embedder = load(model, precision, **reading)
+    embedder = loaded()
     if form is not None:
         held: tuple[Kind, ...] = tuple(kind for kind in HELD[form] if kind in embedder.kinds)
         documents = read_documents(file, fields, keep_others=True)
-        how = EncodeOptions(kinds=chosen or held, **wanted)
-        _tell(out, write_rows(embedder, documents, out, form, wanted=how, total=total))
+        options = EncodeOptions(kinds=chosen or held, **wanted)
+        _tell(out, write_rows(embedder, documents, out, form, wanted=options, total=total))
     elif output != "texts":
         _write_parts(embedder, list(read_texts(file, text_field)), out, output=output, **wanted)
     elif as_folder:
-        how = EncodeOptions(kinds=chosen or (), **wanted)
-        _tell(out, write_vectors(embedder, read_texts(file, text_field), out, how, total))
+        options = EncodeOptions(kinds=chosen or (), **wanted)
+        _tell(out, write_vectors(embedder, read_texts(file, text_field), out, options, total))
     else:
-        how = EncodeOptions(kinds=("dense",), **wanted)
-        written = write_dense(embedder, read_texts(file, text_field), out, how)
+        options = EncodeOptions(kinds=("dense",), **wanted)
+        written = write_dense(embedder, read_texts(file, text_field), out, options)
         width = dims or embedder.dim
         results().print(f"{out}: {written.texts:,} vectors of {width} dimensions", soft_wrap=True)
 
 
 def _job(
     opened: Callable[[], Any],
-    precision: str,
+    dtype: str,
     sources: Mapping[str, "Source"],
     out: Path,
     *,
@@ -161,7 +192,7 @@ def _job(
         "model": embedder.fingerprint(),
         "attention": embedder.backbone.attention,
         "window": embedder.backbone.window,
-        "precision": precision,
+        "precision": dtype,
     }
     return EncodeJob(
         load=opened, about=about, sources=sources, out=out, wanted=wanted, arrays=arrays
@@ -170,9 +201,11 @@ def _job(
 
 def _check_folder(out: Path, output: str, form: str | None) -> None:
     """Refuse what several files, parts and workers are not for."""
-    flag = f"--format {form}" if form else f"--output {output}"
+    flag = f"--format {form}" if form else f"--per {output[:-1]}"
     if form or output != "texts":
-        raise RecipeError(f"{flag}: is of one file, in one process; give one, without --part")
+        raise RecipeError(
+            f"{flag} takes one file and one process; give one file, without --part and --workers"
+        )
     if out.suffix in (*_ARRAYS, ".jsonl") or out.is_file():
         raise RecipeError(
             f"{out}: several files or parts become a folder of vectors; name one"
@@ -184,19 +217,19 @@ def _check_rows(out: Path, output: str, form: "FormatName", kinds: Sequence[Kind
     from tercet.search.rows import HELD
 
     if output != "texts":
-        raise RecipeError(f"--output {output}: rows for {form} are of whole texts; leave it out")
+        raise RecipeError(f"--per {output[:-1]}: rows for {form} are of whole texts; leave it out")
     if out.suffix in _ARRAYS:
         raise RecipeError(f"{out}: rows for {form} are lines of JSON; name it .jsonl")
     if refused := [kind for kind in kinds or () if kind not in HELD[form]]:
         raise RecipeError(
-            f"--kinds: rows for {form} hold {' and '.join(HELD[form])} vectors, and no "
-            f"{' or '.join(refused)} ones; leave that out"
+            f"--kind {refused[0]}: rows for {form} hold {' and '.join(HELD[form])} vectors only; "
+            "leave it out"
         )
 
 
 def _check_arrays(out: Path, output: str, *, as_folder: bool) -> None:
     if as_folder and output != "texts":
-        raise RecipeError(f"--output {output} is of dense vectors alone; leave --kinds out")
+        raise RecipeError(f"--per {output[:-1]} applies to dense vectors only; leave --kind out")
     if as_folder and out.suffix in (*_ARRAYS, ".jsonl"):
         raise RecipeError(
             f"{out}: vectors of some kinds are a folder of arrays; name it without {out.suffix}"

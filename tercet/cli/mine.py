@@ -1,8 +1,7 @@
-"""The verb that mines hard negatives."""
+"""The command mine: hard negatives for training pairs."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
@@ -10,92 +9,147 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from tercet.cli.options import (
-    AddressOption,
-    Precision,
-    RunnerOption,
-    WorkersOption,
+    DATA,
+    AddressChoice,
+    BatchTokensOption,
+    DeviceOption,
+    DtypeOption,
+    Figures,
+    JsonOption,
+    KindWeightOption,
+    RunnerChoice,
+    SeedOption,
+    TextFieldOption,
+    WorkersChoice,
+    WorkOption,
+    changed_weights,
     load,
+    model_option,
     opened,
-    weights_of,
+    out_option,
 )
 from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
-from tercet.files.console import columns, results, say
-from tercet.files.outputs import check_output
+from tercet.files.console import columns, say
+from tercet.files.outputs import check_files, check_output
 
 if TYPE_CHECKING:
     from tercet.curate.mining.miner import MiningReport
 
+_RANKING, _RULE, _CHOICE = "Candidates", "Rule", "Negatives"  # panels
 _MANY: Final = 0.5  # of the candidates dropped as too close: worth a note
 
 
 def mine(
     files: Annotated[list[Path], typer.Argument(help="Examples: .jsonl, .parquet or folders.")],
-    teacher: Annotated[
+    model: Annotated[
         str | None,
-        typer.Option(help="What scores: zoo name, folder or hub id; bm25 needs none."),
+        model_option("Model that scores: zoo name, folder or hub id. --by bm25 needs none."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A file for all, or a folder with a file for each.")
+        Path | None, out_option("A file for all rows, or a folder with a file for each input.")
     ] = None,
+    json: JsonOption = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of more documents. Repeat for more.", rich_help_panel=DATA),
+    ] = None,
+    text_field: TextFieldOption = "text",
     by: Annotated[
         Literal["dense", "sparse", "multi", "hybrid", "bm25"],
-        typer.Option(help="Scores that rank documents; hybrid: a weighted sum of several."),
+        typer.Option(
+            help="Scores that rank documents; hybrid: a weighted sum of several.",
+            rich_help_panel=_RANKING,
+        ),
     ] = "dense",
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Of dense, sparse, multi for hybrid; None: those tuned for the teacher."),
-    ] = None,
+    kind_weight: KindWeightOption = None,
+    depth: Annotated[
+        int, typer.Option(min=1, help="Candidates of each query.", rich_help_panel=_RANKING)
+    ] = 100,
+    prompts_of: Annotated[
+        Literal["row", "model"],
+        typer.Option(
+            help="Whose prompts are used. row: those of a row, if it has some.",
+            rich_help_panel=_RANKING,
+        ),
+    ] = "row",
     rule: Annotated[
         Literal["naive", "percent", "margin", "absolute", "quantile", "relative"],
-        typer.Option(help="How near a negative may come to the positive's score."),
+        typer.Option(
+            help="How near the score of a negative may come to that of the positive.",
+            rich_help_panel=_RULE,
+        ),
     ] = "percent",
     value: Annotated[
-        float | None, typer.Option(help="Of the rule; None: 0.95, margin 0.05, absolute 0.7.")
+        float | None,
+        typer.Option(
+            help="Value of the rule. Default: 0.95; margin 0.05, absolute 0.7.",
+            rich_help_panel=_RULE,
+        ),
     ] = None,
-    negatives: Annotated[int, typer.Option(help="Of each row.")] = 7,
-    depth: Annotated[int, typer.Option(help="Candidates looked at for each query.")] = 100,
-    shift: Annotated[int, typer.Option(help="Leave out this many of the nearest.")] = 0,
-    sample_from: Annotated[
-        int | None, typer.Option(help="Draw from this many of the best; None: take the best.")
+    sweep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Try this value of the rule and write nothing. Repeat for more.",
+            rich_help_panel=_RULE,
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of that draw.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of that draw.")] = 0,
-    keep: Annotated[bool, typer.Option("--keep", help="Rows keep their negatives.")] = False,
-    at_least: Annotated[int, typer.Option(help="Leave out rows with fewer negatives.")] = 0,
     max_positives: Annotated[
         int | None,
         typer.Option(
-            help="The rule compares with this many of the best positives among the candidates; "
-            "rows without one are left out. None: with all, wherever they are."
+            help="Compare with at most this many of the best positives among the candidates, and "
+            "leave out rows without one. Default: with all positives.",
+            rich_help_panel=_RULE,
         ),
     ] = None,
-    corpus: Annotated[
-        list[Path] | None, typer.Option(help="More documents; may be repeated.")
+    negatives: Annotated[
+        int, typer.Option(help="Negatives of each row.", rich_help_panel=_CHOICE)
+    ] = 7,
+    shift: Annotated[
+        int,
+        typer.Option(help="Leave out this many of the nearest documents.", rich_help_panel=_CHOICE),
+    ] = 0,
+    sample_from: Annotated[
+        int | None,
+        typer.Option(
+            help="Draw negatives from this many of the best. Default: take the best.",
+            rich_help_panel=_CHOICE,
+        ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Where their text is in a record.")] = "text",
-    prompts: Annotated[
-        Literal["row", "teacher"], typer.Option(help="Whose prompts; row: where a row has some.")
-    ] = "row",
-    sweep: Annotated[
-        str | None, typer.Option(help="Try these values of the rule, and write nothing.")
-    ] = None,
-    work: Annotated[Path, typer.Option(help="Where vectors stay for the next time.")] = Path(
-        "runs/mining"
-    ),
-    precision: Precision = "float32",
-    runner: RunnerOption = "auto",
-    workers: WorkersOption = 1,
-    address: AddressOption = None,
+    temperature: Annotated[
+        float,
+        typer.Option(help="Temperature of that draw.", rich_help_panel=_CHOICE),
+    ] = 1.0,
+    keep_negatives: Annotated[
+        bool,
+        typer.Option(
+            "--keep-negatives",
+            help="Keep the negatives that rows have already.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = False,
+    at_least: Annotated[
+        int, typer.Option(help="Leave out rows with fewer negatives.", rich_help_panel=_CHOICE)
+    ] = 0,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    batch_tokens: BatchTokensOption = None,
+    work: WorkOption = Path("runs/mining"),
+    runner: RunnerChoice = "auto",
+    workers: WorkersChoice = 1,
+    address: AddressChoice = None,
 ) -> None:
     """Find hard negatives: documents near to a query that do not answer it.
 
-    Documents are those of all files and of --corpus. What the rule leaves of a query's nearest
-    ones, without those known to answer it, becomes its negatives, with the teacher's scores where
-    these are cosines (by dense or multi). By bm25 no model is needed; with a teacher, its tokens
-    are the words. The same command continues a killed run.
+    Documents are those of all files and of --corpus. Of those nearest to a query, the ones that are
+    known to answer it are left out, and so are those that the rule rejects; the others become its
+    negatives, with the model's scores where these are cosines (by dense or multi). By bm25 no model
+    is needed; with a model, its tokens are the words. The same command continues a killed run.
 
-    Example: tercet mine pairs.jsonl --teacher minilm --out mined.jsonl
+    Examples:
+        tercet mine pairs.jsonl --model minilm --out mined.jsonl
+        tercet mine pairs.jsonl --model minilm --sweep 0.9 --sweep 0.95
     """
     from tercet.curate.jobs.runners import Runner
     from tercet.curate.mining.finders import COSINES
@@ -106,8 +160,8 @@ def mine(
     from tercet.curate.mining.rules import MiningRule
 
     where = Runner(engine=runner, workers=workers, address=address)
-    values = _numbers(sweep)
-    if (out is None) == (sweep is None):
+    values, shown = sweep or [], Figures(json)
+    if (out is None) == (not values):
         raise RecipeError("give either --out, to write mined rows, or --sweep, to only count")
     mining = Mining(
         rule=MiningRule(
@@ -120,47 +174,40 @@ def mine(
         ),
         negatives=negatives,
         depth=depth,
-        keep=keep,
+        keep=keep_negatives,
         at_least=at_least,
         max_positives=max_positives,
-        prompts=prompts,
+        prompts="teacher" if prompts_of == "model" else "row",
         by=by,
-        weights=weights_of(weights),
+        weights=changed_weights(kind_weight),
     )
-    if teacher is None and by != "bm25":
-        raise RecipeError(f"--by {by} needs a --teacher; without one, use --by bm25")
+    if model is None and by != "bm25":
+        raise RecipeError(f"--by {by} needs --model; without a model, use --by bm25")
     if out is None and where.several:
         raise RecipeError("--sweep runs in one process; leave out --workers and --runner")
+    given = [*files, *(corpus or ()), model]
+    check_files(given, json=shown.file)
     if out is not None:
-        given = [*files, *(corpus or ()), teacher]
         check_output(out, given, None if out.suffix else MINED)
     sources = [source for file in files for source in opened(file)]
     more = {"documents": _DocumentTexts(corpus or [], text_field), "work": work}
-    loaded = None if teacher is None else partial(load, teacher, precision)
+    loaded = None
+    if model is not None:
+        loaded = partial(load, model, dtype, device=device, batch_tokens=batch_tokens)
     if out is None:
-        _show(try_values(loaded and loaded(), sources, values, mining=mining, **more))
+        _show(try_values(loaded and loaded(), sources, values, mining=mining, **more), shown)
         return
     if where.several:
         shared = SharedMining(load=loaded, sources=sources, mining=mining, **more)
         reports = mine_together(shared, out, where)
     else:
         reports = run_mining(loaded and loaded(), sources, out, mining=mining, **more)
-    _show(reports)
-    _advise(reports, mining.negatives, keep=keep)
+    _show(reports, shown)
+    _advise(reports, mining.negatives, keep=keep_negatives)
     if by != "bm25":
         say(f"vectors stay in {work} for the next mining; it may be deleted")
     if by not in COSINES:
         say(f"rows were written without scores: scores by {by} are not cosines")
-
-
-def _numbers(text: str | None) -> list[float]:
-    """Parse the values of a sweep."""
-    found: list[float] = []
-    with suppress(ValueError):
-        found = [float(part) for part in (text or "").split(",") if part.strip()]
-    if text is not None and not found:
-        raise RecipeError(f"--sweep must be numbers, as in 0.9,0.95,0.98; got {text!r}")
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +223,7 @@ class _DocumentTexts:
                 yield document.text
 
 
-def _show(reports: Sequence["MiningReport"]) -> None:
+def _show(reports: Sequence["MiningReport"], shown: Figures) -> None:
     """Print three tables with a line per report; one with all columns would be too wide."""
     names = list(reports[0].dropped)
     dropped = columns("source", "rule", "value", "seen", *names)
@@ -195,21 +242,21 @@ def _show(reports: Sequence["MiningReport"]) -> None:
         means = (report.positive_score, report.negative_score, report.ratio)
         places = (report.positives, report.unfound, report.unanswered)
         scores.add_row(*label, *(f"{n:,}" for n in places), *(f"{mean:.3f}" for mean in means))
-    out = results()
     for title, table in (
         ("candidates seen, and why they were dropped", dropped),
         ("rows, and negatives a row", made),
         ("positives not among the candidates, and mean scores", scores),
     ):
-        out.print(title, style="bold")
-        out.print(table)
+        shown.print(title, style="bold")
+        shown.print(table)
+    shown.write(list(map(asdict, reports)))
 
 
 def _advise(reports: Sequence["MiningReport"], negatives: int, *, keep: bool) -> None:
     for report in reports:
         near = report.dropped["too close"] / max(report.candidates, 1)
         if report.had_negatives:
-            done = "kept" if keep else "replaced; --keep keeps them"
+            done = "kept" if keep else "replaced; --keep-negatives keeps them"
             say(f"{report.source}: {report.had_negatives:,} rows had negatives: {done}")
         if report.refused:
             say(f"{report.source}: {report.refused:,} of them are positives, duplicates or blank")

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
-from math import inf
+from dataclasses import asdict, dataclass, is_dataclass
+from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import typer
 
-from tercet.errors import RecipeError
-from tercet.files.console import say
-from tercet.kinds import KINDS, Kind, Weights, parse_kinds
+from tercet.errors import MissingExtraError, RecipeError
+from tercet.files.artifacts import json_text, write_json
+from tercet.files.console import results, say
+from tercet.files.records import meant
+from tercet.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     from tercet.data.files.scan import RecordFormat, ReportProgress
@@ -26,6 +29,8 @@ DATA: Final = "Data"
 MODEL: Final = "Model"
 VECTORS: Final = "Vectors"
 READING: Final = "How texts are read"
+TRAINING: Final = "Training"
+MEASURE: Final = "Measure"
 OUTPUT: Final = "Output"
 MACHINE: Final = "Machine"
 CLUSTER: Final = "Several processes"
@@ -63,7 +68,7 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="Device such as cpu, cuda or cuda:1. Default: a GPU if there is one.",
+        help="Device such as cpu or cuda:1. Default: a GPU if there is one.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -71,7 +76,7 @@ DtypeOption = Annotated[
     Literal["float32", "bfloat16"],
     typer.Option(
         "--dtype",
-        help="Type of the weights in memory; bfloat16 is faster on chips that support it.",
+        help="Type of the weights in memory; bfloat16 is faster on some chips.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -80,7 +85,7 @@ BatchTokensOption = Annotated[
     typer.Option(
         "--batch-tokens",
         min=1,
-        help="Tokens encoded together. Default: 16,384 on a GPU, 2,048 on a CPU.",
+        help="Tokens encoded together. Default: 16,384 on a GPU, else 2,048.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -88,26 +93,37 @@ StoreAsOption = Annotated[
     Literal["float32", "int8", "int4", "binary", "binary+int8"],
     typer.Option(
         "--store-as",
-        help="How dense vectors of documents are stored; binary+int8 searches by bits and scores "
-        "what it finds by int8.",
+        help="How dense vectors of documents are stored; binary+int8 searches by bits, and scores "
+        "the hits by int8.",
         rich_help_panel=VECTORS,
     ),
 ]
+
+
+class KindName(StrEnum):
+    """The kinds of vectors, as a type of which a flag may have several values."""
+
+    dense = "dense"
+    sparse = "sparse"
+    multi = "multi"
+
+
+def kind_option(text: str) -> Any:
+    """Return ``--kind`` with the help of one command."""
+    return typer.Option("--kind", metavar="KIND", help=text, rich_help_panel=VECTORS)
+
+
 KindOption = Annotated[
-    list[Kind] | None,
-    typer.Option(
-        "--kind",
-        help="Kind of vectors. Repeat for more. Default: all that the model makes.",
-        rich_help_panel=VECTORS,
-    ),
+    list[KindName] | None,
+    kind_option("dense, sparse or multi. Repeat for more. Default: all that the model makes."),
 ]
 KindWeightOption = Annotated[
     list[str] | None,
     typer.Option(
         "--kind-weight",
         metavar="KIND=NUMBER",
-        help="Weight of a kind's scores in the sum, such as sparse=0.3. Repeat for more. Default: "
-        "the model's weights.",
+        help="Weight of a kind in the sum, such as sparse=0.3. Repeat for more. Default: the "
+        "model's.",
         rich_help_panel=VECTORS,
     ),
 ]
@@ -119,6 +135,24 @@ DimsOption = Annotated[
         help="Keep this many leading coordinates of dense vectors. Default: all.",
         rich_help_panel=VECTORS,
     ),
+]
+WidthsOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--dims",
+        min=1,
+        help="Keep this many leading coordinates of dense vectors. Repeat for more. Default: the "
+        "widths that the model was trained for.",
+        rich_help_panel=VECTORS,
+    ),
+]
+SaveOption = Annotated[
+    bool,
+    typer.Option("--save", help="Save the result with the model.", rich_help_panel=OUTPUT),
+]
+MetricOption = Annotated[
+    str,
+    typer.Option("--metric", help="Metric such as ndcg@10 or recall@100.", rich_help_panel=MEASURE),
 ]
 TaskOption = Annotated[
     str | None,
@@ -148,7 +182,7 @@ EchoOption = Annotated[
     bool,
     typer.Option(
         "--echo",
-        help="Read each text twice and pool the second copy.",
+        help="Read each text twice; pool the second copy.",
         rich_help_panel=READING,
     ),
 ]
@@ -183,7 +217,7 @@ SplitOption = Annotated[
     str | None,
     typer.Option(
         "--split",
-        help='Which split to read: of a folder of BEIR, or records with this "split".',
+        help='Split to read: of a folder of BEIR, or the field "split" of records.',
         rich_help_panel=DATA,
     ),
 ]
@@ -224,9 +258,13 @@ JsonOption = Annotated[
     Path | None,
     typer.Option(
         "--json",
-        help="Write all figures to this file too; - prints them as JSON instead of tables.",
+        help="Write all figures to this file; - prints JSON instead of tables.",
         rich_help_panel=OUTPUT,
     ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw a picture into this PNG file.", rich_help_panel=OUTPUT),
 ]
 RunnerChoice = Annotated[
     Literal["auto", "loop", "daft", "ray"],
@@ -255,48 +293,38 @@ def out_option(text: str) -> Any:
     return typer.Option("--out", help=text, rich_help_panel=OUTPUT)
 
 
-# ---- the older options, which go as their commands are converted ---------------------------------
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Where the figures of a command go: tables on standard output, and JSON with ``--json``."""
 
-ModelName = Annotated[str, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")]
-Precision = Annotated[
-    Literal["float32", "bfloat16"], typer.Option(help="bfloat16 is faster where the chip has it.")
-]
-ReadingOption = Annotated[
-    Literal["causal", "bidirectional"] | None,
-    typer.Option("--attention", help="How a decoder reads; None: as it was trained to."),
-]
-PoolingOption = Annotated[
-    Literal["mean", "weighted_mean", "first", "last"] | None,
-    typer.Option("--pooling", help="None: the model's own."),
-]
-Echo = Annotated[
-    bool, typer.Option("--echo", help="Read each text twice and pool the second time.")
-]
-KindsOption = Annotated[
-    str | None,
-    typer.Option("--kinds", help="Of vectors, such as dense,sparse; None: all the model makes."),
-]
-WeightsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        help="Of dense, sparse and multi scores, such as 1,0.3,1; None: those of the model.",
-    ),
-]
-DimsListOption = Annotated[
-    list[int] | None,
-    typer.Option("--dims", help="Coordinates to keep; may be repeated. None: those trained for."),
-]
-RunnerOption = Annotated[
-    Literal["auto", "loop", "daft", "ray"],
-    typer.Option(
-        "--runner", help="Who hands out the work; auto: a loop, or Daft for several --workers."
-    ),
-]
-WorkersOption = Annotated[int, typer.Option("--workers", help="Processes on each machine.")]
-AddressOption = Annotated[
-    str | None, typer.Option("--address", help="Of a Ray cluster: HOST:PORT of its head, or auto.")
-]
+    json: Path | None
+
+    @property
+    def file(self) -> Path | None:
+        """The file of ``--json``; None for standard output."""
+        return None if self.as_json else self.json
+
+    @property
+    def as_json(self) -> bool:
+        """Whether JSON takes the place of tables."""
+        return self.json is not None and str(self.json) == "-"
+
+    def print(self, *shown: Any, **style: Any) -> None:
+        """Print tables and lines of results, unless JSON takes their place."""
+        if not self.as_json:
+            results().print(*shown, **style)
+
+    def write(self, record: Any) -> None:
+        """Write the figures as JSON, if that is wanted."""
+        if self.as_json:
+            results().print(json_text(record, default=plain), soft_wrap=True, end="")
+        elif self.json is not None:
+            write_json(self.json, record, default=plain)
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON can hold for a dataclass or a path."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def load(
@@ -314,29 +342,40 @@ def load(
     from tercet.models.network.cpu import warning_of
 
     wanted = {name: value for name, value in how.items() if value}
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (warning := warning_of(getattr(torch, dtype), place)) is not None:
+    place, kind = checked_device(device), getattr(torch, dtype)
+    if (warning := warning_of(kind, place)) is not None:
         say(f"tercet: note: {warning}")
-    embedder = Embedder.load(model, dtype=getattr(torch, dtype), **wanted).to(checked(place))
+    embedder = Embedder.load(model, dtype=kind, **wanted).to(place)
     if batch_tokens is not None:
         embedder.batch_tokens = batch_tokens
     return embedder
 
 
-def checked(device: str) -> str:
-    """Return a device that torch knows and this machine has.
+def checked_device(device: str | None) -> str:
+    """Return a device that this machine has; a GPU, if there is one and none is named.
 
     Raises:
-        RecipeError: for any other.
+        RecipeError: for a device that torch does not know or cannot use.
     """
     import torch
 
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]
-        raise RecipeError(f"--device {device}: cannot be used here: {reason}") from error
-    return device
+        raise RecipeError(f"--device {place}: cannot be used here: {reason}") from error
+    return place
+
+
+def known_models(model: str, others: Sequence[str] | None) -> list[str]:
+    """Return all models, each once; an unknown one raises before the first is loaded."""
+    from tercet.models.zoo import zoo
+
+    names: list[str] = list(dict.fromkeys([model, *(others or [])]))
+    for name in names:
+        zoo.resolve(name, say)
+    return names
 
 
 def where(model: str) -> str:
@@ -347,7 +386,7 @@ def where(model: str) -> str:
     return model if is_name else str(Path(model).resolve())
 
 
-def in_order(named: Iterable[Kind] | None) -> tuple[Kind, ...] | None:
+def in_order(named: Iterable[str] | None) -> tuple[Kind, ...] | None:
     """Return the kinds that ``--kind`` names, each once, in the usual order; None if none."""
     some = set(named or ())
     return tuple(kind for kind in KINDS if kind in some) or None
@@ -357,59 +396,30 @@ def changed_weights(given: Sequence[str] | None) -> dict[Kind, float] | None:
     """Return the weights by kind that ``--kind-weight`` gives; None if it is not given.
 
     Raises:
-        RecipeError: for an unknown kind, or a weight below 0 or without end.
+        RecipeError: for an unknown kind, or a value without a number.
     """
-    numbers: dict[Any, float] = dict(numbers_of(given, "kind-weight", float, example="sparse=0.3"))
-    found: dict[Kind, float] = {}
-    for kind in KINDS:
-        if kind in numbers:
-            found[kind] = numbers.pop(kind)
-    if numbers:
+    found: dict[Any, float] = numbers_of(given, "kind-weight", float, example="sparse=0.3")
+    if unknown := next((name for name in found if name not in KINDS), None):
         raise RecipeError(
-            f"--kind-weight {next(iter(numbers))}: there is no such kind"
-            f"{nearest(next(iter(numbers)), KINDS)}; kinds are {', '.join(KINDS)}"
+            f"--kind-weight {unknown}: there is no such kind{meant(unknown, KINDS)}; kinds are "
+            f"{', '.join(KINDS)}"
         )
-    if wrong := next((kind for kind, weight in found.items() if not 0 <= weight < inf), None):
-        raise RecipeError(f"--kind-weight {wrong} must be 0 or more; got {found[wrong]}")
     return found or None
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the known word that is nearest; "" if none is near."""
-    near = get_close_matches(word, list(known), 1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+def has_package(name: str) -> bool:
+    """Whether a package is installed; it is not imported."""
+    return find_spec(name) is not None
 
 
-def kinds_of(named: str | None) -> tuple[Kind, ...] | None:
-    """Return the kinds of vectors that ``--kinds`` names; None if it is not given."""
-    return None if named is None else parse_kinds(named)
-
-
-def weights_of(named: str | None) -> Weights | None:
-    """Return the weights of kinds that ``--weights`` gives; None if it is not given."""
-    if named is None:
-        return None
-    weights = Weights.parse(named)
-    if not any(weights.of(kind) for kind in KINDS):
-        raise RecipeError(f"weights are {named!r}; give one of them a number above 0")
-    return weights
-
-
-def whole_numbers(flag: str, named: str | None) -> tuple[int, ...]:
-    """Return the whole numbers of a flag, separated by commas; empty if not given.
+def require_package(name: str, what: str, extra: str) -> None:
+    """Raise, before any work, unless a package that ``what`` needs is installed.
 
     Raises:
-        RecipeError: if one is negative, not whole, or given twice.
+        MissingExtraError: with the extra that brings it.
     """
-    parts = [part.strip() for part in (named or "").split(",")] if named is not None else []
-    fits = all(part.isascii() and part.isdigit() for part in parts)
-    numbers = tuple(int(part) for part in parts) if fits else ()
-    if not fits or len(set(numbers)) < len(numbers):
-        raise RecipeError(
-            f"--{flag} {named}: give whole numbers from 0 up with commas between, each once, such "
-            "as 0,2,8"
-        )
-    return numbers
+    if not has_package(name):
+        raise MissingExtraError(what, extra)
 
 
 def opened(

@@ -1,7 +1,9 @@
-"""Verbs that make an index of documents, and search in it."""
+"""The commands index and search."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -11,88 +13,134 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 import typer
 
 from tercet.cli.options import (
-    KindsOption,
-    WeightsOption,
-    kinds_of,
+    OUTPUT,
+    BatchTokensOption,
+    DeviceOption,
+    DimsOption,
+    DtypeOption,
+    Figures,
+    IdFieldOption,
+    JsonOption,
+    KindOption,
+    KindWeightOption,
+    MaybeModelOption,
+    StoreAsOption,
+    TaskOption,
+    TextFieldOption,
+    TitleFieldOption,
+    changed_weights,
+    in_order,
     load,
-    weights_of,
+    out_option,
+    require_package,
     where,
 )
 from tercet.errors import IndexFolderError, RecipeError
 from tercet.files.console import columns, one_line, results, say, shortened
+from tercet.files.outputs import check_files
 from tercet.kinds import KINDS, Kind, Weights
 
 if TYPE_CHECKING:
     from tercet.search.engine.engine import Engine, Fusion
 
+_ENGINE, _HITS = "Engine", "Hits"  # panels
 _FIELDS_NAMED: Final = 10  # in a message
 _VALUES_REMEMBERED: Final = 1_000  # of each field, to name those that are like a wrong one
 _Condition: TypeAlias = tuple[str, str, list[Any]]  # a field, what it should be, possible values
 
-Precision = Annotated[
-    Literal["float32", "bfloat16", "int8", "int4", "binary", "binary+int8"],
-    typer.Option(
-        help="float32 or bfloat16: of the model's weights. The others: of the dense vectors that "
-        "are kept, with weights in float32; binary+int8 is searched by bits and scored by int8."
-    ),
-]
-
 
 def index(
-    out: Annotated[Path, typer.Option(help="Index folder.")],
-    model: Annotated[
-        str | None, typer.Argument(help="Zoo name, folder or hub id (see: tercet models).")
-    ] = None,
     file: Annotated[
-        Path | None, typer.Argument(help="Documents: .jsonl, .parquet or .txt.")
+        Path | None, typer.Argument(help="Documents: .jsonl, .parquet or .txt (one a line).")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Where the text is in a record.")] = "text",
-    title_field: Annotated[str, typer.Option(help="Where the title is.")] = "title",
-    id_field: Annotated[str, typer.Option(help="Where the id is.")] = "id",
-    kinds: KindsOption = None,
-    task: Annotated[str | None, typer.Option(help="Take this task's prompts and weights.")] = None,
-    dims: Annotated[int | None, typer.Option(help="Keep so many coordinates.")] = None,
-    precision: Precision = "float32",
-    engine: Annotated[
-        Literal["exact", "qdrant"], typer.Option(help="exact compares with every document.")
-    ] = "exact",
-    url: Annotated[str | None, typer.Option(help="Of a Qdrant server, to keep it there.")] = None,
-    collection: Annotated[str, typer.Option(help="Its name on the server.")] = "tercet",
-    keep: Annotated[
+    *,
+    model: MaybeModelOption = None,
+    out: Annotated[Path, out_option("Index folder.")],
+    text_field: TextFieldOption = "text",
+    title_field: TitleFieldOption = "title",
+    id_field: IdFieldOption = "id",
+    task: TaskOption = None,
+    kind: KindOption = None,
+    dims: DimsOption = None,
+    store_as: StoreAsOption = "float32",
+    keep_missing: Annotated[
         bool,
-        typer.Option("--keep", help="Keep documents of the index that the file lacks."),
+        typer.Option(
+            "--keep-missing",
+            help="Keep documents of the index that are not in the file.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew, where there is an index already.")
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Start over if there is an index in --out already.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Check all of the index in --out; takes no MODEL or FILE."),
+        typer.Option(
+            "--verify",
+            help="Write nothing; check all of the index in --out.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
+    engine: Annotated[
+        Literal["exact", "qdrant"],
+        typer.Option(
+            help="exact compares a query with every document; qdrant searches a graph.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "exact",
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Qdrant server that keeps the index. Default: in --out.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    collection: Annotated[
+        str,
+        typer.Option(help="Name of the collection on the server.", rich_help_panel=_ENGINE),
+    ] = "tercet",
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Encode documents and write an index folder to search in.
 
-    The other fields of a document are kept, and a search can ask for their values. Called again,
-    it encodes what is new or has changed, and removes what the file lacks; so a call that was
-    killed goes on where it was.
+    The other fields of a document are kept, and a search can ask for their values. The same command
+    again encodes what is new or has changed, removes what is no longer in the file, and continues
+    a run that was killed.
 
-    With --precision int8, int4, binary or binary+int8 dense vectors take so many bits a coordinate.
-    What these stand for is kept with the index: the ranges that the model keeps (tercet calibrate),
-    or what some of these documents teach. Qdrant has codes of its own, beside the vectors.
+    With --store-as int8, int4, binary or binary+int8, dense vectors are stored in 8, 4 or 1 bits a
+    coordinate. The ranges of these codes are those saved with the model (tercet tune codes), or
+    learned from some of the documents, and are kept with the index. Qdrant makes its own codes and
+    keeps the vectors too.
 
-    With --verify nothing is written: all files of an existing index are compared with their
-    checksums, and every record is read.
+    With --verify all files of an index are compared with their checksums, and every record is read.
 
-    Example: tercet index runs/mine/model docs.jsonl --out runs/mine/index --precision int8
+    Examples:
+        tercet index docs.jsonl --model runs/mine/model --out runs/mine/index
+        tercet index docs.jsonl --model minilm --store-as int8 --out runs/small-index
     """
     if verify:
-        _verify(out, given=model is not None)
+        _verify(out, given=model is not None or file is not None)
         return
     if model is None or file is None:
         raise RecipeError(
-            f"tercet index needs a {'MODEL and a FILE' if model is None else 'FILE'} of documents; "
-            "or --verify, which checks the index in --out"
+            f"tercet index needs {'a FILE of documents' if file is None else '--model'}; or "
+            "--verify, which checks the index in --out"
         )
+    if dtype != "float32" and store_as != "float32":
+        raise RecipeError(
+            f"--store-as {store_as} needs weights in float32; leave out --dtype {dtype}"
+        )
+    precision = dtype if store_as == "float32" else store_as
+    if engine == "qdrant":
+        require_package("qdrant_edge" if url is None else "qdrant_client", "Qdrant", "qdrant")
     from tercet.data.files.documents import Fields, read_documents
     from tercet.search.opening import check_index_place
     from tercet.search.text_index import IndexOptions
@@ -100,19 +148,20 @@ def index(
 
     fields = Fields(text=text_field, title=title_field, id=id_field)
     options = IndexOptions(
-        kinds=kinds_of(kinds),
+        kinds=in_order(kind),
         task=task,
         dims=dims,
         precision=precision,
         engine=engine,
         url=url,
         collection=collection,
-        keep=keep,
+        keep=keep_missing,
         fresh=fresh,
     )
     check_index_place(out, [file, model], fresh=fresh)
     read = partial(read_documents, file, fields, keep_others=True)
-    made = make_index(read, where(model), out, options, load=load, say=say)
+    loaded = partial(load, device=device, batch_tokens=batch_tokens)
+    made = make_index(read, where(model), out, options, load=loaded, say=say)
     held, done = made.documents, made.done
     results().print(f"{out}: {held:,} documents", soft_wrap=True)
     if "dense" in made.kinds:
@@ -123,7 +172,9 @@ def index(
             f"because {file} lacks them"
         )
     if others := held - done.encoded - done.unchanged:
-        say(f"{others:,} documents that {file} lacks were kept; to remove them, omit --keep")
+        say(
+            f"{others:,} documents that {file} lacks were kept; to remove them, omit --keep-missing"
+        )
     say(f'search it: tercet search {out} "your question"')
 
 
@@ -132,7 +183,7 @@ def _verify(folder: Path, *, given: bool) -> None:
     from tercet.search.opening import verify_index
 
     if given:
-        raise RecipeError("--verify checks the index in --out; leave out MODEL and FILE")
+        raise RecipeError("--verify checks the index in --out; leave out FILE and --model")
     found = verify_index(folder)
     how = "as they were written" if found.checked else "readable; there are no checksums of them"
     results().print(f"{folder}: {found.records:,} documents, {how}", soft_wrap=True)
@@ -157,36 +208,64 @@ def _dense_size(precision: str, width: int, held: int, engine: str) -> str:
 
 
 def search(
-    folder: Annotated[Path, typer.Argument(help="Index folder.")],
-    queries: Annotated[list[str], typer.Argument(help="One or more questions.")],
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Hits of each.")] = 5,
-    weights: WeightsOption = None,
-    fusion: Annotated[
-        Literal["weighted", "rrf", "rerank"],
-        typer.Option(help="Weighted sum, reciprocal rank fusion, or re-scored dense candidates."),
-    ] = "weighted",
-    candidates: Annotated[
-        int, typer.Option(min=0, help="Of each kind, to be looked at; 0: all documents.")
-    ] = 100,
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="Index folder.")],
+    queries: Annotated[
+        list[str], typer.Argument(metavar="QUESTION", help="One or more questions.")
+    ],
+    k: Annotated[
+        int,
+        typer.Option("--k", "-k", min=1, help="Hits for each question.", rich_help_panel=_HITS),
+    ] = 5,
     only: Annotated[
         list[str] | None,
-        typer.Option("--where", help="A field and its value: section=web. Repeat for more."),
+        typer.Option(
+            "--where",
+            metavar="FIELD=VALUE",
+            help="Only documents with this value. Repeat for more.",
+            rich_help_panel=_HITS,
+        ),
     ] = None,
+    fusion: Annotated[
+        Literal["weighted", "rrf", "rerank"],
+        typer.Option(
+            help="How kinds are combined: weighted (sum of scores), rrf (reciprocal rank fusion), "
+            "rerank (score the dense candidates again).",
+            rich_help_panel=_HITS,
+        ),
+    ] = "weighted",
+    kind_weight: KindWeightOption = None,
+    candidates: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Candidates of each kind that are scored; 0: all documents.",
+            rich_help_panel=_HITS,
+        ),
+    ] = 100,
+    json: JsonOption = None,
+    device: DeviceOption = None,
+    batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Answer questions from an index.
 
-    A --where of a field that is named before gives one more value that it may have.
+    Conditions of --where on different fields must all hold; several values for one field are
+    alternatives.
 
-    Example: tercet search runs/mine/index "a small web server" --weights 1,0.3,1
+    Examples:
+        tercet search runs/mine/index "a small web server"
+        tercet search runs/mine/index "a small web server" --where section=web --kind-weight multi=0
     """
     from tercet.search.text_index import check_texts, open_index
 
+    _refuse_swapped(folder, queries)
     check_texts(queries)
-    conditions, given = _conditions(only or []), weights_of(weights)
+    shown = Figures(json)
+    check_files([folder], json=shown.file)
+    conditions, given = _conditions(only or []), changed_weights(kind_weight)
     wanted: dict[str, list[Any]] = {}
     for name, _, values in conditions:
         wanted.setdefault(name, []).extend(values)
-    with open_index(folder, load=load) as opened:
+    with open_index(folder, load=partial(load, device=device, batch_tokens=batch_tokens)) as opened:
         complete, kinds = opened.about.complete, opened.kinds
         if not complete:
             say(f"tercet: note: {folder}: some documents are missing; call tercet index again")
@@ -194,16 +273,38 @@ def search(
         found = opened.search(queries, k, fusion=how, where=wanted)
         if not any(found) or len(conditions) > len(wanted):  # one of several values may be wrong
             _explain(folder, opened.engine, conditions, complete=complete)
-    out = results()
-    shown: Sequence[Kind] = kinds if len(kinds) > 1 else ()
+    several: Sequence[Kind] = kinds if len(kinds) > 1 else ()
     for query, hits in zip(queries, found, strict=True):
-        out.print(one_line(query), style="bold")
-        table = columns("score", *shown, "id", "title")
+        shown.print(one_line(query), style="bold")
+        table = columns("score", *several, "id", "title")
         for hit in hits:
-            parts = (f"{hit.scores[kind]:.3f}" if kind in hit.scores else "-" for kind in shown)
+            parts = (f"{hit.scores[kind]:.3f}" if kind in hit.scores else "-" for kind in several)
             title = shortened(hit.record.title or hit.record.text)
             table.add_row(f"{hit.score:.3f}", *parts, one_line(hit.record.id), title)
-        out.print(table)
+        shown.print(table)
+    shown.write(
+        [
+            {"query": query, "hits": list(map(_hit_record, hits))}
+            for query, hits in zip(queries, found, strict=True)
+        ]
+    )
+
+
+def _hit_record(hit: Any) -> dict[str, Any]:
+    return {"score": hit.score, "scores": dict(hit.scores), **asdict(hit.record)}
+
+
+def _refuse_swapped(folder: Path, queries: Sequence[str]) -> None:
+    """Refuse a question where the index should be, if the index stands among the questions."""
+    if folder.exists():
+        return
+    for each in queries:
+        if Path(each).is_dir():
+            others = [str(folder), *(query for query in queries if query != each)]
+            raise RecipeError(
+                f"{folder}: is not an index, and {each} is a folder; the index comes first: "
+                f"tercet search {shlex.join([each, *others])}"
+            )
 
 
 def _explain(
@@ -250,11 +351,13 @@ def _any_equal(values: Sequence[Any], wanted: Sequence[Any]) -> bool:
     )
 
 
-def _fusion(name: str, given: Weights | None, usual: Weights, candidates: int) -> "Fusion":
+def _fusion(
+    name: str, given: Mapping[Kind, float] | None, usual: Weights, candidates: int
+) -> "Fusion":
     """Return the fusion of a name; by ranks, kinds with a weight count, or all."""
     from tercet.search.engine.engine import ReciprocalRank, Rerank, Weighted
 
-    weights = given or usual
+    weights = usual.changed(given or {})
     if name == "weighted":
         return Weighted(weights=weights, candidates=candidates or None)
     if candidates == 0:
@@ -263,7 +366,7 @@ def _fusion(name: str, given: Weights | None, usual: Weights, candidates: int) -
         return Rerank(weights=weights, candidates=candidates)
     kinds: tuple[Kind, ...] = ReciprocalRank().kinds
     if given is not None:
-        kinds = tuple(kind for kind in KINDS if given.of(kind))
+        kinds = tuple(kind for kind in KINDS if weights.of(kind))
     return ReciprocalRank(kinds=kinds, candidates=candidates)
 
 

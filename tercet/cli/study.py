@@ -33,8 +33,8 @@ def study(
     when the same command is given again. Writes table.md, results.json and pictures; the answers
     of each model stay in cells/.
 
-    Example: tercet study examples/studies/bge_m3.py --data mined.jsonl --test test.jsonl
-    --out runs/study --only full --only no-distillation --steps 200 --batch-size 24
+    Example:
+        tercet study examples/studies/bge_m3.py --data mined.jsonl --test test.jsonl --out runs/m3
     """
     app_of(file)(flags or [], prog_name=f"tercet study {file}")
 

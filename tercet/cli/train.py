@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -139,9 +139,9 @@ def train(
         ),
     ] = None,
     dtype: Annotated[
-        str | None,
+        Literal["float32", "bfloat16"] | None,
         typer.Option(
-            help="Type of matrix products, float32 or bfloat16; weights stay float32.",
+            help="Type of matrix products; weights stay float32. Default: float32.",
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -155,9 +155,9 @@ def train(
 
     A run that was killed goes on when the same command is given again.
 
-    Example: tercet train finetune --data pairs.jsonl --dev dev.jsonl --out runs/mine
-
-    Example: tercet train bge-m3 --data mined.jsonl --steps 300 --set unified.negatives=3 --plan
+    Examples:
+        tercet train finetune --data pairs.jsonl --dev dev.jsonl --out runs/mine
+        tercet train bge-m3 --data mined.jsonl --steps 300 --set unified.negatives=3 --plan
     """
     entry = recipe_named(recipe)
     if explain:

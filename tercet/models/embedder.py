@@ -441,8 +441,9 @@ class Embedder(nn.Module):
         else from the zoo, else they are the defaults.
 
         Args:
-            source: a name from ``tercet models``, a folder saved by tercet, sentence-transformers,
-                transformers, FlagEmbedding (BGE-M3) or NVIDIA (NV-Embed), a GGUF file or a hub id.
+            source: a name from ``tercet list-models``, a folder saved by tercet, transformers,
+                sentence-transformers, FlagEmbedding (BGE-M3) or NVIDIA (NV-Embed), a GGUF file or
+                a hub id.
             dtype: of the weights.
             attention: "causal" or "bidirectional" for a decoder; None keeps the model's direction.
             window: "keep" or "full" for sliding windows; see :class:`Backbone`.

@@ -246,7 +246,7 @@ def _ranges_of(pair: tuple[Any, Any]) -> tuple[int, Ranges]:
     except ValueError as error:
         raise RecipeError(
             f"the setting ranges is damaged for {dims} coordinates ({error}); learn them again: "
-            "tercet calibrate"
+            "tercet tune codes"
         ) from error
     return int(dims), found
 
@@ -406,7 +406,7 @@ def quantizer_of(settings: Settings, precision: CodePrecision, dims: int) -> Qua
         known = ", ".join(map(str, sorted(settings.ranges))) or "none"
         raise RecipeError(
             f"the model keeps no ranges for {precision} codes of {dims} coordinates (it has some "
-            f"for: {known}); learn them from documents: tercet calibrate MODEL texts.jsonl "
-            f"--dims {dims} --save"
+            f"for: {known}); learn them from documents: tercet tune codes texts.jsonl "
+            f"--model MODEL --dims {dims} --save"
         )
     return settings.ranges[dims].quantizer(precision)

@@ -254,7 +254,7 @@ def _stored_of(about: About) -> Stored | None:
 
 
 def stored_as(precision: str) -> Stored:
-    """Return how ``--precision`` stores dense vectors; a precision of weights means float32."""
+    """Return how a precision stores dense vectors; a precision of weights means float32."""
     coded: dict[str, Stored] = {stored: stored for stored in STORED}
     return coded.get(precision, "float32")
 

@@ -190,7 +190,7 @@ def _ranges(
     if count < _FEW:
         say(
             f"{count} documents are few to learn codes from; give more, or keep ranges with the "
-            f"model: tercet calibrate MODEL texts.jsonl --dims {width} --save"
+            f"model: tercet tune codes texts.jsonl --model MODEL --dims {width} --save"
         )
     return found
 

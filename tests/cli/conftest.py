@@ -67,7 +67,7 @@ def files(tmp_path_factory, encoder_folder):
     (folder / "incomplete").mkdir()
     config = (encoder_folder / "config.json").read_text()
     (folder / "incomplete/config.json").write_text(config)
-    command = ["index", encoder_folder, folder / "docs.jsonl", "--out", folder / "index"]
+    command = ["index", folder / "docs.jsonl", "--model", encoder_folder, "--out", folder / "index"]
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in command])
     assert end.value.code == 0

@@ -24,7 +24,7 @@ def pairs(tmp_path):
     return write(tmp_path / "pairs.jsonl", *records)
 
 
-@pytest.mark.parametrize("verb", ["classification", "clustering"])
+@pytest.mark.parametrize("verb", ["labels", "labels"])
 def test_labelled_texts_become_rows_and_a_table(tercet, labelled, tmp_path, verb):
     out = tmp_path / "rows.jsonl"
     ended = tercet("convert", verb, labelled, *HOW, "--negatives", 2, "--rows", 9, "--out", out)
@@ -55,7 +55,7 @@ def test_all_flags_of_labelled_texts_reach_the_rows(tercet, tmp_path):
     fields = ("--text-field", "title", "--text-field", "body", "--label-field", "topics")
     labels = ("--label-prefix", "mood::", "--label-texts", words, "--mode", "label")
     out = tmp_path / "rows.parquet"
-    command = ("convert", "clustering", file, *HOW, *fields, *labels, "--split", "train")
+    command = ("convert", "labels", file, *HOW, *fields, *labels, "--split", "train")
     assert tercet(*command, "--out", out).status == 0
     rows = list(iter_examples(out))
     assert [(row.query, row.positives) for row in rows[:4]] == [
@@ -72,14 +72,14 @@ def test_the_same_command_writes_the_same_file_and_another_seed_another(tercet, 
     written = []
     for seed in (3, 3, 4):
         out = tmp_path / "rows.jsonl"
-        tercet("convert", "classification", labelled, *HOW, "--out", out, "--seed", seed)
+        tercet("convert", "labels", labelled, *HOW, "--out", out, "--seed", seed)
         written.append(out.read_bytes())
     assert written[0] == written[1] != written[2]
 
 
 def test_a_text_without_another_of_its_label_is_left_out_on_request(tercet, labelled, tmp_path):
     labelled.write_text(labelled.read_text() + '{"text": "calm 0", "label": "calm"}\n')
-    command = ("convert", "clustering", labelled, *HOW, "--out", tmp_path / "rows.jsonl")
+    command = ("convert", "labels", labelled, *HOW, "--out", tmp_path / "rows.jsonl")
     rows = [cells(line) for line in tercet(*command).out.splitlines()]
     assert ["rows with the label for want of another text", "1"] in rows and ["rows", "16"] in rows
     rows = [cells(line) for line in tercet(*command, "--lonely", "skip").out.splitlines()]
@@ -89,7 +89,7 @@ def test_a_text_without_another_of_its_label_is_left_out_on_request(tercet, labe
 def test_texts_of_a_test_are_left_out_before_rows_are_made(tercet, labelled, tmp_path):
     test = write(tmp_path / "test.jsonl", {"text": "JOY 0"}, {"text": "fear  1"})
     out = tmp_path / "rows.jsonl"
-    command = ("convert", "classification", labelled, *HOW, "--against", test, "--out", out)
+    command = ("convert", "labels", labelled, *HOW, "--test-data", test, "--out", out)
     ended = tercet(*command)
     assert "2 of 15 left out" in ended.err
     assert ["test.jsonl", "text", "exact", "2"] in [cells(line) for line in ended.out.splitlines()]
@@ -99,16 +99,16 @@ def test_texts_of_a_test_are_left_out_before_rows_are_made(tercet, labelled, tmp
 
 def test_scored_pairs_become_rows(tercet, pairs, tmp_path):
     out = tmp_path / "rows.jsonl"
-    ended = tercet("convert", "similarity", pairs, *HOW, "--out", out)
+    ended = tercet("convert", "scores", pairs, *HOW, "--out", out)
     rows = [cells(line) for line in ended.out.splitlines()]
     assert ["no row: score too low", "1"] in rows and ["rows", "2"] in rows
     assert [row.query for row in iter_examples(out)] == ["red cat sits", "red cat naps"]
     assert (
         "2 records gave no row"
-        in tercet("convert", "similarity", pairs, *HOW, "--out", out, "--scale", 0, 10).err
+        in tercet("convert", "scores", pairs, *HOW, "--out", out, "--scale", 0, 10).err
     )
     test = write(tmp_path / "test.jsonl", {"text": "blue CAT sits"})
-    ended = tercet("convert", "similarity", pairs, *HOW, "--out", out, "--against", test)
+    ended = tercet("convert", "scores", pairs, *HOW, "--out", out, "--test-data", test)
     assert "1 of 2 left out" in ended.err or ended.status == 2
 
 
@@ -119,7 +119,7 @@ def test_test_texts_are_taken_out_of_rows(tercet, tmp_path):
     more = tmp_path / "more.txt"
     more.write_text("X\n")
     out = tmp_path / "clean.jsonl"
-    ended = tercet("decontaminate", file, "--against", test, "--against", more, "--out", out)
+    ended = tercet("decontaminate", file, "--test-data", test, "--test-data", more, "--out", out)
     assert ended.status == 0
     assert [(row.query, row.negatives) for row in iter_examples(out)] == [
         ("q0", ("y",)),
@@ -136,7 +136,7 @@ def test_test_texts_are_taken_out_of_rows(tercet, tmp_path):
 def test_when_nothing_is_left_nothing_is_written(tercet, tmp_path):
     file = write(tmp_path / "rows.jsonl", {"query": "q", "positives": ["p"]})
     out = tmp_path / "clean.jsonl"
-    ended = tercet("decontaminate", file, "--against", file, "--out", out)
+    ended = tercet("decontaminate", file, "--test-data", file, "--out", out)
     assert ended.status == 2
     assert "is an input" not in ended.err and "nothing is left" in ended.err
     assert not out.exists()
@@ -149,7 +149,7 @@ def test_a_folder_is_cleaned_shard_by_shard_or_into_one_file(tercet, tmp_path):
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, *({"query": f"q{i}", "positives": [f"p{i}"]} for i in numbers))
-    ended = tercet("decontaminate", folder, "--against", test, "--out", tmp_path / "clean")
+    ended = tercet("decontaminate", folder, "--test-data", test, "--out", tmp_path / "clean")
     assert ended.status == 0 and "2 of 4 left out" in ended.err
     assert f"{tmp_path}/clean/nq.jsonl: not written: no row is left" in ended.err
     found = sorted((tmp_path / "clean").rglob("*.jsonl"))
@@ -157,18 +157,18 @@ def test_a_folder_is_cleaned_shard_by_shard_or_into_one_file(tercet, tmp_path):
     (row,) = iter_examples(found[1])
     assert (row.query, row.lang, row.task) == ("q0", "de", "news")
     out = tmp_path / "clean.parquet"
-    assert tercet("decontaminate", folder, "--against", test, "--out", out).status == 0
+    assert tercet("decontaminate", folder, "--test-data", test, "--out", out).status == 0
     assert sorted(row.query for row in iter_examples(out)) == ["q0", "q2"]
-    ended = tercet("decontaminate", folder, "--against", test, "--out", folder)
+    ended = tercet("decontaminate", folder, "--test-data", test, "--out", folder)
     assert ended.status == 2 and "is an input; give another --out" in ended.err
 
 
 def test_an_input_is_never_overwritten(refused, labelled, pairs, tmp_path):
     other = write(tmp_path / "other.jsonl", {"text": "z"})
     for file, words in (
-        (labelled, ("convert", "classification", labelled, *HOW, "--out", labelled)),
-        (pairs, ("convert", "similarity", pairs, *HOW, "--out", tmp_path / "x/../pairs.jsonl")),
-        (other, ("decontaminate", labelled, "--against", other, "--out", other)),
+        (labelled, ("convert", "labels", labelled, *HOW, "--out", labelled)),
+        (pairs, ("convert", "scores", pairs, *HOW, "--out", tmp_path / "x/../pairs.jsonl")),
+        (other, ("decontaminate", labelled, "--test-data", other, "--out", other)),
     ):
         before = file.read_bytes()
         assert "is an input; give another --out" in refused(*words)
@@ -177,13 +177,8 @@ def test_an_input_is_never_overwritten(refused, labelled, pairs, tmp_path):
 
 def test_another_kind_of_result_is_refused_before_anything_is_read(refused, tmp_path):
     out = tmp_path / "rows.csv"
-    line = refused("convert", "classification", tmp_path / "none.jsonl", *HOW, "--out", out)
+    line = refused("convert", "labels", tmp_path / "none.jsonl", *HOW, "--out", out)
     assert line == f'{out}: unknown kind of file ".csv"; use .jsonl or .parquet'
-
-
-@pytest.mark.parametrize("verb", ["classification", "clustering", "similarity"])
-def test_every_verb_shows_an_example(tercet, verb):
-    assert f"Example: tercet convert {verb}" in tercet("convert", verb, "--help").out
 
 
 def test_rows_of_flagembedding_become_ours_and_what_is_left_out_is_told(tercet, tmp_path):
@@ -195,7 +190,7 @@ def test_rows_of_flagembedding_become_ours_and_what_is_left_out_is_told(tercet, 
     out = tmp_path / "rows.jsonl"
     form = r"Instruct: {}\nQuery: {}"
     ended = tercet(
-        *("convert", "flagembedding", folder, "--prompt", "Find it", "--format", form),
+        *("convert", "flagembedding", folder, "--prompt", "Find it", "--prompt-format", form),
         *("--rows", 2, "--out", out),
     )
     assert ended.status == 0
@@ -226,13 +221,13 @@ def test_rows_go_to_tables_and_back(tercet, refused, tmp_path):
     rows = tmp_path / "rows.jsonl"
     write_examples(rows, ROWS)
     tables, back = tmp_path / "tables", tmp_path / "back" / "rows.jsonl"
-    ended = tercet("convert", "to-arctic", rows, "--out", tables)
+    ended = tercet("convert", "arctic", rows, "--out", tables)
     assert ended.status == 0 and ["3", "3", "0", "3"] in map(cells, ended.out.splitlines())
     work = ("--work", tmp_path / "work")
     mined = ("--mined", tables / "mined.parquet")
     assert tercet("convert", "arctic", tables, *mined, "--out", back, *work).status == 0
     assert list(iter_examples(back)) == ROWS
-    words = ("convert", "to-arctic", rows, "--out", tmp_path)
+    words = ("convert", "arctic", rows, "--out", tmp_path)
     assert "is or contains the input" in refused(*words)
     (tables / "labels.parquet").unlink()
     said = refused("convert", "arctic", tables, "--out", tmp_path / "none.jsonl", *work)

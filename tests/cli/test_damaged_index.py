@@ -40,7 +40,7 @@ def made(tmp_path_factory, encoder_folder):
 def build(tercet, made, out, *flags):
     """An index with deleted rows; how it is searched, and what that finds."""
     for file in ("docs.jsonl", "fewer.jsonl"):
-        ended = tercet("index", made / "model", made / file, "--out", out, *flags)
+        ended = tercet("index", made / file, "--model", made / "model", "--out", out, *flags)
         assert ended.status == 0, ended.err
 
 
@@ -64,8 +64,8 @@ def without_the_model(monkeypatch, made):
     embedder = Embedder.load(made / "model")
     real = verbs.load
 
-    def load(model, precision):
-        return embedder if model == str(made / "model") else real(model, precision)
+    def load(model, dtype, **how):
+        return embedder if model == str(made / "model") else real(model, dtype, **how)
 
     monkeypatch.setattr(verbs, "load", load)
 
@@ -85,7 +85,9 @@ def test_no_damage_to_any_file_of_a_scanned_index_ends_in_a_traceback_or_in_wron
         assert is_plain(ended)
         silent = path.name in PAYLOAD and how in ("middle", "last byte")  # nobody sees a number
         assert ended.status == 2 or ended.out == right or silent, (path.name, how, ended)
-        assert is_plain(tercet("index", made / "model", made / "docs.jsonl", "--out", broken))
+        assert is_plain(
+            tercet("index", made / "docs.jsonl", "--model", made / "model", "--out", broken)
+        )
         shutil.rmtree(broken)
 
 
@@ -96,7 +98,9 @@ def test_what_the_messages_say_mends_a_damaged_index(tercet, made, tmp_path, wit
     for name in ("index.json", "exact/manifest.json", "exact/segment-1/dense.npy"):
         damage(next(out.glob(name.replace("-1", "-*"))), "cut")
         assert "tercet index --fresh" in search(tercet, out).err
-        ended = tercet("index", made / "model", made / "fewer.jsonl", "--out", out, "--fresh")
+        ended = tercet(
+            "index", made / "fewer.jsonl", "--model", made / "model", "--out", out, "--fresh"
+        )
         assert ended.status == 0, ended.err
         assert search(tercet, out).out == right
 

@@ -47,7 +47,7 @@ def test_check_tells_a_folder_source_by_source(tercet, sources, encoder_folder, 
     test, report = tmp_path / "test.jsonl", tmp_path / "report.json"
     write(test, {"query": "DE 3", "positives": ["none of them"]})
     ended = tercet(
-        *("check", sources, "--batch-size", "4", "--against", test, "--json", report),
+        *("check", sources, "--batch-size", "4", "--test-data", test, "--json", report),
         *("--model", encoder_folder, "--query-tokens", "2", "--plot", tmp_path / "mixture.png"),
     )
     assert (ended.status, ended.err) == (0, "")

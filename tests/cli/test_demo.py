@@ -5,12 +5,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.cli import demo
 from tercet.errors import DataError
 from tercet.evaluate.measures.retrieval import measure
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.console import results
 from tercet.models.embedder import Embedder
+from tercet.studies import demo
 from tests.toy import SENTENCES
 
 

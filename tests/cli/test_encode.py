@@ -28,7 +28,7 @@ def test_the_role_and_the_dims_of_encode_are_taken(tercet, encoder_folder, files
     model, out = tmp_path / "prompted", tmp_path / "v.npy"
     Embedder.load(encoder_folder, prompts={"query": "read mail "}).save(model)
     flags = ["--role", "query", "--dims", "16"]
-    assert tercet("encode", model, files / "texts.txt", "--out", out, *flags).status == 0
+    assert tercet("encode", files / "texts.txt", "--model", model, "--out", out, *flags).status == 0
     expected = Embedder.load(model).encode(SENTENCES, "query", dims=16)
     np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-6)
 
@@ -38,8 +38,8 @@ def test_encode_writes_vectors_of_parts_and_where_each_text_begins(
     tercet, decoder_folder, files, tmp_path, output
 ):
     out = tmp_path / "v.npz"
-    flags = ["--output", output, "--dims", "16", "--attention", "bidirectional"]
-    ended = tercet("encode", decoder_folder, files / "texts.txt", "--out", out, *flags)
+    flags = ["--per", output[:-1], "--dims", "16", "--attention", "bidirectional"]
+    ended = tercet("encode", files / "texts.txt", "--model", decoder_folder, "--out", out, *flags)
     model = Embedder.load(decoder_folder, attention="bidirectional")
     expected = model.encode(SENTENCES, output=output, dims=16)
     with np.load(out) as found:
@@ -61,7 +61,12 @@ def test_encode_writes_vectors_of_parts_and_where_each_text_begins(
 )
 def test_encode_reads_as_its_flags_say(tercet, decoder_folder, files, tmp_path, flags, how):
     out = tmp_path / "v.npy"
-    assert tercet("encode", decoder_folder, files / "texts.txt", "--out", out, *flags).status == 0
+    assert (
+        tercet(
+            "encode", files / "texts.txt", "--model", decoder_folder, "--out", out, *flags
+        ).status
+        == 0
+    )
     expected = Embedder.load(decoder_folder, **how).encode(SENTENCES)
     np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-6)
     assert np.abs(expected - Embedder.load(decoder_folder).encode(SENTENCES)).max() > 1e-3
@@ -71,18 +76,19 @@ def test_encode_reads_as_its_flags_say(tercet, decoder_folder, files, tmp_path, 
 def test_a_file_named_for_another_kind_of_vectors_is_refused(
     refused, decoder_folder, files, tmp_path, output, wrong
 ):
-    words = ["encode", decoder_folder, files / "texts.txt", "--output", output]
+    words = ["encode", files / "texts.txt", "--model", decoder_folder, "--per", output[:-1]]
     said = refused(*words, "--out", tmp_path / f"v{wrong}")
     assert said.startswith(f"{tmp_path}/v{wrong}: vectors of {output} are a .np")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("named", ["sparse, dense", "multi", "dense,sparse,multi", "dense"])
+@pytest.mark.parametrize("named", ["sparse, dense", "multi", "dense, sparse, multi", "dense"])
 def test_kinds_are_written_as_a_folder_of_arrays(tercet, model, files, tmp_path, named):
     out = tmp_path / "vectors"
-    ended = tercet("encode", model, files / "texts.txt", "--out", out, "--kinds", named)
-    assert (ended.status, ended.out) == (0, f"{out}: 12 texts\n")
     kinds: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind in named)
+    flags = [word for kind in named.split(", ") for word in ("--kind", kind)]
+    ended = tercet("encode", files / "texts.txt", "--model", model, "--out", out, *flags)
+    assert (ended.status, ended.out) == (0, f"{out}: 12 texts\n")
     assert {path.stem.partition("_")[0] for path in out.glob("*.npy")} == set(kinds)
     expected = Embedder.load(model).encode_vectors(SENTENCES, kinds=kinds)
     if "dense" in kinds:
@@ -103,8 +109,8 @@ def test_kinds_are_written_as_a_folder_of_arrays(tercet, model, files, tmp_path,
 
 
 def test_dense_vectors_named_as_a_kind_may_be_one_file(tercet, model, files, tmp_path):
-    words = ["encode", model, files / "texts.txt"]
-    assert tercet(*words, "--out", tmp_path / "a.npy", "--kinds", "dense").status == 0
+    words = ["encode", files / "texts.txt", "--model", model]
+    assert tercet(*words, "--out", tmp_path / "a.npy", "--kind", "dense").status == 0
     assert tercet(*words, "--out", tmp_path / "b.npy").status == 0
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
 
@@ -113,7 +119,7 @@ def test_rows_for_an_engine_have_ids_texts_fields_and_vectors(tercet, model, tmp
     records = [{"key": i, "body": text, "year": 2000 + i} for i, text in enumerate(SENTENCES)]
     file, out = write(tmp_path / "docs.jsonl", *records), tmp_path / "rows.jsonl"
     fields = ["--text-field", "body", "--id-field", "key"]
-    ended = tercet("encode", model, file, "--out", out, "--format", "milvus", *fields)
+    ended = tercet("encode", file, "--model", model, "--out", out, "--format", "milvus", *fields)
     assert (ended.status, ended.out) == (0, f"{out}: 12 texts\n")
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     expected = Embedder.load(model).encode_vectors(SENTENCES).dense
@@ -130,29 +136,29 @@ def test_rows_for_an_engine_have_ids_texts_fields_and_vectors(tercet, model, tmp
 
 
 def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(refused, files, tmp_path):
-    words = ["encode", tmp_path / "lost", files / "docs.jsonl", "--out"]
+    words = ["encode", files / "docs.jsonl", "--model", tmp_path / "lost", "--out"]
     rows, folder = tmp_path / "rows.jsonl", tmp_path / "vectors"
     milvus = ["--format", "milvus"]
     assert refused(*words, tmp_path / "v.npy", *milvus).endswith(
         "v.npy: rows for milvus are lines of JSON; name it .jsonl"
     )
-    assert refused(*words, rows, *milvus, "--kinds", "dense,multi") == (
-        "--kinds: rows for milvus hold dense and sparse vectors, and no multi ones; leave that out"
+    assert refused(*words, rows, *milvus, "--kind", "dense", "--kind", "multi") == (
+        "--kind multi: rows for milvus hold dense and sparse vectors only; leave it out"
     )
-    assert refused(*words, rows, *milvus, "--output", "words").startswith("--output words: rows")
+    assert refused(*words, rows, *milvus, "--per", "word").startswith("--per word: rows")
     for name in ("v.npy", "v.npz", "v.jsonl"):
-        said = refused(*words, tmp_path / name, "--kinds", "dense,sparse")
+        said = refused(*words, tmp_path / name, "--kind", "dense", "--kind", "sparse")
         assert f"{name}: vectors of some kinds are a folder of arrays; name it without" in said
-    said = refused(*words, folder, "--kinds", "sparse", "--output", "tokens")
-    assert said == "--output tokens is of dense vectors alone; leave --kinds out"
-    assert "kinds are 'terms'; choose from" in refused(*words, folder, "--kinds", "terms")
+    said = refused(*words, folder, "--kind", "sparse", "--per", "token")
+    assert said == "--per token applies to dense vectors only; leave --kind out"
+    assert "'terms' is not one of" in refused(*words, folder, "--kind", "terms")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kind_that_the_model_lacks_and_a_folder_of_others_are_refused(
     refused, encoder_folder, files, tmp_path
 ):
-    words = ["encode", encoder_folder, files / "texts.txt", "--kinds", "sparse", "--out"]
+    words = ["encode", files / "texts.txt", "--model", encoder_folder, "--kind", "sparse", "--out"]
     said = refused(*words, tmp_path / "vectors")
     assert said == "the model makes no sparse vectors; it makes dense"
     (tmp_path / "mine").mkdir()
@@ -166,7 +172,16 @@ def test_a_folder_with_an_array_of_somebody_s_is_left_as_it_is(
     tercet, refused, encoder_folder, files, tmp_path
 ):
     out = tmp_path / "mine"
-    words = ["encode", encoder_folder, files / "texts.txt", "--kinds", "dense", "--out", out]
+    words = [
+        "encode",
+        files / "texts.txt",
+        "--model",
+        encoder_folder,
+        "--kind",
+        "dense",
+        "--out",
+        out,
+    ]
     for _ in range(2):  # what was written here may be replaced
         assert tercet(*words).status == 0
     np.save(out / "labels.npy", np.arange(3))
@@ -178,7 +193,7 @@ def test_a_folder_with_an_array_of_somebody_s_is_left_as_it_is(
     assert sorted(path.name for path in out.glob("*.npy")) == ["dense.npy", "labels.npy"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--kinds", "dense"]])
+@pytest.mark.parametrize("flags", [[], ["--kind", "dense"]])
 def test_vectors_that_are_no_numbers_are_not_written(
     refused, model, files, tmp_path, monkeypatch, flags
 ):
@@ -196,7 +211,7 @@ def test_vectors_that_are_no_numbers_are_not_written(
         return states
 
     monkeypatch.setattr(Network, "states", broken)
-    said = refused("encode", model, files / "texts.txt", "--out", out, *flags)
+    said = refused("encode", files / "texts.txt", "--model", model, "--out", out, *flags)
     assert re.match(
         rf"the vector of text \d, '{SENTENCES[4]}', holds NaN or infinity; the model", said
     )
@@ -206,11 +221,11 @@ def test_vectors_that_are_no_numbers_are_not_written(
 def test_a_field_that_a_row_has_already_or_that_is_no_json_is_refused(refused, model, tmp_path):
     out = ["--out", tmp_path / "rows.jsonl", "--format", "vespa"]
     clash = write(tmp_path / "a.jsonl", {"id": "a", "text": "music", "dense": "very"})
-    said = refused("encode", model, clash, *out)
+    said = refused("encode", clash, "--model", model, *out)
     assert 'has a field "dense", as its row has; give the field another name' in said
     (tmp_path / "b.jsonl").write_text('{"id": "b", "text": "music", "size": NaN}\n')
     assert "a field of the document 'b' cannot be written: " in refused(
-        "encode", model, tmp_path / "b.jsonl", *out
+        "encode", tmp_path / "b.jsonl", "--model", model, *out
     )
     assert not (tmp_path / "rows.jsonl").exists()
 
@@ -220,7 +235,7 @@ def test_a_folder_of_files_becomes_a_folder_of_vectors(tercet, encoder_folder, f
     folder.mkdir()
     (folder / "a.txt").write_text((files / "texts.txt").read_text())
     flags = ["--out", out, "--runner", "loop", "--part", "5"]
-    ended = tercet("encode", encoder_folder, folder, *flags)
+    ended = tercet("encode", folder, "--model", encoder_folder, *flags)
     assert (ended.status, ended.out) == (0, f"{out}: 12 texts\n")
     found = np.concatenate([np.load(out / f"a-0000{part}.npy") for part in range(3)])
     np.testing.assert_allclose(found, Embedder.load(encoder_folder).encode(SENTENCES), atol=1e-6)
@@ -230,11 +245,11 @@ def test_a_folder_of_files_becomes_a_folder_of_vectors(tercet, encoder_folder, f
     ("flags", "said"),
     [
         (["--out", "v.npy"], "v.npy: several files or parts become a folder of vectors; name one"),
-        (["--out", "v", "--format", "milvus"], "--format milvus: is of one file, in one process"),
-        (["--out", "v", "--output", "words"], "--output words: is of one file, in one process"),
+        (["--out", "v", "--format", "milvus"], "--format milvus takes one file and one process"),
+        (["--out", "v", "--per", "word"], "--per word takes one file and one process"),
         (["--out", "v", "--runner", "ray"], "--runner ray needs --address"),
     ],
 )
 def test_what_parts_are_not_for_is_refused(refused, encoder_folder, files, flags, said):
-    words = ["encode", encoder_folder, files / "texts.txt", "--part", "5"]
+    words = ["encode", files / "texts.txt", "--model", encoder_folder, "--part", "5"]
     assert refused(*words, *flags).startswith(said)

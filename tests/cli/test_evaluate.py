@@ -73,14 +73,16 @@ def test_a_second_model_is_looked_for_before_the_first_is_measured(
     refused, encoder_folder, files, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Embedder, "encode", None)
-    lost = ["--against", tmp_path / "lost"]
-    assert "lost: no such folder" in refused("eval", encoder_folder, files / "pairs.jsonl", *lost)
+    lost = ["--compare-with", tmp_path / "lost"]
+    assert "lost: no such folder" in refused(
+        "eval", files / "pairs.jsonl", "--model", encoder_folder, *lost
+    )
 
 
 def test_a_file_of_scored_pairs_is_measured_by_correlation(
     tercet, encoder_folder, decoder_folder, scored
 ):
-    ended = tercet("eval", encoder_folder, scored, "--against", decoder_folder)
+    ended = tercet("eval", scored, "--model", encoder_folder, "--compare-with", decoder_folder)
     lines = ended.out.splitlines()
     assert (ended.status, lines[0]) == (0, "11 pairs of 12 texts")
     assert cells(lines[1]) == ["model", "spearman", "pearson"]
@@ -88,7 +90,7 @@ def test_a_file_of_scored_pairs_is_measured_by_correlation(
     assert [cells(line)[0] for line in lines[2:5]] == [str(encoder_folder), *names]
     assert cells(lines[5]) == [f"{encoder_folder} minus", "spearman", "pearson"]
     assert [cells(line)[0] for line in lines[6:]] == names
-    assert len(tercet("eval", encoder_folder, scored, "--no-bm25").out.splitlines()) == 3
+    assert len(tercet("eval", scored, "--model", encoder_folder, "--no-bm25").out.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,9 @@ def test_a_file_of_scored_pairs_is_measured_by_correlation(
 )
 def test_eval_reads_as_its_flags_say(tercet, decoder_folder, files, scored, flags, how):
     def shown(*more):
-        return tercet("eval", decoder_folder, scored, "--no-bm25", *more).out.splitlines()[2]
+        return tercet(
+            "eval", scored, "--model", decoder_folder, "--no-bm25", *more
+        ).out.splitlines()[2]
 
     measured = measure_similarity(
         Embedder.load(decoder_folder, **how), SimilaritySet.from_file(scored)
@@ -113,7 +117,7 @@ def test_eval_reads_as_its_flags_say(tercet, decoder_folder, files, scored, flag
     assert cells(shown(*flags))[1:] == [str(measured.interval(m)) for m in ("spearman", "pearson")]
     assert shown(*flags) != shown()
     found, usual = (
-        tercet("eval", decoder_folder, files / "pairs.jsonl", "--no-bm25", *more).out
+        tercet("eval", files / "pairs.jsonl", "--model", decoder_folder, "--no-bm25", *more).out
         for more in (flags, [])
     )
     assert found != usual
@@ -131,19 +135,19 @@ def test_eval_reads_as_its_flags_say(tercet, decoder_folder, files, scored, flag
 def test_a_bad_pair_is_named_with_its_line(refused, encoder_folder, tmp_path, line, problem):
     good = {"text1": "a", "text2": "b", "score": 2}
     file = write(tmp_path / "pairs.jsonl", good, line)
-    said = refused("eval", encoder_folder, file)
+    said = refused("eval", file, "--model", encoder_folder)
     assert said.startswith(f"{file}:2: ") and problem in said
 
 
 def test_an_encoder_cannot_be_measured_causal(refused, encoder_folder, scored):
-    said = refused("eval", encoder_folder, scored, "--attention", "causal")
+    said = refused("eval", scored, "--model", encoder_folder, "--attention", "causal")
     assert "BertModel is an encoder" in said
 
 
 def test_labels_of_a_file_with_splits_are_learned_and_told(
     tercet, encoder_folder, decoder_folder, learned
 ):
-    ended = tercet("eval", encoder_folder, learned, "--against", decoder_folder)
+    ended = tercet("eval", learned, "--model", encoder_folder, "--compare-with", decoder_folder)
     lines = ended.out.splitlines()
     assert (ended.status, lines[0]) == (0, "4 texts, 3 labels, learned from 8")
     assert cells(lines[1]) == ["model", "accuracy", "macro F1"]
@@ -154,12 +158,14 @@ def test_labels_of_a_file_with_splits_are_learned_and_told(
     assert cells(lines[2]) == [str(encoder_folder), *told]
     assert [cells(line)[0] for line in lines[3:5]] == [str(decoder_folder), "TF-IDF"]
     assert cells(lines[5])[0] == f"{encoder_folder} minus"
-    few = tercet("eval", encoder_folder, learned, "--per-label", "2", "--no-bm25").out.splitlines()
+    few = tercet(
+        "eval", learned, "--model", encoder_folder, "--per-label", "2", "--no-bm25"
+    ).out.splitlines()
     assert few[0] == "4 texts, 3 labels, learned from 6" and len(few) == 3
 
 
 def test_labels_of_a_file_without_splits_are_found_by_clustering(tercet, encoder_folder, grouped):
-    lines = tercet("eval", encoder_folder, grouped, "--seed", "3").out.splitlines()
+    lines = tercet("eval", grouped, "--model", encoder_folder, "--seed", "3").out.splitlines()
     assert lines[0] == "12 texts, 3 labels"
     data = read_label_set(grouped)
     assert isinstance(data, ClusteringSet)
@@ -175,14 +181,14 @@ def test_labels_of_a_file_without_splits_are_found_by_clustering(tercet, encoder
 
 
 def test_a_task_that_a_file_is_called_by_is_used_and_said(tercet, prompted, files, learned):
-    ended = tercet("eval", prompted, learned, "--no-bm25")
+    ended = tercet("eval", learned, "--model", prompted, "--no-bm25")
     assert f"{prompted}: using its prompts for the task 'sections'" in ended.err
     assert "gets no prompt" not in ended.err
-    named = tercet("eval", prompted, learned, "--no-bm25", "--task", "sections")
+    named = tercet("eval", learned, "--model", prompted, "--no-bm25", "--task", "sections")
     assert (named.out, "using its prompts" in named.err) == (ended.out, False)
-    ended = tercet("eval", prompted, files / "pairs.jsonl", "--no-bm25")
+    ended = tercet("eval", files / "pairs.jsonl", "--model", prompted, "--no-bm25")
     assert "using its prompts for the task 'pairs'" in ended.err
-    bare = tercet("eval", prompted, files / "pairs.jsonl", "--no-bm25", "--no-prompts")
+    bare = tercet("eval", files / "pairs.jsonl", "--model", prompted, "--no-bm25", "--no-prompts")
     assert bare.out != ended.out
 
 
@@ -191,21 +197,21 @@ def test_the_task_that_the_records_name_goes_before_the_name_of_the_file(
 ):
     record = {"query": "a", "positives": [SENTENCES[0]], "negatives": [SENTENCES[1]]}
     file = write(tmp_path / "pairs.jsonl", {**record, "task": "sections"})
-    ended = tercet("eval", prompted, file, "--no-bm25")
+    ended = tercet("eval", file, "--model", prompted, "--no-bm25")
     assert "using its prompts for the task 'sections'" in ended.err
 
 
 def test_a_model_without_the_prompts_it_was_trained_with_is_refused_unless_that_is_forced(
     tercet, refused, prompted, encoder_folder, grouped, learned
 ):
-    said = refused("eval", prompted, grouped, "--no-bm25")  # "groups" is no task of its
+    said = refused("eval", grouped, "--model", prompted, "--no-bm25")  # "groups" is no task of its
     assert said.startswith(f"{prompted}: a query gets no prompt, but the model was trained with")
     assert "--no-prompts" in said and "sections-query 'tell:'" in said
-    assert tercet("eval", prompted, grouped, "--no-bm25", "--no-prompts").status == 0
-    forced = tercet("eval", prompted, learned, "--no-prompts", "--no-bm25")
+    assert tercet("eval", grouped, "--model", prompted, "--no-bm25", "--no-prompts").status == 0
+    forced = tercet("eval", learned, "--model", prompted, "--no-prompts", "--no-bm25")
     assert forced.err.count("measured without prompts, as requested") == 1
     assert "gets no prompt" not in forced.err
-    plain = tercet("eval", encoder_folder, learned, "--no-bm25")
+    plain = tercet("eval", learned, "--model", encoder_folder, "--no-bm25")
     assert cells(forced.out.splitlines()[2])[1:] == cells(plain.out.splitlines()[2])[1:]
     assert plain.err == ""
 
@@ -213,27 +219,27 @@ def test_a_model_without_the_prompts_it_was_trained_with_is_refused_unless_that_
 def test_a_task_has_to_be_known_by_the_first_model_only(
     tercet, refused, prompted, encoder_folder, learned
 ):
-    said = refused("eval", prompted, learned, "--task", "lost")
+    said = refused("eval", learned, "--model", prompted, "--task", "lost")
     assert said == "the model has no prompt for the task 'lost'; it knows: pairs, sections"
-    both = ["--against", encoder_folder, "--task", "sections"]
-    ended = tercet("eval", prompted, learned, "--no-bm25", *both)
+    both = ["--compare-with", encoder_folder, "--task", "sections"]
+    ended = tercet("eval", learned, "--model", prompted, "--no-bm25", *both)
     assert f"{encoder_folder}: has no prompts for the task 'sections'; its" in ended.err
-    said = refused("eval", prompted, learned, "--task", "sections", "--no-prompts")
+    said = refused("eval", learned, "--model", prompted, "--task", "sections", "--no-prompts")
     assert said.startswith("--task and --no-prompts exclude each other")
 
 
 def test_what_is_wrong_with_a_file_of_labels_is_named(refused, encoder_folder, tmp_path):
     good = {"text": "a", "label": "b"}
     file = write(tmp_path / "labels.jsonl", good, {"text": "b"})
-    said = refused("eval", encoder_folder, file)
+    said = refused("eval", file, "--model", encoder_folder)
     assert said.startswith(f"{file}:2: ") and '"label" is missing' in said
     file = write(tmp_path / "labels.jsonl", good, {**good, "split": "test"})
-    assert "others do not; add it to all" in refused("eval", encoder_folder, file)
+    assert "others do not; add it to all" in refused("eval", file, "--model", encoder_folder)
 
 
 def test_figures_of_any_set_are_written_on_request(tercet, encoder_folder, scored, tmp_path):
     file = tmp_path / "figures.json"
-    ended = tercet("eval", encoder_folder, scored, "--json", file)
+    ended = tercet("eval", scored, "--model", encoder_folder, "--json", file)
     record = json.loads(file.read_text())
     spearman = record["results"][str(encoder_folder)]["spearman"]
     shown = cells(ended.out.splitlines()[2])[1]
@@ -260,8 +266,25 @@ def test_every_kind_and_every_sum_stand_beside_both_bm25(
     tercet, of_all_kinds, encoder_folder, files, tmp_path
 ):
     figures = tmp_path / "figures.json"
-    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--against", encoder_folder]
-    ended = tercet(*words, "--json", figures, "--weights", "1,0.5,2")
+    words = [
+        "eval",
+        files / "pairs.jsonl",
+        "--model",
+        of_all_kinds,
+        "--compare-with",
+        encoder_folder,
+    ]
+    ended = tercet(
+        *words,
+        "--json",
+        figures,
+        "--kind-weight",
+        "dense=1",
+        "--kind-weight",
+        "sparse=0.5",
+        "--kind-weight",
+        "multi=2",
+    )
     rows = [cells(line) for line in ended.out.splitlines()]
     names = [*(f"{of_all_kinds} {each}" for each in SEVEN), str(encoder_folder), "BM25"]
     names.append(f"BM25, tokens of {of_all_kinds}")
@@ -290,24 +313,34 @@ def test_every_kind_and_every_sum_stand_beside_both_bm25(
 
 
 def test_kinds_and_protocol_are_as_asked_for(tercet, refused, of_all_kinds, files, tmp_path):
-    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--no-bm25"]
-    ended = tercet(*words, "--kinds", "multi,dense", "--protocol", "paper")
+    words = ["eval", files / "pairs.jsonl", "--model", of_all_kinds, "--no-bm25"]
+    ended = tercet(*words, "--kind", "multi", "--kind", "dense", "--protocol", "paper")
     rows = [cells(line) for line in ended.out.splitlines()]
     names = [f"{of_all_kinds} {each}" for each in ("dense", "multi", "dense+multi")]
     assert [row[0] for row in rows[2:5]] == names
     assert "best 200 of dense" in ended.err and "terms" not in ended.err
-    assert "kinds are 'colbert'; choose" in refused(*words, "--kinds", "colbert")
-    assert "a number above 0" in refused(*words, "--weights", "0,0,0")
-    for wrong in ("1,2", "1,x,3", "1,-1,1", "1,nan,1"):
-        assert "give three numbers" in refused(*words, "--weights", wrong)
+    assert "'colbert' is not one of" in refused(*words, "--kind", "colbert")
+    assert "a number above 0" in refused(
+        *words, "--kind-weight", "dense=0", "--kind-weight", "sparse=0", "--kind-weight", "multi=0"
+    )
+    for wrong, said in (
+        ("sparse", "write NAME=NUMBER, as in sparse=0.3"),
+        ("sparse=x", "write NAME=NUMBER, as in sparse=0.3"),
+        ("sparce=1", 'there is no such kind (did you mean "sparse"?)'),
+        ("sparse=-1", "the weight of sparse must be 0 or more; got -1"),
+        ("multi=nan", "the weight of multi must be 0 or more; got nan"),
+    ):
+        assert said in refused(*words, "--kind-weight", wrong)
     scored = write(
         tmp_path / "scored.jsonl", *({"text1": "a", "text2": "b", "score": i} for i in (1, 2))
     )
-    assert "is not a retrieval set" in refused("eval", of_all_kinds, scored, "--kinds", "dense")
+    assert "is not a retrieval set" in refused(
+        "eval", scored, "--model", of_all_kinds, "--kind", "dense"
+    )
 
 
 def test_a_kind_that_the_model_does_not_make_is_told(refused, encoder_folder, files):
-    words = ["eval", encoder_folder, files / "pairs.jsonl", "--kinds", "sparse"]
+    words = ["eval", files / "pairs.jsonl", "--model", encoder_folder, "--kind", "sparse"]
     assert "makes no sparse vectors" in refused(*words)
 
 
@@ -321,20 +354,44 @@ ALONE = "measured by dense vectors only"
     ("flags", "said"),
     [
         ([], None),
-        (["--weights", "1,0.3,1"], f"{ALONE}: --weights has no effect"),
+        (
+            ["--kind-weight", "dense=1", "--kind-weight", "sparse=0.3", "--kind-weight", "multi=1"],
+            f"{ALONE}: --kind-weight has no effect",
+        ),
         (["--protocol", "reference"], f"{ALONE}: --protocol has no effect"),
         (
-            ["--weights", "1,1,1", "--protocol", "paper"],
-            f"{ALONE}: --weights and --protocol have no effect",
+            [
+                "--kind-weight",
+                "dense=1",
+                "--kind-weight",
+                "sparse=1",
+                "--kind-weight",
+                "multi=1",
+                "--protocol",
+                "paper",
+            ],
+            f"{ALONE}: --kind-weight and --protocol have no effect",
         ),
-        (["--kinds", "dense"], None),
-        (["--kinds", "dense", "--weights", "1,0.3,1"], f"{ALONE}: --weights has no effect"),
+        (["--kind", "dense"], None),
+        (
+            [
+                "--kind",
+                "dense",
+                "--kind-weight",
+                "dense=1",
+                "--kind-weight",
+                "sparse=0.3",
+                "--kind-weight",
+                "multi=1",
+            ],
+            f"{ALONE}: --kind-weight has no effect",
+        ),
     ],
 )
 def test_flags_that_say_nothing_of_a_dense_model_are_named(
     tercet, encoder_folder, files, flags, said
 ):
-    words = ["eval", encoder_folder, files / "pairs.jsonl", "--no-bm25"]
+    words = ["eval", files / "pairs.jsonl", "--model", encoder_folder, "--no-bm25"]
     ended = tercet(*words, *flags)
     lines = [line for line in ended.err.splitlines() if "vectors only" in line]
     if said is None:
@@ -348,19 +405,51 @@ def test_flags_that_say_nothing_of_a_dense_model_are_named(
 def test_a_dense_model_beside_one_of_all_kinds_is_said_to_be_measured_by_dense_alone(
     tercet, of_all_kinds, encoder_folder, files
 ):
-    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--against", encoder_folder, "--no-bm25"]
-    ended = tercet(*words, "--kinds", "sparse", "--weights", "1,1,1", "--protocol", "reference")
+    words = [
+        "eval",
+        files / "pairs.jsonl",
+        "--model",
+        of_all_kinds,
+        "--compare-with",
+        encoder_folder,
+        "--no-bm25",
+    ]
+    ended = tercet(
+        *words,
+        "--kind",
+        "sparse",
+        "--kind-weight",
+        "dense=1",
+        "--kind-weight",
+        "sparse=1",
+        "--kind-weight",
+        "multi=1",
+        "--protocol",
+        "reference",
+    )
     assert (
-        f"{encoder_folder}: {ALONE}: --kinds and --weights and --protocol have no effect"
+        f"{encoder_folder}: {ALONE}: --kind and --kind-weight and --protocol have no effect"
         in ended.err
     )
-    one = f"{of_all_kinds}: measured by sparse vectors only: --weights has no effect"
+    one = f"{of_all_kinds}: measured by sparse vectors only: --kind-weight has no effect"
     assert one in ended.err.splitlines()
 
 
 def test_only_weights_of_kinds_that_are_measured_are_shown(tercet, of_all_kinds, files):
-    words = ["eval", of_all_kinds, files / "pairs.jsonl", "--no-bm25"]
-    ended = tercet(*words, "--kinds", "dense,sparse", "--weights", "1,0.5,2")
+    words = ["eval", files / "pairs.jsonl", "--model", of_all_kinds, "--no-bm25"]
+    ended = tercet(
+        *words,
+        "--kind",
+        "dense",
+        "--kind",
+        "sparse",
+        "--kind-weight",
+        "dense=1",
+        "--kind-weight",
+        "sparse=0.5",
+        "--kind-weight",
+        "multi=2",
+    )
     assert "weights: dense 1, sparse 0.5\n" in ended.err
 
 
@@ -386,13 +475,13 @@ def test_a_folder_of_flagembedding_is_measured_by_its_split(
     tercet, refused, encoder_folder, files, tmp_path
 ):
     folder = flag_folder(tmp_path / "set", "dev", "test")
-    words = ["eval", encoder_folder, folder, "--no-bm25"]
+    words = ["eval", folder, "--model", encoder_folder, "--no-bm25"]
     assert "set: has the splits dev, test; name one (--split)" in refused(*words)
     assert "has no split 'train'" in refused(*words, "--split", "train")
     for split, queries in (("dev", 5), ("test", 6)):
         out = tercet(*words, "--split", split).out
         assert out.startswith(f"{queries} queries, 12 documents\n")
-    pairs = ["eval", encoder_folder, files / "pairs.jsonl", "--split", "dev"]
+    pairs = ["eval", files / "pairs.jsonl", "--model", encoder_folder, "--split", "dev"]
     assert "--split applies to folders only" in refused(*pairs)
 
 
@@ -400,14 +489,14 @@ def test_queries_with_answers_are_measured_by_what_holds_them(
     tercet, refused, of_all_kinds, tmp_path
 ):
     folder = flag_folder(tmp_path / "set", "test", answers=True)
-    lines = tercet("eval", of_all_kinds, folder).out.splitlines()
+    lines = tercet("eval", folder, "--model", of_all_kinds).out.splitlines()
     assert cells(lines[1]) == ["model", "answer@20", "answer@100"]
     rows = {row[0]: row[1:] for row in map(cells, lines[2:11])}
     assert rows["BM25"][0].startswith("1.000")  # it finds the document by the word asked for
     assert list(rows)[:7] == [f"{of_all_kinds} {each}" for each in SEVEN]
     assert all(figure.startswith("1.000") for figure in rows[f"{of_all_kinds} dense"])
-    said = refused("tune-weights", of_all_kinds, folder, "--split", "test")
-    assert "set: its queries have answers but no judged documents, which tune-weights" in said
+    said = refused("tune", "weights", folder, "--model", of_all_kinds, "--split", "test")
+    assert "set: its queries have answers but no judged documents, which tune weights" in said
 
 
 # --- documents in codes ---------------------------------------------------------------------------
@@ -423,22 +512,23 @@ def test_eval_measures_documents_in_codes(tercet, short_model, files, tmp_path):
     figures = tmp_path / "figures.json"
     words = [
         "eval",
-        short_model,
         files / "pairs.jsonl",
+        "--model",
+        short_model,
         "--no-bm25",
         "--dims",
         "16",
         "--json",
         figures,
     ]
-    ended = tercet(*words, "--precision", "int4")
+    ended = tercet(*words, "--store-as", "int4")
     assert ended.status == 0
     assert f"{short_model}: documents in int4, 8 bytes each, queries in full; range " in ended.err
     assert "learned from these documents, not from queries" in ended.err
     found = json.loads(figures.read_text())["search"][str(short_model)]
     assert (found["bytes"], found["dims"], found["learned_here"]) == (8, 16, True)
-    tercet("calibrate", short_model, files / "texts.txt", "--save")
-    again = tercet(*words, "--precision", "int4")
+    tercet("tune", "codes", files / "texts.txt", "--model", short_model, "--save")
+    again = tercet(*words, "--store-as", "int4")
     kept = Embedder.load(short_model).settings.ranges[16].int4
     assert f"range {kept:.4f}, saved with the model" in again.err
     assert json.loads(figures.read_text())["search"][str(short_model)]["limit"] == kept
@@ -447,14 +537,17 @@ def test_eval_measures_documents_in_codes(tercet, short_model, files, tmp_path):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--weights", "1,1,1"], "applies to dense vectors only; remove --weights"),
-        (["--kinds", "dense,sparse"], "dense, sparse are measured; add --kinds dense"),
-        ([], "dense, sparse, multi are measured; add --kinds dense"),
+        (
+            ["--kind-weight", "dense=1", "--kind-weight", "sparse=1", "--kind-weight", "multi=1"],
+            "applies to dense vectors only; remove --kind-weight",
+        ),
+        (["--kind", "dense", "--kind", "sparse"], "dense, sparse are measured; add --kind dense"),
+        ([], "dense, sparse, multi are measured; add --kind dense"),
     ],
 )
 def test_codes_are_of_dense_vectors(refused, encoder_folder, files, tmp_path, words, problem):
     Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(tmp_path / "kinds")
-    command = ["eval", tmp_path / "kinds", files / "pairs.jsonl", "--precision", "int8"]
+    command = ["eval", files / "pairs.jsonl", "--model", tmp_path / "kinds", "--store-as", "int8"]
     assert problem in refused(*command, *words)
 
 
@@ -462,16 +555,16 @@ def test_dense_vectors_of_a_model_with_others_can_be_measured_in_codes(
     tercet, encoder_folder, files, tmp_path
 ):
     Embedder.load(encoder_folder, kinds=KINDS, multi_dim=8).save(tmp_path / "kinds")
-    command = ["eval", tmp_path / "kinds", files / "pairs.jsonl", "--precision", "binary"]
-    ended = tercet(*command, "--kinds", "dense", "--no-bm25")
+    command = ["eval", files / "pairs.jsonl", "--model", tmp_path / "kinds", "--store-as", "binary"]
+    ended = tercet(*command, "--kind", "dense", "--no-bm25")
     assert ended.status == 0 and "documents in binary, 8 bytes each" in ended.err
 
 
 def test_sets_without_documents_are_not_measured_in_codes(refused, short_model, tmp_path):
     pairs = [{"text1": "a b", "text2": "c", "score": i} for i in range(3)]
     file = write(tmp_path / "pairs.jsonl", *pairs)
-    told = refused("eval", short_model, file, "--precision", "int4")
-    assert "is not a retrieval set" in told and "codes of --precision do not apply" in told
+    told = refused("eval", file, "--model", short_model, "--store-as", "int4")
+    assert "is not a retrieval set" in told and "--store-as do not apply" in told
 
 
 # --- a folder of sets in several languages --------------------------------------------------------
@@ -526,10 +619,21 @@ def expected(language_sets, encoder_folder, other_folder):
 def test_every_set_is_measured_and_averages_never_cross_an_axis(
     tercet, language_sets, encoder_folder, other_folder, expected, tmp_path
 ):
-    file, plot = tmp_path / "figures.json", tmp_path / "figures.png"
+    file, out = tmp_path / "figures.json", tmp_path / "out"
     ended = tercet(
-        *("eval", encoder_folder, language_sets, "--against", other_folder, "--seen", "de, fr"),
-        *("--seed", 3, "--json", file, "--plot", plot),
+        *(
+            "eval",
+            language_sets,
+            "--model",
+            encoder_folder,
+            "--compare-with",
+            other_folder,
+            "--seen",
+            "de",
+            "--seen",
+            "fr",
+        ),
+        *("--seed", 3, "--json", file, "--out", out),
     )
     assert ended.status == 0, ended.err
     lines = [cells(line) for line in ended.out.splitlines()]
@@ -546,8 +650,9 @@ def test_every_set_is_measured_and_averages_never_cross_an_axis(
             line for line in lines if line[0] == f"monolingual: {row}" and "+" not in line[1]
         ]
         assert line[1] == f"{figure} {lang}".strip()
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (out / "languages.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads(file.read_text())
+    assert record == json.loads((out / "scores.json").read_text())
     assert set(record["averages"]) == {"monolingual", "cross-lingual", "mixed"}
     figures = record["averages"]["monolingual"]["figures"][str(encoder_folder)]
     assert figures["unseen"]["mean"] == pytest.approx(figures["languages"]["ko"]["mean"])
@@ -558,8 +663,8 @@ def test_the_record_says_under_which_conditions_each_figure_was_measured(
     tercet, language_sets, encoder_folder, expected, tmp_path
 ):
     file = tmp_path / "figures.json"
-    how = ("--dims", 8, "--precision", "int8", "--query-tokens", 7, "--json", file)
-    assert tercet("eval", encoder_folder, language_sets, *how).status == 0
+    how = ("--dims", 8, "--store-as", "int8", "--query-tokens", 7, "--json", file)
+    assert tercet("eval", language_sets, "--model", encoder_folder, *how).status == 0
     record = json.loads(file.read_text(), parse_constant=pytest.fail)  # no NaN
     model = record["models"][str(encoder_folder)]
     assert (model["dims"], model["stored"], model["query_tokens"]) == (8, "int8", 7)
@@ -574,7 +679,7 @@ def test_the_record_says_under_which_conditions_each_figure_was_measured(
 def test_language_bias_is_shown_for_every_system_and_for_each_language_of_the_first(
     tercet, language_sets, encoder_folder, expected
 ):
-    ended = tercet("eval", encoder_folder, language_sets)
+    ended = tercet("eval", language_sets, "--model", encoder_folder)
     rows = [cells(line) for line in ended.out.splitlines()]
     shown = {(row[0], row[2]): row[3:] for row in rows if row[1:2] == ["mixed"] and len(row) > 6}
     assert set(shown) >= {
@@ -592,7 +697,7 @@ def test_a_set_whose_language_nothing_tells_is_said_to_be_in_no_average(
     tercet, encoder_folder, tmp_path
 ):
     write(tmp_path / "lost.jsonl", {"query": "maps", "positives": [SENTENCES[3]]})
-    ended = tercet("eval", encoder_folder, tmp_path, "--no-bm25")
+    ended = tercet("eval", tmp_path, "--model", encoder_folder, "--no-bm25")
     assert "lost: of unknown language, so left out of all averages" in ended.err
     assert [cells(line)[:2] for line in ended.out.splitlines()[1:]] == [["lost", "unknown"]]
 
@@ -600,27 +705,27 @@ def test_a_set_whose_language_nothing_tells_is_said_to_be_in_no_average(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--kinds", "dense"), "--kinds does not apply to a folder of sets; remove it"),
+        (("--kind", "dense"), "--kind does not apply to a folder of sets; remove it"),
         (("--per-label", "3"), "--per-label does not apply to a folder of sets; remove it"),
     ],
 )
 def test_what_does_not_apply_to_a_folder_of_sets_is_refused(
     refused, encoder_folder, language_sets, words, said
 ):
-    assert refused("eval", encoder_folder, language_sets, *words) == said
+    assert refused("eval", language_sets, "--model", encoder_folder, *words) == said
 
 
 def test_what_says_nothing_of_a_single_set_is_refused(
     refused, encoder_folder, language_sets, tmp_path
 ):
-    said = refused("eval", encoder_folder, language_sets / "de.jsonl", "--seen", "de")
+    said = refused("eval", language_sets / "de.jsonl", "--model", encoder_folder, "--seen", "de")
     assert said == "--seen does not apply to a single set; remove it"
-    said = refused("eval", encoder_folder)
+    said = refused("eval", "--model", encoder_folder)
     assert said == "give either data to measure on, or --mteb with a task"
 
 
 def test_a_folder_of_one_set_is_measured_as_before(tercet, encoder_folder, language_sets):
-    ended = tercet("eval", encoder_folder, language_sets / "ko-en", "--no-bm25")
+    ended = tercet("eval", language_sets / "ko-en", "--model", encoder_folder, "--no-bm25")
     assert ended.out.splitlines()[0] == "12 queries, 12 documents"
 
 
@@ -644,7 +749,7 @@ def test_scores_are_shown_and_what_was_skipped_is_said_and_both_are_written(
 ):
     file = tmp_path / "figures.json"
     tasks = ("--mteb", "SciFact", "--mteb", "NFCorpus")
-    ended = tercet("eval", encoder_folder, *tasks, "--dims", 8, "--json", file)
+    ended = tercet("eval", "--model", encoder_folder, *tasks, "--dims", 8, "--json", file)
     assert ended.status == 0
     assert ended.out.split()[-4:] == ["default", "ndcg_at_10", "0.250", "0.500"]
     assert "NFCorpus: skipped: the hub cannot be reached (no network)" in ended.err
@@ -659,12 +764,12 @@ def test_scores_are_shown_and_what_was_skipped_is_said_and_both_are_written(
 def test_nothing_is_shown_where_all_were_skipped(tercet, encoder_folder, monkeypatch, two_tasks):
     away = TaskScore("SciFact", skipped="the hub cannot be reached")
     monkeypatch.setattr(ours, "run_tasks", lambda model, tasks: iter([away]))
-    ended = tercet("eval", encoder_folder, "--mteb", "SciFact")
+    ended = tercet("eval", "--model", encoder_folder, "--mteb", "SciFact")
     assert (ended.status, ended.out) == (0, "")
 
 
 def test_a_task_takes_the_place_of_data(refused, encoder_folder, files):
-    said = refused("eval", encoder_folder, files / "pairs.jsonl", "--mteb", "SciFact")
+    said = refused("eval", files / "pairs.jsonl", "--model", encoder_folder, "--mteb", "SciFact")
     assert said == "give either data to measure on, or --mteb with a task"
-    said = refused("eval", encoder_folder, "--mteb", "SciFact", "--precision", "int4")
-    assert said == "--precision does not apply to --mteb; remove it"
+    said = refused("eval", "--model", encoder_folder, "--mteb", "SciFact", "--store-as", "int4")
+    assert said == "--store-as does not apply to --mteb; remove it"

@@ -34,7 +34,7 @@ def adapter(both_ways, tmp_path):
 
 
 def test_models_tells_what_is_here(tercet):
-    ended = tercet("models")
+    ended = tercet("list-models")
     rows = [cells(line) for line in ended.out.splitlines()]
     assert rows[0] == ["name", "here", "kind", "weights", "licence", "what"]
     assert ["minilm", "me5-small", "smollm2", "gemma3"] == [row[0] for row in rows[1:]]
@@ -49,7 +49,7 @@ def test_adapters_are_merged_in_order_into_a_model_that_says_so(
     tercet, adapter, both_ways, tmp_path
 ):
     adapters, out = [adapter(1), adapter(2)], tmp_path / "merged"
-    ended = tercet("merge", *adapters, "--base", both_ways, "--out", out)
+    ended = tercet("merge", *adapters, "--model", both_ways, "--out", out)
     assert (ended.status, ended.out) == (0, f"{out}\n")
     assert ended.err == f"next: tercet inspect {out}\n"
     base, merged = (Embedder.load(path).encode(SENTENCES) for path in (both_ways, out))
@@ -75,9 +75,9 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing(
     fits, out = adapter(1), tmp_path / "merged"
     other = adapter(2, base=encoder_folder)
     causal = adapter(3, base=decoder_folder)
-    said = refused("merge", fits, "--base", encoder_folder, "--out", out)
+    said = refused("merge", fits, "--model", encoder_folder, "--out", out)
     assert said.startswith(f"{fits}: the adapter does not fit its base")
-    said = refused("merge", other, "--base", both_ways, "--out", out)
+    said = refused("merge", other, "--model", both_ways, "--out", out)
     assert said.startswith(f"{other}: the adapter does not fit its base")
     said = refused("merge", fits, causal, "--out", out)
     assert said.endswith("give the attention of the merged model")
@@ -139,7 +139,7 @@ def short_model(encoder_folder, tmp_path):
 
 
 def test_ranges_are_learned_shown_and_kept(tercet, short_model, files):
-    shown = tercet("calibrate", short_model, files / "texts.txt")
+    shown = tercet("tune", "codes", files / "texts.txt", "--model", short_model)
     rows = [cells(line) for line in shown.out.splitlines()]
     assert rows[0] == ["coordinates", "codes", "range", "beyond it", "error", "bytes"]
     wanted = [("64", "int8", "64"), ("64", "int4", "32"), ("64", "binary", "8")]
@@ -147,7 +147,9 @@ def test_ranges_are_learned_shown_and_kept(tercet, short_model, files):
     assert [(row[0], row[1], row[5]) for row in rows[1:]] == wanted
     assert "12 texts are few" in shown.err and "nothing was saved" in shown.err
     assert Embedder.load(short_model).settings.ranges == {}
-    kept = tercet("calibrate", short_model, files / "texts.txt", "--save", "--dims", "8")
+    kept = tercet(
+        "tune", "codes", files / "texts.txt", "--model", short_model, "--save", "--dims", "8"
+    )
     assert kept.out.endswith(f"{short_model}: saved these ranges\n")
     assert "was not trained to be cut to 8 coordinates" in kept.err
     ranges = Embedder.load(short_model).settings.ranges
@@ -157,6 +159,8 @@ def test_ranges_are_learned_shown_and_kept(tercet, short_model, files):
 
 def test_what_cannot_be_learned_is_told(refused, encoder_folder, short_model, files, tmp_path):
     write(tmp_path / "blank.jsonl", {"text": " "})
-    assert "contains no text" in refused("calibrate", short_model, tmp_path / "blank.jsonl")
-    told = refused("calibrate", encoder_folder, files / "texts.txt", "--save")
+    assert "contains no text" in refused(
+        "tune", "codes", tmp_path / "blank.jsonl", "--model", short_model
+    )
+    told = refused("tune", "codes", files / "texts.txt", "--model", encoder_folder, "--save")
     assert "so ranges of codes cannot be kept there" in told

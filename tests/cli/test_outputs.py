@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.cli import demo
 from tercet.errors import ModelError, RecipeError
 from tercet.files.outputs import MARK, check_output, mark
 from tercet.models.embedder import Embedder
+from tercet.studies import demo
 from tercet.training.plan import RUN
 from tests.cli.lines import write
 from tests.toy import SENTENCES
@@ -52,29 +52,29 @@ SMALL = "--model {h}/model --set batch_size=8 --steps 2 --device cpu"
 
 FILES = {
     "check --json": Writes(
-        "check {h}/pairs.jsonl --against {h}/test.jsonl --model {h}/model --json {out}",
+        "check {h}/pairs.jsonl --test-data {h}/test.jsonl --model {h}/model --json {out}",
         ("pairs.jsonl", "test.jsonl", "model/config.json"),
     ),
     "check --plot": Writes("check {h}/sources --plot {out}", ("sources/de.jsonl",), "out.png"),
     "eval --json": Writes(
-        "eval {h}/model {h}/test.jsonl --no-bm25 --json {out}", ("test.jsonl", "model/config.json")
+        "eval {h}/test.jsonl --model {h}/model --no-bm25 --json {out}",
+        ("test.jsonl", "model/config.json"),
     ),
     "eval of sets --json": Writes(
-        "eval {h}/model {h}/sources --no-bm25 --json {out}", ("sources/de.jsonl",)
+        "eval {h}/sources --model {h}/model --no-bm25 --json {out}", ("sources/de.jsonl",)
     ),
-    "eval --plot": Writes(
-        "eval {h}/model {h}/sources --no-bm25 --plot {out}", ("sources/de.jsonl",), "out.png"
+    "eval --compressed --json": Writes(
+        "eval {h}/test.jsonl --model {h}/model --compressed --json {out}",
+        ("test.jsonl", "model/tercet.json"),
     ),
-    "sizes --json": Writes(
-        "sizes {h}/model {h}/test.jsonl --json {out}", ("test.jsonl", "model/tercet.json")
+    "encode": Writes(
+        "encode {h}/texts.txt --model {h}/model --out {out}", ("texts.txt",), "out.npy"
     ),
-    "sizes --plot": Writes("sizes {h}/model {h}/test.jsonl --plot {out}", ("test.jsonl",)),
-    "encode": Writes("encode {h}/model {h}/texts.txt --out {out}", ("texts.txt",), "out.npy"),
-    "encode --output": Writes(
-        "encode {h}/model {h}/texts.txt --output words --out {out}", ("texts.txt",), "out.npz"
+    "encode --per": Writes(
+        "encode {h}/texts.txt --model {h}/model --per word --out {out}", ("texts.txt",), "out.npz"
     ),
     "encode --format": Writes(
-        "encode {h}/model {h}/docs.jsonl --format qdrant --out {out}",
+        "encode {h}/docs.jsonl --model {h}/model --format qdrant --out {out}",
         ("docs.jsonl", "model/modules.json"),
     ),
     "mine": Writes(
@@ -85,16 +85,16 @@ FILES = {
         ("docs.jsonl",),
         again=False,  # see tests/cli/test_synthesize.py
     ),
-    "convert classification": Writes(
-        "convert classification {h}/labelled.jsonl --against {h}/test.jsonl " + MAKE,
+    "convert labels": Writes(
+        "convert labels {h}/labelled.jsonl --test-data {h}/test.jsonl " + MAKE,
         ("labelled.jsonl", "test.jsonl"),
         "out.jsonl",
     ),
-    "convert clustering": Writes(
-        "convert clustering {h}/labelled.jsonl " + MAKE, ("labelled.jsonl",), "out.parquet"
+    "convert labels, parquet": Writes(
+        "convert labels {h}/labelled.jsonl " + MAKE, ("labelled.jsonl",), "out.parquet"
     ),
-    "convert similarity": Writes(
-        "convert similarity {h}/scored.jsonl --alike 1 " + MAKE, ("scored.jsonl",), "out.jsonl"
+    "convert scores": Writes(
+        "convert scores {h}/scored.jsonl --alike 1 " + MAKE, ("scored.jsonl",), "out.jsonl"
     ),
     "convert flagembedding": Writes(
         "convert flagembedding {h}/flag --out {out}", ("flag/sts.jsonl",), "out.jsonl"
@@ -105,52 +105,55 @@ FILES = {
         "out.jsonl",
     ),
     "decontaminate": Writes(
-        "decontaminate {h}/pairs.jsonl --against {h}/test.jsonl --out {out}",
+        "decontaminate {h}/pairs.jsonl --test-data {h}/test.jsonl --out {out}",
         ("pairs.jsonl", "test.jsonl"),
         "out.jsonl",
     ),
 }
 FOLDERS = {
-    "convert to-arctic": Writes(
-        "convert to-arctic {h}/pairs.jsonl --out {out}", ("", "pairs.jsonl")
+    "convert arctic of rows": Writes(
+        "convert arctic {h}/pairs.jsonl --out {out}", ("", "pairs.jsonl")
     ),
-    "encode --kinds": Writes(
-        "encode {h}/model {h}/texts.txt --kinds dense --out {out}", ("", "texts.txt", "model")
+    "encode --kind": Writes(
+        "encode {h}/texts.txt --model {h}/model --kind dense --out {out}",
+        ("", "texts.txt", "model"),
     ),
     "encode of several": Writes(
-        "encode {h}/model {h}/texts.txt {h}/docs.jsonl --out {out}", ("", "model")
+        "encode {h}/texts.txt {h}/docs.jsonl --model {h}/model --out {out}", ("", "model")
     ),
     "mine of several": Writes(
         MINE.replace("pairs.jsonl", "sources") + "--out {out}", ("", "sources")
     ),
     "decontaminate of several": Writes(
-        "decontaminate {h}/sources --against {h}/test.jsonl --out {out}", ("", "sources")
+        "decontaminate {h}/sources --test-data {h}/test.jsonl --out {out}", ("", "sources")
     ),
     "filter": Writes(
         "filter {h}/pairs.jsonl --model {h}/model --work {h}/../work --out {out}",
         ("", "model", "pairs.jsonl"),
     ),
-    "index": Writes("index {h}/model {h}/docs.jsonl --out {out}", ("", "model", "docs.jsonl")),
+    "index": Writes(
+        "index {h}/docs.jsonl --model {h}/model --out {out}", ("", "model", "docs.jsonl")
+    ),
     "index --fresh": Writes(
-        "index {h}/model {h}/docs.jsonl --fresh --out {out}", ("", "model", "docs.jsonl")
+        "index {h}/docs.jsonl --model {h}/model --fresh --out {out}", ("", "model", "docs.jsonl")
     ),
     "train": Writes(
         "train finetune --data {h}/pairs.jsonl " + SMALL + " --out {out}", ("", "model")
     ),
     "diagnose": Writes(
-        "diagnose {h}/model --triples {h}/triples.jsonl --text {h}/texts.txt --out {out}",
+        "diagnose {h}/texts.txt --model {h}/model --triples {h}/triples.jsonl --out {out}",
         ("", "model"),
     ),
-    "demo": Writes("demo --data {h}/packages.parquet --steps 2 --out {out}", ("",)),
+    "demo": Writes("demo --packages {h}/packages.parquet --steps 2 --out {out}", ("",)),
     "study": Writes(
         "study {h}/study.py --data {h}/pairs.jsonl --test {h}/test.jsonl --model {h}/model "
         "--device cpu --out {out}",
         ("", "model"),
     ),
-    "eval --keep": Writes(
-        "eval {h}/model {h}/sources --no-bm25 --keep {out}", ("", "model", "sources")
+    "eval of sets --out": Writes(
+        "eval {h}/sources --model {h}/model --no-bm25 --out {out}", ("", "model", "sources")
     ),
-    "merge": Writes("merge {h}/adapter --base {h}/model --out {out}", ("", "model", "adapter")),
+    "merge": Writes("merge {h}/adapter --model {h}/model --out {out}", ("", "model", "adapter")),
     "retokenize": Writes("retokenize {h}/model --tokenizer {h}/model --out {out}", ("", "model")),
 }
 NEVER_AGAIN = ("merge", "retokenize")  # they replace nothing that is there
@@ -351,7 +354,7 @@ def test_a_model_is_saved_over_a_model_of_tercet_alone(home, tmp_path, untouched
 def test_every_command_that_writes_is_in_the_table():
     from tercet.cli.app import COMMANDS
 
-    silent = {"search", "models", "inspect", "probe"}
-    in_place = {"tune-weights", "calibrate"}  # with --save, into the settings of their model
+    silent = {"search", "list-models", "inspect", "probe"}
+    in_place = {"tune"}  # with --save, into the settings of their model
     table = {words.partition(" ")[0] for words in FILES | FOLDERS}
     assert table | silent | in_place == set(COMMANDS)

@@ -15,7 +15,7 @@ from tests.toy import SENTENCES
 
 def test_an_index_cut_to_dims_is_searched_with_as_many(tercet, encoder_folder, files, tmp_path):
     words = ["--out", tmp_path / "index", "--dims", "16"]
-    assert tercet("index", encoder_folder, files / "docs.jsonl", *words).status == 0
+    assert tercet("index", files / "docs.jsonl", "--model", encoder_folder, *words).status == 0
     ended = tercet("search", tmp_path / "index", SENTENCES[5])
     assert cells(ended.out.splitlines()[2])[:2] == ["1.000", "d5"]
 
@@ -24,7 +24,7 @@ def test_fields_of_other_names_are_indexed(tercet, encoder_folder, tmp_path):
     file = write(tmp_path / "faq.jsonl", {"key": 7, "body": "play music", "head": "Music"})
     fields = ["--text-field", "body", "--title-field", "head", "--id-field", "key"]
     out = ["--out", tmp_path / "index"]
-    assert tercet("index", encoder_folder, file, *out, *fields).status == 0
+    assert tercet("index", file, "--model", encoder_folder, *out, *fields).status == 0
     ended = tercet("search", tmp_path / "index", "play music")
     assert cells(ended.out.splitlines()[2]) == ["1.000", "7", "Music"]
 
@@ -33,7 +33,7 @@ def test_an_index_finds_its_model_from_another_folder(
     tercet, encoder_folder, files, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(encoder_folder.parent)
-    words = [encoder_folder.name, files / "docs.jsonl", "--out", tmp_path / "index"]
+    words = [files / "docs.jsonl", "--model", encoder_folder.name, "--out", tmp_path / "index"]
     assert tercet("index", *words).status == 0
     monkeypatch.chdir(tmp_path)
     assert tercet("search", "index", "music").status == 0
@@ -44,7 +44,7 @@ def test_a_model_without_its_tokenizer_or_with_half_its_weights_is_refused(
 ):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((encoder_folder / name).read_bytes())
-    words = ["encode", tmp_path, files / "texts.txt", "--out", tmp_path / "v.npy"]
+    words = ["encode", files / "texts.txt", "--model", tmp_path, "--out", tmp_path / "v.npy"]
     assert f"{tmp_path}: has no tokenizer (tokenizer.json)" in refused(*words)
     for size in (100, 50_000):
         half = (encoder_folder / "model.safetensors").read_bytes()[:size]
@@ -56,7 +56,9 @@ def test_a_folder_that_is_no_index_cannot_be_searched(refused, encoder_folder, f
     assert refused("search", tmp_path / "lost", "q").endswith("build one with: tercet index")
     for other in (files / "folder", encoder_folder, files / "docs.jsonl"):
         assert refused("search", other, "q").startswith(f"{other}: is not an index")
-        out = refused("index", encoder_folder, files / "docs.jsonl", "--out", encoder_folder)
+        out = refused(
+            "index", files / "docs.jsonl", "--model", encoder_folder, "--out", encoder_folder
+        )
         assert out == f"{encoder_folder}: is an input; give another --out"
 
 
@@ -65,7 +67,7 @@ def test_an_index_whose_model_has_changed_or_is_gone_is_not_searched(
 ):
     model, index = tmp_path / "model", tmp_path / "index"
     Embedder.load(encoder_folder).save(model)
-    assert tercet("index", model, files / "docs.jsonl", "--out", index).status == 0
+    assert tercet("index", files / "docs.jsonl", "--model", model, "--out", index).status == 0
     Embedder.load(encoder_folder, pooling="first").save(model)
     assert f"{index}: was built with fingerprint" in refused("search", index, "music")
     model.rename(tmp_path / "moved")
@@ -82,7 +84,7 @@ def test_a_blank_query_is_refused(refused, files, query):
 
 def test_a_task_without_prompts_is_refused(refused, encoder_folder, files, tmp_path):
     words = [files / "texts.txt", "--out", tmp_path / "v.npy", "--task", "nq"]
-    assert "has no prompt for the task 'nq'" in refused("encode", encoder_folder, *words)
+    assert "has no prompt for the task 'nq'" in refused("encode", "--model", encoder_folder, *words)
 
 
 def test_texts_are_printed_as_they_are_and_cannot_steer_the_terminal(
@@ -93,7 +95,7 @@ def test_texts_are_printed_as_they_are_and_cannot_steer_the_terminal(
         {"id": "[red]x[/red]", "title": "[/b] \x1b[31mred\x1b[0m :smile:", "text": "music"},
         {"id": "a\nb", "text": "[bold]web[/bold] server " * 20},
     )
-    assert tercet("index", encoder_folder, file, "--out", tmp_path / "index").status == 0
+    assert tercet("index", file, "--model", encoder_folder, "--out", tmp_path / "index").status == 0
     ended = tercet("search", tmp_path / "index", "[/x] \x1b[1mquery")
     lines = ended.out.splitlines()
     assert ended.status == 0 and "\x1b" not in ended.out
@@ -106,7 +108,7 @@ def test_texts_are_printed_as_they_are_and_cannot_steer_the_terminal(
 def test_a_table_has_a_line_for_each_row_however_wide(tercet, encoder_folder, tmp_path):
     records = [{"id": f"{i}" + "x" * 300, "title": "t " * 100, "text": "music"} for i in range(3)]
     file = write(tmp_path / "docs.jsonl", *records)
-    assert tercet("index", encoder_folder, file, "--out", tmp_path / "index").status == 0
+    assert tercet("index", file, "--model", encoder_folder, "--out", tmp_path / "index").status == 0
     ended = tercet("search", tmp_path / "index", "music")
     assert [len(cells(line)) for line in ended.out.splitlines()] == [1, 3, 3, 3, 3]
     assert {cells(line)[1] for line in ended.out.splitlines()[2:]} == {r["id"] for r in records}
@@ -129,7 +131,7 @@ def hybrid(tmp_path_factory, encoder_folder):
 @pytest.fixture
 def indexed(tercet, hybrid, tmp_path):
     out = tmp_path / "index"
-    ended = tercet("index", hybrid / "model", hybrid / "docs.jsonl", "--out", out)
+    ended = tercet("index", hybrid / "docs.jsonl", "--model", hybrid / "model", "--out", out)
     assert (ended.status, ended.out) == (0, f"{out}: 12 documents\n")
     assert re.match(
         r"12 documents; their vectors will take about .* [KM]?B: "
@@ -145,7 +147,19 @@ def rows(ended):
 
 
 def test_a_hybrid_index_shows_the_score_and_its_parts(tercet, hybrid, indexed):
-    ended = tercet("search", indexed, SENTENCES[4], "--weights", "1,0.3,1", "-k", "3")
+    ended = tercet(
+        "search",
+        indexed,
+        SENTENCES[4],
+        "--kind-weight",
+        "dense=1",
+        "--kind-weight",
+        "sparse=0.3",
+        "--kind-weight",
+        "multi=1",
+        "-k",
+        "3",
+    )
     assert cells(ended.out.splitlines()[1]) == [
         *("score", "dense", "sparse", "multi"),
         *("id", "title"),
@@ -165,26 +179,71 @@ def test_a_hybrid_index_shows_the_score_and_its_parts(tercet, hybrid, indexed):
 
 
 def test_without_weights_the_model_s_tuned_ones_rank(tercet, indexed):
-    tuned = rows(tercet("search", indexed, "music", "--weights", "0.5,0.25,2"))
+    tuned = rows(
+        tercet(
+            "search",
+            indexed,
+            "music",
+            "--kind-weight",
+            "dense=0.5",
+            "--kind-weight",
+            "sparse=0.25",
+            "--kind-weight",
+            "multi=2",
+        )
+    )
     assert rows(tercet("search", indexed, "music")) == tuned
-    assert rows(tercet("search", indexed, "music", "--weights", "1,0.3,1")) != tuned
+    assert (
+        rows(
+            tercet(
+                "search",
+                indexed,
+                "music",
+                "--kind-weight",
+                "dense=1",
+                "--kind-weight",
+                "sparse=0.3",
+                "--kind-weight",
+                "multi=1",
+            )
+        )
+        != tuned
+    )
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         ["--fusion", "rrf"],
-        ["--fusion", "rrf", "--weights", "1,1,1"],
+        [
+            "--fusion",
+            "rrf",
+            "--kind-weight",
+            "dense=1",
+            "--kind-weight",
+            "sparse=1",
+            "--kind-weight",
+            "multi=1",
+        ],
         ["--fusion", "rerank", "--candidates", "5"],
         ["--candidates", "0"],
-        ["--candidates", "3", "--weights", "0,0,1"],
+        [
+            "--candidates",
+            "3",
+            "--kind-weight",
+            "dense=0",
+            "--kind-weight",
+            "sparse=0",
+            "--kind-weight",
+            "multi=1",
+        ],
     ],
 )
 def test_every_fusion_finds_a_text_by_itself(tercet, indexed, flags):
     found = rows(tercet("search", indexed, SENTENCES[7], *flags))
     assert "d7" in [row[-2] for row in found]
-    shown = {"rrf": 2 if "--weights" not in flags else 3}.get(flags[1], 3)
-    assert sum(part != "-" for part in found[0][1:4]) == (1 if "0,0,1" in flags else shown)
+    shown = {"rrf": 2 if "--kind-weight" not in flags else 3}.get(flags[1], 3)
+    assert sum(part != "-" for part in found[0][1:4]) == (1 if "dense=0" in flags else shown)
 
 
 def test_a_filter_keeps_what_has_the_values(tercet, indexed):
@@ -232,7 +291,10 @@ def test_a_field_asked_for_in_bytes_that_are_no_unicode_finds_nothing(tercet, in
 
 def test_an_index_whose_documents_are_gone_is_refused(refused, hybrid, tercet, tmp_path):
     out = tmp_path / "index"
-    assert tercet("index", hybrid / "model", hybrid / "docs.jsonl", "--out", out).status == 0
+    assert (
+        tercet("index", hybrid / "docs.jsonl", "--model", hybrid / "model", "--out", out).status
+        == 0
+    )
     for path in (out / "exact").glob("segment-*"):
         shutil.rmtree(path)
     manifest = out / "exact/manifest.json"
@@ -264,13 +326,27 @@ def test_a_second_call_leaves_a_collection_with_what_the_file_holds_too(
 ):
     lines = (hybrid / "docs.jsonl").read_text().splitlines(keepends=True)
     file = tmp_path / "docs.jsonl"
-    words = ["index", hybrid / "model", file, "--out", tmp_path / "index", "--engine", "qdrant"]
-    words += ["--url", "http://localhost:6333", "--kinds", "dense,sparse"]
-    for flags, kept, held in ([], 12, 12), (["--keep"], 9, 12), ([], 9, 9), (["--fresh"], 4, 4):
+    words = [
+        "index",
+        file,
+        "--model",
+        hybrid / "model",
+        "--out",
+        tmp_path / "index",
+        "--engine",
+        "qdrant",
+    ]
+    words += ["--url", "http://localhost:6333", "--kind", "dense", "--kind", "sparse"]
+    for flags, kept, held in (
+        ([], 12, 12),
+        (["--keep-missing"], 9, 12),
+        ([], 9, 9),
+        (["--fresh"], 4, 4),
+    ):
         file.write_text("".join(lines[:kept]))
         ended = tercet(*words, *flags)
         assert (ended.status, ended.out) == (0, f"{tmp_path / 'index'}: {held} documents\n")
-        assert ("3 documents that" in ended.err) == ("--keep" in flags)
+        assert ("3 documents that" in ended.err) == ("--keep-missing" in flags)
         assert server.count("tercet").count == held
     assert len(rows(tercet("search", tmp_path / "index", "music", "-k", "20"))) == 4
 
@@ -278,8 +354,8 @@ def test_a_second_call_leaves_a_collection_with_what_the_file_holds_too(
 def test_a_collection_of_another_index_is_neither_filled_nor_emptied(
     tercet, refused, hybrid, tmp_path, server
 ):
-    words = ["index", hybrid / "model", hybrid / "docs.jsonl", "--engine", "qdrant"]
-    words += ["--url", "http://localhost:6333", "--kinds", "dense"]
+    words = ["index", hybrid / "docs.jsonl", "--model", hybrid / "model", "--engine", "qdrant"]
+    words += ["--url", "http://localhost:6333", "--kind", "dense"]
     assert tercet(*words, "--out", tmp_path / "first").status == 0
     for flags in ([], ["--fresh"]):
         said = refused(*words, "--out", tmp_path / "second", *flags)
@@ -295,7 +371,16 @@ def test_a_collection_of_another_index_is_neither_filled_nor_emptied(
 @pytest.mark.parametrize("flags", [["--collection", "more"], ["--url", "http://other:6333"], []])
 def test_a_collection_that_is_left_behind_is_named(tercet, hybrid, tmp_path, server, flags):
     out = tmp_path / "index"
-    words = ["index", hybrid / "model", hybrid / "docs.jsonl", "--out", out, "--kinds", "dense"]
+    words = [
+        "index",
+        hybrid / "docs.jsonl",
+        "--model",
+        hybrid / "model",
+        "--out",
+        out,
+        "--kind",
+        "dense",
+    ]
     there = ["--engine", "qdrant", "--url", "http://localhost:6333", "--collection", "old"]
     note = (
         f"tercet: note: {out}: its collection old stays on the server http://localhost:6333; "
@@ -311,8 +396,15 @@ def test_a_collection_that_is_left_behind_is_named(tercet, hybrid, tmp_path, ser
 
 
 def test_an_index_of_some_kinds_is_searched_by_these(tercet, hybrid, tmp_path):
-    words = ["index", hybrid / "model", hybrid / "docs.jsonl", "--out", tmp_path / "index"]
-    assert tercet(*words, "--kinds", "sparse, dense").status == 0
+    words = [
+        "index",
+        hybrid / "docs.jsonl",
+        "--model",
+        hybrid / "model",
+        "--out",
+        tmp_path / "index",
+    ]
+    assert tercet(*words, "--kind", "sparse", "--kind", "dense").status == 0
     ended = tercet("search", tmp_path / "index", "music")
     assert cells(ended.out.splitlines()[1])[:3] == ["score", "dense", "sparse"]
 
@@ -323,8 +415,8 @@ def test_a_second_call_encodes_what_is_new_and_removes_what_is_gone(
     lines = (hybrid / "docs.jsonl").read_text().splitlines(keepends=True)
     shorter = tmp_path / "docs.jsonl"
     shorter.write_text("".join(lines[:10]) + '{"id": "new", "text": "a new text"}\n')
-    words = ["index", hybrid / "model", shorter, "--out", indexed]
-    ended = tercet(*words, "--keep")
+    words = ["index", shorter, "--model", hybrid / "model", "--out", indexed]
+    ended = tercet(*words, "--keep-missing")
     assert ended.out == f"{indexed}: 13 documents\n"
     assert f"1 encoded, 10 unchanged, 0 removed because {shorter} lacks them" in ended.err
     assert f"2 documents that {shorter} lacks were kept; to remove them, omit " in ended.err
@@ -336,7 +428,7 @@ def test_a_second_call_encodes_what_is_new_and_removes_what_is_gone(
 def test_an_index_of_another_model_is_replaced_on_request_only(
     tercet, refused, encoder_folder, hybrid, indexed
 ):
-    words = ["index", encoder_folder, hybrid / "docs.jsonl", "--out", indexed]
+    words = ["index", hybrid / "docs.jsonl", "--model", encoder_folder, "--out", indexed]
     assert f"{indexed}: was built with model" in (said := tercet(*words).err)
     assert "--fresh" in said
     assert tercet(*words, "--fresh").out == f"{indexed}: 12 documents\n"
@@ -356,10 +448,13 @@ def test_an_index_that_is_not_complete_says_so(tercet, indexed):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--weights", "1,0.3"], "weights are '1,0.3'; give three numbers"),
-        (["--weights", "1,-1,1"], "weights are '1,-1,1'; give three numbers"),
-        (["--weights", "nan,1,1"], "weights are 'nan,1,1'; give three numbers"),
-        (["--weights", "0,0,0"], "weights are '0,0,0'; give one of them a number above 0"),
+        (["--kind-weight", "1"], "--kind-weight is '1'; write NAME=NUMBER, as in sparse=0.3"),
+        (["--kind-weight", "sparse=-1"], "the weight of sparse must be 0 or more; got -1"),
+        (["--kind-weight", "dense=nan"], "the weight of dense must be 0 or more; got nan"),
+        (
+            ["--kind-weight", "dense=0", "--kind-weight", "sparse=0", "--kind-weight", "multi=0"],
+            "all kinds have the weight 0; give one of them a number above 0",
+        ),
         (["--where", "web"], "--where web: write a field and its value"),
         (["--where", "=web"], "--where =web: write a field and its value"),
         (["--fusion", "rrf", "--candidates", "0"], "--candidates 0: rrf needs some"),
@@ -370,8 +465,8 @@ def test_what_cannot_be_searched_for_is_said(refused, indexed, flags, said):
 
 
 def test_what_cannot_be_indexed_is_said(refused, encoder_folder, files, tmp_path):
-    words = ["index", encoder_folder, files / "docs.jsonl", "--out", tmp_path / "index"]
-    said = refused(*words, "--kinds", "dense,sparse")
+    words = ["index", files / "docs.jsonl", "--model", encoder_folder, "--out", tmp_path / "index"]
+    said = refused(*words, "--kind", "dense", "--kind", "sparse")
     assert said == "kinds must be among dense, which the model makes; got dense, sparse"
     assert refused(*words, "--url", "http://localhost:1").startswith("url needs the engine")
     assert list(tmp_path.iterdir()) == []
@@ -384,13 +479,22 @@ def test_an_index_keeps_vectors_in_codes_and_is_searched_by_them(
     tercet, encoder_folder, files, tmp_path, precision, bytes_each
 ):
     index = tmp_path / "index"
-    words = ["index", encoder_folder, files / "docs.jsonl", "--out", index, "--dims", "16"]
-    first = tercet(*words, "--precision", precision)
+    words = [
+        "index",
+        files / "docs.jsonl",
+        "--model",
+        encoder_folder,
+        "--out",
+        index,
+        "--dims",
+        "16",
+    ]
+    first = tercet(*words, "--store-as", precision)
     assert first.status == 0
     said = f"dense vectors: 16 coordinates in {precision}, {bytes_each} bytes each, "
     assert said in " ".join(first.err.split())
     assert "documents, and kept with the index" in " ".join(first.err.split())
-    again = tercet(*words, "--precision", precision)
+    again = tercet(*words, "--store-as", precision)
     assert again.status == 0 and "learned" not in again.err
     ended = tercet("search", index, SENTENCES[5])
     assert ended.status == 0
@@ -404,11 +508,13 @@ def test_codes_are_those_of_the_ranges_that_the_model_keeps(
 ):
     model = tmp_path / "model"
     Embedder.load(encoder_folder).save(model)
-    calibrated = tercet("calibrate", model, files / "docs.jsonl", "--dims", "16", "--save")
+    calibrated = tercet(
+        "tune", "codes", files / "docs.jsonl", "--model", model, "--dims", "16", "--save"
+    )
     assert calibrated.status == 0
     index = tmp_path / "index"
-    words = ["--out", index, "--dims", "16", "--precision", "int4"]
-    ended = tercet("index", model, files / "docs.jsonl", *words)
+    words = ["--out", index, "--dims", "16", "--store-as", "int4"]
+    ended = tercet("index", files / "docs.jsonl", "--model", model, *words)
     assert "codes: by the ranges that the model keeps for 16 coordinates" in ended.err
     kept = json.loads((index / "exact/manifest.json").read_text())["ranges"]
     assert Ranges.read(kept) == Embedder.load(model).settings.ranges[16]
@@ -417,35 +523,42 @@ def test_codes_are_those_of_the_ranges_that_the_model_keeps(
 def test_an_index_of_other_codes_or_dims_is_not_added_to(
     tercet, refused, encoder_folder, files, tmp_path
 ):
-    words = ["index", encoder_folder, files / "docs.jsonl", "--out", tmp_path / "index"]
-    assert tercet(*words, "--dims", "16", "--precision", "int4").status == 0
+    words = ["index", files / "docs.jsonl", "--model", encoder_folder, "--out", tmp_path / "index"]
+    assert tercet(*words, "--dims", "16", "--store-as", "int4").status == 0
     for flags, said in (
-        (("--dims", "16", "--precision", "int8"), "built with precision 'int4', not 'int8'"),
+        (("--dims", "16", "--store-as", "int8"), "built with precision 'int4', not 'int8'"),
         (("--dims", "16"), "built with precision 'int4', not 'float32'"),
-        (("--dims", "8", "--precision", "int4"), "built with dims 16, not 8"),
+        (("--dims", "8", "--store-as", "int4"), "built with dims 16, not 8"),
     ):
         told = refused(*words, *flags)
         assert said in told and "build it again with: tercet index --fresh" in told
-    assert tercet(*words, "--precision", "int8", "--fresh").status == 0
+    assert tercet(*words, "--store-as", "int8", "--fresh").status == 0
     assert tercet("search", tmp_path / "index", SENTENCES[5]).status == 0
 
 
 def test_documents_that_teach_no_codes_replace_no_index(
     tercet, refused, encoder_folder, files, tmp_path
 ):
-    words = ["--out", tmp_path / "index", "--precision", "int4"]
-    assert tercet("index", encoder_folder, files / "docs.jsonl", *words).status == 0
+    words = ["--out", tmp_path / "index", "--store-as", "int4"]
+    assert tercet("index", files / "docs.jsonl", "--model", encoder_folder, *words).status == 0
     one = write(tmp_path / "one.jsonl", {"id": "a", "text": "music"})
-    told = refused("index", encoder_folder, one, *words, "--fresh")
+    told = refused("index", one, "--model", encoder_folder, *words, "--fresh")
     assert "codes cannot be learned from 1 vectors that do not differ" in told
     assert tercet("search", tmp_path / "index", SENTENCES[5]).status == 0
 
 
 def test_codes_of_what_has_none_are_refused(refused, hybrid, files, tmp_path):
-    words = ["index", hybrid / "model", files / "docs.jsonl", "--out", tmp_path / "index"]
-    told = refused(*words, "--kinds", "sparse", "--precision", "int8")
+    words = [
+        "index",
+        files / "docs.jsonl",
+        "--model",
+        hybrid / "model",
+        "--out",
+        tmp_path / "index",
+    ]
+    told = refused(*words, "--kind", "sparse", "--store-as", "int8")
     assert "precision int8 needs dense vectors; got the kinds sparse" in told
-    told = refused(*words, "--engine", "qdrant", "--precision", "binary+int8")
+    told = refused(*words, "--engine", "qdrant", "--store-as", "binary+int8")
     assert "take binary in place of binary+int8, or the exact engine" in told
     assert not (tmp_path / "index").exists()
 
@@ -480,11 +593,10 @@ def test_verify_says_when_an_index_has_no_checksums(tercet, indexed):
 
 def test_an_index_needs_a_model_and_documents_or_verify(refused, indexed, tmp_path):
     assert refused("index", "--out", tmp_path / "new") == (
-        "tercet index needs a MODEL and a FILE of documents; or --verify, which checks the index "
-        "in --out"
+        "tercet index needs a FILE of documents; or --verify, which checks the index in --out"
     )
-    assert refused("index", "minilm", "--verify", "--out", indexed) == (
-        "--verify checks the index in --out; leave out MODEL and FILE"
+    assert refused("index", "--model", "minilm", "--verify", "--out", indexed) == (
+        "--verify checks the index in --out; leave out FILE and --model"
     )
     said = refused("index", "--verify", "--out", tmp_path)
     assert said == f"{tmp_path}: is not an index; build one with: tercet index"

@@ -33,7 +33,17 @@ def start(docs, tmp_path):
     """The words of a synthesis by an endpoint, but for its URL."""
     words = ["synthesize", docs, "--model", "writer", "--out", tmp_path / "q.jsonl"]
     words += ["--text-field", "body", "--title-field", "name", "--id-field", "name"]
-    return [*words, "--min", "60", "--max", "200", "--split", "train", "--retries", "0"]
+    return [
+        *words,
+        "--min-characters",
+        "60",
+        "--max-characters",
+        "200",
+        "--split",
+        "train",
+        "--retries",
+        "0",
+    ]
 
 
 def counted(out: str) -> dict[str, str]:
@@ -80,8 +90,8 @@ def test_a_check_drops_questions_without_new_answers(tercet, start, encoder_fold
     with endpoint(ask) as served:
         url = ["--url", served.url]
         tercet(*start, *url)
-        check = ["--check", encoder_folder, "--work", tmp_path / "work", "--top", "1"]
-        ended = tercet(*start, *url, *check, "--against", "documents")
+        check = ["--check-model", encoder_folder, "--work", tmp_path / "work", "--top", "1"]
+        ended = tercet(*start, *url, *check, "--find-in", "documents")
     found = counted(ended.out)
     assert len(served.calls) == 9 and found["answered now"] == "0"
     inconsistent, kept = int(found["inconsistent, among 9"]), int(found["kept"])
@@ -94,7 +104,7 @@ def test_prompt_language_task_and_numbers_are_handed_on(tercet, start, tmp_path,
     (tmp_path / "prompt.txt").write_text("In {language}: {passage}")
     more = ["--prompt-file", tmp_path / "prompt.txt", "--language", "Danish", "--task", "pages"]
     more += ["--documents", "4", "--samples", "2", "--seed", "7", "--key-variable", "TEST_KEY"]
-    more += ["--temperature", "0.1", "--top-p", "0.5", "--max-tokens", "9", "--workers", "1"]
+    more += ["--temperature", "0.1", "--top-p", "0.5", "--max-tokens", "9", "--calls", "1"]
     with endpoint(ask) as served:
         ended = tercet(*start, "--url", served.url, *more)
     assert ended.status == 0, ended.err
@@ -132,7 +142,7 @@ def test_what_a_user_gets_wrong_is_said_in_a_line(refused, start, docs, tmp_path
     assert refused(*start, "--url", "localhost:9").startswith("'localhost:9' is not an address")
     assert "TEST_KEY has no key" in refused(*start, *url, "--key-variable", "TEST_KEY")
     assert refused(*start, "--key-variable", "TEST_KEY").startswith("--key-variable is for an")
-    assert refused(*start, *url, "--max", "61").startswith(
+    assert refused(*start, *url, "--max-characters", "61").startswith(
         "the longest passage must be at least twice"
     )
     assert "has no {passage}" in refused(*start, *url, "--prompt-file", docs)

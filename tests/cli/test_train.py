@@ -97,7 +97,7 @@ def test_settings_come_from_a_file_and_from_an_earlier_run(tercet, refused, trai
         ("train finetune --plan", "the stage contrastive needs examples, and there are none"),
         ("train finetune --plan --seed 1 --set seed=2", "--seed and --set seed give the same"),
         ("train bge-m3 --plan --data unifed=a.jsonl", "--data unifed=a.jsonl: there is no stage"),
-        ("train finetune --plan --dtype float16", "run.dtype must be one of float32, bfloat16"),
+        ("train finetune --plan --dtype float16", "Invalid value for '--dtype': 'float16'"),
     ],
 )
 def test_a_training_that_is_not_described_well_is_refused(refused, words, problem):
@@ -130,7 +130,7 @@ def test_a_model_that_is_not_there_or_incomplete_is_named(refused, train, files,
     assert said.startswith(f"{tmp_path}/lost: no such folder or file; check the path, or use one")
     assert "has no config.json" in refused(*train(out, base=files / "folder"))
     assert "is it a complete transformers folder" in refused(*train(out, base=files / "incomplete"))
-    said = refused("eval", tmp_path / "lost", files / "pairs.jsonl")
+    said = refused("eval", files / "pairs.jsonl", "--model", tmp_path / "lost")
     assert said.startswith(f"{tmp_path}/lost: no such folder")
 
 

@@ -39,7 +39,7 @@ def test_diagnose_prints_readings_and_layers_and_where_the_report_is(
 ):
     out = tmp_path / "diagnosis"
     ended = tercet(
-        *("diagnose", decoder_folder, "--against", encoder_folder),
+        *("diagnose", "--model", decoder_folder, "--compare-with", encoder_folder),
         *("--triples", triples, "--out", out),
     )
     assert (ended.status, ended.err) == (0, "")
@@ -60,7 +60,7 @@ def test_diagnose_prints_readings_and_layers_and_where_the_report_is(
 def test_diagnose_of_an_encoder_alone_has_no_layers_to_compare(
     tercet, encoder_folder, triples, tmp_path
 ):
-    ended = tercet("diagnose", encoder_folder, "--triples", triples, "--out", tmp_path)
+    ended = tercet("diagnose", "--model", encoder_folder, "--triples", triples, "--out", tmp_path)
     rows = [cells(line)[0] for line in ended.out.splitlines()]
     assert rows[1:] == [f"{encoder_folder} bidirectional", f"{tmp_path}/report.html"]
 
@@ -69,11 +69,11 @@ def test_material_that_cannot_be_read_is_named_before_a_model_is_loaded(
     refused, decoder_folder, triples, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(Embedder, "load", None)
-    words = ["diagnose", decoder_folder, "--out", tmp_path / "out"]
+    words = ["diagnose", "--model", decoder_folder, "--out", tmp_path / "out"]
     bad = write(tmp_path / "bad.jsonl", {"prefix": "a", "query": "b", "positive": "c"})
     said = refused(*words, "--triples", bad)
     assert said.startswith(f"{bad}:1: ") and '"negative" is missing' in said
-    said = refused(*words, "--triples", triples, "--text", tmp_path / "lost.txt")
+    said = refused(*words, "--triples", triples, tmp_path / "lost.txt")
     assert said == f"{tmp_path}/lost.txt: no such file"
     assert not (tmp_path / "out").exists()
 
@@ -82,7 +82,7 @@ def test_a_diagnosis_does_not_replace_the_report_of_a_run(
     refused, decoder_folder, triples, tmp_path
 ):
     (tmp_path / "report.html").write_text("of a run")
-    said = refused("diagnose", decoder_folder, "--triples", triples, "--out", tmp_path)
+    said = refused("diagnose", "--model", decoder_folder, "--triples", triples, "--out", tmp_path)
     assert said.startswith(f"{tmp_path}: is not a diagnosis and would be overwritten")
     assert (tmp_path / "report.html").read_text() == "of a run"
 
@@ -93,8 +93,8 @@ def test_a_diagnosis_does_not_replace_the_report_of_a_run(
 def test_probe_compares_models_with_what_words_alone_tell(
     tercet, decoder_folder, encoder_folder, labelled
 ):
-    words = ["probe", decoder_folder, "--train", labelled, "--test", labelled]
-    ended = tercet(*words, "--against", encoder_folder)
+    words = ["probe", "--model", decoder_folder, labelled, "--train-data", labelled]
+    ended = tercet(*words, "--compare-with", encoder_folder)
     assert (ended.status, ended.err) == (0, "")
     rows = [cells(line) for line in ended.out.splitlines()]
     assert rows[0] == ["model", "accuracy", "minus first", "macro F1", "minus first", "cut"]
@@ -124,11 +124,12 @@ def test_labels_that_cannot_be_learned_are_named(
     for name, text in (("train", train), ("test", test)):
         (tmp_path / f"{name}.conll").write_text(text)
         files += [f"--{name}", tmp_path / f"{name}.conll"]
-    assert problem in refused("probe", decoder_folder, *files)
+    files[0], files[2:] = "--train-data", files[3:]
+    assert problem in refused("probe", "--model", decoder_folder, *files)
 
 
 def test_a_column_that_holds_no_labels_is_named(refused, decoder_folder, labelled):
-    words = ["probe", decoder_folder, "--train", labelled, "--test", labelled, "--column"]
+    words = ["probe", "--model", decoder_folder, labelled, "--train-data", labelled, "--column"]
     assert "words.conll:1: has only 3 columns; there is no column 4" in refused(*words, "4")
     assert refused(*words, "1").startswith("column 1 cannot hold labels")
     assert refused(*words, "2") == (
@@ -143,7 +144,7 @@ def test_diagnose_shows_how_much_of_its_dictionary_each_head_uses(tercet, decode
     words = {"prefix": "the editor", "query": " for mail", "positive": " of mail"}
     triples.write_text(json.dumps(words | {"negative": " for music"}) + "\n")
     out = tmp_path / "out"
-    ended = tercet("diagnose", tmp_path / "model", "--triples", triples, "--out", out)
+    ended = tercet("diagnose", "--model", tmp_path / "model", "--triples", triples, "--out", out)
     assert ended.status == 0, ended.err
     shown = [line.split() for line in ended.out.splitlines() if line.startswith(("head ", "all "))]
     assert [row[:2] for row in shown] == [["head", "1"], ["head", "2"], ["all", "heads"]]
@@ -161,8 +162,9 @@ def short_model(encoder_folder, tmp_path):
 
 
 def test_sizes_shows_every_way_to_store_vectors(tercet, short_model, files, tmp_path):
-    figures, plot = tmp_path / "sizes.json", tmp_path / "sizes.png"
-    ended = tercet("sizes", short_model, files / "pairs.jsonl", "--json", figures, "--plot", plot)
+    figures, out = tmp_path / "sizes.json", tmp_path / "out"
+    words = ["eval", files / "pairs.jsonl", "--model", short_model, "--compressed"]
+    ended = tercet(*words, "--json", figures, "--out", out)
     rows = [cells(line) for line in ended.out.splitlines()]
     assert (ended.status, rows[0]) == (0, ["22 queries, 24 documents"])
     header = ["coordinates", "stored as", "bytes", "ndcg@10", "minus the first", "kept"]
@@ -176,7 +178,8 @@ def test_sizes_shows_every_way_to_store_vectors(tercet, short_model, files, tmp_
     assert [f"{row['ndcg@10']['mean']:.3f}" for row in record["rows"]] == [
         row[3].split()[0] for row in rows[2:]
     ]
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (out / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "scores.json").read_text()) == record
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,9 @@ def test_sizes_shows_every_way_to_store_vectors(tercet, short_model, files, tmp_
     ],
 )
 def test_what_cannot_be_shown_is_told(refused, short_model, files, words, problem):
-    assert problem in refused("sizes", short_model, files / "pairs.jsonl", *words)
+    assert problem in refused(
+        "eval", files / "pairs.jsonl", "--model", short_model, "--compressed", *words
+    )
 
 
 # --- tune-weights ---------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ def dev(tmp_path_factory):
 
 def test_weights_are_shown_beside_the_usual_ones_and_each_kind(tercet, model, dev):
     before = (model / "tercet.json").read_bytes()
-    ended = tercet("tune-weights", model, dev)
+    ended = tercet("tune", "weights", dev, "--model", model)
     rows = [cells(line) for line in ended.out.splitlines()]
     assert (ended.status, rows[0]) == (0, ["12 queries, 12 documents"])
     assert rows[1] == ["weights", *KINDS, "ndcg@10, held out", "tuned minus these"]
@@ -224,14 +229,16 @@ def test_weights_are_shown_beside_the_usual_ones_and_each_kind(tercet, model, de
 
 
 def test_saved_weights_are_taken_by_eval_for_their_task(tercet, model, dev, tmp_path):
-    ended = tercet("tune-weights", model, dev, "--task", "lookup", "--save", "--folds", "3")
+    ended = tercet(
+        "tune", "weights", dev, "--model", model, "--task", "lookup", "--save", "--folds", "3"
+    )
     assert f"{model}: saved these weights for the task 'lookup'" in ended.out
     kept = Embedder.load(model).settings.weights
     assert list(kept) == ["lookup"]
     shown = [cells(line) for line in ended.out.splitlines()][2]
     assert shown[1:4] == [f"{kept['lookup'].of(kind):g}" for kind in KINDS]
     file = tmp_path / "figures.json"
-    words = ["eval", model, dev, "--no-bm25", "--json", file]
+    words = ["eval", dev, "--model", model, "--no-bm25", "--json", file]
     assert tercet(*words, "--task", "lookup").status == 0
     search = json.loads(file.read_text())["search"][str(model)]
     assert Weights(**search["weights"]) == kept["lookup"]
@@ -245,21 +252,25 @@ def test_saved_weights_are_taken_by_eval_for_their_task(tercet, model, dev, tmp_
     [
         (["--metric", "good@1"], 'no metric "good@1"'),
         (["--folds", "13"], "folds must be between 2 and the number of queries, 12; got 13"),
-        (["--kinds", "dense"], "makes only dense vectors"),
-        (["--kinds", "dense,colbert"], "kinds are 'dense,colbert'; choose from"),
+        (["--kind", "dense"], "makes only dense vectors"),
+        (["--kind", "dense", "--kind", "colbert"], "'colbert' is not one of"),
     ],
 )
 def test_what_cannot_be_tuned_is_told(refused, model, dev, words, problem):
-    assert problem in refused("tune-weights", model, dev, *words)
+    assert problem in refused("tune", "weights", dev, "--model", model, *words)
 
 
 def test_a_model_of_one_kind_and_one_without_settings_are_told(
     refused, encoder_folder, dev, tmp_path, monkeypatch
 ):
-    assert "makes only dense vectors" in refused("tune-weights", encoder_folder, dev)
+    assert "makes only dense vectors" in refused("tune", "weights", dev, "--model", encoder_folder)
     monkeypatch.setattr(Embedder, "load", None)  # found out before the work
-    assert "has no tercet.json" in refused("tune-weights", encoder_folder, dev, "--save")
-    assert "lost.jsonl" in refused("tune-weights", encoder_folder, tmp_path / "lost.jsonl")
+    assert "has no tercet.json" in refused(
+        "tune", "weights", dev, "--model", encoder_folder, "--save"
+    )
+    assert "lost.jsonl" in refused(
+        "tune", "weights", tmp_path / "lost.jsonl", "--model", encoder_folder
+    )
 
 
 def test_a_folder_in_the_layout_of_beir_is_read_by_its_split(tercet, model, tmp_path):
@@ -271,16 +282,30 @@ def test_a_folder_in_the_layout_of_beir_is_read_by_its_split(tercet, model, tmp_
     for split, count in (("dev", 7), ("test", 9)):
         lines = "".join(f"q{i}\td{i}\t1\n" for i in range(count))
         (folder / f"qrels/{split}.tsv").write_text(lines)
-    assert tercet("tune-weights", model, folder).out.startswith("7 queries, 12 documents")
-    ended = tercet("tune-weights", model, folder, "--split", "test", "--kinds", "dense,sparse")
+    assert tercet("tune", "weights", folder, "--model", model).out.startswith(
+        "7 queries, 12 documents"
+    )
+    ended = tercet(
+        "tune",
+        "weights",
+        folder,
+        "--model",
+        model,
+        "--split",
+        "test",
+        "--kind",
+        "dense",
+        "--kind",
+        "sparse",
+    )
     assert ended.out.startswith("9 queries, 12 documents")
     assert cells(ended.out.splitlines()[1])[:3] == ["weights", "dense", "sparse"]
 
 
 def test_kinds_that_are_left_out_get_no_weight_and_that_is_said(tercet, model, dev):
     """What was measured is what is kept: the others' weights were found without these kinds."""
-    words = ["tune-weights", model, dev, "--task", "two", "--save", "--folds", "3"]
-    ended = tercet(*words, "--kinds", "dense,sparse")
+    words = ["tune", "weights", dev, "--model", model, "--task", "two", "--save", "--folds", "3"]
+    ended = tercet(*words, "--kind", "dense", "--kind", "sparse")
     kept = Embedder.load(model).settings.weights["two"]
     assert kept.multi == 0 and kept.sparse > 0
     assert "for the task 'two'; multi has the weight 0: sums leave it out\n" in ended.out
@@ -289,5 +314,7 @@ def test_kinds_that_are_left_out_get_no_weight_and_that_is_said(tercet, model, d
     assert "has the weight 0" not in again.out
     before = f"the weights before: {kept.dense:g},{kept.sparse:g},0"
     assert before in again.err.splitlines()
-    unsaved = tercet(*(word for word in words if word != "--save"), "--kinds", "dense,sparse")
+    unsaved = tercet(
+        *(word for word in words if word != "--save"), "--kind", "dense", "--kind", "sparse"
+    )
     assert "has the weight 0" not in unsaved.out

@@ -122,7 +122,7 @@ def test_a_model_without_ranges_says_how_to_learn_them():
     assert (found.precision, found.limit) == ("int4", 0.25)
     assert found.centre is not None and (found.centre == np.array(KEPT[4].centre, np.float32)).all()
     with pytest.raises(
-        RecipeError, match=r"int8 codes of 8 .* for: 4.*tercet calibrate .*--dims 8"
+        RecipeError, match=r"int8 codes of 8 .* for: 4.*tercet tune codes .*--dims 8"
     ):
         quantizer_of(settings, "int8", 8)
     with pytest.raises(RecipeError, match="it has some for: none"):
@@ -138,7 +138,7 @@ def test_a_model_without_ranges_says_how_to_learn_them():
 )
 def test_a_damaged_range_is_refused_and_its_coordinates_named(wrong):
     record = {**asdict(KEPT[4]), **wrong}
-    with pytest.raises(RecipeError, match=r"ranges is damaged for 4 coordinates.*calibrate"):
+    with pytest.raises(RecipeError, match=r"ranges is damaged for 4 coordinates.*tune codes"):
         changed(Settings(), {"ranges": {"4": record}})
 
 

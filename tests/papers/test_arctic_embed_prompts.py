@@ -52,7 +52,18 @@ def test_an_evaluation_uses_the_prompts_of_the_folder_and_drops_them_only_on_req
     for model, words in ((saved, ()), (saved, ("--no-prompts",)), (encoder_folder, ())):
         record = tmp_path / "record.json"
         with pytest.raises(SystemExit, match="0"):
-            main(["eval", str(model), str(file), "--no-bm25", "--json", str(record), *words])
+            main(
+                [
+                    "eval",
+                    str(file),
+                    "--model",
+                    str(model),
+                    "--no-bm25",
+                    "--json",
+                    str(record),
+                    *words,
+                ]
+            )
         figures = json.loads(record.read_text())
         shown.append(figures["results"][str(model)])
         prompts.append(figures["models"][str(model)]["prompts"])

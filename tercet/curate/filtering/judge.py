@@ -133,6 +133,8 @@ class Judge:
 
     model: str
     precision: str = "float32"
+    device: str | None = None  # None: a GPU, if there is one
+    batch_tokens: int | None = None  # tokens that are encoded together; None: as usual
     query_tokens: int | None = None  # longer queries are cut; None: the model's own limit
     document_tokens: int | None = None
 
@@ -141,7 +143,10 @@ class Judge:
         limits = {"query_tokens": self.query_tokens, "document_tokens": self.document_tokens}
         changes: dict[str, Any] = {name: n for name, n in limits.items() if n is not None}
         embedder = Embedder.load(self.model, dtype=getattr(torch, self.precision), **changes)
-        return embedder.to("cuda") if torch.cuda.is_available() else embedder
+        embedder.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.batch_tokens is not None:
+            embedder.batch_tokens = self.batch_tokens
+        return embedder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,7 @@ from tercet.models.zoo import zoo
 
 SETTINGS: Final = "filter.json"
 REPORT: Final = "report.json"
+_SPEED_ONLY: Final = ("device", "batch_tokens")  # settings of a judge that change no verdict
 DRAWING: Final = "report.png"
 _RESULTS: Final = ("pairs", "verdicts")
 _OURS: Final = (*(f"{name}/*" for name in (*_RESULTS, "manifest")), REPORT, SETTINGS, DRAWING)
@@ -154,9 +155,10 @@ def _add(report: dict[str, Any], of_shard: UnitReport) -> None:
 def settings_of(paths: Sequence[Path], judge: Judge, filtering: Filtering) -> dict[str, Any]:
     """Return all that the output depends on; files by name, size and time, which is quick."""
     is_name = zoo.find(judge.model) is not None or not Path(judge.model).exists()
+    kept = {name: it for name, it in asdict(judge).items() if name not in _SPEED_ONLY}
     settings = {
         "sources": {str(path): _file_stamps(path) for path in paths},
-        "judge": {**asdict(judge), "files": [] if is_name else _file_stamps(Path(judge.model))},
+        "judge": {**kept, "files": [] if is_name else _file_stamps(Path(judge.model))},
         "filtering": asdict(filtering),
     }
     return json.loads(json_text(settings))  # as it will be read: tuples have become lists

@@ -7,7 +7,7 @@ queries times documents: blocks of queries meet one shard of documents at a time
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,7 +56,8 @@ class Mining:
     # The rule compares with at most this many of a row's best positives among the candidates; rows
     # without one are left out. None: with all positives, also those that are not candidates.
     max_positives: int | None = None
-    weights: Weights | None = None  # of the hybrid sum; None: those tuned for the teacher
+    # Of the hybrid sum. None: those tuned for the teacher; by kind: these in place of some.
+    weights: Weights | Mapping[Kind, float] | None = None
 
     def __post_init__(self) -> None:
         self._check_by()
@@ -366,7 +367,9 @@ def _weights(
     """Return the weight of each kind."""
     made: tuple[Kind, ...] = teacher.kinds
     tuned = teacher.settings.weights.get("", Weights()).only(made)
-    weights = (mining.weights or tuned) if by == "hybrid" else Weights(1.0, 1.0, 1.0).only((by,))
+    given = mining.weights or {}
+    summed = given if isinstance(given, Weights) else tuned.changed(given)
+    weights = summed if by == "hybrid" else Weights(1.0, 1.0, 1.0).only((by,))
     needed = {kind for kind in KINDS if weights.of(kind)}
     if by == "hybrid" and mining.weights is None:
         needed |= {"dense", "sparse"}

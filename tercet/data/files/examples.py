@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, get_args
 
 from tercet.files.records import FieldNames, Names
@@ -72,11 +73,7 @@ class ExampleFields:
     @property
     def names(self) -> tuple[FieldNames, FieldNames, FieldNames]:
         """The names of query, positives and negatives."""
-        return (
-            named_field(self.query, QUERY),
-            named_field(self.positives, POSITIVES),
-            named_field(self.negatives, NEGATIVES),
-        )
+        return _names_of(self)
 
     @property
     def columns(self) -> tuple[Names, ...]:
@@ -85,6 +82,15 @@ class ExampleFields:
 
 
 USUAL_FIELDS: Final = ExampleFields()
+
+
+@lru_cache(maxsize=64)
+def _names_of(fields: ExampleFields) -> tuple[FieldNames, FieldNames, FieldNames]:
+    return (
+        named_field(fields.query, QUERY),
+        named_field(fields.positives, POSITIVES),
+        named_field(fields.negatives, NEGATIVES),
+    )
 
 
 def named_field(name: str, field: FieldNames) -> FieldNames:
@@ -105,7 +111,9 @@ def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS
         ValueError: naming the field; the caller adds file and line.
     """
     fields = as_object(record)
-    query_names, positive_names, negative_names = names.names
+    query_names, positive_names, negative_names = (
+        (QUERY, POSITIVES, NEGATIVES) if names is USUAL_FIELDS else names.names
+    )
     name, query = given(fields, query_names)
     if query is None:
         _refuse_labelled(fields)
@@ -220,31 +228,40 @@ def given(fields: Mapping[str, Any], names: Sequence[str] | FieldNames) -> tuple
     Raises:
         ValueError: if two names may hold the field.
     """
-    if not isinstance(names, FieldNames):
-        if len(names) == 1:
-            return names[0], fields.get(names[0])
-        names = FieldNames(tuple(names))
-    elif (value := fields.get(names.names[0])) is not None and len(names.names) == 1:
-        return names.names[0], value
-    used = names.among({name: None for name, value in fields.items() if value is not None})
+    if isinstance(names, FieldNames):
+        return _given_under(fields, names)
+    if len(names) == 1:
+        return names[0], fields.get(names[0])
+    used = [name for name in names if fields.get(name) is not None]
+    if len(used) > 1:
+        raise _two_names(used)
+    return (used[0], fields[used[0]]) if used else (names[0], None)
+
+
+def _given_under(fields: Mapping[str, Any], names: FieldNames) -> tuple[str, Any]:
+    ours = names.names
+    used = [name for name in ours if fields.get(name) is not None]
+    if names.numbered:
+        for key in fields:
+            if key[-1:].isdecimal():
+                used = names.among({name for name, it in fields.items() if it is not None})
+                if used and used[0] not in ours and used[0] not in names.usual:
+                    return used[0], [fields[name] for name in used]
+                break
     if not used:
-        return names.names[0], None
-    if len(used) == 1 and not _is_numbered(used[0], names):
-        return used[0], fields[used[0]]
-    if not _is_numbered(used[0], names):
-        if used[0] in names.usual:
+        used = [name for name in names.usual if fields.get(name) is not None]
+        if len(used) > 1:
             raise ValueError(
-                f'"{used[0]}" and "{used[1]}" may both be the {names.names[0]}; name the one that '
-                f"is with {names.flag}"
+                f'"{used[0]}" and "{used[1]}" may both be the {ours[0]}; name the one that is '
+                f"with {names.flag}"
             )
-        raise ValueError(
-            f'"{used[0]}" and "{used[1]}" are two names of one field; keep one of them'
-        )
-    return used[0], [fields[name] for name in used]
+    elif len(used) > 1:
+        raise _two_names(used)
+    return (used[0], fields[used[0]]) if used else (ours[0], None)
 
 
-def _is_numbered(name: str, names: FieldNames) -> bool:
-    return bool(names.numbered) and name not in names.names and name not in names.usual
+def _two_names(used: Sequence[str]) -> ValueError:
+    return ValueError(f'"{used[0]}" and "{used[1]}" are two names of one field; keep one of them')
 
 
 def optional_text(fields: Mapping[str, Any], names: Sequence[str] | FieldNames) -> str | None:

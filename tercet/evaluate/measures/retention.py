@@ -102,14 +102,14 @@ def retention(  # noqa: PLR0913 (independent choices, each with a default)
 def measure_coded(  # noqa: PLR0913 (independent choices, each with a default)
     embedder: Embedder,
     data: RetrievalSet,
-    precision: CodePrecision,
+    precision: Stored,
     *,
     task: str | None = None,
     dims: int | None = None,
     factor: int = FACTOR,
     progress: bool = False,
 ) -> Retained:
-    """Measure one way to store documents, as ``tercet eval --dims 256 --precision int4`` does.
+    """Measure one way to store documents, as ``tercet eval --dims 256 --store-as int4`` does.
 
     Raises:
         RecipeError: if the model has no prompts for the task, or ``dims`` is out of range.

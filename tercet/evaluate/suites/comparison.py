@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from tercet.errors import RecipeError
+from tercet.errors import MissingExtraError, RecipeError
 from tercet.evaluate.measures.bm25 import WordsOf, by_tokens_of
 from tercet.evaluate.measures.by_kind import KindsResult, ProtocolName, measure_kinds, weights_for
 from tercet.evaluate.measures.prompts import drop_prompts, known_task, require_prompt
@@ -33,14 +33,17 @@ from tercet.evaluate.suites.suite import MAIN, EvaluationSet, Result
 from tercet.files.artifacts import KeptResults
 from tercet.files.console import say
 from tercet.files.outputs import FolderKind, check_output, holds_only, mark
-from tercet.kinds import KINDS, Kind, Weights
+from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder
-from tercet.rank.quantized import CodePrecision
+from tercet.rank.quantized import Stored
 
-KEPT: Final = FolderKind(
-    "a folder of kept scores",
+SCORES: Final = "scores.json"  # in the folder of an evaluation
+_OURS: Final = ("*.npz", SCORES, "languages.png", "sizes.png", "report.html")
+EVALUATION: Final = FolderKind(
+    "an evaluation",
+    own=_OURS,
     shared=True,
-    is_older=lambda folder: holds_only(folder, ["*.npz"]),
+    is_older=lambda folder: holds_only(folder, _OURS),
 )
 
 ModelLoader: TypeAlias = Callable[[str], Embedder]
@@ -59,9 +62,9 @@ class ComparisonOptions:
     baselines: bool = True
     split: str | None = None
     dims: int | None = None
-    precision: CodePrecision | None = None  # of codes that documents are stored in
+    precision: Stored | None = None  # of codes that documents are stored in
     kinds: tuple[Kind, ...] | None = None  # of a single set, and the next two
-    weights: Weights | None = None
+    weights: Mapping[Kind, float] | None = None  # in place of the model's
     protocol: ProtocolName | None = None
     seen: Sequence[str] | None = None  # languages in training; of a folder of sets
     keep: Path | None = None  # a folder for what was measured; of a folder of sets
@@ -117,8 +120,8 @@ def compare(
     """
     if options.for_retrieval and not isinstance(examined.data, RetrievalSet):
         raise RecipeError(
-            f"{examined.name}: is not a retrieval set, so --kinds, --weights, --protocol and codes "
-            "of --precision do not apply to it; remove them"
+            f"{examined.name}: is not a retrieval set, so --kind, --kind-weight, --protocol and "
+            "--store-as do not apply to it; remove them"
         )
     search: dict[str, dict[str, Any]] = {}
     models: dict[str, dict[str, Any]] = {}
@@ -147,12 +150,22 @@ def compare(
         if name == names[0]:
             own = list(measured)
     if options.baselines:
+        measured |= _baselines(examined, token_words)
+    return _compared(examined, measured, options.seed, own, search, models)
+
+
+def _baselines(examined: EvaluationSet, token_words: Mapping[str, WordsOf]) -> dict[str, Result]:
+    """Measure by words, and by the tokens of models; without the package for it, say so."""
+    measured: dict[str, Result] = {}
+    try:
         measured[examined.baseline_name] = examined.baseline()
         for name, words_of in token_words.items():
             assert isinstance(examined.data, RetrievalSet)
             label = f"{examined.baseline_name}, tokens of {name}"
             measured[label] = measure_bm25(examined.data, words_of)
-    return _compared(examined, measured, options.seed, own, search, models)
+    except MissingExtraError as error:
+        say(f"{examined.baseline_name} is left out: {error}")
+    return measured
 
 
 def _compared(
@@ -245,7 +258,7 @@ def _by_vectors(
         examined.data,
         task=task,
         kinds=options.kinds,
-        weights=options.weights or weights_for(embedder.settings, tasks),
+        weights=weights_for(embedder.settings, tasks).changed(options.weights or {}),
         protocol=options.protocol,
         dims=options.dims,
         progress=True,
@@ -259,13 +272,13 @@ def _require_dense(name: str, kinds: Sequence[Kind], options: ComparisonOptions)
     """Check that only dense vectors are measured, since only these have codes."""
     if options.weights is not None or options.protocol is not None:
         raise RecipeError(
-            f"--precision {options.precision} applies to dense vectors only; remove --weights and "
-            "--protocol"
+            f"--store-as {options.precision} applies to dense vectors only; remove --kind-weight "
+            "and --protocol"
         )
     if (options.kinds or tuple(kinds)) != _DENSE:
         raise RecipeError(
-            f"{name}: --precision {options.precision} applies to dense vectors only, but "
-            f"{', '.join(options.kinds or kinds)} are measured; add --kinds dense"
+            f"{name}: --store-as {options.precision} applies to dense vectors only, but "
+            f"{', '.join(options.kinds or kinds)} are measured; add --kind dense"
         )
 
 
@@ -273,7 +286,7 @@ def _storage(name: str, found: Retained) -> dict[str, Any]:
     """Print how documents were stored, and return it for the record."""
     how = f"documents in {found.stored}, {found.bytes:,} bytes each, queries in full"
     if found.limit is not None:
-        origin = "learned from these documents, not from queries; save one with tercet calibrate"
+        origin = "learned from these documents, not from queries; save one with tercet tune codes"
         how += f"; range {found.limit:.4f}, {origin if found.learned else 'saved with the model'}"
     say(f"{name}: {how}")
     record = {"stored": found.stored, "bytes": found.bytes, "dims": found.dims}
@@ -294,8 +307,8 @@ def _say_ignored(name: str, kinds: Sequence[Kind], options: ComparisonOptions) -
     if len(kinds) > 1:
         return
     given = {
-        "--kinds": options.kinds is not None and options.kinds != tuple(kinds),
-        "--weights": options.weights is not None,
+        "--kind": options.kinds is not None and options.kinds != tuple(kinds),
+        "--kind-weight": options.weights is not None,
         "--protocol": options.protocol is not None and "sparse" not in kinds,
     }
     if ignored := " and ".join(flag for flag, is_ignored in given.items() if is_ignored):
@@ -398,7 +411,7 @@ def compare_by_language(
             some.
     """
     if options.keep is not None:
-        check_output(options.keep, kind=KEPT, flag="--keep")
+        check_output(options.keep, kind=EVALUATION)
     stored = options.precision or "float32"
     scores: dict[str, list[SetScores]] = {}
     models: dict[str, dict[str, Any]] = {}
@@ -420,8 +433,11 @@ def compare_by_language(
         scores[name] = sorted(found, key=lambda each: each.name)
         models[name] = conditions(embedder, dims=options.dims, stored=stored)
     if options.baselines:
-        for name, words_of in BASELINES.items():
-            scores[name] = list(measure_words(locations, words_of, split=options.split))
+        try:
+            for name, words_of in BASELINES.items():
+                scores[name] = list(measure_words(locations, words_of, split=options.split))
+        except MissingExtraError as error:
+            say(f"{' and '.join(BASELINES)} are left out: {error}")
     return LanguageComparison(scores, _axes(scores, options), models, options)
 
 
@@ -429,7 +445,7 @@ def _kept_scores(embedder: Embedder, options: ComparisonOptions) -> KeptResults 
     """Return where the scores of this model with these options are kept."""
     if options.keep is None:
         return None
-    mark(options.keep, KEPT)
+    mark(options.keep, EVALUATION)
     depends_on = (embedder.fingerprint(), conditions(embedder))
     chosen = (options.split, options.task, options.dims, options.precision)
     return KeptResults(options.keep, "set scores", SCORES_VERSION, *depends_on, *chosen)

@@ -30,7 +30,7 @@ def base_of(folder: Path) -> str:
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"{folder}: does not name the model that it changes; set base_model_name_or_path in "
-            "adapter_config.json, or merge it with a base: tercet merge --base"
+            "adapter_config.json, or merge it with a base: tercet merge --model"
         )
     return base
 

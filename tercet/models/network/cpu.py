@@ -54,7 +54,7 @@ def warning_of(precision: torch.dtype, device: torch.device | str) -> str | None
         return None
     return (
         f"this CPU has no instructions for bfloat16, which takes {ratio:.1f} times as long as "
-        "float32 here; leave out --precision bfloat16"
+        "float32 here; leave out --dtype bfloat16"
     )
 
 

@@ -155,7 +155,7 @@ def _packages(data: Path) -> list[dict[str, Any]]:
             data,
             None,
             "no such file; run the demo in a checkout of the repository, "
-            "or say with --data where packages.en.parquet is",
+            "or say with --packages where packages.en.parquet is",
         )
     columns = ["id", "short", "long", "section", "split"]
     return pq.read_table(data, columns=columns).to_pylist()
@@ -285,8 +285,8 @@ def _last_screen(
         "Next, on your own files (one JSON object a line):\n"
         f"  {tercet} check pairs.jsonl\n"
         f"  {tercet} train finetune --data pairs.jsonl --dev dev.jsonl --out runs/mine\n"
-        f"  {tercet} eval runs/mine/model test.jsonl --against {BASE}\n"
-        f"  {tercet} index runs/mine/model docs.jsonl --out runs/mine/index\n"
+        f"  {tercet} eval test.jsonl --model runs/mine/model --compare-with {BASE}\n"
+        f"  {tercet} index docs.jsonl --model runs/mine/model --out runs/mine/index\n"
         f'  {tercet} search runs/mine/index "your question"',
         markup=False,
         soft_wrap=True,
