@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Row, write_results
+from benchmarks.common import Row, settings, write_results
 from tercet.data.files.sources import iter_examples, write_examples
 from tercet.evaluate.measures.retention import STORED, retention
 from tercet.evaluate.report.intervals import interval, paired_difference
@@ -41,15 +41,18 @@ METRIC = "ndcg@10"
 LEVELS = (1, 2, 3, 5, 10, 20, 30)
 
 # Flags of every training; the table of tokens stays as it is, being four fifths of the model.
-COMMON = (
-    "--freeze-embeddings --memory-gb 2.5 --seed 0 --query-tokens 32 "
-    "--document-tokens 64 --finetuning-tokens 64"
-).split()
-PRETRAINING = "--stages pretraining --steps 40 --batch-size 96 --learning-rate 5e-5".split()
-FINETUNING = (
-    "--stages finetuning --finetuning-steps 15 --finetuning-batch-size 24 --negatives 3 "
-    "--finetuning-learning-rate 2e-5"
-).split()
+COMMON = settings(
+    "freeze_embeddings=true run.memory_gb=2.5 seed=0 pretraining.query_tokens=32 "
+    "pretraining.document_tokens=64 finetuning.max_tokens=64"
+)
+PRETRAINING = settings(
+    "stages=pretraining pretraining.steps=40 pretraining.batch_size=96 "
+    "pretraining.learning_rate=5e-5"
+)
+FINETUNING = settings(
+    "stages=finetuning finetuning.steps=15 finetuning.batch_size=24 finetuning.negatives=3 "
+    "finetuning.learning_rate=2e-5"
+)
 THRESHOLDS = (0.9, 0.95, 0.98, 0.99, 1.0)
 AWARE = ("--rule", "percent", "--value", "0.98")
 MODELS = {  # as the table names them: their folder in the work folder
@@ -95,7 +98,7 @@ def main() -> None:
         return
     _mine_all(work)
     for kind in ("random", "nearest", "aware"):
-        mined = [part for path in _files(work / f"mined-{kind}") for part in ("--mined", path)]
+        mined = [part for path in _files(work / f"mined-{kind}") for part in ("--data", path)]
         _train(work / f"ft-{kind}", str(work / "pre/model"), *FINETUNING, *mined)
     rows = [*_filter_rows(work), *_sweep_rows(work), *_quality_rows(work)]
     rows += [*_paired_rows(work), *_size_rows(work)]
@@ -142,7 +145,7 @@ def _mine_all(work: Path) -> None:
     pairs = work / "pairs"
     _make(pairs, lambda: _kept_by_language(work / "filtered/pairs", pairs))
     files = _files(pairs)
-    how = ("--teacher", str(work / "pre/model"), "--negatives", "3")
+    how = ("--model", str(work / "pre/model"), "--negatives", "3")
     how += ("--work", str(work / "mining"))
     _make(
         work / "mined-nearest",
@@ -364,7 +367,7 @@ def _make(path: Path, make: Callable[[], None]) -> None:
 def _train(out: Path, base: str, *flags: str) -> None:
     """Train, unless the model is there; a killed training goes on."""
     if not (out / "model").exists():
-        _tercet("train", "arctic-embed", "--base", base, "--out", str(out), *COMMON, *flags)
+        _tercet("train", "arctic-embed", "--model", base, "--out", str(out), *COMMON, *flags)
 
 
 def _tercet(*arguments: str) -> None:

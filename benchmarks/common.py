@@ -144,3 +144,8 @@ def versions(*packages: str) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def settings(numbers: str) -> tuple[str, ...]:
+    """Return the words of a training for settings such as ``"seed=0 unified.steps=80"``."""
+    return tuple(word for each in numbers.split() for word in ("--set", each))

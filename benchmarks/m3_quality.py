@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Row, write_results
+from benchmarks.common import Row, settings, write_results
 from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 
@@ -41,20 +41,24 @@ SETS = {
 LONG = ("manual pages, English", "manual pages, Japanese")
 
 # Flags of every training; the table of tokens stays as it is, being four fifths of the model.
-COMMON = (
-    "--precision bfloat16 --freeze-embeddings --memory-gb 2.5 --negatives 2 --multi-dim 128 "
-    "--query-tokens 48"
-).split()
-RETROMAE = "--retromae-steps 40 --retromae-batch-size 16 --retromae-tokens 256".split()
-CONTRASTIVE = "--document-tokens 128 --contrastive-steps 60 --contrastive-batch-size 48".split()
-UNIFIED = (
-    "--stages unified --document-tokens 256 --steps 80 --batch-size 16 --learning-rate 3e-5"
-).split()
-MINING = "--rule percent --value 0.95 --negatives 3 --precision bfloat16".split()
+COMMON = settings(
+    "run.dtype=bfloat16 freeze_embeddings=true run.memory_gb=2.5 unified.negatives=2 multi_dim=128 "
+    "query_tokens=48"
+)
+RETROMAE = settings("retromae.steps=40 retromae.batch_size=16 retromae.max_tokens=256")
+CONTRASTIVE = settings("document_tokens=128 contrastive.steps=60 contrastive.batch_size=48")
+UNIFIED = settings(
+    "stages=unified document_tokens=256 unified.steps=80 unified.batch_size=16 "
+    "unified.learning_rate=3e-5"
+)
+MINING = "--rule percent --value 0.95 --negatives 3 --dtype bfloat16".split()
 
 
 # The unified stage, from the model of the stages before.
-RUNS: dict[str, tuple[str, ...]] = {"distilled": (), "plain": ("--no-self-distillation",)}
+RUNS: dict[str, tuple[str, ...]] = {
+    "distilled": (),
+    "plain": settings("unified.self_distillation=false"),
+}
 
 
 @dataclass(frozen=True)
@@ -104,20 +108,20 @@ def _train(work: Path) -> None:
     train = ("train", "bge-m3", *COMMON)
     _with_new_heads(BASE, work / "before")
     if not (work / "prepared/2-contrastive/model").exists():
-        stages = ("--stages", "retromae,contrastive", *RETROMAE, *CONTRASTIVE)
-        _tercet(*train, *dev, *pairs, *stages, "--base", BASE, "--out", str(work / "prepared"))
+        stages = (*settings("stages=retromae,contrastive"), *RETROMAE, *CONTRASTIVE)
+        _tercet(*train, *dev, *pairs, *stages, "--model", BASE, "--out", str(work / "prepared"))
     _with_new_heads(str(work / "prepared/2-contrastive/model"), work / "contrastive")
     if not (work / "first/1-contrastive/model").exists():
-        stages = ("--stages", "contrastive", "--pooling", "first", *CONTRASTIVE)
-        _tercet(*train, *dev, *pairs, *stages, "--base", BASE, "--out", str(work / "first"))
-    teacher = ("--teacher", str(work / "prepared/2-contrastive/model"))
+        stages = (*settings("stages=contrastive pooling=first"), *CONTRASTIVE)
+        _tercet(*train, *dev, *pairs, *stages, "--model", BASE, "--out", str(work / "first"))
+    teacher = ("--model", str(work / "prepared/2-contrastive/model"))
     if not (work / "mined").exists():
         kept = ("--work", str(work / "mining"), "--out", str(work / "mined"))
         _tercet("mine", *(str(path) for path in texts), *teacher, *MINING, *kept)
     mined = [part for path in texts for part in ("--data", str(work / "mined" / path.name))]
     for name, flags in RUNS.items():
         if not (work / name / "model").exists():
-            where = ("--base", teacher[1], "--out", str(work / name))
+            where = ("--model", teacher[1], "--out", str(work / name))
             _tercet(*train, *mined, *UNIFIED, *flags, *where)
 
 
@@ -136,11 +140,11 @@ def _rows(work: Path) -> Iterator[Row]:
             path = work / "scores" / measured.name / f"{name.removesuffix('.jsonl')}.json"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                how = ("--precision", "bfloat16", "--document-tokens", "512")
+                how = ("--dtype", "bfloat16", "--document-tokens", "512")
                 flags = (
                     measured.flags if "--bm25" in measured.flags else (*measured.flags, "--no-bm25")
                 )
-                asked = (str(work / measured.model), str(work / "data/test" / name))
+                asked = (str(work / "data/test" / name), "--model", str(work / measured.model))
                 _tercet("eval", *asked, *how, *flags, "--json", str(path))
             yield from _rows_of(measured, title, json.loads(path.read_text(encoding="utf-8")))
 

@@ -7,7 +7,7 @@ Example:
     >>> from pathlib import Path
     >>> from tercet import Embedder, Example, finetune, open_source, train, write_examples
     >>> write_examples("pairs.jsonl", [Example("web server", ("nginx serves files",))])
-    >>> train(finetune(base="minilm", steps=1), [open_source("pairs.jsonl")], Path("runs/mine"))
+    >>> train(finetune(model="minilm", steps=1), [open_source("pairs.jsonl")], Path("runs/mine"))
     >>> Embedder.load("runs/mine/model").encode(["a server for the web"], "query").shape
     (1, 384)
 """
@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from tercet.curate.mining.miner import Mining, mine
     from tercet.data.files.documents import Document, read_documents
+    from tercet.data.files.examples import ExampleFields
     from tercet.data.files.folders import open_sources
     from tercet.data.files.sources import open_source, write_examples
+    from tercet.data.files.texts import open_texts
     from tercet.errors import DataError, ModelError, RecipeError, TercetError
+    from tercet.evaluate.measures.by_kind import measure_kinds
     from tercet.evaluate.measures.retrieval import measure
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
     from tercet.models.embedder import Embedder
@@ -41,6 +44,7 @@ _MODULES: Final = {
     "Document": "tercet.data.files.documents",
     "Embedder": "tercet.models.embedder",
     "Example": "tercet.types",
+    "ExampleFields": "tercet.data.files.examples",
     "IndexOptions": "tercet.search.text_index",
     "Mining": "tercet.curate.mining.miner",
     "ModelError": "tercet.errors",
@@ -54,11 +58,13 @@ _MODULES: Final = {
     "index": "tercet.search.text_index",
     "llm2vec": "tercet.recipes.llm2vec",
     "measure": "tercet.evaluate.measures.retrieval",
+    "measure_kinds": "tercet.evaluate.measures.by_kind",
     "mine": "tercet.curate.mining.miner",
     "nv_embed": "tercet.recipes.nv_embed",
     "open_index": "tercet.search.text_index",
     "open_source": "tercet.data.files.sources",
     "open_sources": "tercet.data.files.folders",
+    "open_texts": "tercet.data.files.texts",
     "read_documents": "tercet.data.files.documents",
     "score_pairs": "tercet.models.pairs",
     "top_k": "tercet.rank.topk",
@@ -71,6 +77,7 @@ __all__ = [
     "Document",
     "Embedder",
     "Example",
+    "ExampleFields",
     "IndexOptions",
     "Mining",
     "ModelError",
@@ -84,11 +91,13 @@ __all__ = [
     "index",
     "llm2vec",
     "measure",
+    "measure_kinds",
     "mine",
     "nv_embed",
     "open_index",
     "open_source",
     "open_sources",
+    "open_texts",
     "read_documents",
     "score_pairs",
     "top_k",

@@ -21,7 +21,7 @@ import pytest
 import typer
 
 from tercet import metrics
-from tercet.cli.app import COMMANDS, app
+from tercet.cli.app import app
 from tercet.cli.study import app_of
 from tercet.data.files.examples import parse_example
 from tercet.data.files.sources import Source, open_source, write_examples

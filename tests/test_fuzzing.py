@@ -59,6 +59,12 @@ from tercet.vectors import Vectors
 # peft warns of what it does not know in a config, and reads the rest.
 pytestmark = pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))  # of copies of packed files
+
+
 SECONDS = 10  # for one input, on a machine that does other things
 GROWTH = 300 << 10  # KiB, of all inputs of a reader together
 TOTAL = 10_000  # inputs of the long run, of all readers

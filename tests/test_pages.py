@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.cli.app import COMMANDS, main
+from tercet.cli.app import main
 from tercet.models.zoo import zoo
 from tercet.recipes.catalog import RECIPES
 from tests.answering import completion, endpoint, written
@@ -264,7 +264,6 @@ def tiny_zoo(encoder_folder, writer_folder, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("list-models" not in COMMANDS, reason="pages are ahead of the commands")
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page, shared, made, tiny_zoo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -27,7 +27,7 @@ PARTS = {
 
 @with_numbers_of(bge_m3, "stages", "steps", "kinds", "unified_self_distillation")
 def study(
-    data: Annotated[list[Source], "Examples, of every stage; may be repeated. FILE:2 weighs."],
+    data: Annotated[list[Source], "Examples, of every stage; may be repeated."],
     test: Annotated[
         list[Path],
         "Examples, or a folder in the layout of BEIR or FlagEmbedding; may be repeated.",

@@ -34,7 +34,7 @@ SCHEDULES = {
 
 @with_numbers_of(nv_embed, "attention", "pooling", "stages", "steps", "blended_in_batch")
 def study(
-    data: Annotated[list[Source], "Examples of retrieval; may be repeated. FILE:2 weighs."],
+    data: Annotated[list[Source], "Examples of retrieval; may be repeated."],
     tasks: Annotated[list[Source], "Examples of other tasks; may be repeated."],
     test: Annotated[
         list[Path],

@@ -40,7 +40,7 @@ def study(
     ],
     data: Annotated[list[Source], "Examples with negatives to fine-tune on; may be repeated."],
     test: Annotated[list[Path], "Folder of LANG.jsonl, or such a file; may be repeated."],
-    seen: Annotated[str, "Languages of the pretraining, with commas, such as en,de."],
+    seen: Annotated[list[str], "Language of the pretraining; may be repeated."],
     reference: Annotated[
         int | None, "Step that the last is compared with; None: the first at 6 % or later."
     ] = None,
@@ -54,7 +54,7 @@ def study(
     Each checkpoint is measured as it is, and after one short fine-tuning with each of three seeds.
 
     Example: tercet study examples/studies/transfer.py --checkpoints runs/pretrained --data
-    mined.jsonl --test test/ --seen en,de,fr --out runs/transfer --queries 300
+    mined.jsonl --test test/ --seen en --seen de --out runs/transfer --queries 300
     """
     models = models_of(checkpoints)
     compared = (reference_of(list(models), reference), max(models))
@@ -70,7 +70,7 @@ def study(
             model=str(folder), stages="finetuning", finetuning_steps=finetuning_steps, **numbers
         )
         cells.append(Cell(f"{step}-fine-tuned", recipe))
-    titled = groups_of(sets, [lang.strip() for lang in seen.split(",") if lang.strip()])
+    titled = groups_of(sets, seen)
     report_of = partial(report, list(models), compared, titled)
     return Study(cells=cells, data={"mined": data}, sets=sets, report=report_of, seeds=3)
 

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from tercet.cli.help import SETTINGS, Group, show_help, single
 from tercet.errors import TercetError
-from tercet.files.console import QUIET, Notes, complain, make_encodable, results
+from tercet.files.console import COMMAND, QUIET, Notes, complain, make_encodable, results
 from tercet.files.secrets import redacted
 from tercet.files.signals import SIGNALS, listening
 
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     make_encodable()
     words = _set_loudness(sys.argv[1:] if argv is None else argv)
+    COMMAND.set(shlex.join(["tercet", *words]))
     with listening(in_command=True):
         try:
             sys.exit(app(words, prog_name="tercet", standalone_mode=False) or 0)
@@ -259,9 +260,8 @@ def _nearest_option(error: Any) -> str:
 
 def _nearest_choice(error: Any) -> str:
     """Suggest the choice that is nearest to a value that is none of them."""
-    choices = getattr(getattr(getattr(error, "param", None), "type", None), "choices", ())
-    wrong = re.search(r"'(.*?)' is not one of", str(getattr(error, "message", "")))
-    near = get_close_matches(wrong[1], [str(each) for each in choices], 1) if wrong else []
+    wrong = re.search(r"'(.*?)' is not one of (.*)", str(getattr(error, "message", "")))
+    near = get_close_matches(wrong[1], re.findall(r"'(.*?)'", wrong[2]), 1) if wrong else []
     return f"Did you mean {near[0]}?" if near else ""
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -14,10 +15,15 @@ from tercet.cli.options import (
     Figures,
     JsonOption,
     LabelFieldOption,
+    NegativeFieldOption,
+    PositiveFieldOption,
+    QueryFieldOption,
     SeedOption,
     SplitOption,
     TestDataOption,
     WorkOption,
+    fields_of,
+    local_inputs,
     out_option,
 )
 from tercet.errors import DataError, RecipeError
@@ -52,7 +58,7 @@ NegativesOption = Annotated[
 
 
 def labels(
-    file: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file of labelled texts.")],
+    file: Annotated[Path, typer.Argument(help="File of labelled texts.", callback=local_inputs)],
     task: TaskNameOption,
     instruction: InstructionOption,
     out: RowsOut,
@@ -146,7 +152,8 @@ def labels(
 
 def scores(
     file: Annotated[
-        Path, typer.Argument(help="A .jsonl or .parquet file with text1, text2 and score.")
+        Path,
+        typer.Argument(help="File with text1, text2 and score.", callback=local_inputs),
     ],
     task: TaskNameOption,
     instruction: InstructionOption,
@@ -335,17 +342,24 @@ convert = group(
 
 def decontaminate(
     file: Annotated[
-        Path, typer.Argument(help="Training rows: .jsonl, .parquet, or a folder of sources.")
+        Path,
+        typer.Argument(
+            help="Training rows: a file, or a folder of sources.", callback=local_inputs
+        ),
     ],
     test_data: Annotated[
         list[Path],
         typer.Option(
             "--test-data",
             help="Test file or folder whose texts must not be in training data. Repeat for more.",
+            callback=local_inputs,
             rich_help_panel=DATA,
         ),
     ],
     out: Annotated[Path, out_option("The rows that stay: a file, or a folder for a folder.")],
+    query_field: QueryFieldOption = None,
+    positive_field: PositiveFieldOption = None,
+    negative_field: NegativeFieldOption = None,
     threshold: ThresholdOption = 0.8,
     json: JsonOption = None,
 ) -> None:
@@ -372,10 +386,11 @@ def decontaminate(
     else:
         _checked(None, out, file, *test_data)
     index, removal = EvaluationTexts.read(test_data, threshold), Removal()
+    read = partial(shard_examples, fields=fields_of(query_field, positive_field, negative_field))
     with bar("rows", None) as advance:
 
         def rows(shards: Sequence[Any]) -> Iterator[Any]:
-            for row in cleaned(chain.from_iterable(map(shard_examples, shards)), index, removal):
+            for row in cleaned(chain.from_iterable(map(read, shards)), index, removal):
                 advance()
                 yield row
 
@@ -397,11 +412,16 @@ def decontaminate(
 def _cleaned_files(source: Path, out: Path) -> list[tuple[Path, list[Any]]]:
     """Return each file to write, with the shards whose rows go into it."""
     from tercet.data.files.folders import find_groups
+    from tercet.files.forms import rows_name
 
     shards = [shard for group in find_groups(source) for shard in group.shards]
     if not source.is_dir() or out.suffix:
         return [(out, shards)]
-    return [(out / shard.path.relative_to(source), [shard]) for shard in shards]
+    places = (shard.path.relative_to(source).parent for shard in shards)
+    return [
+        (out / place / rows_name(shard.path), [shard])
+        for place, shard in zip(places, shards, strict=True)
+    ]
 
 
 def _checked(json: Path | None, out: Path, *inputs: Path | None) -> Figures:

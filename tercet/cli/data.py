@@ -18,19 +18,26 @@ from tercet.cli.options import (
     DtypeOption,
     Figures,
     JsonOption,
+    NegativeFieldOption,
     PlotOption,
+    PositiveFieldOption,
+    QueryFieldOption,
     QueryTokensOption,
     RunnerChoice,
     SeedOption,
     TestDataOption,
     WorkersChoice,
     WorkOption,
+    fields_of,
+    local_inputs,
     model_option,
     opened,
     out_option,
     require_package,
     shown_progress,
 )
+from tercet.data.files.beir import is_judged_folder
+from tercet.data.files.examples import USUAL_FIELDS
 from tercet.data.files.texts import text_key
 from tercet.data.report import (
     CheckOptions,
@@ -51,6 +58,7 @@ _COUNTS: Final = ("with_negatives", "distinct_queries", "distinct_documents", "d
 
 _RANKS, _RULES = "Ranks", "Rules without a model"  # panels
 _SHOWN: Final = 3  # names in a note
+_SHOWN_FILES: Final = 20
 
 
 def demo(
@@ -78,7 +86,11 @@ def demo(
 def check(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="DATA", help="Files of examples or texts, or folders of them."),
+        typer.Argument(
+            metavar="DATA",
+            help="Files of examples, folders of them or of BEIR, or -.",
+            callback=local_inputs,
+        ),
     ],
     test_data: TestDataOption = None,
     batch_size: Annotated[
@@ -88,6 +100,9 @@ def check(
     model: Annotated[
         str | None, model_option("Count the tokens of this model's tokenizer, on a sample.")
     ] = None,
+    query_field: QueryFieldOption = None,
+    positive_field: PositiveFieldOption = None,
+    negative_field: NegativeFieldOption = None,
     query_tokens: QueryTokensOption = None,
     document_tokens: DocumentTokensOption = None,
     json: JsonOption = None,
@@ -109,6 +124,7 @@ def check(
         tokens=None if model is None else _token_counter(model),
         query_tokens=query_tokens,
         document_tokens=document_tokens,
+        fields=fields_of(query_field, positive_field, negative_field) or USUAL_FIELDS,
         against={name: keys for each in test_data or () for name, keys in _keys(each).items()},
     )
     with shown_progress(f"read {files[0].name}") as progress:
@@ -148,7 +164,7 @@ def _keys(path: Path) -> dict[str, set[int]]:
     from tercet.curate.convert.decontaminate import evaluation_texts
 
     sets = [path]
-    if path.is_dir() and not (path / "corpus.jsonl").is_file():
+    if path.is_dir() and not is_judged_folder(path):
         sets = sorted(each for each in path.iterdir() if not each.name.startswith("."))
         if not sets:
             raise RecipeError(f"{path}: holds no evaluation set; name a file or a folder of BEIR")
@@ -162,6 +178,18 @@ def _show(report: DataReport, total: SourceReport, options: CheckOptions, out: F
         counts = [f"{each.rows:,}", f"{each.share:.1%}", f"{each.batches:,}", duplicates]
         mixture.add_row(each.source, each.lang or "-", *counts)
     out.print(mixture)
+    files = columns("file", "format", "rows", "taken for", "not read")
+    for each in report.files[:_SHOWN_FILES]:
+        taken = ", ".join(
+            field if field == column else f"{field}: {column}"
+            for field, column in each.columns.items()
+        )
+        form = f"{each.format}, {each.encoding}" if each.encoding else each.format
+        name = Path(each.path).name
+        files.add_row(name, form, f"{each.rows:,}", taken, ", ".join(each.unread) or "-")
+    out.print(files)
+    if (more := len(report.files) - _SHOWN_FILES) > 0:
+        out.print(f"and {more:,} more files")
     counts = {
         "examples": total.rows,
         **{name.replace("_", " "): getattr(total, name) for name in _COUNTS},
@@ -209,7 +237,8 @@ def _draw(path: Path, reports: Sequence[SourceReport]) -> None:
 
 def filter_pairs(
     files: Annotated[
-        list[Path], typer.Argument(help="Examples: .jsonl, .parquet, or folders of them.")
+        list[Path],
+        typer.Argument(help="Files of examples, or folders of them.", callback=local_inputs),
     ],
     *,
     model: Annotated[str, model_option("Model that ranks: zoo name, folder or hub id.")] = (
@@ -273,6 +302,9 @@ def filter_pairs(
     letters: Annotated[
         float, typer.Option(help="Minimum share of letters in a text.", rich_help_panel=_RULES)
     ] = 0.3,
+    query_field: QueryFieldOption = None,
+    positive_field: PositiveFieldOption = None,
+    negative_field: NegativeFieldOption = None,
     query_tokens: QueryTokensOption = None,
     document_tokens: DocumentTokensOption = None,
     seed: SeedOption = 0,
@@ -340,10 +372,11 @@ def filter_pairs(
     check_files([*files, model], json=shown.file, plot=plot)
     check_output(out, [*files, model], FILTERED)
     with sole_writer(out):
-        settings = settings_of(files, judge, filtering)
+        fields = fields_of(query_field, positive_field, negative_field)
+        settings = settings_of(files, judge, filtering, fields)
         reports = finished(out, settings)
         if reports is None:
-            sources = [source for file in files for source in opened(file)]
+            sources = [source for file in files for source in opened(file, fields=fields)]
             folders = FilterFolders(out=out, work=work, keep_vectors=keep_vectors)
             reports = filter_sources(sources, judge, filtering, folders, runner=where)
             write_report(out, reports)

@@ -30,6 +30,7 @@ from tercet.cli.options import (
     in_order,
     kind_option,
     load,
+    local_inputs,
     out_option,
 )
 from tercet.errors import RecipeError
@@ -49,7 +50,9 @@ _ARRAYS: Final = (".npy", ".npz")
 def encode(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Texts: .txt (one a line), .jsonl or .parquet; or folders of them."),
+        typer.Argument(
+            help="Files of texts (.txt has one a line), or folders of them.", callback=local_inputs
+        ),
     ],
     model: ModelOption,
     out: Annotated[

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,43 +25,45 @@ from tercet.cli.options import (
     KindOption,
     KindWeightOption,
     ModelOption,
+    NegativeFieldOption,
     PoolOption,
+    PositiveFieldOption,
+    QueryFieldOption,
     QueryTokensOption,
     SeedOption,
     SplitOption,
     StoreAsOption,
     WidthsOption,
     changed_weights,
-    has_package,
+    fields_of,
     in_order,
     known_models,
     load,
+    local_inputs,
     out_option,
-    plain,
     require_package,
 )
 from tercet.errors import RecipeError
-from tercet.files.artifacts import write_json
-from tercet.files.console import columns, say
+from tercet.files.console import COMMAND, columns, say
 from tercet.files.outputs import check_files, check_output, mark
 
 if TYPE_CHECKING:
+    from tercet.data.files.examples import ExampleFields
     from tercet.evaluate.measures.retention import Retained
     from tercet.evaluate.report.intervals import Interval
     from tercet.evaluate.suites.averages import Averages
     from tercet.evaluate.suites.by_language import SetScores
     from tercet.evaluate.suites.comparison import LanguageComparison
-
-_PICTURE: Final = "languages.png"  # in the folder of --out
-_SIZES: Final = "sizes.png"
+    from tercet.evaluate.suites.pages import ReportPlace
 
 
 def evaluate(
     data: Annotated[
         Path | None,
         typer.Argument(
-            help="Examples, pairs of texts with a score, or labelled texts (.jsonl, .parquet), a "
-            "folder in the layout of BEIR or FlagEmbedding, or a folder of such sets."
+            help="File of examples, pairs of texts with a score, or labelled texts, a folder in "
+            "the layout of BEIR or FlagEmbedding, or a folder of such sets.",
+            callback=local_inputs,
         ),
     ] = None,
     *,
@@ -73,9 +75,7 @@ def evaluate(
     ] = True,
     out: Annotated[
         Path | None,
-        out_option(
-            "Folder for scores, pictures and report; sets that are measured there are kept."
-        ),
+        out_option("Folder for scores, pictures and report; measured sets are kept there."),
     ] = None,
     json: JsonOption = None,
     split: SplitOption = None,
@@ -102,6 +102,9 @@ def evaluate(
             rich_help_panel=DATA,
         ),
     ] = None,
+    query_field: QueryFieldOption = None,
+    positive_field: PositiveFieldOption = None,
+    negative_field: NegativeFieldOption = None,
     kind: KindOption = None,
     kind_weight: KindWeightOption = None,
     protocol: Annotated[
@@ -192,6 +195,11 @@ def evaluate(
         compare,
         compare_by_language,
     )
+    from tercet.evaluate.suites.pages import (
+        write_language_report,
+        write_set_report,
+        write_tasks_report,
+    )
     from tercet.evaluate.suites.suite import open_set
 
     if task is not None and not prompts:
@@ -215,28 +223,36 @@ def evaluate(
         "protocol": protocol,
         "per-label": per_label,
     }
+    of_fields = {
+        "query-field": query_field,
+        "positive-field": positive_field,
+        "negative-field": negative_field,
+    }
+    fields = fields_of(query_field, positive_field, negative_field)
     of_sizes = {"factor": factor, "metric": metric}
     if compressed:
         of_others = {**of_one_set, "seen": seen, "mteb": mteb, "store-as": codes}
         _refuse_ignored("--compressed", {**of_others, "compare-with": compare_with})
         if data is None or sets_in(data):
             raise RecipeError(f"--compressed needs a single set; {data} is a folder of sets")
-        record = _measure_sizes(
-            *(load_model, model, data, task, split),
+        _measure_sizes(
+            *(load_model, model, data, fields, task, split),
             *(dims, metric or "ndcg@10", factor, prompts),
             *(seed, shown, out),
         )
-        _finish(record, shown, out)
         return
     _refuse_ignored("an evaluation without --compressed", of_sizes)
     width = _one(dims)
     if data is None or mteb:
-        of_data = {**of_one_set, "seen": seen, "out": out, "task": task, "split": split}
-        _refuse_ignored("--mteb", {**of_data, "store-as": codes})
-        _measure_tasks(names, mteb or (), load_model, dims=width, prompts=prompts, shown=shown)
+        of_data = {**of_one_set, "seen": seen, "task": task, "split": split}
+        _refuse_ignored("--mteb", {**of_data, "store-as": codes, **of_fields})
+        record = _measure_tasks(
+            names, mteb or (), load_model, dims=width, prompts=prompts, shown=shown
+        )
+        _report(out, "tasks of mteb", partial(write_tasks_report, record=record))
         return
     if locations := sets_in(data):
-        _refuse_ignored("a folder of sets", of_one_set)
+        _refuse_ignored("a folder of sets", {**of_one_set, **of_fields})
     else:
         _refuse_ignored("a single set", {"seen": seen})
     options = ComparisonOptions(
@@ -256,26 +272,28 @@ def evaluate(
     if locations:
         found = compare_by_language(names, load_model, locations, options)
         _show_languages(found, shown)
-        _draw_languages(out, found)
+        write = partial(write_language_report, found=found)
     else:
-        examined = open_set(data, split=split, per_label=per_label, seed=seed)
+        examined = open_set(data, split=split, fields=fields, per_label=per_label, seed=seed)
         if examined.category in ("Classification", "Clustering"):
             require_package("sklearn", f"{examined.category.lower()} of texts", "probe")
         found = compare(names, load_model, examined, options)
         shown.print(found.size)
         _show_figures(found.metrics, found.figures, found.differences, found.title, shown)
-    _finish(found.record(data), shown, out)
+        write = partial(write_set_report, found=found)
+    shown.write(found.record(data))
+    _report(out, data, write)
 
 
-def _finish(record: Mapping[str, Any], shown: Figures, out: Path | None) -> None:
-    """Write the figures where they are wanted."""
-    from tercet.evaluate.suites.comparison import EVALUATION, SCORES
+def _report(out: Path | None, data: Path | str, write: "Callable[[ReportPlace], Path]") -> None:
+    """Write the report of an evaluation into the folder of --out, if any, and say where it is."""
+    if out is None:
+        return
+    from tercet.evaluate.suites.comparison import EVALUATION
+    from tercet.evaluate.suites.pages import ReportPlace
 
-    shown.write(record)
-    if out is not None:
-        mark(out, EVALUATION)
-        write_json(out / SCORES, record, default=plain)
-        say(f"figures and pictures are in {out}")  # the report is written here
+    mark(out, EVALUATION)
+    say(f"report: {write(ReportPlace(out, data, COMMAND.get(), say))}")
 
 
 def _one(dims: list[int] | None) -> int | None:
@@ -381,31 +399,6 @@ def _bias_row(each: "SetScores", lang: str | None, seed: int) -> list[str]:
     return [*row, *figures, f"{found.same:.3f}", f"{found.chance:.3f}", found.bias.signed()]
 
 
-def _draw_languages(out: Path | None, found: "LanguageComparison") -> None:
-    """Draw the means by language into the folder of --out."""
-    if out is None or not found.axes or not _can_draw():
-        return
-    from tercet.evaluate.report.figures import dots, drawing, write_png
-
-    panels = {
-        label: {
-            lang: {name: each.languages[lang] for name, each in axis.figures.items()}
-            for lang in next(iter(axis.figures.values())).languages
-        }
-        for label, axis in found.axes.items()
-    }
-    with drawing():
-        write_png(out / _PICTURE, dots(panels, y="nDCG@10", baselines=found.others))
-
-
-def _can_draw() -> bool:
-    """Whether pictures can be drawn; say what is missing if not."""
-    if has_package("matplotlib"):
-        return True
-    say("pictures are left out: they need an extra package: pip install 'tercet[plot]'")
-    return False
-
-
 def _measure_tasks(
     names: Sequence[str],
     tasks: Sequence[str],
@@ -414,7 +407,7 @@ def _measure_tasks(
     dims: int | None,
     prompts: bool,
     shown: Figures,
-) -> None:
+) -> dict[str, Any]:
     from tercet.evaluate.measures.prompts import drop_prompts
     from tercet.evaluate.measures.retrieval import conditions, versions
     from tercet.evaluate.suites.mteb import as_mteb, named_tasks, run_tasks
@@ -443,6 +436,7 @@ def _measure_tasks(
         shown.print(table)
     if shown.as_json:
         shown.write(record)
+    return record
 
 
 # ---- small vectors -------------------------------------------------------------------------------
@@ -452,6 +446,7 @@ def _measure_sizes(
     load_model: Callable[[str], Any],
     model: str,
     data: Path,
+    fields: "ExampleFields | None",
     task: str | None,
     split: str | None,
     dims: list[int] | None,
@@ -461,26 +456,27 @@ def _measure_sizes(
     seed: int,
     shown: Figures,
     out: Path | None,
-) -> dict[str, Any]:
-    """Measure every way to store the vectors of documents, show it and return the figures.
+) -> None:
+    """Measure every way to store the vectors of documents, and show it.
 
     Texts are encoded once. The ways are compared with all coordinates in float32 on the same
     queries.
     """
     from tercet.evaluate.measures.prompts import drop_prompts, known_task, task_names
     from tercet.evaluate.measures.retention import chosen_dims, retention
-    from tercet.evaluate.measures.retrieval import depth_of
+    from tercet.evaluate.measures.retrieval import conditions, depth_of
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
+    from tercet.evaluate.suites.pages import sizes_record, write_sizes_report
     from tercet.rank.coded import FACTOR
 
     depth_of(metric)  # raises for an unknown metric before the work
-    examined = RetrievalSet.from_path(data, split)
+    examined = RetrievalSet.from_path(data, split, fields)
     embedder = load_model(model)
     if not prompts:
         drop_prompts(embedder)
     if task is not None:
         embedder.settings.prompt("query", task)  # raises for an unknown task
-    names = task_names(data, examples=not data.is_dir())
+    names = task_names(data, examples=not data.is_dir(), fields=fields)
     found = retention(
         embedder,
         examined,
@@ -498,21 +494,10 @@ def _measure_sizes(
             "documents of this set, never from its queries; save some with the model: "
             "tercet tune codes"
         )
-    if out is not None and _can_draw():
-        _draw_sizes(out / _SIZES, found, metric, seed)
-    rows = [
-        {
-            "dims": each.dims,
-            "stored": each.stored,
-            "bytes": each.bytes,
-            "limit": each.limit,
-            "learned_here": each.learned,
-            metric: each.result.interval(metric, seed=seed),
-            "minus_first": each.minus(found[0], metric, seed),
-        }
-        for each in found
-    ]
-    return {"data": str(data), "model": str(model), "metric": metric, "rows": rows}
+    about = {"model": str(model), "metric": metric, "seed": seed}
+    shown.write(sizes_record(found, data=data, **about))
+    facts = conditions(embedder)
+    _report(out, data, partial(write_sizes_report, found=found, conditions=facts, **about))
 
 
 def _show_sizes(found: "Sequence[Retained]", metric: str, seed: int, shown: Figures) -> None:
@@ -525,15 +510,3 @@ def _show_sizes(found: "Sequence[Retained]", metric: str, seed: int, shown: Figu
         share = f"{value.mean / best:.1%}" if best else ""
         table.add_row(str(each.dims), each.stored, f"{each.bytes:,}", str(value), loss, share)
     shown.print(table)
-
-
-def _draw_sizes(path: Path, found: "Sequence[Retained]", metric: str, seed: int) -> None:
-    from tercet.evaluate.report.figures import CurvePoint, curves, drawing, write_png
-
-    lines: dict[str, list[CurvePoint]] = {}
-    for each in found:
-        value = each.result.interval(metric, seed=seed)
-        point = CurvePoint(float(each.bytes), value, str(each.dims))
-        lines.setdefault(each.stored, []).append(point)
-    with drawing():
-        write_png(path, curves(lines, x="bytes a vector", y=metric))

@@ -21,6 +21,7 @@ from tercet.cli.options import (
     SeedOption,
     known_models,
     load,
+    local_inputs,
     out_option,
     require_package,
 )
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
 def diagnose(
     texts: Annotated[
         Path | None,
-        typer.Argument(help="Texts: .txt, .jsonl or .parquet. Default: texts of the package."),
+        typer.Argument(
+            help="File of texts (.txt has one a line). Default: texts of the package.",
+            callback=local_inputs,
+        ),
     ] = None,
     *,
     model: ModelOption,

@@ -17,17 +17,23 @@ from tercet.cli.options import (
     Figures,
     JsonOption,
     KindWeightOption,
+    NegativeFieldOption,
+    PositiveFieldOption,
+    QueryFieldOption,
     RunnerChoice,
     SeedOption,
     TextFieldOption,
     WorkersChoice,
     WorkOption,
     changed_weights,
+    fields_of,
     load,
+    local_inputs,
     model_option,
     opened,
     out_option,
 )
+from tercet.data.files.beir import is_judged_folder
 from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
 from tercet.files.console import columns, say
@@ -41,7 +47,12 @@ _MANY: Final = 0.5  # of the candidates dropped as too close: worth a note
 
 
 def mine(
-    files: Annotated[list[Path], typer.Argument(help="Examples: .jsonl, .parquet or folders.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files of examples, folders of them or of BEIR.", callback=local_inputs
+        ),
+    ],
     model: Annotated[
         str | None,
         model_option("Model that scores: zoo name, folder or hub id. --by bm25 needs none."),
@@ -52,8 +63,15 @@ def mine(
     json: JsonOption = None,
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(help="File of more documents. Repeat for more.", rich_help_panel=DATA),
+        typer.Option(
+            help="File of more documents. Repeat for more.",
+            callback=local_inputs,
+            rich_help_panel=DATA,
+        ),
     ] = None,
+    query_field: QueryFieldOption = None,
+    positive_field: PositiveFieldOption = None,
+    negative_field: NegativeFieldOption = None,
     text_field: TextFieldOption = "text",
     by: Annotated[
         Literal["dense", "sparse", "multi", "hybrid", "bm25"],
@@ -142,10 +160,11 @@ def mine(
 ) -> None:
     """Find hard negatives: documents near to a query that do not answer it.
 
-    Documents are those of all files and of --corpus. Of those nearest to a query, the ones that are
-    known to answer it are left out, and so are those that the rule rejects; the others become its
-    negatives, with the model's scores where these are cosines (by dense or multi). By bm25 no model
-    is needed; with a model, its tokens are the words. The same command continues a killed run.
+    Documents are those of all files, of --corpus, and the corpora of folders of BEIR. Of those
+    nearest to a query, the ones that are known to answer it are left out, and so are those that
+    the rule rejects; the others become its negatives, with the model's scores where these are
+    cosines (by dense or multi). By bm25 no model is needed; with a model, its tokens are the words.
+    The same command continues a killed run.
 
     Examples:
         tercet mine pairs.jsonl --model minilm --out mined.jsonl
@@ -189,8 +208,10 @@ def mine(
     check_files(given, json=shown.file)
     if out is not None:
         check_output(out, given, None if out.suffix else MINED)
-    sources = [source for file in files for source in opened(file)]
-    more = {"documents": _DocumentTexts(corpus or [], text_field), "work": work}
+    fields = fields_of(query_field, positive_field, negative_field)
+    sources = [source for file in files for source in opened(file, fields=fields)]
+    documents = [*(corpus or ()), *(file for file in files if is_judged_folder(file))]
+    more = {"documents": _DocumentTexts(documents, text_field), "work": work}
     loaded = None
     if model is not None:
         loaded = partial(load, model, dtype, device=device, batch_tokens=batch_tokens)

@@ -28,6 +28,7 @@ from tercet.cli.options import (
     WidthsOption,
     in_order,
     load,
+    local_inputs,
     model_names,
     model_option,
     out_option,
@@ -219,7 +220,9 @@ def codes(
     texts: Annotated[
         Path,
         typer.Argument(
-            metavar="DOCS", help="Documents like those searched (.txt, .jsonl, .parquet)."
+            metavar="DOCS",
+            help="File of documents like those searched (.txt has one a line).",
+            callback=local_inputs,
         ),
     ],
     model: ModelOption,
@@ -291,7 +294,8 @@ def weights(
     dev: Annotated[
         Path,
         typer.Argument(
-            help="Examples (.jsonl, .parquet), or a folder in the layout of BEIR or FlagEmbedding."
+            help="File of examples, or a folder in the layout of BEIR or FlagEmbedding.",
+            callback=local_inputs,
         ),
     ],
     model: Annotated[str, model_option("Folder of a model with several kinds of vectors.")],

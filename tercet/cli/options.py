@@ -17,6 +17,7 @@ from tercet.files.records import meant
 from tercet.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
+    from tercet.data.files.examples import ExampleFields
     from tercet.data.files.scan import RecordFormat, ReportProgress
     from tercet.data.files.sources import Source
 
@@ -47,6 +48,25 @@ def model_names(incomplete: str) -> list[str]:
         inside = sorted(parent.iterdir()) if incomplete else []
         found += [f"{each}/" for each in inside if each.name.startswith(name) and each.is_dir()]
     return found
+
+
+def local_inputs(context: typer.Context, given: Any) -> Any:
+    """Return the files that paths of one parameter name, with copies for ``-`` and ``hf://``.
+
+    Raises:
+        RecipeError: if ``-`` is given twice, also by two parameters.
+    """
+    paths = given if isinstance(given, list | tuple) else [given]
+    names = [str(path) for path in paths if path is not None]
+    if context.resilient_parsing or not any(it == "-" or it.startswith("hf:/") for it in names):
+        return given
+    from tercet.data.files.inputs import STDIN, local_path
+
+    context.meta[STDIN] = context.meta.get(STDIN, 0) + names.count(STDIN)
+    if context.meta[STDIN] > 1:
+        raise RecipeError('"-" is given twice, but standard input can be read only once')
+    found = [None if path is None else local_path(path) for path in paths]
+    return found if isinstance(given, list | tuple) else found[0]
 
 
 def model_option(text: str, *flags: str) -> Any:
@@ -210,6 +230,7 @@ TestDataOption = Annotated[
     typer.Option(
         "--test-data",
         help="Test file or folder whose texts must not be in training data. Repeat for more.",
+        callback=local_inputs,
         rich_help_panel=DATA,
     ),
 ]
@@ -217,7 +238,7 @@ SplitOption = Annotated[
     str | None,
     typer.Option(
         "--split",
-        help='Split to read: of a folder of BEIR, or the field "split" of records.',
+        help='Split of a folder of BEIR, or "split" of records.',
         rich_help_panel=DATA,
     ),
 ]
@@ -235,8 +256,8 @@ TitleFieldOption = Annotated[str, field_option("title", "the title")]
 IdFieldOption = Annotated[str, field_option("id", "the id")]
 LabelFieldOption = Annotated[str, field_option("label", "the label")]
 QueryFieldOption = Annotated[str | None, field_option("query", "the query")]
-PositiveFieldOption = Annotated[str | None, field_option("positive", "the positive document")]
-NegativeFieldOption = Annotated[str | None, field_option("negative", "the negative documents")]
+PositiveFieldOption = Annotated[str | None, field_option("positive", "the positives")]
+NegativeFieldOption = Annotated[str | None, field_option("negative", "the negatives")]
 WorkOption = Annotated[
     Path,
     typer.Option(
@@ -422,8 +443,23 @@ def require_package(name: str, what: str, extra: str) -> None:
         raise MissingExtraError(what, extra)
 
 
+def fields_of(
+    query: str | None, positive: str | None, negative: str | None
+) -> "ExampleFields | None":
+    """Return the names of fields that --query-field and the like give; None if there are none."""
+    from tercet.data.files.examples import ExampleFields
+
+    given = {"query": query, "positives": positive, "negatives": negative}
+    named = {name: field for name, field in given.items() if field is not None}
+    return ExampleFields(**named) if named else None
+
+
 def opened(
-    path: Path, *, weight: float = 1.0, record_format: "RecordFormat | None" = None
+    path: Path,
+    *,
+    weight: float = 1.0,
+    fields: "ExampleFields | None" = None,
+    record_format: "RecordFormat | None" = None,
 ) -> "list[Source]":
     """Open the sources of a file or a folder, with a progress bar; None reads examples.
 
@@ -431,22 +467,11 @@ def opened(
         DataError: at the first invalid record.
     """
     from tercet.data.files.folders import open_sources
-    from tercet.data.files.scan import EXAMPLE_FORMAT
+    from tercet.data.files.scan import example_format
 
-    record_format = record_format or EXAMPLE_FORMAT
+    record_format = record_format or example_format(fields)
     with shown_progress(f"read {path.name}") as progress:
         return open_sources(path, weight=weight, progress=progress, record_format=record_format)
-
-
-def weighted(path: Path) -> tuple[Path, float]:
-    """Split ``pairs.jsonl:0.5`` into the file and its weight; without one the weight is 1."""
-    name, colon, weight = str(path).rpartition(":")
-    if not colon:
-        return path, 1.0
-    try:
-        return Path(name), float(weight)
-    except ValueError:
-        return path, 1.0
 
 
 def numbers_of(

@@ -31,6 +31,7 @@ from tercet.cli.options import (
     changed_weights,
     in_order,
     load,
+    local_inputs,
     out_option,
     require_package,
     where,
@@ -51,7 +52,8 @@ _Condition: TypeAlias = tuple[str, str, list[Any]]  # a field, what it should be
 
 def index(
     file: Annotated[
-        Path | None, typer.Argument(help="Documents: .jsonl, .parquet or .txt (one a line).")
+        Path | None,
+        typer.Argument(help="File of documents (.txt has one a line).", callback=local_inputs),
     ] = None,
     *,
     model: MaybeModelOption = None,

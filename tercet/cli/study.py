@@ -5,17 +5,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, get_args
 
 import typer
 
-from tercet.cli.options import opened, weighted
+from tercet.cli.help import SETTINGS, Command
+from tercet.cli.options import (
+    DATA,
+    MACHINE,
+    OUTPUT,
+    DeviceOption,
+    DtypeOption,
+    numbers_of,
+    opened,
+    out_option,
+)
 from tercet.data.files.scan import EXAMPLE_FORMAT
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.console import columns, results, say
 from tercet.files.outputs import check_output, mark
 
+_STUDY, _CELLS = "Study", "Cells"  # panels
 _FLAG_TYPES: Final[Mapping[Any, Any]] = {
     list[Source]: list[Path],
     list[Source] | None: list[Path] | None,
@@ -57,6 +68,7 @@ def app_of(file: Path) -> typer.Typer:
         if gets_out:
             mark(flags["out"], STUDY)
         values = {name: _opened(own[name], value) for name, value in given.items()}
+        _weigh(values, numbers_of(flags.pop("weight"), "weight", float))
         if gets_out:
             values["out"] = flags["out"]
         changed = {n: v for n, v in given.items() if v != own[n].default and not _is_path(v)}
@@ -64,12 +76,12 @@ def app_of(file: Path) -> typer.Typer:
         _run(function(**values), facts, **flags)
 
     _, _, *common = inspect.signature(_run).parameters.values()
-    flags = [_as_flag(each) for each in (*own.values(), *common)]
+    flags = [*map(_as_flag, own.values()), *common]
     command.__signature__ = inspect.Signature(flags)  # pyright: ignore
     command.__annotations__ = {flag.name: flag.annotation for flag in flags}
     command.__doc__ = function.__doc__
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(command)
+    app = typer.Typer(**SETTINGS)
+    app.command(cls=Command)(command)
     return app
 
 
@@ -77,16 +89,50 @@ def _run(
     study: Any,
     facts: Mapping[str, Any],
     *,
-    out: Annotated[Path, "Folder for cells, tables and pictures."],
+    out: Annotated[Path, out_option("Folder for cells, tables and pictures.")],
     only: Annotated[
-        list[str] | None, "Run these cells alone; * is any letters; repeatable."
+        list[str] | None,
+        typer.Option(
+            help="Run only these cells; * is any letters. Repeat for more.", rich_help_panel=_CELLS
+        ),
     ] = None,
-    without: Annotated[list[str] | None, "Leave these cells out; may be repeated."] = None,
-    seeds: Annotated[int | None, "Runs of each recipe, with seeds 0, 1, 2, ..."] = None,
-    precision: Annotated[Literal["float32", "bfloat16"], "Of matrix products."] = "float32",
-    device: Annotated[str | None, "None: a GPU if there is one."] = None,
-    memory_gb: Annotated[float | None, "For activations; None: half of what is free."] = None,
-    keep_models: Annotated[bool, "Do not delete models once measured."] = False,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave these cells out. Repeat for more.", rich_help_panel=_CELLS),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs of each recipe, with seeds 0, 1, 2, ... Default: the study's.",
+            rich_help_panel=_CELLS,
+        ),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBER",
+            help="How often an epoch uses the examples of a source, such as news=2. Repeat for "
+            "more.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory for activations in GB. Default: half of the free memory.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    keep_models: Annotated[
+        bool,
+        typer.Option(
+            "--keep-models",
+            help="Do not delete models after they were measured.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
 ) -> None:
     from tercet.studies.cells import run_study
     from tercet.studies.tables import write_results
@@ -94,10 +140,10 @@ def _run(
 
     if seeds is not None:
         study = replace(study, seeds=seeds)
-    run = Run(dtype=precision, device=device, memory_gb=memory_gb)
+    run = Run(dtype=dtype, device=device, memory_gb=memory_gb)
     cells = {"only": only or (), "without": without or ()}
     found = run_study(study, out, run, **cells, keep_models=keep_models, say=say)
-    facts = {**facts, "seeds": study.seeds, "precision": precision}
+    facts = {**facts, "seeds": study.seeds, "dtype": dtype}
     for table in write_results(out, found, study.report(found), facts):
         results().print(f"\n{table.title}")
         header, *rows = table.rows
@@ -122,28 +168,37 @@ def _function_of(file: Path) -> Callable[..., Any]:
 def _as_flag(parameter: inspect.Parameter) -> inspect.Parameter:
     """Return a parameter of typer for one such as ``steps: Annotated[int, "help"] = 1``."""
     kind, text, *_ = get_args(parameter.annotation)
-    flag = Annotated[_FLAG_TYPES.get(kind, kind), typer.Option(help=text)]
+    flag = Annotated[_FLAG_TYPES.get(kind, kind), typer.Option(help=text, rich_help_panel=_STUDY)]
     return parameter.replace(annotation=flag, kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 def _opened(parameter: inspect.Parameter, value: Any) -> Any:
-    """Return the sources of files, each with the weight behind its name; other values as given."""
+    """Return the sources of files; other values as given."""
     kind, _, *formats = get_args(parameter.annotation)
     if kind not in _FLAG_TYPES or value is None:
         return value
     record_format = formats[0] if formats else EXAMPLE_FORMAT
-    named = map(weighted, value)
-    return [
-        each
-        for path, weight in named
-        for each in opened(path, weight=weight, record_format=record_format)
-    ]
+    return [each for path in value for each in opened(path, record_format=record_format)]
+
+
+def _weigh(values: dict[str, Any], weights: Mapping[str, float]) -> None:
+    """Weigh the sources among some values by their names."""
+    from tercet.data.batches.mixture import names_some, refuse_unknown, weighed
+
+    lists = {name: value for name, value in values.items() if _are_sources(value)}
+    refuse_unknown(list(weights), [source for some in lists.values() for source in some])
+    for name, some in lists.items():
+        values[name] = weighed(some, {n: w for n, w in weights.items() if names_some(n, some)}, {})
+
+
+def _are_sources(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Source)
 
 
 def _paths_in(flags: Mapping[str, Any]) -> list[Path]:
-    """Return the files that flags name, without their weights."""
+    """Return the files that flags name."""
     lists = [value if isinstance(value, list) else [value] for value in flags.values()]
-    return [weighted(each)[0] for some in lists for each in some if isinstance(each, Path)]
+    return [each for some in lists for each in some if isinstance(each, Path)]
 
 
 def _is_path(value: Any) -> bool:

@@ -21,6 +21,7 @@ from tercet.cli.options import (
     WorkOption,
     checked_device,
     load,
+    local_inputs,
     model_names,
     model_option,
     out_option,
@@ -39,7 +40,10 @@ _SHOWN_FAILURES = 5
 
 
 def synthesize(
-    file: Annotated[Path, typer.Argument(help="Documents: .jsonl, .parquet or .txt.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="File of documents (.txt has one a line).", callback=local_inputs),
+    ],
     model: Annotated[
         str, model_option("Model that writes: a causal language model; with --url its name there.")
     ],

@@ -1,6 +1,7 @@
 """The command ``train``: a recipe, its data, and the settings that differ from the defaults."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -9,7 +10,12 @@ import typer
 from tercet.cli.options import (
     DATA,
     MACHINE,
+    NegativeFieldOption,
+    PositiveFieldOption,
+    QueryFieldOption,
     TextFieldOption,
+    fields_of,
+    local_inputs,
     model_option,
     numbers_of,
     opened,
@@ -22,6 +28,7 @@ from tercet.files.records import meant
 from tercet.recipes.catalog import RECIPES, DataFormat, RecipeEntry, recipe_named
 
 if TYPE_CHECKING:
+    from tercet.data.files.examples import ExampleFields
     from tercet.data.files.sources import Source
     from tercet.recipes.settings import Setting, Training
     from tercet.training.recipe import Recipe
@@ -57,6 +64,7 @@ def train(
         Path | None,
         typer.Option(
             help="Examples to measure on while training; the best weights are kept.",
+            callback=local_inputs,
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -77,6 +85,9 @@ def train(
             rich_help_panel=DATA,
         ),
     ] = None,
+    query_field: QueryFieldOption = None,
+    positive_field: PositiveFieldOption = None,
+    negative_field: NegativeFieldOption = None,
     text_field: TextFieldOption = "text",
     model: Annotated[
         str | None,
@@ -176,10 +187,12 @@ def train(
         check_output(out, [*named, dev], RUN)
     weights, counts = numbers_of(weight, "weight", float), numbers_of(count, "count", int)
 
-    def sources(made: "Recipe") -> "dict[str, list[Source]]":
-        return _weighed(stage_data(made, entry, files, text_field), weights, counts)
+    fields = fields_of(query_field, positive_field, negative_field)
 
-    _run(chosen, sources, out, dev, only_plan=plan)
+    def sources(made: "Recipe") -> "dict[str, list[Source]]":
+        return _weighed(stage_data(made, entry, files, text_field, fields), weights, counts)
+
+    _run(chosen, sources, out, dev and partial(_score, dev, fields), only_plan=plan)
 
 
 # ---- settings --------------------------------------------------------------------------------
@@ -256,6 +269,10 @@ def shown(value: Any) -> str:
 
 def _files(given: Sequence[str], entry: RecipeEntry) -> Files:
     """Return the files of each stage, from words such as ``unified=mined.jsonl``."""
+    from tercet.data.files.inputs import STDIN, local_path
+
+    if sum(word.rpartition("=")[2] == STDIN for word in given) > 1:
+        raise RecipeError("--data - is given twice, but standard input can be read only once")
     found: dict[str, list[Path]] = {}
     for word in given:
         stage, equals, file = word.partition("=")
@@ -266,12 +283,16 @@ def _files(given: Sequence[str], entry: RecipeEntry) -> Files:
                 f"--data {word}: there is no stage {stage!r}{meant(stage, entry.stages)}, and no "
                 f"such file; the stages are {', '.join(entry.stages)}"
             )
-        found.setdefault(stage, []).append(Path(file))
+        found.setdefault(stage, []).append(local_path(file))
     return found
 
 
 def stage_data(
-    recipe: "Recipe", entry: RecipeEntry, files: Files, text_field: str
+    recipe: "Recipe",
+    entry: RecipeEntry,
+    files: Files,
+    text_field: str,
+    fields: "ExampleFields | None" = None,
 ) -> "dict[str, list[Source]]":
     """Return the sources of each stage, opened; a file that several stages read is opened once."""
     known: dict[tuple[Path, DataFormat], list[Source]] = {}
@@ -293,7 +314,7 @@ def stage_data(
         used |= {path for path, _ in taken}
         for path, kind in taken:
             if (path, kind) not in known:
-                known[path, kind] = _opened(path, kind, text_field)
+                known[path, kind] = _opened(path, kind, text_field, fields)
         found[stage.data] = [source for key in taken for source in known[key]]
     for stage, paths in files.items():
         if idle := [path for path in paths if path not in used]:
@@ -306,13 +327,14 @@ def stage_data(
     return found
 
 
-def _opened(path: Path, kind: DataFormat, text_field: str) -> "list[Source]":
-    from tercet.data.files.scan import EXAMPLE_FORMAT
+def _opened(
+    path: Path, kind: DataFormat, text_field: str, fields: "ExampleFields | None"
+) -> "list[Source]":
+    from tercet.data.files.scan import example_format
     from tercet.data.files.texts import text_format
 
-    return opened(
-        path, record_format=text_format(text_field) if kind == "texts" else EXAMPLE_FORMAT
-    )
+    record_format = text_format(text_field) if kind == "texts" else example_format(fields)
+    return opened(path, record_format=record_format)
 
 
 def _weighed(
@@ -341,7 +363,7 @@ def _run(
     training: "Training",
     data: "Callable[[Recipe], dict[str, list[Source]]]",
     out: Path | None,
-    dev: Path | None,
+    dev: Callable[[], Callable[[Any], Any]] | None,
     *,
     only_plan: bool,
 ) -> None:
@@ -353,7 +375,7 @@ def _run(
     try:
         training.run.find_device()  # raises before data are read
         sources = data(training.recipe)
-        score = None if dev is None else _score(dev)
+        score = None if dev is None else dev()
         if only_plan:
             lines = lines_of(forecast(training.recipe, sources, run=training.run))
             if distributed.is_main():
@@ -369,10 +391,10 @@ def _run(
         distributed.stop()
 
 
-def _score(dev: Path) -> Callable[[Any], Any]:
+def _score(dev: Path, fields: "ExampleFields | None") -> Callable[[Any], Any]:
     from tercet.evaluate.measures.by_kind import dev_score
     from tercet.evaluate.measures.prompts import task_names
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
 
-    task = task_names(dev, examples=True)[0]
-    return dev_score(RetrievalSet.from_examples(dev), task)
+    task = task_names(dev, examples=True, fields=fields)[0]
+    return dev_score(RetrievalSet.from_examples(dev, fields=fields), task)

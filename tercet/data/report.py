@@ -183,7 +183,9 @@ class _Columns:
     def __init__(self, fields: ExampleFields) -> None:
         self.taken: dict[str, dict[str, None]] = {}
         self.unread: dict[str, None] = {}
-        self._fields = [FieldNames.of(names) for names in fields.columns]
+        of_fields = [FieldNames.of(names) for names in fields.columns]
+        usual = [FieldNames.of(names).names[0] for names in USUAL_FIELDS.columns]
+        self._fields = dict(zip(usual, of_fields, strict=True))
         self._seen: set[tuple[str, ...]] = set()
 
     def add(self, names: Iterable[str]) -> None:
@@ -193,7 +195,7 @@ class _Columns:
             return
         if len(self._seen) < MAX_SEEN:
             self._seen.add(keys)
-        read = {group.names[0]: group.among(keys) for group in self._fields}
+        read = {name: group.among(keys) for name, group in self._fields.items()}
         for field_name, columns in read.items():
             if columns:
                 self.taken.setdefault(field_name, {}).update(dict.fromkeys(columns))

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import IO, Any, Final
 
 from rich.console import Console
@@ -17,6 +18,9 @@ CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 QUIET: Final = "TERCET_QUIET"  # the environment variable that ``--quiet`` sets
+COMMAND: Final = ContextVar("command", default="")
+"""The command that runs, as it was given, for reports; empty if there is none."""
+
 CLOSED: Final = 141  # a shell's status of a program that writes to a pipe without a reader
 
 

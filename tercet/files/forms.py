@@ -74,7 +74,9 @@ class FileForm:
 def known_form(path: Path) -> FileForm | None:
     """Return the format that the name of a file says; None if it says none that is read."""
     bare, compression = _unpacked_name(path.name.lower())
-    kind = next((it for it in TEXTS if bare.endswith(f".{it}") and bare != f".{it}"), None)
+    kind: FormKind | None = next(
+        (it for it in TEXTS if bare.endswith(f".{it}") and bare != f".{it}"), None
+    )
     if kind is None or (kind == "parquet" and compression is not None):
         return None
     return FileForm(kind, compression)
@@ -101,6 +103,14 @@ def is_of(path: Path, kinds: Sequence[FormKind]) -> bool:
 def bare_name(path: Path) -> str:
     """Return the name of a file without its endings: ``pairs`` for ``pairs.jsonl.gz``."""
     return Path(_unpacked_name(path.name)[0]).stem if known_form(path) is not None else path.stem
+
+
+def rows_name(path: Path) -> str:
+    """Return the name of a file of examples that are made from those of a file or folder."""
+    form = known_form(path)
+    if path.is_dir():
+        return f"{path.resolve().name}.jsonl"
+    return path.name if form is None or form.is_seekable else f"{bare_name(path)}.jsonl"
 
 
 def listed(kinds: Sequence[FormKind], last: str = "or") -> str:

@@ -396,9 +396,10 @@ def _table_records(path: Path, form: FileForm, needs: Sequence[FieldNames]) -> I
                 continue
             problem = lines.problem
             if problem is None and len(cells) != len(header):
+                found = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
                 problem = (
-                    f"has {len(cells)} cells, but the first line names {len(header)} columns; put "
-                    f"quotation marks around a text that holds a {_MARKS[mark]}"
+                    f"has {found}, but the first line names {len(header)} columns; put quotation "
+                    f"marks around a text that holds a {_MARKS[mark]}"
                 )
             value = {name: cell for name, cell in zip(header, cells, strict=False) if name and cell}
             content = json.dumps(value, ensure_ascii=False).encode()

@@ -207,11 +207,14 @@ def _results(compared: _Comparison) -> list[Html]:
 
 
 def _scores(before: Measured, after: Measured) -> Html:
+    every = np.concatenate([x for one in (before, after) for x in (one.positives, one.negatives)])
+    reach = (float(every.min()), float(every.max()))
     charts = (
         histogram(
             {"relevant": each.positives.tolist(), "other": each.negatives.tolist()},
             name=f"scores {when} training",
             x=f"score {when} training",
+            reach=reach,
         )
         for when, each in (("before", before), ("after", after))
     )

@@ -202,7 +202,7 @@ def _stage_facts(stage: Mapping[str, Any], ended: Mapping[str, Any]) -> dict[str
     )
     shown = {"objective": objective}
     if ended:
-        shown["steps"] = f"{ended['steps']:,} of up to {ended['batch_size']:,} rows"
+        shown["steps"] = f"{ended['steps']:,} steps of up to {ended['batch_size']:,} rows"
         shown["tokens"] = f"{ended['tokens']:,} in {_duration(ended['seconds'])}"
         if ended["seconds"]:
             shown["speed"] = f"{ended['tokens'] / ended['seconds']:,.0f} tokens per second"

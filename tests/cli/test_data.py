@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -76,3 +79,54 @@ def test_check_of_a_folder_collects_the_errors_of_all_shards(tercet, sources):
 def test_check_refuses_limits_without_a_model(refused, sources):
     said = refused("check", sources, "--query-tokens", "9")
     assert said.startswith("tokens are counted with a model's tokenizer; name one with --model")
+
+
+def test_check_shows_what_columns_were_taken_for_and_names_of_columns_can_be_given(
+    tercet, refused, tmp_path
+):
+    path = tmp_path / "pairs.csv"
+    path.write_text("title,context,answer,negatvies\na,b,c,d\n")
+    assert '"query"; rename one of its columns to it, or name it with --query-field' in refused(
+        "check", path
+    )
+    named = ("--query-field", "title", "--positive-field", "answer")
+    done = tercet("check", path, *named)
+    shown = " ".join(done.out.split())
+    assert "pairs.csv CSV, UTF-8 1 query: title, positives: answer context, negatvies" in shown
+    said = '1 record has a field "negatvies", which is ignored; did you mean "negatives"?'
+    assert said in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["check", "mine", "decontaminate"])
+def test_standard_input_is_data_but_only_once(verb, tmp_path):
+    rows = b'{"q": "apple tree", "positive": "a tree with apples"}\n' * 2
+    rows += b'{"q": "web server", "positive": "serves files"}\n'
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"query": "apple tree", "positive": "other", "text": "cats"}\n')
+    out = tmp_path / "out.jsonl"
+    words = {
+        "check": ["check", "-", "--test-data"],
+        "mine": ["mine", "-", "--by", "bm25", "--out", out, "--work", tmp_path, "--corpus"],
+        "decontaminate": ["decontaminate", "-", "--out", out, "--test-data"],
+    }[verb]
+    named = ["--query-field", "q"]
+
+    def run(*more):
+        return subprocess.run(
+            [sys.executable, "-m", "tercet", *map(str, [*words, *more, *named])],
+            input=rows,
+            capture_output=True,
+            check=False,
+            env={**os.environ, "TERCET_CACHE": str(tmp_path / "cache")},
+        )
+
+    once = run(test)
+    assert once.returncode == 0, once.stderr
+    twice = run("-")
+    assert b'"-" is given twice, but standard input can be read only once' in twice.stderr
+    assert twice.returncode == 2
+    if verb == "decontaminate":
+        assert [json.loads(line)["query"] for line in out.read_text().splitlines()] == [
+            "web server"
+        ]

@@ -28,6 +28,7 @@ from tercet.evaluate.suites.mteb import TaskScore
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
 from tests.cli.lines import cells, write
+from tests.evaluate.report.pages import assert_self_contained, text_of
 from tests.toy import SENTENCES
 
 
@@ -773,3 +774,33 @@ def test_a_task_takes_the_place_of_data(refused, encoder_folder, files):
     assert said == "give either data to measure on, or --mteb with a task"
     said = refused("eval", "--model", encoder_folder, "--mteb", "SciFact", "--store-as", "int4")
     assert said == "--store-as does not apply to --mteb; remove it"
+
+
+def reported(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert_self_contained(page)
+    return text_of(page)
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ((), ("Evaluation of", "results.png")),
+        (("--compressed", "--dims", 32), ("Compressed vectors of", "sizes.png")),
+    ],
+    ids=["a set", "compressed"],
+)
+def test_an_evaluation_leaves_a_report_with_the_command_that_repeats_it(
+    tercet, files, encoder_folder, tmp_path, more, shown
+):
+    out, data = tmp_path / "evaluation", files / "pairs.jsonl"
+    words = ("eval", data, "--model", encoder_folder, "--out", out, *more)
+    ended = tercet(*words)
+    assert ended.status == 0, ended.err
+    assert f"report: {out}/report.html" in ended.err
+    text, (title, picture) = reported(out), shown
+    assert f"{title} {encoder_folder} on pairs.jsonl" in text
+    assert f"tercet eval {data} --model {encoder_folder} --out {out}" in text
+    names = {path.name for path in out.iterdir() if path.name[0] != "."}
+    assert names == {"report.html", "scores.json", picture}
+    assert tercet(*words).status == 0  # its own files may be replaced

@@ -81,7 +81,7 @@ def test_another_number_weight_or_base_is_refused_with_what_to_do(folder, monkey
     refuse_to_train(monkeypatch)
     printed = run_in(folder, "out", learning_rate=2e-3, status=2)
     assert "warm: was run with another recipe; give another --out, or delete that" in printed
-    assert "another data" in run_in(folder, "out", data="pairs.jsonl:2", status=2)
+    assert "another data" in run_in(folder, "out", weight="pairs=2", status=2)
     weights = folder / "base/model.safetensors"
     before = weights.read_bytes()
     try:

@@ -1,4 +1,7 @@
+import csv
+import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError, StorageError, TrainingError
 from tercet.files.atomic import sole_writer
 from tercet.models.embedder import Embedder
@@ -76,6 +80,29 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     assert same_bits(whole, resumed)
     logs = [read(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+
+
+def test_a_run_on_a_packed_table_goes_on_after_a_kill_also_without_its_copy(
+    data, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / f"{data.name}.csv.gz"
+    with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["question", "positive", "negative_1"])
+        for each in data.examples(range(len(data))):
+            table.writerow([each.query, *each.positives, *each.negatives])
+    assert open_source(path).examples([3, 0]) == data.examples([3, 0])
+    whole = weights(train(recipe, [data], tmp_path / "whole", run=QUIET))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Killed):
+            train(recipe, [open_source(path)], tmp_path / "killed", run=QUIET)
+    shutil.rmtree(tmp_path / "cache/unpacked")
+    resumed = weights(train(recipe, [open_source(path)], tmp_path / "killed", run=QUIET))
+    logs = [read(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
+    assert [r["step"] for r in logs[1]] == [r["step"] for r in logs[0]]
+    assert same_bits(whole, resumed)
 
 
 def test_the_same_holds_for_the_best_weights_on_a_dev_set(data, recipe, tmp_path, monkeypatch):

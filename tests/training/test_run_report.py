@@ -35,7 +35,7 @@ def test_a_training_leaves_a_page_about_itself(data, recipe, tmp_path):
         f"Training: finetune from {recipe.model.base}",
         "in one stage on 48 rows of one source, with the seed 0.",
         "Dev set: 0.5000 before training, 0.5000 at best, after step 0 of 6; its weights were",
-        "6 of up to 8 rows",
+        "6 steps of up to 8 rows",
         "tokens per second",
         "about 16 documents for each query",
         "pairs - 48 48 100.0%",
@@ -60,7 +60,7 @@ def test_each_stage_has_its_curves(data, recipe, tmp_path):
     assert f"Stage 1: {stage.name}" in text_of(page)
     assert "Stage 2: second" in text_of(page)
     assert [name.split(":")[0] for name in spoken(page)].count("loss") == 2
-    assert "3 of up to 8 rows" in text_of(page)
+    assert "3 steps of up to 8 rows" in text_of(page)
 
 
 def test_a_killed_run_that_goes_on_has_the_whole_curve(data, recipe, tmp_path, monkeypatch):

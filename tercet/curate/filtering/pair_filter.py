@@ -28,6 +28,7 @@ from tercet.curate.filtering.pair_rules import RANK, RULES
 from tercet.curate.filtering.screen import ScreenedPairs, ScreenJob, screen_sources
 from tercet.curate.jobs.job import UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
+from tercet.data.files.examples import ExampleFields
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.files.artifacts import json_text, write_json
@@ -152,7 +153,9 @@ def _add(report: dict[str, Any], of_shard: UnitReport) -> None:
 # ---- the output folder ---------------------------------------------------------------------------
 
 
-def settings_of(paths: Sequence[Path], judge: Judge, filtering: Filtering) -> dict[str, Any]:
+def settings_of(
+    paths: Sequence[Path], judge: Judge, filtering: Filtering, fields: ExampleFields | None = None
+) -> dict[str, Any]:
     """Return all that the output depends on; files by name, size and time, which is quick."""
     is_name = zoo.find(judge.model) is not None or not Path(judge.model).exists()
     kept = {name: it for name, it in asdict(judge).items() if name not in _SPEED_ONLY}
@@ -161,6 +164,8 @@ def settings_of(paths: Sequence[Path], judge: Judge, filtering: Filtering) -> di
         "judge": {**kept, "files": [] if is_name else _file_stamps(Path(judge.model))},
         "filtering": asdict(filtering),
     }
+    if fields is not None:
+        settings["fields"] = asdict(fields)
     return json.loads(json_text(settings))  # as it will be read: tuples have become lists
 
 

@@ -24,7 +24,7 @@ from tercet.curate.mining.rules import ABSENT, REASONS, MiningRule
 from tercet.data.files.sources import Source, write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import by_tokens_of, by_words
-from tercet.files.forms import bare_name, known_form
+from tercet.files.forms import rows_name
 from tercet.files.outputs import FolderKind, check_output, mark
 from tercet.files.progress import Bars, bar
 from tercet.files.records import known_suffix
@@ -398,7 +398,7 @@ def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[So
         known_suffix(out)
         outputs = [(out, list(sources))]
     else:
-        outputs = [(out / _mined_name(path), group) for path, group in _by_path(sources)]
+        outputs = [(out / rows_name(path), group) for path, group in _by_path(sources)]
     paths = [path.resolve() for path, _ in outputs]
     if len(set(paths)) < len(paths):
         raise RecipeError(
@@ -406,14 +406,6 @@ def outputs_of(out: Path, sources: Sequence[Source]) -> list[tuple[Path, list[So
             "all of them, such as mined.jsonl"
         )
     return outputs
-
-
-def _mined_name(path: Path) -> str:
-    """Return the name of the file of what is mined for a file or folder."""
-    if path.is_dir():
-        return f"{path.name}.jsonl"
-    form = known_form(path)
-    return f"{bare_name(path)}.jsonl" if form is not None and not form.is_seekable else path.name
 
 
 def _by_path(sources: Sequence[Source]) -> list[tuple[Path, list[Source]]]:

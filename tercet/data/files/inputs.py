@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from tercet.errors import DataError, RecipeError, StorageError
+from tercet.errors import DataError, StorageError
 from tercet.files.artifacts import fingerprint, fingerprint_of_ends
 from tercet.files.atomic import clear_about, replacing_file
 from tercet.files.checksums import damage, seal
@@ -49,18 +49,6 @@ def local_path(path: Path | str) -> Path:
         if text.startswith(HUB)
         else Path(path)
     )
-
-
-def local_paths(paths: Iterable[Path | str]) -> list[Path]:
-    """Return :func:`local_path` of each, of which at most one may be standard input.
-
-    Raises:
-        RecipeError: if two are.
-    """
-    found = list(paths)
-    if sum(str(path) == STDIN for path in found) > 1:
-        raise RecipeError('"-" is given twice, but standard input can be read only once')
-    return [local_path(path) for path in found]
 
 
 @cache

@@ -42,13 +42,23 @@ def open_texts(
     weight: float | int = 1.0,
     blank_lines: bool = False,
 ) -> Source:
-    """Check a file of texts, and make them readable by row.
+    """Check a file of texts, and make them readable by row, for stages that read texts.
 
-    Each text is an example: its query and its one positive. Blank lines of a .txt file are texts
-    only with ``blank_lines``.
+    Each text is an example: its query and its one positive.
+
+    Args:
+        path: a file of texts, one a line (.txt), or of records (.jsonl, .csv, .tsv, .parquet).
+        field: the column with the text.
+        name: the source's name; None takes the file's.
+        weight: how often an epoch uses each text.
+        blank_lines: take blank lines of a .txt file as texts.
 
     Raises:
         DataError: at the first record without a text, naming the line.
+
+    Examples:
+        >>> len(open_texts("texts.txt"))
+        3
     """
     return open_source(
         path, name=name, weight=weight, record_format=text_format(field, blank=blank_lines)

@@ -200,7 +200,7 @@ def diagnosis_section(found: Mapping[str, Diagnosis], *, seed: int = 0) -> Secti
         "The effect of the words that follow",
         [
             *(paragraph(_map_summary(name, each)) for name, each in found.items() if each.maps),
-            interval_table("model", prefix_table(found, seed=seed)),
+            interval_table("model", prefix_table(found, seed=seed), over="triples"),
             *drawings,
         ],
     )

@@ -251,11 +251,26 @@ def measure_kinds(  # noqa: PLR0913 (independent choices, each with a default)
     """Encode both sides, and measure every kind of vectors and every sum of their scores.
 
     Documents are encoded block by block, so that their token vectors are never in memory together.
-    ``weights`` default to those that the model was tuned to for the task, or its usual ones;
-    ``protocol`` to *exact*, unless comparing all tokens takes very long.
+
+    Args:
+        embedder: the model.
+        data: queries, documents and judgements.
+        task: the task whose prompts are used; None takes the model's default prompts.
+        kinds: the kinds to measure; None takes all that the model makes.
+        weights: those of the sums; None takes those tuned for the task, or the model's usual ones.
+        protocol: how documents are searched; None takes *exact*, unless comparing all tokens takes
+            very long.
+        dims: number of leading coordinates of dense vectors to compare; None compares all.
+        names: metrics; None takes those of the set.
+        progress: show a progress bar.
 
     Raises:
         RecipeError: if the model has no prompts for the task, or does not make a kind.
+
+    Examples:
+        >>> found = measure_kinds(embedder, RetrievalSet.from_path("test.jsonl"))
+        >>> found.results[found.total].mean("ndcg@10")
+        0.871
     """
     warn_unprompted(embedder.settings, "query", task)
     weights = weights or weights_for(embedder.settings, (task or data.name, data.name))

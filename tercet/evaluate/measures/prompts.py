@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from tercet.data.files.examples import ExampleFields
 from tercet.data.files.sources import iter_examples
 from tercet.errors import RecipeError
 from tercet.files.console import shortened
@@ -26,12 +27,14 @@ log = logging.getLogger("tercet")
 _SHOWN = 5  # prompts that a warning quotes
 
 
-def task_names(data: Path, *, examples: bool = False) -> tuple[str, ...]:
+def task_names(
+    data: Path, *, examples: bool = False, fields: ExampleFields | None = None
+) -> tuple[str, ...]:
     """Return names under which a model may know the task of evaluation data, the best one first.
 
     For ``examples`` that is the task that all of its records name, then the name of the path.
     """
-    named = {example.task for example in iter_examples(data)} if examples else set()
+    named = {example.task for example in iter_examples(data, fields=fields)} if examples else set()
     return (*(named if len(named) == 1 else ()), bare_name(data))
 
 

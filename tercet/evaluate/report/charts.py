@@ -83,9 +83,15 @@ def line_chart(  # noqa: PLR0913 (independent choices, each with a default)
     )
 
 
-def histogram(samples: Mapping[str, Numbers], *, name: str, x: str, bins: int = 40) -> Html:
-    """Draw how values of several samples are distributed, each in percent of its own number."""
-    everything = np.concatenate([np.asarray(each, np.float64) for each in samples.values()])
+def histogram(
+    samples: Mapping[str, Numbers], *, name: str, x: str, bins: int = 40, reach: Numbers = ()
+) -> Html:
+    """Draw how values of several samples are distributed, each in percent of its own number.
+
+    The axis includes the values of ``reach``, so that two histograms can have the same one.
+    """
+    parts = [np.asarray(each, np.float64) for each in (*samples.values(), reach)]
+    everything = np.concatenate(parts)
     everything = everything[np.isfinite(everything)]
     low, high = (everything.min(), everything.max()) if len(everything) else (0.0, 1.0)
     if high - low < 1e-3:

@@ -35,6 +35,7 @@ GREYS: Final = ("#6B747D", "#A3ABB3", "#43494F", "#C6CCD1")  # of baselines
 _MARKS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")  # tell systems apart without colours
 _POSITIVE, _NEGATIVE, _CURVE = "#0072B2", "#E69F00", "#0072B2"
 _INK, GRID, _EDGE = "#222222", "#DDDDDD", "#888888"
+_OF_PAGE: Final = {_INK: "ink", GRID: "line", _EDGE: "other", COLOURS[0]: "own"}
 _WIDTH: Final = 7.2  # inches of every figure; the page scales it
 _DPI: Final = 200  # of a PNG
 _TITLE_CHARACTERS: Final = 75  # that fit across a figure
@@ -507,8 +508,8 @@ def as_svg(figure: "Figure", name: str) -> Html:
     # Ids such as axes_1 would be repeated in every drawing; nothing refers to them.
     drawing = re.sub(r' id="([A-Za-z0-9.]+_\d+|image[0-9a-f]+)"', "", drawing)
     drawing = re.sub(r' (width|height)="[\d.]+pt"', "", drawing, count=2)
-    for colour, of_page in ((_INK, "var(--ink)"), (GRID, "var(--line)"), (_EDGE, "var(--other)")):
-        drawing = drawing.replace(colour.lower(), of_page)
+    for colour, of_page in _OF_PAGE.items():
+        drawing = drawing.replace(colour.lower(), f"var(--{of_page})")
     return Html(drawing.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1))
 
 

@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 
 from tercet.data.files.beir import read_folder
+from tercet.data.files.examples import ExampleFields
 from tercet.data.files.inputs import local_path
 from tercet.data.files.languages import named_pair
 from tercet.data.files.sources import iter_examples
@@ -43,7 +44,9 @@ class RetrievalSet:
         object.__setattr__(self, "own_rows", np.array(rows, np.int64) if same else None)
 
     @classmethod
-    def from_path(cls, path: Path | str, split: str | None = None) -> "RetrievalSet":
+    def from_path(
+        cls, path: Path | str, split: str | None = None, fields: ExampleFields | None = None
+    ) -> "RetrievalSet":
         """Return the set of a file of examples, or of a folder of BEIR or FlagEmbedding.
 
         Raises:
@@ -55,11 +58,15 @@ class RetrievalSet:
             return cls.from_folder(path, split)
         if split is not None:
             raise RecipeError(f"{path}: --split applies to folders only; remove it for a file")
-        return cls.from_examples(path)
+        return cls.from_examples(path, fields=fields)
 
     @classmethod
     def from_examples(
-        cls, source: Path | str | Iterable[Example], name: str | None = None
+        cls,
+        source: Path | str | Iterable[Example],
+        name: str | None = None,
+        *,
+        fields: ExampleFields | None = None,
     ) -> "RetrievalSet":
         """Build a set from training examples: positives are relevant, all texts are searched.
 
@@ -73,7 +80,7 @@ class RetrievalSet:
             DataError: at the first record that is not an example, naming file and line.
         """
         from_file = isinstance(source, Path | str)
-        examples = iter_examples(source) if from_file else source
+        examples = iter_examples(source, fields=fields) if from_file else source
         documents: dict[str, int] = {}
         relevant: dict[str, dict[int, int]] = {}
         query_langs: list[str] = []

@@ -38,7 +38,7 @@ from tercet.models.embedder import Embedder
 from tercet.rank.quantized import Stored
 
 SCORES: Final = "scores.json"  # in the folder of an evaluation
-_OURS: Final = ("*.npz", SCORES, "languages.png", "sizes.png", "report.html")
+_OURS: Final = ("*.npz", "*.png", SCORES, "report.html")
 EVALUATION: Final = FolderKind(
     "an evaluation",
     own=_OURS,

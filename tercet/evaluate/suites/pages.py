@@ -36,7 +36,12 @@ from tercet.evaluate.report.page import (
 )
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.evaluate.suites.averages import Averages
-from tercet.evaluate.suites.comparison import LanguageComparison, SetComparison, main_scores
+from tercet.evaluate.suites.comparison import (
+    SCORES,
+    LanguageComparison,
+    SetComparison,
+    main_scores,
+)
 from tercet.evaluate.suites.suite import MAIN, Result
 from tercet.files.artifacts import write_json
 from tercet.files.secrets import redacted
@@ -45,7 +50,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT: Final = "report.html"
-FIGURES: Final = "results.json"
 EXAMPLES: Final = 5  # queries that gained and lost most
 _HERE: Final = "here"  # by the measured model
 _CHARACTERS: Final = 280  # of a text in an example
@@ -66,7 +70,7 @@ class ReportPlace:
 
 
 def write_set_report(place: ReportPlace, found: SetComparison) -> Path:
-    """Write the page about one set, its figures as ``results.json``, and ``results.png``.
+    """Write the page about one set, its figures as ``scores.json``, and ``results.png``.
 
     Raises:
         StorageError: if the disk refuses.
@@ -211,26 +215,28 @@ def write_sizes_report(
             Section("How to repeat it", _repeat(place.command)),
         ],
     )
-    record = {
-        "data": str(place.data),
-        "model": model,
-        "metric": metric,
-        "versions": versions(),
-        "rows": [
-            {
-                "dims": each.dims,
-                "stored": each.stored,
-                "bytes": each.bytes,
-                "limit": each.limit,
-                "learned_here": each.learned,
-                metric: values[each.name],
-                "minus_first": each.minus(found[0], metric, seed),
-            }
-            for each in found
-        ],
-    }
+    record = sizes_record(found, data=place.data, model=model, metric=metric, seed=seed)
     pictures = {"sizes": lambda: sizes_figure(found, metric, seed)}
     return _written(place, page, record, pictures)
+
+
+def sizes_record(
+    found: Sequence[Retained], *, data: Path | str, model: str, metric: str, seed: int = 0
+) -> dict[str, Any]:
+    """Return the figures of vectors that are stored in several ways, for a JSON file."""
+    rows = [
+        {
+            "dims": each.dims,
+            "stored": each.stored,
+            "bytes": each.bytes,
+            "limit": each.limit,
+            "learned_here": each.learned,
+            metric: each.result.interval(metric, seed=seed),
+            "minus_first": each.minus(found[0], metric, seed),
+        }
+        for each in found
+    ]
+    return {"data": str(data), "model": model, "metric": metric, "rows": rows}
 
 
 def write_tasks_report(place: ReportPlace, record: Mapping[str, Any]) -> Path:
@@ -283,7 +289,7 @@ def _written(
     record: Mapping[str, Any],
     pictures: Mapping[str, Callable[[], "Figure"]],
 ) -> Path:
-    write_json(place.out / FIGURES, record, default=asdict)
+    write_json(place.out / SCORES, record, default=asdict)
     path = place.out / REPORT
     write_page(path, page)
     try:

@@ -13,6 +13,8 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, runtime_ch
 
 import numpy as np
 
+from tercet.data.files.examples import ExampleFields
+from tercet.data.files.inputs import local_path
 from tercet.data.files.similarity import SimilaritySet
 from tercet.errors import RecipeError
 from tercet.evaluate.measures import labels, sts
@@ -111,20 +113,21 @@ def open_set(
     path: Path | str,
     *,
     split: str | None = None,
+    fields: ExampleFields | None = None,
     per_label: int | None = None,
     seed: int = 0,
 ) -> EvaluationSet:
     """Open the set in a file (examples, scored pairs, labelled texts) or a folder like BEIR's.
 
-    ``split`` is that of a folder. ``per_label`` limits the train texts of each label; ``seed``
-    selects them.
+    ``split`` is that of a folder, and ``fields`` are those of a file, which holds examples then.
+    ``per_label`` limits the train texts of each label; ``seed`` selects them.
 
     Raises:
         DataError: if it cannot be read.
         RecipeError: if a split of a file is requested.
     """
-    path = Path(path)
-    found = format_of(path)
+    path = local_path(path)
+    found = "examples" if fields is not None and path.is_file() else format_of(path)
     if found == "retrieval folder" or split is not None:
         data = RetrievalSet.from_path(path, split)
     elif found == "scored pairs":
@@ -134,8 +137,9 @@ def open_set(
         if isinstance(data, ClassificationSet):
             data = data.sampled(per_label, seed=seed)
     else:
-        data = RetrievalSet.from_examples(path)
-    return as_evaluation_set(data, task_names(path, examples=found == "examples"))
+        data = RetrievalSet.from_examples(path, fields=fields)
+    names = task_names(path, examples=found == "examples", fields=fields)
+    return as_evaluation_set(data, names)
 
 
 def open_judged_set(path: Path | str) -> EvaluationSet:

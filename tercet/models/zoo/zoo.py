@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -26,6 +27,7 @@ from tercet.models.zoo.loaders import Loaded, load_gemma, load_gguf, load_me5, n
 LoadModel: TypeAlias = Callable[[Path], Loaded]  # called with an empty folder for temporary files
 Notify: TypeAlias = Callable[[str], None]
 
+_NEAR: Final = 0.8  # of 1: how alike two names are if one is a slip of the other
 HUB_ID: Final = r"\w[\w.-]*(/\w[\w.-]*)?"  # "model" or "owner/model"
 CONVERSION: Final = 1  # part of a cached folder's name: raise it when a conversion changes
 
@@ -134,7 +136,8 @@ def resolve(name: str | Path, report: Notify = _silent) -> Path | str:
     called with one line when a conversion makes the caller wait.
 
     Raises:
-        ModelError: if the model is not installed, missing, incomplete or damaged.
+        ModelError: if the model is not installed, missing, incomplete or damaged, or if ``name`` is
+            nearly that of a zoo model, which no hub is asked about.
         MissingExtraError: if a GGUF file has to be converted and ``gguf`` is not installed.
     """
     model = find(str(name))
@@ -150,6 +153,8 @@ def resolve(name: str | Path, report: Notify = _silent) -> Path | str:
     if isinstance(name, Path) or path.suffix == ".gguf" or not re.fullmatch(HUB_ID, name):
         zoo = ", ".join(known.name for known in MODELS)
         raise ModelError(f"{name}: no such folder or file; check the path, or use one of: {zoo}")
+    if near := get_close_matches(name, [known.name for known in MODELS], 1, cutoff=_NEAR):
+        raise ModelError(f'there is no model "{name}"; did you mean {near[0]}?')
     return name
 
 

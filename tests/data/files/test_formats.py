@@ -149,7 +149,7 @@ def test_a_table_names_the_first_line_of_a_bad_row_also_after_line_breaks_in_cel
     rows = [["query", "positive"], ["a", "b\nc\nd"], ["e", "f"], ["g"]]
     path.write_text("\n\n".join(mark.join(f'"{c}"' for c in row) for row in rows))
     assert problem(open_source, path).startswith(
-        ":9: has 1 cells, but the first line names 2 columns; put quotation marks around a text "
+        ":9: has 1 cell, but the first line names 2 columns; put quotation marks around a text "
     )
     path.write_text(f"query{mark}positive\na{mark}b\n{mark}c\n")
     assert problem(open_source, path).startswith(':3: "query" is missing')

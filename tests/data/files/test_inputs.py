@@ -16,9 +16,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tercet.data.files import inputs
 from tercet.data.files.documents import read_documents
 from tercet.data.files.folders import open_sources
-from tercet.data.files.inputs import local_path, local_paths
+from tercet.data.files.inputs import local_path
 from tercet.data.files.sources import open_source
-from tercet.errors import DataError, RecipeError, StorageError
+from tercet.errors import DataError, StorageError
 from tercet.types import Example
 
 LINES = b'{"query": "a", "positives": ["b"]}\n{"query": "c", "positives": ["d"]}\n'
@@ -77,11 +77,6 @@ def test_a_terminal_is_no_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", terminal)
     with pytest.raises(DataError, match="-: standard input is the terminal; write"):
         local_path("-")
-
-
-def test_standard_input_can_be_given_once_only():
-    with pytest.raises(RecipeError, match='"-" is given twice'):
-        local_paths(["-", "a.jsonl", "-"])
 
 
 class Hub(MemoryFileSystem):

@@ -83,6 +83,15 @@ def test_a_histogram_is_in_percent_of_each_sample():
     assert heights[2] == heights[3] == pytest.approx(0.1 * tallest, abs=1)
 
 
+def test_two_histograms_can_have_one_axis():
+    both = [
+        histogram({"a": values}, name="n", x="score", reach=(0.0, 10.0))
+        for values in ([1.0, 2.0], [8.0, 9.0])
+    ]
+    ticks = [re.findall(r'middle">([^<]*)<', chart) for chart in both]
+    assert ticks[0] == ticks[1] == ["0", "2", "4", "6", "8", "10"]
+
+
 @pytest.mark.parametrize("samples", [{"a": [], "b": []}, {"a": [1.0, 1.0]}, {"a": [NAN]}])
 def test_a_histogram_of_little_is_drawn(samples):
     assert spoken(histogram(samples, name="n", x="score"))

@@ -1,9 +1,12 @@
 import logging
 import sys
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 
 from tercet.errors import MissingExtraError
 from tercet.evaluate.report.figures import (
@@ -28,13 +31,8 @@ VALUE = Interval(0.5, 0.4, 0.6, 10)
 LONG = "/home/someone/projects/search/runs/a-very-long-name-of-a-run/3-supervised/model"
 
 
-def colours_of(figure):
-    """The colour of each system in the legend, by its name."""
-    (legend,) = figure.legends
-    return {
-        text.get_text(): matplotlib.colors.to_hex(handle.lines[0].get_color()).upper()
-        for text, handle in zip(legend.texts, legend.legend_handles, strict=True)
-    }
+def hexadecimal(colours):
+    return [to_hex(colour).upper() for colour in colours]
 
 
 def test_the_users_model_is_strong_and_baselines_are_grey():
@@ -43,19 +41,15 @@ def test_the_users_model_is_strong_and_baselines_are_grey():
         figure = dots({"monolingual": rows}, baselines=["base", "BM25"])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.texts] == ["mine", "base", "BM25"]
-    drawn = [
-        matplotlib.colors.to_hex(lines.lines[0].get_color()).upper()
-        for lines in figure.axes[0].containers
-    ]
+    lines: list[Any] = list(figure.axes[0].containers)
+    drawn = hexadecimal(each.lines[0].get_color() for each in lines)
     assert drawn[::-1] == [COLOURS[0], *GREYS[:2]]  # the first is drawn last, on top
 
 
 def test_bars_of_baselines_are_grey_wherever_they_stand():
     with drawing():
         figure = bars({"BM25": {"ndcg@10": VALUE}, "mine": {"ndcg@10": VALUE}}, baselines=["BM25"])
-    drawn = [
-        matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in figure.axes[0].patches
-    ]
+    drawn = hexadecimal(bar.get_facecolor() for bar in figure.axes[0].patches)
     assert drawn == [GREYS[0], COLOURS[0]]
 
 
@@ -64,6 +58,7 @@ def test_each_metric_has_its_panel(metrics, shape):
     with drawing():
         figure = bars({"mine": {f"metric {n}": VALUE for n in range(metrics)}})
     grid = figure.axes[0].get_gridspec()
+    assert grid is not None
     assert (grid.nrows, grid.ncols) == shape
     assert sum(axes.get_visible() for axes in figure.axes) == metrics
 
@@ -98,7 +93,7 @@ def outside(figure):
 def test_long_names_fit_into_the_picture(draw):
     with drawing():
         figure = draw()
-        matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+        FigureCanvasAgg(figure)
         assert max(outside(figure)) < 0.02
 
 
