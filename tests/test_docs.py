@@ -79,12 +79,15 @@ def test_every_path_named_exists(page, path):
 HISTORY = ("CHANGELOG.md", "log.md")  # commands there had other names when they were run
 
 
+SHOWN = r"^ *(?:torchrun .*-m )?tercet (.*)$"
+
+
 def commands() -> Iterator[tuple[str, str]]:
     """Page and command line, from code blocks and from code inside a sentence."""
     for page in PAGES:
         text = page.read_text()
         for block in re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
-            for line in re.findall(r"^ *(?:torchrun .*-m )?tercet (.*)$", block, re.MULTILINE):
+            for line in re.findall(SHOWN, block.replace("\\\n", " "), re.MULTILINE):
                 yield page.name, line.partition("#")[0]
         for line in re.findall(r"`(?:torchrun [^`]*-m )?tercet ([^`]*)`", text):
             if page.name not in HISTORY:
