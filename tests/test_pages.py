@@ -75,6 +75,9 @@ SMALLER = {
     "--dims 256": "--dims 16",
     "dims=256": "dims=16",
     "steps=100": "steps=2",
+    "statistics string ": "statistics",
+    "numpy numpy.linalg numpy.random pyarrow pyarrow.compute": "",
+    "torch torch.nn torch.nn.functional": "",
     "http://localhost:8000/v1": "ENDPOINT",
     "--model smollm2 --check-model": "--model smollm2 --url ENDPOINT --check-model",
 }

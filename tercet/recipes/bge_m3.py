@@ -89,7 +89,9 @@ def bge_m3(
     ] = None,
     length_edges: flags.LengthEdges = None,
     unified_refresh_steps: Annotated[
-        int | None, "Mine negatives with the model in training after every so many steps.", "steps"
+        int | None,
+        "Mine negatives with the model in training after this many steps, again and again.",
+        "steps",
     ] = None,
     unified_refresh_by: Annotated[
         RefreshBy, "Scores by which it mines; hybrid: their sum by sum_weights."

@@ -220,8 +220,8 @@ class Candidates:
         where = f" in all {world} processes" if world > 1 else ""
         others = f"those of the other queries{where}" if self.others else "none of other queries"
         return (
-            f"each query is compared with about {total} documents: {self.positives:.3g} that "
-            f"answer it, {self.negatives:.3g} negatives of its own, and {others}"
+            f"each query is compared with about {total} documents: {self.positives:.3g} positive, "
+            f"{self.negatives:.3g} mined negatives, and {others}"
         )
 
 

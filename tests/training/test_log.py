@@ -201,8 +201,8 @@ def test_negatives_that_will_be_mined_are_as_many_as_are_asked_for(source):
 def test_it_is_said_for_people(source, monkeypatch):
     found = Candidates.of(STAGE, [source])
     assert found.summary(Groups((), (8,))) == (
-        "each query is compared with about 24 documents: 1.5 that answer it, 1.5 negatives of its "
-        "own, and those of the other queries"
+        "each query is compared with about 24 documents: 1.5 positive, 1.5 mined negatives, and "
+        "those of the other queries"
     )
     monkeypatch.setattr(distributed, "world", lambda: 4)
     told = found.summary(Groups((100,), (1_000, 8)))
