@@ -50,7 +50,7 @@ def model_names(incomplete: str) -> list[str]:
     return found
 
 
-def local_inputs(context: typer.Context, given: Any) -> Any:
+def local_inputs(context: Any, given: Any) -> Any:
     """Return the files that paths of one parameter name, with copies for ``-`` and ``hf://``.
 
     Raises:

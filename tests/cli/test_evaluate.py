@@ -1,5 +1,6 @@
 """What ``tercet eval`` measures and prints: one set, a folder of sets, a task of mteb."""
 
+import csv
 import json
 import math
 from dataclasses import asdict
@@ -138,6 +139,24 @@ def test_a_bad_pair_is_named_with_its_line(refused, encoder_folder, tmp_path, li
     file = write(tmp_path / "pairs.jsonl", good, line)
     said = refused("eval", file, "--model", encoder_folder)
     assert said.startswith(f"{file}:2: ") and problem in said
+
+
+def test_columns_of_a_table_may_be_named(tercet, refused, encoder_folder, files, tmp_path):
+    rows = [json.loads(line) for line in (files / "pairs.jsonl").read_text().splitlines()]
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["ask", "text", "label"])
+        table.writerows([row["query"], row["positives"][0], "x"] for row in rows)
+    words = ["--model", encoder_folder, "--no-bm25"]
+    named = ["--query-field", "ask", "--positive-field", "text"]
+    figures = [
+        cells(tercet("eval", *data, *words).out.splitlines()[-1])[1:]
+        for data in ([files / "pairs.jsonl"], [tmp_path / "pairs.csv", *named])
+    ]
+    assert figures[0] == figures[1]
+    assert "--query-field does not apply to --mteb" in refused(
+        "eval", *words, "--mteb", "SciFact", *named
+    )
 
 
 def test_an_encoder_cannot_be_measured_causal(refused, encoder_folder, scored):

@@ -81,6 +81,24 @@ def test_documents_of_a_corpus_are_mined(tercet, encoder_folder, tmp_path):
     assert ended.status == 0 and set(example.negatives) == set(SENTENCES[1:3])
 
 
+def test_the_corpus_of_a_folder_of_beir_is_mined(tercet, tmp_path):
+    folder = tmp_path / "fruit"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": str(i), "title": f"t{i}", "text": f"apple {i}"} for i in range(9)]
+    write(folder / "corpus.jsonl", *corpus)
+    write(folder / "queries.jsonl", {"_id": "q", "text": "apple"}, {"_id": "r", "text": "t8 8"})
+    (folder / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq\t3\t1\nr\t8\t1\n")
+    words = ["mine", folder, "--by", "bm25", "--work", tmp_path / "work", "--rule", "naive"]
+    ended = tercet(*words, "--out", tmp_path / "mined.jsonl")
+    assert ended.status == 0, ended.err
+    first, _ = iter_examples(tmp_path / "mined.jsonl")
+    assert (first.query, first.positives) == ("apple", ("t3 apple 3",))
+    assert len(first.negatives) == 7
+    assert set(first.negatives) < {f"t{i} apple {i}" for i in range(9)} - {"t3 apple 3"}
+    assert tercet(*words, "--out", tmp_path / "mined").status == 0
+    assert (tmp_path / "mined/fruit.jsonl").exists()
+
+
 def test_negatives_that_rows_had_are_replaced_or_kept_and_that_is_said(
     tercet, encoder_folder, tmp_path
 ):

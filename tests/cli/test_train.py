@@ -1,10 +1,14 @@
+import csv
+import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers as t
 
 from tercet.cli.train import shown
+from tercet.data.files.sources import iter_examples
 from tercet.models.embedder import Embedder
 from tercet.recipes.catalog import RECIPES
 from tercet.recipes.settings import settings_of
@@ -189,6 +193,24 @@ def test_a_file_whose_name_has_a_colon_or_an_equals_sign_is_that_file(
         named.write_bytes((files / "pairs.jsonl").read_bytes())
         ended = tercet(*train(tmp_path / f"run{number}", "--data", named))
         assert "contrastive: 3 steps" in ended.err
+
+
+def test_a_packed_table_with_names_of_its_columns_trains_the_same_model(
+    tercet, train, files, tmp_path
+):
+    rows = list(iter_examples(files / "pairs.jsonl"))
+    with gzip.open(tmp_path / "pairs.csv.gz", "wt", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["title", "body"])
+        table.writerows([row.query, row.positives[0]] for row in rows)
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert tercet(*train(one, "--steps", "1")).status == 0
+    named = ["--query-field", "title", "--positive-field", "body"]
+    data = ["--data", tmp_path / "pairs.csv.gz", "--dev", tmp_path / "pairs.csv.gz"]
+    ended = tercet(*train(other, "--steps", "1", *data, *named))
+    assert ended.status == 0, ended.err
+    first, second = (Embedder.load(run / "model").encode(["a b"]) for run in (one, other))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_weights_and_counts_are_given_by_source_and_language(tercet, train, tmp_path):
