@@ -279,7 +279,8 @@ def _digest(file: str) -> str:
 
 def _check(refresh: Refresh, sources: Sequence[Source]) -> None:
     for source in sources:
-        if source.parse is not parse_example:
+        # With columns that are named, the function has these as an argument.
+        if getattr(source.parse, "func", source.parse) is not parse_example:
             raise RecipeError(
                 f"{source.path}: holds texts, and negatives are mined for examples; remove the "
                 "refresh of this stage"

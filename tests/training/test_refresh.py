@@ -13,6 +13,7 @@ import torch
 
 from tercet import distributed
 from tercet.curate.mining.rules import MiningRule
+from tercet.data.files.examples import ExampleFields
 from tercet.data.files.sources import Source, iter_examples, open_source, write_examples
 from tercet.data.files.texts import normal_form, open_texts
 from tercet.errors import DataError, RecipeError
@@ -189,6 +190,9 @@ def test_what_another_model_mined_in_the_same_folder_is_not_taken(source, embedd
 def test_texts_and_a_corpus_that_is_not_there_are_refused_before_training(source, tmp_path):
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
     texts = open_texts(tmp_path / "texts.txt")
+    (tmp_path / "named.jsonl").write_text('{"q": "a", "positives": ["b"]}\n')
+    named = open_source(tmp_path / "named.jsonl", fields=ExampleFields(query="q"))
+    Refresher(Refresh(every=2), [named], tmp_path / "run", 0)  # is not refused
     with pytest.raises(RecipeError, match="holds texts, and negatives are mined for examples"):
         Refresher(Refresh(every=2), [texts], tmp_path / "run", 0)
     missing = Refresh(every=2, corpus=(str(tmp_path / "no.jsonl"),))
