@@ -171,7 +171,7 @@ FILES: dict[str, tuple[str, list[bytes], Reader]] = {
     "words": ("a.jsonl", [_lines(WORDS)], read_labelled),
     "examples, gzip": (
         "a.jsonl.gz",
-        [gzip.compress(_lines(ROWS))],
+        [gzip.compress(_lines(ROWS), mtime=0)],
         lambda p: [_every(open_source(p)), check_data([p])],
     ),
     "examples, zstd": ("a.jsonl.zst", [_zstd(_lines(ROWS))], lambda p: _every(open_source(p))),
@@ -187,7 +187,7 @@ FILES: dict[str, tuple[str, list[bytes], Reader]] = {
     ),
     "table, gzip": (
         "a.csv.gz",
-        [gzip.compress(b"text1,text2,score\na,b,1\na,c,2.5\n")],
+        [gzip.compress(b"text1,text2,score\na,b,1\na,c,2.5\n", mtime=0)],
         SimilaritySet.from_file,
     ),
     "lines, zstd": (

@@ -10,6 +10,7 @@ import torch
 from tercet import distributed
 from tercet.data.batches.sampler import Sampler
 from tercet.data.files.sources import Source
+from tercet.files.progress import time_text
 from tercet.models.embedder import Embedder
 from tercet.objectives.objective import Work
 from tercet.training.batches import Groups, collator_of, groups_of, sampled, sampler_of
@@ -43,7 +44,7 @@ class StageForecast:
     def cells(self) -> tuple[str, ...]:
         """The row of the stage in a table with the columns ``HEADER``."""
         steps = "-" if self.steps is None else f"{self.steps:,}"
-        spent = "-" if self.seconds is None else duration(self.seconds)
+        spent = "-" if self.seconds is None else time_text(self.seconds)
         memory = f"{self.memory_gb:.1f} GB"
         tokens = f"{self.tokens:,.0f}"
         return (self.stage, self.reads, steps, self.batch, self.candidates, tokens, spent, memory)
@@ -79,7 +80,7 @@ def lines_of(stages: Sequence[StageForecast]) -> list[str]:
         for row in rows
     ]
     known = [each.seconds for each in stages if each.seconds is not None]
-    spent = f"about {duration(sum(known))}, " if len(known) == len(stages) else ""
+    spent = f"about {time_text(sum(known))}, " if len(known) == len(stages) else ""
     memory = max(each.memory_gb for each in stages)
     count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
     return [
@@ -87,17 +88,6 @@ def lines_of(stages: Sequence[StageForecast]) -> list[str]:
         "set and mining)",
         *table,
     ]
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time for people, such as "4 min"."""
-    for unit, length in (("days", 86_400.0), ("h", 3_600.0), ("min", 60.0)):
-        if seconds >= 1.5 * length:
-            number = seconds / length
-            return (
-                f"{number:.1f} {unit}" if number < 10 and unit != "min" else f"{number:.0f} {unit}"
-            )
-    return f"{max(1, round(seconds))} s"
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from tercet.evaluate.report.page import (
     write_page,
 )
 from tercet.files.outputs import json_object
+from tercet.files.progress import time_text
 from tercet.models.settings import FILE
 from tercet.training import log
 
@@ -172,7 +173,7 @@ def _summary(
     rows = sum(each.get("examples", 0) for each in data.values())
     sources = f"{len(data)} sources" if len(data) != 1 else "one source"
     seconds = sum(each.get("seconds", 0.0) for each in done)
-    time = f" It took {_duration(seconds)} without loading and mining." if seconds else ""
+    time = f" It took {time_text(seconds)} without loading and mining." if seconds else ""
     count = len(recipe["stages"])
     stages = "one stage" if count == 1 else f"{count} stages"
     return (
@@ -203,7 +204,7 @@ def _stage_facts(stage: Mapping[str, Any], ended: Mapping[str, Any]) -> dict[str
     shown = {"objective": objective}
     if ended:
         shown["steps"] = f"{ended['steps']:,} steps of up to {ended['batch_size']:,} rows"
-        shown["tokens"] = f"{ended['tokens']:,} in {_duration(ended['seconds'])}"
+        shown["tokens"] = f"{ended['tokens']:,} in {time_text(ended['seconds'])}"
         if ended["seconds"]:
             shown["speed"] = f"{ended['tokens'] / ended['seconds']:,.0f} tokens per second"
     else:
@@ -271,9 +272,3 @@ def _settings(record: Mapping[str, Any]) -> list[Html]:
         *(folded(f"settings of the stage {name}", [facts(all_)]) for name, all_ in stages.items()),
         folded("settings of the run", [facts(dict(flat(run)))]),
     ]
-
-
-def _duration(seconds: float | int) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

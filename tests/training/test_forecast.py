@@ -11,7 +11,7 @@ from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
 from tercet.training import log
-from tercet.training.forecast import duration, lines_of
+from tercet.training.forecast import lines_of
 from tercet.training.loop import forecast, train
 from tercet.training.recipe import Run
 from tercet.types import Example
@@ -93,11 +93,3 @@ def test_texts_in_two_views_count_twice(decoder_folder, source):
     recipe = llm2vec(str(decoder_folder), stages="simcse", steps=2, simcse_batch_size=6)
     (found,) = forecast(recipe, {"sentences": [source]}, run=QUIET)
     assert found.batch == "6 texts" and found.steps == 2 and found.tokens > 6 * 2
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "1 s"), (89, "89 s"), (90, "2 min"), (4 * 3600, "4.0 h"), (36 * 3600, "1.5 days")],
-)
-def test_a_length_of_time_is_written_for_people(seconds, text):
-    assert duration(seconds) == text

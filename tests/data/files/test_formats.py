@@ -41,7 +41,7 @@ FORMATS = [f"{kind}{packed}" for kind in PLAIN for packed in ("", ".gz", ".zst")
 
 def packed(name, content):
     if name.endswith(".gz"):
-        return gzip.compress(content)
+        return gzip.compress(content, mtime=0)
     if name.endswith(".zst"):
         out = pa.BufferOutputStream()
         with pa.CompressedOutputStream(out, "zstd") as stream:
@@ -307,7 +307,7 @@ def _zip():
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", gzip.compress(lines(ROWS)), "is a gzip file; name it a.jsonl.gz"),
+        ("a.jsonl", gzip.compress(lines(ROWS), mtime=0), "is a gzip file; name it a.jsonl.gz"),
         ("a.jsonl", packed(".zst", lines(ROWS)), "is a zstd file; name it a.jsonl.zst"),
         ("a.jsonl.gz", packed(".zst", lines(ROWS)), "is a zstd file; name it a.jsonl.zst"),
         ("a.csv.gz", table(ROWS, ","), "is not a gzip file; name it a.csv"),
@@ -315,7 +315,11 @@ def _zip():
         ("a.csv", _zip(), "is a zip archive or a spreadsheet; unpack it, or save the table as CSV"),
         ("a.jsonl", lines(ROWS).decode().encode("utf-16"), UTF16.format("a.jsonl")),
         ("a.csv", "query,positive\n".encode("utf-16-le"), "is UTF-16; convert it: iconv"),
-        ("a.parquet", gzip.compress(b"x"), "is a gzip file; unpack it, or name it after what is"),
+        (
+            "a.parquet",
+            gzip.compress(b"x", mtime=0),
+            "is a gzip file; unpack it, or name it after what is",
+        ),
         ("a.jsonl", b'[{"query": "a"}]', "is one JSON value and not one object per line; convert"),
         ("a.jsonl", b'[\n{"query": "a"}\n]', "jq -c '.[]' a.jsonl > lines-of-a.jsonl"),
         ("a.jsonl", b'{\n"query": "a"\n}', "jq -c . a.jsonl > lines-of-a.jsonl"),
@@ -325,8 +329,16 @@ def _zip():
         ("a.xlsx", _zip(), "is a spreadsheet; save the table as CSV (UTF-8) and give a.csv"),
         ("a.safetensors", b"x", "holds the weights of a model; name the model with --model"),
         ("a.zip", _zip(), "is an archive; unpack it and give the files in it"),
-        ("a.gz", gzip.compress(b"x"), "does not say what is packed; name it after that, as in"),
-        ("a.parquet.gz", gzip.compress(b"x"), "is packed twice, as parquet is packed inside"),
+        (
+            "a.gz",
+            gzip.compress(b"x", mtime=0),
+            "does not say what is packed; name it after that, as in",
+        ),
+        (
+            "a.parquet.gz",
+            gzip.compress(b"x", mtime=0),
+            "is packed twice, as parquet is packed inside",
+        ),
         ("a", b"x", 'unknown kind of file ""; use .jsonl, .csv, .tsv or .parquet'),
     ],
 )
@@ -367,7 +379,7 @@ def test_a_file_that_unpacks_without_end_is_refused(tmp_path, suffix, monkeypatc
 def test_a_line_and_a_row_have_a_longest_length(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 50)
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b"\n" + b"x" * 60))
+    path.write_bytes(gzip.compress(b"\n" + b"x" * 60, mtime=0))
     assert problem(open_source, path).startswith(":2: is longer than 50 bytes")
     path = tmp_path / "a.csv"
     path.write_bytes(b'query,positive\na,"' + b"x\n" * 60)

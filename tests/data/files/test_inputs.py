@@ -48,7 +48,7 @@ print(source.name, source.examples([1])[0].positives[0], source.path)
 """
 
 
-@pytest.mark.parametrize("content", [LINES, gzip.compress(LINES), parquet()])
+@pytest.mark.parametrize("content", [LINES, gzip.compress(LINES, mtime=0), parquet()])
 def test_standard_input_is_read_as_often_as_needed_and_deleted_at_the_end(content):
     done = piped(content, READ)
     assert done.returncode == 0, done.stderr
@@ -124,8 +124,8 @@ def test_a_file_of_the_hub_is_downloaded_once(hub):
 
 
 def test_files_of_a_pattern_are_one_source(hub):
-    hub.put("en/a.jsonl.gz", gzip.compress(LINES))
-    hub.put("de/a.jsonl.gz", gzip.compress(LINES))
+    hub.put("en/a.jsonl.gz", gzip.compress(LINES, mtime=0))
+    hub.put("de/a.jsonl.gz", gzip.compress(LINES, mtime=0))
     (source,) = open_sources("hf://datasets/o/nq/*/a.jsonl.gz")
     assert (source.name, len(source)) == ("nq", 4)
 
