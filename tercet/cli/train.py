@@ -48,7 +48,9 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="finetune, llm2vec, nv-embed, bge-m3 or arctic-embed.", autocompletion=recipe_names
+            metavar="RECIPE",
+            help="finetune, llm2vec, nv-embed, bge-m3 or arctic-embed.",
+            autocompletion=recipe_names,
         ),
     ],
     data: Annotated[

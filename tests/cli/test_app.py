@@ -79,7 +79,7 @@ def test_train_eval_index_search_and_encode_follow_each_other(
         (["search", "index", "q", "--k", "many"], "'--k'"),
         (["search", "index"], "'QUESTION'"),
         (["encode", "a.txt", "--model", "model", "--out", "v.npy", "--role", "title"], "'--role'"),
-        (["train", "--out", "run"], "'recipe'"),
+        (["train", "--out", "run"], "'RECIPE'"),
         (["serach", "index", "q"], "'serach'"),
     ],
 )
