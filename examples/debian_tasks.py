@@ -34,10 +34,10 @@ INSTRUCTIONS: Final = {
     "uses": "Tell what a software package is used for",
     "similarity": "Find software packages that are about the same subject",
 }
-CONVERSIONS: Final = {  # verb and flags of tercet convert
-    "sections": "classification --mode example",
-    "uses": "clustering --mode example",
-    "similarity": "similarity",
+CONVERSIONS: Final = {  # command and options of tercet convert
+    "sections": "labels --mode example",
+    "uses": "labels --mode example",
+    "similarity": "scores",
 }
 LEAST_ROWS: Final = 100  # of a label, in the train split
 LEAST_RELEVANT: Final = 3  # of a topic, in the test split
@@ -230,10 +230,10 @@ def texts_of(path: Path) -> Iterator[str]:
 def commands(out: Path) -> Iterator[str]:
     """How to make training rows of the files; those of retrieval are rows already."""
     for task, how in CONVERSIONS.items():
-        verb, _, flags = how.partition(" ")
+        command, _, flags = how.partition(" ")
         name = f"{task}.jsonl"
         yield (
-            f"tercet convert {verb} {out / 'train' / name} {flags} --task {task} "
+            f"tercet convert {command} {out / 'train' / name} {flags} --task {task} "
             f'--instruction "{INSTRUCTIONS[task]}" --out {out / "rows" / name}'
         ).replace("  ", " ")
 

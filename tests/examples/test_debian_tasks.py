@@ -81,7 +81,7 @@ def test_two_runs_write_the_same_and_name_the_commands_that_follow(script, suite
         assert path.read_bytes() == (tmp_path / path.relative_to(suite)).read_bytes()
     lines = capsys.readouterr().out.splitlines()
     commands = [line.split() for line in lines if line.startswith("tercet convert ")]
-    assert [words[2] for words in commands] == ["classification", "clustering", "similarity"]
+    assert [words[2] for words in commands] == ["labels", "labels", "scores"]
     assert all(Path(words[3]).is_file() for words in commands)
 
 
