@@ -65,6 +65,8 @@ def test_training_reads_new_negatives_after_every_refresh_and_says_so(
         return batch(self, rows, seed)
 
     monkeypatch.setattr(PairWork, "batch", recorded)
+    monkeypatch.setattr("tercet.training.loop.forecast_stages", lambda *_: [])  # looks at a batch
+    monkeypatch.setattr("tercet.training.loop.lines_of", lambda _: [])
     said: list[str] = []
     train(recipe, [source], tmp_path / "run", run=QUIET, say=said.append)
     plain = replace(recipe, stages=(replace(recipe.stages[0], refresh=None),))

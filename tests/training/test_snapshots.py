@@ -121,8 +121,8 @@ def test_steps_that_never_come_are_refused(encoder_folder, data, tmp_path, steps
 
 
 def test_of_several_stages_the_first_has_a_series_with_its_widths(encoder_folder, data, tmp_path):
-    sizes: dict[str, Any] = {"batch_size": 4, "finetuning_batch_size": 4}
-    sizes |= {"steps": 2, "finetuning_steps": 1}
+    sizes: dict[str, Any] = {"pretraining_batch_size": 4, "finetuning_batch_size": 4}
+    sizes |= {"pretraining_steps": 2, "finetuning_steps": 1}
     recipe = arctic_embed(model=str(encoder_folder), dims=[16], **sizes)
     given: dict[str, Sequence[Source]] = {"pairs": data, "mined": data}
     train(recipe, given, tmp_path / "run", run=replace(QUIET, models_at=(1, 2)))
