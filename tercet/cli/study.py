@@ -1,4 +1,4 @@
-"""The command ``study``: train and measure the cells of a study file, and compare them in tables."""
+"""The command ``study``: train and measure the cells of a study file, and compare them."""
 
 import inspect
 from collections.abc import Callable, Mapping
