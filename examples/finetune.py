@@ -3,8 +3,8 @@
     python examples/finetune.py
 
 The pairs are Debian packages: the line about a package is the query, its description the document.
-Each section of the archive is a source of its own, and a batch has one source: a web server has to
-be told from other web servers, not from games.
+Each section of the archive is a separate source, and a batch has one source: the model learns to
+distinguish a web server from other web servers, not from games.
 """
 
 from pathlib import Path

@@ -259,7 +259,7 @@ def _nearest_option(error: Any) -> str:
 
 
 def _nearest_choice(error: Any) -> str:
-    """Suggest the choice that is nearest to a value that is none of them."""
+    """Suggest the choice that is nearest to an invalid value."""
     wrong = re.search(r"'(.*?)' is not one of (.*)", str(getattr(error, "message", "")))
     near = get_close_matches(wrong[1], re.findall(r"'(.*?)'", wrong[2]), 1) if wrong else []
     return f"Did you mean {near[0]}?" if near else ""

@@ -446,7 +446,7 @@ def require_package(name: str, what: str, extra: str) -> None:
 def fields_of(
     query: str | None, positive: str | None, negative: str | None
 ) -> "ExampleFields | None":
-    """Return the names of fields that --query-field and the like give; None if there are none."""
+    """Return the names of fields that --query-field and the like give; None without them."""
     from tercet.data.files.examples import ExampleFields
 
     given = {"query": query, "positives": positive, "negatives": negative}

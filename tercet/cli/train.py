@@ -256,7 +256,7 @@ def _stages_line(entry: RecipeEntry) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it is written after ``--set NAME=``; "-" for none."""
+    """Return a value in the form that ``--set NAME=`` takes; "-" if it is None or empty."""
     if value is None or value == ():
         return "-"
     if isinstance(value, bool):
@@ -310,7 +310,7 @@ def stage_data(
         if not taken:
             what = "" if reads.shares == "never" else "--data FILE or "
             raise RecipeError(
-                f"the stage {stage.name} needs {reads.format}, and there are none; give "
+                f"the stage {stage.name} needs {reads.format}, but no data is given for it; give "
                 f"{what}--data {stage.name}=FILE"
             )
         used |= {path for path, _ in taken}

@@ -63,8 +63,8 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
     """Fine-tune MiniLM on Debian package descriptions, compare with itself and BM25, and search.
 
     Trains on the train split, chooses the best weights on the dev split, and looks at the test
-    split twice: before and after. Every section of the archive is a source of its own and a batch
-    holds one source, so a web server is told from other web servers, not from games.
+    split twice: before and after. Every section of the archive is a separate source and a batch
+    holds one source, so the model learns to distinguish a web server from other web servers.
 
     Raises:
         DataError: when the package descriptions are not where they should be.

@@ -98,7 +98,7 @@ def test_settings_come_from_a_file_and_from_an_earlier_run(tercet, refused, trai
     [
         ("train finetun", "there is no recipe 'finetun' (did you mean \"finetune\"?)"),
         ("train finetune", "--out is missing: name the folder of the run, as in --out runs/mine"),
-        ("train finetune --plan", "the stage contrastive needs examples, and there are none"),
+        ("train finetune --plan", "the stage contrastive needs examples, but no data is given"),
         ("train finetune --plan --seed 1 --set seed=2", "--seed and --set seed give the same"),
         ("train bge-m3 --plan --data unifed=a.jsonl", "--data unifed=a.jsonl: there is no stage"),
         ("train finetune --plan --dtype float16", "Invalid value for '--dtype': 'float16'"),
@@ -326,9 +326,12 @@ def test_each_stage_of_llm2vec_reads_the_data_of_its_flag(tercet, llm2vec, files
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ("mntp,simcse", "the stage mntp needs texts, and there are none; give --data FILE or --da"),
+        (
+            "mntp,simcse",
+            "the stage mntp needs texts, but no data is given for it; give --data FILE or",
+        ),
         ("mntp --data simcse={0}/texts.txt", "the stage mntp needs texts"),
-        ("mntp,supervised --data {0}/texts.txt", "the stage supervised needs examples, and ther"),
+        ("mntp,supervised --data {0}/texts.txt", "the stage supervised needs examples, but no"),
         (
             "mntp,simcse --data {0}/texts.txt --data supervised={0}/pairs.jsonl",
             "--data supervised={0}/pairs.jsonl: no stage reads it (stages: mntp, simcse)",

@@ -275,5 +275,5 @@ def test_a_stage_alone_reads_its_own_data(folder: Path):
     alone = small(folder, stages="retromae")
     found = stage_data(alone, entry, {"retromae": [folder / "own.txt"]}, "text")
     assert list(found) == ["texts"]
-    with pytest.raises(RecipeError, match="the stage unified needs examples, and there are none"):
+    with pytest.raises(RecipeError, match="the stage unified needs examples, but no data"):
         stage_data(small(folder, stages="unified"), entry, {}, "text")
