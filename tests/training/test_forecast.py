@@ -7,6 +7,7 @@ import torch
 
 from tercet.data.files.sources import open_source, write_examples
 from tercet.errors import RecipeError
+from tercet.objectives.contrastive import PairWork
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
@@ -72,7 +73,11 @@ def test_a_forecast_changes_no_random_number_and_no_weight(encoder_folder, sourc
     from tercet.training import loop
 
     seen = []
-    begin = loop.forecast_stages
+    begin, batch = loop.forecast_stages, PairWork.batch
+
+    def drawing(self, rows, seed):
+        torch.rand(1)  # as an objective may
+        return batch(self, rows, seed)
 
     def watched(plan, embedder):
         before = {name: value.clone() for name, value in embedder.state_dict().items()}
@@ -84,6 +89,7 @@ def test_a_forecast_changes_no_random_number_and_no_weight(encoder_folder, sourc
         seen.append(torch.equal(state, torch.get_rng_state()))
         return found
 
+    monkeypatch.setattr(PairWork, "batch", drawing)
     monkeypatch.setattr(loop, "forecast_stages", watched)
     forecast(finetune(model=str(encoder_folder), batch_size=8), [source], run=QUIET)
     assert seen == [True, True, True]
