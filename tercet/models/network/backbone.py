@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
+from tercet.models.devices import exact_products
 from tercet.models.foreign_code import refuse_code, refuse_code_in
 from tercet.models.network.attention import NAME, Layout
 from tercet.models.network.cpu import keep_freed_memory
@@ -213,7 +214,7 @@ def probe(backbone: Backbone) -> None:
         ModelError: if a text depends on its neighbours, a causal model sees the next token or a
             bidirectional one does not, or states differ from those of transformers' attention.
     """
-    with torch.no_grad(), torch.autocast(backbone.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(backbone.device.type, enabled=False), exact_products():
         _probe(backbone)
 
 
