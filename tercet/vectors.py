@@ -142,8 +142,11 @@ class Vectors:
 
     def to(self, device: torch.device | str) -> "Vectors":
         """Return the same on another device."""
-        parts = (self.dense, self.sparse, self.multi)
-        return Vectors(*(None if part is None else part.to(device) for part in parts))
+        return Vectors(
+            dense=None if self.dense is None else self.dense.to(device),
+            sparse=None if self.sparse is None else self.sparse.to(device),
+            multi=None if self.multi is None else self.multi.to(device),
+        )
 
     @staticmethod
     def of_nothing(kinds: Sequence[Kind], dim: int, width: int | None) -> "Vectors":

@@ -63,6 +63,11 @@ def paired_scores(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, 
     return found
 
 
+def _is_gpu(values: Tensor) -> bool:
+    """Whether calls cost more than products, and reading a number makes the host wait."""
+    return values.device.type == "cuda"
+
+
 # ---- terms ---------------------------------------------------------------------------------------
 
 
@@ -73,9 +78,9 @@ def lexical_scores(queries: Terms, docs: Terms) -> Float[Tensor, "queries docs"]
     the queries can score: documents drop all others, both sides become small matrices, and one
     product scores all pairs.
     """
-    on_gpu = queries.ids.device.type == "cuda"
     # The number of distinct tokens would have to be read from a GPU. A repeated one scores zero.
-    vocabulary = queries.ids.sort().values if on_gpu else queries.ids.unique()
+    repeats = _is_gpu(queries.ids)
+    vocabulary = queries.ids.sort().values if repeats else queries.ids.unique()
     return _columns(queries, vocabulary) @ _columns(docs, vocabulary).T
 
 
@@ -86,7 +91,7 @@ def _columns(texts: Terms, vocabulary: Int[Tensor, "words"]) -> Float[Tensor, "t
         place = torch.searchsorted(vocabulary, texts.ids).clamp_max(len(vocabulary) - 1)
         cell = row_of(texts.offsets, place) * len(vocabulary) + place
         known, weights = vocabulary[place] == texts.ids, texts.weights
-        if known.device.type == "cuda":  # a zero changes nothing: no weight is smaller
+        if _is_gpu(known):  # a zero changes nothing: no weight is smaller
             weights = torch.where(known, weights, 0)
         else:
             cell, weights = cell[known], weights[known]
@@ -213,7 +218,7 @@ class _MaxSim(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, docs: Tensor, offsets: Tensor) -> Tensor:
         best = queries.new_zeros(len(offsets) - 1, len(queries))
         winner = torch.full(best.shape, -1, dtype=torch.int32, device=queries.device)
-        largest = _largest_padded if docs.device.type == "cuda" else _largest_one_by_one
+        largest = _largest_padded if _is_gpu(docs) else _largest_one_by_one
         largest(queries, docs, offsets, best, winner)
         ctx.save_for_backward(queries, docs, winner)
         ctx.offsets = offsets
@@ -226,7 +231,7 @@ class _MaxSim(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         queries, docs, winner = ctx.saved_tensors
         by_queries, by_docs = torch.zeros_like(queries), torch.zeros_like(docs)
-        if len(docs) and docs.device.type == "cuda":
+        if len(docs) and _is_gpu(docs):
             _add_by_products(gradient, winner, ctx.offsets, (queries, docs), (by_queries, by_docs))
         elif len(docs):
             for row, won in zip(gradient, winner.long(), strict=True):

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
@@ -282,15 +282,9 @@ def _attend_equal(
     lengths: Int[Tensor, "texts"] | None = None,
 ) -> Float[Tensor, "texts heads length v_width"]:
     """Attend in texts of one length; a mask is needed only if a window or padding cuts them."""
-    length, mask = q.shape[2], None
-    if lengths is not None or (rule.limit is not None and length > rule.limit):
-        place = torch.arange(length, device=q.device)
-        distance = place[:, None] - place[None, :]
-        past = distance >= 0 if rule.causal else distance > -(rule.limit or length)
-        mask = (distance < (rule.limit or length)) & past
-    if lengths is not None:  # a place behind the text sees itself, so that its weights are finite
-        seen = (place < lengths[:, None])[:, None, None] | (distance == 0)
-        mask = mask & seen
+    length = q.shape[2]
+    cut = lengths is not None or (rule.limit is not None and length > rule.limit)
+    mask = _seen(length, rule, lengths, q.device) if cut else None
     if rule.softcap is not None or rule.sinks is not None:
         return _attend_explicit(q, k, v, mask, rule)
     unmasked = mask is None and not rule.causal and rule.dropout == 0
@@ -306,6 +300,20 @@ def _attend_equal(
         dropout_p=rule.dropout,
         enable_gqa=k.shape[1] != q.shape[1],
     )
+
+
+def _seen(
+    length: int, rule: _Rule, lengths: Int[Tensor, "texts"] | None, device: torch.device
+) -> Bool[Tensor, "*texts length length"]:
+    """Return which tokens see which: inside the window, and inside the text if texts are padded."""
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    limit = rule.limit or length
+    seen = (distance < limit) & (distance >= 0 if rule.causal else distance > -limit)
+    if lengths is None:
+        return seen
+    inside = (place < lengths[:, None])[:, None, None]  # [texts, 1, 1, length]
+    return seen & (inside | (distance == 0))  # a place behind a text sees itself: finite weights
 
 
 def _products_are_faster(q: Tensor) -> bool:
