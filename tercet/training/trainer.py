@@ -111,8 +111,9 @@ class Trainer:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
             self._end()
             return
-        with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self._half):
-            self.embedder.backbone.prove()
+        if self.sharded is None:
+            with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self._half):
+                self.embedder.backbone.prove()
         if self.progress.step == 0:
             self._introduce()
             self._evaluate(score)
