@@ -11,10 +11,10 @@ from tercet.kinds import Kind
 from tercet.models import devices
 from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
+from tercet.models.frozen import linear_numbers
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.checkpointing import layers_of, recomputable
-from tercet.models.network.frozen import linear_numbers
 from tercet.segments import Packed
 from tercet.sharding import is_sharded, numbers_here
 from tercet.training.recipe import Lora, Run
@@ -26,7 +26,6 @@ _NUMBER: Final = 4  # bytes; vectors are float32 whatever the products are in
 _PAIR: Final = 16  # bytes a pair and kind: scores, their softmax and gradients
 _WEIGHT: Final = 12  # bytes a head and pair of tokens: attention weights, dropout's mask, both
 _CAPPED: Final = 20  # with capped scores or sinks: the scores before and after as well
-_DROPOUTS: Final = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 _STATES: Final = 12  # bytes a trained number: its gradient, and the two moments of AdamW
 _IN_HALF: Final = 2  # bytes a number in bfloat16
 _SHORT: Final = 128  # tokens of a usual text, for what grows with its length
@@ -139,7 +138,8 @@ def step_memory(
     smallest = run.chunk_tokens or min(usual, devices.LEAST_ON_GPU)
     recomputed = run.checkpoint_activations
     if recomputed is None:
-        recomputed = smallest * of_token > room and bool(layers_of(backbone))
+        possible = bool(layers_of(backbone)) and not run.compile_layers
+        recomputed = possible and smallest * of_token > room
     elif recomputed:
         recomputable(backbone)  # raises
     budget = budget_of(recomputed=True) if recomputed else kept
@@ -224,7 +224,7 @@ def pair_bytes(backbone: Backbone) -> int:
     config = backbone.config.get_text_config()
     dropout = backbone.attention_dropout
     if dropout is None:
-        dropout = max(float(getattr(config, name, None) or 0) for name in _DROPOUTS)
+        dropout = backbone.usual_dropout
     sinks = any(name.endswith("sinks") for name, _ in backbone.named_parameters())
     capped = sinks or getattr(config, "attn_logit_softcapping", None) is not None
     if not capped and not keeps_weights(backbone.device, dropout):

@@ -22,10 +22,11 @@ from tercet.files.console import say
 from tercet.files.progress import Advance, bar, notes
 from tercet.files.signals import Interrupted, Listener, Stopped, stopped, waiting
 from tercet.models.embedder import Embedder
+from tercet.models.frozen import FrozenInHalf
 from tercet.models.network.checkpointing import layers_of, recomputed
 from tercet.models.network.chunked import Chunks, Losses
+from tercet.models.network.compiling import compile_layers
 from tercet.models.network.cpu import warning_of
-from tercet.models.network.frozen import FrozenInHalf
 from tercet.objectives.objective import TextBatch
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.training import checkpoint, optimizer
@@ -75,6 +76,11 @@ class Trainer:
         if run.shards_weights:
             require_shardable(stage)
             self.sharded = ShardedEmbedder(embedder, run.find_device())
+        if run.compile_layers and not compile_layers(embedder.backbone):
+            raise RecipeError(
+                f"{type(embedder.backbone.model).__name__} has no list of layers to compile; "
+                "leave compile_layers out"
+            )
         self.optimizer = optimizer.adamw(embedder, stage)
         memory = step_memory(embedder, stage.objective.traits.kinds, run)
         self.recomputed = layers_of(embedder.backbone) if memory.recomputed else []
@@ -93,6 +99,10 @@ class Trainer:
         """Steps of the whole stage."""
         return self.stage.steps or self.sampler.total_batches
 
+    @property
+    def _half(self) -> bool:
+        return self.options.dtype == "bfloat16"
+
     @cached_property
     def _warmup(self) -> int:
         given = self.stage.warmup_steps
@@ -105,6 +115,7 @@ class Trainer:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
             self._end()
             return
+        self._prove()
         if self.progress.step == 0:
             self._introduce()
             self._evaluate(score)
@@ -142,6 +153,12 @@ class Trainer:
         if cut := self.progress.truncated:
             self.say(f"{cut:,} times a text was longer than the model takes, and was cut")
         self._end()
+
+    def _prove(self) -> None:
+        """Check that texts are read rightly on this device, in the type of this training."""
+        if self.sharded is None:
+            with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self._half):
+                self.embedder.backbone.prove()
 
     def _end(self) -> None:
         """Leave the embedder whole, with the weights that stay."""
@@ -233,7 +250,7 @@ class Trainer:
             self.frozen.shrink()
         step = self.progress.step
         seed = _seed_of(self.seed, step, distributed.rank())
-        half, sharded = self.options.dtype == "bfloat16", self.sharded is not None
+        half, sharded = self._half, self.sharded is not None
         device = self.embedder.device.type
         graph_tokens = self.budget.graph_tokens(batch.texts)
         chunks = Chunks(self.chunk_tokens, graph_tokens, seed, in_step=sharded)
@@ -451,6 +468,11 @@ class Trainer:
         kind = getattr(torch, self.options.dtype or "float32")
         if (warning := warning_of(kind, self.embedder.device)) is not None:
             self.say(f"tercet: note: {warning}")
+        if self._half and (dropout := self.embedder.backbone.dropout_left_out):
+            self.say(
+                f"tercet: note: the dropout of attention weights, {dropout:g}, is left out: the "
+                "GPU's kernel has none; other dropout stays"
+            )
         found, groups = self._candidates()
         if found is not None:
             self.say(found.summary(groups))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tercet.models.frozen import FrozenInHalf, linear_numbers
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.frozen import FrozenInHalf, linear_numbers
 from tests import toy
 
 
