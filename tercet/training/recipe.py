@@ -277,13 +277,19 @@ class Run:
     cache_tokens: Annotated[bool, "Tokenize training texts once and keep their tokens on disk."] = (
         False
     )
+    workers: Annotated[
+        int | None,
+        "Threads that prepare the next batches; batches do not depend on their number. Default: "
+        "on a GPU up to 4 of the free cores; on a CPU 1 if torch leaves a core free, else 0.",
+        "threads",
+    ] = None
     tensorboard: Annotated[bool, "Write files for TensorBoard too."] = False
     show_progress: bool = True
 
     def __post_init__(self) -> None:
         above(0, self, "save_minutes")
         at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
-        at_least(0, self, "memory_gb")
+        at_least(0, self, "memory_gb", "workers")
         if min(self.models_at, default=0) < 0:
             raise RecipeError(f"models_at is {list(self.models_at)}; give steps, 0 for the base")
 
