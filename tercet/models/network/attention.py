@@ -126,7 +126,7 @@ class Layout:
         return self._paddings[group]
 
 
-def _groups(lengths: Sequence[int], spare: float) -> Iterator[Group]:
+def _groups(lengths: Sequence[int], spare: float | int) -> Iterator[Group]:
     """Cut a row of texts where a longer one comes, or padding would cost more than one call.
 
     ``spare`` is how many more pairs of tokens than those of its texts a group may have.
