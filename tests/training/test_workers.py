@@ -70,7 +70,7 @@ def drawn_negatives(tmp_path):
 
 
 def dropped_out(recipe: Recipe) -> Recipe:
-    return replace(recipe, stages=(replace(recipe.stages[0], negatives=2, epochs=2),))
+    return replace(recipe, stages=(replace(recipe.stages[0], negatives=2, epochs=2.0),))
 
 
 def test_losses_and_checkpoints_are_equal_to_the_bit_with_any_number_of_workers(
@@ -120,7 +120,7 @@ def test_a_run_goes_on_to_the_bit_with_another_number_of_workers(
 def test_no_batch_with_the_negatives_before_a_refresh_is_trained_after_it(
     drawn_negatives, recipe, tmp_path, monkeypatch
 ):
-    stage = replace(recipe.stages[0], negatives=2, epochs=2, refresh=Refresh(every=4))
+    stage = replace(recipe.stages[0], negatives=2, epochs=2.0, refresh=Refresh(every=4))
     recipe, drawn = replace(recipe, stages=(stage,)), []
     batch = Trainer._batch
 
