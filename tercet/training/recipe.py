@@ -290,13 +290,19 @@ class Run:
     cache_tokens: Annotated[bool, "Tokenize training texts once and keep their tokens on disk."] = (
         False
     )
+    workers: Annotated[
+        int | None,
+        "Threads that prepare the next batches; batches do not depend on their number. Default: "
+        "on a GPU up to 4 of the free cores; on a CPU 1 if torch leaves a core free, else 0.",
+        "threads",
+    ] = None
     tensorboard: Annotated[bool, "Write files for TensorBoard too."] = False
     show_progress: bool = True
 
     def __post_init__(self) -> None:
         above(0, self, "save_minutes")
         at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
-        at_least(0, self, "memory_gb")
+        at_least(0, self, "memory_gb", "workers")
         if self.compile_layers and (self.shard_weights or self.checkpoint_activations):
             other = "shard_weights" if self.shard_weights else "checkpoint_activations"
             raise RecipeError(f"compile_layers and {other} do not go together; remove one of them")
