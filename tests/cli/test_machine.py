@@ -1,10 +1,13 @@
-"""How many processes a job takes by default, and on which devices."""
+"""What commands take by default: processes, devices and types of numbers."""
+
+import json
 
 import pytest
 import torch
 
 from tercet.cli import options
-from tercet.cli.options import runner_of
+from tercet.cli.options import load, runner_of
+from tercet.models import devices
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,33 @@ def test_processes_of_torchrun_start_no_others(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert runner_of("auto", None, None, None).workers == 1
+
+
+def test_weights_are_in_the_type_of_the_device_unless_one_is_named(monkeypatch, encoder_folder):
+    def kind(*words: str) -> torch.dtype:
+        return next(load(str(encoder_folder), *words, device="cpu").parameters()).dtype
+
+    assert kind() == torch.float32
+    monkeypatch.setattr(devices, "number_type", lambda device: "bfloat16")  # a GPU that has it
+    assert kind() == torch.bfloat16
+    assert kind("float32") == torch.float32
+
+
+def test_an_index_goes_on_in_the_type_that_it_was_made_in(
+    tercet, files, encoder_folder, tmp_path, monkeypatch
+):
+    words = ["index", files / "docs.jsonl", "--model", encoder_folder, "--out", tmp_path / "index"]
+
+    def kept() -> str:
+        return json.loads((tmp_path / "index/index.json").read_text())["settings"]["precision"]
+
+    assert tercet(*words).status == 0
+    assert kept() == "float32"
+    monkeypatch.setattr(devices, "number_type", lambda device: "bfloat16")
+    again = tercet(*words)
+    assert again.status == 0 and "0 encoded" in again.err
+    assert kept() == "float32"
+    assert tercet(*words, "--fresh").status == 0
+    assert kept() == "bfloat16"
+    assert tercet(*words, "--fresh", "--store-as", "int8").status == 0
+    assert kept() == "int8"
