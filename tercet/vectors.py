@@ -3,6 +3,9 @@
 - *dense*: one vector per text;
 - *sparse*: a weight for each of its tokens (lexical weights);
 - *multi*: one vector per token, compared token by token (late interaction).
+
+Offsets are on the host, wherever the numbers are: they decide sizes, and reading those from a GPU
+would make the host wait.
 """
 
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tercet.kinds import KINDS, Kind
-from tercet.segments import offsets_of, ragged_places, row_of
+from tercet.segments import moved, offsets_of, ragged_places, row_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Terms:
 
     ids: Int[Tensor, "terms"]
     weights: Float[Tensor, "terms"]
-    offsets: Int[Tensor, "bounds"]  # text i is offsets[i]:offsets[i + 1]
+    offsets: Int[Tensor, "bounds"]  # text i is offsets[i]:offsets[i + 1]; on the host
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -34,18 +37,23 @@ class Terms:
     def take(self, texts: Int[Tensor, "chosen"]) -> "Terms":
         """Return these texts, in this order."""
         places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
+        places = moved(places, self.weights.device)
         return Terms(self.ids[places], self.weights[places], offsets)
+
+    def to(self, device: torch.device | str) -> "Terms":
+        """Return the same on another device."""
+        return Terms(self.ids.to(device), self.weights.to(device), self.offsets)
 
     def merged(self) -> "Terms":
         """Return each token of a text once, by ascending id, with its largest weight above zero."""
-        row, weights = row_of(self.offsets), self.weights
+        row, weights = row_of(self.offsets, self.weights), self.weights
         size = int(self.ids.max()) + 1 if len(self.ids) else 1
         cells, place = (row * size + self.ids).unique(return_inverse=True)
         largest = weights.new_zeros(len(cells)).scatter_reduce(0, place, weights, "amax")
         (kept,) = (~(largest <= 0)).nonzero(as_tuple=True)  # NaN stays, to be noticed
         cells = cells[kept]
         counts = torch.bincount(cells // size, minlength=len(self))
-        return Terms(cells % size, largest[kept], offsets_of(counts))
+        return Terms(cells % size, largest[kept], offsets_of(counts.cpu()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class TokenRows:
     """One vector per token, the rows of all texts end to end."""
 
     vectors: Float[Tensor, "rows width"]
-    offsets: Int[Tensor, "bounds"]
+    offsets: Int[Tensor, "bounds"]  # on the host
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -61,7 +69,11 @@ class TokenRows:
     def take(self, texts: Int[Tensor, "chosen"]) -> "TokenRows":
         """Return these texts, in this order."""
         places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
-        return TokenRows(self.vectors[places], offsets)
+        return TokenRows(self.vectors[moved(places, self.vectors.device)], offsets)
+
+    def to(self, device: torch.device | str) -> "TokenRows":
+        """Return the same on another device."""
+        return TokenRows(self.vectors.to(device), self.offsets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +100,9 @@ class Vectors:
     def take(self, texts: Sequence[int] | slice | Tensor) -> "Vectors":
         """Return these texts, in this order."""
         chosen = torch.arange(*texts.indices(len(self))) if isinstance(texts, slice) else texts
-        rows = torch.as_tensor(chosen, dtype=torch.int64)
-        rows = rows.to(next(iter(self.tensors()), rows).device)
+        rows = torch.as_tensor(chosen, dtype=torch.int64, device="cpu")
         return Vectors(
-            dense=None if self.dense is None else self.dense[rows],
+            dense=None if self.dense is None else self.dense[moved(rows, self.dense.device)],
             sparse=None if self.sparse is None else self.sparse.take(rows),
             multi=None if self.multi is None else self.multi.take(rows),
         )
@@ -114,9 +125,11 @@ class Vectors:
         if self.dense is not None:
             found |= ~self.dense.isfinite().all(dim=1)
         if self.sparse is not None:
-            found[row_of(self.sparse.offsets)[~self.sparse.weights.isfinite()]] = True
+            bad = ~self.sparse.weights.isfinite()
+            found[row_of(self.sparse.offsets, bad)[bad]] = True
         if self.multi is not None:
-            found[row_of(self.multi.offsets)[~self.multi.vectors.isfinite().all(dim=1)]] = True
+            bad = ~self.multi.vectors.isfinite().all(dim=1)
+            found[row_of(self.multi.offsets, bad)[bad]] = True
         return found
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Vectors":
@@ -129,13 +142,11 @@ class Vectors:
 
     def to(self, device: torch.device | str) -> "Vectors":
         """Return the same on another device."""
-        sparse, multi = self.sparse, self.multi
-        if sparse is not None:
-            ids, weights = sparse.ids.to(device), sparse.weights.to(device)
-            sparse = Terms(ids, weights, sparse.offsets.to(device))
-        if multi is not None:
-            multi = TokenRows(multi.vectors.to(device), multi.offsets.to(device))
-        return Vectors(None if self.dense is None else self.dense.to(device), sparse, multi)
+        return Vectors(
+            dense=None if self.dense is None else self.dense.to(device),
+            sparse=None if self.sparse is None else self.sparse.to(device),
+            multi=None if self.multi is None else self.multi.to(device),
+        )
 
     @staticmethod
     def of_nothing(kinds: Sequence[Kind], dim: int, width: int | None) -> "Vectors":

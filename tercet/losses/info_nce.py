@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tercet.errors import RecipeError
-from tercet.types import NEGATIVE, POSITIVE
+from tercet.segments import moved
+from tercet.types import NEGATIVE
 
-BLOCK_BYTES: Final = 32 << 20  # of the scores of one block, at most
+BLOCK_BYTES: Final[Mapping[str, int]] = {"cpu": 32 << 20, "cuda": 512 << 20}
+"""Of the scores of one block, at most: in a CPU's caches, or enough to keep a GPU busy."""
 
 
 @runtime_checkable
@@ -36,6 +38,12 @@ class BlockwiseRelation(Protocol):
         self, start: int, stop: int, device: torch.device | None = None
     ) -> Int8[Tensor, "rows docs"]:
         """Return the relation of these queries to all documents."""
+        ...
+
+    def positive_pairs(
+        self, start: int, stop: int
+    ) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
+        """Return rows, counted from ``start``, and columns of the POSITIVE pairs, on the host."""
         ...
 
 
@@ -86,7 +94,7 @@ def info_nce(
             wide_queries,
             wide_docs,
             relation,
-            block or block_of(len(docs), len(weights)),
+            block or block_of(len(docs), len(weights), device=queries.device),
             torch.zeros_like(wide_queries) if learns and queries.requires_grad else None,
             torch.zeros_like(wide_docs) if learns and docs.requires_grad else None,
         )
@@ -94,10 +102,16 @@ def info_nce(
     return finished(loss, [queries, docs], [sweep.by_queries, sweep.by_docs])
 
 
-def block_of(docs: int, prefixes: int = 0) -> int:
+def block_of(docs: int, prefixes: int = 0, *, device: torch.device) -> int:
     """Return how many queries to hold at a time; a pair has a score and one number a prefix."""
     held = prefixes + 3 if prefixes else 1
-    return min(max(BLOCK_BYTES // (4 * held * max(docs, 1)), 16), 1024)
+    most = 1024 if device.type == "cpu" else 8192
+    return min(max(block_bytes(device) // (4 * held * max(docs, 1)), 16), most)
+
+
+def block_bytes(device: torch.device) -> int:
+    """Return how many bytes the scores of one block may take on a device."""
+    return BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
 
 
 def _weights_of(dims: Sequence[int] | Mapping[int, float] | None, width: int) -> dict[int, float]:
@@ -125,9 +139,13 @@ class PairBlock:
     masked: Bool[Tensor, "rows docs"]  # whatever is not a negative
 
     @classmethod
-    def of(cls, relation: Int8[Tensor, "rows docs"]) -> "PairBlock":
-        """Return the pairs of a block of the relation."""
-        row, column = (relation == POSITIVE).nonzero(as_tuple=True)
+    def of(
+        cls,
+        pairs: tuple[Int[Tensor, "positives"], Int[Tensor, "positives"]],
+        relation: Int8[Tensor, "rows docs"],
+    ) -> "PairBlock":
+        """Return a block of the relation, with the rows and columns of its positives."""
+        row, column = (moved(each, relation.device) for each in pairs)
         return cls(row, column, relation != NEGATIVE)
 
 
@@ -209,7 +227,8 @@ class _InfoNceSweep:
         for start in range(0, len(self.queries) if len(self.docs) else 0, self.block):
             stop = min(start + self.block, len(self.queries))
             relation = self.relation.rows(start, stop, self.docs.device)
-            yield slice(start, stop), PairBlock.of(relation)
+            pairs = self.relation.positive_pairs(start, stop)
+            yield slice(start, stop), PairBlock.of(pairs, relation)
 
     def add(self, gradient: Tensor, rows: slice, part: slice) -> None:
         """Add the gradient by dot products of these rows to that by this part of the vectors."""

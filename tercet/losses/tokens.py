@@ -5,16 +5,13 @@ once and the block is dropped: there is never a matrix of all tokens and the voc
 """
 
 from dataclasses import dataclass, replace
-from typing import Final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tercet.losses.info_nce import finished
-
-BLOCK_BYTES: Final = 32 << 20  # of the logits of one block, at most
+from tercet.losses.info_nce import block_bytes, finished
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +53,7 @@ def next_token_loss(
     its largest logit is that of its token. ``block`` is the number of places held at a time; it
     changes memory, not the result.
     """
-    at_once = block or max(1, BLOCK_BYTES // (4 * len(head.weight)))
+    at_once = block or max(1, block_bytes(states.device) // (4 * len(head.weight)))
     sweep = _TokenSweep(states, head, total)
     with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
         for start in range(0, len(states), at_once):

@@ -7,7 +7,7 @@ kind. So its losses, their targets and all gradients are computed at once, and i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,13 @@ from torch import Tensor
 from tercet.data.batches.relation import Relation
 from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Kind, Weights
-from tercet.losses.info_nce import PairBlock, finished, loss_and_gradient
+from tercet.losses.info_nce import PairBlock, block_bytes, finished, loss_and_gradient
 from tercet.losses.listwise import group_distillation, listwise
 from tercet.models.network.chunked import Losses
 from tercet.rank.scoring import scores_of
+from tercet.segments import moved
 from tercet.types import IGNORED, Distillation
 from tercet.vectors import Vectors
-
-BLOCK_BYTES: Final = 64 << 20  # of the scores of one block, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def _block_of(queries: "_Side", docs: int, kinds: int) -> int:
     if queries.vectors.multi is not None:
         tokens = len(queries.vectors.multi.vectors) // max(len(queries), 1)
     each = 4 * max(docs, 1) * (4 * (kinds + 2) + 3 * tokens)
-    return min(max(BLOCK_BYTES // each, 1), 1024)
+    return min(max(2 * block_bytes(queries.tensors()[0].device) // each, 1), 1024)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,15 +272,20 @@ class _UnifiedSweep:
         relation = self.relation.rows(start, stop, device)
         candidates = relation != IGNORED
         asked = candidates.any(1, keepdim=True)
-        pairs, taught = PairBlock.of(relation), None
+        pairs, taught = self.relation.positive_pairs(start, stop), None
         if self.teacher is not None:
             row, column = self.relation.group(start, stop)
+            scores = self.teacher[column]
             taught = torch.full_like(relation, torch.nan, dtype=self.loss.dtype)
-            taught[row.to(device), column.to(device)] = self.teacher[column].to(taught)
-            if self.mixture.distil == "listwise":
-                judged = (~taught.isnan() & candidates).any(1)[pairs.row]
-                pairs = PairBlock(pairs.row[~judged], pairs.column[~judged], pairs.masked)
-        return _ScoreBlock(pairs, candidates, ~candidates & asked, asked, taught)
+            where = moved(row, device), moved(column, device)
+            taught[where] = moved(scores.to(taught.dtype), device)
+            if self.mixture.distil == "listwise":  # rows with a scored document have no InfoNCE
+                judged = torch.zeros(stop - start, dtype=torch.bool)
+                judged[row[~scores.isnan() & (self.relation.own[column] != IGNORED)]] = True
+                others = ~judged[pairs[0]]
+                pairs = pairs[0][others], pairs[1][others]
+        block = PairBlock.of(pairs, relation)
+        return _ScoreBlock(block, candidates, ~candidates & asked, asked, taught)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,7 +32,7 @@ from tercet.models.network.chunked import (
 )
 from tercet.objectives.objective import Traits
 from tercet.objectives.token_heads import load_head
-from tercet.segments import Packed, batches_by_length, offsets_of
+from tercet.segments import Packed, batches_by_length, moved, offsets_of
 
 NO_LABEL: Final = -1  # of a token that is not predicted
 _DRAW: Final = 0x3A5C  # keeps masks apart from other uses of the same seed
@@ -166,8 +166,8 @@ class MNTPWork:
         counts = gather_ints((batch.labels != NO_LABEL).sum().reshape(1))
         total = max(1, int(counts.sum()))
         loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
-        texts, labels = batch.texts.to(device), batch.labels.to(device)
-        answers = Packed(labels, texts.offsets, texts.pooled)
+        texts = batch.texts.to(device)
+        answers = Packed(batch.labels, batch.texts.offsets, batch.texts.pooled)
         every = batches_by_length(texts.lengths, chunks.max_tokens)
         every = as_many_as_others(every) if chunks.in_step else every
         for number, members in enumerate(every):
@@ -178,9 +178,8 @@ class MNTPWork:
             read = texts.take(members) if members else one_token(texts)
             with own_random_state(texts, chunks.seed, number):
                 states = self.embedder.backbone(read)
-            part, found = next_token_loss(
-                states[places - 1], tokens[places], self.head, total=total
-            )
+            before, wanted = moved(places - 1, device), moved(tokens[places], device)
+            part, found = next_token_loss(states[before], wanted, self.head, total=total)
             part.backward()
             loss += part.detach()
             right += found

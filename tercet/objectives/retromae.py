@@ -31,9 +31,9 @@ from tercet.models.network.chunked import Chunks, Losses, own_random_state
 from tercet.models.network.pooling import POOLINGS
 from tercet.objectives.mntp import NO_LABEL, end_to_end, packed, seeded_texts
 from tercet.objectives.objective import Traits
-from tercet.objectives.retromae_decoder import Decoder
+from tercet.objectives.retromae_decoder import Decoder, inner_places
 from tercet.objectives.token_heads import MaskedHead, find_masked_head
-from tercet.segments import Packed, batches_by_length
+from tercet.segments import Packed, batches_by_length, moved
 from tercet.types import Vocabulary
 
 _DRAW: Final = 0x4E74  # keeps masks apart from other uses of the same seed
@@ -109,11 +109,6 @@ class RetroMAEBatch:
     seeds: Int[Tensor, "texts"]
     truncated: int = 0
 
-    def to(self, device: torch.device) -> "RetroMAEBatch":
-        """Return the batch on another device; seeds stay on the host."""
-        moved = {name: getattr(self, name).to(device) for name in ("texts", "labels", "originals")}
-        return replace(self, **moved)
-
 
 class RetroMAEWork:
     """Makes masked blocks of texts, and computes both losses chunk by chunk."""
@@ -176,9 +171,9 @@ class RetroMAEWork:
         lengths = batch.texts.lengths
         named = torch.tensor([sum(max(length - 2, 0) for length in lengths)])
         masked = (batch.labels != NO_LABEL).sum().reshape(1)
-        counts = gather_ints(torch.stack([masked, named], 1).to(self.embedder.device))
+        counts = gather_ints(torch.stack([masked, named], 1))
         totals = [max(1, total) for total in counts.sum(0).tolist()]
-        batch = batch.to(self.embedder.device)
+        batch = replace(batch, texts=batch.texts.to(self.embedder.device))
         sums = torch.zeros(4, device=self.embedder.device)  # the two losses, and numbers of hits
         # One gather of the table's rows a step: its gradient is as large as the table.
         rows = self._table if self._known is None else self._table[self._known]
@@ -207,25 +202,25 @@ class RetroMAEWork:
         self, batch: RetroMAEBatch, members: list[int], rows: Tensor, totals: list[int]
     ) -> list[Tensor]:
         """For some texts: the sum of both losses, each of them, and the number of hits of each."""
-        texts = batch.texts.take(members)
+        texts, host = batch.texts.take(members), batch.texts.host
         labels, originals = (
-            Packed(ids, batch.texts.offsets, batch.texts.pooled).take(members).ids
+            Packed(ids, host.offsets, host.pooled).take(members).ids
             for ids in (batch.labels, batch.originals)
         )
         states = self.embedder.states(texts)
         vectors = POOLINGS[self.embedder.settings.pooling](states, texts)
         output = self.head.output(rows)
-        masked = labels != NO_LABEL
+        (masked,) = (labels != NO_LABEL).nonzero(as_tuple=True)
+        hidden, wanted = moved(masked, states.device), moved(labels[masked], states.device)
         encoder, right = next_token_loss(
-            self.head(states[masked]), self._place(labels[masked]), output, total=totals[0]
+            self.head(states[hidden]), self._place(wanted), output, total=totals[0]
         )
-        known = self._place(originals)
+        known = self._place(moved(originals, states.device))
         seeds = batch.seeds[members].tolist()
         rebuilt = self.decoder(
             vectors, F.embedding(known, rows), texts, seeds, self.embedder.backbone
         )
-        ends = torch.cat([texts.offsets[:-1], texts.offsets[1:] - 1])
-        named = torch.ones_like(known, dtype=torch.bool).index_fill(0, ends, value=False)
+        named = moved(inner_places(texts), known.device)
         decoder, guessed = next_token_loss(
             self.head(rebuilt), known[named], output, total=totals[1]
         )

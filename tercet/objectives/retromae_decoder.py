@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.positions import input_layer
-from tercet.segments import Packed, row_of
+from tercet.segments import Packed, moved, row_of
 
 MASK_ENTRIES: Final = 1 << 21  # of the row masks in memory at a time
 _ODD: Final = 0x9E3779B97F4A7C15  # keeps the draws of neighbouring blocks apart
@@ -72,11 +72,8 @@ class Decoder(nn.Module):
         ``embeddings`` are those of the token table, without positions; that of a text's first token
         is ignored. Row masks depend only on the text's seed and length.
         """
-        places = torch.arange(len(texts.ids), device=texts.ids.device)
-        owner = row_of(texts.offsets)
-        places -= texts.offsets[owner]  # inside its text
-        last = texts.offsets.diff()[owner] - 1
-        asked = (places > 0) & (places < last)
+        places, owner = texts.places, row_of(texts.offsets, texts.ids)
+        asked = moved(inner_places(texts), places.device)
         keys = self._inputs(embeddings, places, backbone)
         keys = torch.where((places == 0)[:, None], vectors.to(keys.dtype)[owner], keys)
         rows = self._inputs(vectors[owner[asked]], places[asked], backbone)
@@ -149,6 +146,15 @@ class Decoder(nn.Module):
         row = torch.arange(rows, device=device)
         visible[row, start + 1 + row] = False  # its own token
         return visible
+
+
+def inner_places(texts: Packed) -> Int[Tensor, "rows"]:
+    """Return where the tokens are that are neither the first nor the last of their text."""
+    inner = torch.ones(len(texts.ids), dtype=torch.bool)
+    offsets = texts.host.offsets
+    inner[offsets[:-1]] = False
+    inner[offsets[1:] - 1] = False
+    return inner.nonzero()[:, 0]
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Losses
 from tercet.objectives.contrastive import PairWork, check_dims, require_dims, unit_of
 from tercet.objectives.objective import Traits
-from tercet.segments import offsets_of
+from tercet.segments import maximum, offsets_of
 from tercet.vectors import Terms, TokenRows, Vectors
 
 
@@ -123,7 +123,7 @@ def _share_of_empty(docs: Vectors) -> Losses:
     if docs.sparse is None:
         return {}
     with torch.no_grad():
-        alive = Terms(docs.sparse.ids, docs.sparse.weights.detach(), docs.sparse.offsets).merged()
-        empty = (alive.offsets.diff() == 0).sum().to(torch.float32)
-    every = gather_ints(torch.tensor([len(docs)])).sum().clamp_min(1)
-    return {"empty_sparse": empty / every.to(empty.device)}
+        largest = maximum(docs.sparse.weights[:, None], docs.sparse.offsets)
+        empty = (largest <= 0).sum().to(torch.float32)
+    every = gather_ints(torch.tensor([len(docs)])).sum()
+    return {"empty_sparse": empty / max(1, int(every))}

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tercet.kinds import Kind
-from tercet.segments import maximum, ragged_places, row_of, runs_within
+from tercet.segments import maximum, moved, ragged_places, row_of, runs_within
 from tercet.vectors import Terms, TokenRows, Vectors
 
-BLOCK_TOKENS: Final = 2_048  # of documents, compared at a time
+BLOCK_TOKENS: Final = 2_048  # of documents, compared at a time on a CPU
+_BLOCK_PRODUCTS: Final = 1 << 27  # of tokens on a GPU: half a gigabyte of float32
 
 
 def scores_of(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, "queries docs"]:
@@ -62,6 +63,11 @@ def paired_scores(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, 
     return found
 
 
+def _is_gpu(values: Tensor) -> bool:
+    """Whether calls cost more than products, and reading a number makes the host wait."""
+    return values.device.type == "cuda"
+
+
 # ---- terms ---------------------------------------------------------------------------------------
 
 
@@ -72,7 +78,9 @@ def lexical_scores(queries: Terms, docs: Terms) -> Float[Tensor, "queries docs"]
     the queries can score: documents drop all others, both sides become small matrices, and one
     product scores all pairs.
     """
-    vocabulary = queries.ids.unique()
+    # The number of distinct tokens would have to be read from a GPU. A repeated one scores zero.
+    repeats = _is_gpu(queries.ids)
+    vocabulary = queries.ids.sort().values if repeats else queries.ids.unique()
     return _columns(queries, vocabulary) @ _columns(docs, vocabulary).T
 
 
@@ -81,9 +89,13 @@ def _columns(texts: Terms, vocabulary: Int[Tensor, "words"]) -> Float[Tensor, "t
     flat = texts.weights.new_zeros(len(texts) * len(vocabulary))
     if len(vocabulary):
         place = torch.searchsorted(vocabulary, texts.ids).clamp_max(len(vocabulary) - 1)
-        (known,) = (vocabulary[place] == texts.ids).nonzero(as_tuple=True)
-        cell = row_of(texts.offsets)[known] * len(vocabulary) + place[known]
-        flat = flat.scatter_reduce(0, cell, texts.weights[known], "amax")
+        cell = row_of(texts.offsets, place) * len(vocabulary) + place
+        known, weights = vocabulary[place] == texts.ids, texts.weights
+        if _is_gpu(known):  # a zero changes nothing: no weight is smaller
+            weights = torch.where(known, weights, 0)
+        else:
+            cell, weights = cell[known], weights[known]
+        flat = flat.scatter_reduce(0, cell, weights, "amax")
     return flat.view(len(texts), len(vocabulary))
 
 
@@ -152,9 +164,7 @@ def late_interaction(queries: TokenRows, docs: TokenRows) -> Float[Tensor, "quer
 
     Forward keeps only which token of the document won; backward touches the winners alone.
     """
-    best = _MaxSim.apply(
-        queries.vectors, docs.vectors, docs.offsets, BLOCK_TOKENS
-    )  # [docs, query tokens]
+    best = _MaxSim.apply(queries.vectors, docs.vectors, docs.offsets)  # [docs, query tokens]
     return _query_means(best, queries.offsets)
 
 
@@ -193,27 +203,25 @@ def listed_late_interaction(
 def _query_means(
     best: Float[Tensor, "docs query_tokens"], offsets: Int[Tensor, "bounds"]
 ) -> Float[Tensor, "queries docs"]:
-    sums = best.new_zeros(len(offsets) - 1, len(best)).index_add(0, row_of(offsets), best.T)
-    return sums / offsets.diff().clamp_min(1)[:, None]
+    sums = best.new_zeros(len(offsets) - 1, len(best)).index_add(0, row_of(offsets, best.T), best.T)
+    return sums / moved(offsets.diff().clamp_min(1), sums.device)[:, None]
 
 
 class _MaxSim(torch.autograd.Function):
-    """For each document and query token, the largest dot product."""
+    """For each document and query token, the largest dot product.
+
+    A CPU takes the documents one by one; a GPU some at a time, padded, since a call costs more
+    there than some products too many.
+    """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, docs: Tensor, offsets: Tensor, block: int) -> Tensor:
-        bounds = offsets.tolist()
-        best = queries.new_zeros(len(bounds) - 1, len(queries))
+    def forward(ctx: Any, queries: Tensor, docs: Tensor, offsets: Tensor) -> Tensor:
+        best = queries.new_zeros(len(offsets) - 1, len(queries))
         winner = torch.full(best.shape, -1, dtype=torch.int32, device=queries.device)
-        for first, end in runs_within(bounds, block):
-            base = bounds[first]
-            dots = docs[base : bounds[end]] @ queries.T  # a document is a run of rows
-            for doc in range(first, end):
-                low, high = bounds[doc] - base, bounds[doc + 1] - base
-                if low < high:
-                    best[doc], place = dots[low:high].max(0)
-                    winner[doc] = (place + bounds[doc]).to(torch.int32)
+        largest = _largest_padded if _is_gpu(docs) else _largest_one_by_one
+        largest(queries, docs, offsets, best, winner)
         ctx.save_for_backward(queries, docs, winner)
+        ctx.offsets = offsets
         return best
 
     @staticmethod
@@ -223,11 +231,72 @@ class _MaxSim(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         queries, docs, winner = ctx.saved_tensors
         by_queries, by_docs = torch.zeros_like(queries), torch.zeros_like(docs)
-        for row, won in zip(gradient, winner.long(), strict=True):
-            weight = (row * (won >= 0))[:, None]
-            won = won.clamp_min(0)
-            if not len(docs):
-                break
-            by_queries.addcmul_(weight, docs[won])
-            by_docs.index_add_(0, won, weight * queries)
-        return by_queries, by_docs, None, None
+        if len(docs) and _is_gpu(docs):
+            _add_by_products(gradient, winner, ctx.offsets, (queries, docs), (by_queries, by_docs))
+        elif len(docs):
+            for row, won in zip(gradient, winner.long(), strict=True):
+                weight = (row * (won >= 0))[:, None]
+                won = won.clamp_min(0)
+                by_queries.addcmul_(weight, docs[won])
+                by_docs.index_add_(0, won, weight * queries)
+        return by_queries, by_docs, None
+
+
+def _largest_one_by_one(
+    queries: Tensor, docs: Tensor, offsets: Tensor, best: Tensor, winner: Tensor
+) -> None:
+    """Write the largest products of each document, and which of its tokens has it."""
+    bounds = offsets.tolist()
+    for first, end in runs_within(bounds, BLOCK_TOKENS):
+        base = bounds[first]
+        dots = docs[base : bounds[end]] @ queries.T  # a document is a run of rows
+        for doc in range(first, end):
+            low, high = bounds[doc] - base, bounds[doc + 1] - base
+            if low < high:
+                best[doc], place = dots[low:high].max(0)
+                winner[doc] = (place + bounds[doc]).to(torch.int32)
+
+
+def _largest_padded(
+    queries: Tensor, docs: Tensor, offsets: Tensor, best: Tensor, winner: Tensor
+) -> None:
+    """Do the same for documents of similar length at a time, whose last tokens are repeated."""
+    lengths = offsets.diff()
+    order = lengths.argsort(descending=True, stable=True)
+    order = order[: int((lengths > 0).sum())]  # empty documents have no products
+    begins, at_once = offsets[order], _BLOCK_PRODUCTS // max(1, len(queries))
+    first = 0
+    while first < len(order):
+        longest = int(lengths[order[first]])
+        some = order[first : first + max(1, at_once // longest)]
+        inside = torch.arange(longest)
+        begin = begins[first : first + len(some), None]
+        token = moved(begin + torch.minimum(inside, lengths[some][:, None] - 1), docs.device)
+        found, place = (docs[token] @ queries.T).max(1)  # [documents, query tokens]
+        rows = moved(some, docs.device)
+        best[rows] = found
+        winner[rows] = token.gather(1, place).to(torch.int32)
+        first += len(some)
+
+
+def _add_by_products(
+    gradient: Tensor,
+    winner: Tensor,
+    offsets: Tensor,
+    vectors: tuple[Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
+) -> None:
+    """Add the gradients of some documents at a time, as products with a mostly empty matrix."""
+    (queries, docs), (by_queries, by_docs) = vectors, sums
+    bounds = offsets.tolist()
+    for first, end in runs_within(bounds, _BLOCK_PRODUCTS // max(1, len(queries))):
+        rows = slice(bounds[first], bounds[end])
+        if rows.start == rows.stop:
+            continue
+        won = winner[first:end]
+        weights = (gradient[first:end] * (won >= 0)).to(docs.dtype)
+        place = (won.long() - rows.start).clamp_min(0)  # [documents, query tokens]
+        slope = docs.new_zeros(rows.stop - rows.start, len(queries))
+        slope.scatter_add_(0, place, weights)
+        by_queries.addmm_(slope.T, docs[rows])
+        by_docs[rows] = slope @ queries

@@ -21,7 +21,6 @@ _NUMBER: Final = 4  # bytes; vectors are float32 whatever the products are in
 _PAIR: Final = 16  # bytes a pair and kind: scores, their softmax and gradients
 _WEIGHT: Final = 12  # bytes a head and pair of tokens: attention weights, dropout's mask, both
 _CAPPED: Final = 20  # with capped scores or sinks: the scores before and after as well
-_DROPOUTS: Final = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 _WINNER: Final = 16  # bytes a query token and document: the largest product, its place, gradients
 
 
@@ -133,7 +132,7 @@ def pair_bytes(backbone: Backbone) -> int:
     config = backbone.config.get_text_config()
     dropout = backbone.attention_dropout
     if dropout is None:
-        dropout = max(float(getattr(config, name, None) or 0) for name in _DROPOUTS)
+        dropout = backbone.usual_dropout
     sinks = any(name.endswith("sinks") for name, _ in backbone.named_parameters())
     capped = sinks or getattr(config, "attn_logit_softcapping", None) is not None
     if not capped and not keeps_weights(backbone.device, dropout):

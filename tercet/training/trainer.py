@@ -95,6 +95,10 @@ class Trainer:
         """Steps of the whole stage."""
         return self.stage.steps or self.sampler.total_batches
 
+    @property
+    def _half(self) -> bool:
+        return self.options.dtype == "bfloat16"
+
     @cached_property
     def _warmup(self) -> int:
         given = self.stage.warmup_steps
@@ -107,6 +111,8 @@ class Trainer:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
             self._end()
             return
+        with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self._half):
+            self.embedder.backbone.prove()
         if self.progress.step == 0:
             self._introduce()
             self._evaluate(score)
@@ -231,7 +237,7 @@ class Trainer:
         self.embedder.train()
         step = self.progress.step
         seed = _seed_of(self.seed, step, distributed.rank())
-        half, sharded = self.options.dtype == "bfloat16", self.sharded is not None
+        half, sharded = self._half, self.sharded is not None
         device = self.embedder.device.type
         graph_tokens = self.budget.graph_tokens(batch.texts)
         chunks = Chunks(self.chunk_tokens, graph_tokens, seed, in_step=sharded)
@@ -447,6 +453,11 @@ class Trainer:
         kind = getattr(torch, self.options.dtype)
         if (warning := warning_of(kind, self.embedder.device)) is not None:
             self.say(f"tercet: note: {warning}")
+        if self._half and (dropout := self.embedder.backbone.dropout_left_out):
+            self.say(
+                f"tercet: note: the dropout of attention weights, {dropout:g}, is left out: the "
+                "GPU's kernel has none; other dropout stays"
+            )
         found, groups = self._candidates()
         if found is not None:
             self.say(found.summary(groups))

@@ -235,5 +235,7 @@ def test_blocks_of_scores_stay_below_two_to_the_31():
     assert mining_documents._TOGETHER * mining_documents.SHARD < 2**31
     assert topk._QUERY_BLOCK * 16_384 < 2**31
     # 131,072 queries against as many documents are 2 ** 34 scores, and 4 bytes each.
-    assert contrastive.block_of(131_072) * 131_072 * 4 <= contrastive.BLOCK_BYTES < 2**31
+    for device in ("cpu", "cuda"):
+        block = contrastive.block_of(131_072, device=torch.device(device))
+        assert block * 131_072 * 4 <= contrastive.BLOCK_BYTES[device] < 2**31
     assert 131_072**2 > 2**31

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tercet.kinds import KINDS, Weights
+from tercet.rank import scoring
 from tercet.rank.scoring import (
     late_interaction,
     lexical_scores,
@@ -23,7 +25,14 @@ def rows(*lengths: int, seed: int = 0) -> TokenRows:
     return TokenRows(F.normalize(vectors, dim=1), offsets_of(torch.tensor(lengths)))
 
 
-def test_b4_lexical_scores_equal_those_of_vocabulary_wide_vectors():
+@pytest.fixture(params=["on a CPU", "as on a GPU"])
+def form(request, monkeypatch):
+    """Both forms of a score, since a GPU takes another one than a CPU."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(scoring, "_is_gpu", lambda values: True)
+
+
+def test_b4_lexical_scores_equal_those_of_vocabulary_wide_vectors(form):
     queries, docs = leaves(made(5, seed=1)), leaves(made(9, seed=2))
     assert queries.sparse is not None and docs.sparse is not None
     fast = lexical_scores(queries.sparse, docs.sparse)
@@ -43,7 +52,7 @@ def test_b4_lexical_scores_equal_those_of_vocabulary_wide_vectors():
         torch.testing.assert_close(one, other)
 
 
-def test_b4_equal_weights_of_a_token_share_the_gradient():
+def test_b4_equal_weights_of_a_token_share_the_gradient(form):
     """``max`` would pick one of them; both are derivatives of the largest weight."""
     twice = torch.tensor([2.0, 2.0], dtype=torch.float64, requires_grad=True)
     text = Terms(torch.tensor([3, 3]), twice, torch.tensor([0, 2]))
@@ -59,8 +68,9 @@ def test_a_vocabulary_of_250_thousand_costs_nothing():
 
 
 @pytest.mark.parametrize("block", [1, 5, 10_000])
-def test_b2_late_interaction_is_that_of_each_pair_alone(block: int, monkeypatch):
-    monkeypatch.setattr("tercet.rank.scoring.BLOCK_TOKENS", block)
+def test_b2_late_interaction_is_that_of_each_pair_alone(form, block: int, monkeypatch):
+    monkeypatch.setattr(scoring, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(scoring, "_BLOCK_PRODUCTS", 20 * block)
     queries, docs = leaves(made(5, seed=3)), leaves(made(8, seed=4))
     assert queries.multi is not None and docs.multi is not None
     fast, slow = late_interaction(queries.multi, docs.multi), slow_scores("multi", queries, docs)
@@ -71,6 +81,31 @@ def test_b2_late_interaction_is_that_of_each_pair_alone(block: int, monkeypatch)
         torch.autograd.grad(fast, leaf, seed), torch.autograd.grad(slow, leaf, seed), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_documents_of_all_lengths_score_alike_on_a_gpu_and_none_has_a_loop(monkeypatch):
+    queries, docs = rows(3, 0, 5, seed=1), rows(*[7, 0, 2, 9, 4, 11, 3] * 6, seed=2)
+    found = []
+    for is_gpu in (False, True):
+        monkeypatch.setattr(scoring, "_is_gpu", lambda values, is_gpu=is_gpu: is_gpu)
+        sides = [TokenRows(s.vectors.clone().requires_grad_(), s.offsets) for s in (queries, docs)]
+        with CountedCalls() as calls:
+            scores = late_interaction(*sides)
+            (scores * torch.arange(scores.numel()).view_as(scores)).sum().backward()
+        found.append((scores.detach(), *(side.vectors.grad for side in sides), calls.count))
+    for one, other in zip(found[0][:3], found[1][:3], strict=True):
+        torch.testing.assert_close(one, other)
+    assert found[1][3] < 100 < 42 * 5 < found[0][3]
+
+
+class CountedCalls(TorchDispatchMode):
+    """Counts the operations of torch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_row_of_zeros_a_document_repeats_the_padding_of_the_reference():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tercet.distributed import gather_ints, rank, world
 from tercet.files.artifacts import fingerprint_number
-from tercet.segments import ragged_places, row_of
+from tercet.segments import moved, ragged_places, row_of
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
 
 # The policy of a query towards documents of other examples, as a number.
@@ -72,16 +72,25 @@ class Relation:
         """Return the relation of queries ``start`` to ``stop`` of this process to all documents."""
         policies = self.policies[start:stop]
         others = torch.where(policies > 0, NEGATIVE, IGNORED).to(torch.int8)
-        block = others.to(device)[:, None].repeat(1, len(self.owners))
+        device = self.owners.device if device is None else device
+        block = moved(others, device)[:, None].repeat(1, len(self.owners))
         if bool((choosy := policies == _POLICIES["positives"]).any()):
             mined = self.own != POSITIVE
-            block.masked_fill_(choosy.to(device)[:, None] & mined.to(device), IGNORED)
+            block.masked_fill_(moved(choosy, device)[:, None] & moved(mined, device), IGNORED)
         rows, columns = self.repeats.pairs(start, stop)
         if len(rows):
-            block[rows.to(device), columns.to(device)] = IGNORED
+            block[moved(rows, device), moved(columns, device)] = IGNORED
         rows, columns = self.group(start, stop)
-        block[rows.to(device), columns.to(device)] = self.own[columns].to(device)
+        block[moved(rows, device), moved(columns, device)] = moved(self.own[columns], device)
         return block
+
+    def positive_pairs(
+        self, start: int, stop: int
+    ) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
+        """Return rows, counted from ``start``, and columns of the positives, row by row."""
+        rows, columns = self.group(start, stop)
+        positive = self.own[columns] == POSITIVE
+        return rows[positive], columns[positive]
 
     def group(self, start: int, stop: int) -> tuple[Int[Tensor, "own"], Int[Tensor, "own"]]:
         """Return rows, counted from ``start``, and columns of the documents of their examples."""

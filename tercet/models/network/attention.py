@@ -3,8 +3,11 @@
 An unmodified transformers model calls it in every layer. The row of tokens is cut where texts
 begin, so only the future (when causal) and what lies outside a sliding window are masked.
 
-On CPU, and on CUDA in float32, texts of one length are attended together, without a mask. On CUDA
-in 16 bits the kernel for rows of varying length does the whole row at once.
+On a GPU in 16 bits, also under autocast, one kernel for rows of varying length does the whole row
+at once. It has no dropout, so the dropout that a model usually puts on its attention weights is
+left out there. Where it cannot run (float32, soft-capped scores, sinks, dropout that was asked for,
+a card before compute capability 8) texts are attended in groups: those of one length without a
+mask, and on a GPU those of similar lengths padded, where that costs less than one call more.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,26 +16,61 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
-from itertools import groupby
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tercet.errors import ModelError
+from tercet.segments import Packed, moved, offsets_of
 
 NAME: Final = "tercet"
 KEPT_LENGTH: Final = 512  # longest text whose attention weights are kept for the backward
 _PAIRS: Final = 1 << 23  # pairs of tokens of longer texts, whose weights exist at the same time
 _WIDEST: Final = 256  # widest head that the kernel for rows of varying length supports
+_CAPABILITY: Final = 8  # of the oldest cards that it supports
+_CALL: Final = 2e9  # operations that a GPU could do while the host makes one call more (computed)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring texts that are attended together, padded to the length of the longest."""
+
+    begin: int  # the first token
+    lengths: tuple[int, ...]  # no text is longer than the first
+
+    @property
+    def longest(self) -> int:
+        """The length that the texts are padded to."""
+        return self.lengths[0]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of all texts."""
+        return sum(self.lengths)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the texts differ in length."""
+        return min(self.lengths) < self.longest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Padding:
+    """Where the tokens of a padded group are; places behind a text repeat its last token."""
+
+    token: Int[Tensor, "texts longest"]  # of the group, at each place
+    place: Int[Tensor, "tokens"]  # of each token, among texts * longest
+    lengths: Int[Tensor, "texts"]
 
 
 class Layout:
-    """Where the texts of a row begin. Neighbouring texts of one length run together.
+    """Where the texts of a row begin.
 
     It reaches :func:`attend` as a keyword of the model's forward. Some models do not pass keywords
     on to their attention (StableLM, Nemotron); for these it is ``in_force`` as a context.
@@ -40,18 +78,17 @@ class Layout:
 
     def __init__(
         self,
-        lengths: Sequence[int],
-        device: torch.device | str = "cpu",
+        texts: Packed,
         *,
         dropout: float | None = None,  # of attention weights in training; None: the model's default
     ) -> None:
         self.dropout = dropout
-        self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-        self.sizes = [length * count for length, count in self.runs]
-        self.longest = max(lengths)
-        self._lengths = lengths
-        self._device = device
+        self.lengths = texts.lengths
+        self.longest = max(self.lengths)
+        self._texts = texts
         self._bounds: Tensor | None = None
+        self._groups: list[Group] | None = None
+        self._paddings: dict[Group, Padding] = {}
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -63,12 +100,44 @@ class Layout:
             _IN_FORCE.reset(before)
 
     @property
-    def bounds(self) -> Tensor:
+    def bounds(self) -> Int[Tensor, "bounds"]:
         """The first token of each text, and the end of the last one, on the row's device."""
         if self._bounds is None:
-            lengths = torch.tensor(self._lengths, device=self._device, dtype=torch.int32)
-            self._bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+            self._bounds = self._texts.offsets.to(torch.int32)
         return self._bounds
+
+    def groups(self, width: int) -> list[Group]:
+        """Return the groups of texts for heads that are ``width`` wide together."""
+        if self._groups is None:
+            on_gpu = self._texts.device.type == "cuda"
+            self._groups = list(_groups(self.lengths, _CALL / (4 * width) if on_gpu else 0))
+        return self._groups
+
+    def padding(self, group: Group) -> "Padding":
+        """Return where the tokens of a padded group are, on the row's device."""
+        if group not in self._paddings:
+            lengths = torch.tensor(group.lengths)
+            inside, ends = torch.arange(group.longest), lengths[:, None]
+            begins = offsets_of(lengths)[:-1, None]
+            token = begins + torch.minimum(inside, ends - 1)
+            place = (inside < ends).flatten().nonzero()[:, 0]
+            parts = (moved(each, self._texts.device) for each in (token, place, lengths))
+            self._paddings[group] = Padding(*parts)
+        return self._paddings[group]
+
+
+def _groups(lengths: Sequence[int], spare: float | int) -> Iterator[Group]:
+    """Cut a row of texts where a longer one comes, or padding would cost more than one call.
+
+    ``spare`` is how many more pairs of tokens than those of its texts a group may have.
+    """
+    begin, low, added = 0, 0, 0
+    for text, length in enumerate(lengths):
+        added += lengths[low] ** 2 - length**2
+        if added > spare or length > lengths[low]:
+            yield Group(begin, tuple(lengths[low:text]))
+            begin, low, added = begin + sum(lengths[low:text]), text, 0
+    yield Group(begin, tuple(lengths[low:]))
 
 
 _IN_FORCE: Final[ContextVar[Layout | None]] = ContextVar("layout", default=None)
@@ -113,15 +182,27 @@ def attend(
             "call the model through tercet.models.network.backbone.Backbone"
         )
     rule = _rule_of(module, options, layout.dropout)
-    narrow = query.shape[-1] <= _WIDEST and query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and narrow and _plain(rule):
-        return _attend_row(query, key, value, layout, rule)[None], None
+    if query.is_cuda:
+        # Under autocast, rotary positions and norms of heads leave queries and keys in float32.
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        q, k, v = (x if dtype is None else x.to(dtype) for x in (query, key, value))
+        if _kernel_takes(q, k, v):
+            usual = rule.dropout == 0 or layout.dropout is None
+            if usual and rule.softcap is None and rule.sinks is None:
+                return _attend_row(q, k, v, layout, rule)[None], None
     pieces = []
-    rows = zip(*(x[0].split(layout.sizes, dim=1) for x in (query, key, value)), strict=True)
-    for (length, count), (q, k, v) in zip(layout.runs, rows, strict=True):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in (q, k, v))
-        states = _attend_run(q, k, v, rule)  # [texts, heads, length, width]
-        pieces.append(states.transpose(1, 2).flatten(0, 1))
+    for group in layout.groups(query.shape[1] * query.shape[3]):
+        row = slice(group.begin, group.begin + group.tokens)
+        q, k, v = (x[0, :, row] for x in (query, key, value))
+        if not group.is_padded:
+            q, k, v = (x.unflatten(1, (-1, group.longest)).transpose(0, 1) for x in (q, k, v))
+            states = _attend_run(q, k, v, rule)  # [texts, heads, length, width]
+            pieces.append(states.transpose(1, 2).flatten(0, 1))
+        else:
+            padding = layout.padding(group)
+            q, k, v = (x[:, padding.token].transpose(0, 1) for x in (q, k, v))
+            states = _attend_run(q, k, v, rule, padding.lengths)
+            pieces.append(states.transpose(1, 2).flatten(0, 1)[padding.place])
     return torch.cat(pieces)[None] if len(pieces) > 1 else pieces[0][None], None
 
 
@@ -163,12 +244,16 @@ def _attend_run(
     k: Float[Tensor, "texts kv_heads length width"],
     v: Float[Tensor, "texts kv_heads length v_width"],
     rule: _Rule,
+    lengths: Int[Tensor, "texts"] | None = None,
 ) -> Float[Tensor, "texts heads length v_width"]:
-    """Attend in texts of one length; weights that a long one would keep are computed again."""
+    """Attend in texts of one length; weights that a long one would keep are computed again.
+
+    With ``lengths`` the texts are padded, and what is behind a text is not seen.
+    """
     explicit = rule.softcap is not None or rule.sinks is not None
     length = q.shape[2]
     if length <= KEPT_LENGTH or not (explicit or keeps_weights(q.device, rule.dropout)):
-        return _attend_equal(q, k, v, rule)
+        return _attend_equal(q, k, v, rule, lengths)
     kv_heads = k.shape[1]
     group = q.shape[1] // kv_heads
     step = max(1, _PAIRS // (len(q) * group * length**2))  # also without a graph: one dropout
@@ -176,7 +261,7 @@ def _attend_run(
     for low in range(0, kv_heads, step):
         own, shared = slice(low * group, (low + step) * group), slice(low, low + step)
         sinks = None if rule.sinks is None else rule.sinks[own]
-        given = q[:, own], k[:, shared], v[:, shared], replace(rule, sinks=sinks)
+        given = q[:, own], k[:, shared], v[:, shared], replace(rule, sinks=sinks), lengths
         if torch.is_grad_enabled():
             pieces.append(checkpoint(_attend_equal, *given, use_reentrant=False))
         else:
@@ -194,14 +279,12 @@ def _attend_equal(
     k: Float[Tensor, "texts kv_heads length width"],
     v: Float[Tensor, "texts kv_heads length v_width"],
     rule: _Rule,
+    lengths: Int[Tensor, "texts"] | None = None,
 ) -> Float[Tensor, "texts heads length v_width"]:
-    """Attend in texts of one length; a mask is needed only if a window cuts the text."""
-    length, mask = q.shape[2], None
-    if rule.limit is not None and length > rule.limit:
-        place = torch.arange(length, device=q.device)
-        distance = place[:, None] - place[None, :]
-        past = distance >= 0 if rule.causal else distance > -rule.limit
-        mask = (distance < rule.limit) & past
+    """Attend in texts of one length; a mask is needed only if a window or padding cuts them."""
+    length = q.shape[2]
+    cut = lengths is not None or (rule.limit is not None and length > rule.limit)
+    mask = _seen(length, rule, lengths, q.device) if cut else None
     if rule.softcap is not None or rule.sinks is not None:
         return _attend_explicit(q, k, v, mask, rule)
     unmasked = mask is None and not rule.causal and rule.dropout == 0
@@ -217,6 +300,20 @@ def _attend_equal(
         dropout_p=rule.dropout,
         enable_gqa=k.shape[1] != q.shape[1],
     )
+
+
+def _seen(
+    length: int, rule: _Rule, lengths: Int[Tensor, "texts"] | None, device: torch.device
+) -> Bool[Tensor, "*texts length length"]:
+    """Return which tokens see which: inside the window, and inside the text if texts are padded."""
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None, :]
+    limit = rule.limit or length
+    seen = (distance < limit) & (distance >= 0 if rule.causal else distance > -limit)
+    if lengths is None:
+        return seen
+    inside = (place < lengths[:, None])[:, None, None]  # [texts, 1, 1, length]
+    return seen & (inside | (distance == 0))  # a place behind a text sees itself: finite weights
 
 
 def _products_are_faster(q: Tensor) -> bool:
@@ -262,33 +359,38 @@ def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule:
     return F.dropout(weights.to(v.dtype), rule.dropout, training=rule.dropout > 0) @ v
 
 
-def _plain(rule: _Rule) -> bool:
-    """Whether the kernel for rows of varying length supports the rule."""
-    return rule.dropout == 0 and rule.softcap is None and rule.sinks is None and _varlen_takes()
+def _kernel_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel for rows of varying length takes these types and widths on this card."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width = q.shape[-1]
+    fits = width == v.shape[-1] and width % 8 == 0 and width <= _WIDEST
+    return fits and kernel_runs_on(q.device)
 
 
 @cache
-def _varlen_takes() -> bool:
-    """Whether this torch has the kernel, with windows and grouped heads (2.11 may lack some)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"window_size", "enable_gqa", "scale"} <= set(signature(varlen_attn).parameters)
+def kernel_runs_on(device: torch.device) -> bool:
+    """Whether the kernel for rows of varying length runs on a device, in 16 bits."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _CAPABILITY
+
+
+@cache
+def _kernel_asks_for_groups() -> bool:
+    """Whether the kernel has a switch for heads that share keys; in torch 2.11 it needs none."""
+    return "enable_gqa" in signature(varlen.varlen_attn).parameters
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: _Rule) -> Tensor:
     """Attend in all texts by one CUDA kernel, whose window is one less than the limit."""
-    from torch.nn.attention.varlen import varlen_attn
-
     reach = -1 if rule.limit is None else rule.limit - 1
     rows, keys, values = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
     bounds, longest = layout.bounds, layout.longest
-    states = varlen_attn(
+    shared: dict[str, Any] = {"enable_gqa": k.shape[1] != q.shape[1]}
+    states = varlen.varlen_attn(
         *(rows, keys, values, bounds, bounds, longest, longest),
         scale=rule.scale,
         window_size=(reach, 0 if rule.causal else reach),
-        enable_gqa=k.shape[1] != q.shape[1],
+        **(shared if _kernel_asks_for_groups() else {}),
     )
     assert isinstance(states, Tensor)
     return states

@@ -7,7 +7,7 @@ ignore. So all flags are set, and :func:`probe` changes a token to see which sta
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,13 +17,16 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
 from tercet.models.foreign_code import refuse_code, refuse_code_in
-from tercet.models.network.attention import NAME, Layout
+from tercet.models.network.attention import NAME, Layout, kernel_runs_on
 from tercet.models.network.cpu import keep_freed_memory
 from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
-from tercet.segments import Packed, offsets_of
+from tercet.segments import Packed, moved, offsets_of, ragged_places
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_PROBED_WINDOW: Final = 2_048  # wider ones are not probed: the text would be longer
+_DROPOUTS: Final = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 
 
 class Backbone(nn.Module):
@@ -44,7 +47,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model: Any = model
         _switch_to_packed(model)
-        self._proved: set[Attention] = set()  # directions that passed the probe
+        self._proved: set[tuple[Attention, str, bool]] = set()  # what passed the probe
         self.is_decoder = _is_decoder(model)
         self.attention: Attention = _direction(model, attention)
         self.attention_dropout: float | None = None  # in training; None: the model's default
@@ -80,14 +83,35 @@ class Backbone(nn.Module):
         return backbone
 
     def prove(self) -> None:
-        """Probe the current direction, once.
+        """Probe the current direction once on each kind of device, and with a GPU's kernel.
 
         Raises:
             ModelError: see :func:`probe`.
         """
-        if self.attention not in self._proved:
+        what = self.attention, self.device.type, self.uses_kernel
+        if what not in self._proved:
             probe(self)
-            self._proved.add(self.attention)
+            self._proved.add(what)
+
+    @property
+    def uses_kernel(self) -> bool:
+        """Whether a GPU's kernel for rows of varying length would do the attention now."""
+        autocast = torch.is_autocast_enabled(self.device.type)
+        in_16_bits = autocast or next(self.model.parameters()).dtype.itemsize == 2
+        return in_16_bits and kernel_runs_on(self.device)
+
+    @property
+    def dropout_left_out(self) -> float:
+        """The usual dropout of attention weights, if a GPU's kernel without one trains it."""
+        if not kernel_runs_on(self.device) or self.attention_dropout is not None:
+            return 0.0
+        return self.usual_dropout
+
+    @property
+    def usual_dropout(self) -> float:
+        """The dropout that the model puts on its attention weights in training."""
+        config = self.config.get_text_config()
+        return max(float(getattr(config, name, None) or 0) for name in _DROPOUTS)
 
     @property
     def config(self) -> Any:
@@ -130,30 +154,27 @@ class Backbone(nn.Module):
 
     def _run(self, texts: Packed, states_of: Callable[[Any], Tensor], **options: Any) -> Tensor:
         """Return what ``states_of`` takes from the output: [any, tokens, hidden]."""
-        lengths, device = texts.lengths, texts.ids.device
+        lengths = texts.lengths
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        ids, place = texts.ids, None
-        if order != list(range(len(lengths))):
-            bounds = texts.offsets.tolist()
-            place = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in order]).to(device)
-            ids, lengths = ids[place], [lengths[i] for i in order]
-        positions = torch.cat([torch.arange(length) for length in lengths]) + self.position_offset
+        is_sorted = order == list(range(len(lengths)))
+        read = texts if is_sorted else texts.take(order)
         if hasattr(self.config, "use_cache"):
             options["use_cache"] = False
-        layout = Layout(lengths, device, dropout=self.attention_dropout)
+        layout = Layout(read, dropout=self.attention_dropout)
         with layout.in_force():
             output = self.model(
-                input_ids=ids[None],
-                position_ids=positions.to(device)[None],
+                input_ids=read.ids[None],
+                position_ids=read.places[None] + self.position_offset,
                 layout=layout,
                 **options,
             )
         states = states_of(output)
-        if place is None:
+        if is_sorted:
             return states
-        back = torch.empty_like(place)
-        back[place] = torch.arange(len(place), device=device)
-        return states[:, back]
+        begins = offsets_of(torch.tensor([lengths[text] for text in order]))[:-1]
+        begins = begins[torch.tensor(order).argsort()]  # of each text among the sorted ones
+        back, _ = ragged_places(begins, begins + torch.tensor(lengths))
+        return states[:, moved(back, states.device)]
 
     def turned(self, attention: Attention) -> "Backbone":
         """Return a copy that reads in this direction, probed; it shares the weights.
@@ -169,8 +190,8 @@ class Backbone(nn.Module):
         if attention != self.attention:
             copied.attention = attention
             _set_direction(copied.model, attention)
-            copied.prove()
-            self._proved |= copied._proved
+        copied.prove()
+        self._proved |= copied._proved
         return copied
 
     def freeze_embeddings(self) -> None:
@@ -213,7 +234,8 @@ def probe(backbone: Backbone) -> None:
         ModelError: if a text depends on its neighbours, a causal model sees the next token or a
             bidirectional one does not, or states differ from those of transformers' attention.
     """
-    with torch.no_grad(), torch.autocast(backbone.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(backbone.device.type) and backbone.uses_kernel
+    with torch.no_grad(), torch.autocast(backbone.device.type, enabled=autocast):
         _probe(backbone)
 
 
@@ -222,15 +244,16 @@ def _probe(backbone: Backbone) -> None:
     backbone.eval()
     vocabulary = backbone.config.get_text_config().vocab_size
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(10, vocabulary // 2), vocabulary, (32,), generator=draw)
-    text, changed, others = ids[:12], ids[:12].clone(), (ids[12:19], ids[19:])
+    length = _probed_length(backbone)
+    ids = torch.randint(min(10, vocabulary // 2), vocabulary, (length + 20,), generator=draw)
+    text, changed, others = ids[:length], ids[:length].clone(), ids[length:].split([7, 13])
     changed[-1] = ids[-1] if ids[-1] != text[-1] else ids[-2]
 
     alone = _states(backbone, text)
     size = alone.abs().max().item()
     expected = _unpacked_states(backbone, text, "eager")
     close = 1e-4
-    if next(backbone.parameters()).dtype != torch.float32:
+    if backbone.uses_kernel or next(backbone.parameters()).dtype != torch.float32:
         # Rounding grows from layer to layer, in some models to half of a state. So the tolerance
         # is the difference between two of transformers' implementations.
         other = _unpacked_states(backbone, text, "sdpa")
@@ -238,7 +261,7 @@ def _probe(backbone: Backbone) -> None:
         close = max(5e-2, 4 * noise)
     name = type(backbone.model).__name__
 
-    between = _states(backbone, others[0], text, others[1])[len(others[0]) :][: len(text)]
+    between = _states(backbone, others[0], text, others[1])[7:][:length]
     if _gap(between, alone) > close:
         raise ModelError(
             f"{name}: a text's states depend on its neighbours, so it cannot be packed; choose a "
@@ -257,6 +280,19 @@ def _probe(backbone: Backbone) -> None:
             f"{name}: packed states differ from the model's own by {_gap(expected, alone):.0%}"
         )
     backbone.train(training)
+
+
+def _probed_length(backbone: Backbone) -> int:
+    """Return the length of the probed text: a GPU's kernel has to get past the edge of a window."""
+    window = _windows(backbone.model)
+    past = backbone.uses_kernel and window is not None and window <= _PROBED_WINDOW
+    return min(window + 8, backbone.max_tokens) if past and window else 12
+
+
+def _windows(model: nn.Module) -> int | None:
+    """Return the smallest sliding window of a model."""
+    found = [getattr(module, "sliding_window", None) for module in model.modules()]
+    return min((each for each in found if isinstance(each, int)), default=None)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -43,9 +43,9 @@ def backward_in_chunks(
     Chunks are summed in a fixed order, and each has its own seed for dropout, so the gradient is
     the same to the last bit for any number of kept graphs. The caller's random state is restored.
 
-    The losses are returned detached. If ``loss`` is not finite, ``embed`` is not differentiated;
-    the backward of ``loss_of`` always runs, since other processes may be waiting in it. With
-    ``in_step`` the processes agree on the number of chunks and of graphs to keep.
+    The losses are returned detached, and not looked at: that would make the host wait for a GPU. So
+    a loss that is not finite gives gradients that are not finite. With ``in_step`` the processes
+    agree on the number of chunks and of graphs to keep.
     """
     lengths = texts.lengths
     members = batches_by_length(lengths, chunks.max_tokens)
@@ -74,9 +74,6 @@ def backward_in_chunks(
     kept = [embedded(chunk, with_graph=True) for chunk in range(first_kept, len(members))]
     detached = [part.with_tensors([x.detach() for x in part.tensors()]) for part in kept]
     losses, gradients = _loss_and_gradients(losses_of, [*without, *detached], members)
-    (bad,) = _largest(int(gradients is None)) if chunks.in_step else (gradients is None,)
-    if gradients is None or bad:
-        return losses
     for chunk in reversed(range(len(members))):
         part = kept.pop() if kept else embedded(chunk, with_graph=True)
         pairs = zip(part.tensors(), gradients[chunk], strict=True)
@@ -112,14 +109,15 @@ def as_many_as_others(members: list[list[int]]) -> list[list[int]]:
 
 def one_token(texts: Packed) -> Packed:
     """Return a text of one token, for a process whose chunk is empty; its vector is dropped."""
-    id, start = texts.ids.new_zeros(1), texts.offsets.new_zeros(1)
-    return Packed(id, torch.cat([start, start + 1]), texts.pooled.new_ones(1))
+    id, start = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    one = Packed(id, torch.cat([start, start + 1]), torch.ones(1, dtype=torch.bool))
+    return one.to(texts.device)
 
 
 @contextmanager
 def own_random_state(texts: Packed, seed: int, chunk: int) -> Iterator[None]:
     """Give a chunk the same random numbers each time, and restore the caller's random state."""
-    device = texts.ids.device
+    device = texts.device
     # Neighbouring seeds must not share the numbers of neighbouring chunks: hence the odd factor.
     mixed = (seed * 0x9E3779B97F4A7C15 + chunk) % 2**63
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -132,8 +130,8 @@ def own_random_state(texts: Packed, seed: int, chunk: int) -> Iterator[None]:
 
 def _loss_and_gradients(
     loss_of: Callable[[Vectors], Losses], parts: list[Vectors], members: list[list[int]]
-) -> tuple[Losses, list[list[Tensor | None]] | None]:
-    """Return losses and, if finite, each chunk's gradients by its tensors, None if unused."""
+) -> tuple[Losses, list[list[Tensor | None]]]:
+    """Return losses and each chunk's gradients by its tensors, None if unused."""
     together = Vectors.join(parts)
     leaves = [tensor.requires_grad_() for tensor in together.tensors()]
     order = torch.tensor([text for chunk in members for text in chunk], dtype=torch.int64)
@@ -142,8 +140,6 @@ def _loss_and_gradients(
     if loss.requires_grad:
         loss.backward()
     detached = {name: value.detach() for name, value in losses.items()}
-    if not loss.isfinite():
-        return detached, None
     lengths = [[len(tensor) for tensor in part.tensors()] for part in parts]
     split = [
         [None] * len(parts) if leaf.grad is None else leaf.grad.split(list(sizes))

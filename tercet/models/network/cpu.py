@@ -118,7 +118,7 @@ def rounded(texts: Packed) -> Packed:
     added = -rows % (1 << max(rows.bit_length() - 5, 3)) if rows > _ROWS else 0
     if not added:
         return texts
-    ends = texts.offsets[-1] + torch.arange(1, added + 1, device=texts.offsets.device)
+    ends = texts.offsets[-1] + torch.arange(1, added + 1)
     return Packed(
         torch.cat([texts.ids, texts.ids[:1].expand(added)]),
         torch.cat([texts.offsets, ends.to(texts.offsets.dtype)]),

@@ -18,7 +18,7 @@ from tercet.errors import ModelError
 from tercet.files.atomic import replacing_file
 from tercet.kinds import Kind
 from tercet.models.network.loading import PICKLED
-from tercet.segments import Packed, offsets_of, row_of
+from tercet.segments import Packed, moved, offsets_of, row_of
 from tercet.vectors import Terms, TokenRows
 
 FILES: Final[Mapping[Kind, str]] = {"sparse": "sparse_linear.pt", "multi": "colbert_linear.pt"}
@@ -76,10 +76,12 @@ class Heads(nn.Module):
         In at least float32 (arXiv 2402.03216, sec. 3.2, lexical retrieval).
         """
         assert self.sparse is not None, "a model with a sparse head"
-        kept = texts.pooled & ~_among(texts, special.never_terms)
-        weights = self.sparse(states[kept]).squeeze(1).relu()
+        host = texts.host
+        kept = host.pooled & ~_among(host, special.never_terms)
+        chosen = _places_of(kept, states.device)
+        weights = self.sparse(states[chosen]).squeeze(1).relu()
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        return Terms(texts.ids[kept], weights, _offsets_of_kept(texts, kept))
+        return Terms(texts.ids[chosen], weights, _offsets_of_kept(host, kept))
 
     def rows(
         self, states: Float[Tensor, "tokens hidden"], texts: Packed, special: SpecialIds
@@ -89,22 +91,27 @@ class Heads(nn.Module):
         In at least float32. A text without any other token keeps all of its tokens.
         """
         assert self.multi is not None, "a model with a multi head"
-        first = torch.zeros_like(texts.pooled)
-        first[texts.offsets[:-1]] = True
-        kept = texts.pooled & ~(first & _among(texts, special.starts))
+        host = texts.host
+        first = torch.zeros_like(host.pooled)
+        first[host.offsets[:-1]] = True
+        kept = host.pooled & ~(first & _among(host, special.starts))
         if special.inserted is not None:
-            kept &= texts.ids != special.inserted
-        some = torch.zeros(len(texts), dtype=torch.bool, device=kept.device)
-        some[row_of(texts.offsets)[kept]] = True
+            kept &= host.ids != special.inserted
+        some = torch.zeros(len(host), dtype=torch.bool)
+        some[row_of(host.offsets)[kept]] = True
         if not bool(some.all()):
-            kept |= ~some[row_of(texts.offsets)]
-        rows = self.multi(states[kept])
+            kept |= ~some[row_of(host.offsets)]
+        rows = self.multi(states[_places_of(kept, states.device)])
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return TokenRows(F.normalize(rows, dim=1), _offsets_of_kept(texts, kept))
+        return TokenRows(F.normalize(rows, dim=1), _offsets_of_kept(host, kept))
 
 
 def _among(texts: Packed, ids: Sequence[int]) -> Bool[Tensor, "tokens"]:
-    return torch.isin(texts.ids, torch.tensor(ids, dtype=torch.int64, device=texts.ids.device))
+    return torch.isin(texts.ids, torch.tensor(ids, dtype=torch.int64))
+
+
+def _places_of(kept: Bool[Tensor, "tokens"], device: torch.device) -> Tensor:
+    return moved(kept.nonzero()[:, 0], device)
 
 
 def _offsets_of_kept(texts: Packed, kept: Bool[Tensor, "tokens"]) -> Tensor:

@@ -161,7 +161,7 @@ class AttentionLayer(nn.Module):
             x.unflatten(1, (self.layer.heads, -1)).transpose(0, 1)[None]
             for x in (queries, keys, values)
         )  # [1, heads, tokens, size]
-        layout = Layout(texts.lengths, states.device)
+        layout = Layout(texts)
         found, _ = attend(self, q, k, v, layout=layout, is_causal=False)
         return states + self.to_out(found[0].flatten(1))
 

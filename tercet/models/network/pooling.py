@@ -42,7 +42,7 @@ def weighted_mean(
     counted = _counted(texts)
     running = (torch.ones_like(counted) if from_start else counted).cumsum(0)
     before = torch.cat([running.new_zeros(1), running])[texts.offsets[:-1]]
-    place = (running - before[segments.row_of(texts.offsets)]) * counted
+    place = (running - before[segments.row_of(texts.offsets, counted)]) * counted
     return _weighted(hidden, texts, place.unsqueeze(1))
 
 
@@ -67,14 +67,17 @@ def cls_mean(
     With one of them it is what :func:`first` gives (arXiv 2402.03216, sec. 3.4). They are found by
     place and id, since a text may hold the same token elsewhere. All count, whatever is pooled.
     """
-    owner = segments.row_of(texts.offsets)
-    begin = texts.offsets[:-1][owner]
-    place = torch.arange(len(owner), device=owner.device) - begin
-    chosen = (place % (every + 1) == 0) & (texts.ids == texts.ids[begin])  # an end may be there
-    count = segments.total(chosen.unsqueeze(1).float(), texts.offsets)
-    wide = hidden[chosen].to(torch.promote_types(hidden.dtype, torch.float32))
+    host = texts.host
+    owner = segments.row_of(host.offsets)
+    begin = host.offsets[:-1][owner]
+    at_start = (host.places % (every + 1) == 0) & (host.ids == host.ids[begin])  # or at an end
+    (chosen,) = at_start.nonzero(as_tuple=True)
+    counts = segments.total(at_start.unsqueeze(1).float(), host.offsets)
+    wide = hidden[segments.moved(chosen, hidden.device)]
+    wide = wide.to(torch.promote_types(hidden.dtype, torch.float32))
     zeros = wide.new_zeros(len(texts), hidden.shape[1])
-    return zeros.index_add(0, owner[chosen], wide) / count
+    owner, counts = (segments.moved(x, hidden.device) for x in (owner[chosen], counts))
+    return zeros.index_add(0, owner, wide) / counts
 
 
 POOLINGS: Final[dict[PoolingName, Pooling]] = {
@@ -88,10 +91,10 @@ POOLINGS: Final[dict[PoolingName, Pooling]] = {
 def _counted(texts: Packed) -> Float[Tensor, "tokens"]:
     """Return 1 for each pooled token, and for all tokens of a text that has none."""
     pooled = texts.pooled.to(torch.float32)
-    if bool(texts.pooled.all()):
+    if bool(texts.host.pooled.all()):
         return pooled
     some = segments.total(pooled.unsqueeze(1), texts.offsets).squeeze(1) > 0  # [texts]
-    return torch.where(some[segments.row_of(texts.offsets)], pooled, 1.0)
+    return torch.where(some[segments.row_of(texts.offsets, pooled)], pooled, 1.0)
 
 
 def _weighted(
@@ -110,5 +113,5 @@ def _picked(
     best: Literal["amin", "amax"],
 ) -> Float[Tensor, "texts hidden"]:
     start = place.new_full((len(texts),), len(place) if best == "amin" else -1)
-    token = start.scatter_reduce(0, segments.row_of(texts.offsets), place, best)
+    token = start.scatter_reduce(0, segments.row_of(texts.offsets, place), place, best)
     return hidden[token].to(torch.promote_types(hidden.dtype, torch.float32))

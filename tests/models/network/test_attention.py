@@ -1,12 +1,14 @@
 """Attention of long texts, whose weights are not kept for the backward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tercet.models.network import attention
 from tercet.models.network.attention import _attend_equal, _attend_run, _Rule
-from tests.toy import DECODERS, ENCODERS
+from tests.toy import DECODERS, ENCODERS, pack, random_texts
 
 RULES = {
     "dropout": _Rule(causal=False, limit=None, scale=None, dropout=0.3),
@@ -64,3 +66,48 @@ def test_bfloat16_attention_by_products_equals_the_fused_kernel(kind):
     with torch.inference_mode():
         got = _attend_equal(q, k, v, rule)
     torch.testing.assert_close(got.float(), exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("limit", [None, 3, 30])
+@pytest.mark.parametrize("extra", ["plain", "soft cap", "sinks"])
+def test_texts_of_similar_lengths_may_be_padded_without_a_change(causal, limit, extra, monkeypatch):
+    """On a GPU a call costs more than padding; what is behind a text is never seen."""
+    lengths = [9, 8, 8, 5, 2, 1]
+    options = {"soft cap": {"softcap": 2.0}, "sinks": {"s_aux": torch.arange(4.0).double()}}
+    module = nn.Module()
+    module.is_causal, module.config = causal, SimpleNamespace(sliding_window=(limit or 1) - 1)
+    window = None if limit is None else limit
+    expected = attend_with_gradients(lengths, module, window, options.get(extra, {}))
+    cut = attention._groups
+    monkeypatch.setattr(attention, "_groups", lambda lengths, spare: cut(lengths, 60))
+    assert [group.lengths for group in cut(lengths, 60)] == [(9, 8, 8), (5, 2, 1)]
+    padded = attend_with_gradients(lengths, module, window, options.get(extra, {}))
+    for found, wanted in zip(padded, expected, strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, wanted)
+
+
+def attend_with_gradients(lengths, module, window, options) -> list[Tensor]:
+    torch.manual_seed(0)
+    sizes = [(1, 4, sum(lengths), 6), (1, 2, sum(lengths), 6), (1, 2, sum(lengths), 7)]
+    given = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    layout = attention.Layout(pack(*random_texts(*lengths)))
+    states, _ = attention.attend(module, *given, layout=layout, sliding_window=window, **options)
+    return [states, *torch.autograd.grad((states * torch.randn_like(states)).sum(), given)]
+
+
+def test_without_room_for_padding_texts_of_one_length_run_together():
+    groups = list(attention._groups([7, 7, 3, 3, 3, 8, 1], 0))
+    assert [group.lengths for group in groups] == [(7, 7), (3, 3, 3), (8,), (1,)]
+    assert [group.begin for group in groups] == [0, 14, 23, 31]
+    assert not any(group.is_padded for group in groups)
+
+
+def test_a_group_ends_where_padding_would_cost_more_than_a_call():
+    lengths = [100, 99, 98, 97, 50, 49, 10, 10]
+    assert [group.lengths for group in attention._groups(lengths, 1_300)] == [
+        (100, 99, 98, 97),
+        (50, 49),
+        (10, 10),
+    ]
