@@ -151,6 +151,10 @@ class Pretend(Tensor):
     def __repr__(self) -> str:
         return f"Pretend({self.inner})"
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """What tells one weight from another when a model is saved."""
+        return self.inner.untyped_storage()
+
     def __deepcopy__(self, memo: Any) -> "Pretend":
         made = Pretend(self.inner.clone())
         made.requires_grad_(self.requires_grad)
