@@ -269,6 +269,9 @@ class Run:
     checkpoint_activations: Annotated[
         bool, "Compute the activations of layers again instead of keeping them."
     ] = False
+    compile_layers: Annotated[
+        bool, "Compile each layer with torch.compile, which takes about a minute at the start."
+    ] = False
     models_at: Annotated[
         tuple[int, ...],
         "Also save the model after these steps of the first stage; 0: before training.",
@@ -284,6 +287,9 @@ class Run:
         above(0, self, "save_minutes")
         at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
         at_least(0, self, "memory_gb")
+        if self.compile_layers and (self.shard_weights or self.checkpoint_activations):
+            other = "shard_weights" if self.shard_weights else "checkpoint_activations"
+            raise RecipeError(f"compile_layers and {other} do not go together; remove one of them")
         if min(self.models_at, default=0) < 0:
             raise RecipeError(f"models_at is {list(self.models_at)}; give steps, 0 for the base")
 

@@ -24,6 +24,7 @@ from tercet.files.signals import Interrupted, Listener, Stopped, stopped, waitin
 from tercet.models.embedder import Embedder
 from tercet.models.network.checkpointing import recomputable, recomputed
 from tercet.models.network.chunked import Chunks, Losses
+from tercet.models.network.compiling import compile_layers
 from tercet.models.network.cpu import warning_of
 from tercet.objectives.objective import TextBatch
 from tercet.sharding import clip_gradients, is_sharded
@@ -75,6 +76,11 @@ class Trainer:
             require_shardable(stage)
             self.sharded = ShardedEmbedder(embedder, run.find_device())
         self.recomputed = recomputable(embedder.backbone) if run.checkpoint_activations else []
+        if run.compile_layers and not compile_layers(embedder.backbone):
+            raise RecipeError(
+                f"{type(embedder.backbone.model).__name__} has no list of layers to compile; "
+                "leave compile_layers out"
+            )
         self.optimizer = optimizer.adamw(embedder, stage)
         self.chunk_tokens = run.tokens_together(embedder.device)
         self.budget = memory_budget(
@@ -111,8 +117,7 @@ class Trainer:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")
             self._end()
             return
-        with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self._half):
-            self.embedder.backbone.prove()
+        self._prove()
         if self.progress.step == 0:
             self._introduce()
             self._evaluate(score)
@@ -150,6 +155,12 @@ class Trainer:
         if cut := self.progress.truncated:
             self.say(f"{cut:,} times a text was longer than the model takes, and was cut")
         self._end()
+
+    def _prove(self) -> None:
+        """Check that texts are read rightly on this device, in the type of this training."""
+        if self.sharded is None:
+            with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self._half):
+                self.embedder.backbone.prove()
 
     def _end(self) -> None:
         """Leave the embedder whole, with the weights that stay."""
