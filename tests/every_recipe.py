@@ -43,6 +43,7 @@ BUILD: Mapping[str, Callable[[Path, int], Recipe]] = {
         mntp_batch_size=4,
         mntp_block_tokens=32,
         simcse_batch_size=6,
+        simcse_attention_dropout=0.0,
         supervised_batch_size=4,
         lora_rank=4,
     ),
@@ -89,7 +90,7 @@ class Workplace:
 def workplace(folder: Path) -> Workplace:
     """Make the models and the data.
 
-    Attention has no dropout: a GPU leaves it out, so that its losses would be others.
+    Attention has no dropout, which draws other random numbers on a GPU, or none.
     """
     for kind in ("bert", "xlm-roberta"):
         toy.save_model(folder / kind, kind)

@@ -393,7 +393,7 @@ def to_cpu(module: nn.Module) -> nn.Module:
 _ASKS_FOR_GROUPS = "enable_gqa" in signature(varlen.varlen_attn).parameters  # not in torch 2.11
 
 
-def _refuse(rows: Any, bounds: Any, longest: Any, options: Any) -> None:
+def _refuse(rows: Any, places: Any, options: Any) -> None:
     """Fail as the kernel does."""
     q, k, _ = rows
     for x in rows:
@@ -402,40 +402,37 @@ def _refuse(rows: Any, bounds: Any, longest: Any, options: Any) -> None:
         assert x.dtype == q.dtype, "query and key must have the same dtype"
         assert x.ndim == 3 and x.stride(-1) == 1, "must have a contiguous last dimension"
         assert x.shape[-1] == q.shape[-1] <= 256 and x.shape[-1] % 8 == 0, f"head {x.shape[-1]}"
-    for each in bounds:
+    bounds, of_keys, longest, longest_key = places
+    for each in (bounds, of_keys):
         assert isinstance(each, Pretend) and each.dtype == torch.int32 and each.is_contiguous()
-    assert all(type(each) is int for each in longest) and isinstance(options["window_size"], tuple)
-    assert options["scale"] is None or isinstance(options["scale"], float), "scale is no float"
+    assert type(longest) is int and type(longest_key) is int, "the longest is no int"
+    assert isinstance(options["window_size"], tuple), "the window is no tuple"
+    assert options["scale"] is None or isinstance(options["scale"], float), "the scale is no float"
     if not options["enable_gqa"] and _ASKS_FOR_GROUPS:
         assert q.shape[1] == k.shape[1], "query and key/value must have the same number of heads"
     assert q.shape[1] % k.shape[1] == 0
+    assert int(bounds.inner[-1]) == len(q), "the last bound is not the end of the row"
+    assert int(bounds.inner.diff().max()) == longest, "not the longest text"
 
 
-def _varlen_reference(query, key, value, places, options):
-    """torch.nn.attention.varlen.varlen_attn by its documentation, with what its kernel refuses."""
-    bounds_q, bounds_k, longest_q, longest_k = places
-    options = {"scale": None, "window_size": (-1, -1), "enable_gqa": False, **options}
-    rest = (bounds_q, bounds_k), (longest_q, longest_k), options
-    _refuse((query, key, value), *rest)
-    bounds = bounds_q.inner.tolist()
+def _varlen_reference(rows, places, options):
+    """Attend inside each text, as the documentation of varlen_attn says it, on the CPU."""
+    query, key, value = rows
+    bounds = places[0].inner.tolist()
     lengths = [end - begin for begin, end in pairwise(bounds)]
-    assert bounds[-1] == len(query) and max(lengths) == longest_q, "the longest == longest"
     group = query.shape[1] // key.shape[1]
     left, right = options["window_size"]
     scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
     done = []
-    for begin, length in zip(bounds, lengths, strict=False):
-        rows = slice(begin, begin + length)
-        q, k, v = (x[rows].transpose(0, 1).float() for x in (query, key, value))
+    for rows_of_text in zip(*(x.float().split(lengths) for x in rows), strict=True):
+        q, k, v = (x.transpose(0, 1) for x in rows_of_text)
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        at = torch.arange(length)
-        ahead = at[None, :] - at[:, None]  # of the key
-        seen = torch.ones(length, length, dtype=torch.bool)
-        if left >= 0:
-            seen &= ahead >= -left
-        if right >= 0:
-            seen &= ahead <= right
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(Pretend(~seen), float("-inf"))
+        scores = q @ k.transpose(1, 2) * scale
+        if left >= 0 or right >= 0:
+            at = torch.arange(q.shape[1])
+            ahead = at[None, :] - at[:, None]  # of the key
+            hidden = (ahead < -left) & (left >= 0) | (ahead > right) & (right >= 0)
+            scores = scores.masked_fill(hidden, float("-inf"))
         done.append((scores.softmax(-1) @ v).transpose(0, 1))
     return torch.cat(done).to(query.dtype)
 
@@ -444,25 +441,25 @@ class _Varlen(torch.autograd.Function):
     """One kernel forwards and three backwards, whatever the reference does inside."""
 
     @staticmethod
-    def forward(ctx, query, key, value, *rest):
-        *places, options = rest
+    def forward(ctx, query, key, value, places, options):
+        _refuse((query, key, value), places, options)
         ctx.save_for_backward(query, key, value)
-        ctx.rest = rest
+        ctx.rest = places, options
         if _LOG is not None:
             _LOG.launch("varlen_attn")
-        with quiet(), torch.no_grad():
-            return _varlen_reference(query, key, value, places, options)
+        rows = query.inner, key.inner, value.inner
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return Pretend(_varlen_reference(rows, places, options))
 
     @staticmethod
     def backward(ctx, gradient):
-        *places, options = ctx.rest
         if _LOG is not None:
             _LOG.launch("varlen_attn_backward", 3)
-        with quiet(), torch.enable_grad():
-            given = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            out = _varlen_reference(*given, places, options)
-            found = torch.autograd.grad(out, given, gradient)
-        return (*found, None, None, None, None, None)
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            given = [x.inner.detach().requires_grad_() for x in ctx.saved_tensors]
+            out = _varlen_reference(given, *ctx.rest)
+            found = torch.autograd.grad(out, given, gradient.inner)
+        return (*map(Pretend, found), None, None)
 
 
 @functools.wraps(varlen.varlen_attn)
@@ -472,7 +469,8 @@ def _varlen_attn(  # noqa: PLR0913
     unknown = options.keys() - signature(varlen.varlen_attn).parameters.keys()
     if unknown:
         raise TypeError(f"varlen_attn() got an unexpected keyword argument {min(unknown)!r}")
-    return _Varlen.apply(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, options)
+    options = {"scale": None, "window_size": (-1, -1), "enable_gqa": False, **options}
+    return _Varlen.apply(query, key, value, (cu_seq_q, cu_seq_k, max_q, max_k), options)
 
 
 @contextmanager

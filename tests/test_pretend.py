@@ -171,8 +171,8 @@ def kernel(q, k, v, *, lengths=(3, 2), longest=None, **options) -> Any:
     [
         ({"dtype": torch.float32}, "supports fp16/bf16"),
         ({"width": 12}, "head 12"),
-        ({"longest": 4}, "== longest"),
-        ({"scale": 1}, "scale"),
+        ({"longest": 4}, "not the longest"),
+        ({"scale": 1}, "scale is no float"),
     ],
 )
 def test_the_kernel_refuses_what_the_real_one_refuses(changes, problem):

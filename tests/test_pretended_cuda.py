@@ -12,14 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.kinds import KINDS
-from tercet.models.embedder import Embedder
-from tercet.models.network.backbone import Backbone
 from tercet.training.loop import train
 from tercet.training.recipe import Run
 from tests.every_recipe import BUILD, Workplace, losses, workplace
-from tests.pretend import Log, pretended_cuda, quiet, to_gpu
-from tests.toy import DECODERS, ENCODERS, SENTENCES, pack, random_model, random_texts
+from tests.pretend import Log, pretended_cuda
+from tests.toy import DECODERS
 
 ROTARY = [name for name in DECODERS if name != "gemma2"]  # which bends its scores
 OF_A_CHUNK = ("models/network/", "segments", "vectors", "models/embedder")
