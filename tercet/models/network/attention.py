@@ -129,12 +129,14 @@ class Layout:
 def _groups(lengths: Sequence[int], spare: float | int) -> Iterator[Group]:
     """Cut a row of texts where a longer one comes, or padding would cost more than one call.
 
-    ``spare`` is how many more pairs of tokens than those of its texts a group may have.
+    ``spare`` is how many more pairs of tokens than those of its texts a group may have. Texts longer
+    than ``KEPT_LENGTH`` are not padded, since their mask would be large.
     """
     begin, low, added = 0, 0, 0
     for text, length in enumerate(lengths):
         added += lengths[low] ** 2 - length**2
-        if added > spare or length > lengths[low]:
+        room = spare if lengths[low] <= KEPT_LENGTH else 0
+        if added > room or length > lengths[low]:
             yield Group(begin, tuple(lengths[low:text]))
             begin, low, added = begin + sum(lengths[low:text]), text, 0
     yield Group(begin, tuple(lengths[low:]))

@@ -111,3 +111,8 @@ def test_a_group_ends_where_padding_would_cost_more_than_a_call():
         (50, 49),
         (10, 10),
     ]
+
+
+def test_long_texts_are_not_padded_since_their_mask_would_be_large():
+    groups = list(attention._groups([600, 600, 599, 512, 511], 1e9))
+    assert [group.lengths for group in groups] == [(600, 600), (599,), (512, 511)]
