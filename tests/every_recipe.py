@@ -43,9 +43,11 @@ BUILD: Mapping[str, Callable[[Path, int], Recipe]] = {
         mntp_batch_size=4,
         mntp_block_tokens=32,
         simcse_batch_size=6,
-        simcse_attention_dropout=0.0,
         supervised_batch_size=4,
         lora_rank=4,
+    ),
+    "SimCSE of an encoder": lambda f, n: llm2vec(
+        str(f / "bert"), stages="simcse", steps=n, simcse_batch_size=6, simcse_attention_dropout=0.0
     ),
     "nv_embed": lambda f, n: nv_embed(
         str(f / "llama"),
@@ -78,19 +80,20 @@ class Workplace:
         return BUILD[name](self.folder, steps)
 
     def data(self, recipe: Recipe) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            stage.data: [open_source(self.folder / "pairs.jsonl")] for stage in recipe.stages
-        }
+        pairs = [open_source(self.folder / "pairs.jsonl")]
         texts = [open_texts(self.folder / "texts.txt")]
-        if recipe.name == "llm2vec":
-            found |= {"texts": texts, "sentences": texts}
-        return found
+        is_text = recipe.name == "llm2vec"
+        return {
+            stage.data: texts if is_text and stage.data in ("texts", "sentences") else pairs
+            for stage in recipe.stages
+        }
 
 
 def workplace(folder: Path) -> Workplace:
     """Make the models and the data.
 
-    Attention has no dropout, which draws other random numbers on a GPU, or none.
+    Attention has no dropout of the model's: a GPU leaves it out. That of SimCSE is asked for, so a
+    GPU keeps it, with other random numbers.
     """
     for kind in ("bert", "xlm-roberta"):
         toy.save_model(folder / kind, kind)
@@ -100,8 +103,8 @@ def workplace(folder: Path) -> Workplace:
     torch.manual_seed(3)
     t.LlamaForCausalLM(toy.DECODERS["llama"]).save_pretrained(folder / "llama")  # pyright: ignore
     toy.byte_bpe().save_pretrained(folder / "llama")
-    config = toy.ENCODERS["bert"].to_dict() | {"hidden_size": 288, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 4, "attention_probs_dropout_prob": 0.0}
+    config: dict[str, Any] = toy.ENCODERS["bert"].to_dict() | {"hidden_size": 288, "num_hidden_layers": 2}
+    config |= {"attention_probs_dropout_prob": 0.0}
     toy.random_model(t.BertConfig(**config)).save_pretrained(folder / "wide")
     toy.wordpiece().save_pretrained(folder / "wide")
     texts = toy.SENTENCES

@@ -179,15 +179,24 @@ class Pretend(Tensor):
             return None
         if name == "copy_" and not isinstance(args[0], Pretend):
             return _to_host(args[0], args[1], *args[2:], **kwargs)
-        out = func(*tree_map(_bare, args), **tree_map(_bare, kwargs))
+        out = func(*_mapped(_bare, args), **_mapped(_bare, kwargs))
         if name in _SCALARS:
             return out
-        wrapped = tree_map(lambda x: Pretend(x) if isinstance(x, Tensor) else x, out)
+        wrapped = _mapped(Pretend, out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
 def _bare(x: Any) -> Any:
     return x.inner if isinstance(x, Pretend) else x
+
+
+def _mapped(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """Apply to all tensors in lists, tuples and dicts; torch's tree_map is three times slower."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if type(x) in (list, tuple):
+        return type(x)(_mapped(function, each) for each in x)
+    return {k: _mapped(function, v) for k, v in x.items()} if type(x) is dict else x
 
 
 def _to_host(target: Tensor, source: Pretend, non_blocking: bool = False) -> Tensor:
@@ -210,9 +219,9 @@ def _wrong(x: Tensor) -> float | int:
 
 def _look(name: str, args: Any, kwargs: Any) -> None:
     """Refuse a mixture of devices; count what the operation costs."""
-    flat: list[Any] = []
-    tree_map(flat.append, (args, kwargs))
-    here = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Pretend) and x.ndim > 0]
+    flat: list[Tensor] = []
+    _mapped(flat.append, (args, kwargs))
+    here = [x for x in flat if not isinstance(x, Pretend) and x.ndim > 0]
     if here:
         _look_at_mixture(name, args, kwargs, here)
     log = _LOG
