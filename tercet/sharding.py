@@ -70,6 +70,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def numbers_here(tensor: Tensor) -> int:
+    """Return how many numbers of a tensor this process holds."""
+    return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+
 @torch.no_grad()
 def whole_of(tensor: Tensor) -> Tensor:
     """Return the whole of a sharded tensor, others unchanged; all processes must call this."""
@@ -98,14 +103,14 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients down to a norm of at most ``limit``; return their norm before.
 
     The norm includes the parts of gradients that other processes hold.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
-        return 0.0
+        return torch.zeros(())
     parts = [g.to_local() for g in gradients if isinstance(g, DTensor)]
     whole = [g for g in gradients if not isinstance(g, DTensor)]
     squares = [_square(parts, gradients), _square(whole, gradients)]
@@ -114,7 +119,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in (*parts, *whole):
         gradient.mul_(scale.to(gradient.dtype))
-    return float(norm)
+    return norm
 
 
 def _square(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 
@@ -17,6 +17,7 @@ from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
+from tercet.models.devices import NumberType, find_device, number_type
 from tercet.objectives.objective import Objective
 from tercet.types import Mixing, Policy, ScheduleName
 
@@ -246,13 +247,20 @@ class Run:
         str | None, "Device, such as cpu or cuda:1. Default: a GPU if there is one."
     ] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16"], "Type of matrix products; weights stay float32."
-    ] = "float32"
+        NumberType | None,
+        "Type of matrix products; weights stay float32. Default: bfloat16 on a GPU that computes "
+        "in it, else float32.",
+    ] = None
     chunk_tokens: Annotated[
-        int | None, "Tokens encoded together. Default: 2,048 on a CPU, 16,384 on a GPU.", "tokens"
+        int | None,
+        "Tokens encoded together. Default: 2,048 on a CPU; on a GPU by its memory and the size of "
+        "the model.",
+        "tokens",
     ] = None
     memory_gb: Annotated[
-        float | None, "Memory for kept activations. Default: a quarter of what is free.", "GB"
+        float | None,
+        "Memory for kept activations. Default: a quarter of what is free on a CPU, 60 % on a GPU.",
+        "GB",
     ] = None
     save_minutes: Annotated[float, "Time between checkpoints.", "minutes"] = 5.0
     save_steps: Annotated[int | None, "Also save a checkpoint after this many steps.", "steps"] = (
@@ -267,8 +275,10 @@ class Run:
         bool, "Spread weights, gradients and optimizer over the processes (FSDP2)."
     ] = False
     checkpoint_activations: Annotated[
-        bool, "Compute the activations of layers again instead of keeping them."
-    ] = False
+        bool | None,
+        "Compute the activations of layers again instead of keeping them. Default: where they do "
+        "not fit into memory.",
+    ] = None
     compile_layers: Annotated[
         bool, "Compile each layer with torch.compile, which takes about a minute at the start."
     ] = False
@@ -280,13 +290,19 @@ class Run:
     cache_tokens: Annotated[bool, "Tokenize training texts once and keep their tokens on disk."] = (
         False
     )
+    workers: Annotated[
+        int | None,
+        "Threads that prepare the next batches; batches do not depend on their number. Default: "
+        "on a GPU up to 4 of the free cores; on a CPU 1 if torch leaves a core free, else 0.",
+        "threads",
+    ] = None
     tensorboard: Annotated[bool, "Write files for TensorBoard too."] = False
     show_progress: bool = True
 
     def __post_init__(self) -> None:
         above(0, self, "save_minutes")
         at_least(1, self, "chunk_tokens", "save_steps", "eval_steps")
-        at_least(0, self, "memory_gb")
+        at_least(0, self, "memory_gb", "workers")
         if self.compile_layers and (self.shard_weights or self.checkpoint_activations):
             other = "shard_weights" if self.shard_weights else "checkpoint_activations"
             raise RecipeError(f"compile_layers and {other} do not go together; remove one of them")
@@ -303,26 +319,17 @@ class Run:
         """Where an embedder is between stages: sharded, it may be too large for one device."""
         return torch.device("cpu") if self.shards_weights else self.find_device()
 
-    def tokens_together(self, device: torch.device) -> int:
-        """Return how many tokens are encoded together on a device."""
-        return self.chunk_tokens or (16_384 if device.type == "cuda" else 2_048)
-
     def find_device(self) -> torch.device:
         """Return the device asked for; by default a GPU if there is one.
 
         Raises:
-            RecipeError: if there is no such device here.
+            RecipeError: if there is no such device here, or several processes would share it.
         """
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.zeros(1, device=name).device
-        # torch has no error class for this: a RuntimeError says that the name, the number or the
-        # driver is unknown, an AssertionError that torch was built without such devices.
-        except (RuntimeError, AssertionError) as error:
-            raise RecipeError(
-                f"the device {name!r} cannot be used here; leave it out to take a GPU if there is "
-                "one, or else the CPU"
-            ) from error
+        return find_device(self.device)
+
+    def resolved(self) -> "Run":
+        """Return the run with the type of numbers that its device takes, if none was chosen."""
+        return self if self.dtype else replace(self, dtype=number_type(self.find_device()))
 
 
 def chosen(stages: Mapping[str, Stage], names: str) -> tuple[Stage, ...]:

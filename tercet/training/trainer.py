@@ -3,17 +3,19 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, astuple
-from functools import cached_property
+from dataclasses import asdict, astuple, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from tercet import distributed
+from tercet.ahead import done_ahead, usual_workers
 from tercet.data.batches.sampler import BatchRows, Sampler
 from tercet.errors import RecipeError, TrainingError
 from tercet.files.atomic import replacing_file
@@ -22,7 +24,8 @@ from tercet.files.console import say
 from tercet.files.progress import Advance, bar, notes
 from tercet.files.signals import Interrupted, Listener, Stopped, stopped, waiting
 from tercet.models.embedder import Embedder
-from tercet.models.network.checkpointing import recomputable, recomputed
+from tercet.models.frozen import FrozenInHalf
+from tercet.models.network.checkpointing import layers_of, recomputed
 from tercet.models.network.chunked import Chunks, Losses
 from tercet.models.network.compiling import compile_layers
 from tercet.models.network.cpu import warning_of
@@ -31,7 +34,7 @@ from tercet.sharding import clip_gradients, is_sharded
 from tercet.training import checkpoint, optimizer
 from tercet.training.batches import Groups, collator_of, groups_of, sampler_of, with_cached_tokens
 from tercet.training.log import LOG, Candidates, Log, SparseAlarm
-from tercet.training.memory import memory_budget
+from tercet.training.memory import step_memory
 from tercet.training.plan import CHECKPOINT, MADE_WITH, TrainingPlan, identity, is_refreshed
 from tercet.training.recipe import Stage
 from tercet.training.refresh import Refresher
@@ -45,6 +48,15 @@ Score = Callable[[Embedder], float | Mapping[str, float]]
 
 Of several figures, by name, the one under ``dev_score`` counts, and all are logged.
 """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MadeBatch:
+    """A batch that was made before its step, and where the sampler is once it has been trained."""
+
+    rows: BatchRows  # of all processes
+    texts: TextBatch  # of this one
+    place: Mapping[str, int]
 
 
 class Trainer:
@@ -75,24 +87,23 @@ class Trainer:
         if run.shards_weights:
             require_shardable(stage)
             self.sharded = ShardedEmbedder(embedder, run.find_device())
-        self.recomputed = recomputable(embedder.backbone) if run.checkpoint_activations else []
         if run.compile_layers and not compile_layers(embedder.backbone):
             raise RecipeError(
                 f"{type(embedder.backbone.model).__name__} has no list of layers to compile; "
                 "leave compile_layers out"
             )
         self.optimizer = optimizer.adamw(embedder, stage)
-        self.chunk_tokens = run.tokens_together(embedder.device)
-        self.budget = memory_budget(
-            embedder,
-            stage.objective.traits.kinds,
-            run.memory_gb,
-            half=run.dtype == "bfloat16",
-            recomputed=bool(self.recomputed),
-        )
+        memory = step_memory(embedder, stage.objective.traits.kinds, run)
+        self.recomputed = layers_of(embedder.backbone) if memory.recomputed else []
+        self.chunk_tokens, self.budget = memory.chunk_tokens, memory.budget
+        self.frozen: FrozenInHalf | None = None  # while steps are taken
+        if run.dtype == "bfloat16" and self.sharded is None:
+            self.frozen = FrozenInHalf(embedder.backbone.model)
         self.progress, self.alarm = checkpoint.StageProgress(), SparseAlarm()
         self.groups: Groups | None = None  # batch sizes by length
         self.sampler: Sampler  # made by resume(), unless the stage is finished
+        self._place: Mapping[str, int]  # of the sampler, after the batch that was trained last
+        self._made: Iterator[MadeBatch] | None = None  # the next batches, up to a refresh
         read = dict(begins_with) if self.refresher is None else begins_with | self.refresher.read
         self.what = identity(recipe, stage, self.sources, run, begins_with=read)
 
@@ -124,6 +135,7 @@ class Trainer:
         self._keep_model()
         saved_at = started = time.monotonic()
         log, step = None, self.progress.step
+        self._place = self.sampler.state()
         shown = self.options.show_progress and distributed.is_main()
         with ExitStack() as stack:
             if distributed.is_main():  # one file has one writer
@@ -133,6 +145,7 @@ class Trainer:
                 bar(self.stage.name, self.steps, step, shown=shown, unit="step ")
             )
             listener = stack.enter_context(waiting())
+            stack.callback(self._drop_batches)
             before, patience = self.progress.seconds, self.stage.patience or math.inf
             eval_steps = self.options.eval_steps or max(1, math.ceil(self.steps / 10))
             while self.progress.step < self.steps and self.progress.stale < patience:
@@ -165,6 +178,8 @@ class Trainer:
     def _end(self) -> None:
         """Leave the embedder whole, with the weights that stay."""
         self._take_best()
+        if self.frozen is not None:
+            self.frozen.restore()
         if self.sharded is not None:
             self.sharded.put_together()
         self.work.finish()
@@ -172,10 +187,10 @@ class Trainer:
     def _step(self, log: Log | None, advance: Advance, listener: Listener) -> int:
         """Take a step; return the number of the signal that any process got since the last one."""
         began, step = time.monotonic(), self.progress.step
-        rows = self.sampler.next_batch()
-        assert rows is not None, "a stage has no more steps than its data have batches"
-        mine = rows.share(distributed.rank(), distributed.world())
-        batch = self.work.batch(mine, [self.seed, step])
+        if self._made is None:
+            self._made = done_ahead(self._drawn_batches(), self._workers)
+        made = next(self._made)
+        rows, batch = made.rows, made.texts
         rate = self.stage.learning_rate * optimizer.factor(
             self.stage.schedule,
             step,
@@ -183,13 +198,14 @@ class Trainer:
             warmup=self._warmup,
             decay=round(self.stage.decay * self.steps),
         )
-        losses = {name: everyones(share) for name, share in self._backward(batch).items()}
+        shares = self._backward(batch)
+        weights = [p for p in self.embedder.parameters() if p.requires_grad]
+        distributed.sum_gradients([p for p in weights if not is_sharded(p)])
+        own = [len(batch.texts.ids), batch.truncated, listener.number]
+        losses, norm, counts = everyones(shares, self._clipped(weights), own)
         loss = losses["loss"]
         if not math.isfinite(loss):
             raise TrainingError(self._complaint(f"the loss is {loss}", rows))
-        weights = [p for p in self.embedder.parameters() if p.requires_grad]
-        distributed.sum_gradients([p for p in weights if not is_sharded(p)])
-        norm = self._clipped(weights)
         if not math.isfinite(norm):
             raise TrainingError(self._complaint(f"the norm of the gradient is {norm}", rows))
         if step == 0 and norm == 0:
@@ -201,8 +217,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        counts = torch.tensor([[len(batch.texts.ids), batch.truncated, listener.number]])
-        counts = distributed.gather_ints(counts)
+        self._place = made.place
         tokens, truncated, _ = counts.sum(0).tolist()
         seconds = time.monotonic() - began
         self.progress.step += 1
@@ -239,13 +254,44 @@ class Trainer:
             say(f"tercet: {line}")
         raise stopped(number, line)
 
-    def _clipped(self, weights: list[nn.Parameter]) -> float:
+    @property
+    def _workers(self) -> int:
+        given = self.options.workers
+        if given is not None:
+            return given
+        return usual_workers(self.embedder.device, distributed.local_world_size())
+
+    def _drawn_batches(self) -> Iterator[Callable[[], MadeBatch]]:
+        """Draw the batches of the next steps, up to a refresh, whose negatives later ones read."""
+        first = self.progress.step
+        for step in range(first, self.steps):
+            if step > first and self.refresher is not None and self.refresher.due(step):
+                return
+            rows = self.sampler.next_batch()
+            assert rows is not None, "a stage has no more steps than its data have batches"
+            yield partial(self._batch, rows, step, self.sampler.state())
+
+    def _batch(self, rows: BatchRows, step: int, place: Mapping[str, int]) -> MadeBatch:
+        """Make this process's share of a batch; in any thread, since it changes nothing."""
+        mine = rows.share(distributed.rank(), distributed.world())
+        return MadeBatch(rows, self.work.batch(mine, [self.seed, step]), place)
+
+    def _drop_batches(self) -> None:
+        """Leave the batches that were made ahead, once no thread works on them."""
+        if isinstance(self._made, Generator):
+            self._made.close()
+        self._made = None
+
+    def _clipped(self, weights: list[nn.Parameter]) -> Tensor:
+        """Clip the gradients, and return their norm before."""
         if self.sharded is not None:
             return clip_gradients(weights, self.stage.clip)
-        return float(nn.utils.clip_grad_norm_(weights, self.stage.clip))
+        return nn.utils.clip_grad_norm_(weights, self.stage.clip)
 
     def _backward(self, batch: TextBatch) -> Losses:
         self.embedder.train()
+        if self.frozen is not None:
+            self.frozen.shrink()
         step = self.progress.step
         seed = _seed_of(self.seed, step, distributed.rank())
         half, sharded = self._half, self.sharded is not None
@@ -265,6 +311,7 @@ class Trainer:
         step = self.progress.step
         if self.refresher is None or not self.refresher.due(step):
             return
+        self._drop_batches()
         self._save()
         alone = distributed.world() == 1  # others would wait for a process that stops here
         try:
@@ -327,6 +374,8 @@ class Trainer:
 
     def _whole(self, *, main_alone: bool) -> AbstractContextManager[None]:
         """Make the embedder whole for use; in the other processes it may stay sharded."""
+        if self.frozen is not None:  # the next step shrinks them again
+            self.frozen.restore()
         return nullcontext() if self.sharded is None else self.sharded.whole(main_alone=main_alone)
 
     def _take_best(self) -> None:
@@ -410,7 +459,7 @@ class Trainer:
             self.progress,
             weights=weights,
             optimizer=state,
-            sampler=self.sampler.state(),
+            sampler=dict(self._place),
             groups=None if self.groups is None else [list(x) for x in astuple(self.groups)],
             refresh=None if self.refresher is None else self.refresher.state,
             alarm=asdict(self.alarm),
@@ -461,7 +510,7 @@ class Trainer:
             f"{self.stage.name}: {self.steps} steps of {size} {self.work.unit}; "
             f"{count:,} weights in training"
         )
-        kind = getattr(torch, self.options.dtype)
+        kind = getattr(torch, self.options.dtype or "float32")
         if (warning := warning_of(kind, self.embedder.device)) is not None:
             self.say(f"tercet: note: {warning}")
         if self._half and (dropout := self.embedder.backbone.dropout_left_out):
@@ -493,6 +542,22 @@ def _seed_of(*numbers: int) -> int:
     return mixed
 
 
-def everyones(share: Tensor) -> float:
-    """Return the sum of a number over all processes."""
-    return float(distributed.gather_rows(share.detach().reshape(1, 1).float()).sum())
+def everyones(
+    shares: Losses, norm: Tensor, counts: list[int]
+) -> tuple[dict[str, float], float, Int[Tensor, "processes counts"]]:
+    """Return sums of losses over all processes, the norm of the gradient, and everyone's counts.
+
+    The device is waited for once.
+    """
+    wide = torch.promote_types(norm.dtype, torch.float32)
+    numbers = [*(share.detach().float() for share in shares.values()), norm]
+    where = shares["loss"].device
+    read = torch.stack([number.reshape(()).to(where, wide) for number in numbers]).tolist()
+    own = torch.tensor([[*read[:-1], *counts]], dtype=torch.float64)
+    every = distributed.gather_rows(own)
+    sums = [float(column.float().sum()) for column in every[:, : len(shares)].T]
+    return (
+        dict(zip(shares, sums, strict=True)),
+        read[-1],
+        every[:, len(shares) :].to(torch.int64),
+    )

@@ -190,11 +190,12 @@ def steps_of(folder: Path, out: str, pooling: str) -> list[dict[str, Any]]:
 
     def recorded(parameters: list[torch.nn.Parameter]) -> None:
         add(parameters)
-        found[-1]["gradient"] = [p.grad.clone() for p in parameters if p.grad is not None]
+        found.append({"gradient": [p.grad.clone() for p in parameters if p.grad is not None]})
 
-    def everyones(share: Tensor) -> float:
-        found.append({"loss": total(share)})
-        return found[-1]["loss"]
+    def everyones(*shares: Any) -> Any:
+        read = total(*shares)
+        found[-1]["loss"] = read[0]["loss"]
+        return read
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "sum_gradients", recorded)

@@ -72,16 +72,15 @@ class CachedTokens:
         found: dict[int, _TokenizedText] = {}
         stored = self._stored.get(role, [])
         left = np.arange(len(texts))
-        for one in list(stored):
+        for one in stored:
             if not len(left):
                 break
             numbers = one.find(keys[left])
             known = numbers >= 0
             for place, number in zip(left[known].tolist(), numbers[known].tolist(), strict=True):
                 found[place] = one.text(number)
-            if known.any() and stored[0] is not one:  # the texts of a batch are of one source
-                stored.remove(one)
-                stored.insert(0, one)
+            if known.any():  # the texts of a batch are of one source: the next call tries it first
+                self._stored[role] = [one, *(other for other in stored if other is not one)]
             left = left[~known]
         others = left.tolist()
         self.missed += len(others)
