@@ -103,7 +103,10 @@ def workplace(folder: Path) -> Workplace:
     torch.manual_seed(3)
     t.LlamaForCausalLM(toy.DECODERS["llama"]).save_pretrained(folder / "llama")  # pyright: ignore
     toy.byte_bpe().save_pretrained(folder / "llama")
-    config: dict[str, Any] = toy.ENCODERS["bert"].to_dict() | {"hidden_size": 288, "num_hidden_layers": 2}
+    config: dict[str, Any] = toy.ENCODERS["bert"].to_dict() | {
+        "hidden_size": 288,
+        "num_hidden_layers": 2,
+    }
     config |= {"attention_probs_dropout_prob": 0.0}
     toy.random_model(t.BertConfig(**config)).save_pretrained(folder / "wide")
     toy.wordpiece().save_pretrained(folder / "wide")

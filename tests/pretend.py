@@ -426,7 +426,7 @@ def _refuse(rows: Any, places: Any, options: Any) -> None:
 
 def _varlen_reference(rows, places, options):
     """Attend inside each text, as the documentation of varlen_attn says it, on the CPU."""
-    query, key, value = rows
+    query, key, _ = rows
     bounds = places[0].inner.tolist()
     lengths = [end - begin for begin, end in pairwise(bounds)]
     group = query.shape[1] // key.shape[1]
@@ -553,6 +553,10 @@ class _Stream:
         return True
 
 
+class _Device(nullcontext[None]):
+    """The device in whose context work is done."""
+
+
 def _synchronize(device: Any = None) -> None:
     if _LOG is not None:
         _LOG.wait("synchronize")
@@ -570,7 +574,7 @@ def _of_cuda(free: float) -> dict[str, Any]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "device": lambda device=None: nullcontext(),
+        "device": _Device,
         "get_device_name": lambda device=None: "pretended",
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
@@ -580,6 +584,7 @@ def _of_cuda(free: float) -> dict[str, Any]:
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
         "mem_get_info": lambda device=None: (int(free), int(free)),
+        "get_per_process_memory_fraction": lambda device=None: 1.0,
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,

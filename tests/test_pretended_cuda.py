@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from tercet.kinds import KINDS
+from tercet.models.embedder import Embedder
+from tercet.models.network import backbone
+from tercet.models.network.backbone import Backbone
 from tercet.training.loop import train
 from tercet.training.recipe import Run
 from tests.every_recipe import BUILD, Workplace, losses, workplace
-from tests.pretend import Log, pretended_cuda
-from tests.toy import DECODERS
+from tests.pretend import Log, pretended_cuda, quiet, to_gpu
+from tests.toy import DECODERS, ENCODERS, SENTENCES, pack, random_model, random_texts
 
 ROTARY = [name for name in DECODERS if name != "gemma2"]  # which bends its scores
 OF_A_CHUNK = ("models/network/", "segments", "vectors", "models/embedder")
@@ -164,7 +168,7 @@ def test_sixteen_bits_on_a_gpu_take_one_kernel_a_layer(name, how):
     assert not any("scaled_dot_product" in launch for launch in log.launches)
 
 
-LAUNCHES = {"bert": 75, "llama": 140, "modernbert": 120}
+LAUNCHES = {"bert": 90, "llama": 142, "modernbert": 120}  # with 2 % of room
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
