@@ -294,9 +294,9 @@ class Embedder(nn.Module):
             found = np.empty((len(texts), width), dtype=np.float32)
             for step in steps:
                 vectors = pooled(step.states, step.texts, settings)[:, :width].float()
-                vectors = F.normalize(vectors, dim=1) if unit else vectors
+                vectors = (F.normalize(vectors, dim=1) if unit else vectors).cpu()
                 step.require_finite(vectors.isfinite().all(dim=1))
-                found[step.rows] = vectors.cpu().numpy()
+                found[step.rows] = vectors.numpy()
             return found
 
     def encode_vectors(
