@@ -41,7 +41,8 @@ from tercet.data.batches.collate import Collator
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
 from tercet.objectives.contrastive import Contrastive
-from tercet.training.memory import memory_budget
+from tercet.training.memory import step_memory
+from tercet.training.recipe import Run
 from tercet.types import Example
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
@@ -101,7 +102,8 @@ def prepared(folder: Path, way: Way, out: Path) -> Callable[[], None]:
     embedder = Embedder.load(folder, query_tokens=32, document_tokens=256, pooling="first").train()
     collate = Collator(tokenize=embedder.tokenize, prompt_of=lambda role, task: "")
     work = Contrastive(temperature=0.02, dims=(HIDDEN // 2,)).start(embedder, [], collate)
-    room = memory_budget(embedder, work.kinds, way.memory_gb)
+    run = Run(device="cpu", memory_gb=way.memory_gb)
+    room = step_memory(embedder, work.kinds, run).budget
     given = examples(way.size)
 
     def step() -> None:

@@ -13,6 +13,7 @@ is too small by the number of processes, and no constant corrects a mean of per-
 
 import os
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from itertools import groupby
 from typing import Any, Final, TypeVar
 
@@ -26,19 +27,24 @@ from tercet.segments import batches_within
 
 T = TypeVar("T")
 
+WAIT: Final = timedelta(hours=12)  # for other processes; torch's defaults are 10 and 30 minutes
 BUCKET_NUMBERS: Final = 1 << 24  # numbers per message: 64 MiB of float32
 
 
-def start() -> None:
-    """Join the processes that ``torchrun`` started, by gloo on the CPU and by NCCL on GPUs."""
+def start(wait: timedelta = WAIT) -> None:
+    """Join the processes that ``torchrun`` started, by gloo on the CPU and by NCCL on GPUs.
+
+    ``wait`` is how long a process waits for the others before it gives up. It is long, since one
+    process tokenizes or measures while the others wait; ``torchrun`` ends them all if one fails.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         return
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=wait)
         return
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=wait, device_id=device)
 
 
 def stop() -> None:

@@ -70,6 +70,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def numbers_here(tensor: Tensor) -> int:
+    """Return how many numbers of a tensor this process holds."""
+    return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+
 @torch.no_grad()
 def whole_of(tensor: Tensor) -> Tensor:
     """Return the whole of a sharded tensor, others unchanged; all processes must call this."""

@@ -28,6 +28,7 @@ from tercet.cli.options import (
     TestDataOption,
     WorkersChoice,
     WorkOption,
+    chosen_dtype,
     fields_of,
     local_inputs,
     model_option,
@@ -309,7 +310,7 @@ def filter_pairs(
     document_tokens: DocumentTokensOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
     work: WorkOption = Path("runs/filter"),
     keep_vectors: Annotated[
@@ -362,7 +363,7 @@ def filter_pairs(
     )
     judge = Judge(
         model=model,
-        precision=dtype,
+        precision=chosen_dtype(dtype, device),
         device=device,
         batch_tokens=batch_tokens,
         query_tokens=query_tokens,

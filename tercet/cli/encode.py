@@ -27,6 +27,7 @@ from tercet.cli.options import (
     TextFieldOption,
     TitleFieldOption,
     WorkersChoice,
+    chosen_dtype,
     in_order,
     kind_option,
     load,
@@ -100,7 +101,7 @@ def encode(
         ),
     ] = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
     runner: RunnerChoice = "auto",
     workers: WorkersChoice = 1,
@@ -135,7 +136,9 @@ def encode(
     chosen, output = in_order(kind), f"{per}s"
     wanted = {"role": role, "task": task, "dims": dims}
     how = {"device": device, "batch_tokens": batch_tokens}
-    loaded = partial(load, model, dtype, **how, attention=attention, pooling=pooling, echo=echo)
+    loaded = partial(
+        load, model, dtype=dtype, **how, attention=attention, pooling=pooling, echo=echo
+    )
     shared = runner != "auto" or workers > 1 or address is not None
     if len(files) > 1 or files[0].is_dir() or part is not None or shared:
         from tercet.curate.jobs.encode_job import ENCODED, PART, encode_files, open_files
@@ -146,6 +149,8 @@ def encode(
         where = Runner(engine=runner, workers=workers, address=address)
         sources = open_files(files, text_field)
         options = EncodeOptions(kinds=chosen or ("dense",), **wanted)
+        dtype = chosen_dtype(dtype, device)
+        loaded = partial(loaded, dtype=dtype)
         job = _job(loaded, dtype, sources, out, wanted=options, arrays=chosen is not None)
         _tell(out, encode_files(job, part=PART if part is None else part, runner=where))
         return

@@ -168,7 +168,7 @@ def evaluate(
     document_tokens: DocumentTokensOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Measure how well a model finds the right documents, with 95 % intervals.

@@ -54,7 +54,7 @@ def diagnose(
     json: JsonOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Show what reading in both directions does to a decoder, and if it must be trained for it.
@@ -155,7 +155,7 @@ def probe(
     json: JsonOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Learn labels of words from their vectors alone, to see what a model knows of single words.

@@ -26,6 +26,7 @@ from tercet.cli.options import (
     WorkersChoice,
     WorkOption,
     changed_weights,
+    chosen_dtype,
     fields_of,
     load,
     local_inputs,
@@ -151,7 +152,7 @@ def mine(
     ] = 0,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
     work: WorkOption = Path("runs/mining"),
     runner: RunnerChoice = "auto",
@@ -214,6 +215,7 @@ def mine(
     more = {"documents": _DocumentTexts(documents, text_field), "work": work}
     loaded = None
     if model is not None:
+        dtype = chosen_dtype(dtype, device)
         loaded = partial(load, model, dtype, device=device, batch_tokens=batch_tokens)
     if out is None:
         _show(try_values(loaded and loaded(), sources, values, mining=mining, **more), shown)

@@ -237,7 +237,7 @@ def codes(
     save: SaveOption = False,
     json: JsonOption = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Learn the ranges in which coordinates become codes of 8, 4 and 1 bits.
@@ -327,7 +327,7 @@ def weights(
     json: JsonOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Find the weights by which the sum of scores ranks best, and what they gain.

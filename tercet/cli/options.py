@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tercet.data.files.examples import ExampleFields
     from tercet.data.files.scan import RecordFormat, ReportProgress
     from tercet.data.files.sources import Source
+    from tercet.models.devices import NumberType
 
 Number = TypeVar("Number", int, float)
 
@@ -88,15 +89,16 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(
         "--device",
-        help="Device such as cpu or cuda:1. Default: a GPU if there is one.",
+        help="Device such as cpu, cuda or cuda:1. Default: a GPU if there is one.",
         rich_help_panel=MACHINE,
     ),
 ]
 DtypeOption = Annotated[
-    Literal["float32", "bfloat16"],
+    Literal["float32", "bfloat16"] | None,
     typer.Option(
         "--dtype",
-        help="Type of the weights in memory; bfloat16 is faster on some chips.",
+        help="Type of the weights in memory. Default: bfloat16 on a GPU that computes in it, else "
+        "float32.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -105,7 +107,8 @@ BatchTokensOption = Annotated[
     typer.Option(
         "--batch-tokens",
         min=1,
-        help="Tokens encoded together. Default: 16,384 on a GPU, else 2,048.",
+        help="Tokens encoded together. Default: 2,048 on a CPU; on a GPU by its memory and the "
+        "size of the model.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -350,7 +353,7 @@ def plain(value: Any) -> Any:
 
 def load(
     model: str,
-    dtype: str = "float32",
+    dtype: str | None = None,
     *,
     device: str | None = None,
     batch_tokens: int | None = None,
@@ -359,11 +362,13 @@ def load(
     """Load an embedder; ``how`` sets such as attention, pooling and echo; None changes nothing."""
     import torch
 
+    from tercet.models.devices import find_device, number_type
     from tercet.models.embedder import Embedder
     from tercet.models.network.cpu import warning_of
 
     wanted = {name: value for name, value in how.items() if value}
-    place, kind = checked_device(device), getattr(torch, dtype)
+    place = find_device(device)
+    kind = getattr(torch, dtype or number_type(place))
     if (warning := warning_of(kind, place)) is not None:
         say(f"tercet: note: {warning}")
     embedder = Embedder.load(model, dtype=kind, **wanted).to(place)
@@ -372,21 +377,11 @@ def load(
     return embedder
 
 
-def checked_device(device: str | None) -> str:
-    """Return a device that this machine has; a GPU, if there is one and none is named.
+def chosen_dtype(dtype: "NumberType | None", device: str | None) -> "NumberType":
+    """Return the type of weights that ``--dtype`` names, or the usual one of the device."""
+    from tercet.models.devices import find_device, number_type
 
-    Raises:
-        RecipeError: for a device that torch does not know or cannot use.
-    """
-    import torch
-
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f"--device {place}: cannot be used here: {reason}") from error
-    return place
+    return dtype or number_type(find_device(device))
 
 
 def known_models(model: str, others: Sequence[str] | None) -> list[str]:

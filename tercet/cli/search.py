@@ -29,6 +29,7 @@ from tercet.cli.options import (
     TextFieldOption,
     TitleFieldOption,
     changed_weights,
+    chosen_dtype,
     in_order,
     load,
     local_inputs,
@@ -108,7 +109,7 @@ def index(
         typer.Option(help="Name of the collection on the server.", rich_help_panel=_ENGINE),
     ] = "tercet",
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Encode documents and write an index folder to search in.
@@ -136,19 +137,23 @@ def index(
             f"tercet index needs {'a FILE of documents' if file is None else '--model'}; or "
             "--verify, which checks the index in --out"
         )
-    if dtype != "float32" and store_as != "float32":
+    if dtype == "bfloat16" and store_as != "float32":
         raise RecipeError(
             f"--store-as {store_as} needs weights in float32; leave out --dtype {dtype}"
         )
-    precision = dtype if store_as == "float32" else store_as
     if engine == "qdrant":
         require_package("qdrant_edge" if url is None else "qdrant_client", "Qdrant", "qdrant")
     from tercet.data.files.documents import Fields, read_documents
-    from tercet.search.opening import check_index_place
+    from tercet.search.opening import check_index_place, weights_of_index
     from tercet.search.text_index import IndexOptions
     from tercet.search.text_index import index as make_index
 
     fields = Fields(text=text_field, title=title_field, id=id_field)
+    check_index_place(out, [file, model], fresh=fresh)
+    kept = None if fresh else weights_of_index(out)  # an index goes on in its own type
+    precision = store_as
+    if store_as == "float32":
+        precision = dtype or kept or chosen_dtype(None, device)
     options = IndexOptions(
         kinds=in_order(kind),
         task=task,
@@ -160,7 +165,6 @@ def index(
         keep=keep_missing,
         fresh=fresh,
     )
-    check_index_place(out, [file, model], fresh=fresh)
     read = partial(read_documents, file, fields, keep_others=True)
     loaded = partial(load, device=device, batch_tokens=batch_tokens)
     made = make_index(read, where(model), out, options, load=loaded, say=say)

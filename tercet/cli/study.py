@@ -117,7 +117,7 @@ def _run(
         ),
     ] = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     memory_gb: Annotated[
         float | None,
         typer.Option(
@@ -140,10 +140,10 @@ def _run(
 
     if seeds is not None:
         study = replace(study, seeds=seeds)
-    run = Run(dtype=dtype, device=device, memory_gb=memory_gb)
+    run = Run(dtype=dtype, device=device, memory_gb=memory_gb).resolved()
     cells = {"only": only or (), "without": without or ()}
     found = run_study(study, out, run, **cells, keep_models=keep_models, say=say)
-    facts = {**facts, "seeds": study.seeds, "dtype": dtype}
+    facts = {**facts, "seeds": study.seeds, "dtype": run.dtype}
     for table in write_results(out, found, study.report(found), facts):
         results().print(f"\n{table.title}")
         header, *rows = table.rows

@@ -19,7 +19,6 @@ from tercet.cli.options import (
     TextFieldOption,
     TitleFieldOption,
     WorkOption,
-    checked_device,
     load,
     local_inputs,
     model_names,
@@ -157,7 +156,7 @@ def synthesize(
     ] = 8,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Let a language model write questions about passages of documents, as training examples.
@@ -214,14 +213,15 @@ def synthesize(
         raise RecipeError(f"{out}: not written: no question is left; the table says why")
 
 
-def _local(model: str, tokens: Any, batch: int, dtype: str, device: str | None) -> Any:
+def _local(model: str, tokens: Any, batch: int, dtype: str | None, device: str | None) -> Any:
     import torch
 
     from tercet.curate.synthesis.generators import LocalGenerator
+    from tercet.models.devices import find_device, number_type
 
-    return LocalGenerator(
-        model, tokens, batch=batch, dtype=getattr(torch, dtype), device=checked_device(device)
-    )
+    place = find_device(device)
+    kind = getattr(torch, dtype or number_type(place))
+    return LocalGenerator(model, tokens, batch=batch, dtype=kind, device=str(place))
 
 
 def _show(report: "SynthesisReport", shown: Figures, *, checked: bool) -> None:

@@ -154,7 +154,8 @@ def train(
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
         typer.Option(
-            help="Type of matrix products; weights stay float32. Default: float32.",
+            help="Type of matrix products; weights stay float32. Default: bfloat16 on a GPU that "
+            "computes in it, else float32.",
             rich_help_panel=MACHINE,
         ),
     ] = None,

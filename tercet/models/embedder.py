@@ -18,6 +18,7 @@ from tercet.errors import RecipeError
 from tercet.files.progress import bar
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, PoolingName, Window
+from tercet.models.devices import encoded_tokens
 from tercet.models.encode_loop import (
     Step,
     batch_by_batch,
@@ -114,8 +115,7 @@ class Embedder(nn.Module):
             query_tokens=min(settings.query_tokens, limit),
             document_tokens=min(settings.document_tokens, limit),
         )
-        on_gpu = backbone.device.type == "cuda"
-        self.batch_tokens = 16_384 if on_gpu else 2_048  # of one encode step
+        self._batch_tokens: int | None = None  # None: what suits the device
         self._readers = Readers()
         self.about: Mapping[str, Any] = {}  # how it was made, saved with it: stages, data, seed
         self._cuts_reported: set[Role] = set()
@@ -180,6 +180,21 @@ class Embedder(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.backbone.device
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that are encoded together; assign a number to set it.
+
+        By default 2,048 on a CPU. On a GPU it depends on the free memory and on the model, of which
+        a small one needs more tokens to keep the GPU busy.
+        """
+        if self._batch_tokens is not None:
+            return self._batch_tokens
+        return encoded_tokens(self.backbone.model, self.device)
+
+    @batch_tokens.setter
+    def batch_tokens(self, tokens: int | None) -> None:
+        self._batch_tokens = tokens
 
     def tokenize(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ def _windows(texts: int, device: torch.device) -> Iterator[range]:
 
 def on_host(steps: Iterable[tuple[Step, Vectors]]) -> Iterator[tuple[Step, Vectors]]:
     """Yield vectors on the CPU; those of a GPU one batch late, so that it need not wait."""
-    late: tuple[Step, Vectors, torch.cuda.Event] | None = None
+    late: tuple[Step, Vectors, Any] | None = None
     for step, vectors in steps:
         device = step.states.device
         if device.type != "cuda":
@@ -114,7 +114,7 @@ def on_host(steps: Iterable[tuple[Step, Vectors]]) -> Iterator[tuple[Step, Vecto
         yield _arrived(*late)
 
 
-def _arrived(step: Step, vectors: Vectors, copied: torch.cuda.Event) -> tuple[Step, Vectors]:
+def _arrived(step: Step, vectors: Vectors, copied: Any) -> tuple[Step, Vectors]:
     """Wait for copies, and take them out of pinned memory, of which there is little."""
     copied.synchronize()
     return step, vectors.with_tensors([numbers.clone() for numbers in vectors.tensors()])

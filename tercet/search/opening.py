@@ -19,6 +19,7 @@ from tercet.files.atomic import recover_folder, replacing_folder, sole_writer
 from tercet.files.limits import unreadable_inside
 from tercet.files.outputs import FolderKind, check_output, holds_only, json_object, mark
 from tercet.kinds import KINDS
+from tercet.models.devices import NUMBER_TYPES, NumberType
 from tercet.rank.quantized import STORED, Stored
 from tercet.search.engine.engine import Engine
 from tercet.search.exact.exact_engine import ExactEngine
@@ -251,6 +252,14 @@ def _stored_of(about: About) -> Stored | None:
     """Return how dense vectors are stored; None if the index does not record it."""
     precision = about.settings.get("precision")
     return None if precision is None else stored_as(precision)
+
+
+def weights_of_index(folder: Path) -> NumberType | None:
+    """Return the type of the weights that made an index; None if there is none, or it has codes."""
+    if not (folder / FILE).is_file():
+        return None
+    precision = about_index(folder).settings.get("precision")
+    return next((kind for kind in NUMBER_TYPES if kind == precision), None)
 
 
 def stored_as(precision: str) -> Stored:

@@ -13,6 +13,7 @@ from tercet.data.files.documents import Document
 from tercet.errors import IndexFolderError, ModelError, RecipeError
 from tercet.files.secrets import check_address
 from tercet.kinds import Kind, Weights
+from tercet.models.devices import find_device
 from tercet.models.embedder import Embedder
 from tercet.rank.quantized import Ranges
 from tercet.search.engine.engine import Fusion, Hit, Weighted, Where
@@ -44,8 +45,7 @@ Documents = Callable[[], Iterable[Document]] | Sequence[Document]
 
 def load_embedder(model: str, dtype: str) -> Embedder:
     """Load a model for encoding, on a GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Embedder.load(model, dtype=getattr(torch, dtype)).to(device)
+    return Embedder.load(model, dtype=getattr(torch, dtype)).to(find_device())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,7 +150,7 @@ def run_study(  # noqa: PLR0913 (independent choices, each with a default)
     models = [cell.model for cell in study.cells if isinstance(cell.model, Path)]
     check_output(out, [*read, *models], STUDY)
     mark(out, STUDY)
-    runner = _CellRunner(study, out, run or Run(), keep_models, say)
+    runner = _CellRunner(study, out, (run or Run()).resolved(), keep_models, say)
     cells = study.selected(only, without)
     jobs = [
         (cell, seed)
@@ -248,7 +248,7 @@ class _CellRunner:
         return model
 
     def _measure(self, folder: Path) -> AnswersBySet:
-        model = Embedder.load(folder, dtype=getattr(torch, self.run.dtype))
+        model = Embedder.load(folder, dtype=getattr(torch, self.run.dtype or "float32"))
         model.to(self.run.find_device())
         found: dict[str, np.ndarray] = {}
         with bar("measuring", len(self.study.sets), shown=self.run.show_progress) as advance:

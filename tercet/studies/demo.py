@@ -83,7 +83,7 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
     sources = [open_source(path) for path in paths]
     dev = RetrievalSet.from_examples(_first(_examples(packages, "dev"), DEV_EXAMPLES), "dev")
     recipe = finetune(model=BASE, steps=steps, seed=seed, learning_rate=1e-4, temperature=0.03)
-    run = Run(eval_steps=max(1, steps // 2))
+    run = Run(eval_steps=max(1, steps // 2)).resolved()
     embedder = train(recipe, sources, out, score=dev_score(dev), run=run, say=say)
 
     say("measuring the trained model on the same test split")
@@ -258,7 +258,7 @@ def _settings(
         "budget": f"{stage.steps} steps of {stage.batch_size} examples, {seconds:.0f} s in all",
         "objective": str(stage.objective),
         "learning rate": f"{stage.learning_rate} at its peak, {stage.schedule}",
-        "dtype": run.dtype,
+        "dtype": run.dtype or "float32",
         "dev set": f"the first {DEV_EXAMPLES} examples of the dev split, by nDCG@10",
         "versions": ", ".join(f"{name} {version(name)}" for name in names),
         "python": sys.version.split()[0],

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Final, get_args
 
 import numpy as np
-import torch
 
 from tercet import distributed
 from tercet.data.batches.collate import Collator, PromptOf
@@ -22,7 +21,7 @@ from tercet.files.artifacts import fingerprint
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.tokens import Tokens
-from tercet.training.memory import COPIES, MemoryBudget
+from tercet.training.memory import COPIES, MemoryBudget, least_of_all
 from tercet.training.recipe import LEAST, Batching, Stage
 from tercet.types import Example, Role
 
@@ -185,7 +184,7 @@ def groups_of(
         longest,
         costs=StepCosts(
             shape=shape_of(sources, stage, embedder),
-            budget=replace(budget, total=_least(budget.total)),
+            budget=replace(budget, total=least_of_all(budget.total)),
             chunk_tokens=chunk_tokens,
             processes=processes,
         ),
@@ -336,10 +335,3 @@ def _of_examples(stage: Stage, drawn: Sequence[Drawable]) -> list[Source]:
             "no token budget; remove these settings"
         )
     return sources
-
-
-def _least(own: float) -> float:
-    """Return the smallest value of all processes."""
-    if distributed.world() == 1:
-        return own
-    return float(distributed.gather_ints(torch.tensor([int(own)])).min())

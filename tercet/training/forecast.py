@@ -15,7 +15,7 @@ from tercet.models.embedder import Embedder
 from tercet.objectives.objective import Work
 from tercet.training.batches import Groups, collator_of, groups_of, sampled, sampler_of
 from tercet.training.log import Candidates
-from tercet.training.memory import COPIES, memory_budget
+from tercet.training.memory import COPIES, states_to_come, step_memory
 from tercet.training.plan import TrainingPlan
 from tercet.training.recipe import Stage
 
@@ -24,7 +24,7 @@ TIMED_SECONDS: Final = 0.3  # at least, of the network's forward pass
 _SOURCES: Final = 4  # whose texts are timed
 _TOGETHER: Final = 8  # texts
 _FORWARDS: Final = 3.0  # that a step costs: a forward and a backward of twice its operations
-_STATES: Final = 3  # numbers beside each trained weight: its gradient and AdamW's two moments
+_NUMBER: Final = 4  # bytes of a weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,7 @@ class StageForecast:
     tokens: float  # of a step, over all processes
     seconds: float | None  # without measurements on the dev set and mining
     memory_gb: float  # of each process
+    machine: str  # device, type of numbers, tokens encoded together
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -87,7 +88,17 @@ def lines_of(stages: Sequence[StageForecast]) -> list[str]:
         f"plan: {count}, {spent}{memory:.1f} GB of memory (estimates, without measuring the dev "
         "set and mining)",
         *table,
+        *_machine_lines(stages),
     ]
+
+
+def _machine_lines(stages: Sequence[StageForecast]) -> list[str]:
+    """Describe how batches are encoded here, once for stages that do the same."""
+    ways: dict[str, list[str]] = {}
+    for each in stages:
+        ways.setdefault(each.machine, []).append(each.stage)
+    named = len(ways) > 1
+    return [f"  {', '.join(of) + ' ' if named else ''}on {way}" for way, of in ways.items()]
 
 
 @torch.no_grad()
@@ -122,14 +133,9 @@ def seconds_of_token(embedder: Embedder, sources: Sequence[Source]) -> float | N
 def _of_stage(
     plan: TrainingPlan, stage: Stage, sources: Sequence[Source], embedder: Embedder
 ) -> StageForecast:
-    budget = memory_budget(
-        embedder,
-        stage.objective.traits.kinds,
-        plan.run.memory_gb,
-        half=plan.run.dtype == "bfloat16",
-        recomputed=plan.run.checkpoint_activations,
-    )
-    chunk = plan.run.tokens_together(embedder.device)
+    lora = plan.recipe.model.lora
+    memory = step_memory(embedder, stage.objective.traits.kinds, plan.run, lora=lora)
+    budget, chunk = memory.budget, memory.chunk_tokens
     candidates, groups, steps, texts = "-", None, stage.steps, stage.batch_size
     block = stage.objective.traits.block_tokens
     if block is not None:
@@ -166,7 +172,8 @@ def _of_stage(
         candidates=candidates,
         tokens=tokens,
         seconds=None,
-        memory_gb=(_weights(embedder) + max(graphs, one_chunk) + vectors) / 1e9,
+        memory_gb=(_weights(embedder, plan) + max(graphs, one_chunk) + vectors) / 1e9,
+        machine=memory.line(plan.run.dtype),
     )
 
 
@@ -190,8 +197,9 @@ def _timed(draft: StageForecast, second: float | None) -> StageForecast:
     return replace(draft, seconds=draft.steps * share * second * _FORWARDS)
 
 
-def _weights(embedder: Embedder) -> float:
-    """Return the bytes of weights, gradients and the optimizer's state."""
-    every = sum(p.numel() for p in embedder.parameters())
-    trained = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
-    return 4.0 * (every + _STATES * trained)
+def _weights(embedder: Embedder, plan: TrainingPlan) -> float:
+    """Return the bytes of weights, gradients and the optimizer's state, and of copies."""
+    to_come = states_to_come(embedder, plan.run, plan.recipe.model.lora)
+    if embedder.device.type != plan.run.find_device().type:  # they are counted there
+        return to_come
+    return to_come + _NUMBER * sum(p.numel() for p in embedder.parameters())

@@ -77,7 +77,7 @@ def train(
     Examples:
         ``train(finetune(steps=100), [open_source("pairs.jsonl")], Path("runs/mine"))``
     """
-    run, out = run or Run(), Path(out)
+    run, out = (run or Run()).resolved(), Path(out)
     begun = (out / LOCK).exists()  # by a run that was killed, or ended
     plan = TrainingPlan(recipe, by_stage(recipe, data), run, say)
     if not distributed.is_main():
@@ -105,7 +105,7 @@ def forecast(recipe: Recipe, data: Data, *, run: Run | None = None) -> list[Stag
     Raises:
         RecipeError: if recipe and data do not fit together.
     """
-    run = run or Run()
+    run = (run or Run()).resolved()
     plan, embedder = _begin(TrainingPlan(recipe, by_stage(recipe, data), run, lambda line: None))
     return forecast_stages(plan, embedder)
 

@@ -1,26 +1,36 @@
 """How much memory a training step may take, and how much its graphs and vectors need."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
+from torch import nn
 
 from tercet import distributed
 from tercet.kinds import Kind
+from tercet.models import devices
 from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
+from tercet.models.frozen import linear_numbers
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
+from tercet.models.network.checkpointing import layers_of, recomputable
 from tercet.segments import Packed
+from tercet.sharding import is_sharded, numbers_here
+from tercet.training.recipe import Lora, Run
 
 SHARE: Final = 0.25  # of free memory; the rest is for the model's states, files and neighbours
+SHARE_OF_GPU: Final = 0.6  # where states are counted; the rest is for one layer, and for gaps
 COPIES: Final = 6  # of a batch's vectors: by chunk, joined, in order, as queries; and gradients
 _NUMBER: Final = 4  # bytes; vectors are float32 whatever the products are in
 _PAIR: Final = 16  # bytes a pair and kind: scores, their softmax and gradients
 _WEIGHT: Final = 12  # bytes a head and pair of tokens: attention weights, dropout's mask, both
 _CAPPED: Final = 20  # with capped scores or sinks: the scores before and after as well
+_STATES: Final = 12  # bytes a trained number: its gradient, and the two moments of AdamW
+_IN_HALF: Final = 2  # bytes a number in bfloat16
+_SHORT: Final = 128  # tokens of a usual text, for what grows with its length
+_LEAST: Final = 256  # tokens of the smallest chunk
+_PARTS: Final = 4  # chunks whose graphs fit into a GPU together, so that most are kept
 _WINNER: Final = 16  # bytes a query token and document: the largest product, its place, gradients
 
 
@@ -71,26 +81,107 @@ class MemoryBudget:
         return float(queries * docs * _PAIR * len(self.kinds) + winners)
 
 
-def memory_budget(
-    embedder: Embedder,
-    kinds: tuple[Kind, ...],
-    memory_gb: float | None,
-    *,
-    half: bool = False,
-    recomputed: bool = False,
-) -> MemoryBudget:
-    """Return the budget of a step with a loss over these kinds of vectors.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMemory:
+    """What a step may take of the memory, and how a batch is encoded to fit into it."""
 
-    ``memory_gb`` None takes a quarter of the free memory.
+    budget: MemoryBudget
+    chunk_tokens: int  # encoded together
+    recomputed: bool  # whether layers keep only their inputs
+    device: torch.device
+
+    def line(self, dtype: str | None) -> str:
+        """Describe for people what was chosen."""
+        name = str(self.device)
+        if self.device.type == "cuda":
+            name += f" ({torch.cuda.get_device_name(self.device)})"
+        again = ", layers computed again in the backward" if self.recomputed else ""
+        return f"{name} in {dtype}, {self.chunk_tokens:,} tokens encoded together{again}"
+
+
+def step_memory(
+    embedder: Embedder, kinds: tuple[Kind, ...], run: Run, *, lora: Lora | None = None
+) -> StepMemory:
+    """Choose how many tokens are encoded together, and whether layers are computed again.
+
+    What ``run`` sets is taken. Otherwise a GPU gets as many tokens as are worth it for a model of
+    this size and as fit into its memory, of which what the optimizer and gradients will take is
+    subtracted; a CPU gets ``devices.ON_CPU``. Layers are computed again only where the graph of the
+    smallest useful chunk does not fit. ``lora`` is what will still be added to the model. All
+    processes have to call this, and get the same numbers but for the budget.
+
+    Raises:
+        RecipeError: if layers are to be computed again, and the model has no list of them.
     """
-    backbone, layer = embedder.backbone, embedder.settings.layer
-    return MemoryBudget(
-        total=memory_for(embedder.device, memory_gb),
-        token_graph=graph_bytes(backbone, layer=layer, half=half, recomputed=recomputed),
-        pair_graph=0 if recomputed else pair_bytes(backbone),
-        kinds=kinds,
-        dim=embedder.dim,
-        width=embedder.heads.width,
+    backbone, layer, half = embedder.backbone, embedder.settings.layer, run.dtype == "bfloat16"
+    device, on_gpu = run.find_device(), run.find_device().type == "cuda"
+    to_come = states_to_come(embedder, run, lora)
+    free = max(0.0, devices.free_bytes(device) - to_come)
+    room = least_of_all(free * (SHARE_OF_GPU if on_gpu else 1 - SHARE))
+    has_lora = lora is not None or backbone.has_lora
+
+    def budget_of(*, recomputed: bool) -> MemoryBudget:
+        return MemoryBudget(
+            total=memory_for(device, run.memory_gb, to_come=to_come),
+            token_graph=graph_bytes(
+                backbone, layer=layer, half=half, recomputed=recomputed, lora=has_lora
+            ),
+            pair_graph=0 if recomputed else pair_bytes(backbone),
+            kinds=kinds,
+            dim=embedder.dim,
+            width=embedder.heads.width,
+        )
+
+    kept = budget_of(recomputed=False)
+    of_token = kept.graph(_SHORT)
+    usual = devices.usual_tokens(device, devices.layer_numbers(backbone.model))
+    smallest = run.chunk_tokens or min(usual, devices.LEAST_ON_GPU)
+    recomputed = run.checkpoint_activations
+    if recomputed is None:
+        possible = bool(layers_of(backbone)) and not run.compile_layers
+        recomputed = possible and smallest * of_token > room
+    elif recomputed:
+        recomputable(backbone)  # raises
+    budget = budget_of(recomputed=True) if recomputed else kept
+    if recomputed:  # the graph of one layer is there at a time
+        layers = backbone.config.get_text_config().num_hidden_layers
+        of_token = budget.graph(_SHORT) + of_token // layers
+    chunk = run.chunk_tokens or usual
+    if run.chunk_tokens is None and on_gpu:
+        fitting = max(room / _PARTS / of_token, min(smallest, room / of_token), _LEAST)
+        chunk = devices.power_of_two(min(usual, fitting))
+    return StepMemory(budget=budget, chunk_tokens=chunk, recomputed=recomputed, device=device)
+
+
+def states_to_come(embedder: Embedder, run: Run, lora: Lora | None = None) -> float:
+    """Return the bytes of a device that gradients, optimizer and copies of weights will take.
+
+    In bfloat16 each trained weight has a copy for the products while a step is taken, and frozen
+    ones of linear layers lose half of their size; neither is so for sharded weights.
+    """
+    trained = trained_numbers(embedder, lora)
+    states = float(_STATES * trained)
+    if embedder.device.type != run.find_device().type:  # the weights have still to get there
+        states += _NUMBER * sum(map(numbers_here, embedder.parameters()))
+    if run.shards_weights:
+        parted = any(map(is_sharded, embedder.parameters()))
+        return states if parted else states / distributed.world()
+    if run.dtype != "bfloat16":
+        return states
+    frozen = linear_numbers(embedder.backbone.model, frozen=lora is None)
+    return states + _IN_HALF * (trained - frozen)
+
+
+def trained_numbers(embedder: Embedder, lora: Lora | None = None) -> int:
+    """Return how many numbers this process trains; with ``lora``, once the model has it."""
+    backbone, parts = embedder.backbone.model, list(embedder.children())
+    if lora is not None:
+        parts.remove(embedder.backbone)
+    weights = (p for part in parts for p in part.parameters() if p.requires_grad)
+    linear = [m for m in backbone.modules() if lora is not None and isinstance(m, nn.Linear)]
+    rank = 0 if lora is None else lora.rank
+    return sum(map(numbers_here, weights)) + sum(
+        rank * (each.in_features + each.out_features) for each in linear
     )
 
 
@@ -100,6 +191,7 @@ def graph_bytes(
     layer: LayerSettings | None = None,
     half: bool = False,
     recomputed: bool = False,
+    lora: bool | None = None,
 ) -> int:
     """Estimate the bytes that the graph of one token takes until its backward.
 
@@ -111,7 +203,7 @@ def graph_bytes(
     config = backbone.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * backbone.hidden
     of_hidden, of_inner = (16, 5) if backbone.is_decoder else (12, 3)  # gated, more norms
-    if backbone.has_lora:
+    if backbone.has_lora if lora is None else lora:
         of_hidden, of_inner = of_hidden + 10, of_inner + 4
     if recomputed:
         of_hidden, of_inner = 1, 0
@@ -140,47 +232,21 @@ def pair_bytes(backbone: Backbone) -> int:
     return config.num_hidden_layers * config.num_attention_heads * (_CAPPED if capped else _WEIGHT)
 
 
-def memory_for(device: torch.device, memory_gb: float | None = None) -> float:
-    """Return the bytes that a step may take: those asked for, or a quarter of the free memory."""
-    return _free_bytes(device) * SHARE if memory_gb is None else memory_gb * 1e9
+def memory_for(
+    device: torch.device, memory_gb: float | None = None, *, to_come: float = 0.0
+) -> float:
+    """Return the bytes that a step may take: those asked for, or a share of the free memory.
 
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_memory() // distributed.local_world_size()
-
-
-def free_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of memory that are free, in this container if it has a limit.
-
-    ``root`` is where the file systems of the kernel are.
+    ``to_come`` are bytes that a GPU's states will take before; on a CPU the share covers them.
     """
-    try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux: assume that half of the memory is free
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    groups = root / "sys/fs/cgroup"
-    for name in _groups_of_process(root):
-        try:
-            limit = int((groups / name / "memory.max").read_text())
-            used = int((groups / name / "memory.current").read_text())
-            parts = (groups / name / "memory.stat").read_text().splitlines()
-            cached = dict(part.split() for part in parts).get("inactive_file", "0")
-        except (OSError, ValueError):  # no such group, or "max": no limit
-            continue
-        free = min(free, max(0, limit - used + int(cached)))
-    return free
+    if memory_gb is not None:
+        return memory_gb * 1e9
+    free = devices.free_bytes(device)
+    return max(0.0, free - to_come) * SHARE_OF_GPU if device.type == "cuda" else free * SHARE
 
 
-def _groups_of_process(root: Path) -> list[str]:
-    """Return the control groups (version 2) that this process belongs to, the innermost first."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        lines = []
-    inner = next((line[len("0::/") :] for line in lines if line.startswith("0::/")), "")
-    path = Path(inner)
-    return [str(each) for each in (path, *path.parents)]
+def least_of_all(own: float) -> float:
+    """Return the smallest value of all processes."""
+    if distributed.world() == 1:
+        return own
+    return float(distributed.gather_ints(torch.tensor([int(own)])).min())

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 
@@ -17,6 +17,7 @@ from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
+from tercet.models.devices import NumberType, find_device, number_type
 from tercet.objectives.objective import Objective
 from tercet.types import Mixing, Policy, ScheduleName
 
@@ -246,13 +247,20 @@ class Run:
         str | None, "Device, such as cpu or cuda:1. Default: a GPU if there is one."
     ] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16"], "Type of matrix products; weights stay float32."
-    ] = "float32"
+        NumberType | None,
+        "Type of matrix products; weights stay float32. Default: bfloat16 on a GPU that computes "
+        "in it, else float32.",
+    ] = None
     chunk_tokens: Annotated[
-        int | None, "Tokens encoded together. Default: 2,048 on a CPU, 16,384 on a GPU.", "tokens"
+        int | None,
+        "Tokens encoded together. Default: 2,048 on a CPU; on a GPU by its memory and the size of "
+        "the model.",
+        "tokens",
     ] = None
     memory_gb: Annotated[
-        float | None, "Memory for kept activations. Default: a quarter of what is free.", "GB"
+        float | None,
+        "Memory for kept activations. Default: a quarter of what is free on a CPU, 60 % on a GPU.",
+        "GB",
     ] = None
     save_minutes: Annotated[float, "Time between checkpoints.", "minutes"] = 5.0
     save_steps: Annotated[int | None, "Also save a checkpoint after this many steps.", "steps"] = (
@@ -267,8 +275,10 @@ class Run:
         bool, "Spread weights, gradients and optimizer over the processes (FSDP2)."
     ] = False
     checkpoint_activations: Annotated[
-        bool, "Compute the activations of layers again instead of keeping them."
-    ] = False
+        bool | None,
+        "Compute the activations of layers again instead of keeping them. Default: where they do "
+        "not fit into memory.",
+    ] = None
     compile_layers: Annotated[
         bool, "Compile each layer with torch.compile, which takes about a minute at the start."
     ] = False
@@ -309,26 +319,17 @@ class Run:
         """Where an embedder is between stages: sharded, it may be too large for one device."""
         return torch.device("cpu") if self.shards_weights else self.find_device()
 
-    def tokens_together(self, device: torch.device) -> int:
-        """Return how many tokens are encoded together on a device."""
-        return self.chunk_tokens or (16_384 if device.type == "cuda" else 2_048)
-
     def find_device(self) -> torch.device:
         """Return the device asked for; by default a GPU if there is one.
 
         Raises:
-            RecipeError: if there is no such device here.
+            RecipeError: if there is no such device here, or several processes would share it.
         """
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.zeros(1, device=name).device
-        # torch has no error class for this: a RuntimeError says that the name, the number or the
-        # driver is unknown, an AssertionError that torch was built without such devices.
-        except (RuntimeError, AssertionError) as error:
-            raise RecipeError(
-                f"the device {name!r} cannot be used here; leave it out to take a GPU if there is "
-                "one, or else the CPU"
-            ) from error
+        return find_device(self.device)
+
+    def resolved(self) -> "Run":
+        """Return the run with the type of numbers that its device takes, if none was chosen."""
+        return self if self.dtype else replace(self, dtype=number_type(self.find_device()))
 
 
 def chosen(stages: Mapping[str, Stage], names: str) -> tuple[Stage, ...]:

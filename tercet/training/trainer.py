@@ -24,7 +24,8 @@ from tercet.files.console import say
 from tercet.files.progress import Advance, bar, notes
 from tercet.files.signals import Interrupted, Listener, Stopped, stopped, waiting
 from tercet.models.embedder import Embedder
-from tercet.models.network.checkpointing import recomputable, recomputed
+from tercet.models.frozen import FrozenInHalf
+from tercet.models.network.checkpointing import layers_of, recomputed
 from tercet.models.network.chunked import Chunks, Losses
 from tercet.models.network.compiling import compile_layers
 from tercet.models.network.cpu import warning_of
@@ -33,7 +34,7 @@ from tercet.sharding import clip_gradients, is_sharded
 from tercet.training import checkpoint, optimizer
 from tercet.training.batches import Groups, collator_of, groups_of, sampler_of, with_cached_tokens
 from tercet.training.log import LOG, Candidates, Log, SparseAlarm
-from tercet.training.memory import memory_budget
+from tercet.training.memory import step_memory
 from tercet.training.plan import CHECKPOINT, MADE_WITH, TrainingPlan, identity, is_refreshed
 from tercet.training.recipe import Stage
 from tercet.training.refresh import Refresher
@@ -86,21 +87,18 @@ class Trainer:
         if run.shards_weights:
             require_shardable(stage)
             self.sharded = ShardedEmbedder(embedder, run.find_device())
-        self.recomputed = recomputable(embedder.backbone) if run.checkpoint_activations else []
         if run.compile_layers and not compile_layers(embedder.backbone):
             raise RecipeError(
                 f"{type(embedder.backbone.model).__name__} has no list of layers to compile; "
                 "leave compile_layers out"
             )
         self.optimizer = optimizer.adamw(embedder, stage)
-        self.chunk_tokens = run.tokens_together(embedder.device)
-        self.budget = memory_budget(
-            embedder,
-            stage.objective.traits.kinds,
-            run.memory_gb,
-            half=run.dtype == "bfloat16",
-            recomputed=bool(self.recomputed),
-        )
+        memory = step_memory(embedder, stage.objective.traits.kinds, run)
+        self.recomputed = layers_of(embedder.backbone) if memory.recomputed else []
+        self.chunk_tokens, self.budget = memory.chunk_tokens, memory.budget
+        self.frozen: FrozenInHalf | None = None  # while steps are taken
+        if run.dtype == "bfloat16" and self.sharded is None:
+            self.frozen = FrozenInHalf(embedder.backbone.model)
         self.progress, self.alarm = checkpoint.StageProgress(), SparseAlarm()
         self.groups: Groups | None = None  # batch sizes by length
         self.sampler: Sampler  # made by resume(), unless the stage is finished
@@ -182,6 +180,8 @@ class Trainer:
     def _end(self) -> None:
         """Leave the embedder whole, with the weights that stay."""
         self._take_best()
+        if self.frozen is not None:
+            self.frozen.restore()
         if self.sharded is not None:
             self.sharded.put_together()
         self.work.finish()
@@ -292,6 +292,8 @@ class Trainer:
 
     def _backward(self, batch: TextBatch) -> Losses:
         self.embedder.train()
+        if self.frozen is not None:
+            self.frozen.shrink()
         step = self.progress.step
         seed = _seed_of(self.seed, step, distributed.rank())
         half, sharded = self._half, self.sharded is not None
@@ -374,6 +376,8 @@ class Trainer:
 
     def _whole(self, *, main_alone: bool) -> AbstractContextManager[None]:
         """Make the embedder whole for use; in the other processes it may stay sharded."""
+        if self.frozen is not None:  # the next step shrinks them again
+            self.frozen.restore()
         return nullcontext() if self.sharded is None else self.sharded.whole(main_alone=main_alone)
 
     def _take_best(self) -> None:
@@ -508,7 +512,7 @@ class Trainer:
             f"{self.stage.name}: {self.steps} steps of {size} {self.work.unit}; "
             f"{count:,} weights in training"
         )
-        kind = getattr(torch, self.options.dtype)
+        kind = getattr(torch, self.options.dtype or "float32")
         if (warning := warning_of(kind, self.embedder.device)) is not None:
             self.say(f"tercet: note: {warning}")
         if self._half and (dropout := self.embedder.backbone.dropout_left_out):

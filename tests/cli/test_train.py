@@ -53,10 +53,11 @@ def test_explain_lists_every_setting_with_default_unit_and_meaning(tercet):
 def test_plan_prints_what_each_stage_will_do_and_writes_nothing(tercet, train, files, tmp_path):
     ended = tercet(*train(tmp_path / "run", "--plan"))
     assert ended.status == 0 and not (tmp_path / "run").exists()
-    first, header, row = ended.out.splitlines()
+    first, header, row, machine = ended.out.splitlines()
     assert first.startswith("plan: 1 stage, about ")
     assert cells(header)[:5] == ["stage", "reads", "steps", "batch", "candidates"]
     assert cells(row)[:5] == ["contrastive", "pairs", "3", "8 examples", "8"]
+    assert machine == "  on cpu in float32, 2,048 tokens encoded together"
     words = ["--model", files.parent / "none", "--data", files / "pairs.jsonl", "--plan"]
     ended = tercet("train", "bge-m3", *words)
     assert ended.status == 2 and "no such folder" in ended.err  # a plan looks at the model too

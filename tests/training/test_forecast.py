@@ -53,9 +53,24 @@ def test_each_stage_is_described_before_the_first_is_trained(source, tmp_path):
     assert [each.steps for each in found] == [3, 2, 2]
     assert found[0].tokens == 4 * 32 and found[0].candidates == "-"
     assert found[2].candidates == "72"  # 36 rows: a positive and a negative each
-    first, header, *rows = lines_of(found)
+    first, header, *rows, machine = lines_of(found)
     assert first.startswith("plan: 3 stages, about ") and len(rows) == 3
     assert header.split()[:3] == ["stage", "reads", "steps"]
+    assert machine == "  on cpu in float32, 2,048 tokens encoded together"
+
+
+def test_stages_that_are_encoded_in_other_ways_are_named(source, tmp_path):
+    base = str(save_model(tmp_path / "base", "xlm-roberta"))
+    recipe = bge_m3(model=base, steps=7, retromae_max_tokens=32, retromae_batch_size=4)
+    data = {"texts": [source], "pairs": [source], "examples": [source]}
+    found = forecast(recipe, data, run=replace(QUIET, checkpoint_activations=True))
+    how = "on cpu in float32, 2,048 tokens encoded together, layers computed again in the backward"
+    assert lines_of(found)[-1] == f"  {how}"
+    other = replace(found[0], machine="cpu in bfloat16")
+    assert lines_of([other, *found[1:]])[-2:] == [
+        "  retromae on cpu in bfloat16",
+        f"  contrastive, unified {how}",
+    ]
 
 
 def test_a_stage_that_cannot_work_is_refused_before_the_first_is_trained(source, tmp_path):

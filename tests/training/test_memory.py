@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import BertConfig, Gemma2Config
 
+from tercet.models.devices import free_memory
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.network.chunked import _first_kept
 from tercet.segments import Packed, batches_by_length
-from tercet.training.memory import COPIES, MemoryBudget, free_memory, graph_bytes, pair_bytes
+from tercet.training.memory import COPIES, MemoryBudget, graph_bytes, pair_bytes
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests import toy
 

@@ -29,6 +29,7 @@ from tercet.files.atomic import replacing_file
 from tercet.files.checksums import is_whole_archive, note_damage
 from tercet.files.progress import bar
 from tercet.files.records import readable
+from tercet.models.devices import find_device
 from tercet.models.embedder import Embedder
 
 WORK: Final = Path("runs/filter")
@@ -143,7 +144,7 @@ class Judge:
         limits = {"query_tokens": self.query_tokens, "document_tokens": self.document_tokens}
         changes: dict[str, Any] = {name: n for name, n in limits.items() if n is not None}
         embedder = Embedder.load(self.model, dtype=getattr(torch, self.precision), **changes)
-        embedder.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        embedder.to(find_device(self.device))
         if self.batch_tokens is not None:
             embedder.batch_tokens = self.batch_tokens
         return embedder

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from inspect import signature
 from typing import Any, Final
 
@@ -37,24 +37,23 @@ _CAPABILITY: Final = 8  # of the oldest cards that it supports
 _CALL: Final = 2e9  # operations that a GPU could do while the host makes one call more (computed)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Neighbouring texts that are attended together, padded to the length of the longest."""
 
-    begin: int  # the first token
     lengths: tuple[int, ...]  # no text is longer than the first
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """The length that the texts are padded to."""
         return self.lengths[0]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """The number of tokens of all texts."""
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def is_padded(self) -> bool:
         """Whether the texts differ in length."""
         return min(self.lengths) < self.longest
@@ -132,14 +131,14 @@ def _groups(lengths: Sequence[int], spare: float | int) -> Iterator[Group]:
     ``spare`` is how many more pairs of tokens than those of its texts a group may have. Texts longer
     than ``KEPT_LENGTH`` are not padded, since their mask would be large.
     """
-    begin, low, added = 0, 0, 0
+    low, added = 0, 0
     for text, length in enumerate(lengths):
         added += lengths[low] ** 2 - length**2
         room = spare if lengths[low] <= KEPT_LENGTH else 0
         if added > room or length > lengths[low]:
-            yield Group(begin, tuple(lengths[low:text]))
-            begin, low, added = begin + sum(lengths[low:text]), text, 0
-    yield Group(begin, tuple(lengths[low:]))
+            yield Group(tuple(lengths[low:text]))
+            low, added = text, 0
+    yield Group(tuple(lengths[low:]))
 
 
 _IN_FORCE: Final[ContextVar[Layout | None]] = ContextVar("layout", default=None)
@@ -192,10 +191,10 @@ def attend(
             usual = rule.dropout == 0 or layout.dropout is None
             if usual and rule.softcap is None and rule.sinks is None:
                 return _attend_row(q, k, v, layout, rule)[None], None
-    pieces = []
-    for group in layout.groups(query.shape[1] * query.shape[3]):
-        row = slice(group.begin, group.begin + group.tokens)
-        q, k, v = (x[0, :, row] for x in (query, key, value))
+    pieces, groups = [], layout.groups(query.shape[1] * query.shape[3])
+    sizes = [group.tokens for group in groups]
+    rows = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    for group, (q, k, v) in zip(groups, rows, strict=True):
         if not group.is_padded:
             q, k, v = (x.unflatten(1, (-1, group.longest)).transpose(0, 1) for x in (q, k, v))
             states = _attend_run(q, k, v, rule)  # [texts, heads, length, width]

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
+from tercet.models.devices import exact_products
 from tercet.models.foreign_code import refuse_code, refuse_code_in
 from tercet.models.network.attention import NAME, Layout, kernel_runs_on
 from tercet.models.network.cpu import keep_freed_memory
@@ -235,7 +236,8 @@ def probe(backbone: Backbone) -> None:
             bidirectional one does not, or states differ from those of transformers' attention.
     """
     autocast = torch.is_autocast_enabled(backbone.device.type) and backbone.uses_kernel
-    with torch.no_grad(), torch.autocast(backbone.device.type, enabled=autocast):
+    in_type = torch.autocast(backbone.device.type, enabled=autocast)
+    with torch.no_grad(), in_type, exact_products():
         _probe(backbone)
 
 
