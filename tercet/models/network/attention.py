@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from tercet.errors import ModelError
 from tercet.segments import Packed, moved, offsets_of
@@ -207,8 +207,7 @@ def attend(
     return torch.cat(pieces)[None] if len(pieces) > 1 else pieces[0][None], None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # nothing left to mask
+AttentionInterface.register(NAME, attend)  # without a mask: making one waits for the GPU
 
 
 def _rule_of(module: nn.Module, options: dict[str, Any], dropout: float | None) -> _Rule:
