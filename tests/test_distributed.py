@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,22 @@ def test_a_gradient_that_one_process_lacks_counts_as_zero_there(both):
 
 def test_an_object_is_sent_from_its_source(both):
     assert [facts["object"] for facts in both] == [{"from": 1}, {"from": 1}]
+
+
+@pytest.mark.parametrize(("on_gpus", "backend"), [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_processes_wait_for_hours_for_one_that_prepares_data(monkeypatch, on_gpus, backend):
+    joined: list[tuple[str, timedelta]] = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        distributed.dist,
+        "init_process_group",
+        lambda name, *, timeout, device_id=None: joined.append((name, timeout)),
+    )
+    distributed.start()
+    distributed.start(wait=timedelta(minutes=1))
+    assert joined == [(backend, timedelta(hours=12)), (backend, timedelta(minutes=1))]
 
 
 def test_everything_is_the_identity_for_one_process(monkeypatch):

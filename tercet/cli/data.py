@@ -35,6 +35,7 @@ from tercet.cli.options import (
     opened,
     out_option,
     require_package,
+    runner_of,
     shown_progress,
 )
 from tercet.data.files.beir import is_judged_folder
@@ -318,7 +319,7 @@ def filter_pairs(
         typer.Option("--keep-vectors", help="Keep vectors in --work too.", rich_help_panel=OUTPUT),
     ] = False,
     runner: RunnerChoice = "auto",
-    workers: WorkersChoice = 1,
+    workers: WorkersChoice = None,
     address: AddressChoice = None,
 ) -> None:
     """Leave out pairs whose document is far from the best ones for its query.
@@ -340,9 +341,8 @@ def filter_pairs(
         write_report,
     )
     from tercet.curate.filtering.pair_rules import PairRules
-    from tercet.curate.jobs.runners import Runner
 
-    where = Runner(engine=runner, workers=workers, address=address)
+    where = runner_of(runner, workers, address, device)
     most = max_characters or (None, None)
     if plot is not None:
         require_package("matplotlib", "--plot", "plot")

@@ -33,6 +33,7 @@ from tercet.cli.options import (
     load,
     local_inputs,
     out_option,
+    runner_of,
 )
 from tercet.errors import RecipeError
 from tercet.files.console import results, say
@@ -104,7 +105,7 @@ def encode(
     dtype: DtypeOption = None,
     batch_tokens: BatchTokensOption = None,
     runner: RunnerChoice = "auto",
-    workers: WorkersChoice = 1,
+    workers: WorkersChoice = None,
     address: AddressChoice = None,
 ) -> None:
     """Turn texts into vectors: a row of the output for each text, token or word.
@@ -139,14 +140,13 @@ def encode(
     loaded = partial(
         load, model, dtype=dtype, **how, attention=attention, pooling=pooling, echo=echo
     )
-    shared = runner != "auto" or workers > 1 or address is not None
+    shared = runner != "auto" or (workers or 1) > 1 or address is not None
     if len(files) > 1 or files[0].is_dir() or part is not None or shared:
         from tercet.curate.jobs.encode_job import ENCODED, PART, encode_files, open_files
-        from tercet.curate.jobs.runners import Runner
 
         _check_folder(out, output, form)
         check_output(out, [*files, model], ENCODED)
-        where = Runner(engine=runner, workers=workers, address=address)
+        where = runner_of(runner, workers, address, device)
         sources = open_files(files, text_field)
         options = EncodeOptions(kinds=chosen or ("dense",), **wanted)
         dtype = chosen_dtype(dtype, device)

@@ -33,6 +33,7 @@ from tercet.cli.options import (
     model_option,
     opened,
     out_option,
+    runner_of,
 )
 from tercet.data.files.beir import is_judged_folder
 from tercet.data.files.documents import Fields, read_documents
@@ -156,7 +157,7 @@ def mine(
     batch_tokens: BatchTokensOption = None,
     work: WorkOption = Path("runs/mining"),
     runner: RunnerChoice = "auto",
-    workers: WorkersChoice = 1,
+    workers: WorkersChoice = None,
     address: AddressChoice = None,
 ) -> None:
     """Find hard negatives: documents near to a query that do not answer it.
@@ -171,7 +172,6 @@ def mine(
         tercet mine pairs.jsonl --model minilm --out mined.jsonl
         tercet mine pairs.jsonl --model minilm --sweep 0.9 --sweep 0.95
     """
-    from tercet.curate.jobs.runners import Runner
     from tercet.curate.mining.finders import COSINES
     from tercet.curate.mining.mine_together import SharedMining, mine_together
     from tercet.curate.mining.miner import MINED, Mining
@@ -179,7 +179,7 @@ def mine(
     from tercet.curate.mining.miner import sweep as try_values
     from tercet.curate.mining.rules import MiningRule
 
-    where = Runner(engine=runner, workers=workers, address=address)
+    where = runner_of(runner, workers, address, device, alone=out is None or model is None)
     values, shown = sweep or [], Figures(json)
     if (out is None) == (not values):
         raise RecipeError("give either --out, to write mined rows, or --sweep, to only count")

@@ -1,5 +1,6 @@
 """Options that several commands share, and what their values mean."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
@@ -17,6 +18,7 @@ from tercet.files.records import meant
 from tercet.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
+    from tercet.curate.jobs.runners import Runner, RunnerName
     from tercet.data.files.examples import ExampleFields
     from tercet.data.files.scan import RecordFormat, ReportProgress
     from tercet.data.files.sources import Source
@@ -299,8 +301,13 @@ RunnerChoice = Annotated[
     ),
 ]
 WorkersChoice = Annotated[
-    int,
-    typer.Option("--workers", min=1, help="Processes on each machine.", rich_help_panel=CLUSTER),
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes on each machine. Default: one for each GPU, or one.",
+        rich_help_panel=CLUSTER,
+    ),
 ]
 AddressChoice = Annotated[
     str | None,
@@ -382,6 +389,40 @@ def chosen_dtype(dtype: "NumberType | None", device: str | None) -> "NumberType"
     from tercet.models.devices import find_device, number_type
 
     return dtype or number_type(find_device(device))
+
+
+def runner_of(
+    engine: "RunnerName",
+    workers: int | None,
+    address: str | None,
+    device: str | None,
+    *,
+    alone: bool = False,
+) -> "Runner":
+    """Return where a job is done: by default one process for each GPU, or one if it is ``alone``.
+
+    A device with a number is used by all processes, others share the GPUs of the machine.
+    """
+    from tercet.curate.jobs.runners import Runner
+
+    shares = device in (None, "cuda")
+    if workers is None:
+        here = engine in ("auto", "daft") and "RANK" not in os.environ
+        workers = _gpus() if shares and here and not alone else 1
+        if workers > 1 and not has_package("daft"):
+            say(
+                f"tercet: note: one of {workers} GPUs is used; to use all, install Daft: pip "
+                'install "tercet[bulk]"'
+            )
+            workers = 1
+    return Runner(engine=engine, workers=workers, address=address, own_gpus=shares)
+
+
+def _gpus() -> int:
+    """Return the number of GPUs here, at least 1."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def known_models(model: str, others: Sequence[str] | None) -> list[str]:

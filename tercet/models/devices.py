@@ -6,10 +6,12 @@ All that this module decides for a GPU changes time and memory. On a CPU it chan
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import torch
+from filelock import FileLock, Timeout
 
 from tercet import distributed
 from tercet.errors import RecipeError
@@ -24,6 +26,8 @@ _ON_GPU: Final = 16_384  # tokens, of a model with this many numbers in its laye
 _NUMBERS: Final = 300_000_000
 _SHARE: Final = 0.5  # of free memory, for encoding
 _OF_HIDDEN, _OF_INNER = 24, 4  # states of one layer that exist at the same time, generously
+_VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+_KEPT: Final[list[FileLock]] = []  # until the process ends
 _MODES: Final = {"tf32": "high", "bf16": "medium"}  # of torch.set_float32_matmul_precision
 
 
@@ -64,6 +68,33 @@ def _refuse_to_share(name: str) -> None:
             f"the device must be cuda for several processes, so that each takes its own GPU; got "
             f"{name}, which all {processes} processes of this machine would share"
         )
+
+
+def take_own_gpu(folder: Path, workers: int) -> None:
+    """Give this worker process a GPU, and its part of it if there are more workers than GPUs.
+
+    Workers of a machine choose by locks in ``folder``, which a killed one releases. It must happen
+    before the process uses a GPU: torch sees no other one afterwards, and calls its own ``cuda``.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return
+    locks = (FileLock(folder / f".gpu-{n}.lock", thread_local=False) for n in count())
+    number, lock = next((n, each) for n, each in enumerate(locks) if _is_mine(each))
+    _KEPT.append(lock)
+    names = [name for name in os.environ.get(_VISIBLE, "").split(",") if name]
+    names = names or [str(n) for n in range(gpus)]
+    os.environ[_VISIBLE] = names[number % gpus]
+    if (sharing := -(-workers // gpus)) > 1:
+        torch.cuda.set_per_process_memory_fraction(1 / sharing, 0)
+
+
+def _is_mine(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def number_type(device: torch.device) -> NumberType:

@@ -1,13 +1,21 @@
 """What is chosen for a GPU, by what it says of itself; none is needed here."""
 
+import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tercet.errors import RecipeError
 from tercet.models import devices
-from tercet.models.devices import encoded_tokens, exact_products, find_device, free_bytes
+from tercet.models.devices import (
+    encoded_tokens,
+    exact_products,
+    find_device,
+    free_bytes,
+    take_own_gpu,
+)
 from tercet.models.embedder import Embedder
 
 GPU = torch.device("cuda", 0)
@@ -117,3 +125,43 @@ def test_little_free_memory_makes_batches_smaller(card, encoder_folder):
     assert few < devices.MOST_ON_GPU and few & (few - 1) == 0
     width, inner = model.config.hidden_size, model.config.intermediate_size
     assert few * 4 * (24 * width + 4 * inner) <= 0.5e8
+
+
+@pytest.mark.parametrize(
+    ("visible", "workers", "expected", "part"),
+    [(None, 2, ["0", "1"], None), ("5,3", 3, ["5", "3", "5"], 0.5), (None, 1, ["0"], None)],
+)
+def test_each_worker_takes_a_gpu_of_its_own(
+    tmp_path, monkeypatch, visible, workers, expected, part
+):
+    """Each keeps its lock until it ends; a later one takes the place of one that is gone."""
+    parts: list[float] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: parts.append(share)
+    )
+    held: list[Any] = []
+    monkeypatch.setattr(devices, "_KEPT", held)
+
+    def taken() -> str:
+        with monkeypatch.context() as patch:
+            if visible is None:
+                patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            else:
+                patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            take_own_gpu(tmp_path, workers)
+            found = os.environ["CUDA_VISIBLE_DEVICES"]
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+        return found
+
+    assert [taken() for _ in range(workers)] == expected
+    assert parts == ([] if part is None else [part] * workers)
+    held.pop(0).release()
+    assert taken() == expected[0]
+    for lock in held:
+        lock.release()
+
+
+def test_without_a_gpu_a_worker_takes_none(tmp_path):
+    take_own_gpu(tmp_path, 2)
+    assert not list(tmp_path.iterdir())

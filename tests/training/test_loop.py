@@ -1,5 +1,6 @@
 import csv
 import gzip
+import json
 import os
 import shutil
 import signal
@@ -19,12 +20,13 @@ from tercet.data.files.sources import open_source
 from tercet.errors import RecipeError, StorageError, TrainingError
 from tercet.files.atomic import sole_writer
 from tercet.models.embedder import Embedder
+from tercet.models.frozen import FrozenInHalf
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.training import loop
 from tercet.training.log import read
 from tercet.training.loop import train
-from tercet.training.recipe import Run
+from tercet.training.recipe import Lora, Run
 from tests.toy import SENTENCES
 
 QUIET = Run(device="cpu", show_progress=False, save_steps=3)
@@ -125,8 +127,6 @@ def test_the_same_holds_for_the_best_weights_on_a_dev_set(data, recipe, tmp_path
 
 
 def test_lora_resumes_too_and_ends_merged(data, recipe, tmp_path, monkeypatch):
-    from tercet.training.recipe import Lora
-
     recipe = replace(recipe, model=replace(recipe.model, lora=Lora(rank=2, alpha=4, dropout=0.1)))
     whole = weights(train(recipe, [data], tmp_path / "whole", run=QUIET))
     with monkeypatch.context() as patch:
@@ -161,6 +161,48 @@ def test_bfloat16_learns_whether_graphs_are_kept_or_not(data, recipe, tmp_path):
     change = sum((kept[name] - base[name]).norm() for name in kept)
     apart = sum((kept[name] - again[name]).norm() for name in kept)
     assert change > 0 and apart < 0.05 * change
+
+
+def test_lora_in_bfloat16_ends_with_the_bits_of_one_whose_frozen_weights_stay_in_float32(
+    data, recipe, tmp_path, monkeypatch
+):
+    """Also measurements, models on the way and the merged model: all read the exact base."""
+    lora = replace(recipe.model, lora=Lora(rank=2, alpha=4, dropout=0.1))
+    recipe = replace(recipe, model=lora)
+    run = replace(QUIET, dtype="bfloat16", chunk_tokens=40, eval_steps=2, models_at=(2,))
+    shrunk = []
+
+    def score(embedder: Embedder) -> float:
+        linear = [p for n, p in embedder.backbone.named_parameters() if "base_layer" in n]
+        assert all(p.dtype == torch.float32 for p in linear)
+        return float(embedder.encode(SENTENCES, "query").sum())
+
+    shrink = FrozenInHalf.shrink
+    monkeypatch.setattr(FrozenInHalf, "shrink", lambda self: shrunk.append(1) or shrink(self))
+    half = weights(train(recipe, [data], tmp_path / "half", run=run, score=score))
+    assert shrunk
+    monkeypatch.setattr(FrozenInHalf, "shrink", lambda self: None)
+    usual = weights(train(recipe, [data], tmp_path / "usual", run=run, score=score))
+    assert same_bits(half, usual)
+    kept = ("loss", "dev_score", "gradient_norm")
+    logs = [read(tmp_path / f"{name}/log.jsonl") for name in ("half", "usual")]
+    figures = [[{k: row[k] for k in kept if k in row} for row in log] for log in logs]
+    assert figures[0] == figures[1]
+    models = [weights(Embedder.load(tmp_path / f"{n}/steps/2")) for n in ("half", "usual")]
+    assert same_bits(*models)
+
+
+def test_the_type_of_numbers_is_that_of_the_device_and_a_run_keeps_its_own(
+    data, recipe, tmp_path, monkeypatch
+):
+    usual = Run(device="cpu", show_progress=False)
+    assert usual.resolved().dtype == "float32"
+    train(recipe, [data], tmp_path / "run", run=usual)
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["run"]["dtype"] == "float32"
+    monkeypatch.setattr("tercet.training.recipe.number_type", lambda device: "bfloat16")  # a GPU
+    with pytest.raises(RecipeError, match="precision was 'float32', now 'bfloat16'"):
+        train(recipe, [data], tmp_path / "run", run=usual)
+    train(recipe, [data], tmp_path / "run", run=replace(usual, dtype="float32"))
 
 
 def test_a_run_with_other_settings_is_not_mixed_into_an_old_one(data, recipe, tmp_path):

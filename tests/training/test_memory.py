@@ -1,4 +1,6 @@
+import copy
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,24 @@ import pytest
 import torch
 from transformers import BertConfig, Gemma2Config
 
+from tercet.models import devices
 from tercet.models.devices import free_memory
 from tercet.models.embedder import Embedder
+from tercet.models.frozen import linear_numbers
 from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.network.chunked import _first_kept
 from tercet.segments import Packed, batches_by_length
-from tercet.training.memory import COPIES, MemoryBudget, graph_bytes, pair_bytes
+from tercet.training.memory import (
+    COPIES,
+    MemoryBudget,
+    StepMemory,
+    graph_bytes,
+    pair_bytes,
+    states_to_come,
+    step_memory,
+    trained_numbers,
+)
+from tercet.training.recipe import Lora, Run
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests import toy
 
@@ -191,3 +205,98 @@ def test_without_a_limit_free_memory_is_that_of_the_machine(tmp_path):
     assert free_memory(unlimited) == 8_000_000 * 1024
     (unlimited / "proc/meminfo").unlink()
     assert free_memory(unlimited) > 0
+
+
+# ---- what is chosen --------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def free_on_gpu(monkeypatch) -> Callable[[float], None]:
+    """Set the free memory of a GPU that every run takes."""
+    monkeypatch.setattr("tercet.training.recipe.find_device", lambda name: GPU)
+
+    def free(size: float) -> None:
+        monkeypatch.setattr(devices, "free_bytes", lambda device: int(size))
+
+    return free
+
+
+def chosen(embedder: Embedder, lora: Lora | None = None, **settings: Any) -> StepMemory:
+    return step_memory(embedder, ("dense",), Run(**settings), lora=lora)
+
+
+def test_on_a_cpu_2048_tokens_are_encoded_together_and_a_quarter_of_memory_is_used(
+    models, monkeypatch
+):
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 8_000_000_000)
+    found = chosen(models["bert"], device="cpu")
+    assert (found.chunk_tokens, found.recomputed, found.budget.total) == (2_048, False, 2e9)
+    kept = found.budget.graph(128) * 2_048
+    monkeypatch.setattr(devices, "free_bytes", lambda device: kept)  # with what AdamW needs, less
+    found = chosen(models["bert"], device="cpu")
+    assert (found.chunk_tokens, found.recomputed) == (2_048, True)
+    assert not chosen(models["bert"], device="cpu", checkpoint_activations=False).recomputed
+
+
+def test_on_a_gpu_a_chunk_fits_into_what_is_free_beside_gradients_and_optimizer(
+    models, free_on_gpu
+):
+    embedder = models["gemma2"]
+    to_come = states_to_come(embedder, Run(dtype="float32"))
+    numbers = sum(p.numel() for p in embedder.parameters())
+    assert to_come == 16 * numbers  # weights that have to get there, gradients, two moments
+    sizes = []
+    for free in (8e9, 2e9, 1e9, 0.5e9):
+        free_on_gpu(to_come + free)
+        found = chosen(embedder, dtype="float32")
+        assert found.budget.total == pytest.approx(0.6 * free, rel=1e-6)
+        assert not found.recomputed and found.chunk_tokens >= 2_048
+        assert found.chunk_tokens * found.budget.graph(128) <= max(
+            0.6 * free / 4, 2_048 * found.budget.graph(128)
+        )
+        sizes.append(found.chunk_tokens)
+    assert sizes == sorted(sizes, reverse=True) and len({*sizes}) > 2
+    free_on_gpu(to_come + 8e9)
+    assert chosen(embedder, dtype="float32", chunk_tokens=77).chunk_tokens == 77
+    assert chosen(embedder, dtype="float32", memory_gb=0.5).budget.total == 0.5e9
+
+
+def test_layers_are_computed_again_where_the_smallest_useful_chunk_does_not_fit(
+    models, free_on_gpu
+):
+    embedder = models["gemma2"]
+    to_come = states_to_come(embedder, Run(dtype="bfloat16"))
+    graph = graph_bytes(embedder.backbone, half=True) + 128 * pair_bytes(embedder.backbone)
+    free_on_gpu(to_come + 2_048 * graph / 0.6 + 1e6)
+    assert not chosen(embedder, dtype="bfloat16").recomputed
+    free_on_gpu(to_come + 2_048 * graph / 0.6 - 1e6)
+    found = chosen(embedder, dtype="bfloat16")
+    assert found.recomputed and found.chunk_tokens == 2_048
+    assert not chosen(embedder, dtype="bfloat16", compile_layers=True).recomputed
+    free_on_gpu(0)
+    assert chosen(embedder, dtype="bfloat16").chunk_tokens == 256
+
+
+def test_lora_that_is_still_to_come_is_counted_as_if_it_were_there(models):
+    embedder = copy.deepcopy(models["bert"])
+    run, lora = Run(device="cpu", dtype="bfloat16"), Lora(rank=8)
+    before = states_to_come(embedder, run, lora), trained_numbers(embedder, lora)
+    graph = chosen(embedder, lora, device="cpu", dtype="bfloat16").budget.token_graph
+    embedder.backbone.add_lora(8, 16, 0.0)
+    trained = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
+    frozen = linear_numbers(embedder.backbone.model, frozen=True)
+    assert before == (states_to_come(embedder, run), trained)
+    assert before[0] == 14 * trained - 2 * frozen
+    assert graph == chosen(embedder, device="cpu", dtype="bfloat16").budget.token_graph
+
+
+def test_the_line_about_a_machine_names_what_was_chosen(models, free_on_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    free_on_gpu(1e11)
+    found = replace(chosen(models["bert"]), recomputed=True, chunk_tokens=16_384)
+    assert found.line("bfloat16") == (
+        "cuda:0 (NVIDIA H200) in bfloat16, 16,384 tokens encoded together, layers computed again "
+        "in the backward"
+    )

@@ -27,6 +27,7 @@ from tercet.files.checksums import checksum, checksums, note_absence, note_damag
 from tercet.files.limits import read_text
 from tercet.files.progress import Advance, bar
 from tercet.files.signals import end_with
+from tercet.models.devices import take_own_gpu
 
 UnitReport: TypeAlias = dict[str, Any]
 """The report on a finished unit: plain values that JSON can hold."""
@@ -109,7 +110,8 @@ def _in_processes(
 ) -> Iterator[tuple[WorkUnit, UnitReport]]:
     """Have an engine do the missing units, in any order; if it fails, start another."""
     driver = os.getpid() if runner.used == "daft" else None
-    opener = _JobOpener(job, manifest, _lock_text(manifest), Path.cwd(), driver)
+    gpus = runner.workers if runner.own_gpus and runner.used == "daft" else None
+    opener = _JobOpener(job, manifest, _lock_text(manifest), Path.cwd(), driver, gpus)
     reports: dict[str, UnitReport] = {}
     losses = 0
     while missing := _missing(job, units, manifest, reports, advance):
@@ -204,10 +206,13 @@ class _JobOpener:
     lock: str  # the text of the driver's lock, to detect another disk with the same path
     folder: Path  # the driver's working directory: paths may be relative to it
     driver: int | None = None  # its process, which workers of the same machine do not outlive
+    sharing_gpus: int | None = None  # workers of this machine, each of which takes its own GPU
 
     def __call__(self, threads: int | None) -> Callable[[str], str]:
         if self.driver not in (None, os.getpid()):
             end_with(self.driver)
+            if self.sharing_gpus is not None:
+                take_own_gpu(self.manifest, self.sharing_gpus)
         if threads is not None:
             _use_threads(threads)
         with suppress(OSError):  # missing on this machine: paths must be absolute then

@@ -53,6 +53,7 @@ class Runner:
     engine: RunnerName = "auto"  # a plain loop for one process, Daft for several
     workers: int = 1  # processes on each machine
     address: str | None = None  # of a Ray cluster: HOST:PORT of its head, or auto
+    own_gpus: bool = False  # whether each process of this machine takes a GPU for itself
 
     def __post_init__(self) -> None:
         if self.workers < 1:
