@@ -191,18 +191,6 @@ def test_an_unknown_name_says_what_is_known():
         Backbone.load("no-such-model")
 
 
-@pytest.mark.gpu
-@torch.no_grad()
-def test_the_cuda_kernel_for_varying_lengths_equals_groups_of_equal_length():
-    for name, way in CASES:
-        config = {**DECODERS, **ENCODERS}[name]
-        texts = pack(*random_texts(*LENGTHS))
-        exact = Backbone(random_model(config), attention=way)(texts)
-        half = Backbone(random_model(config).to("cuda", torch.bfloat16), attention=way)
-        got = half(texts.to("cuda")).float().cpu()
-        assert torch.nn.functional.cosine_similarity(got, exact).min() > 0.99, (name, way)
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "phi3"])
 def test_a_turned_copy_reads_the_other_way_and_shares_the_weights(kind):
     texts = pack(*random_texts(9, 5))
