@@ -568,6 +568,7 @@ def _of_cuda(free: float) -> dict[str, Any]:
         name="pretended", total_memory=int(free), major=9, minor=0, multi_processor_count=132
     )
     return {
+        "is_current_stream_capturing": lambda: False,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "init": lambda: None,
@@ -613,6 +614,8 @@ def pretended_cuda(free: float = 80e9) -> Iterator[Log]:
             return engine(*args, **kwargs)
 
     with ExitStack() as stack:
+        products = torch.get_float32_matmul_precision()  # which the choice of a GPU changes
+        stack.callback(torch.set_float32_matmul_precision, products)
 
         def patch(owner: Any, name: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, value))
