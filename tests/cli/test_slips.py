@@ -28,7 +28,10 @@ ROOT = Path(__file__).parents[2]
         ("eval minilm a.txt", "Did you mean: tercet eval a.txt --model minilm?"),
         ("index minilm a.txt --out I", "Did you mean: tercet index a.txt --out I --model minilm?"),
         ("search question folder", "the index comes first: tercet search folder question"),
-        ("encode a.txt --model minilm --out v.npy --device tpu9", "the device 'tpu9' cannot be used here"),
+        (
+            "encode a.txt --model minilm --out v.npy --device tpu9",
+            "the device 'tpu9' cannot be used here",
+        ),
     ],
 )
 def test_a_slip_is_answered_with_what_was_meant(refused, files, tmp_path, monkeypatch, words, said):
