@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
@@ -13,12 +13,15 @@ T = TypeVar("T")
 MOST_WORKERS: Final = 4  # chosen by itself; tokenizers use all cores in each call
 
 
-def done_ahead(calls: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
+def done_ahead(
+    calls: Iterable[Callable[[], T]], workers: int, *, spare: int = 1
+) -> Generator[T, None, None]:
     """Yield the result of each call, in order; ``workers`` threads work on the next ones.
 
     The calls are drawn here, in order: while a result is in use, ``workers`` others are made and
-    one more waits. An error is raised when its result is asked for. Closing the iterator waits for
-    the calls that have begun and drops the others. Without workers, a call is made when asked for.
+    ``spare`` more wait. An error is raised when its result is asked for. Closing the iterator
+    waits for the calls that have begun and drops the others. Without workers, a call is made when
+    asked for.
     """
     if not workers:
         for call in calls:
@@ -29,7 +32,7 @@ def done_ahead(calls: Iterable[Callable[[], T]], workers: int) -> Iterator[T]:
     try:
         for call in calls:
             waiting.append(pool.submit(call))
-            if len(waiting) > workers + 1:
+            if len(waiting) > workers + spare:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

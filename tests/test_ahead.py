@@ -74,7 +74,7 @@ def test_closing_waits_for_calls_that_have_begun_and_drops_the_others():
     while len(begun) < 2:
         time.sleep(0.001)
     threading.Timer(0.05, go.set).start()
-    results.close()  # pyright: ignore[reportAttributeAccessIssue] (a generator)
+    results.close()
     assert begun == ended == [0, 1]
     assert not threads_ahead()
 

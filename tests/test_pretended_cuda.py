@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tercet.kinds import KINDS
+from tercet.models import encode_loop
 from tercet.models.embedder import Embedder
 from tercet.models.network import backbone
 from tercet.models.network.backbone import Backbone
@@ -152,6 +153,31 @@ def test_vectors_encoded_on_a_gpu_are_those_of_the_cpu(kind, place):
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+def test_vectors_of_a_batch_are_read_from_a_gpu_once_the_next_batch_is_asked_for(place):
+    embedder = Embedder.load(place.folder / "bert")
+    embedder.batch_tokens = 32
+    expected, order = embedder.encode(SENTENCES), []
+    run, arrived = encode_loop.Step.__init__, encode_loop._arrived
+
+    def asked(self, rows, *more):
+        order.append("asked")
+        run(self, rows, *more)
+
+    def read(*late):
+        order.append("read")
+        return arrived(*late)
+
+    with what_is_done_once_is_not_counted(), pretended_cuda() as log:
+        with mock.patch.object(encode_loop.Step, "__init__", asked):
+            with mock.patch.object(encode_loop, "_arrived", read):
+                got = embedder.to("cuda").encode(SENTENCES)
+    batches = order.count("asked")
+    assert batches > 2
+    assert order == ["asked", *["asked", "read"] * (batches - 1), "read"]
+    assert not log.copies and {what for what, _ in log.waits} == {"Event.synchronize"}
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
 def test_vectors_of_all_kinds_encoded_on_a_gpu_are_those_of_the_cpu(place):
     embedder = Embedder.load(place.folder / "xlm-roberta", kinds=KINDS, multi_dim=16)
     expected = embedder.encode_vectors(SENTENCES)
@@ -159,7 +185,8 @@ def test_vectors_of_all_kinds_encoded_on_a_gpu_are_those_of_the_cpu(place):
         embedder.to("cuda")
         got = embedder.encode_vectors(SENTENCES)
         assert not log.copies
-        assert {what for what, _ in log.waits} == {"to(cpu)"}  # the vectors of the only batch
+        waits = {what for what, _ in log.waits}
+        assert waits == {"to(cpu)", "Event.synchronize"}  # terms and vectors of the only batch
         for one, other in zip(got.tensors(), expected.tensors(), strict=True):
             torch.testing.assert_close(one.cpu(), other, atol=1e-6, rtol=1e-5)
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, Unpack, overload
@@ -19,7 +19,14 @@ from tercet.files.progress import bar
 from tercet.kinds import Kind
 from tercet.models.choices import Attention, PoolingName, Window
 from tercet.models.devices import encoded_tokens
-from tercet.models.encode_loop import Step, batch_by_batch, text_vectors, token_states, word_states
+from tercet.models.encode_loop import (
+    Step,
+    batch_by_batch,
+    on_host,
+    text_vectors,
+    token_states,
+    word_states,
+)
 from tercet.models.formats.parts import ModelParts
 from tercet.models.formats.sentence_transformer_module import as_sentence_transformer
 from tercet.models.formats.tercet_folder import load_parts, save_adapter, save_parts
@@ -292,11 +299,15 @@ class Embedder(nn.Module):
                 return word_states(steps, [Words.of(text) for text in texts], width)
             unit = settings.normalize or dims is not None
             found = np.empty((len(texts), width), dtype=np.float32)
-            for step in steps:
+
+            def finished(step: Step) -> Vectors:
                 vectors = pooled(step.states, step.texts, settings)[:, :width].float()
-                vectors = (F.normalize(vectors, dim=1) if unit else vectors).cpu()
-                step.require_finite(vectors.isfinite().all(dim=1))
-                found[step.rows] = vectors.numpy()
+                return Vectors(F.normalize(vectors, dim=1) if unit else vectors)
+
+            for step, vectors in on_host((step, finished(step)) for step in steps):
+                step.require_finite(~vectors.not_finite())
+                assert vectors.dense is not None, "it was just made"
+                found[step.rows] = vectors.dense.numpy()
             return found
 
     def encode_vectors(
@@ -380,8 +391,12 @@ class Embedder(nn.Module):
         def tokenize(part: Sequence[str]) -> Tokens:
             return self.tokenizer(part, limit, spans=True)
 
-        with self.reading() as reader:
-            steps = batch_by_batch(reader.states, self.device, texts, tokenize, self.batch_tokens)
+        with (
+            self.reading() as reader,
+            closing(
+                batch_by_batch(reader.states, self.device, texts, tokenize, self.batch_tokens)
+            ) as steps,
+        ):
             return word_states(steps, words, self.dim, predictor=predictor)
 
     def _width(self, dims: int | None) -> int:
@@ -420,10 +435,15 @@ class Embedder(nn.Module):
             cut += tokens.truncated
             return tokens
 
-        with bar("encode", len(texts), shown=progress) as advance:
-            yield batch_by_batch(
-                reader.states, self.device, texts, tokenize, self.batch_tokens, advance
-            )
+        with (
+            bar("encode", len(texts), shown=progress) as advance,
+            closing(
+                batch_by_batch(
+                    reader.states, self.device, texts, tokenize, self.batch_tokens, advance
+                )
+            ) as steps,
+        ):
+            yield steps
         if cut and role not in self._cuts_reported:
             self._cuts_reported.add(role)
             log.warning("%d of %d %s texts were cut to %d tokens", cut, len(texts), role, limit)

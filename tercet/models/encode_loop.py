@@ -1,15 +1,18 @@
 """The loop of encoding: texts through a model batch by batch, and results in their order."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tercet.ahead import done_ahead, usual_workers
 from tercet.errors import BROKEN_MODEL, ModelError
 from tercet.files.console import shortened
 from tercet.models.network.words import Words, word_means
@@ -18,6 +21,7 @@ from tercet.segments import Packed, batches_by_length
 from tercet.vectors import Vectors
 
 _WINDOW_OF_TEXTS: Final = 50_000  # texts tokenized and sorted by length at a time
+_FIRST_WINDOW: Final = 2_000  # on a GPU, which would wait for them
 
 log = logging.getLogger("tercet")
 
@@ -55,22 +59,65 @@ def batch_by_batch(
     tokenize: Callable[[Sequence[str]], Tokens],
     batch_tokens: int,
     advance: Callable[[int], None] | None = None,
-) -> Iterator[Step]:
-    """Yield the states of all texts, in batches of similar length."""
-    for start in range(0, len(texts), _WINDOW_OF_TEXTS):
-        tokens = tokenize(texts[start : start + _WINDOW_OF_TEXTS])
-        for batch in batches_by_length(tokens.lengths, batch_tokens):
-            packed = tokens.pack(batch).to(device)
-            yield Step(
-                [start + i for i in batch],
-                packed,
-                states_of(packed),
-                [tokens.spans[i] for i in batch] if tokens.spans else [],
-                [tokens.read[i] for i in batch] if tokens.read else [],
-                texts,
-            )
-            if advance is not None:
-                advance(len(batch))
+) -> Generator[Step, None, None]:
+    """Yield the states of all texts, in batches of similar length.
+
+    A thread tokenizes the next window of texts while the batches of one run. Windows are the same
+    for all calls on a CPU, where the last bits of a vector may depend on the size of its batch.
+    """
+
+    def tokenized(window: range) -> tuple[int, Tokens]:
+        return window.start, tokenize(texts[window.start : window.stop])
+
+    calls = (partial(tokenized, window) for window in _windows(len(texts), device))
+    several = next(_windows(len(texts), device), range(0)).stop < len(texts)
+    workers = min(1, usual_workers(device)) if several else 0
+    with closing(done_ahead(calls, workers, spare=0)) as windows:
+        for start, tokens in windows:
+            for batch in batches_by_length(tokens.lengths, batch_tokens):
+                packed = tokens.pack(batch).to(device)
+                yield Step(
+                    [start + i for i in batch],
+                    packed,
+                    states_of(packed),
+                    [tokens.spans[i] for i in batch] if tokens.spans else [],
+                    [tokens.read[i] for i in batch] if tokens.read else [],
+                    texts,
+                )
+                if advance is not None:
+                    advance(len(batch))
+
+
+def _windows(texts: int, device: torch.device) -> Iterator[range]:
+    """Yield which texts are tokenized together; on a GPU the first windows are small."""
+    size = _FIRST_WINDOW if device.type == "cuda" else _WINDOW_OF_TEXTS
+    start = 0
+    while start < texts:
+        yield range(start, min(start + size, texts))
+        start, size = start + size, min(2 * size, _WINDOW_OF_TEXTS)
+
+
+def on_host(steps: Iterable[tuple[Step, Vectors]]) -> Iterator[tuple[Step, Vectors]]:
+    """Yield vectors on the CPU; those of a GPU one batch late, so that it need not wait."""
+    late: tuple[Step, Vectors, Any] | None = None
+    for step, vectors in steps:
+        device = step.states.device
+        if device.type != "cuda":
+            yield step, vectors.to("cpu")
+            continue
+        copies = [numbers.to("cpu", non_blocking=True) for numbers in vectors.tensors()]
+        copied = torch.cuda.current_stream(device).record_event()
+        if late is not None:
+            yield _arrived(*late)
+        late = step, vectors.with_tensors(copies), copied
+    if late is not None:
+        yield _arrived(*late)
+
+
+def _arrived(step: Step, vectors: Vectors, copied: Any) -> tuple[Step, Vectors]:
+    """Wait for copies, and take them out of pinned memory, of which there is little."""
+    copied.synchronize()
+    return step, vectors.with_tensors([numbers.clone() for numbers in vectors.tensors()])
 
 
 def text_vectors(
@@ -78,8 +125,7 @@ def text_vectors(
 ) -> Vectors:
     """Return the vectors of all texts in the order given, on the CPU; ``nothing`` if no texts."""
     parts, rows = [], []
-    for step in steps:
-        vectors = finished(step).to("cpu")
+    for step, vectors in on_host((step, finished(step)) for step in steps):
         step.require_finite(~vectors.not_finite())
         parts.append(vectors)
         rows += step.rows

@@ -103,7 +103,9 @@ class Trainer:
         self.groups: Groups | None = None  # batch sizes by length
         self.sampler: Sampler  # made by resume(), unless the stage is finished
         self._place: Mapping[str, int]  # of the sampler, after the batch that was trained last
-        self._made: Iterator[MadeBatch] | None = None  # the next batches, up to a refresh
+        self._made: Generator[MadeBatch, None, None] | None = (
+            None  # the next batches, up to a refresh
+        )
         read = dict(begins_with) if self.refresher is None else begins_with | self.refresher.read
         self.what = identity(recipe, stage, self.sources, run, begins_with=read)
 
@@ -278,7 +280,7 @@ class Trainer:
 
     def _drop_batches(self) -> None:
         """Leave the batches that were made ahead, once no thread works on them."""
-        if isinstance(self._made, Generator):
+        if self._made is not None:
             self._made.close()
         self._made = None
 

@@ -1,12 +1,14 @@
 """What ``encode`` can be asked for beyond vectors by the model's own settings."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from tercet.errors import ModelError
+from tercet.models import encode_loop
 from tercet.models.embedder import Embedder
 from tercet.models.network.pooling import POOLINGS
 from tercet.models.tokens import Form
@@ -186,3 +188,60 @@ def test_a_suffix_is_read_by_role_and_left_out_of_the_vector(decoder_folder):
         np.testing.assert_allclose(vector, expected, atol=1e-6)
     suffixed = plain.encode([text + " [end]" for text in TEXTS])
     assert np.abs(found - suffixed).max() > 0.01
+
+
+def threads_ahead() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("output", ["texts", "tokens", "words"])
+def test_texts_tokenized_ahead_have_the_same_vectors_to_the_bit(
+    decoder, monkeypatch, workers, output
+):
+    many = [f"{text} {number}" for number in range(4) for text in TEXTS]
+    parts = [many[start : start + 7] for start in range(0, len(many), 7)]
+    expected = [row for part in parts for row in decoder.encode(part, "query", output=output)]
+    monkeypatch.setattr(encode_loop, "_WINDOW_OF_TEXTS", 7)
+    monkeypatch.setattr(encode_loop, "usual_workers", lambda device: workers)
+    used, tokenize = set(), decoder.tokenizer.__call__
+
+    def noted(*args, **options):
+        used.add(threading.current_thread().name.startswith("ahead"))
+        return tokenize(*args, **options)
+
+    monkeypatch.setattr(decoder, "tokenizer", noted)
+    found = decoder.encode(many, "query", output=output)
+    assert used == {bool(workers)}
+    assert len(found) == len(many)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not threads_ahead()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_vector_that_is_not_finite_ends_the_encoding_and_its_thread(
+    decoder, monkeypatch, workers
+):
+    monkeypatch.setattr(encode_loop, "_WINDOW_OF_TEXTS", 3)
+    monkeypatch.setattr(encode_loop, "usual_workers", lambda device: workers)
+    pool = encode_loop.Step.__init__
+
+    def broken(self, rows, texts, states, *more):
+        states = states.clone()
+        if 4 in rows:
+            states[:] = torch.nan
+        pool(self, rows, texts, states, *more)
+
+    monkeypatch.setattr(encode_loop.Step, "__init__", broken)
+    with pytest.raises(ModelError, match=r"the vector of text 4, .* holds NaN or infinity"):
+        decoder.encode(TEXTS, "query")
+    assert not threads_ahead()
+
+
+def test_windows_on_a_gpu_begin_small_and_on_a_cpu_are_equal():
+    on_gpu = [len(w) for w in encode_loop._windows(200_000, torch.device("cuda"))]
+    assert on_gpu[:7] == [2_000, 4_000, 8_000, 16_000, 32_000, 50_000, 50_000]
+    assert sum(on_gpu) == 200_000
+    on_cpu = [len(w) for w in encode_loop._windows(120_000, torch.device("cpu"))]
+    assert on_cpu == [50_000, 50_000, 20_000]
