@@ -613,6 +613,8 @@ def pretended_cuda(free: float = 80e9) -> Iterator[Log]:
             return engine(*args, **kwargs)
 
     with ExitStack() as stack:
+        products = torch.get_float32_matmul_precision()  # which the choice of a GPU changes
+        stack.callback(torch.set_float32_matmul_precision, products)
 
         def patch(owner: Any, name: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -107,8 +107,8 @@ def step_memory(
     What ``run`` sets is taken. Otherwise a GPU gets as many tokens as are worth it for a model of
     this size and as fit into its memory, of which what the optimizer and gradients will take is
     subtracted; a CPU gets ``devices.ON_CPU``. Layers are computed again only where the graph of the
-    smallest useful chunk does not fit. ``lora`` is what will still be added to the model. All
-    processes have to call this, and get the same numbers but for the budget.
+    smallest useful chunk does not fit. ``lora`` is what will still be added to the model. Processes
+    whose weights are sharded have to call this together.
 
     Raises:
         RecipeError: if layers are to be computed again, and the model has no list of them.
@@ -117,7 +117,9 @@ def step_memory(
     device, on_gpu = run.find_device(), run.find_device().type == "cuda"
     to_come = states_to_come(embedder, run, lora)
     free = max(0.0, devices.free_bytes(device) - to_come)
-    room = least_of_all(free * (SHARE_OF_GPU if on_gpu else 1 - SHARE))
+    room = free * (SHARE_OF_GPU if on_gpu else 1 - SHARE)
+    if any(map(is_sharded, embedder.parameters())):  # all have to run the same layers again
+        room = least_of_all(room)
     has_lora = lora is not None or backbone.has_lora
 
     def budget_of(*, recomputed: bool) -> MemoryBudget:

@@ -52,6 +52,7 @@ def found(monkeypatch):
 
     monkeypatch.setattr(torch, "zeros", zeros)
     mode = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(mode)
 

@@ -75,7 +75,7 @@ def gradients(folder: Path, out: str, recipe: Recipe, run: Run) -> list[list[Ten
         found.append([whole_of(p.grad).clone() for p in weights if p.grad is not None])
         return clip(self, weights)
 
-    with in_float64(run.dtype == "float32") as patch:
+    with in_float64(run.dtype != "bfloat16") as patch:
         patch.setattr(Trainer, "_clipped", recorded)
         two.trained(folder, out, recipe, run)
     return found

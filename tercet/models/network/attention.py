@@ -128,8 +128,8 @@ class Layout:
 def _groups(lengths: Sequence[int], spare: float | int) -> Iterator[Group]:
     """Cut a row of texts where a longer one comes, or padding would cost more than one call.
 
-    ``spare`` is how many more pairs of tokens than those of its texts a group may have. Texts longer
-    than ``KEPT_LENGTH`` are not padded, since their mask would be large.
+    ``spare`` is how many more pairs of tokens than those of its texts a group may have. Texts
+    longer than ``KEPT_LENGTH`` are not padded, since their mask would be large.
     """
     low, added = 0, 0
     for text, length in enumerate(lengths):
