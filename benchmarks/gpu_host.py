@@ -13,6 +13,7 @@ recipe. ``peer`` is another commit, whose counts ``--before`` reads; make them i
 """
 
 import argparse
+import functools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,7 @@ def one_kernel(module: nn.Module, *rows: Tensor, layout: Any = None, **options: 
     return attention._attend_row(q, k, v, layout, rule)[None], None
 
 
+@functools.wraps(attention.varlen.varlen_attn)
 def no_kernel(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
     """Take the place of ``varlen_attn``."""
     return NoKernel.apply(query, key, value)  # pyright: ignore
