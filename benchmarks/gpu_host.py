@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import transformers as t
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
 from benchmarks.common import Row, interleaved, write_results
@@ -65,7 +66,7 @@ def one_kernel(module: nn.Module, *rows: Tensor, layout: Any = None, **options: 
     return attention._attend_row(q, k, v, layout, rule)[None], None
 
 
-@functools.wraps(attention.varlen.varlen_attn)
+@functools.wraps(varlen.varlen_attn)
 def no_kernel(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
     """Take the place of ``varlen_attn``."""
     return NoKernel.apply(query, key, value)  # pyright: ignore
@@ -89,7 +90,7 @@ def host_time(repeats: int) -> list[Row]:
 
         def ours(step: Any = step) -> None:
             with (
-                mock.patch.object(attention.varlen, "varlen_attn", no_kernel),
+                mock.patch.object(varlen, "varlen_attn", no_kernel),
                 mock.patch.dict(AttentionInterface._global_mapping, {attention.NAME: one_kernel}),
             ):
                 step()
