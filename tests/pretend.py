@@ -568,6 +568,7 @@ def _of_cuda(free: float) -> dict[str, Any]:
         name="pretended", total_memory=int(free), major=9, minor=0, multi_processor_count=132
     )
     return {
+        "is_current_stream_capturing": lambda: False,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "init": lambda: None,

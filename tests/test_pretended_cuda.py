@@ -6,6 +6,7 @@ See ``tests/pretend.py`` for what this device refuses and counts, and for what i
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from unittest import mock
 
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from tercet.errors import ModelError
 from tercet.kinds import KINDS
 from tercet.models import encode_loop
 from tercet.models.embedder import Embedder
-from tercet.models.network import backbone
+from tercet.models.network import attention, backbone
 from tercet.models.network.backbone import Backbone
 from tercet.training import loop
 from tercet.training.loop import train
@@ -237,3 +239,38 @@ def launches_of_a_layer(name: str, lengths) -> float:
                 network(packed).sum().backward()
             found.append(log.kernels - before)
     return (found[1] - found[0]) / 2
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+def test_the_probe_refuses_a_kernel_whose_window_is_one_too_wide(how, monkeypatch):
+    """On a CPU the window was proved by other code; so a GPU's kernel is proved where it runs."""
+    network = Backbone(random_model(ENCODERS["modernbert"]))
+    network.prove()
+    with pretended_cuda():
+        to_gpu(network)
+        if how == "bfloat16":
+            network.bfloat16()
+        kernel = attention.varlen.varlen_attn
+
+        @wraps(kernel)
+        def wider(*given, window_size, **named):
+            left, right = (reach + (reach > 0) for reach in window_size)
+            return kernel(*given, window_size=(left, right), **named)
+
+        monkeypatch.setattr(attention.varlen, "varlen_attn", wider)
+        autocast = torch.autocast("cuda", dtype=torch.bfloat16, enabled=how == "autocast")
+        with autocast, pytest.raises(ModelError, match="differ from the model's own"):
+            network.prove()
+
+
+def test_dropout_of_attention_is_left_out_unless_simcse_asks_for_it():
+    network = Backbone(random_model(ENCODERS["bert"])).train()
+    texts = pack(*random_texts(7, 31, 13))
+    for asked, kernels in ((None, 3), (0.3, 0)):
+        network.attention_dropout = asked
+        with pretended_cuda() as log:
+            to_gpu(network)
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                network(texts.to("cuda"))
+            assert network.dropout_left_out == (0.1 if asked is None else 0)
+        assert log.launches["varlen_attn"] == kernels
