@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import platform
 import subprocess
 import threading
@@ -13,7 +14,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +57,8 @@ def extra_memory(prepare: Callable[[], Callable[[], Any]]) -> int:
 
 
 def _send_extra_memory(prepare: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
+    import psutil
+
     torch.set_num_threads(1)
     call = prepare()
     resident = psutil.Process().memory_info
@@ -78,8 +80,10 @@ def _send_extra_memory(prepare: Callable[[], Callable[[], Any]], pipe: Connectio
     pipe.send(peak - before)
 
 
-def write_results(name: str, rows: list[Row], *packages: str) -> Path:
+def write_results(name: str, rows: list[Row], *packages: str, out: Path | None = None) -> Path:
     """Print the rows, and write them with commit, machine and versions to the results folder.
+
+    ``out`` is another file to write.
 
     A row has ``name``, ``ours``, ``peer``, ``unit``, ``ratio`` (above 1: ours is better),
     ``target`` and ``error``, and whatever else belongs beside them.
@@ -89,8 +93,8 @@ def write_results(name: str, rows: list[Row], *packages: str) -> Path:
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in columns))
     Console(width=160).print(table)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{name}.json" if out is None else out
+    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "benchmark": name,
         "commit": commit(),
@@ -130,8 +134,8 @@ def machine() -> dict[str, Any]:
         model = names[0] if names else model
     return {
         "cpu": model,
-        "cores": psutil.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
     }
