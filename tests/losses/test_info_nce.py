@@ -25,8 +25,9 @@ class Dense:
     def positives(self) -> int:
         return int((self.matrix == POSITIVE).sum()) + self.elsewhere
 
-    def positive_pairs(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        return (self.rows(start, stop) == POSITIVE).nonzero(as_tuple=True)
+    def positive_pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        row, column = (self.rows(start, stop) == POSITIVE).nonzero(as_tuple=True)
+        return row, column
 
     def rows(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
         return self.matrix[start:stop].to(device)

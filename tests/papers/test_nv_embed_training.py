@@ -49,6 +49,10 @@ class OneRow:
         assert (start, stop) == (0, 1)
         return self.whole.rows(self.row, self.row + 1, device)
 
+    def positive_pairs(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        assert (start, stop) == (0, 1)
+        return self.whole.positive_pairs(self.row, self.row + 1)
+
 
 def vectors(count: int, seed: int) -> Tensor:
     torch.manual_seed(seed)

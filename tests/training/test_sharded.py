@@ -71,7 +71,7 @@ def gradients(folder: Path, out: str, recipe: Recipe, run: Run) -> list[list[Ten
     found: list[list[Tensor]] = []
     clip = Trainer._clipped
 
-    def recorded(self: Trainer, weights: list[nn.Parameter]) -> float:
+    def recorded(self: Trainer, weights: list[nn.Parameter]) -> Tensor:
         found.append([whole_of(p.grad).clone() for p in weights if p.grad is not None])
         return clip(self, weights)
 

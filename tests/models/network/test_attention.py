@@ -76,7 +76,8 @@ def test_texts_of_similar_lengths_may_be_padded_without_a_change(causal, limit, 
     lengths = [9, 8, 8, 5, 2, 1]
     options = {"soft cap": {"softcap": 2.0}, "sinks": {"s_aux": torch.arange(4.0).double()}}
     module = nn.Module()
-    module.is_causal, module.config = causal, SimpleNamespace(sliding_window=(limit or 1) - 1)
+    config = SimpleNamespace(sliding_window=(limit or 1) - 1)
+    vars(module).update(is_causal=causal, config=config)
     window = None if limit is None else limit
     expected = attend_with_gradients(lengths, module, window, options.get(extra, {}))
     cut = attention._groups
