@@ -40,9 +40,10 @@ class Terms:
         places = moved(places, self.weights.device)
         return Terms(self.ids[places], self.weights[places], offsets)
 
-    def to(self, device: torch.device | str) -> "Terms":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Terms":
         """Return the same on another device."""
-        return Terms(self.ids.to(device), self.weights.to(device), self.offsets)
+        ids, weights = (x.to(device, non_blocking=non_blocking) for x in (self.ids, self.weights))
+        return Terms(ids, weights, self.offsets)
 
     def merged(self) -> "Terms":
         """Return each token of a text once, by ascending id, with its largest weight above zero."""
@@ -71,9 +72,9 @@ class TokenRows:
         places, offsets = ragged_places(self.offsets[texts], self.offsets[texts + 1])
         return TokenRows(self.vectors[moved(places, self.vectors.device)], offsets)
 
-    def to(self, device: torch.device | str) -> "TokenRows":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TokenRows":
         """Return the same on another device."""
-        return TokenRows(self.vectors.to(device), self.offsets)
+        return TokenRows(self.vectors.to(device, non_blocking=non_blocking), self.offsets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +141,13 @@ class Vectors:
         multi = None if self.multi is None else replace(self.multi, vectors=next(rest))
         return Vectors(dense, sparse, multi)
 
-    def to(self, device: torch.device | str) -> "Vectors":
-        """Return the same on another device."""
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Vectors":
+        """Return the same on another device; ``non_blocking`` as in torch."""
+        how = {"non_blocking": non_blocking}
         return Vectors(
-            dense=None if self.dense is None else self.dense.to(device),
-            sparse=None if self.sparse is None else self.sparse.to(device),
-            multi=None if self.multi is None else self.multi.to(device),
+            dense=None if self.dense is None else self.dense.to(device, **how),
+            sparse=None if self.sparse is None else self.sparse.to(device, **how),
+            multi=None if self.multi is None else self.multi.to(device, **how),
         )
 
     @staticmethod

@@ -188,7 +188,7 @@ def test_vectors_of_all_kinds_encoded_on_a_gpu_are_those_of_the_cpu(place):
         got = embedder.encode_vectors(SENTENCES)
         assert not log.copies
         waits = {what for what, _ in log.waits}
-        assert waits == {"to(cpu)", "Event.synchronize"}  # terms and vectors of the only batch
+        assert waits == {"Event.synchronize"}  # of the only batch
         for one, other in zip(got.tensors(), expected.tensors(), strict=True):
             torch.testing.assert_close(one.cpu(), other, atol=1e-6, rtol=1e-5)
 
@@ -274,3 +274,26 @@ def test_dropout_of_attention_is_left_out_unless_simcse_asks_for_it():
                 network(texts.to("cuda"))
             assert network.dropout_left_out == (0.1 if asked is None else 0)
         assert log.launches["varlen_attn"] == kernels
+
+
+def test_heads_that_share_keys_are_spread_where_the_kernel_does_not_run(monkeypatch):
+    """For shared keys SDPA has no kernel on a GPU that takes float32 and keeps no scores."""
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q, k, v, **named):
+        seen.append((q.shape[1] == k.shape[1] == v.shape[1], named["enable_gqa"]))
+        return plain(q, k, v, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    network = Backbone(random_model(DECODERS["llama"]))
+    texts = pack(*random_texts(7, 31, 13))
+    with torch.no_grad():
+        expected = network(texts)
+        assert set(seen) == {(False, True)}
+        seen.clear()
+        with pretended_cuda():
+            to_gpu(network)
+            got = network(texts.to("cuda"))
+            torch.testing.assert_close(got.cpu(), expected, atol=1e-5, rtol=1e-4)
+    assert set(seen) == {(True, False)}

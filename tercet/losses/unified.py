@@ -106,6 +106,9 @@ def _block_of(queries: "_Side", docs: int, kinds: int) -> int:
     tokens = 0
     if queries.vectors.multi is not None:
         tokens = len(queries.vectors.multi.vectors) // max(len(queries), 1)
+    sparse = queries.vectors.sparse
+    if sparse is not None and sparse.weights.is_cuda:  # a column for each term, also repeated ones
+        tokens += len(sparse.weights) // max(len(queries), 1)
     each = 4 * max(docs, 1) * (4 * (kinds + 2) + 3 * tokens)
     return min(max(2 * block_bytes(queries.tensors()[0].device) // each, 1), 1024)
 

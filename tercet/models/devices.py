@@ -45,6 +45,8 @@ def find_device(name: str | None = None) -> torch.device:
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     _refuse_to_share(name)
+    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.device_count() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device
     # torch has no error class for this: a RuntimeError says that the name, the number or the
@@ -85,8 +87,10 @@ def take_own_gpu(folder: Path, workers: int) -> None:
     names = [name for name in os.environ.get(_VISIBLE, "").split(",") if name]
     names = names or [str(n) for n in range(gpus)]
     os.environ[_VISIBLE] = names[number % gpus]
+    if torch.cuda.device_count() != 1:  # the driver was asked before, and does not look again
+        torch.cuda.set_device(number % gpus)
     if (sharing := -(-workers // gpus)) > 1:
-        torch.cuda.set_per_process_memory_fraction(1 / sharing, 0)
+        torch.cuda.set_per_process_memory_fraction(1 / sharing)
 
 
 def _is_mine(lock: FileLock) -> bool:

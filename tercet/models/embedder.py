@@ -354,7 +354,7 @@ class Embedder(nn.Module):
             if dense is not None:
                 dense = dense[:, :width].float()
                 dense = F.normalize(dense, dim=1) if unit else dense
-            return Vectors(dense, None if sparse is None else sparse.to("cpu").merged(), made.multi)
+            return Vectors(dense, sparse, made.multi)
 
         nothing = Vectors.of_nothing(wanted, width, self.heads.width)
         with (

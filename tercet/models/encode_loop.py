@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -105,11 +105,11 @@ def on_host(steps: Iterable[tuple[Step, Vectors]]) -> Iterator[tuple[Step, Vecto
         if device.type != "cuda":
             yield step, vectors.to("cpu")
             continue
-        copies = [numbers.to("cpu", non_blocking=True) for numbers in vectors.tensors()]
+        copies = vectors.to("cpu", non_blocking=True)
         copied = torch.cuda.current_stream(device).record_event()
         if late is not None:
             yield _arrived(*late)
-        late = step, vectors.with_tensors(copies), copied
+        late = replace(step, states=step.states[:0]), copies, copied
     if late is not None:
         yield _arrived(*late)
 
@@ -127,7 +127,8 @@ def text_vectors(
     parts, rows = [], []
     for step, vectors in on_host((step, finished(step)) for step in steps):
         step.require_finite(~vectors.not_finite())
-        parts.append(vectors)
+        sparse = None if vectors.sparse is None else vectors.sparse.merged()
+        parts.append(replace(vectors, sparse=sparse))
         rows += step.rows
     return Vectors.join(parts).take(torch.tensor(rows).argsort()) if parts else nothing
 
@@ -137,7 +138,7 @@ def token_states(steps: Iterable[Step], texts: int, width: int) -> list[np.ndarr
     found: list[np.ndarray] = [np.empty((0, width), np.float32)] * texts
     for step in steps:
         states = step.states[:, :width].float().cpu().split(step.texts.lengths)
-        pooled = step.texts.pooled.cpu().split(step.texts.lengths)
+        pooled = step.texts.host.pooled.split(step.texts.lengths)
         for row, of_text, chosen in zip(step.rows, states, pooled, strict=True):
             found[row] = of_text[chosen].numpy()
         step.require_finite([bool(np.isfinite(found[row]).all()) for row in step.rows])

@@ -5,9 +5,13 @@ frozen ones are not, so the graph of each chunk would hold a copy of the whole n
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+Places: TypeAlias = list[tuple[nn.Module, str]]
+"""Where one weight is: modules and names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,38 +30,37 @@ class FrozenInHalf:
 
     def __init__(self, model: nn.Module) -> None:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        self._places = [
-            (module, name)
-            for module in model.modules()
-            if isinstance(module, nn.Linear)
-            for name, p in module.named_parameters(recurse=False)
-            if p.dtype == torch.float32 and not p.requires_grad and id(p) not in tables
-        ]
-        self._held: list[_Held] = []  # of each place; empty: the weights are whole
+        places: dict[int, Places] = {}
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                fits = p.dtype == torch.float32 and not p.requires_grad and id(p) not in tables
+                if fits and isinstance(module, nn.Linear):
+                    places.setdefault(id(p), []).append((module, name))
+        self._places = list(places.values())  # of each weight
+        self._held: list[_Held] = []  # of each weight; empty: the weights are whole
 
     def shrink(self) -> None:
-        """Hold the weights in bfloat16 from now on."""
+        """Hold the weights in bfloat16 from now on; each is freed before the next is made."""
         if self._held:
             return
-        made: dict[int, _Held] = {}
-        for module, name in self._places:
-            weight = module.get_parameter(name)
-            if id(weight) not in made:
-                made[id(weight)] = _held(weight)
-            self._held.append(made[id(weight)])
-        for (module, name), held in zip(self._places, self._held, strict=True):
-            module.register_parameter(name, held.half)
+        for places in self._places:
+            module, name = places[0]
+            held = _held(module.get_parameter(name))
+            _put(held.half, places)
+            self._held.append(held)
 
     def restore(self) -> None:
         """Give the weights back their numbers in float32, to the bit."""
-        made: dict[int, nn.Parameter] = {}
-        for (module, name), held in zip(self._places, self._held, strict=bool(self._held)):
+        for places in reversed(self._places if self._held else []):
+            held = self._held.pop()
             half = held.half.detach()
-            if id(held.half) not in made:
-                exact = half.float() if held.exact is None else held.exact.to(half.device)
-                made[id(held.half)] = nn.Parameter(exact, requires_grad=False)
-            module.register_parameter(name, made[id(held.half)])
-        self._held = []
+            exact = half.float() if held.exact is None else held.exact.to(half.device)
+            _put(nn.Parameter(exact, requires_grad=False), places)
+
+
+def _put(weight: nn.Parameter, places: Places) -> None:
+    for module, name in places:
+        module.register_parameter(name, weight)
 
 
 def linear_numbers(model: nn.Module, *, frozen: bool) -> int:

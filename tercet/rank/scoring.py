@@ -64,7 +64,7 @@ def paired_scores(kind: Kind, queries: Vectors, docs: Vectors) -> Float[Tensor, 
 
 
 def _is_gpu(values: Tensor) -> bool:
-    """Whether calls cost more than products, and reading a number makes the host wait."""
+    """Whether values are on a GPU, where a call costs more than spare products."""
     return values.device.type == "cuda"
 
 
@@ -260,21 +260,23 @@ def _largest_one_by_one(
 def _largest_padded(
     queries: Tensor, docs: Tensor, offsets: Tensor, best: Tensor, winner: Tensor
 ) -> None:
-    """Do the same for documents of similar length at a time, whose last tokens are repeated."""
+    """Write them for documents of similar length at a time, padded with their last tokens."""
     lengths = offsets.diff()
     order = lengths.argsort(descending=True, stable=True)
     order = order[: int((lengths > 0).sum())]  # empty documents have no products
-    begins, at_once = offsets[order], _BLOCK_PRODUCTS // max(1, len(queries))
+    begins, ranked = offsets[order], lengths[order].tolist()  # the longest first
+    at_once = _BLOCK_PRODUCTS // max(1, len(queries), docs.shape[1])
     first = 0
     while first < len(order):
-        longest = int(lengths[order[first]])
+        longest = ranked[first]
         some = order[first : first + max(1, at_once // longest)]
+        some = some[2 * lengths[some] > longest]  # padding takes no more than the texts
         inside = torch.arange(longest)
         begin = begins[first : first + len(some), None]
         token = moved(begin + torch.minimum(inside, lengths[some][:, None] - 1), docs.device)
         found, place = (docs[token] @ queries.T).max(1)  # [documents, query tokens]
         rows = moved(some, docs.device)
-        best[rows] = found
+        best[rows] = found.to(best.dtype)
         winner[rows] = token.gather(1, place).to(torch.int32)
         first += len(some)
 

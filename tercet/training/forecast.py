@@ -13,6 +13,7 @@ from tercet.data.files.sources import Source
 from tercet.files.progress import time_text
 from tercet.models.embedder import Embedder
 from tercet.objectives.objective import Work
+from tercet.segments import Packed
 from tercet.training.batches import Groups, collator_of, groups_of, sampled, sampler_of
 from tercet.training.log import Candidates
 from tercet.training.memory import COPIES, states_to_come, step_memory
@@ -68,7 +69,11 @@ def forecast(plan: TrainingPlan, embedder: Embedder) -> list[StageForecast]:
     with torch.random.fork_rng(devices):
         stages = list(zip(plan.recipe.stages, plan.sources, strict=True))
         drafts = [_of_stage(plan, stage, sources, embedder) for stage, sources in stages]
-        second = None if plan.run.shards_weights else seconds_of_token(embedder, stages[0][1])
+        second = (
+            None
+            if plan.run.shards_weights
+            else seconds_of_token(embedder, stages[0][1], half=plan.run.dtype == "bfloat16")
+        )
     return [_timed(each, second) for each in drafts]
 
 
@@ -102,26 +107,33 @@ def _machine_lines(stages: Sequence[StageForecast]) -> list[str]:
 
 
 @torch.no_grad()
-def seconds_of_token(embedder: Embedder, sources: Sequence[Source]) -> float | None:
+def seconds_of_token(
+    embedder: Embedder, sources: Sequence[Source], *, half: bool = False
+) -> float | None:
     """Measure the forward pass of the network for a token of texts like those of the data."""
     some = [each for source in sources[:_SOURCES] for _, each in sampled(source)]
     texts = [text for each in some for text in (each.query, *each.positives, *each.negatives)]
     if not texts:
         return None
     limit = min(embedder.settings.max_tokens("document"), embedder.backbone.max_tokens)
-    training = embedder.training
+    training, device = embedder.training, embedder.device
     embedder.eval()
     tokens, seconds = 0, 0.0
+
+    def run(packed: Packed) -> float:
+        began = time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            embedder.states(packed)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
     try:
         for begin in range(0, len(texts), _TOGETHER):
             some = embedder.tokenizer(texts[begin : begin + _TOGETHER], limit)
-            packed = some.pack().to(embedder.device)
-            embedder.states(packed)  # the first call of a shape is slower
-            began = time.perf_counter()
-            embedder.states(packed)
-            if embedder.device.type == "cuda":
-                torch.cuda.synchronize(embedder.device)
-            seconds += time.perf_counter() - began
+            packed = some.pack().to(device)
+            run(packed)  # the first call of a shape is slower
+            seconds += run(packed)
             tokens += len(packed.ids)
             if seconds > TIMED_SECONDS:
                 break

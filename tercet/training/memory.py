@@ -118,6 +118,8 @@ def step_memory(
     to_come = states_to_come(embedder, run, lora)
     free = max(0.0, devices.free_bytes(device) - to_come)
     room = free * (SHARE_OF_GPU if on_gpu else 1 - SHARE)
+    if on_gpu and run.memory_gb is not None:
+        room = min(room, run.memory_gb * 1e9)
     if any(map(is_sharded, embedder.parameters())):  # all have to run the same layers again
         room = least_of_all(room)
     has_lora = lora is not None or backbone.has_lora
@@ -171,7 +173,8 @@ def states_to_come(embedder: Embedder, run: Run, lora: Lora | None = None) -> fl
     if run.dtype != "bfloat16":
         return states
     frozen = linear_numbers(embedder.backbone.model, frozen=lora is None)
-    return states + _IN_HALF * (trained - frozen)
+    on_gpu = run.find_device().type == "cuda"  # on a CPU the exact ones stay beside them
+    return states + _IN_HALF * (trained - frozen if on_gpu else trained + frozen)
 
 
 def trained_numbers(embedder: Embedder, lora: Lora | None = None) -> int:

@@ -137,10 +137,12 @@ def test_each_worker_takes_a_gpu_of_its_own(
 ):
     """Each keeps its lock until it ends; a later one takes the place of one that is gone."""
     parts: list[float] = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: parts.append(share)
-    )
+
+    def seen() -> int:
+        return len(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(","))
+
+    monkeypatch.setattr(torch.cuda, "device_count", seen)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", parts.append)
     held: list[Any] = []
     monkeypatch.setattr(devices, "_KEPT", held)
 
@@ -161,6 +163,37 @@ def test_each_worker_takes_a_gpu_of_its_own(
     assert taken() == expected[0]
     for lock in held:
         lock.release()
+
+
+def test_a_worker_whose_driver_was_asked_before_chooses_its_gpu_by_number(tmp_path, monkeypatch):
+    """torch then looks no longer at the variable, and every worker would take the first GPU."""
+    chosen: list[int] = []
+    held: list[Any] = []
+    monkeypatch.setattr(devices, "_KEPT", held)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for _ in range(2):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        take_own_gpu(tmp_path, 2)
+    assert chosen == [0, 1]
+    for lock in held:
+        lock.release()
+
+
+def test_under_torchrun_cuda_is_the_gpu_of_the_local_rank(monkeypatch):
+    named: list[str] = []
+    zeros = torch.zeros
+
+    def on_cpu(count: int, *, device: str) -> torch.Tensor:
+        named.append(device)
+        return zeros(count)
+
+    monkeypatch.setattr(torch, "zeros", on_cpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name in ("cuda", "cuda:1", "cpu"):
+        devices.find_device(name)
+    assert named == ["cuda:3", "cuda:1", "cpu"]
 
 
 def test_without_a_gpu_a_worker_takes_none(tmp_path):

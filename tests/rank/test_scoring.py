@@ -95,7 +95,7 @@ def test_documents_of_all_lengths_score_alike_on_a_gpu_and_none_has_a_loop(monke
         found.append((scores.detach(), *(side.vectors.grad for side in sides), calls.count))
     for one, other in zip(found[0][:3], found[1][:3], strict=True):
         torch.testing.assert_close(one, other)
-    assert found[1][3] < 100 < 42 * 5 < found[0][3]
+    assert found[1][3] < 140 < 42 * 5 < found[0][3]
 
 
 class CountedCalls(TorchDispatchMode):

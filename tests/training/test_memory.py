@@ -288,7 +288,7 @@ def test_lora_that_is_still_to_come_is_counted_as_if_it_were_there(models):
     trained = sum(p.numel() for p in embedder.parameters() if p.requires_grad)
     frozen = linear_numbers(embedder.backbone.model, frozen=True)
     assert before == (states_to_come(embedder, run), trained)
-    assert before[0] == 14 * trained - 2 * frozen
+    assert before[0] == 14 * trained + 2 * frozen  # on a CPU the exact weights stay
     assert graph == chosen(embedder, device="cpu", dtype="bfloat16").budget.token_graph
 
 

@@ -290,6 +290,10 @@ def _attend_equal(
     unmasked = mask is None and not rule.causal and rule.dropout == 0
     if unmasked and _products_are_faster(q):
         return _attend_by_products(q, k, v, rule.scale)
+    if q.is_cuda and k.shape[1] != q.shape[1]:
+        # For shared keys a GPU has two kernels: one takes no masks, the other keeps all scores.
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -364,8 +368,13 @@ def _kernel_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16):
         return False
     width = q.shape[-1]
-    fits = width == v.shape[-1] and width % 8 == 0 and width <= _WIDEST
+    fits = width == v.shape[-1] and kernel_takes_width(width)
     return fits and kernel_runs_on(q.device)
+
+
+def kernel_takes_width(width: int) -> bool:
+    """Whether the kernel for rows of varying length takes heads of this width."""
+    return width % 8 == 0 and width <= _WIDEST
 
 
 @cache

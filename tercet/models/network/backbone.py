@@ -18,7 +18,12 @@ from tercet.errors import ModelError
 from tercet.models.choices import Attention, Window
 from tercet.models.devices import exact_products
 from tercet.models.foreign_code import refuse_code, refuse_code_in
-from tercet.models.network.attention import NAME, Layout, kernel_runs_on
+from tercet.models.network.attention import (
+    NAME,
+    Layout,
+    kernel_runs_on,
+    kernel_takes_width,
+)
 from tercet.models.network.cpu import keep_freed_memory
 from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
@@ -106,7 +111,11 @@ class Backbone(nn.Module):
         """The usual dropout of attention weights, if a GPU's kernel without one trains it."""
         if not kernel_runs_on(self.device) or self.attention_dropout is not None:
             return 0.0
-        return self.usual_dropout
+        config = self.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 1
+        width = getattr(config, "head_dim", None) or self.hidden // heads
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        return self.usual_dropout if kernel_takes_width(width) and not capped else 0.0
 
     @property
     def usual_dropout(self) -> float:
