@@ -143,11 +143,11 @@ class Vectors:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Vectors":
         """Return the same on another device; ``non_blocking`` as in torch."""
-        how = {"non_blocking": non_blocking}
+        dense, sparse, multi = self.dense, self.sparse, self.multi
         return Vectors(
-            dense=None if self.dense is None else self.dense.to(device, **how),
-            sparse=None if self.sparse is None else self.sparse.to(device, **how),
-            multi=None if self.multi is None else self.multi.to(device, **how),
+            dense=None if dense is None else dense.to(device, non_blocking=non_blocking),
+            sparse=None if sparse is None else sparse.to(device, non_blocking=non_blocking),
+            multi=None if multi is None else multi.to(device, non_blocking=non_blocking),
         )
 
     @staticmethod
