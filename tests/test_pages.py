@@ -32,7 +32,7 @@ from tests.toy import SENTENCES
 NOT_RUN = {
     r"(make|pip|git|cd|source) ": "set-up",
     r"\.venv/bin/python -m benchmarks": "takes minutes to hours",
-    r"\.venv/bin/python -m pytest -o addopts= -o filterwarnings= -m gpu": "a GPU: tests marked gpu",
+    r"\.venv/bin/python -m pytest -o addopts= -m gpu": "a GPU: tests marked gpu",
     r"torchrun ": "several processes: tests/training/test_two_processes.py",
     r"tercet demo": "minutes: tests/cli/test_demo.py",
     r"tercet study": "flags are the file's: tests/studies",
