@@ -161,9 +161,10 @@ def test_vectors_of_a_batch_are_read_from_a_gpu_once_the_next_batch_is_asked_for
     expected, order = embedder.encode(SENTENCES), []
     run, arrived = encode_loop.Step.__init__, encode_loop._arrived
 
-    def asked(self, rows, *more):
-        order.append("asked")
-        run(self, rows, *more)
+    def asked(self, *given, **replaced):
+        if not replaced:  # a step that is kept until its vectors arrive is copied, without states
+            order.append("asked")
+        run(self, *given, **replaced)
 
     def read(*late):
         order.append("read")
