@@ -123,7 +123,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def row(self, name: str, seconds: float, count: int, unit: str, **facts: Any) -> Row:
-        """Keep a row: ``count`` things took so many seconds."""
+        """Keep a row of a measurement in which ``count`` items took ``seconds``."""
         row: Row = {"name": name, "ours": count / seconds, "peer": None, "unit": unit}
         row |= {"ratio": None, "target": None, "error": None, "seconds": seconds}
         if flops := facts.pop("flops", 0):

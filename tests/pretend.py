@@ -53,7 +53,7 @@ _VIEWS = set(
 )
 _WAITS = set(
     "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive equal "
-    "is_nonzero bincount".split()
+    "is_nonzero bincount _assert_async".split()
 )
 _PACKAGE = f"{Path(tercet.__file__).parent}/"
 _SCALARS = ("_local_scalar_dense", "equal", "is_nonzero")

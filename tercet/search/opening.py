@@ -255,7 +255,7 @@ def _stored_of(about: About) -> Stored | None:
 
 
 def weights_of_index(folder: Path) -> NumberType | None:
-    """Return the type of the weights that made an index; None if there is none, or it has codes."""
+    """Return the type of the weights that made an index; None if unknown, or if it holds codes."""
     if not (folder / FILE).is_file():
         return None
     precision = about_index(folder).settings.get("precision")
