@@ -93,6 +93,12 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     ),
     "index": LazyCommand(_SEARCH, "tercet.cli.search:index", "Make documents searchable.", _UNITS),
     "search": LazyCommand(_SEARCH, "tercet.cli.search:search", "Search an index."),
+    "serve": LazyCommand(
+        _SEARCH,
+        "tercet.cli.search:serve",
+        "Serve vectors and search over HTTP.",
+        kept="documents whose upsert was answered are on the disk",
+    ),
     "encode": LazyCommand(
         _SEARCH,
         "tercet.cli.encode:encode",

@@ -1,6 +1,9 @@
-"""The commands index and search."""
+"""The commands index, search and serve."""
 
+import json as json_of
+import os
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 import typer
 
 from tercet.cli.options import (
+    MACHINE,
     OUTPUT,
     BatchTokensOption,
     DeviceOption,
@@ -33,6 +37,7 @@ from tercet.cli.options import (
     in_order,
     load,
     local_inputs,
+    model_names,
     out_option,
     require_package,
     where,
@@ -45,7 +50,7 @@ from tercet.kinds import KINDS, Kind, Weights
 if TYPE_CHECKING:
     from tercet.search.engine.engine import Engine, Fusion
 
-_ENGINE, _HITS = "Engine", "Hits"  # panels
+_ENGINE, _HITS, _OFFER, _LIMITS = "Engine", "Hits", "What is offered", "Limits"  # panels
 _FIELDS_NAMED: Final = 10  # in a message
 _VALUES_REMEMBERED: Final = 1_000  # of each field, to name those that are like a wrong one
 _Condition: TypeAlias = tuple[str, str, list[Any]]  # a field, what it should be, possible values
@@ -294,6 +299,140 @@ def search(
             for query, hits in zip(queries, found, strict=True)
         ]
     )
+
+
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=]MODEL",
+            help="One or more models: name, folder, hub id or GGUF file.",
+            autocompletion=model_names,
+        ),
+    ] = None,
+    index: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--index",
+            metavar="[NAME=]FOLDER",
+            help="Index to search in; its model is offered too. Repeat for more.",
+            rich_help_panel=_OFFER,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=_OFFER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65_535, help="Port; 0 takes a free one.", rich_help_panel=_OFFER),
+    ] = 8080,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE",
+            help="Environment variable with the key that requests must carry. Default: no key.",
+            rich_help_panel=_OFFER,
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Allow pages of this origin to send requests. Repeat for more. Default: none.",
+            rich_help_panel=_OFFER,
+        ),
+    ] = None,
+    queue_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens that may wait for a model; more requests get status 429.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 1_000_000,
+    max_texts: Annotated[
+        int, typer.Option(min=1, help="Texts of a request.", rich_help_panel=_LIMITS)
+    ] = 2_048,
+    max_body: Annotated[
+        float, typer.Option(min=0.001, help="Megabytes of a request.", rich_help_panel=_LIMITS)
+    ] = 32,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for an answer.", rich_help_panel=_LIMITS)
+    ] = 300,
+    access_log: Annotated[
+        bool,
+        typer.Option(
+            " /--no-access-log", help="Print no line about each request.", rich_help_panel=OUTPUT
+        ),
+    ] = True,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Threads of a CPU that compute. Default: all.", rich_help_panel=MACHINE
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    batch_tokens: BatchTokensOption = None,
+) -> None:
+    """Serve vectors of models, and search in indexes, over HTTP.
+
+    It speaks the protocols of OpenAI (/v1/embeddings), Cohere (/v2/embed) and Hugging Face's TEI
+    (/embed, /rerank and more), and has endpoints for all kinds of vectors at once (/v1/vectors) and
+    for indexes (/v1/search, /v1/documents). The page at / searches; /openapi.json describes all.
+
+    A model is offered under its name, or the name of its folder; NAME= sets another. Requests that
+    name none get the first. Ctrl-C or SIGTERM ends the server when what has begun is answered.
+
+    Examples:
+        tercet serve minilm
+        tercet serve runs/mine/model --index docs=runs/mine/index --port 9000
+    """
+    for package in ("starlette", "uvicorn", "orjson", "prometheus_client"):
+        require_package(package, "tercet serve", "serve")
+    from tercet.serve.names import named_indexes, named_models
+    from tercet.serve.server import Limits, ServeOptions
+    from tercet.serve.server import serve as run_server
+
+    key = None
+    if api_key_env is not None and not (key := os.environ.get(api_key_env)):
+        raise RecipeError(
+            f"--api-key-env {api_key_env}: this environment variable must hold a key; it is not "
+            "set or empty"
+        )
+    if not models and not index:
+        raise RecipeError("tercet serve needs a model or an --index: tercet serve minilm")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    limits = Limits(
+        body_bytes=int(max_body * 1_000_000),
+        texts=max_texts,
+        queue_tokens=queue_tokens,
+        seconds=timeout,
+    )
+    options = ServeOptions(
+        models=named_models(models or ()),
+        indexes=named_indexes(index or ()),
+        host=host,
+        port=port,
+        key=key,
+        origins=cors or (),
+        limits=limits,
+        precision=chosen_dtype(dtype, device),
+        load=partial(load, device=device, batch_tokens=batch_tokens),
+        access_log=_print_access if access_log else None,
+    )
+    if host not in ("127.0.0.1", "localhost", "::1") and key is None:
+        say(f"tercet: note: {host} may be open to others; --api-key-env asks requests for a key")
+    run_server(options, say)
+
+
+def _print_access(line: Mapping[str, Any]) -> None:
+    """Print one line of JSON about a request."""
+    with suppress(OSError):  # of a pipe that nobody reads any more
+        sys.stderr.write(f"{json_of.dumps(line)}\n")
 
 
 def _hit_record(hit: Any) -> dict[str, Any]:

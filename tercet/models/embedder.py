@@ -202,8 +202,12 @@ class Embedder(nn.Module):
         role: RoleName,
         prompts: str | Sequence[str] | None = None,
         max_tokens: int | None = None,
+        *,
+        cuts: Literal["start", "end"] | None = None,
     ) -> Tokens:
         """Return token ids of texts after their prompts; None takes the role's prompt and limit.
+
+        ``cuts`` says which part of too long texts is left out; None: what the tokenizer says.
 
         Raises:
             TextError: if texts are not a list of strings of valid Unicode.
@@ -212,7 +216,8 @@ class Embedder(nn.Module):
         of, settings = role_of(role), self.settings
         before = settings.prompt(role) if prompts is None else prompts
         longest = max_tokens or settings.max_tokens(of)
-        return self.tokenizer(checked_texts(texts), longest, before, settings.form(of))
+        form = settings.form(of) if cuts is None else replace(settings.form(of), cuts=cuts)
+        return self.tokenizer(checked_texts(texts), longest, before, form)
 
     # ---- encoding ----------------------------------------------------------------------------
 
@@ -350,11 +355,7 @@ class Embedder(nn.Module):
 
         def finished(step: Step) -> Vectors:
             made = self._vectors(step.states, step.texts, wanted, reader.heads)
-            dense, sparse = made.dense, made.sparse
-            if dense is not None:
-                dense = dense[:, :width].float()
-                dense = F.normalize(dense, dim=1) if unit else dense
-            return Vectors(dense, sparse, made.multi)
+            return _shortened(made, width, unit=unit)
 
         nothing = Vectors.of_nothing(wanted, width, self.heads.width)
         with (
@@ -362,6 +363,35 @@ class Embedder(nn.Module):
             self._batches(reader, texts, role, self.settings, task, progress) as steps,
         ):
             return text_vectors(steps, finished, nothing)
+
+    def encode_packed(
+        self, texts: Packed, kinds: Sequence[Kind]
+    ) -> tuple[Vectors, Float[Tensor, "tokens hidden"]]:
+        """Return vectors and token states of texts that are packed already, in one batch.
+
+        ``finished`` makes dense vectors what :meth:`encode` returns: these are as pooled, since
+        texts of one batch may be wanted in several widths.
+
+        Args:
+            texts: token ids of :meth:`tokenize`, on any device.
+            kinds: of vectors.
+
+        Returns:
+            Vectors and states on the model's device, which may hold NaN.
+        """
+        texts = texts.to(self.device)
+        with self.reading() as reader:
+            states = reader.states(texts)
+            return self._vectors(states, texts, kinds, reader.heads), states
+
+    def finished(self, vectors: Vectors, dims: int | None = None) -> Vectors:
+        """Return pooled vectors with ``dims`` coordinates, of unit length if the model says so.
+
+        Raises:
+            RecipeError: for ``dims`` out of range.
+        """
+        unit = self.settings.normalize or dims is not None
+        return _shortened(vectors, self._width(dims), unit=unit)
 
     def encode_words(self, sentences: Sentences, *, predictor: bool = False) -> list[np.ndarray]:
         """Return one vector for each word of each sentence.
@@ -591,6 +621,14 @@ class Embedder(nn.Module):
         }
         add_weights(digest, weights)
         return digest.hexdigest()
+
+
+def _shortened(vectors: Vectors, width: int, *, unit: bool) -> Vectors:
+    """Return vectors whose dense ones have this width, in float32, scaled to unit length or not."""
+    if vectors.dense is None:
+        return vectors
+    dense = vectors.dense[:, :width].float()
+    return replace(vectors, dense=F.normalize(dense, dim=1) if unit else dense)
 
 
 def pooled(

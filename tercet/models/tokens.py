@@ -1,11 +1,12 @@
 """Tokenizing: from texts to one row of token ids, with the tokens that are pooled."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class Form:
     pool_end: bool = False  # of a text without tokens, pool what the tokenizer puts behind it
     echo: Role | None = None  # the text twice, only the second pooled, in this role's template
     cls_every: int | None = None  # MCLS: repeat the start token after this many tokens
+    cuts: Literal["start", "end"] | None = None  # of long texts; None: what the tokenizer says
 
     def __post_init__(self) -> None:
         if self.cls_every is not None and (self.cls_every < 1 or self.echo is not None):
@@ -44,6 +46,8 @@ class Form:
                 f"cls_every must be at least 1, and without echo; got {self.cls_every}"
                 f"{' with echo' if self.echo else ''}"
             )
+        if self.cuts == "start" and self.echo is not None:
+            raise RecipeError('cuts must be "end" with echo, which repeats the start; got "start"')
 
 
 PLAIN: Final = Form()
@@ -88,6 +92,18 @@ class Tokens:
             begin, end = bounds.reshape(-1, 2)[owner].unbind(1)
             pooled &= (place < begin) | (place >= end)
         return Packed(ids, offsets, pooled)
+
+    def take(self, texts: Sequence[int]) -> "Tokens":
+        """Return these texts, in this order."""
+
+        def of(values: list[Any]) -> list[Any]:
+            return [values[i] for i in texts] if values else []
+
+        cuts = of(self.cuts)
+        return Tokens(
+            *(of(self.ids), of(self.skipped), sum(cuts), of(self.left_out)),
+            *(of(self.spans), of(self.read), cuts),
+        )
 
     @staticmethod
     def join(parts: Sequence["Tokens"]) -> "Tokens":
@@ -184,9 +200,9 @@ class Tokenizer:
     ) -> Tokens:
         """Tokenize each text with its prompt, once, and cut what is longer than ``max_tokens``.
 
-        The end of the text is cut; prompt, suffix and special tokens stay. A tokenizer whose
-        truncation side is left loses the start of prompt and text instead, unless ``spans`` are
-        asked for. Character offsets decide
+        The end of the text is cut; prompt, suffix and special tokens stay. With ``form.cuts``
+        "start", or a tokenizer whose truncation side is left, the start of prompt and text is lost
+        instead, unless ``spans`` are asked for. Character offsets decide
         what is pooled, so the borders are exact for any tokenizer: a token that lies partly in the
         text is pooled. A text without any token gets one filler token. If nothing is left to pool
         (an empty text, or no room beside the prompt, and no end-of-text token), all tokens are.
@@ -257,12 +273,14 @@ class Tokenizer:
         located = spans or bool(form.suffix) or (not form.pool_prompt and any(before))
         encode = self._fast.encode_batch if located else self._fast.encode_batch_fast
         head, tail = len(self._head), len(self._tail)
-        parts = self._in_parts(encode, texts, before, [room] * len(texts), form.suffix)
+        cuts_start = self._cuts_start if form.cuts is None else form.cuts == "start"
+        rooms = [sys.maxsize if cuts_start else room] * len(texts)  # all of a text decides
+        parts = self._in_parts(encode, texts, before, rooms, form.suffix)
         for (encoding, text), prompt in zip(parts, before, strict=True):
             ids = encoding.ids
             ids = ids[head : len(ids) - tail]
             cut = len(ids) > room
-            start = len(ids) - room if cut and self._cuts_start and not spans else 0
+            start = len(ids) - room if cut and cuts_start and not spans else 0
             ids = ids[start:]
             if not located:
                 yield _Laid([], ids[:room], [], cut=cut, prompted=False)
@@ -340,10 +358,7 @@ class Tokenizer:
         equal pairs first, only if it is near. So a beginning is enough if more than ``room`` tokens
         end a margin before its end, in words that end as well; otherwise a longer one is tried.
         With a suffix the end of the text stays too, since the suffix may share a token with it.
-        Texts that lose their start instead are read whole.
         """
-        if self._cuts_start:
-            return texts
         found, factor = list(texts), _LETTERS_A_TOKEN
         is_bpe = type(self._fast.model).__name__ == "BPE"
 

@@ -1,0 +1,1 @@
+"""A server of vectors and of search over HTTP."""

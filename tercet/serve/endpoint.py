@@ -1,0 +1,298 @@
+"""What happens around the handler of every endpoint: key, body, errors, time, metrics, log."""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from tercet.errors import DataError, RecipeError, TercetError, TextError
+from tercet.serve.metrics import Metrics
+from tercet.serve.queue import Answer, Need
+from tercet.serve.requests import Fields, RequestError
+from tercet.serve.served import Models, Prepared, ServedModel
+
+if TYPE_CHECKING:
+    from tercet.serve.indexes import Indexes
+
+_GONE: Final = 499  # in log and metrics: the client closed the connection
+_NUMBERS: Final = orjson.OPT_SERIALIZE_NUMPY
+
+log = logging.getLogger("tercet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one client may ask of the server.
+
+    Attributes:
+        body_bytes: of a request.
+        texts: of a request.
+        queue_tokens: that wait for a model.
+        body_seconds: for the body of a request to arrive.
+        seconds: for an answer.
+    """
+
+    body_bytes: int = 32 << 20
+    texts: int = 2_048
+    queue_tokens: int = 1_000_000
+    body_seconds: float = 30.0
+    seconds: float = 300.0
+
+
+@dataclass(slots=True)
+class Service:
+    """All that handlers share."""
+
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+    key: str | None = None
+    access_log: Callable[[Mapping[str, Any]], None] | None = None
+    models: Models | None = None  # None while they are loaded
+    indexes: "Indexes | None" = None
+
+    def is_ready(self) -> bool:
+        """Whether models and indexes are loaded."""
+        return self.models is not None and self.indexes is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How errors look to the clients of an API: their body, and their status where it differs."""
+
+    error: Callable[[RequestError], Mapping[str, Any]]
+    status: Callable[[RequestError], int] = lambda error: error.status
+
+
+def plain_error(error: RequestError) -> Mapping[str, Any]:
+    """Return the body of an error of our own endpoints."""
+    found: dict[str, Any] = {"code": error.name, "message": str(error)}
+    if error.field is not None:
+        found["field"] = error.field
+    return {"error": found}
+
+
+PLAIN: Final = Protocol(plain_error)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to a handler."""
+
+    service: Service
+    request: Request
+    body: Any = None  # parsed JSON; None without a body
+    notes: dict[str, Any] = field(default_factory=dict)  # for the access log
+
+    def fields(self, known: Sequence[str] | None = None) -> Fields:
+        """Return the fields of the body; with ``known`` others are refused."""
+        return Fields(self.body, known)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the server."""
+        return self.service.limits
+
+    @property
+    def models(self) -> Models:
+        """The models, which are loaded when a handler runs."""
+        assert self.service.models is not None, "handlers run when all is loaded"
+        return self.service.models
+
+    @property
+    def indexes(self) -> "Indexes":
+        """The indexes."""
+        assert self.service.indexes is not None, "handlers run when all is loaded"
+        return self.service.indexes
+
+    async def read(self, model: ServedModel, prepared: Prepared, needs: Sequence[Need]) -> Answer:
+        """Return what is needed of texts, and count it."""
+        cut = sum(prepared.cut)
+        self.notes.update(model=model.name, texts=len(prepared.tokens), tokens=prepared.total)
+        if cut:
+            self.notes["cut"] = cut
+        answer = await model.read(prepared, needs)
+        self.service.metrics.read(model.name, cut, answer.waited)
+        return answer
+
+
+Handler: TypeAlias = Callable[[Call], Awaitable[Response]]
+
+
+def json_response(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an answer in JSON; arrays of numpy become lists."""
+    content = orjson.dumps(value, option=_NUMBERS)
+    return Response(content, status, headers, media_type="application/json")
+
+
+def route(
+    service: Service,
+    path: str,
+    handler: Handler,
+    *,
+    method: str = "POST",
+    protocol: Protocol = PLAIN,
+    is_open: bool = False,
+) -> Route:
+    """Return a route to a handler; an ``is_open`` one needs no key and runs while models load."""
+    return Route(
+        path, Endpoint(service, path, handler, protocol, is_open=is_open), methods=[method]
+    )
+
+
+class Endpoint:
+    """An ASGI application around one handler."""
+
+    def __init__(
+        self, service: Service, path: str, handler: Handler, protocol: Protocol, *, is_open: bool
+    ) -> None:
+        self._service, self._path, self._handler = service, path, handler
+        self._protocol, self._is_open = protocol, is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        began = time.perf_counter()
+        call = Call(self._service, Request(scope, receive))
+        status = _GONE
+        try:
+            response = await self._answer(call, receive)
+            if response is not None:
+                status = response.status_code
+                await response(scope, receive, send)
+        finally:
+            seconds = time.perf_counter() - began
+            self._service.metrics.request(self._path, status, seconds)
+            if self._service.access_log is not None:
+                self._service.access_log(
+                    {
+                        "method": scope["method"],
+                        "path": self._path,
+                        "status": status,
+                        "ms": round(1000 * seconds, 2),
+                        **call.notes,
+                    }
+                )
+
+    async def _answer(self, call: Call, receive: Receive) -> Response | None:
+        """Return the handler's answer or an error in the protocol's form; None if nobody waits."""
+        try:
+            return await self._handled(call, receive)
+        except RequestError as error:
+            return self._refusal(error)
+        except (RecipeError, DataError, TextError) as error:
+            return self._refusal(RequestError(400, str(error)))
+        except TercetError as error:
+            log.error("%s: %s", self._path, error)
+            return self._refusal(RequestError(500, str(error)))
+        except Exception:
+            log.exception("%s failed", self._path)
+            return self._refusal(RequestError(500, "an error of the server; see its log"))
+
+    async def _handled(self, call: Call, receive: Receive) -> Response | None:
+        service, request = self._service, call.request
+        if not self._is_open:
+            _require_key(request, service.key)
+        body = None
+        if request.method in ("POST", "PUT"):
+            raw = await _body(request, receive, service.limits)
+            if raw is None:
+                return None
+            body = _parsed(raw)
+        if not self._is_open and not service.is_ready():
+            raise RequestError(503, "models are being loaded; try again soon", retry_after=2)
+        handled = self._handler(Call(service, request, body, call.notes))
+        return await _while_connected(handled, receive, service.limits.seconds)
+
+    def _refusal(self, error: RequestError) -> Response:
+        headers = {}
+        if error.retry_after is not None:
+            headers["Retry-After"] = str(error.retry_after)
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return json_response(self._protocol.error(error), self._protocol.status(error), headers)
+
+
+def _require_key(request: Request, key: str | None) -> None:
+    """Compare the key of a request in constant time."""
+    if key is None:
+        return
+    given = request.headers.get("authorization", "")
+    scheme, _, token = given.partition(" ")
+    if scheme.lower() != "bearer":
+        token = request.headers.get("x-api-key", "")
+    if not hmac.compare_digest(token.strip().encode(), key.encode()):
+        what = "is wrong" if token else "is missing"
+        raise RequestError(401, f"the API key {what}; send it as: Authorization: Bearer KEY")
+
+
+async def _body(request: Request, receive: Receive, limits: Limits) -> bytes | None:
+    """Return the body of a request; None if the client left."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        got = f'; got "{kind}"' if kind else ""
+        raise RequestError(415, f"Content-Type must be application/json{got}")
+    most = limits.body_bytes
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > most:
+        raise RequestError(413, f"a body must have at most {most:,} bytes; got {int(length):,}")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > most:
+                    raise RequestError(413, f"a body must have at most {most:,} bytes; got more")
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError as error:
+        raise RequestError(
+            408, f"the body must arrive within {limits.body_seconds:g} seconds"
+        ) from error
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return orjson.loads(raw)
+    except (orjson.JSONDecodeError, RecursionError) as error:
+        raise RequestError(400, f"the body must be JSON: {error}") from error
+
+
+async def _while_connected(
+    handled: Awaitable[Response], receive: Receive, seconds: float
+) -> Response | None:
+    """Return an answer; stop the work, and return None, if the client leaves before it is done."""
+    work = asyncio.ensure_future(handled)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((work, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        if gone.done():
+            return None
+        raise RequestError(
+            504, f"the answer took longer than {seconds:g} seconds; send fewer texts at once"
+        )
+    finally:
+        for task in (work, gone):
+            task.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    message: Message = {}
+    while message.get("type") != "http.disconnect":
+        message = await receive()

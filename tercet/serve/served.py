@@ -1,0 +1,243 @@
+"""Models and indexes that a server offers, by name; texts become tokens here."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from tercet.errors import RecipeError
+from tercet.kinds import Kind
+from tercet.models.embedder import Embedder
+from tercet.models.texts import role_of
+from tercet.models.tokens import Tokens
+from tercet.serve.queue import Answer, Batch, Need, PackedQueue
+from tercet.serve.requests import RequestError
+from tercet.types import Role
+from tercet.vectors import Vectors
+
+Truncate: TypeAlias = Literal["end", "start", "error"]
+"""What is cut of a text that is longer than the model reads; "error" refuses it."""
+
+TRUNCATE: Final[tuple[Truncate, ...]] = ("end", "start", "error")
+_AT_ONCE: Final = 4_000  # characters that are tokenized in the event loop; more in a thread
+_SUFFIXES: Final[Mapping[str, Role]] = {"-query": "query", "-document": "document"}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Texts of a request as tokens, and what was cut."""
+
+    tokens: Tokens
+    role: str
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of tokens of each text, special ones and prompt included."""
+        return self.tokens.lengths
+
+    @property
+    def total(self) -> int:
+        """The number of tokens of all texts."""
+        return sum(self.counts)
+
+    @property
+    def cut(self) -> list[bool]:
+        """Whether each text was cut."""
+        return self.tokens.cuts
+
+
+class ServedModel:
+    """A model with its queue.
+
+    Args:
+        name: by which requests choose it.
+        source: what it was loaded from, as in the command.
+        embedder: the model.
+        most: tokens that may wait in its queue.
+        on_batch: is called after each batch that was read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        embedder: Embedder,
+        *,
+        most: int,
+        on_batch: Callable[[Batch], None] = lambda _: None,
+    ) -> None:
+        self.name, self.source, self.embedder = name, source, embedder
+        self.queue = PackedQueue(embedder, most=most, on_batch=on_batch)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of vectors that the model makes."""
+        return self.embedder.kinds
+
+    async def prepare(
+        self,
+        texts: Sequence[str],
+        role: str = "default",
+        *,
+        task: str | None = None,
+        truncate: Truncate = "end",
+        longest: int | None = None,
+    ) -> Prepared:
+        """Tokenize texts: long ones in a thread, so that others are not held up.
+
+        ``longest`` is the most tokens to read of a text, at most the model's own limit.
+
+        Raises:
+            RequestError: 400 for an unknown role or task, 413 with ``too_long`` if a text is too
+                long and ``truncate`` is "error", 422 if the model refuses empty texts.
+        """
+        if sum(map(len, texts)) <= _AT_ONCE:
+            return self._prepare(texts, role, task, truncate, longest)
+        return await asyncio.to_thread(self._prepare, texts, role, task, truncate, longest)
+
+    def _prepare(
+        self,
+        texts: Sequence[str],
+        role: str,
+        task: str | None,
+        truncate: Truncate,
+        longest: int | None,
+    ) -> Prepared:
+        embedder = self.embedder
+        limit = embedder.settings.max_tokens(role_of(role))
+        try:
+            tokens = embedder.tokenize(
+                texts,
+                role,
+                embedder.settings.prompt(role, task),
+                min(longest or limit, limit),
+                cuts=None if truncate == "error" else truncate,
+            )
+        except RecipeError as error:
+            raise RequestError(400, str(error)) from error
+        refuses = embedder.settings.on_empty == "error"
+        if refuses and not all(text.strip() for text in texts):
+            raise RequestError(422, "a text is empty, and the model refuses empty texts")
+        if truncate == "error" and any(tokens.cuts):
+            text = tokens.cuts.index(True)
+            raise self._too_long(texts, text, limit)
+        return Prepared(tokens, role)
+
+    def _too_long(self, texts: Sequence[str], text: int, limit: int) -> RequestError:
+        count = len(self.embedder.tokenizer.bare([texts[text]])[0].ids)
+        return RequestError(
+            413,
+            f"a text must have at most {limit:,} tokens with its prompt and special tokens; text "
+            f"{text} has {count:,} without them; shorten it, or let it be cut",
+            too_long=True,
+        )
+
+    async def read(self, prepared: Prepared, needs: Sequence[Need]) -> Answer:
+        """Return what is needed of texts, from one forward with those of other requests.
+
+        Raises:
+            RequestError: 422 for a kind that the model does not make; see also
+                :meth:`PackedQueue.read`.
+        """
+        for need in needs:
+            if need != "states" and need not in {*self.kinds, "dense"}:
+                raise RequestError(
+                    422, f"the model {self.name} makes {' and '.join(self.kinds)} only; got {need}"
+                )
+        return await self.queue.read(prepared.tokens, needs)
+
+    def dense(self, answer: Answer, dims: int | None = None) -> np.ndarray:
+        """Return the dense vectors of an answer as :meth:`Embedder.encode` returns them.
+
+        Raises:
+            RequestError: 400 for ``dims`` out of range.
+        """
+        self.require_dims(dims)
+        pooled = Vectors(torch.from_numpy(np.concatenate(answer.dense)))
+        found = self.embedder.finished(pooled, dims).dense
+        assert found is not None, "it was just made"
+        return found.numpy()
+
+    def require_dims(self, dims: int | None, field: str = "dims") -> None:
+        """Raise RequestError, before any work, unless a width is one that the model has."""
+        if dims is not None and not 0 < dims <= self.embedder.dim:
+            raise RequestError(
+                400,
+                f'"{field}" must be from 1 to {self.embedder.dim}, the width of {self.name}; '
+                f"got {dims}",
+                field=field,
+            )
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """The string of each token id."""
+        stock = self.embedder.tokenizer.stock
+        return stock.convert_ids_to_tokens(list(range(len(stock))))
+
+    def text_of(self, ids: Sequence[int], name: str) -> str:
+        """Return the text that token ids stand for, without special tokens.
+
+        Raises:
+            RequestError: 400 for an id that is not in the vocabulary.
+        """
+        size = len(self.vocabulary)
+        for each in ids:
+            if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < size:
+                raise RequestError(
+                    400,
+                    f'"{name}" must hold token ids of {self.name}, whole numbers from 0 to '
+                    f"{size - 1}; got {each!r}",
+                    field=name,
+                )
+        return self.embedder.tokenizer.stock.decode(list(ids), skip_special_tokens=True)
+
+    def close(self) -> None:
+        """Answer what waits, and end the queue."""
+        self.queue.close()
+
+
+class Models:
+    """The models of a server; the first is taken where a request names none."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self.by_name = {model.name: model for model in models}
+
+    def __iter__(self):  # noqa: ANN204
+        return iter(self.by_name.values())
+
+    def find(self, name: str | None) -> tuple[ServedModel, Role | None]:
+        """Return the model of a name, and the role that the name's end says.
+
+        The names ``NAME-query`` and ``NAME-document`` let clients say a role that have no field for
+        it.
+
+        Raises:
+            RequestError: 404 for an unknown name.
+        """
+        if name is None:
+            return next(iter(self)), None
+        if name in self.by_name:
+            return self.by_name[name], None
+        for suffix, role in _SUFFIXES.items():
+            start = name.removesuffix(suffix)
+            if start != name and start in self.by_name:
+                return self.by_name[start], role
+        known = ", ".join(self.by_name)
+        raise RequestError(404, f'no model is named "{name}"; there are: {known}', field="model")
+
+    def role(self, asked: str | None, of_name: Role | None, field: str) -> str:
+        """Return the role of a request: a field's, else that of the model's name, else none.
+
+        Raises:
+            RequestError: 400 for an unknown role.
+        """
+        if asked is None:
+            return of_name or "default"
+        try:
+            return role_of(asked)
+        except RecipeError as error:
+            raise RequestError(400, f'"{field}": {error}', field=field) from error

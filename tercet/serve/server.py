@@ -1,0 +1,272 @@
+"""The server: its routes, how models are loaded while it listens, and how it stops."""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tercet.errors import RecipeError, TercetError
+from tercet.files.signals import Listener, waiting
+from tercet.models.embedder import Embedder
+from tercet.serve import vectors
+from tercet.serve.endpoint import Call, Limits, Service, json_response, plain_error, route
+from tercet.serve.indexes import open_indexes
+from tercet.serve.metrics import CONTENT_TYPE
+from tercet.serve.names import name_of
+from tercet.serve.requests import NAMES, RequestError
+from tercet.serve.served import Models, ServedModel
+
+_ENDS_WITHIN: Final = 30  # seconds that requests have to be answered when the server stops
+_KEEPS_ALIVE: Final = 75  # seconds that an idle connection stays open
+_BACKLOG: Final = 2_048
+
+log = logging.getLogger("tercet")
+
+Load = Callable[[str, str], Embedder]  # a model's source and the type of its weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Options of :func:`serve`.
+
+    Attributes:
+        models: names and sources of models.
+        indexes: names and folders of indexes, whose models are offered too.
+        host: address to listen on.
+        port: to listen on; 0 takes a free one.
+        key: that requests must carry; None: no key.
+        origins: that pages of other sites may have to send requests (CORS).
+        limits: of requests.
+        precision: type of the weights of ``models``.
+        load: loads a model by its source and the type of its weights.
+        access_log: is given a line about each request.
+    """
+
+    models: Mapping[str, str] = field(default_factory=dict)
+    indexes: Mapping[str, Path] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 8080
+    key: str | None = None
+    origins: Sequence[str] = ()
+    limits: Limits = field(default_factory=Limits)
+    precision: str = "float32"
+    load: Load
+    access_log: Callable[[Mapping[str, Any]], None] | None = None
+
+
+def serve(options: ServeOptions, say: Callable[[str], None] = lambda line: None) -> None:
+    """Answer requests until a signal comes; those that have begun are answered before it ends.
+
+    Args:
+        options: see :class:`ServeOptions`.
+        say: receives lines about the state of the server.
+
+    Raises:
+        RecipeError: if the address is in use.
+        ModelError: if a model cannot be loaded.
+        IndexFolderError: if an index cannot be opened.
+    """
+    with closing(_listening_socket(options.host, options.port)) as listener:
+        port = listener.getsockname()[1]
+        shown = f"[{options.host}]" if ":" in options.host else options.host
+        say(f"loading {', '.join([*options.models, *options.indexes])}")
+        server = _Server(options, f"http://{shown}:{port}", say)
+        server.run(sockets=[listener])
+    if server.failure is not None:
+        raise server.failure
+    say("stopped; all requests were answered")
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            found.listen(_BACKLOG)
+        except OSError:
+            found.close()
+            raise
+    except (OSError, OverflowError, UnicodeError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise RecipeError(
+            f"cannot listen on {host}, port {port} ({problem}); choose others: --host, --port"
+        ) from error
+    return found
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that loads what it offers while it listens already."""
+
+    def __init__(self, options: ServeOptions, address: str, say: Callable[[str], None]) -> None:
+        self.failure: TercetError | None = None
+        self._options, self._address, self._say = options, address, say
+        self._service = Service(
+            limits=options.limits, key=options.key, access_log=_timed(options.access_log)
+        )
+        self._signals: Listener | None = None
+        app = application(self._service, origins=options.origins, lifespan=self._lifespan)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                timeout_keep_alive=_KEEPS_ALIVE,
+                timeout_graceful_shutdown=_ENDS_WITHIN,
+                ws="none",
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Note the first signal, which ``on_tick`` looks for."""
+        with waiting() as self._signals:
+            yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether the server should end."""
+        signalled = self._signals is not None and self._signals.number != 0
+        return await super().on_tick(counter) or signalled
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.create_task(self._load())
+        yield
+        loading.cancel()
+        await asyncio.to_thread(close, self._service)
+
+    async def _load(self) -> None:
+        began = time.monotonic()
+        try:
+            await asyncio.to_thread(load, self._service, self._options)
+        except TercetError as error:
+            self.failure, self.should_exit = error, True
+            return
+        models = ", ".join(model.name for model in self._service.models or ())
+        self._say(f"ready after {time.monotonic() - began:.1f} s: {models} at {self._address}")
+
+
+def load(service: Service, options: ServeOptions) -> None:
+    """Load all models, and open all indexes.
+
+    Raises:
+        ModelError: if a model cannot be loaded.
+        IndexFolderError: if an index cannot be opened.
+    """
+    found: dict[tuple[str, str], ServedModel] = {}
+
+    def served(name: str, source: str, precision: str) -> ServedModel:
+        if (source, precision) not in found:
+            found[source, precision] = ServedModel(
+                name,
+                source,
+                options.load(source, precision),
+                most=options.limits.queue_tokens,
+                on_batch=service.metrics.of_model(name),
+            )
+        return found[source, precision]
+
+    for name, source in options.models.items():
+        served(name, source, options.precision)
+
+    def of_index(source: str, precision: str) -> ServedModel:
+        return served(name_of(source), source, precision)
+
+    indexes = open_indexes(options.indexes, of_index)
+    models = Models(list(found.values()))
+    for model in models:
+        service.metrics.watch_queue(model.name, lambda queue=model.queue: queue.tokens)
+    service.models, service.indexes = models, indexes
+
+
+def close(service: Service) -> None:
+    """Answer what waits, and close models and indexes."""
+    for model in service.models or ():
+        model.close()
+    if service.indexes is not None:
+        service.indexes.close()
+
+
+def application(
+    service: Service, *, origins: Sequence[str] = (), lifespan: Any = None
+) -> Starlette:
+    """Return the application of a service, whose models may be loaded later."""
+    routes = [*_state_routes(service), *vectors.routes(service)]
+    cross = Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["authorization", "content-type", "x-api-key"],
+    )
+    return Starlette(
+        routes=routes,
+        middleware=[cross] if origins else [],
+        exception_handlers={HTTPException: _http_error},
+        lifespan=lifespan,
+    )
+
+
+def _state_routes(service: Service) -> list[Route]:
+    """Return the routes that say how the server is."""
+
+    async def live(call: Call) -> Response:
+        return json_response({"status": "ok"})
+
+    async def ready(call: Call) -> Response:
+        if not service.is_ready():
+            raise RequestError(503, "models are being loaded; try again soon", retry_after=2)
+        return json_response({"status": "ok"})
+
+    async def metrics(call: Call) -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    return [
+        route(service, "/health/live", live, method="GET", is_open=True),
+        route(service, "/health/ready", ready, method="GET", is_open=True),
+        route(service, "/health", ready, method="GET", is_open=True),
+        route(service, "/metrics", metrics, method="GET"),
+    ]
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answer a request for a path or a method that does not exist."""
+    assert isinstance(error, HTTPException), "the only kind that is registered"
+    status = error.status_code if error.status_code in NAMES else 400
+    what = {
+        404: f"there is no {request.url.path}; see /openapi.json for what there is",
+        405: f"{request.url.path} does not take {request.method}; see /openapi.json",
+    }
+    refused = RequestError(status, what.get(status, str(error.detail)))
+    return json_response(plain_error(refused), status, error.headers)
+
+
+def _timed(
+    write: Callable[[Mapping[str, Any]], None] | None,
+) -> Callable[[Mapping[str, Any]], None] | None:
+    """Return a function that puts the time before a line of the access log."""
+    if write is None:
+        return None
+
+    def timed(line: Mapping[str, Any]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        write({"time": now, **line})
+
+    return timed
