@@ -30,6 +30,7 @@ import base64
 import os
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from importlib.metadata import PackageNotFoundError, version
 from threading import Condition, Thread
 from typing import Any
@@ -67,7 +68,7 @@ def add_facts(app: Any) -> None:
 def answer(model: str, vectors: Any, form: str, tokens: int) -> Any:
     """An answer in OpenAI's form, written straight from arrays."""
     import orjson
-    from fastapi import Response
+    from fastapi import Response  # pyright: ignore[reportMissingImports]
 
     data = [
         {
@@ -132,7 +133,7 @@ def sentence_transformers(given: argparse.Namespace) -> Any:
     """The app of sentence-transformers behind FastAPI."""
     from contextlib import asynccontextmanager
 
-    from fastapi import FastAPI
+    from fastapi import FastAPI  # pyright: ignore[reportMissingImports]
     from pydantic import BaseModel
     from sentence_transformers import SentenceTransformer
 
@@ -142,17 +143,18 @@ def sentence_transformers(given: argparse.Namespace) -> Any:
         encoding_format: str = "float"
 
     model = SentenceTransformer(given.folder, device="cpu")
-    read = model[0].forward
+    first: Any = model[0]
+    read = first.forward
 
     def counted(features: Any, **options: Any) -> Any:
         count(features["attention_mask"])
         return read(features, **options)
 
-    model[0].forward = counted
+    first.forward = counted
     queues = []
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> Any:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         queues.append(Batching(model, given))
         yield
 
@@ -205,7 +207,7 @@ def m3serve(given: argparse.Namespace) -> Any:
 
     import numpy as np
     import orjson
-    from fastapi import FastAPI, Response
+    from fastapi import FastAPI, Response  # pyright: ignore[reportMissingImports]
     from m3serve import Engine  # pyright: ignore[reportMissingImports]
     from pydantic import BaseModel
 
@@ -231,7 +233,7 @@ def m3serve(given: argparse.Namespace) -> Any:
     engine._encoder.encode_core = counted
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> Any:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.start()
         yield
         await engine.stop()
