@@ -71,6 +71,7 @@ class ServedModel:
         on_batch: Callable[[Batch], None] = lambda _: None,
     ) -> None:
         self.name, self.source, self.embedder = name, source, embedder
+        embedder.encode_vectors(["a"])  # what is made once, such as packed weights, is made now
         self.queue = PackedQueue(embedder, most=most, on_batch=on_batch)
 
     @property

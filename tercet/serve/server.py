@@ -24,6 +24,7 @@ from tercet.errors import RecipeError, TercetError
 from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
 from tercet.serve import vectors
+from tercet.serve.connection import Connection
 from tercet.serve.endpoint import Call, Limits, Service, json_response, plain_error, route
 from tercet.serve.indexes import open_indexes
 from tercet.serve.metrics import CONTENT_TYPE
@@ -125,6 +126,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
                 log_config=None,
                 access_log=False,
                 server_header=False,
