@@ -240,8 +240,8 @@ class ServedModel:
                 raise wrong(where, "a string or a list of token ids", value)
         return found
 
-    def text_of(self, ids: Sequence[int], name: str) -> str:
-        """Return the text that token ids stand for, without special tokens.
+    def text_of(self, ids: Sequence[int], name: str, *, special: bool = False) -> str:
+        """Return the text that token ids stand for, without special tokens or with them.
 
         Raises:
             RequestError: 400 for an id that is not in the vocabulary.
@@ -255,7 +255,7 @@ class ServedModel:
                     f"{size - 1}; got {shown(each)}",
                     field=name,
                 )
-        return self.embedder.tokenizer.stock.decode(list(ids), skip_special_tokens=True)
+        return self.embedder.tokenizer.stock.decode(list(ids), skip_special_tokens=not special)
 
     def close(self) -> None:
         """Answer what waits, and end the queue."""
