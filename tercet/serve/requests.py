@@ -1,5 +1,6 @@
 """Requests: the fields of their bodies, checked one by one, and errors that say what to do."""
 
+import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, TypeVar
@@ -66,7 +67,7 @@ class Fields:
 
     def __init__(self, body: object, known: Sequence[str] | None = None) -> None:
         if not isinstance(body, Mapping):
-            raise RequestError(400, f"the body must be a JSON object; got {_shown(body)}")
+            raise RequestError(400, f"the body must be a JSON object; got {shown(body)}")
         self._body: Mapping[str, Any] = body
         for name in body if known is not None else ():
             if name not in (known or ()):
@@ -90,7 +91,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise _wrong(name, "a string", value)
+            raise wrong(name, "a string", value)
         return valid(value, name)
 
     def required_text(self, name: str) -> str:
@@ -109,11 +110,11 @@ class Fields:
         if value is None:
             raise RequestError(400, f'"{name}" is missing; it must be {what}', field=name)
         if not isinstance(value, list):
-            raise _wrong(name, what, value)
+            raise wrong(name, what, value)
         require_count(name, len(value), most)
         for place, each in enumerate(value):
             if not isinstance(each, str):
-                raise _wrong(f"{name}[{place}]", "a string", each)
+                raise wrong(f"{name}[{place}]", "a string", each)
             valid(each, f"{name}[{place}]")
         return value
 
@@ -126,9 +127,9 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise _wrong(name, f"a whole number, {bounds}", value)
+            raise wrong(name, f"a whole number, {bounds}", value)
         if value < lowest or (highest is not None and value > highest):
-            raise _wrong(name, bounds, value)
+            raise wrong(name, bounds, value)
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -137,7 +138,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise _wrong(name, "true or false", value)
+            raise wrong(name, "true or false", value)
         return value
 
     def choice(self, name: str, choices: Sequence[Choice], default: Choice) -> Choice:
@@ -147,7 +148,7 @@ class Fields:
             return default
         if isinstance(value, str) and value in choices:
             return choices[choices.index(value)]  # pyright: ignore[reportArgumentType]
-        raise _wrong(name, _one_of(choices), value)
+        raise wrong(name, _one_of(choices), value)
 
     def choices(self, name: str, choices: Sequence[Choice]) -> list[Choice] | None:
         """Return a list of some strings, each once; None if it is absent."""
@@ -155,10 +156,10 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, list) or not value:
-            raise _wrong(name, f"a list of {_one_of(choices)}", value)
+            raise wrong(name, f"a list of {_one_of(choices)}", value)
         for place, each in enumerate(value):
             if not isinstance(each, str) or each not in choices:
-                raise _wrong(f"{name}[{place}]", _one_of(choices), each)
+                raise wrong(f"{name}[{place}]", _one_of(choices), each)
         return [each for each in choices if each in value]
 
 
@@ -186,11 +187,12 @@ def _one_of(choices: Sequence[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _wrong(name: str, wanted: str, value: object) -> RequestError:
-    return RequestError(400, f'"{name}" must be {wanted}; got {_shown(value)}', field=name)
+def wrong(name: str, wanted: str, value: object) -> RequestError:
+    """Return the error of a value that is not what was wanted."""
+    return RequestError(400, f'"{name}" must be {wanted}; got {shown(value)}', field=name)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Return a value of JSON in few words, without a text in full."""
     if isinstance(value, Mapping):
         return "an object"
@@ -198,4 +200,4 @@ def _shown(value: object) -> str:
         return f"a list of {len(value):,}" if value else "an empty list"
     if isinstance(value, str):
         return f'"{value}"' if len(value) <= 40 else f"a string of {len(value):,} characters"
-    return {True: "true", False: "false", None: "null"}.get(value, repr(value))  # type: ignore
+    return json.dumps(value)
