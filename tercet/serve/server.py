@@ -23,7 +23,7 @@ from starlette.routing import Route
 from tercet.errors import RecipeError, TercetError
 from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
-from tercet.serve import openai, vectors
+from tercet.serve import openai, openapi, vectors
 from tercet.serve.connection import Connection
 from tercet.serve.endpoint import Call, Limits, Service, json_response, plain_error, route
 from tercet.serve.indexes import open_indexes
@@ -212,6 +212,7 @@ def application(
 ) -> Starlette:
     """Return the application of a service, whose models may be loaded later."""
     routes = [*_state_routes(service), *vectors.routes(service), *openai.routes(service)]
+    routes += openapi.routes(service, routes)
     cross = Middleware(
         CORSMiddleware,
         allow_origins=list(origins),
@@ -230,14 +231,17 @@ def _state_routes(service: Service) -> list[Route]:
     """Return the routes that say how the server is."""
 
     async def live(call: Call) -> Response:
+        """Say that the process answers."""
         return json_response({"status": "ok"})
 
     async def ready(call: Call) -> Response:
+        """Say whether models and indexes are loaded, with status 200 or 503."""
         if not service.is_ready():
             raise RequestError(503, "models are being loaded; try again soon", retry_after=2)
         return json_response({"status": "ok"})
 
     async def metrics(call: Call) -> Response:
+        """Return counters in the text format of Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     return [
