@@ -137,7 +137,7 @@ def json_response(
     return Response(content, status, headers, media_type="application/json")
 
 
-def route(
+def route(  # noqa: PLR0913 (independent choices, each with a default)
     service: Service,
     path: str,
     handler: Handler,
