@@ -20,7 +20,7 @@ from tercet.kinds import Kind, Weights
 from tercet.models.embedder import Embedder
 from tercet.models.tokens import Tokens
 from tercet.rank.scoring import scores_of
-from tercet.serve.endpoint import Call, Protocol, Service, json_response, route
+from tercet.serve.endpoint import Call, Described, Protocol, Service, json_response, route
 from tercet.serve.queue import Answer, Need
 from tercet.serve.requests import Fields, RequestError, require_count, wrong
 from tercet.serve.served import Prepared, Truncate
@@ -36,24 +36,69 @@ _TYPES: Final[Mapping[int, _ErrorType]] = {
     503: "Unhealthy",
     504: "Backend",
 }
+_MODEL: Final[Described] = {"model": ("string", "Name of the model. Default: the first.")}
+_PROMPT: Final[Described] = {
+    **_MODEL,
+    "prompt_name": ("string", '"query" or "document", or a task or a prompt of the model.'),
+}
+_CUT: Final[Described] = {
+    "truncate": ("boolean", "Cut texts that are too long (default), or refuse them."),
+    "truncation_direction": ("string", 'The side that is cut: "Right" (default) or "Left".'),
+}
+_INPUTS: Final[Described] = {
+    "inputs": ("string | [string] | [integer] | [[integer]]", "Texts, or token ids of the model."),
+    **_PROMPT,
+    **_CUT,
+}
+_EMBED: Final[Described] = {
+    **_INPUTS,
+    "dimensions": ("integer", "Leading coordinates to keep. Default: all."),
+    "normalize": ("boolean", "Scale vectors to unit length (default)."),
+}
+_RERANK: Final[Described] = {
+    "query": ("string", "What is searched for."),
+    "texts": ("[string]", "Texts to be sorted, at least one."),
+    "raw_scores": ("boolean", "Answer the weighted sums of scores. Default: their sigmoids."),
+    "return_text": ("boolean", "Answer the texts too. Default: their places alone."),
+    **_MODEL,
+    **_CUT,
+}
+_SIMILARITY: Final[Described] = {
+    "inputs": ("object", '{"source_sentence": "...", "sentences": ["..."]}'),
+    "parameters": ("object", "truncate, truncation_direction and prompt_name, as of /embed."),
+    **_MODEL,
+}
+_TOKENIZE: Final[Described] = {
+    "inputs": ("string | [string]", "Texts."),
+    "add_special_tokens": ("boolean", "Special tokens around each text (default)."),
+    **_PROMPT,
+}
+_DECODE: Final[Described] = {
+    "ids": ("[integer] | [[integer]]", "Token ids of the model."),
+    "skip_special_tokens": ("boolean", "Leave out special tokens (default)."),
+    **_MODEL,
+}
 _MOST_NUMBERS: Final = 1 << 24  # in an answer with the states of all tokens: 200 MB of JSON
 
 
 def routes(service: Service) -> list[Route]:
     """Return the routes of this protocol."""
     handlers = {
-        "/": embed,  # clients of Hugging Face post to the address itself
-        "/embed": embed,
-        "/embed_sparse": embed_sparse,
-        "/embed_all": embed_all,
-        "/rerank": rerank,
-        "/similarity": similarity,
-        "/tokenize": tokenize,
-        "/decode": decode,
+        "/": (embed, _EMBED),  # clients of Hugging Face post to the address itself
+        "/embed": (embed, _EMBED),
+        "/embed_sparse": (embed_sparse, _INPUTS),
+        "/embed_all": (embed_all, _INPUTS),
+        "/rerank": (rerank, _RERANK),
+        "/similarity": (similarity, _SIMILARITY),
+        "/tokenize": (tokenize, _TOKENIZE),
+        "/decode": (decode, _DECODE),
     }
     protocol = Protocol(_error, _status)
     return [
-        *(route(service, path, each, protocol=protocol) for path, each in handlers.items()),
+        *(
+            route(service, path, handler, protocol=protocol, fields=fields)
+            for path, (handler, fields) in handlers.items()
+        ),
         route(service, "/info", info, method="GET", protocol=protocol),
     ]
 
