@@ -82,7 +82,7 @@ async def embed(call: Call) -> Response:
     dims = fields.whole("output_dimension", lowest=1)
     model.require_dims(dims, "output_dimension")
     types = fields.choices("embedding_types", _TYPES) or ["float"]
-    quantizers = _quantizers(settings, types, dims or model.embedder.dim)
+    quantizers = _quantizers(settings, types, dims or model.dim)
     texts = _texts(fields, call.limits.texts)
     prepared = await model.prepare(
         texts,

@@ -104,7 +104,7 @@ def _entry(model: ServedModel, suffix: str, role: Role | None, began: int) -> di
         "created": began,
         "owned_by": "tercet",
         "kinds": model.kinds,
-        "dims": model.embedder.dim,
+        "dims": model.dim,
         "max_tokens": model.embedder.settings.max_tokens(role or "document"),
     }
 
