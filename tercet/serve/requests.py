@@ -90,7 +90,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise _wrong(name, "a string", value)
+            raise wrong(name, "a string", value)
         return valid(value, name)
 
     def required_text(self, name: str) -> str:
@@ -109,11 +109,11 @@ class Fields:
         if value is None:
             raise RequestError(400, f'"{name}" is missing; it must be {what}', field=name)
         if not isinstance(value, list):
-            raise _wrong(name, what, value)
+            raise wrong(name, what, value)
         require_count(name, len(value), most)
         for place, each in enumerate(value):
             if not isinstance(each, str):
-                raise _wrong(f"{name}[{place}]", "a string", each)
+                raise wrong(f"{name}[{place}]", "a string", each)
             valid(each, f"{name}[{place}]")
         return value
 
@@ -126,9 +126,9 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise _wrong(name, f"a whole number, {bounds}", value)
+            raise wrong(name, f"a whole number, {bounds}", value)
         if value < lowest or (highest is not None and value > highest):
-            raise _wrong(name, bounds, value)
+            raise wrong(name, bounds, value)
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -137,7 +137,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise _wrong(name, "true or false", value)
+            raise wrong(name, "true or false", value)
         return value
 
     def choice(self, name: str, choices: Sequence[Choice], default: Choice) -> Choice:
@@ -147,7 +147,7 @@ class Fields:
             return default
         if isinstance(value, str) and value in choices:
             return choices[choices.index(value)]  # pyright: ignore[reportArgumentType]
-        raise _wrong(name, _one_of(choices), value)
+        raise wrong(name, _one_of(choices), value)
 
     def choices(self, name: str, choices: Sequence[Choice]) -> list[Choice] | None:
         """Return a list of some strings, each once; None if it is absent."""
@@ -155,10 +155,10 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, list) or not value:
-            raise _wrong(name, f"a list of {_one_of(choices)}", value)
+            raise wrong(name, f"a list of {_one_of(choices)}", value)
         for place, each in enumerate(value):
             if not isinstance(each, str) or each not in choices:
-                raise _wrong(f"{name}[{place}]", _one_of(choices), each)
+                raise wrong(f"{name}[{place}]", _one_of(choices), each)
         return [each for each in choices if each in value]
 
 
@@ -186,7 +186,8 @@ def _one_of(choices: Sequence[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _wrong(name: str, wanted: str, value: object) -> RequestError:
+def wrong(name: str, wanted: str, value: object) -> RequestError:
+    """Return the error of a field that must be something else."""
     return RequestError(400, f'"{name}" must be {wanted}; got {_shown(value)}', field=name)
 
 
