@@ -1,5 +1,6 @@
 """Requests: the fields of their bodies, checked one by one, and errors that say what to do."""
 
+import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, TypeVar
@@ -66,7 +67,7 @@ class Fields:
 
     def __init__(self, body: object, known: Sequence[str] | None = None) -> None:
         if not isinstance(body, Mapping):
-            raise RequestError(400, f"the body must be a JSON object; got {_shown(body)}")
+            raise RequestError(400, f"the body must be a JSON object; got {shown(body)}")
         self._body: Mapping[str, Any] = body
         for name in body if known is not None else ():
             if name not in (known or ()):
@@ -187,11 +188,11 @@ def _one_of(choices: Sequence[str]) -> str:
 
 
 def wrong(name: str, wanted: str, value: object) -> RequestError:
-    """Return the error of a field that must be something else."""
-    return RequestError(400, f'"{name}" must be {wanted}; got {_shown(value)}', field=name)
+    """Return the error of a value that is not what was wanted."""
+    return RequestError(400, f'"{name}" must be {wanted}; got {shown(value)}', field=name)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Return a value of JSON in few words, without a text in full."""
     if isinstance(value, Mapping):
         return "an object"
@@ -199,4 +200,4 @@ def _shown(value: object) -> str:
         return f"a list of {len(value):,}" if value else "an empty list"
     if isinstance(value, str):
         return f'"{value}"' if len(value) <= 40 else f"a string of {len(value):,} characters"
-    return {True: "true", False: "false", None: "null"}.get(value, repr(value))  # type: ignore
+    return json.dumps(value)

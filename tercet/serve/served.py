@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ import torch
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
-from tercet.models.texts import role_of
+from tercet.models.texts import ROLES, role_of
 from tercet.models.tokens import Tokens
 from tercet.serve.queue import Answer, Batch, Need, PackedQueue
-from tercet.serve.requests import RequestError
-from tercet.types import Role
+from tercet.serve.requests import Fields, RequestError, require_count, shown, valid, wrong
+from tercet.types import Role, RoleName
 from tercet.vectors import Vectors
 
 Truncate: TypeAlias = Literal["end", "start", "error"]
@@ -24,7 +24,7 @@ Truncate: TypeAlias = Literal["end", "start", "error"]
 
 TRUNCATE: Final[tuple[Truncate, ...]] = ("end", "start", "error")
 _AT_ONCE: Final = 4_000  # characters that are tokenized in the event loop; more in a thread
-_SUFFIXES: Final[Mapping[str, Role]] = {"-query": "query", "-document": "document"}
+SUFFIXES: Final[Mapping[str, Role]] = {"-query": "query", "-document": "document"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,11 @@ class Prepared:
     def cut(self) -> list[bool]:
         """Whether each text was cut."""
         return self.tokens.cuts
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header that says how many texts were cut, for protocols without a field for it."""
+        return {"x-truncated": str(sum(self.cut))}
 
 
 class ServedModel:
@@ -110,12 +115,13 @@ class ServedModel:
     ) -> Prepared:
         embedder = self.embedder
         limit = embedder.settings.max_tokens(role_of(role))
+        limit = min(longest or limit, limit)
         try:
             tokens = embedder.tokenize(
                 texts,
                 role,
                 embedder.settings.prompt(role, task),
-                min(longest or limit, limit),
+                limit,
                 cuts=None if truncate == "error" else truncate,
             )
         except RecipeError as error:
@@ -179,6 +185,61 @@ class ServedModel:
         stock = self.embedder.tokenizer.stock
         return stock.convert_ids_to_tokens(list(range(len(stock))))
 
+    def role_and_task(
+        self, name: str | None, of_model: Role | None, field: str
+    ) -> tuple[RoleName, str | None]:
+        """Return the role and the task that a field means: a role, a task, or a prompt's name.
+
+        Before a role, "search_" may stand. Without a name the role is that of the model's name.
+
+        Raises:
+            RequestError: 400 for any other name.
+        """
+        if name is None:
+            return of_model or "default", None
+        settings = self.embedder.settings
+        tasks = {*settings.task_prompts, *settings.prompts} - {"query", "document"}
+        if name in tasks:
+            return of_model or "default", name
+        role = name.removeprefix("search_")
+        if role in (*ROLES, "default"):
+            return role, None
+        named = "".join(f', "{task}"' for task in sorted(tasks))
+        raise RequestError(
+            400,
+            f'"{field}" must be a role or a prompt of {self.name}: "query", "document"{named}; got '
+            f"{shown(name)}",
+            field=field,
+        )
+
+    async def texts(self, fields: Fields, name: str, most: int) -> list[str]:
+        """Return the texts of a field: a string, token ids, or a list of such.
+
+        Ids are those of the model's own tokenizer; the text that they stand for is read.
+
+        Raises:
+            RequestError: 400 for anything else, 413 for more than ``most`` texts.
+        """
+        value = fields.raw(name)
+        if not isinstance(value, list) or all(isinstance(each, str) for each in value):
+            return fields.texts(name, most, single=True)
+        if isinstance(value[0], int | float):
+            return [await asyncio.to_thread(self.text_of, value, name)]
+        require_count(name, len(value), most)
+        return await asyncio.to_thread(self._texts_of, value, name)
+
+    def _texts_of(self, values: list[Any], name: str) -> list[str]:
+        found = []
+        for place, value in enumerate(values):
+            where = f"{name}[{place}]"
+            if isinstance(value, list):
+                found.append(self.text_of(value, where))
+            elif isinstance(value, str):
+                found.append(valid(value, where))
+            else:
+                raise wrong(where, "a string or a list of token ids", value)
+        return found
+
     def text_of(self, ids: Sequence[int], name: str) -> str:
         """Return the text that token ids stand for, without special tokens.
 
@@ -191,7 +252,7 @@ class ServedModel:
                 raise RequestError(
                     400,
                     f'"{name}" must hold token ids of {self.name}, whole numbers from 0 to '
-                    f"{size - 1}; got {each!r}",
+                    f"{size - 1}; got {shown(each)}",
                     field=name,
                 )
         return self.embedder.tokenizer.stock.decode(list(ids), skip_special_tokens=True)
@@ -223,7 +284,7 @@ class Models:
             return next(iter(self)), None
         if name in self.by_name:
             return self.by_name[name], None
-        for suffix, role in _SUFFIXES.items():
+        for suffix, role in SUFFIXES.items():
             start = name.removesuffix(suffix)
             if start != name and start in self.by_name:
                 return self.by_name[start], role

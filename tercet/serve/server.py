@@ -23,7 +23,7 @@ from starlette.routing import Route
 from tercet.errors import RecipeError, TercetError
 from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
-from tercet.serve import vectors
+from tercet.serve import cohere, openai, search, vectors
 from tercet.serve.connection import Connection
 from tercet.serve.endpoint import Call, Limits, Service, json_response, plain_error, route
 from tercet.serve.indexes import open_indexes
@@ -211,7 +211,13 @@ def application(
     service: Service, *, origins: Sequence[str] = (), lifespan: Any = None
 ) -> Starlette:
     """Return the application of a service, whose models may be loaded later."""
-    routes = [*_state_routes(service), *vectors.routes(service)]
+    routes = [
+        *_state_routes(service),
+        *vectors.routes(service),
+        *openai.routes(service),
+        *cohere.routes(service),
+        *search.routes(service),
+    ]
     cross = Middleware(
         CORSMiddleware,
         allow_origins=list(origins),
