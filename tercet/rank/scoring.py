@@ -11,6 +11,7 @@
 Nothing is padded, and nothing is as wide as the vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Final

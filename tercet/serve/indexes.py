@@ -365,7 +365,9 @@ class Indexes:
             return next(iter(self))
         if name not in self.by_name:
             known = ", ".join(self.by_name)
-            raise RequestError(404, f'no index is named "{name}"; there are: {known}', field="index")
+            raise RequestError(
+                404, f'no index is named "{name}"; there are: {known}', field="index"
+            )
         return self.by_name[name]
 
     def close(self) -> None:

@@ -43,7 +43,7 @@ from tercet.search.exact.merging import (
     write_merged,
 )
 from tercet.search.exact.scanning import SegmentScan, SegmentView, blocks_of_queries
-from tercet.search.exact.segment import damaged
+from tercet.search.exact.segment import Segment, damaged
 from tercet.vectors import Vectors
 
 MEMORY: Final = 256 << 20  # bytes of vectors that wait for a flush in memory; more wait on the disk
@@ -120,19 +120,21 @@ class ExactEngine:
 
     def _open_parts(self, found: Manifest, like: "ExactEngine | None") -> None:
         """Open the segments of a commit, apart from those that another engine has open."""
-        theirs: dict[str, LivePart] = {}
-        if like is not None:
-            with like._lock:
-                same = manifests.same_segments(found, like._manifest)
-                theirs = {p.folder.name: p for p in like._parts if p.folder is not None}
-                theirs = {name: part for name, part in theirs.items() if name in same}
-                ids = {name: like._ids[part] for name, part in theirs.items() if part in like._ids}
-        known = {name: part.segment for name, part in theirs.items()}
+        known, ids = ({}, {}) if like is None else like._of_segments(found)
         self._manifest = found
         self._parts = manifests.open_parts(self.folder, found, known)
-        if theirs:
-            names = {p.folder.name: p for p in self._parts if p.folder is not None}
-            self._ids = {names[name]: rows for name, rows in ids.items()}
+        for part in self._parts:
+            if part.folder is not None and part.folder.name in ids:
+                self._ids[part] = ids[part.folder.name]
+
+    def _of_segments(self, other: Manifest) -> tuple[dict[str, Segment], dict[str, IdRows]]:
+        """Return those segments of another commit that are open here, and rows by id, by name."""
+        with self._lock:
+            same = manifests.same_segments(other, self._manifest)
+            parts = {p.folder.name: p for p in self._parts if p.folder and p.folder.name in same}
+            known = {name: part.segment for name, part in parts.items()}
+            ids = {name: self._ids[part] for name, part in parts.items() if part in self._ids}
+            return known, ids
 
     def _start(self, made: Manifest, like: "ExactEngine | None") -> None:
         """Open for writing, and delete what a killed writer left."""
