@@ -1,5 +1,8 @@
-"""A server in a thread of the tests, on a real socket."""
+"""A server in a thread of the tests or in a process, on a real socket."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -79,3 +82,41 @@ def serving(
             server.should_exit = True
             thread.join(_WAIT)
             assert not thread.is_alive(), "the server did not stop"
+
+
+@dataclass
+class Command:
+    """A running ``tercet serve``: its address, the process, and the lines it printed so far."""
+
+    url: str
+    process: subprocess.Popen[str]
+    lines: list[str]
+
+
+@contextmanager
+def command(*words: str, environment: Mapping[str, str] | None = None) -> Iterator[Command]:
+    """Run ``tercet serve`` on a free port, and end it by SIGTERM if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tercet", "serve", *words, "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd(), **(environment or {})},
+    )
+    assert process.stderr is not None
+    lines: list[str] = []
+    try:
+        for line in process.stderr:
+            lines.append(line.rstrip())
+            if line.startswith("ready"):
+                break
+        assert lines and lines[-1].startswith("ready"), lines
+        reader = Thread(target=lambda: lines.extend(map(str.rstrip, process.stderr or ())))
+        reader.start()
+        yield Command(lines[-1].split()[-1], process, lines)
+        process.terminate()
+        process.wait(_WAIT)
+        reader.join(_WAIT)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -92,7 +92,7 @@ class Call:
     body: Any = None  # parsed JSON; None without a body
     notes: dict[str, Any] = field(default_factory=dict)  # for the access log
 
-    def fields(self, known: Sequence[str] | None = None) -> Fields:
+    def fields(self, known: Collection[str] | None = None) -> Fields:
         """Return the fields of the body; with ``known`` others are refused."""
         return Fields(self.body, known)
 
@@ -125,6 +125,8 @@ class Call:
 
 
 Handler: TypeAlias = Callable[[Call], Awaitable[Response]]
+Described: TypeAlias = Mapping[str, tuple[str, str]]
+"""Fields of a body, each with its type, such as "string | [string]", and what it means."""
 
 
 def json_response(
@@ -135,34 +137,48 @@ def json_response(
     return Response(content, status, headers, media_type="application/json")
 
 
-def route(
+def route(  # noqa: PLR0913 (independent choices, each with a default)
     service: Service,
     path: str,
     handler: Handler,
     *,
     method: str = "POST",
     protocol: Protocol = PLAIN,
+    fields: Described | None = None,
     is_open: bool = False,
 ) -> Route:
-    """Return a route to a handler; an ``is_open`` one needs no key and runs while models load."""
-    return Route(
-        path, Endpoint(service, path, handler, protocol, is_open=is_open), methods=[method]
+    """Return a route to a handler; an ``is_open`` one needs no key and runs while models load.
+
+    ``fields`` of its body are for the description of the endpoint.
+    """
+    endpoint = Endpoint(
+        path=path,
+        method=method,
+        handler=handler,
+        service=service,
+        protocol=protocol,
+        fields=fields or {},
+        is_open=is_open,
     )
+    return Route(path, endpoint, methods=[method])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """An ASGI application around one handler."""
 
-    def __init__(
-        self, service: Service, path: str, handler: Handler, protocol: Protocol, *, is_open: bool
-    ) -> None:
-        self._service, self._path, self._handler = service, path, handler
-        self._protocol, self._is_open = protocol, is_open
+    path: str
+    method: str
+    handler: Handler
+    service: Service
+    protocol: Protocol
+    fields: Described
+    is_open: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         began = time.perf_counter()
-        call = Call(self._service, Request(scope, receive))
+        call = Call(self.service, Request(scope, receive))
         status = _GONE
         try:
             response = await self._answer(call, receive)
@@ -171,12 +187,12 @@ class Endpoint:
                 await response(scope, receive, send)
         finally:
             seconds = time.perf_counter() - began
-            self._service.metrics.request(self._path, status, seconds)
-            if self._service.access_log is not None:
-                self._service.access_log(
+            self.service.metrics.request(self.path, status, seconds)
+            if self.service.access_log is not None:
+                self.service.access_log(
                     {
                         "method": scope["method"],
-                        "path": self._path,
+                        "path": self.path,
                         "status": status,
                         "ms": round(1000 * seconds, 2),
                         **call.notes,
@@ -192,15 +208,15 @@ class Endpoint:
         except (RecipeError, DataError, TextError) as error:
             return self._refusal(RequestError(400, str(error)))
         except TercetError as error:
-            log.error("%s: %s", self._path, error)
+            log.error("%s: %s", self.path, error)
             return self._refusal(RequestError(500, str(error)))
         except Exception:
-            log.exception("%s failed", self._path)
+            log.exception("%s failed", self.path)
             return self._refusal(RequestError(500, "an error of the server; see its log"))
 
     async def _handled(self, call: Call, receive: Receive) -> Response | None:
-        service, request = self._service, call.request
-        if not self._is_open:
+        service, request = self.service, call.request
+        if not self.is_open:
             _require_key(request, service.key)
         body = None
         if request.method in ("POST", "PUT"):
@@ -208,9 +224,9 @@ class Endpoint:
             if raw is None:
                 return None
             body = _parsed(raw)
-        if not self._is_open and not service.is_ready():
+        if not self.is_open and not service.is_ready():
             raise RequestError(503, "models are being loaded; try again soon", retry_after=2)
-        handled = self._handler(Call(service, request, body, call.notes))
+        handled = self.handler(Call(service, request, body, call.notes))
         return await _while_connected(handled, receive, service.limits.seconds)
 
     def _refusal(self, error: RequestError) -> Response:
@@ -219,7 +235,7 @@ class Endpoint:
             headers["Retry-After"] = str(error.retry_after)
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return json_response(self._protocol.error(error), self._protocol.status(error), headers)
+        return json_response(self.protocol.error(error), self.protocol.status(error), headers)
 
 
 def _require_key(request: Request, key: str | None) -> None:

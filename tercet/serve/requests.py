@@ -1,7 +1,7 @@
 """Requests: the fields of their bodies, checked one by one, and errors that say what to do."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final, TypeVar
 
@@ -65,7 +65,7 @@ class Fields:
     protocols carry fields that have no meaning here.
     """
 
-    def __init__(self, body: object, known: Sequence[str] | None = None) -> None:
+    def __init__(self, body: object, known: Collection[str] | None = None) -> None:
         if not isinstance(body, Mapping):
             raise RequestError(400, f"the body must be a JSON object; got {shown(body)}")
         self._body: Mapping[str, Any] = body

@@ -22,10 +22,22 @@ from tercet.serve.requests import Fields, RequestError, require_count, valid, wr
 from tercet.serve.served import Prepared, ServedModel
 from tercet.vectors import Vectors
 
-_SEARCH: Final = (
-    *("index", "queries", "query", "k", "weights", "where"),
-    *("fusion", "candidates", "highlight"),
-)
+_SEARCH: Final = {
+    "index": ("string", "the index's name; default: the first"),
+    "queries": ("[string]", "what to look for"),
+    "query": ("string", "a single one, instead of queries"),
+    "k": ("integer", "hits of each query; default: 5"),
+    "weights": ("object", "of the scores by dense, sparse and multi; default: the model's"),
+    "where": ("object", "fields, and the value or a list of values that a document must have"),
+    "fusion": ("string", "weighted (default), rrf or rerank"),
+    "candidates": ("integer", "of each kind that are scored; 0: all documents; default: 100"),
+    "highlight": ("boolean", "whether hits have the tokens that match; default: false"),
+}
+_UPSERT: Final = {
+    "index": _SEARCH["index"],
+    "documents": ("[object]", "each with id and text, and perhaps title and fields"),
+}
+_DELETE: Final = {"index": _SEARCH["index"], "ids": ("[string]", "of documents")}
 _DOCUMENT: Final = ("id", "text", "title", "fields")
 _FUSIONS: Final[tuple[FusionName, ...]] = ("weighted", "rrf", "rerank")
 _MOST_HITS: Final = 1_000
@@ -36,9 +48,9 @@ _SCALARS: Final = "a text, a number, true or false, or a list of these"
 def routes(service: Service) -> list[Route]:
     """Return the routes of indexes."""
     return [
-        route(service, "/v1/search", search),
-        route(service, "/v1/documents", upsert),
-        route(service, "/v1/documents/delete", delete),
+        route(service, "/v1/search", search, fields=_SEARCH),
+        route(service, "/v1/documents", upsert, fields=_UPSERT),
+        route(service, "/v1/documents/delete", delete, fields=_DELETE),
         route(service, "/v1/documents/{id:path}", fetch, method="GET"),
         route(service, "/v1/documents/{id:path}", delete_one, method="DELETE"),
         route(service, "/v1/indexes", indexes, method="GET"),
@@ -50,7 +62,11 @@ def routes(service: Service) -> list[Route]:
 
 
 async def search(call: Call) -> Response:
-    """Return the best documents of each query, with their scores by each kind."""
+    """Return the best documents of each query, with their scores by each kind.
+
+    With ``highlight`` a hit has its tokens that match, the product of their weights in query and
+    document, and where they are in the text.
+    """
     began = time.perf_counter()
     fields = call.fields(_SEARCH)
     queries = _queries(fields, call.limits.texts)
@@ -208,8 +224,11 @@ def _shown(value: Any) -> str:
 
 
 async def upsert(call: Call) -> Response:
-    """Add or replace documents; the answer comes when they are on the disk and can be found."""
-    fields = call.fields(("index", "documents"))
+    """Add or replace documents; the answer comes when they are on the disk and can be found.
+
+    Those that are there already are not encoded again. ``truncated`` names those that were cut.
+    """
+    fields = call.fields(_UPSERT)
     index = call.indexes.find(fields.text("index"))
     records = _records(fields.raw("documents"), call.limits.texts)
     done = await index.upsert(records, call.read)
@@ -273,8 +292,8 @@ def _filled(value: Any, name: str) -> str:
 
 
 async def delete(call: Call) -> Response:
-    """Remove documents; the answer comes when that is on the disk."""
-    fields = call.fields(("index", "ids"))
+    """Remove documents by their ids; the answer comes when that is on the disk."""
+    fields = call.fields(_DELETE)
     index = call.indexes.find(fields.text("index"))
     ids = list(dict.fromkeys(fields.texts("ids", call.limits.texts)))
     return json_response({"index": index.name, "deleted": await index.delete(ids)})

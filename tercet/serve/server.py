@@ -23,7 +23,7 @@ from starlette.routing import Route
 from tercet.errors import RecipeError, TercetError
 from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
-from tercet.serve import cohere, openai, search, vectors
+from tercet.serve import cohere, openai, openapi, search, vectors
 from tercet.serve.connection import Connection
 from tercet.serve.endpoint import Call, Limits, Service, json_response, plain_error, route
 from tercet.serve.indexes import open_indexes
@@ -218,6 +218,7 @@ def application(
         *cohere.routes(service),
         *search.routes(service),
     ]
+    routes += openapi.routes(service, routes)
     cross = Middleware(
         CORSMiddleware,
         allow_origins=list(origins),
@@ -236,14 +237,17 @@ def _state_routes(service: Service) -> list[Route]:
     """Return the routes that say how the server is."""
 
     async def live(call: Call) -> Response:
+        """Say that the process answers."""
         return json_response({"status": "ok"})
 
     async def ready(call: Call) -> Response:
+        """Say whether models and indexes are loaded, with status 200 or 503."""
         if not service.is_ready():
             raise RequestError(503, "models are being loaded; try again soon", retry_after=2)
         return json_response({"status": "ok"})
 
     async def metrics(call: Call) -> Response:
+        """Return counters in the text format of Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     return [

@@ -9,17 +9,26 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tercet.kinds import KINDS, Kind
-from tercet.serve.endpoint import Call, Service, json_response, route
+from tercet.serve.endpoint import Call, Described, Service, json_response, route
 from tercet.serve.queue import Answer
 from tercet.serve.served import TRUNCATE, Prepared, ServedModel
 
-_FIELDS: Final = ("model", "texts", "role", "task", "kinds", "dims", "truncate", "format")
+_FIELDS: Final[Described] = {
+    "texts": ("[string]", "Texts, at least one."),
+    "model": ("string", "Name of the model. Default: the first."),
+    "role": ("string", '"query" or "document". Default: the model\'s default prompt.'),
+    "task": ("string", "Task whose prompt is put before the texts."),
+    "kinds": ("[string]", "Of dense, sparse and multi. Default: all that the model makes."),
+    "dims": ("integer", "Leading coordinates of dense vectors to keep. Default: all."),
+    "truncate": ("string", 'What is cut of long texts: "end" (default), "start"; or "error".'),
+    "format": ("string", '"json" (default) or "safetensors", which is binary.'),
+}
 _FORMATS: Final[tuple[Literal["json", "safetensors"], ...]] = ("json", "safetensors")
 
 
 def routes(service: Service) -> list[Route]:
     """Return the routes of this protocol."""
-    return [route(service, "/v1/vectors", vectors)]
+    return [route(service, "/v1/vectors", vectors, fields=_FIELDS)]
 
 
 async def vectors(call: Call) -> Response:

@@ -290,7 +290,9 @@ def _last_screen(
         f"  {tercet} train finetune --data pairs.jsonl --dev dev.jsonl --out runs/mine\n"
         f"  {tercet} eval test.jsonl --model runs/mine/model --compare-with {BASE}\n"
         f"  {tercet} index docs.jsonl --model runs/mine/model --out runs/mine/index\n"
-        f'  {tercet} search runs/mine/index "your question"',
+        f'  {tercet} search runs/mine/index "your question"\n\n'
+        "Search these packages in a browser, and from clients of OpenAI, Cohere and TEI:\n"
+        f"  {tercet} serve --index {out}/index",
         markup=False,
         soft_wrap=True,
     )

@@ -1,5 +1,8 @@
 """The demo on a tiny model, and what its numbers are worth."""
 
+import shlex
+
+import httpx2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +14,7 @@ from tercet.evaluate.sets.retrieval_set import RetrievalSet
 from tercet.files.console import results
 from tercet.models.embedder import Embedder
 from tercet.studies import demo
+from tests.serving import command
 from tests.toy import SENTENCES
 
 
@@ -48,6 +52,12 @@ def test_the_demo_trains_measures_searches_and_reports(
     assert "<svg" in page and "http-equiv" not in page and 'src="http' not in page
     assert (out / "model/tercet.json").exists() and (out / "index/index.json").exists()
     assert (out / "data/test.jsonl").exists()
+    line = screen.rstrip().splitlines()[-1]
+    assert line.endswith(f"serve --index {out}/index")
+    with command(*shlex.split(line)[2:]) as running:
+        asked = {"query": "a small web server", "k": 3}
+        found = httpx2.post(f"{running.url}/v1/search", json=asked).raise_for_status().json()
+        assert len(found["results"][0]["hits"]) == 3
 
 
 def test_the_demo_says_where_its_data_should_be(tmp_path):
