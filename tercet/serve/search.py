@@ -16,28 +16,28 @@ from tercet.search.engine.engine import CANDIDATES, Hit, Record, Where
 from tercet.search.engine.fusion import FusionName, fusion_of
 from tercet.search.exact.exact_engine import ExactEngine
 from tercet.search.text_index import TextIndex, check_texts
-from tercet.serve.endpoint import Call, Service, json_response, route
+from tercet.serve.endpoint import Call, Described, Service, json_response, route
 from tercet.serve.indexes import ServedIndex
 from tercet.serve.requests import Fields, RequestError, require_count, valid, wrong
 from tercet.serve.served import Prepared, ServedModel
 from tercet.vectors import Vectors
 
-_SEARCH: Final = {
-    "index": ("string", "the index's name; default: the first"),
-    "queries": ("[string]", "what to look for"),
-    "query": ("string", "a single one, instead of queries"),
-    "k": ("integer", "hits of each query; default: 5"),
-    "weights": ("object", "of the scores by dense, sparse and multi; default: the model's"),
-    "where": ("object", "fields, and the value or a list of values that a document must have"),
-    "fusion": ("string", "weighted (default), rrf or rerank"),
-    "candidates": ("integer", "of each kind that are scored; 0: all documents; default: 100"),
-    "highlight": ("boolean", "whether hits have the tokens that match; default: false"),
+_SEARCH: Final[Described] = {
+    "index": ("string", "Name of the index. Default: the first."),
+    "queries": ("[string]", "What to look for."),
+    "query": ("string", "One query, instead of queries."),
+    "k": ("integer", "Hits of each query. Default: 5."),
+    "weights": ("object", "Weight of each kind of score. Default: the model's."),
+    "where": ("object", "Fields, and the value or a list of values that documents must have."),
+    "fusion": ("string", '"weighted" (default), "rrf" or "rerank".'),
+    "candidates": ("integer", "Of each kind, to be scored; 0: all documents. Default: 100."),
+    "highlight": ("boolean", "Whether hits have the tokens that match. Default: false."),
 }
-_UPSERT: Final = {
+_UPSERT: Final[Described] = {
     "index": _SEARCH["index"],
-    "documents": ("[object]", "each with id and text, and perhaps title and fields"),
+    "documents": ("[object]", "Each with id and text; title and fields are optional."),
 }
-_DELETE: Final = {"index": _SEARCH["index"], "ids": ("[string]", "of documents")}
+_DELETE: Final[Described] = {"index": _SEARCH["index"], "ids": ("[string]", "Of documents.")}
 _DOCUMENT: Final = ("id", "text", "title", "fields")
 _FUSIONS: Final[tuple[FusionName, ...]] = ("weighted", "rrf", "rerank")
 _MOST_HITS: Final = 1_000
