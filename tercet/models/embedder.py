@@ -355,7 +355,11 @@ class Embedder(nn.Module):
 
         def finished(step: Step) -> Vectors:
             made = self._vectors(step.states, step.texts, wanted, reader.heads)
-            return _shortened(made, width, unit=unit)
+            dense, sparse = made.dense, made.sparse
+            if dense is not None:
+                dense = dense[:, :width].float()
+                dense = F.normalize(dense, dim=1) if unit else dense
+            return Vectors(dense, sparse, made.multi)
 
         nothing = Vectors.of_nothing(wanted, width, self.heads.width)
         with (
@@ -369,8 +373,8 @@ class Embedder(nn.Module):
     ) -> tuple[Vectors, Float[Tensor, "tokens hidden"]]:
         """Return vectors and token states of texts that are packed already, in one batch.
 
-        ``finished`` makes dense vectors what :meth:`encode` returns: these are as pooled, since
-        texts of one batch may be wanted in several widths.
+        Dense vectors are as pooled, neither shortened nor scaled, since texts of one batch may be
+        wanted in several widths.
 
         Args:
             texts: token ids of :meth:`tokenize`, on any device.
@@ -383,15 +387,6 @@ class Embedder(nn.Module):
         with self.reading() as reader:
             states = reader.states(texts)
             return self._vectors(states, texts, kinds, reader.heads), states
-
-    def finished(self, vectors: Vectors, dims: int | None = None) -> Vectors:
-        """Return pooled vectors with ``dims`` coordinates, of unit length if the model says so.
-
-        Raises:
-            RecipeError: for ``dims`` out of range.
-        """
-        unit = self.settings.normalize or dims is not None
-        return _shortened(vectors, self._width(dims), unit=unit)
 
     def encode_words(self, sentences: Sentences, *, predictor: bool = False) -> list[np.ndarray]:
         """Return one vector for each word of each sentence.
@@ -621,14 +616,6 @@ class Embedder(nn.Module):
         }
         add_weights(digest, weights)
         return digest.hexdigest()
-
-
-def _shortened(vectors: Vectors, width: int, *, unit: bool) -> Vectors:
-    """Return vectors whose dense ones have this width, in float32, scaled to unit length or not."""
-    if vectors.dense is None:
-        return vectors
-    dense = vectors.dense[:, :width].float()
-    return replace(vectors, dense=F.normalize(dense, dim=1) if unit else dense)
 
 
 def pooled(

@@ -187,7 +187,11 @@ class Tokenizer:
 
     def bare(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenize whole texts without special tokens, with the characters of each token."""
-        return self._fast.encode_batch(list(texts), add_special_tokens=False)
+        return self.encodings(texts, special=False)
+
+    def encodings(self, texts: Sequence[str], *, special: bool) -> list[Encoding]:
+        """Tokenize whole texts, with or without special tokens around them."""
+        return self._fast.encode_batch(list(texts), add_special_tokens=special)
 
     def __call__(
         self,

@@ -23,10 +23,26 @@ from starlette.routing import Route
 from tercet.errors import RecipeError
 from tercet.models.settings import Settings, quantizer_of
 from tercet.rank.quantized import CodePrecision, Codes, Quantizer
-from tercet.serve.endpoint import Call, Protocol, Service, json_response, route
+from tercet.serve.endpoint import Call, Described, Protocol, Service, json_response, route
 from tercet.serve.requests import Fields, RequestError, require_count, valid, wrong
 from tercet.serve.served import Prepared, Truncate
 
+_FIELDS: Final[Described] = {
+    "texts": ("[string]", "Texts, at least one."),
+    "inputs": ("[object]", 'Instead of them: {"content": [{"type": "text", "text": "..."}]}.'),
+    "model": ("string", "Name of the model. Default: the first."),
+    "input_type": (
+        "string",
+        "search_document, search_query, classification, clustering, or a prompt of the model.",
+    ),
+    "embedding_types": (
+        "[string]",
+        "Of float, int8, uint8, binary, ubinary and base64. Default: float.",
+    ),
+    "output_dimension": ("integer", "Leading coordinates to keep. Default: all."),
+    "max_tokens": ("integer", "Tokens to read of a text. Default: the model's limit."),
+    "truncate": ("string", "What is cut of long texts: END (default), START; or NONE."),
+}
 _Type: TypeAlias = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 _Codes: TypeAlias = Mapping[CodePrecision, Codes]
 _CODES: Final[Mapping[_Type, CodePrecision]] = {
@@ -46,7 +62,7 @@ def routes(service: Service) -> list[Route]:
         lambda error: {"message": str(error)},
         lambda error: 400 if error.too_long else error.status,
     )
-    return [route(service, "/v2/embed", embed, protocol=protocol)]
+    return [route(service, "/v2/embed", embed, protocol=protocol, fields=_FIELDS)]
 
 
 async def embed(call: Call) -> Response:
@@ -66,7 +82,7 @@ async def embed(call: Call) -> Response:
     dims = fields.whole("output_dimension", lowest=1)
     model.require_dims(dims, "output_dimension")
     types = fields.choices("embedding_types", _TYPES) or ["float"]
-    quantizers = _quantizers(settings, types, dims or model.embedder.dim)
+    quantizers = _quantizers(settings, types, dims or model.dim)
     texts = _texts(fields, call.limits.texts)
     prepared = await model.prepare(
         texts,

@@ -8,11 +8,19 @@ from typing import Any, Final, Literal
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tercet.serve.endpoint import Call, Protocol, Service, json_response, route
+from tercet.serve.endpoint import Call, Described, Protocol, Service, json_response, route
 from tercet.serve.requests import RequestError
 from tercet.serve.served import SUFFIXES, TRUNCATE, Models, ServedModel, Truncate
 from tercet.types import Role
 
+_FIELDS: Final[Described] = {
+    "input": ("string | [string] | [integer] | [[integer]]", "Texts, or token ids of the model."),
+    "model": ("string", "Name of the model; -query or -document after it says the role."),
+    "input_type": ("string", '"query" or "document", or a task or a prompt of the model.'),
+    "dimensions": ("integer", "Leading coordinates to keep. Default: all."),
+    "encoding_format": ("string", '"float" (default), or "base64" of little-endian float32.'),
+    "truncate": ("string", 'What is cut of long texts: "end" or "start"; or "error" (default).'),
+}
 _FORMATS: Final[tuple[Literal["float", "base64"], ...]] = ("float", "base64")
 _TYPES: Final[Mapping[int, str]] = {
     401: "authentication_error",
@@ -42,7 +50,7 @@ def routes(service: Service) -> list[Route]:
 
     protocol = Protocol(_error, _status)
     return [
-        route(service, "/v1/embeddings", embeddings, protocol=protocol),
+        route(service, "/v1/embeddings", embeddings, protocol=protocol, fields=_FIELDS),
         route(service, "/v1/models", models, method="GET", protocol=protocol),
         route(service, "/v1/models/{name:path}", model, method="GET", protocol=protocol),
     ]
@@ -96,7 +104,7 @@ def _entry(model: ServedModel, suffix: str, role: Role | None, began: int) -> di
         "created": began,
         "owned_by": "tercet",
         "kinds": model.kinds,
-        "dims": model.embedder.dim,
+        "dims": model.dim,
         "max_tokens": model.embedder.settings.max_tokens(role or "document"),
     }
 

@@ -40,7 +40,7 @@ log = logging.getLogger("tercet")
 class Answer:
     """Vectors of the texts of a request, in their order; what was not asked for is empty.
 
-    Dense vectors are as pooled: :meth:`Embedder.finished` shortens and scales them.
+    Dense vectors are as pooled: :meth:`ServedModel.dense` shortens and scales them.
     """
 
     dense: list[np.ndarray] = field(default_factory=list)  # float32 [texts, dim], in parts

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
-import torch
 
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
@@ -17,12 +16,12 @@ from tercet.models.tokens import Tokens
 from tercet.serve.queue import Answer, Batch, Need, PackedQueue
 from tercet.serve.requests import Fields, RequestError, require_count, shown, valid, wrong
 from tercet.types import Role, RoleName
-from tercet.vectors import Vectors
 
 Truncate: TypeAlias = Literal["end", "start", "error"]
 """What is cut of a text that is longer than the model reads; "error" refuses it."""
 
 TRUNCATE: Final[tuple[Truncate, ...]] = ("end", "start", "error")
+_TINY: Final = np.float32(1e-12)  # the least length to divide by, as in torch
 _AT_ONCE: Final = 4_000  # characters that are tokenized in the event loop; more in a thread
 SUFFIXES: Final[Mapping[str, Role]] = {"-query": "query", "-document": "document"}
 
@@ -76,6 +75,8 @@ class ServedModel:
         on_batch: Callable[[Batch], None] = lambda _: None,
     ) -> None:
         self.name, self.source, self.embedder = name, source, embedder
+        self.dim = embedder.dim
+        self._normalizes = embedder.settings.normalize
         embedder.encode_vectors(["a"])  # what is made once, such as packed weights, is made now
         self.queue = PackedQueue(embedder, most=most, on_batch=on_batch)
 
@@ -90,11 +91,12 @@ class ServedModel:
         role: str = "default",
         *,
         task: str | None = None,
-        truncate: Truncate = "end",
+        truncate: Truncate | None = None,
         longest: int | None = None,
     ) -> Prepared:
         """Tokenize texts: long ones in a thread, so that others are not held up.
 
+        ``truncate`` None cuts the side that the model's tokenizer cuts, mostly the end.
         ``longest`` is the most tokens to read of a text, at most the model's own limit.
 
         Raises:
@@ -110,7 +112,7 @@ class ServedModel:
         texts: Sequence[str],
         role: str,
         task: str | None,
-        truncate: Truncate,
+        truncate: Truncate | None,
         longest: int | None,
     ) -> Prepared:
         embedder = self.embedder
@@ -164,18 +166,18 @@ class ServedModel:
             RequestError: 400 for ``dims`` out of range.
         """
         self.require_dims(dims)
-        pooled = Vectors(torch.from_numpy(np.concatenate(answer.dense)))
-        found = self.embedder.finished(pooled, dims).dense
-        assert found is not None, "it was just made"
-        return found.numpy()
+        rows = answer.dense[0] if len(answer.dense) == 1 else np.concatenate(answer.dense)
+        rows = rows[:, : dims or self.dim]
+        if not self._normalizes and dims is None:
+            return rows
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
 
     def require_dims(self, dims: int | None, field: str = "dims") -> None:
         """Raise RequestError, before any work, unless a width is one that the model has."""
-        if dims is not None and not 0 < dims <= self.embedder.dim:
+        if dims is not None and not 0 < dims <= self.dim:
             raise RequestError(
                 400,
-                f'"{field}" must be from 1 to {self.embedder.dim}, the width of {self.name}; '
-                f"got {dims}",
+                f'"{field}" must be from 1 to {self.dim}, the width of {self.name}; got {dims}',
                 field=field,
             )
 
@@ -240,8 +242,8 @@ class ServedModel:
                 raise wrong(where, "a string or a list of token ids", value)
         return found
 
-    def text_of(self, ids: Sequence[int], name: str) -> str:
-        """Return the text that token ids stand for, without special tokens.
+    def text_of(self, ids: Sequence[int], name: str, *, special: bool = False) -> str:
+        """Return the text that token ids stand for, without special tokens or with them.
 
         Raises:
             RequestError: 400 for an id that is not in the vocabulary.
@@ -255,7 +257,7 @@ class ServedModel:
                     f"{size - 1}; got {shown(each)}",
                     field=name,
                 )
-        return self.embedder.tokenizer.stock.decode(list(ids), skip_special_tokens=True)
+        return self.embedder.tokenizer.stock.decode(list(ids), skip_special_tokens=not special)
 
     def close(self) -> None:
         """Answer what waits, and end the queue."""

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from tercet.errors import RecipeError, TercetError
 from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
-from tercet.serve import cohere, openai, openapi, search, vectors
+from tercet.serve import cohere, openai, openapi, search, tei, vectors
 from tercet.serve.connection import Connection
 from tercet.serve.endpoint import Call, Limits, Service, json_response, plain_error, route
 from tercet.serve.indexes import open_indexes
@@ -217,6 +217,7 @@ def application(
         *openai.routes(service),
         *cohere.routes(service),
         *search.routes(service),
+        *tei.routes(service),
     ]
     routes += openapi.routes(service, routes)
     cross = Middleware(

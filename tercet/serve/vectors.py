@@ -11,7 +11,7 @@ from starlette.routing import Route
 from tercet.kinds import KINDS, Kind
 from tercet.serve.endpoint import Call, Described, Service, json_response, route
 from tercet.serve.queue import Answer
-from tercet.serve.served import TRUNCATE, Prepared, ServedModel
+from tercet.serve.served import TRUNCATE, Prepared, ServedModel, Truncate
 
 _FIELDS: Final[Described] = {
     "texts": ("[string]", "Texts, at least one."),
@@ -20,7 +20,7 @@ _FIELDS: Final[Described] = {
     "task": ("string", "Task whose prompt is put before the texts."),
     "kinds": ("[string]", "Of dense, sparse and multi. Default: all that the model makes."),
     "dims": ("integer", "Leading coordinates of dense vectors to keep. Default: all."),
-    "truncate": ("string", 'What is cut of long texts: "end" (default), "start"; or "error".'),
+    "truncate": ("string", 'Side of long texts that is cut: "end" or "start"; "error": none.'),
     "format": ("string", '"json" (default) or "safetensors", which is binary.'),
 }
 _FORMATS: Final[tuple[Literal["json", "safetensors"], ...]] = ("json", "safetensors")
@@ -45,11 +45,12 @@ async def vectors(call: Call) -> Response:
     dims = fields.whole("dims", lowest=1)
     model.require_dims(dims)
     binary = fields.choice("format", _FORMATS, "json") == "safetensors"
+    side: Truncate = fields.choice("truncate", TRUNCATE, "end")
     prepared = await model.prepare(
         texts,
         role,
         task=fields.text("task"),
-        truncate=fields.choice("truncate", TRUNCATE, "end"),
+        truncate=side if "truncate" in fields else None,
     )
     answer = await call.read(model, prepared, kinds)
     dense = model.dense(answer, dims) if "dense" in kinds else None
