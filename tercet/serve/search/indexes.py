@@ -12,11 +12,13 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, TypeAlias, TypeVar
+
+import torch
 
 from tercet.errors import RecipeError, TercetError
 from tercet.models.embedder import Embedder
@@ -120,7 +122,11 @@ class ServedIndex:
         """Return the vectors of texts as the index has them, and what was read of them."""
         prepared = await self.model.prepare(texts, role, task=opened.task)
         answer = await read(self.model, prepared, opened.kinds)
-        return self.model.embedder.finished(answer.vectors(), opened.dims), prepared
+        vectors = answer.vectors()
+        if "dense" in opened.kinds:
+            dense = torch.from_numpy(self.model.dense(answer, opened.dims))
+            vectors = replace(vectors, dense=dense)
+        return vectors, prepared
 
     def matches(
         self, opened: TextIndex, weights: Mapping[int, float], records: Sequence[Record]

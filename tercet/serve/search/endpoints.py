@@ -17,8 +17,8 @@ from tercet.search.engine.fusion import FusionName, fusion_of
 from tercet.search.exact.exact_engine import ExactEngine
 from tercet.search.text_index import TextIndex, check_texts
 from tercet.serve.endpoint import Call, Described, Service, json_response, route
-from tercet.serve.indexes import ServedIndex
 from tercet.serve.requests import Fields, RequestError, require_count, valid, wrong
+from tercet.serve.search.indexes import ServedIndex
 from tercet.serve.served import Prepared, ServedModel
 from tercet.vectors import Vectors
 
