@@ -90,7 +90,11 @@ def serve(options: ServeOptions, say: Callable[[str], None] = lambda line: None)
         server.run(sockets=[listener])
     if server.failure is not None:
         raise server.failure
-    say("stopped; all requests were answered")
+    say(
+        f"stopped; requests that needed more than {_ENDS_WITHIN} seconds were dropped"
+        if server.dropped
+        else "stopped; all requests were answered"
+    )
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:
@@ -117,6 +121,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, options: ServeOptions, address: str, say: Callable[[str], None]) -> None:
         self.failure: TercetError | None = None
+        self.dropped = False  # whether a request was not answered when the server stopped
         self._options, self._address, self._say = options, address, say
         self._service = Service(
             limits=options.limits, key=options.key, access_log=_timed(options.access_log)
@@ -147,6 +152,12 @@ class _Server(uvicorn.Server):
         """Return whether the server should end."""
         signalled = self._signals is not None and self._signals.number != 0
         return await super().on_tick(counter) or signalled
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what has begun, and note whether there was time for all of it."""
+        began = time.monotonic()
+        await super().shutdown(sockets)
+        self.dropped = time.monotonic() - began >= _ENDS_WITHIN
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
