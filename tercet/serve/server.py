@@ -25,7 +25,7 @@ from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
 from tercet.serve import cohere, openai, openapi, tei, vectors
 from tercet.serve.connection import Connection
-from tercet.serve.endpoint import Call, Limits, Service, json_response, plain_error, route
+from tercet.serve.endpoint import LOCAL, Call, Limits, Service, json_response, plain_error, route
 from tercet.serve.indexes import open_indexes
 from tercet.serve.metrics import CONTENT_TYPE
 from tercet.serve.names import name_of
@@ -68,6 +68,11 @@ class ServeOptions:
     precision: str = "float32"
     load: Load
     access_log: Callable[[Mapping[str, Any]], None] | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.host in LOCAL or self.host == "::1"
 
 
 def serve(options: ServeOptions, say: Callable[[str], None] = lambda line: None) -> None:
@@ -124,7 +129,10 @@ class _Server(uvicorn.Server):
         self.dropped = False  # whether a request was not answered when the server stopped
         self._options, self._address, self._say = options, address, say
         self._service = Service(
-            limits=options.limits, key=options.key, access_log=_timed(options.access_log)
+            limits=options.limits,
+            key=options.key,
+            is_local=options.key is None and options.is_local,
+            access_log=_timed(options.access_log),
         )
         self._signals: Listener | None = None
         app = application(self._service, origins=options.origins, lifespan=self._lifespan)
