@@ -23,7 +23,7 @@ from tercet.rank.scoring import scores_of
 from tercet.serve.endpoint import Call, Described, Protocol, Service, json_response, route
 from tercet.serve.queue import Answer, Need
 from tercet.serve.requests import Fields, RequestError, require_count, wrong
-from tercet.serve.served import Prepared, Truncate
+from tercet.serve.served import Prepared, ServedModel, Truncate
 from tercet.types import RoleName
 
 _ErrorType: TypeAlias = Literal["Backend", "Empty", "Overloaded", "Unhealthy", "Validation"]
