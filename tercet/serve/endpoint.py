@@ -21,7 +21,7 @@ from tercet.serve.requests import Fields, RequestError
 from tercet.serve.served import Models, Prepared, ServedModel
 
 if TYPE_CHECKING:
-    from tercet.serve.indexes import Indexes
+    from tercet.serve.search.indexes import Indexes
 
 _GONE: Final = 499  # in log and metrics: the client closed the connection
 _NUMBERS: Final = orjson.OPT_SERIALIZE_NUMPY

@@ -7,6 +7,7 @@ texts are cut at the end by default.
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Final, Literal, TypeAlias
 
@@ -17,15 +18,13 @@ from starlette.routing import Route
 from tokenizers import Encoding
 
 from tercet.kinds import Kind, Weights
-from tercet.models.embedder import Embedder
 from tercet.models.tokens import Tokens
 from tercet.rank.scoring import scores_of
 from tercet.serve.endpoint import Call, Described, Protocol, Service, json_response, route
 from tercet.serve.queue import Answer, Need
 from tercet.serve.requests import Fields, RequestError, require_count, wrong
-from tercet.serve.served import Prepared, Truncate
+from tercet.serve.served import Prepared, ServedModel, Truncate
 from tercet.types import RoleName
-from tercet.vectors import Vectors
 
 _ErrorType: TypeAlias = Literal["Backend", "Empty", "Overloaded", "Unhealthy", "Validation"]
 _Side: TypeAlias = Literal["Left", "Right"]
@@ -110,7 +109,7 @@ async def embed(call: Call) -> Response:
     asked.model.require_dims(dims, "dimensions")
     unit = asked.fields.flag("normalize", True)
     answer = await asked.read(await asked.texts(), "dense")
-    width = dims or asked.model.embedder.dim
+    width = dims or asked.model.dim
     found = asked.model.dense(answer, width) if unit else np.concatenate(answer.dense)[:, :width]
     return asked.response(np.ascontiguousarray(found))
 
@@ -137,7 +136,7 @@ async def embed_all(call: Call) -> Response:
     """Return the state of every token, prompt and special ones included, not normalized."""
     asked = _Asked(call)
     texts = await asked.texts()
-    width = asked.model.embedder.dim
+    width = asked.model.dim
     answer = await asked.read(texts, "states", most=_MOST_NUMBERS // width)
     return asked.response(answer.states)
 
@@ -150,7 +149,7 @@ async def similarity(call: Call) -> Response:
     sentences = _texts(inputs, "sentences", call.limits.texts)
     asked = _Asked(call, _object(fields, "parameters"))
     answer = await asked.read([sentence, *sentences], "dense")
-    unit = asked.model.dense(answer, asked.model.embedder.dim)
+    unit = asked.model.dense(answer, asked.model.dim)
     return asked.response(unit[1:] @ unit[0])
 
 
@@ -171,7 +170,7 @@ async def rerank(call: Call) -> Response:
     kinds: list[Kind] = [kind for kind in model.kinds if weights.of(kind)]
     both = Prepared(Tokens.join([of_query.tokens, of_texts.tokens]), "document")
     answer = await asked.read_prepared([query, *texts], both, *kinds)
-    sums = await asyncio.to_thread(_sums, model.embedder, answer.vectors(), kinds, weights)
+    sums = await asyncio.to_thread(_sums, model, answer, kinds, weights)
     scores = sums if raw else 1 / (1 + np.exp(-sums))
     return asked.response(
         [
@@ -361,10 +360,12 @@ def _texts(fields: Fields, name: str, most: int, *, single: bool = False) -> lis
 
 
 def _sums(
-    embedder: Embedder, vectors: Vectors, kinds: Sequence[Kind], weights: Weights
+    model: ServedModel, answer: Answer, kinds: Sequence[Kind], weights: Weights
 ) -> np.ndarray:
     """Return the weighted score of the first text with each of the others."""
-    vectors = embedder.finished(vectors)
+    vectors = answer.vectors()
+    if vectors.dense is not None:
+        vectors = replace(vectors, dense=torch.from_numpy(model.dense(answer)))
     query, texts = vectors.take(slice(0, 1)), vectors.take(slice(1, len(vectors)))
     parts = [scores_of(kind, query, texts)[0] * weights.of(kind) for kind in kinds]
     return torch.stack(parts).sum(0).double().numpy()
