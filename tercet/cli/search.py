@@ -7,11 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from difflib import get_close_matches
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -45,15 +43,13 @@ from tercet.cli.options import (
 from tercet.errors import IndexFolderError, RecipeError
 from tercet.files.console import columns, one_line, results, say, shortened
 from tercet.files.outputs import check_files
-from tercet.kinds import KINDS, Kind, Weights
+from tercet.kinds import Kind
 
 if TYPE_CHECKING:
-    from tercet.search.engine.engine import Engine, Fusion
+    from tercet.search.engine.conditions import Condition
+    from tercet.search.engine.engine import Engine
 
 _ENGINE, _HITS, _OFFER, _LIMITS = "Engine", "Hits", "What is offered", "Limits"  # panels
-_FIELDS_NAMED: Final = 10  # in a message
-_VALUES_REMEMBERED: Final = 1_000  # of each field, to name those that are like a wrong one
-_Condition: TypeAlias = tuple[str, str, list[Any]]  # a field, what it should be, possible values
 
 
 def index(
@@ -266,6 +262,7 @@ def search(
         tercet search runs/mine/index "a small web server"
         tercet search runs/mine/index "a small web server" --where section=web --kind-weight multi=0
     """
+    from tercet.search.engine.fusion import fusion_of
     from tercet.search.text_index import check_texts, open_index
 
     _refuse_swapped(folder, queries)
@@ -280,7 +277,7 @@ def search(
         complete, kinds = opened.about.complete, opened.kinds
         if not complete:
             say(f"tercet: note: {folder}: some documents are missing; call tercet index again")
-        how = _fusion(fusion, given, opened.weights, candidates)
+        how = fusion_of(fusion, given, opened.weights, candidates)
         found = opened.search(queries, k, fusion=how, where=wanted)
         if not any(found) or len(conditions) > len(wanted):  # one of several values may be wrong
             _explain(folder, opened.engine, conditions, complete=complete)
@@ -453,71 +450,27 @@ def _refuse_swapped(folder: Path, queries: Sequence[str]) -> None:
 
 
 def _explain(
-    folder: Path, engine: "Engine", conditions: Sequence[_Condition], *, complete: bool
+    folder: Path, engine: "Engine", conditions: Sequence["Condition"], *, complete: bool
 ) -> None:
     """Say which conditions no document fulfils, and which fields and values there are.
 
     Raises:
         IndexFolderError: when the index is said to be complete, and nothing is in it.
     """
-    waiting, known = list(conditions), dict[str, set[str]]()
-    if not engine.stats().records:
-        if complete:
-            raise IndexFolderError(
-                f"{folder}: its documents are gone; build it again with: tercet index --fresh"
-            )
-        return
-    for record in engine.scan() if waiting else ():
-        for name, value in record.fields.items():
-            values = value if isinstance(value, list | tuple) else [value]
-            waiting = [c for c in waiting if c[0] != name or not _any_equal(values, c[2])]
-            seen = known.setdefault(name, set())
-            if len(seen) < _VALUES_REMEMBERED:
-                seen |= {str(each) for each in values}
-        if not waiting:
-            return
-    for name, text, _ in waiting:
-        values = known.get(name)
-        if values is None:
-            what, lacks = one_line(name), "this field"
-            there = one_line(", ".join(islice(sorted(known), _FIELDS_NAMED))) or "none"
-        else:
-            what, lacks = one_line(f"{name}={text}"), "this value"
-            near = get_close_matches(text, values, _FIELDS_NAMED, cutoff=0.5) or sorted(values)
-            there = one_line(", ".join(shortened(each, 40) for each in near[:_FIELDS_NAMED]))
-        what = what.encode("utf-8", "backslashreplace").decode()  # of bytes that are no Unicode
-        say(f"tercet: note: --where {what}: no document has {lacks}; there are: {there}")
+    from tercet.search.engine.conditions import unfulfilled
+
+    if engine.stats().records:
+        for problem in unfulfilled(engine, conditions):
+            say(f"tercet: note: --where {problem}")
+    elif complete:
+        raise IndexFolderError(
+            f"{folder}: its documents are gone; build it again with: tercet index --fresh"
+        )
 
 
-def _any_equal(values: Sequence[Any], wanted: Sequence[Any]) -> bool:
-    """Whether two lists share a value; true is not 1."""
-    return any(
-        a == b and isinstance(a, bool) == isinstance(b, bool) for a in values for b in wanted
-    )
-
-
-def _fusion(
-    name: str, given: Mapping[Kind, float] | None, usual: Weights, candidates: int
-) -> "Fusion":
-    """Return the fusion of a name; by ranks, kinds with a weight count, or all."""
-    from tercet.search.engine.engine import ReciprocalRank, Rerank, Weighted
-
-    weights = usual.changed(given or {})
-    if name == "weighted":
-        return Weighted(weights=weights, candidates=candidates or None)
-    if candidates == 0:
-        raise RecipeError(f"--candidates 0: {name} needs some; only weighted can look at all")
-    if name == "rerank":
-        return Rerank(weights=weights, candidates=candidates)
-    kinds: tuple[Kind, ...] = ReciprocalRank().kinds
-    if given is not None:
-        kinds = tuple(kind for kind in KINDS if weights.of(kind))
-    return ReciprocalRank(kinds=kinds, candidates=candidates)
-
-
-def _conditions(given: Sequence[str]) -> list[_Condition]:
+def _conditions(given: Sequence[str]) -> list["Condition"]:
     """Return fields, what they should be, and the values that this may stand for."""
-    found: list[_Condition] = []
+    found: list[Condition] = []
     for condition in given:
         name, equals, text = condition.partition("=")
         if not name or not equals:

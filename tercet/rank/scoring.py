@@ -11,6 +11,7 @@
 Nothing is padded, and nothing is as wide as the vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Final
@@ -154,6 +155,17 @@ class Postings:
             return np.zeros(count, np.float32)
         summed = np.bincount(np.concatenate(rows), np.concatenate(parts), minlength=count)
         return summed.astype(np.float32)
+
+    def weights_in(self, row: int, tokens: Sequence[int]) -> dict[int, float]:
+        """Return the weights of those of some tokens that a row has."""
+        found: dict[int, float] = {}
+        for token, word in zip(tokens, np.searchsorted(self.tokens, tokens).tolist(), strict=True):
+            if word < len(self.tokens) and self.tokens[word] == token:
+                begin, end = self.offsets[word], self.offsets[word + 1]
+                place = begin + np.searchsorted(self.rows[begin:end], row)
+                if place < end and self.rows[place] == row:
+                    found[token] = float(self.weights[place])
+        return found
 
 
 # ---- token vectors -------------------------------------------------------------------------------

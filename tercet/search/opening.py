@@ -289,8 +289,12 @@ def _store_of(about: About) -> Any:
     return ClusterStore(about.url, about.collection, mark=about.mark, api_key=key, stored=stored)
 
 
-def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
+def open_engine(
+    folder: Path | str, *, read_only: bool = False, like: Engine | None = None
+) -> Engine:
     """Open the engine of an index folder; ``read_only`` lets several processes search an exact one.
+
+    ``like`` is an open engine of the same folder: what both have is not read again.
 
     Raises:
         IndexFolderError: when the folder is not an index or damaged, or its collection is foreign.
@@ -306,7 +310,8 @@ def open_engine(folder: Path | str, *, read_only: bool = False) -> Engine:
         return QdrantEngine(_edge_store()(folder / "qdrant", stored=_stored_of(about)))
     if about.engine == "cluster":
         return QdrantEngine(_store_of(about))
-    return ExactEngine(folder / "exact", stored=_stored_of(about), read_only=read_only)
+    known = like if isinstance(like, ExactEngine) else None
+    return ExactEngine(folder / "exact", stored=_stored_of(about), read_only=read_only, like=known)
 
 
 @dataclass(frozen=True, slots=True)

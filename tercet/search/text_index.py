@@ -202,7 +202,14 @@ class TextIndex:
     the exact engine at once.
     """
 
-    def __init__(self, folder: Path | str, *, load: Load = load_embedder) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        load: Load = load_embedder,
+        like: "TextIndex | None" = None,
+    ) -> None:
+        """Open a folder; ``like`` is the same one opened before, to read only what is new."""
         self.folder = Path(folder)
         self.about = about = about_index(folder)
         names = ("model", "precision", "kinds", "task", "dims")
@@ -212,12 +219,19 @@ class TextIndex:
             self.embedder = load(model, weights)
         except ModelError as error:
             raise IndexFolderError(f"{folder}: its model cannot be loaded: {error}") from error
-        require(folder, about, {"fingerprint": self.embedder.fingerprint()})
-        self.kinds: Sequence[Kind] = kinds
-        self._task, self._dims = task, dims
+        if like is not None and like.embedder is self.embedder:
+            self.fingerprint = like.fingerprint
+        else:
+            self.fingerprint = self.embedder.fingerprint()
+        require(folder, about, {"fingerprint": self.fingerprint})
+        self.kinds: tuple[Kind, ...] = tuple(kinds)
+        self.task: str | None = task
+        self.dims: int | None = dims
         tuned = self.embedder.settings.weights
         self.weights = tuned.get(task or "", tuned.get("", Weights()))
-        self.engine = open_engine(folder, read_only=True)
+        self.engine = open_engine(
+            folder, read_only=True, like=None if like is None else like.engine
+        )
 
     def search(
         self,
@@ -241,10 +255,21 @@ class TextIndex:
         """
         check_texts(queries)
         vectors = self.embedder.encode_vectors(
-            queries, "query", kinds=self.kinds, task=self._task, dims=self._dims
+            queries, "query", kinds=self.kinds, task=self.task, dims=self.dims
         )
+        return self.nearest(vectors, k, fusion=fusion, where=where)
+
+    def nearest(
+        self,
+        queries: Vectors,
+        k: int = 5,
+        *,
+        fusion: Fusion | None = None,
+        where: Where | None = None,
+    ) -> list[list[Hit]]:
+        """Return the ``k`` best documents of queries that are encoded already; see ``search``."""
         how = fusion or Weighted(weights=self.weights, candidates=100)
-        return self.engine.search(vectors, k, fusion=how, where=where)
+        return self.engine.search(queries, k, fusion=how, where=where)
 
     def close(self) -> None:
         """Close the engine's files."""

@@ -21,7 +21,7 @@ from tercet.serve.requests import Fields, RequestError
 from tercet.serve.served import Models, Prepared, ServedModel
 
 if TYPE_CHECKING:
-    from tercet.serve.indexes import Indexes
+    from tercet.serve.search.indexes import Indexes
 
 LOCAL: Final = ("localhost", "127.0.0.1", "[::1]")
 """Names of this machine in addresses."""
@@ -268,7 +268,8 @@ def _require_key(request: Request, key: str | None) -> None:
     scheme, _, token = given.partition(" ")
     if scheme.lower() != "bearer":
         token = request.headers.get("x-api-key", "")
-    if not hmac.compare_digest(token.strip().encode(), key.encode()):
+    # Headers are read as Latin-1; clients send a key that is not ASCII as UTF-8.
+    if not hmac.compare_digest(token.strip().encode("latin-1"), key.encode()):
         what = "is wrong" if token else "is missing"
         raise RequestError(401, f"the API key {what}; send it as: Authorization: Bearer KEY")
 

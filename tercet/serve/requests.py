@@ -76,7 +76,9 @@ class Fields:
                 hint = f'; did you mean "{near[0]}"?' if near else ""
                 expected = ", ".join(known or ())
                 raise RequestError(
-                    400, f'unknown field "{name}"{hint or f"; use {expected}"}', field=str(name)
+                    400,
+                    f"unknown field {shown(name)}{hint or f'; use {expected}'}",
+                    field=str(name),
                 )
 
     def __contains__(self, name: str) -> bool:

@@ -26,10 +26,11 @@ from tercet.models.embedder import Embedder
 from tercet.serve import cohere, openai, openapi, tei, vectors
 from tercet.serve.connection import Connection
 from tercet.serve.endpoint import LOCAL, Call, Limits, Service, json_response, plain_error, route
-from tercet.serve.indexes import open_indexes
 from tercet.serve.metrics import CONTENT_TYPE
 from tercet.serve.names import name_of
 from tercet.serve.requests import NAMES, RequestError
+from tercet.serve.search import endpoints as search
+from tercet.serve.search.indexes import open_indexes
 from tercet.serve.served import Models, ServedModel
 
 _ENDS_WITHIN: Final = 30  # seconds that requests have to be answered when the server stops
@@ -235,6 +236,7 @@ def application(
         *vectors.routes(service),
         *openai.routes(service),
         *cohere.routes(service),
+        *search.routes(service),
         *tei.routes(service),
     ]
     routes += openapi.routes(service, routes)

@@ -457,7 +457,7 @@ def test_an_index_that_is_not_complete_says_so(tercet, indexed):
         ),
         (["--where", "web"], "--where web: write a field and its value"),
         (["--where", "=web"], "--where =web: write a field and its value"),
-        (["--fusion", "rrf", "--candidates", "0"], "--candidates 0: rrf needs some"),
+        (["--fusion", "rrf", "--candidates", "0"], "candidates must be 1 or more with rrf; got 0"),
     ],
 )
 def test_what_cannot_be_searched_for_is_said(refused, indexed, flags, said):

@@ -1,13 +1,40 @@
 """Fusion of the scores and ranks of several kinds into one ranking, the same for all engines."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from tercet.errors import RecipeError
-from tercet.kinds import Kind, Weights
-from tercet.search.engine.engine import Fusion, ReciprocalRank, Rerank
+from tercet.kinds import KINDS, Kind, Weights
+from tercet.search.engine.engine import Fusion, ReciprocalRank, Rerank, Weighted
 
 Name = TypeVar("Name", bound=Hashable)
+FusionName: TypeAlias = Literal["weighted", "rrf", "rerank"]
+
+
+def fusion_of(
+    name: FusionName, given: Mapping[Kind, float] | None, usual: Weights, candidates: int
+) -> Fusion:
+    """Return the fusion of a name, with the usual weights and those that are given.
+
+    By ranks, kinds with a weight count, or the usual ones where none is given. 0 candidates are all
+    documents.
+
+    Raises:
+        RecipeError: for weights that cannot be, or no candidates where some are needed.
+    """
+    weights = usual.changed(given or {})
+    if name == "weighted":
+        return Weighted(weights=weights, candidates=candidates or None)
+    if candidates == 0:
+        raise RecipeError(
+            f"candidates must be 1 or more with {name}; got 0; only weighted can look at all"
+        )
+    if name == "rerank":
+        return Rerank(weights=weights, candidates=candidates)
+    kinds: tuple[Kind, ...] = ReciprocalRank().kinds
+    if given is not None:
+        kinds = tuple(kind for kind in KINDS if weights.of(kind))
+    return ReciprocalRank(kinds=kinds, candidates=candidates)
 
 
 def proposing(fusion: Fusion, present: Sequence[Kind]) -> tuple[Kind, ...]:

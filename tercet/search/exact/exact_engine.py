@@ -43,7 +43,7 @@ from tercet.search.exact.merging import (
     write_merged,
 )
 from tercet.search.exact.scanning import SegmentScan, SegmentView, blocks_of_queries
-from tercet.search.exact.segment import damaged
+from tercet.search.exact.segment import Segment, damaged
 from tercet.vectors import Vectors
 
 MEMORY: Final = 256 << 20  # bytes of vectors that wait for a flush in memory; more wait on the disk
@@ -70,8 +70,11 @@ class ExactEngine:
         precision: TokenPrecision | None = None,
         stored: Stored | None = None,
         read_only: bool = False,
+        like: "ExactEngine | None" = None,
     ) -> None:
         """Open a folder, or make one.
+
+        ``like`` is an open engine of the same folder: files that both have are not read again.
 
         Raises:
             IndexFolderError: when the folder is damaged, holds other files, or is missing with
@@ -85,10 +88,10 @@ class ExactEngine:
         self._ids: dict[LivePart, IdRows] = {}  # of parts where ids were looked up
         self._changed = False  # since the last commit
         if read_only:
-            self._manifest, self._parts = _read(self.folder)
+            self._read(like)
         else:
             made = Manifest(precision=precision or "float16", stored=stored or "float32")
-            self._start(made)
+            self._start(made, like)
         try:
             require_same(self.folder, "multi", self._manifest.precision, precision)
             require_same(self.folder, "dense", self._manifest.stored, stored)
@@ -100,7 +103,40 @@ class ExactEngine:
             [self._manifest.number, *map(manifests.number_of, self._manifest.names)]
         )
 
-    def _start(self, made: Manifest) -> None:
+    def _read(self, like: "ExactEngine | None") -> None:
+        """Open the last commit; another process may replace it meanwhile."""
+        for _ in range(_ATTEMPTS):
+            found = manifests.read(self.folder)
+            if found is None:
+                what = "is not an index" if self.folder.exists() else "no such folder"
+                raise IndexFolderError(f"{self.folder}: {what}; build one with: tercet index")
+            try:
+                self._open_parts(found, like)
+                return
+            except IndexFolderError:
+                if manifests.read(self.folder) == found:
+                    raise
+        raise IndexFolderError(f"{self.folder}: changes while it is read; try again in a moment")
+
+    def _open_parts(self, found: Manifest, like: "ExactEngine | None") -> None:
+        """Open the segments of a commit, apart from those that another engine has open."""
+        known, ids = ({}, {}) if like is None else like._of_segments(found)
+        self._manifest = found
+        self._parts = manifests.open_parts(self.folder, found, known)
+        for part in self._parts:
+            if part.folder is not None and part.folder.name in ids:
+                self._ids[part] = ids[part.folder.name]
+
+    def _of_segments(self, other: Manifest) -> tuple[dict[str, Segment], dict[str, IdRows]]:
+        """Return those segments of another commit that are open here, and rows by id, by name."""
+        with self._lock:
+            same = manifests.same_segments(other, self._manifest)
+            parts = {p.folder.name: p for p in self._parts if p.folder and p.folder.name in same}
+            known = {name: part.segment for name, part in parts.items()}
+            ids = {name: self._ids[part] for name, part in parts.items() if part in self._ids}
+            return known, ids
+
+    def _start(self, made: Manifest, like: "ExactEngine | None") -> None:
         """Open for writing, and delete what a killed writer left."""
         if manifests.read(self.folder) is None:
             manifests.check_place(self.folder)
@@ -110,8 +146,7 @@ class ExactEngine:
             if found is None:
                 found = manifests.commit(self.folder, made, [])
             manifests.sweep(self.folder, found)
-            self._manifest = found
-            self._parts = manifests.open_parts(self.folder, found)
+            self._open_parts(found, like)
         except BaseException:
             self._open.close()
             raise
@@ -322,6 +357,16 @@ class ExactEngine:
         records = dict(zip(wanted.tolist(), _records(views, wanted), strict=True))
         return [records[rows[name]] if name in rows else None for name in ids]
 
+    def term_weights(self, ids: Sequence[str], tokens: Sequence[int]) -> list[dict[int, float]]:
+        """Return for each id the weights of those of some tokens that its record has."""
+        with self._lock:
+            rows = {name: (part.segment.sparse, row) for name, part, row in self._found(ids)}
+        found: list[dict[int, float]] = []
+        for name in ids:
+            lists, row = rows.get(name, (None, 0))
+            found.append({} if lists is None else lists.weights_in(row, tokens))
+        return found
+
     def scan(self, where: Where | None = None) -> Iterator[Record]:
         """Yield all records as of now, in order of upserting."""
         with self._lock:
@@ -428,18 +473,3 @@ def _records(views: Sequence[SegmentView], rows: Int64[np.ndarray, "rows"]) -> l
         if low < high:
             found += view.segment.documents.read(rows[low:high] - view.begin)
     return found
-
-
-def _read(folder: Path) -> tuple[Manifest, list[LivePart]]:
-    """Open the last commit; another process may replace it meanwhile."""
-    for _ in range(_ATTEMPTS):
-        found = manifests.read(folder)
-        if found is None:
-            what = "is not an index" if folder.exists() else "no such folder"
-            raise IndexFolderError(f"{folder}: {what}; build one with: tercet index")
-        try:
-            return found, manifests.open_parts(folder, found)
-        except IndexFolderError:
-            if manifests.read(folder) == found:
-                raise
-    raise IndexFolderError(f"{folder}: changes while it is read; try again in a moment")

@@ -20,7 +20,7 @@ from tercet.files.checksums import altered, checksums, note_absence, sealed, uns
 from tercet.kinds import KINDS, Kind
 from tercet.rank.quantized import STORED, Ranges, Stored
 from tercet.search.exact.merging import LivePart, mapped, open_segment
-from tercet.search.exact.segment import Coding, damaged
+from tercet.search.exact.segment import Coding, Segment, damaged
 
 FILE: Final = "manifest.json"
 VERSION: Final = 2
@@ -118,20 +118,26 @@ def number_of(name: str) -> int:
     return int(Path(name).stem.rpartition("-")[2])
 
 
-def open_parts(folder: Path, manifest: Manifest) -> list[LivePart]:
+def open_parts(
+    folder: Path, manifest: Manifest, known: Mapping[str, Segment] | None = None
+) -> list[LivePart]:
     """Open the segments of a commit with the mask of their rows that are alive.
+
+    ``known`` are those of its segments that are open already; their files are not read.
 
     Raises:
         IndexFolderError: when a file is missing or damaged.
     """
-    if (path := altered(folder, manifest.checksums)) is not None:
+    known = known or {}
+    unread = {k: v for k, v in manifest.checksums.items() if k.partition("/")[0] not in known}
+    if (path := altered(folder, unread)) is not None:
         raise damaged(folder, f"{path.relative_to(folder)} is not as it was written")
     if not is_sealed(manifest):
         note_absence(folder)
     kinds = tuple(manifest.widths)
     parts = []
     for name in manifest.segments:
-        segment = open_segment(folder / name, kinds, manifest.coding)
+        segment = known.get(name) or open_segment(folder / name, kinds, manifest.coding)
         widths = {kind: w for kind, w in segment.widths.items() if manifest.widths[kind] != w}
         if widths:
             raise damaged(folder / name, f"its vectors have widths {widths}")
@@ -141,6 +147,21 @@ def open_parts(folder: Path, manifest: Manifest) -> list[LivePart]:
     if manifest.deleted is not None:
         _mark(folder / manifest.deleted, parts)
     return parts
+
+
+def same_segments(manifest: Manifest, other: Manifest) -> list[str]:
+    """Return the names of segments whose files are the same in two commits, by their checksums."""
+
+    def files(of: Manifest, name: str) -> dict[str, str]:
+        return {k: v for k, v in of.checksums.items() if k.partition("/")[0] == name}
+
+    if (manifest.widths, manifest.stored, manifest.ranges) != (
+        other.widths,
+        other.stored,
+        other.ranges,
+    ):
+        return []
+    return [name for name in manifest.segments if files(manifest, name) == files(other, name) != {}]
 
 
 def is_sealed(manifest: Manifest) -> bool:

@@ -1,0 +1,1 @@
+"""Search in indexes over HTTP, and the page that searches."""

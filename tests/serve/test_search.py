@@ -1,0 +1,238 @@
+"""Search over HTTP: its answers are those of the index itself."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tercet.kinds import KINDS, Weights
+from tercet.search.engine.engine import ReciprocalRank, Rerank, Weighted
+from tercet.search.text_index import TextIndex, open_index
+from tests.serve.indexed import DOCUMENTS, found, make_index
+from tests.serving import Running, load, serving
+
+QUERIES = ["a music player", "files on a web server", "mountains"]
+USUAL = Weights(1.0, 0.5, 2.0)  # which the model has
+
+
+@pytest.fixture(scope="module")
+def folders(hybrid_folder, encoder_folder, tmp_path_factory) -> dict[str, Path]:
+    """Indexes of all kinds, of codes, of one kind each, and of a model of dense vectors."""
+    made = tmp_path_factory.mktemp("indexes")
+    found = {
+        "all": make_index(made / "all", hybrid_folder),
+        "codes": make_index(made / "codes", hybrid_folder, precision="int8", dims=16),
+        "task": make_index(made / "task", hybrid_folder, task="clustering"),
+        "plain": make_index(made / "plain", encoder_folder),
+    }
+    for kind in KINDS:
+        found[kind] = make_index(made / kind, hybrid_folder, kinds=[kind])
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(folders) -> Iterator[Running]:
+    with serving(indexes=folders) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def opened(folders) -> Iterator[dict[str, TextIndex]]:
+    indexes = {name: open_index(folder, load=load) for name, folder in folders.items()}
+    yield indexes
+    for each in indexes.values():
+        each.close()
+
+
+def same(answer, expected) -> None:
+    """Check that an answer has these hits, with their scores to 1e-6, and all of their records."""
+    assert answer.status_code == 200, answer.text
+    results = answer.json()["results"]
+    assert [result["query"] for result in results] == QUERIES
+    assert any(expected)
+    for result, hits in zip(results, expected, strict=True):
+        assert [hit["id"] for hit in result["hits"]] == [hit.record.id for hit in hits]
+        for got, hit in zip(result["hits"], hits, strict=True):
+            assert got["score"] == pytest.approx(hit.score, abs=1e-6)
+            assert got["scores"] == pytest.approx(hit.scores, abs=1e-6)
+            assert (got["title"], got["text"]) == (hit.record.title, hit.record.text)
+            assert got["fields"] == hit.record.fields
+
+
+@pytest.mark.parametrize("name", ["all", "codes", "task", "plain", *KINDS])
+def test_search_over_http_is_search_in_the_index(server, opened, name):
+    answer = server.post("/v1/search", {"index": name, "queries": QUERIES, "k": 4})
+    same(answer, opened[name].search(QUERIES, 4))
+    assert answer.json()["index"] == name
+
+
+@pytest.mark.parametrize(
+    "fields, fusion",
+    [
+        ({"weights": {"sparse": 3}}, Weighted(weights=Weights(1.0, 3.0, 2.0))),
+        ({"weights": {"dense": 0, "multi": 0}}, Weighted(weights=Weights(0.0, 0.5, 0.0))),
+        ({"candidates": 0}, Weighted(weights=USUAL, candidates=None)),
+        ({"fusion": "rrf"}, ReciprocalRank()),
+        ({"fusion": "rrf", "weights": {"dense": 0}}, ReciprocalRank(kinds=("sparse", "multi"))),
+        ({"fusion": "rerank", "candidates": 3}, Rerank(weights=USUAL, candidates=3)),
+    ],
+    ids=str,
+)
+def test_weights_and_fusions_of_a_request_are_those_of_the_command(server, opened, fields, fusion):
+    answer = server.post("/v1/search", {"index": "all", "queries": QUERIES, "k": 3, **fields})
+    same(answer, opened["all"].search(QUERIES, 3, fusion=fusion))
+
+
+@pytest.mark.parametrize(
+    "where", [{"lang": "de"}, {"lang": ["de", "en"], "year": 2004}, {"year": [2001, 2003]}], ids=str
+)
+def test_conditions_hold_for_all_hits(server, opened, where):
+    answer = server.post("/v1/search", {"index": "all", "queries": QUERIES, "where": where})
+    same(answer, opened["all"].search(QUERIES, where=where))
+
+
+def test_the_first_index_and_five_hits_are_meant_where_nothing_is_said(server, opened):
+    answer = server.post("/v1/search", {"query": QUERIES[0]})
+    assert answer.json()["index"] == "all"
+    assert found(answer) == [[hit.record.id for hit in opened["all"].search(QUERIES[:1])[0]]]
+    assert len(found(answer)[0]) == 5
+
+
+def test_an_answer_says_how_many_tokens_were_read_and_what_was_cut(server):
+    answer = server.post("/v1/search", {"queries": ["music", "music " * 40]}).json()
+    assert [(each["tokens"], each["truncated"]) for each in answer["results"]] == [
+        (8, False),
+        (32, True),
+    ]
+    assert answer["ms"]["total"] >= answer["ms"]["encode"] > 0
+
+
+def test_matching_tokens_are_shown_with_the_products_that_add_up_to_the_score(server):
+    asked = {"query": "music and files", "k": 12, "highlight": True, "index": "sparse"}
+    hits = server.post("/v1/search", asked).json()["results"][0]["hits"]
+    assert hits
+    for hit in hits:
+        products = [match["product"] for match in hit["matches"]]
+        assert sum(products) == pytest.approx(hit["scores"]["sparse"], abs=1e-5)
+        assert products == sorted(products, reverse=True)
+        for match in hit["matches"]:
+            assert match["product"] == pytest.approx(match["query"] * match["document"])
+            for begin, end in match["spans"]:
+                assert hit["text"][begin:end] == match["token"].removeprefix("##")
+    named = {match["token"] for hit in hits for match in hit["matches"]}
+    assert {"music", "files", "and"} <= named
+
+
+def test_an_index_without_sparse_vectors_says_why_no_token_is_shown(server):
+    answer = server.post("/v1/search", {"index": "dense", "query": "music", "highlight": True})
+    assert answer.json()["notes"] == [
+        "highlight: the index has no sparse vectors, whose tokens could match"
+    ]
+    assert "matches" not in answer.json()["results"][0]["hits"][0]
+
+
+def test_a_condition_that_nothing_fulfils_is_explained(server):
+    where = {"language": "en", "lang": "dee"}
+    answer = server.post("/v1/search", {"query": "music", "where": where}).json()
+    assert answer["results"][0]["hits"] == []
+    assert answer["notes"] == [
+        "where language: no document has this field; there are: lang, year",
+        "where lang=dee: no document has this value; there are: de",
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields, status, message",
+    [
+        ({"query": "a", "queries": ["b"]}, 400, 'give "queries" or "query", not both'),
+        ({"queries": []}, 400, '"queries" must not be empty'),
+        ({"queries": [7]}, 400, '"queries[0]" must be a string; got 7'),
+        ({}, 400, '"queries" is missing; it must be a list of strings'),
+        ({"query": " "}, 400, "a query is blank; say what to look for"),
+        ({"query": "a", "k": 0}, 400, '"k" must be from 1 to 1000; got 0'),
+        (
+            {"query": "a", "weights": {"dense": -1}},
+            400,
+            '"weights.dense" must be a number, 0 or more; got -1',
+        ),
+        (
+            {"query": "a", "weights": {"x": 1}},
+            400,
+            '"weights" must be of the kinds dense, sparse, multi; got "x"',
+        ),
+        (
+            {"query": "a", "weights": dict.fromkeys(KINDS, 0)},
+            400,
+            "all kinds have the weight 0; give one of them a number above 0",
+        ),
+        (
+            {"query": "a", "where": ["lang"]},
+            400,
+            '"where" must be an object of fields and values, such as {"lang": "en"}; got a list of '
+            "1",
+        ),
+        (
+            {"query": "a", "where": {"lang": [None]}},
+            400,
+            '"where.lang" must be a text, a number, true or false, or a list of these; got null',
+        ),
+        (
+            {"query": "a", "fusion": "sum"},
+            400,
+            '"fusion" must be "weighted", "rrf" or "rerank"; got "sum"',
+        ),
+        (
+            {"query": "a", "index": "sparse", "fusion": "rerank"},
+            400,
+            "reranking needs dense vectors to find its candidates; rank by the weighted sum "
+            "instead",
+        ),
+        (
+            {"query": "a", "fusion": "rrf", "candidates": 0},
+            400,
+            "candidates must be 1 or more with rrf; got 0; only weighted can look at all",
+        ),
+        (
+            {"query": "a", "index": "lost"},
+            404,
+            'no index is named "lost"; there are: all, codes, task, plain, dense, sparse, multi',
+        ),
+        ({"qeury": "a"}, 400, 'unknown field "qeury"; did you mean "query"?'),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_searched_for_is_refused_with_a_reason(server, fields, status, message):
+    answer = server.post("/v1/search", fields)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (status, message)
+
+
+def test_a_server_without_an_index_says_how_to_make_one(hybrid_folder):
+    with serving({"hybrid": hybrid_folder}) as running:
+        answer = running.post("/v1/search", {"query": "a"})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == (
+            "this server has no index; make one with: tercet index FILE --model MODEL --out "
+            "FOLDER, and start the server with: tercet serve --index FOLDER"
+        )
+        assert running.get("/v1/indexes").json() == {"indexes": []}
+
+
+def test_state_says_what_each_index_and_model_is(server):
+    indexes = {each["name"]: each for each in server.get("/v1/indexes").json()["indexes"]}
+    assert list(indexes) == ["all", "codes", "task", "plain", *KINDS]
+    codes = indexes["codes"]
+    assert codes["disk_bytes"] > 0 and codes["loaded"]
+    assert {name: codes[name] for name in ("documents", "kinds", "dims", "precision")} == {
+        "documents": len(DOCUMENTS),
+        "kinds": list(KINDS),
+        "dims": 16,
+        "precision": "int8",
+    }
+    assert (codes["engine"], codes["complete"], codes["error"]) == ("exact", True, None)
+    assert indexes["dense"]["kinds"] == ["dense"]
+    assert indexes["task"]["task"] == "clustering"
+    state = server.get("/v1/state").json()
+    assert state["indexes"] == list(indexes.values())
+    model = state["models"][0]
+    assert (model["name"], model["dim"], model["kinds"]) == ("hybrid", 64, list(KINDS))
+    assert model["max_tokens"] == {"query": 32, "document": 64}
