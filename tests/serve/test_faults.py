@@ -84,7 +84,7 @@ def request(body: bytes, *headers: str, path: str = "/v1/vectors", length: int |
     """Return a request as bytes."""
     lines = (
         f"POST {path} HTTP/1.1",
-        "Host: here",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {len(body) if length is None else length}",
         *headers,
@@ -172,7 +172,7 @@ def test_a_huge_body_in_chunks_of_unknown_number_is_refused_at_the_limit(strict)
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
     with undisturbed(strict), connected(strict) as opened:
         opened.sendall(
-            b"POST /v1/vectors HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+            b"POST /v1/vectors HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
         opened.sendall(chunk * 4)  # above the limit, and no end
