@@ -13,6 +13,7 @@ Choice = TypeVar("Choice", bound=str)
 NAMES: Final[Mapping[int, str]] = {
     400: "invalid_request",
     401: "unauthorized",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
@@ -75,7 +76,9 @@ class Fields:
                 hint = f'; did you mean "{near[0]}"?' if near else ""
                 expected = ", ".join(known or ())
                 raise RequestError(
-                    400, f'unknown field "{name}"{hint or f"; use {expected}"}', field=str(name)
+                    400,
+                    f"unknown field {shown(name)}{hint or f'; use {expected}'}",
+                    field=str(name),
                 )
 
     def __contains__(self, name: str) -> bool:

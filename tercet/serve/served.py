@@ -242,7 +242,7 @@ class ServedModel:
                 raise wrong(where, "a string or a list of token ids", value)
         return found
 
-    def text_of(self, ids: Sequence[int], name: str, *, special: bool = False) -> str:
+    def text_of(self, ids: Sequence[Any], name: str, *, special: bool = False) -> str:
         """Return the text that token ids stand for, without special tokens or with them.
 
         Raises:
@@ -291,7 +291,9 @@ class Models:
             if start != name and start in self.by_name:
                 return self.by_name[start], role
         known = ", ".join(self.by_name)
-        raise RequestError(404, f'no model is named "{name}"; there are: {known}', field="model")
+        raise RequestError(
+            404, f"no model is named {shown(name)}; there are: {known}", field="model"
+        )
 
     def role(self, asked: str | None, of_name: Role | None, field: str) -> str:
         """Return the role of a request: a field's, else that of the model's name, else none.
