@@ -34,6 +34,8 @@ NOT_RUN = {
     r"\.venv/bin/python -m benchmarks": "takes minutes to hours",
     r"\.venv/bin/python -m pytest -o addopts= -m gpu": "a GPU: tests marked gpu",
     r"torchrun ": "several processes: tests/training/test_two_processes.py",
+    r"tercet serve": "runs until it is stopped: tests/serve/test_command.py",
+    r"curl ": "a running server: tests/serve",
     r"tercet demo": "minutes: tests/cli/test_demo.py",
     r"tercet study": "flags are the file's: tests/studies",
     r".* --runner ray": "a cluster: tests marked ray",

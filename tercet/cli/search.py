@@ -421,7 +421,7 @@ def serve(
         load=partial(load, device=device, batch_tokens=batch_tokens),
         access_log=_print_access if access_log else None,
     )
-    if host not in ("127.0.0.1", "localhost", "::1") and key is None:
+    if not options.is_local and key is None:
         say(f"tercet: note: {host} may be open to others; --api-key-env asks requests for a key")
     run_server(options, say)
 

@@ -23,6 +23,9 @@ from tercet.serve.served import Models, Prepared, ServedModel
 if TYPE_CHECKING:
     from tercet.serve.search.indexes import Indexes
 
+LOCAL: Final = ("localhost", "127.0.0.1", "[::1]")
+"""Names of this machine in addresses."""
+
 _GONE: Final = 499  # in log and metrics: the client closed the connection
 _NUMBERS: Final = orjson.OPT_SERIALIZE_NUMPY
 
@@ -55,6 +58,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
     key: str | None = None
+    is_local: bool = False  # answers this machine only, and asks for no key
     access_log: Callable[[Mapping[str, Any]], None] | None = None
     models: Models | None = None  # None while they are loaded
     indexes: "Indexes | None" = None
@@ -216,6 +220,8 @@ class Endpoint:
 
     async def _handled(self, call: Call, receive: Receive) -> Response | None:
         service, request = self.service, call.request
+        if service.is_local:
+            _require_local(request)
         if not self.is_open:
             _require_key(request, service.key)
         body = None
@@ -236,6 +242,22 @@ class Endpoint:
         if error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return json_response(self.protocol.error(error), self.protocol.status(error), headers)
+
+
+def _require_local(request: Request) -> None:
+    """Refuse a foreign name for this machine: a page of that name could read all answers.
+
+    A page may be served under a name whose address is changed to 127.0.0.1 afterwards (DNS
+    rebinding); its requests are of one origin for the browser, and carry that name.
+    """
+    host = request.headers.get("host", "")
+    name = host.rpartition(":")[0] if host[-1:].isdigit() and ":" in host else host
+    if name not in LOCAL:
+        raise RequestError(
+            403,
+            f"Host must be {', '.join(LOCAL)} while requests need no key; got {host!r}; start the "
+            "server with --api-key-env",
+        )
 
 
 def _require_key(request: Request, key: str | None) -> None:

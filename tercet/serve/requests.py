@@ -13,6 +13,7 @@ Choice = TypeVar("Choice", bound=str)
 NAMES: Final[Mapping[int, str]] = {
     400: "invalid_request",
     401: "unauthorized",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",

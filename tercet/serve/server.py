@@ -25,7 +25,7 @@ from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
 from tercet.serve import cohere, openai, openapi, tei, vectors
 from tercet.serve.connection import Connection
-from tercet.serve.endpoint import Call, Limits, Service, json_response, plain_error, route
+from tercet.serve.endpoint import LOCAL, Call, Limits, Service, json_response, plain_error, route
 from tercet.serve.metrics import CONTENT_TYPE
 from tercet.serve.names import name_of
 from tercet.serve.requests import NAMES, RequestError
@@ -70,6 +70,11 @@ class ServeOptions:
     load: Load
     access_log: Callable[[Mapping[str, Any]], None] | None = None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.host in LOCAL or self.host == "::1"
+
 
 def serve(options: ServeOptions, say: Callable[[str], None] = lambda line: None) -> None:
     """Answer requests until a signal comes; those that have begun are answered before it ends.
@@ -91,7 +96,11 @@ def serve(options: ServeOptions, say: Callable[[str], None] = lambda line: None)
         server.run(sockets=[listener])
     if server.failure is not None:
         raise server.failure
-    say("stopped; all requests were answered")
+    say(
+        f"stopped; requests that needed more than {_ENDS_WITHIN} seconds were dropped"
+        if server.dropped
+        else "stopped; all requests were answered"
+    )
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:
@@ -118,9 +127,13 @@ class _Server(uvicorn.Server):
 
     def __init__(self, options: ServeOptions, address: str, say: Callable[[str], None]) -> None:
         self.failure: TercetError | None = None
+        self.dropped = False  # whether a request was not answered when the server stopped
         self._options, self._address, self._say = options, address, say
         self._service = Service(
-            limits=options.limits, key=options.key, access_log=_timed(options.access_log)
+            limits=options.limits,
+            key=options.key,
+            is_local=options.key is None and options.is_local,
+            access_log=_timed(options.access_log),
         )
         self._signals: Listener | None = None
         app = application(self._service, origins=options.origins, lifespan=self._lifespan)
@@ -148,6 +161,12 @@ class _Server(uvicorn.Server):
         """Return whether the server should end."""
         signalled = self._signals is not None and self._signals.number != 0
         return await super().on_tick(counter) or signalled
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what has begun, and note whether there was time for all of it."""
+        began = time.monotonic()
+        await super().shutdown(sockets)
+        self.dropped = time.monotonic() - began >= _ENDS_WITHIN
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:

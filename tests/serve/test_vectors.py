@@ -138,6 +138,24 @@ def test_the_surrounding_of_a_request_is_checked(server):
     assert server.get("/v1/vector").json()["error"]["code"] == "not_found"
 
 
+def test_without_a_key_only_names_of_this_machine_are_answered(server, hybrid_folder):
+    def ask(running, host):
+        headers = {"host": host}
+        return running.http.post("/v1/vectors", json={"texts": ["a"]}, headers=headers)
+
+    port = server.url.rpartition(":")[2]
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "localhost", f"[::1]:{port}"):
+        assert ask(server, host).status_code == 200, host
+    for host in (f"evil.example:{port}", "evil.example", "127.0.0.1.evil.example", "a:localhost"):
+        refused = ask(server, host)
+        assert refused.status_code == 403, host
+        assert "Host must be localhost, 127.0.0.1, [::1]" in refused.json()["error"]["message"]
+    with serving({"hybrid": hybrid_folder}, key="k") as running:
+        headers = {"host": "vectors.example", "authorization": "Bearer k"}
+        asked = {"json": {"texts": ["a"]}, "headers": headers}
+        assert running.http.post("/v1/vectors", **asked).status_code == 200
+
+
 def test_limits_are_named(hybrid_folder):
     limits = Limits(body_bytes=1_000, texts=3, queue_tokens=50)
     with serving({"hybrid": hybrid_folder}, limits=limits) as running:
