@@ -86,7 +86,7 @@ def request(body: bytes, *headers: str, path: str = "/v1/vectors", length: int |
     """Return a request as bytes."""
     lines = (
         f"POST {path} HTTP/1.1",
-        "Host: here",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {len(body) if length is None else length}",
         *headers,
@@ -174,7 +174,7 @@ def test_a_huge_body_in_chunks_of_unknown_number_is_refused_at_the_limit(strict)
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
     with undisturbed(strict), connected(strict) as opened:
         opened.sendall(
-            b"POST /v1/vectors HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+            b"POST /v1/vectors HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
         opened.sendall(chunk * 4)  # above the limit, and no end
@@ -300,6 +300,25 @@ def test_requests_sent_without_waiting_are_answered_in_their_order(strict):
     rows = [json.loads(each.split(b"\r\n\r\n")[1]) for each in found.split(b"HTTP/1.1 200 OK")[1:]]
     true = strict.embedder("hybrid").encode(SENTENCES[:4])
     np.testing.assert_allclose([row["texts"][0]["dense"] for row in rows], true, atol=1e-6)
+
+
+def test_a_client_that_vanishes_is_not_answered_though_it_asked_several_times(strict, caplog):
+    asked = request(json.dumps({"model": "hybrid", "texts": list(SENTENCES)}).encode())
+    queue = strict.service.models.by_name["hybrid"].queue
+    with undisturbed(strict, "plain"), caplog.at_level(logging.ERROR):
+        with held(strict, "hybrid"):
+            with connected(strict) as opened:
+                opened.sendall(asked * 3)
+                until = time.monotonic() + PATIENCE
+                while not queue.tokens and time.monotonic() < until:
+                    time.sleep(0.01)
+                assert queue.tokens > 50
+            until = time.monotonic() + PATIENCE
+            while queue.tokens and time.monotonic() < until:
+                time.sleep(0.01)
+            assert queue.tokens == 0
+        time.sleep(0.1)
+    assert not caplog.records, [each.getMessage() for each in caplog.records]
 
 
 # ---- keys and queues ---------------------------------------------------------------------------
