@@ -16,13 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from tercet.client import AsyncClient, Client
     from tercet.curate.mining.miner import Mining, mine
     from tercet.data.files.documents import Document, read_documents
     from tercet.data.files.examples import ExampleFields
     from tercet.data.files.folders import open_sources
     from tercet.data.files.sources import open_source, write_examples
     from tercet.data.files.texts import open_texts
-    from tercet.errors import DataError, ModelError, RecipeError, TercetError
+    from tercet.errors import DataError, ModelError, RecipeError, ServerError, TercetError
     from tercet.evaluate.measures.by_kind import measure_kinds
     from tercet.evaluate.measures.retrieval import measure
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from tercet.types import Example
 
 _MODULES: Final = {
+    "AsyncClient": "tercet.client",
+    "Client": "tercet.client",
     "DataError": "tercet.errors",
     "Document": "tercet.data.files.documents",
     "Embedder": "tercet.models.embedder",
@@ -51,6 +54,7 @@ _MODULES: Final = {
     "RecipeError": "tercet.errors",
     "RetrievalSet": "tercet.evaluate.sets.retrieval_set",
     "Run": "tercet.training.recipe",
+    "ServerError": "tercet.errors",
     "TercetError": "tercet.errors",
     "arctic_embed": "tercet.recipes.arctic_embed",
     "bge_m3": "tercet.recipes.bge_m3",
@@ -73,6 +77,8 @@ _MODULES: Final = {
 }
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "DataError",
     "Document",
     "Embedder",
@@ -84,6 +90,7 @@ __all__ = [
     "RecipeError",
     "RetrievalSet",
     "Run",
+    "ServerError",
     "TercetError",
     "arctic_embed",
     "bge_m3",

@@ -59,3 +59,27 @@ class StorageError(TercetError):
 
 class TrainingError(TercetError):
     """Training cannot continue, such as after a NaN loss; the checkpoint is kept."""
+
+
+class ServerError(TercetError):
+    """A server refused a request, or cannot be reached.
+
+    Attributes:
+        status: of HTTP; None if no answer came.
+        code: the server's name of the error.
+        field: of the request that is wrong.
+        retry_after: seconds after which the same request may succeed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        field: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message if status is None else f"{message} (status {status})")
+        self.status, self.code = status, code
+        self.field, self.retry_after = field, retry_after
