@@ -14,7 +14,7 @@ callers come from one list, in order. Nothing but status and length of an answer
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,9 @@ def cpu(process: psutil.Process) -> float:
     )
 
 
-async def run(port: int, requests: list[Request], callers: int) -> tuple[list[float], int, int]:
+async def run(
+    port: int, requests: Iterable[Request], callers: int, limit: float = LIMIT
+) -> tuple[list[float], int, int]:
     """Send all requests, from that number of callers; return milliseconds, texts and bytes."""
     loop = asyncio.get_running_loop()
     shared, latencies = iter(requests), []
@@ -106,21 +108,24 @@ async def run(port: int, requests: list[Request], callers: int) -> tuple[list[fl
         caller = Caller(shared, latencies, future)
         made.append(caller)
         await loop.create_connection(lambda caller=caller: caller, "127.0.0.1", port)
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(limit):
         await asyncio.gather(*futures)
     return latencies, sum(each.texts for each in made), sum(each.bytes for each in made)
 
 
+def whole(path: str, body: bytes) -> bytes:
+    """The bytes of a request."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
 def load(port: int, pid: int, path: str, bodies: str, callers: int) -> Answer:
     """Run a load and measure it."""
-    requests = []
-    for text, texts in json.loads(Path(bodies).read_text(encoding="utf-8")):
-        body = text.encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        requests.append((head.encode() + body, texts))
+    told = json.loads(Path(bodies).read_text(encoding="utf-8"))
+    requests = [(whole(path, body.encode()), texts) for body, texts in told]
     server = psutil.Process(pid)
     before, own, begin = cpu(server), time.process_time(), time.perf_counter()
     latencies, texts, size = uvloop.run(run(port, requests, callers))

@@ -1,20 +1,23 @@
-"""A connection of uvicorn that is closed when the headers of a request do not arrive."""
+"""A connection of uvicorn that copes with clients that are slow, or leave in the middle."""
 
 import asyncio
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 SECONDS: Final = 20.0  # for the headers of a request to arrive
 
 
 class Connection(HttpToolsProtocol):
-    """A connection with a time limit for headers, which uvicorn has not.
+    """A connection with two things that uvicorn lacks.
 
-    Without it, clients that connect and send nothing hold a connection each for ever.
+    Headers have a time limit; without it, clients that connect and send nothing hold a connection
+    each for ever. When a client leaves, all of its requests are stopped; uvicorn stops the last of
+    those that were sent without waiting for answers, and the others fail when they answer.
     """
 
     _late: asyncio.TimerHandle | None = None
+    _begun: tuple[RequestResponseCycle, ...] = ()  # requests that are not answered yet
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for the first request."""
@@ -30,10 +33,16 @@ class Connection(HttpToolsProtocol):
         """Stop waiting: the body has a time limit of its endpoint."""
         self._stop()
         super().on_headers_complete()
+        self._begun = tuple(each for each in self._begun if not each.response_complete)
+        if self.cycle is not None:
+            self._begun += (self.cycle,)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Stop waiting, and what was asked for."""
         self._stop()
+        for each in self._begun:
+            each.disconnected = each.disconnected or not each.response_complete
+            each.message_event.set()
         super().connection_lost(exc)
 
     def _wait(self) -> None:

@@ -4,6 +4,7 @@ import http.client
 import json
 import logging
 import random
+import re
 import socket
 import string
 import struct
@@ -22,6 +23,7 @@ from starlette.routing import Route
 from tercet.serve import connection
 from tercet.serve.endpoint import Limits, Service
 from tercet.serve.server import application
+from tests.serve.indexed import make_index
 from tests.serving import Running, serving
 from tests.toy import SENTENCES
 
@@ -239,10 +241,10 @@ def held(running: Running, name: str) -> Iterator[Event]:
     embedder, opened, began = running.embedder(name), Event(), Event()
     whole = embedder.encode_packed
 
-    def waiting(texts: Any, kinds: Any) -> Any:
+    def waiting(texts: Any, kinds: Any, network: Any = None) -> Any:
         began.set()
         assert opened.wait(30)
-        return whole(texts, kinds)
+        return whole(texts, kinds, network)
 
     embedder.encode_packed = waiting
     first = Thread(target=running.post, args=("/v1/vectors", {"model": name, "texts": ["a"]}))
@@ -298,6 +300,25 @@ def test_requests_sent_without_waiting_are_answered_in_their_order(strict):
     rows = [json.loads(each.split(b"\r\n\r\n")[1]) for each in found.split(b"HTTP/1.1 200 OK")[1:]]
     true = strict.embedder("hybrid").encode(SENTENCES[:4])
     np.testing.assert_allclose([row["texts"][0]["dense"] for row in rows], true, atol=1e-6)
+
+
+def test_a_client_that_vanishes_is_not_answered_though_it_asked_several_times(strict, caplog):
+    asked = request(json.dumps({"model": "hybrid", "texts": list(SENTENCES)}).encode())
+    queue = strict.service.models.by_name["hybrid"].queue
+    with undisturbed(strict, "plain"), caplog.at_level(logging.ERROR):
+        with held(strict, "hybrid"):
+            with connected(strict) as opened:
+                opened.sendall(asked * 3)
+                until = time.monotonic() + PATIENCE
+                while not queue.tokens and time.monotonic() < until:
+                    time.sleep(0.01)
+                assert queue.tokens > 50
+            until = time.monotonic() + PATIENCE
+            while queue.tokens and time.monotonic() < until:
+                time.sleep(0.01)
+            assert queue.tokens == 0
+        time.sleep(0.1)
+    assert not caplog.records, [each.getMessage() for each in caplog.records]
 
 
 # ---- keys and queues ---------------------------------------------------------------------------
@@ -389,10 +410,24 @@ VALID: dict[str, list[dict[str, Any]]] = {
     "/embed_all": [{"inputs": ["read mail"], "prompt_name": "query"}],
     "/similarity": [{"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}}],
     "/rerank": [{"query": "a", "texts": ["b", "c"], "return_text": True, "raw_scores": True}],
+    "/v1/search": [
+        {"query": "read mail", "k": 3, "weights": {"sparse": 0.5}, "where": {"lang": "en"}},
+        {"queries": ["a", "b"], "fusion": "rerank", "candidates": 3, "highlight": True},
+        {"queries": ["a"], "fusion": "rrf", "where": {"year": [2001, 2002], "lang": "de"}},
+    ],
+    "/v1/documents": [
+        {
+            "documents": [
+                {"id": "new", "text": "read mail", "title": "Mail", "fields": {"lang": "en"}},
+                {"id": 7, "text": "play music", "fields": {"year": 2001, "of": ["a", 1, True]}},
+            ]
+        }
+    ],
+    "/v1/documents/delete": [{"ids": ["new", "d1", "never"], "index": "texts"}],
     "/tokenize": [{"inputs": ["read mail"], "add_special_tokens": False}],
     "/decode": [{"ids": [[7, 8, 9]], "skip_special_tokens": False}],
 }
-"""Bodies that are answered, by path; other endpoints get bodies of the fields they describe."""
+"""Bodies that are answered, by path."""
 
 STRINGS = (
     "",
@@ -446,7 +481,8 @@ class Fuzz:
         if made < 8:
             return draw.choice((None, True, False))
         if made < 10:
-            return [self.value(inner) for _ in range(draw.choice((0, 1, 2, 2, 3, 40)))]
+            length = draw.choice((0, 1, 2, 2, 3, 40 if depth == 0 else 4))
+            return [self.value(inner) for _ in range(length)]
         names = ("content", "type", "text", "id", "", draw.choice(STRINGS))
         return {name: self.value(inner) for name in draw.sample(names, draw.randrange(4))}
 
@@ -465,7 +501,7 @@ class Fuzz:
         """A body: valid, or changed as JSON, or changed as bytes."""
         draw = self.random
         names = self.names.get(path) or ["texts", "query"]
-        base: Any = draw.choice(VALID.get(path) or [{n: self.value() for n in names}])
+        base: Any = draw.choice(VALID.get(path) or [{}])  # a DELETE has a path only
         for _ in range(draw.choice((0, 1, 1, 1, 2, 5))):
             base = self.changed(base)
         if isinstance(base, dict) and draw.random() < 0.3:
@@ -491,8 +527,8 @@ class Fuzz:
         if draw.random() < 0.7:  # mostly where there is a body
             path, method = draw.choice([each for each in self.routes if each[1] != "GET"])
         body = self.body(path) if method != "GET" else None
-        for part in ("{name:path}", "{name}", "{id}"):
-            path = path.replace(part, draw.choice(("hybrid", "plain-query", "a%20b", "%ff", "..")))
+        names = ("hybrid", "plain-query", "d3", "a%20b", "%ff", "..", "%00")
+        path = re.sub(r"\{[a-z]+(:path)?\}", draw.choice(names), path)
         if draw.random() < 0.02:
             path = draw.choice(PATHS)
         if draw.random() < 0.03:
@@ -553,13 +589,17 @@ def fuzz(running: Running, caplog: pytest.LogCaptureFixture, seed: int, count: i
 
 
 @pytest.fixture(scope="module")
-def fuzzed(hybrid_folder, encoder_folder) -> Iterator[Running]:
-    """A server for random requests."""
-    with serving({"hybrid": hybrid_folder, "plain": encoder_folder}) as running:
+def fuzzed(hybrid_folder, encoder_folder, tmp_path_factory) -> Iterator[Running]:
+    """A server for random requests, which change its index."""
+    texts = make_index(tmp_path_factory.mktemp("fuzzed") / "texts", hybrid_folder)
+    models = {"hybrid": hybrid_folder, "plain": encoder_folder}
+    with serving(models, indexes={"texts": texts}) as running:
         yield running
 
 
 def test_the_bodies_that_fuzzing_starts_from_are_answered(fuzzed):
+    routes = [each for each in application(Service()).routes if isinstance(each, Route)]
+    assert {each.path for each in routes if "POST" in (each.methods or ())} == set(VALID)
     for path, bodies in VALID.items():
         for body in bodies:
             answer = fuzzed.post(path, body)
