@@ -369,7 +369,7 @@ class Embedder(nn.Module):
             return text_vectors(steps, finished, nothing)
 
     def encode_packed(
-        self, texts: Packed, kinds: Sequence[Kind]
+        self, texts: Packed, kinds: Sequence[Kind], network: Network | None = None
     ) -> tuple[Vectors, Float[Tensor, "tokens hidden"]]:
         """Return vectors and token states of texts that are packed already, in one batch.
 
@@ -379,12 +379,14 @@ class Embedder(nn.Module):
         Args:
             texts: token ids of :meth:`tokenize`, on any device.
             kinds: of vectors.
+            network: offered by :meth:`reading` before, if no weight has changed since; looking for
+                changes takes as long as reading all weights.
 
         Returns:
             Vectors and states on the model's device, which may hold NaN.
         """
         texts = texts.to(self.device)
-        with self.reading() as reader:
+        with self.reading(network=network) as reader:
             states = reader.states(texts)
             return self._vectors(states, texts, kinds, reader.heads), states
 
@@ -474,14 +476,18 @@ class Embedder(nn.Module):
             log.warning("%d of %d %s texts were cut to %d tokens", cut, len(texts), role, limit)
 
     @contextmanager
-    def reading(self, attention: Attention | None = None) -> Iterator[Network]:
+    def reading(
+        self, attention: Attention | None = None, *, network: Network | None = None
+    ) -> Iterator[Network]:
         """Offer the network for inference, without changing this one: see :class:`Readers`.
+
+        A ``network`` that was offered before is used without a look for changes.
 
         Raises:
             ModelError: if an encoder is asked to be causal, or a decoder fails the probe.
         """
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            yield self._readers.of(self._network, attention)
+            yield network or self._readers.of(self._network, attention)
 
     # ---- folders -----------------------------------------------------------------------------
 

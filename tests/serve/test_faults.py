@@ -241,10 +241,10 @@ def held(running: Running, name: str) -> Iterator[Event]:
     embedder, opened, began = running.embedder(name), Event(), Event()
     whole = embedder.encode_packed
 
-    def waiting(texts: Any, kinds: Any) -> Any:
+    def waiting(texts: Any, kinds: Any, network: Any = None) -> Any:
         began.set()
         assert opened.wait(30)
-        return whole(texts, kinds)
+        return whole(texts, kinds, network)
 
     embedder.encode_packed = waiting
     first = Thread(target=running.post, args=("/v1/vectors", {"model": name, "texts": ["a"]}))

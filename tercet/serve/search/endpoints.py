@@ -42,6 +42,7 @@ _DOCUMENT: Final = ("id", "text", "title", "fields")
 _FUSIONS: Final[tuple[FusionName, ...]] = ("weighted", "rrf", "rerank")
 _MOST_HITS: Final = 1_000
 _MOST_CANDIDATES: Final = 100_000
+_EXPLAINED: Final = 10_000  # documents that are read to explain a condition: 0.3 seconds
 _SCALARS: Final = "a text, a number, true or false, or a list of these"
 
 
@@ -92,9 +93,7 @@ async def search(call: Call) -> Response:
     elif highlight:
         await index.run(lambda _: _add_matches(index, opened, vectors, found, results))
     if where and not any(found):
-        conditions = [(name, _shown(v), _listed(v)) for name, v in where.items()]
-        said = await index.run(lambda _: list(unfulfilled(opened.engine, conditions)))
-        notes += [f"where {problem}" for problem in said]
+        notes += await index.run(lambda _: _unfulfilled(opened, where))
     answer: dict[str, Any] = {"index": index.name, "results": results}
     if notes:
         answer["notes"] = notes
@@ -208,6 +207,14 @@ def _add_matches(
         matches = index.matches(opened, asked, [hit.record for hit in hits])
         for hit, those in zip(result["hits"], matches, strict=True):
             hit["matches"] = those
+
+
+def _unfulfilled(opened: TextIndex, where: Where) -> list[str]:
+    """Explain conditions that no document fulfils, unless there are many documents to read."""
+    if opened.engine.stats().records > _EXPLAINED:
+        return []
+    conditions = [(name, _shown(value), _listed(value)) for name, value in where.items()]
+    return [f"where {problem}" for problem in unfulfilled(opened.engine, conditions)]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -288,9 +288,10 @@ class ServedIndex:
                 if self._index.about.complete and not about.complete:
                     raise _changed("tercet index has not finished it; call it again")
                 results = [_done(change, engine, about.settings) for change in changes]
-                engine.flush()
-                if self._is_exact:
-                    self._reload()
+                if any(isinstance(result, int) for result in results):
+                    engine.flush()
+                    if self._is_exact:
+                        self._reload()
                 return results
         except Exception as error:  # noqa: BLE001 (each request is answered with it)
             return [error] * len(changes)
