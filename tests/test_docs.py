@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,11 +110,17 @@ def test_every_command_shown_has_its_verb_and_flags(page, line):
     assert {word for word in words if word.startswith("-")} <= known | {"--help"}
 
 
+def is_missing(module: str) -> bool:
+    """Whether it is of a framework that is not installed; tests/serve/test_clients_page.py."""
+    package = module.partition(".")[0]
+    return package.startswith(("langchain", "llama_index", "haystack")) and not find_spec(package)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_shown_is_python_and_its_imports_exist(page):
     for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
+            if isinstance(node, ast.ImportFrom) and not is_missing(node.module or ""):
                 module = importlib.import_module(node.module or "")
                 assert all(hasattr(module, alias.name) for alias in node.names)
 

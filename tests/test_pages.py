@@ -42,6 +42,7 @@ NOT_RUN = {
     r".* --url http://localhost:6333": "a Qdrant server: tests/search",
 }
 PYTHON_ELSEWHERE = {
+    "clients.md": "tests/serve/test_clients_page.py runs it with a server",
     "README.md": "tests/test_docs.py runs it with a real model",
     "extending.md": "tests/test_docs.py and tests/studies/test_cells.py run its parts",
 }
