@@ -316,10 +316,17 @@ def test_nothing_sticks_out_on_a_phone(browser, server):
     opened.require_no_sideways_scrolling()
     boxes = [opened.page.locator(f"#weight-{k}").bounding_box() for k in ("dense", "sparse")]
     assert all(one["y"] < other["y"] for one, other in pairwise(boxes))
-    for tab in ("compare", "state"):
-        opened.page.click(f"#tab-{tab}")
-        opened.page.wait_for_timeout(200)
-        opened.require_no_sideways_scrolling()
+    opened.page.click("#tab-compare")
+    opened.page.fill("#first", "music")
+    opened.page.fill("#second", "music " * 50)
+    opened.page.click("#pair button")
+    score = opened.page.locator("#score-dense")
+    score.wait_for()
+    assert score.bounding_box()["height"] < 40  # the number is on one line
+    opened.require_no_sideways_scrolling()
+    opened.page.click("#tab-state")
+    opened.page.wait_for_timeout(200)
+    opened.require_no_sideways_scrolling()
     opened.context.close()
     assert opened.problems == []
 
