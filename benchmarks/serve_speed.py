@@ -11,8 +11,9 @@ request when its answer has arrived. All sides get the same requests in the same
 - ``padding_factor``: token slots that the peer's model read, over tokens.
 - ``error``: the largest distance (1 - cosine) of a vector of either side from ``Embedder.encode``.
 - ``client``: CPU seconds of the callers over seconds; far below 1, or they would be measured too.
-- ``sentence-transformers`` runs batches of 32, its default, ``sentence-transformers, 8`` of 8,
-  which pads less.
+- sentence-transformers runs batches of 32, its default, and for 64 callers also of 8, which pads
+  less.
+- ``control``: texts of one length, where nobody pads.
 - Three kinds come from MiniLM with two random heads, in a folder of BGE-M3's layout.
 
 The peers need environments of their own: ``benchmarks/serve_peers.py`` says how to make them.
@@ -46,7 +47,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from benchmarks.common import Row, write_results
-from benchmarks.encode_speed import SEED, mixed_texts
+from benchmarks.encode_speed import SEED, equal_texts, mixed_texts
 from benchmarks.sides import Answer, Side
 from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
@@ -58,6 +59,7 @@ READY = 180.0  # seconds a server may take to start
 MANY = 16  # texts of a large request of the mixed case
 CHECKED = 32  # texts whose vectors are compared
 OURS = "tercet"
+SMALL = ", batches of 8"
 
 Texts = list[str]
 Body = Callable[[Texts], dict[str, Any]]
@@ -72,10 +74,11 @@ class Case:
     texts: int  # in all requests together
     kind: str = "float"  # of the answer: float, base64, dense or three, the last two in binary
     mixed: bool = False
+    equal: bool = False  # texts of one length
 
-    def requests(self) -> list[Texts]:
+    def requests(self, embedder: Embedder) -> list[Texts]:
         """Texts of each request, the same for all sides."""
-        texts, made = mixed_texts()[: self.texts], []
+        texts, made = (equal_texts(embedder) if self.equal else mixed_texts())[: self.texts], []
         random = np.random.default_rng(SEED)
         while texts:
             take = MANY if self.mixed and random.random() < 1 / 8 else 1
@@ -84,17 +87,26 @@ class Case:
         return made
 
 
-ONE = Case("1 caller", 1, 200)
 CASES = (
-    ONE,
-    Case("8 callers", 8, 400),
-    Case("64 callers", 64, 800),
-    Case("64 callers, mixed", 64, 1000, mixed=True),
-    Case("1 caller, base64", 1, 200, kind="base64"),
-    Case("64 callers, base64", 64, 800, kind="base64"),
-    Case("64 callers, dense alone, binary", 64, 800, kind="dense"),
-    Case("64 callers, three kinds, binary", 64, 800, kind="three"),
+    Case("1 caller", 1, 150),
+    Case("8 callers", 8, 320),
+    Case("64 callers", 64, 640),
+    Case("64 callers, mixed", 64, 640, mixed=True),
+    Case("64 callers, control: all of 32 tokens", 64, 400, equal=True),
+    Case("1 caller, base64", 1, 150, kind="base64"),
+    Case("64 callers, base64", 64, 480, kind="base64"),
+    Case("64 callers, dense alone, binary", 64, 640, kind="dense"),
+    Case("64 callers, three kinds, binary", 64, 640, kind="three"),
 )
+
+
+def is_measured(server: str, case: Case) -> bool:
+    """Whether a side is asked in a case; others would add nothing."""
+    if server == OURS:
+        return True
+    if case.kind == "dense" or (case.kind == "base64" and case.callers == 1):
+        return False
+    return not server.endswith(SMALL) or case.callers == 64
 
 
 @dataclass
@@ -119,6 +131,8 @@ class Server:
         """The request."""
         if kind not in ("dense", "three"):
             given: Any = {"model": self.model, "input": texts, "encoding_format": kind}
+            if self.name == OURS:
+                given["truncate"] = "end"  # peers cut without a word
         elif self.name == "m3serve":
             given = {"texts": texts}
         else:
@@ -257,7 +271,7 @@ class Bench:
         self, case: Case, servers: list[Server], embedder: Embedder, alone: bool
     ) -> tuple[dict[str, Measured], list[float]]:
         """Each server's runs; with ``alone`` also ms of ``encode`` of each text in this process."""
-        asked, texts = case.requests()[:: self.shrink], mixed_texts()
+        asked, texts = case.requests(embedder)[:: self.shrink], mixed_texts()
         expected = embedder.encode(texts[:CHECKED], "document")
         found: dict[str, Measured] = defaultdict(Measured)
         spent: list[float] = []
@@ -317,7 +331,9 @@ def rows_of(case: Case, threads: int, found: dict[str, Measured]) -> Iterator[Ro
         if ours:
             row |= ours.facts("ours")
             row["ratio"] = row["ours"] / row["peer"]
-        if name == best and case.callers == 64 and case.kind != "three":
+        if case.equal:
+            row["target"] = "the part beyond padding"
+        elif name == best and case.callers == 64 and case.kind != "three":
             row["target"] = "ratio >= 2, p99 no worse (the best peer)"
         yield row
 
@@ -359,7 +375,7 @@ def commands(given: argparse.Namespace, folder: Path) -> dict[str, dict[str, lis
         one, three = {}, {}
     if given.st:
         st = [given.st, *peers, "st", minilm]
-        one |= {"sentence-transformers": st, "sentence-transformers, 8": [*st, "--batch", "8"]}
+        one |= {"sentence-transformers": st, f"sentence-transformers{SMALL}": [*st, "--batch", "8"]}
     if given.infinity:
         one["infinity"] = [given.infinity, *peers, "infinity", minilm]
     if given.m3:
@@ -392,7 +408,7 @@ def measure(given: argparse.Namespace, client: Side, folder: Path) -> tuple[list
                     special = case.kind in ("dense", "three")
                     if special != (model == "m3") or not case.name.startswith(given.only):
                         continue
-                    fit = [s for s in servers if case.kind != "dense" or s.name == OURS]
+                    fit = [each for each in servers if is_measured(each.name, case)]
                     alone = case.callers == 1 and bool(fit) and fit[0].name == OURS
                     found, spent = bench.case(case, fit, embedders[model], alone)
                     rows += rows_of(case, threads, found)

@@ -30,6 +30,7 @@ from tercet.serve.metrics import CONTENT_TYPE
 from tercet.serve.names import name_of
 from tercet.serve.requests import NAMES, RequestError
 from tercet.serve.search import endpoints as search
+from tercet.serve.search import page
 from tercet.serve.search.indexes import open_indexes
 from tercet.serve.served import Models, ServedModel
 
@@ -237,6 +238,7 @@ def application(
         *openai.routes(service),
         *cohere.routes(service),
         *search.routes(service),
+        *page.routes(service),
         *tei.routes(service),
     ]
     routes += openapi.routes(service, routes)
