@@ -4,10 +4,11 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Final
 
@@ -197,27 +198,35 @@ def load(service: Service, options: ServeOptions) -> None:
     found: dict[tuple[str, str], ServedModel] = {}
 
     def served(name: str, source: str, precision: str) -> ServedModel:
-        if (source, precision) not in found:
-            found[source, precision] = ServedModel(
+        place = str(Path(source).resolve()) if Path(source).exists() else source
+        if (place, precision) not in found:
+            found[place, precision] = ServedModel(
                 name,
                 source,
                 options.load(source, precision),
                 most=options.limits.queue_tokens,
                 on_batch=service.metrics.of_model(name),
             )
-        return found[source, precision]
+        return found[place, precision]
 
     for name, source in options.models.items():
         served(name, source, options.precision)
 
     def of_index(source: str, precision: str) -> ServedModel:
-        return served(name_of(source), source, precision)
+        return served(_free_name(name_of(source), found.values()), source, precision)
 
     indexes = open_indexes(options.indexes, of_index)
     models = Models(list(found.values()))
     for model in models:
         service.metrics.watch_queue(model.name, lambda queue=model.queue: queue.tokens)
     service.models, service.indexes = models, indexes
+
+
+def _free_name(name: str, models: Iterable[ServedModel]) -> str:
+    """Return a name that no other model has."""
+    taken = {model.name for model in models}
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(each for each in names if each not in taken)
 
 
 def close(service: Service) -> None:

@@ -143,6 +143,11 @@ def test_deleted_documents_are_gone(server, folder):
             [document("a", "b", lang="en")],
             '"documents[0]" has the unknown field "lang"; put it into "fields"',
         ),
+        ([document("a", "b", title=0)], '"documents[0].title" must be a string; got 0'),
+        (
+            [document("a", "b", fields=[])],
+            '"documents[0].fields" must be an object; got an empty list',
+        ),
         (
             [document("a", "b", fields={"x": {"y": 1}})],
             '"documents[0].fields.x" must be a text, a number, true or false, or a list of these; '

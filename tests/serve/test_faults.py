@@ -61,7 +61,7 @@ def undisturbed(running: Running, model: str = "plain") -> Iterator[None]:
                     problems.append(answer.text)
                 elif not np.allclose(answer.json()["texts"][0]["dense"], true, atol=1e-6):
                     problems.append("another vector")
-                time.sleep(0.005)
+                time.sleep(0.02)
 
     asking = Thread(target=ask)
     asking.start()

@@ -236,3 +236,21 @@ def test_state_says_what_each_index_and_model_is(server):
     model = state["models"][0]
     assert (model["name"], model["dim"], model["kinds"]) == ("hybrid", 64, list(KINDS))
     assert model["max_tokens"] == {"query": 32, "document": 64}
+
+
+def test_an_index_and_the_server_share_a_model_however_it_is_written(
+    folders, hybrid_folder, tmp_path
+):
+    (tmp_path / "link").symlink_to(hybrid_folder)
+    with serving({"mine": tmp_path / "link"}, indexes={"docs": folders["all"]}) as running:
+        state = running.get("/v1/state").json()
+        assert [model["name"] for model in state["models"]] == ["mine"]
+        assert state["indexes"][0]["model"] == "mine"
+
+
+def test_the_model_of_an_index_takes_no_name_that_is_given_to_another(folders, encoder_folder):
+    with serving({"hybrid": encoder_folder}, indexes={"docs": folders["all"]}) as running:
+        state = running.get("/v1/state").json()
+        assert [model["name"] for model in state["models"]] == ["hybrid", "hybrid-2"]
+        assert state["indexes"][0]["model"] == "hybrid-2"
+        assert found(running.post("/v1/search", {"query": "music", "k": 1}))

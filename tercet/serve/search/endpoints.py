@@ -278,7 +278,8 @@ def _record(given: Any, name: str) -> Record:
     id_ = given.get("id")
     if isinstance(id_, int) and not isinstance(id_, bool):
         id_ = str(id_)  # as in files of documents
-    fields = given.get("fields") or {}
+    fields = given.get("fields")
+    fields = {} if fields is None else fields
     if not isinstance(fields, Mapping):
         raise wrong(f"{name}.fields", "an object", fields)
     for key, value in fields.items():
@@ -286,7 +287,7 @@ def _record(given: Any, name: str) -> Record:
     return Record(
         id=_filled(id_, f"{name}.id"),
         text=_filled(given.get("text"), f"{name}.text"),
-        title=_filled(given.get("title"), f"{name}.title") if given.get("title") else "",
+        title=_title(given.get("title"), f"{name}.title"),
         fields=dict(fields),
     )
 
@@ -296,6 +297,12 @@ def _filled(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise wrong(name, "a string that is not blank", value)
     return valid(value, name)
+
+
+def _title(value: Any, name: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise wrong(name, "a string", value)
+    return valid(value or "", name)
 
 
 async def delete(call: Call) -> Response:

@@ -13,7 +13,7 @@ from tercet.errors import DataError, IndexFolderError, ModelError, RecipeError, 
 from tercet.kinds import Weights
 from tercet.rank.topk import top_k
 from tercet.search.engine.engine import ReciprocalRank, Record, Rerank, Weighted
-from tercet.search.exact import exact_engine, scanning
+from tercet.search.exact import exact_engine, manifest, scanning
 from tercet.search.exact.exact_engine import ExactEngine
 from tercet.segments import offsets_of
 from tercet.vectors import Terms, TokenRows, Vectors
@@ -335,3 +335,60 @@ def test_a_reopened_engine_writes_over_nothing(tmp_path, monkeypatch):
     with ExactEngine(tmp_path / "index") as engine:
         found = sorted(record.id for record in engine.scan())
     assert found == sorted(f"id{i}" for i in range(120))
+
+
+def test_an_engine_like_another_reads_only_what_is_new_and_finds_the_same(tmp_path, monkeypatch):
+    read = []
+    checksum = manifest.altered
+
+    def altered(folder, expected):
+        read.extend({name.partition("/")[0] for name in expected})
+        return checksum(folder, expected)
+
+    monkeypatch.setattr(manifest, "altered", altered)
+    folder = tmp_path / "index"
+    filled(folder).close()
+    with ExactEngine(folder, read_only=True) as first:
+        assert first.fetch(["lost"]) == [None]
+        with ExactEngine(folder, like=first) as writer:
+            writer.upsert(named(1, 900), c.vectors(1, seed=5))
+            writer.delete([c.names()[0]])
+        read.clear()
+        with ExactEngine(folder, read_only=True, like=first) as second:
+            assert sorted(read) == ["deleted-3.npy", "segment-3"]
+            with ExactEngine(folder, read_only=True) as plain:
+                hits = plain.search(c.QUESTIONS, 50, fusion=c.EXHAUSTIVE)
+                assert second.search(c.QUESTIONS, 50, fusion=c.EXHAUSTIVE) == hits
+            wanted = [c.names()[0], c.names()[1], "id900"]
+            assert second.fetch(wanted) == [None, c.records()[1], named(1, 900)[0]]
+        assert first.fetch(wanted) == [c.records()[0], c.records()[1], None]
+        assert first.stats().records == len(c.records())
+
+
+def test_an_engine_made_again_under_the_same_names_is_not_taken_for_the_one_before(tmp_path):
+    folder = tmp_path / "index"
+    filled(folder).close()
+    with ExactEngine(folder, read_only=True) as first:
+        shutil.rmtree(folder)
+        with ExactEngine(folder) as again:
+            again.upsert(named(3), c.vectors(3, seed=5))
+        with ExactEngine(folder, read_only=True, like=first) as second:
+            assert {record.id for record in second.scan()} == {"id0", "id1", "id2"}
+        assert {record.id for record in first.scan()} == set(c.names())
+
+
+def test_weights_of_terms_are_those_that_were_upserted(tmp_path):
+    with filled(tmp_path / "index") as engine:
+        engine.flush()
+        engine.upsert(named(1), c.vectors(1, seed=5))
+        assert c.DOCUMENTS.sparse is not None
+        terms = c.DOCUMENTS.sparse.merged()
+        begin, end = terms.offsets[3:5].tolist()
+        true = dict(
+            zip(terms.ids[begin:end].tolist(), terms.weights[begin:end].tolist(), strict=True)
+        )
+        asked = [*list(true)[1:], 10**9, -1]
+        (weights, nothing, new) = engine.term_weights([c.names()[3], "lost", "id0"], asked)
+        assert weights == pytest.approx({token: true[token] for token in asked[:-2]})
+        assert nothing == {}
+        assert set(new) <= set(asked)
