@@ -14,7 +14,8 @@ request when its answer has arrived. All sides get the same requests in the same
 - sentence-transformers runs batches of 32, its default, and for 64 callers also of 8, which pads
   less.
 - ``control``: texts of one length, where nobody pads.
-- Three kinds come from MiniLM with two random heads, in a folder of BGE-M3's layout.
+- Three kinds, as binary, come from MiniLM with two random heads, in a folder of BGE-M3's layout;
+  ``cost``: CPU seconds for them over those for dense vectors alone, of the same server.
 
 The peers need environments of their own: ``benchmarks/serve_peers.py`` says how to make them.
 
@@ -35,7 +36,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ MANY = 16  # texts of a large request of the mixed case
 CHECKED = 32  # texts whose vectors are compared
 OURS = "tercet"
 SMALL = ", batches of 8"
+DENSE = "tercet, dense alone"  # the same server, asked for less
 
 Texts = list[str]
 Body = Callable[[Texts], dict[str, Any]]
@@ -72,7 +74,7 @@ class Case:
     name: str
     callers: int
     texts: int  # in all requests together
-    kind: str = "float"  # of the answer: float, base64, dense or three, the last two in binary
+    kind: str = "float"  # of the answer: float, base64, or three: all kinds, in binary
     mixed: bool = False
     equal: bool = False  # texts of one length
 
@@ -95,7 +97,6 @@ CASES = (
     Case("64 callers, control: all of 32 tokens", 64, 400, equal=True),
     Case("1 caller, base64", 1, 150, kind="base64"),
     Case("64 callers, base64", 64, 480, kind="base64"),
-    Case("64 callers, dense alone, binary", 64, 640, kind="dense"),
     Case("64 callers, three kinds, binary", 64, 640, kind="three"),
 )
 
@@ -104,7 +105,7 @@ def is_measured(server: str, case: Case) -> bool:
     """Whether a side is asked in a case; others would add nothing."""
     if server == OURS:
         return True
-    if case.kind == "dense" or (case.kind == "base64" and case.callers == 1):
+    if case.kind == "base64" and case.callers == 1:
         return False
     return not server.endswith(SMALL) or case.callers == 64
 
@@ -125,18 +126,18 @@ class Server:
 
     def path(self, kind: str) -> str:
         """Where vectors are asked for."""
-        return "/v1/vectors" if kind in ("dense", "three") else "/v1/embeddings"
+        return "/v1/vectors" if kind == "three" else "/v1/embeddings"
 
     def body(self, texts: Texts, kind: str) -> str:
         """The request."""
-        if kind not in ("dense", "three"):
+        if kind != "three":
             given: Any = {"model": self.model, "input": texts, "encoding_format": kind}
             if self.name == OURS:
                 given["truncate"] = "end"  # peers cut without a word
         elif self.name == "m3serve":
             given = {"texts": texts}
         else:
-            kinds = KINDS if kind == "three" else ("dense",)
+            kinds = ("dense",) if self.name == DENSE else KINDS
             given = {"model": self.model, "texts": texts, "role": "document", "kinds": kinds}
             given["format"] = "safetensors"
         return json.dumps(given)
@@ -150,12 +151,12 @@ class Server:
         )
         with urllib.request.urlopen(asked, timeout=60) as answer:
             said = answer.read()
-        if kind in ("dense", "three") and self.name != "m3serve":
+        if kind == "three" and self.name != "m3serve":
             from safetensors.numpy import load
 
             return load(said)["dense"]
         found = json.loads(said)
-        if kind in ("dense", "three"):
+        if kind == "three":
             return np.array(found["dense"], dtype=np.float32)
         rows = [each["embedding"] for each in found["data"]]
         if kind == "base64":
@@ -279,7 +280,8 @@ class Bench:
             vectors = server.vectors(texts[:CHECKED], case.kind)
             found[server.name].error = distance(vectors, expected)
             self._load(server, case, [[text] for text in texts[-2 * case.callers :]])
-        before = {each.name: each.get("/counts") for each in servers if each.name != OURS}
+        peers = [each for each in servers if each.name not in (OURS, DENSE)]
+        before = {each.name: each.get("/counts") for each in peers}
         for _ in range(self.repeats):
             for server in servers:
                 run = self._load(server, case, asked)
@@ -287,11 +289,10 @@ class Bench:
                 rate = run["texts"] / run["server_cpu"]
                 print(f"{self.threads} threads, {case.name}, {server.name}: {rate:.1f}", flush=True)
             spent += [milliseconds(embedder, text) for text, *_ in asked] if alone else []
-        for server in servers:
-            if server.name in before:
-                after, start = server.get("/counts"), before[server.name]
-                slots, tokens = (after[k] - start.get(k, 0) for k in ("slots", "tokens"))
-                found[server.name].padding = slots / tokens
+        for server in peers:
+            after, start = server.get("/counts"), before[server.name]
+            slots, tokens = (after[k] - start.get(k, 0) for k in ("slots", "tokens"))
+            found[server.name].padding = slots / tokens
         return found, spent
 
     def _load(self, server: Server, case: Case, asked: list[Texts]) -> Answer:
@@ -322,7 +323,9 @@ def rows_of(case: Case, threads: int, found: dict[str, Measured]) -> Iterator[Ro
     """A row against each peer, or the only side beside itself."""
     ours = found.get(OURS)
     peers = {name: measured for name, measured in found.items() if name != OURS}
-    best = max(peers, key=lambda name: peers[name].facts("peer")["peer"], default=None)
+    best = max(
+        peers.keys() - {DENSE}, key=lambda name: peers[name].facts("peer")["peer"], default=None
+    )
     for name, peer in peers.items():
         row: Row = {"name": f"{case.name}, {threads} torch threads: {OURS} / {name}"}
         row |= {"unit": "texts per CPU second", **peer.facts("peer")}
@@ -331,9 +334,11 @@ def rows_of(case: Case, threads: int, found: dict[str, Measured]) -> Iterator[Ro
         if ours:
             row |= ours.facts("ours")
             row["ratio"] = row["ours"] / row["peer"]
-        if case.equal:
+        if name == DENSE:
+            row |= {"cost": row["peer"] / row["ours"], "target": "cost <= 1.15"}
+        elif case.equal:
             row["target"] = "the part beyond padding"
-        elif name == best and case.callers == 64 and case.kind != "three":
+        elif name == best and case.callers == 64:
             row["target"] = "ratio >= 2, p99 no worse (the best peer)"
         yield row
 
@@ -353,16 +358,6 @@ def one_caller(threads: int, case: Case, ours: Measured, spent: list[float]) -> 
         "median_difference_of_a_text_ms": float(np.median(pairs)),
         "error": ours.error,
     }
-
-
-def three_kinds(threads: int, three: Measured, dense: Measured) -> Row:
-    """What three kinds cost beside dense alone, both in binary."""
-    pairs = zip(dense.rates(), three.rates(), strict=True)
-    costs = [round(d / t, 3) for d, t in pairs]
-    row: Row = {"name": f"64 callers, {threads} torch threads: three kinds / dense alone, binary"}
-    row |= {"unit": "texts per CPU second", **three.facts("ours"), **dense.facts("peer")}
-    row |= {"ratio": row["ours"] / row["peer"], "cost": row["peer"] / row["ours"]}
-    return row | {"cost_each": costs, "target": "cost <= 1.15", "error": three.error}
 
 
 def commands(given: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[str]]]:
@@ -403,10 +398,12 @@ def measure(given: argparse.Namespace, client: Side, folder: Path) -> tuple[list
                     )
                     servers.append(stack.enter_context(started))
                 versions |= {s.name: s.get("/versions") for s in servers if s.name != OURS}
-                measured = {}
+                if model == "m3" and servers[0].name == OURS:
+                    servers.append(replace(servers[0], name=DENSE))
                 for case in CASES:
-                    special = case.kind in ("dense", "three")
-                    if special != (model == "m3") or not case.name.startswith(given.only):
+                    if (case.kind == "three") != (model == "m3"):
+                        continue
+                    if given.only and case.name not in given.only:
                         continue
                     fit = [each for each in servers if is_measured(each.name, case)]
                     alone = case.callers == 1 and bool(fit) and fit[0].name == OURS
@@ -414,9 +411,6 @@ def measure(given: argparse.Namespace, client: Side, folder: Path) -> tuple[list
                     rows += rows_of(case, threads, found)
                     if alone:
                         rows.append(one_caller(threads, case, found[OURS], spent))
-                    measured[case.kind] = found.get(OURS)
-                if measured.get("three") and measured.get("dense"):
-                    rows.append(three_kinds(threads, measured["three"], measured["dense"]))
     return rows, versions
 
 
@@ -429,7 +423,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shrink", type=int, default=1, help="keep one request of this many")
-    parser.add_argument("--only", default="", help="cases whose name starts so")
+    parser.add_argument("--only", nargs="+", help="names of cases; default: all")
     parser.add_argument("--port", type=int, default=18100)
     parser.add_argument("--out", type=Path, help="another file to write")
     given = parser.parse_args()
