@@ -189,6 +189,11 @@ class Tokenizer:
         """Tokenize whole texts without special tokens, with the characters of each token."""
         return self.encodings(texts, special=False)
 
+    @property
+    def cuts(self) -> Literal["start", "end"]:
+        """What the tokenizer itself leaves out of texts that are too long."""
+        return "start" if self._cuts_start else "end"
+
     def encodings(self, texts: Sequence[str], *, special: bool) -> list[Encoding]:
         """Tokenize whole texts, with or without special tokens around them."""
         return self._fast.encode_batch(list(texts), add_special_tokens=special)

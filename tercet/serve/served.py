@@ -2,8 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import ne, or_
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -22,6 +23,9 @@ Truncate: TypeAlias = Literal["end", "start", "error"]
 
 TRUNCATE: Final[tuple[Truncate, ...]] = ("end", "start", "error")
 _TINY: Final = np.float32(1e-12)  # the least length to divide by, as in torch
+_A_TOKEN: Final = 256  # characters, many more than usual ones have
+_HUGE: Final = 1_000_000  # characters that are read of any text
+_COUNTED: Final = 100_000  # characters of a text whose tokens are counted to say how many
 _AT_ONCE: Final = 4_000  # characters that are tokenized in the event loop; more in a thread
 SUFFIXES: Final[Mapping[str, Role]] = {"-query": "query", "-document": "document"}
 
@@ -118,30 +122,40 @@ class ServedModel:
         embedder = self.embedder
         limit = embedder.settings.max_tokens(role_of(role))
         limit = min(longest or limit, limit)
+        given, most = texts, _A_TOKEN * limit
+        if (truncate or embedder.tokenizer.cuts) == "start":  # all of a text would be read
+            texts = [_ending(text, most) for text in texts]
+        else:  # and all of one without spaces
+            texts = [text[: max(most, _HUGE)] for text in texts]
         try:
             tokens = embedder.tokenize(
                 texts,
                 role,
                 embedder.settings.prompt(role, task),
                 limit,
-                cuts=None if truncate == "error" else truncate,
+                cuts="end" if truncate == "error" else truncate,
             )
         except RecipeError as error:
             raise RequestError(400, str(error)) from error
+        shorter = map(ne, map(len, texts), map(len, given))
+        tokens = replace(tokens, cuts=list(map(or_, tokens.cuts, shorter)))
         refuses = embedder.settings.on_empty == "error"
         if refuses and not all(text.strip() for text in texts):
             raise RequestError(422, "a text is empty, and the model refuses empty texts")
         if truncate == "error" and any(tokens.cuts):
             text = tokens.cuts.index(True)
-            raise self._too_long(texts, text, limit)
+            raise self._too_long(given, text, limit)
         return Prepared(tokens, role)
 
     def _too_long(self, texts: Sequence[str], text: int, limit: int) -> RequestError:
-        count = len(self.embedder.tokenizer.bare([texts[text]])[0].ids)
+        has = f"{len(texts[text]):,} characters"
+        if len(texts[text]) <= _COUNTED:
+            count = len(self.embedder.tokenizer.bare([texts[text]])[0].ids)
+            has = f"{count:,} without them"
         return RequestError(
             413,
             f"a text must have at most {limit:,} tokens with its prompt and special tokens; text "
-            f"{text} has {count:,} without them; shorten it, or let it be cut",
+            f"{text} has {has}; shorten it, or let it be cut",
             too_long=True,
         )
 
@@ -262,6 +276,14 @@ class ServedModel:
     def close(self) -> None:
         """Answer what waits, and end the queue."""
         self.queue.close()
+
+
+def _ending(text: str, size: int) -> str:
+    """Return the last ``size`` characters, from the beginning of a word."""
+    if len(text) <= size:
+        return text
+    ending = text[-size:]
+    return ending.lstrip() if text[-size - 1].isspace() else ending.partition(" ")[2] or ending
 
 
 class Models:

@@ -197,6 +197,12 @@ def test_a_condition_that_nothing_fulfils_is_explained(server):
             404,
             'no index is named "lost"; there are: all, codes, task, plain, dense, sparse, multi',
         ),
+        (
+            {"queries": ["a"] * 101, "k": 1000},
+            413,
+            '"k" times the number of queries must be at most 100,000; got 101,000; send several '
+            "requests",
+        ),
         ({"qeury": "a"}, 400, 'unknown field "qeury"; did you mean "query"?'),
     ],
     ids=str,

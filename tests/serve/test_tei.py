@@ -318,3 +318,28 @@ def test_limits_have_the_statuses_of_tei(encoder_folder):
             "/embed", content=b"{", headers={"content-type": "application/json"}
         )
         assert broken.status_code == 400 and broken.json()["error_type"] == "Validation"
+
+
+def test_of_a_huge_text_only_the_end_that_is_kept_is_read(server):
+    """A tokenizer takes half a minute and gigabytes for 30 megabytes of text."""
+    embedder = server.embedder("plain")
+    huge = "music " + "web server " * 2_000_000 + "mail in a terminal"
+    options = {"model": "plain", "truncation_direction": "Left"}
+    found = server.post("/embed", {"inputs": huge, **options})
+    assert found.headers["x-truncated"] == "1" and found.elapsed.total_seconds() < 5
+    near = f"{'web server ' * 100}mail in a terminal"
+    assert answer(server, "/embed", inputs=near, **options) == [
+        pytest.approx(found.json()[0], abs=1e-6)
+    ]
+    assert embedder.tokenize([near], "document").cuts == [True]
+    blank = server.post("/embed", {"inputs": "web" + " " * 200_000 + "mail", **options})
+    assert blank.headers["x-truncated"] == "1"  # of which more could be kept
+
+
+def test_a_huge_text_is_refused_at_once(server):
+    found = server.post("/embed", {"inputs": "web server " * 2_000_000, "truncate": False})
+    assert found.status_code == 413 and found.elapsed.total_seconds() < 5
+    assert (
+        "at most 64 tokens with its prompt and special tokens; text 0 has 22,000,000 char"
+        in (found.json()["error"])
+    )

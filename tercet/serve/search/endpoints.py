@@ -41,6 +41,7 @@ _DELETE: Final[Described] = {"index": _SEARCH["index"], "ids": ("[string]", "Of 
 _DOCUMENT: Final = ("id", "text", "title", "fields")
 _FUSIONS: Final[tuple[FusionName, ...]] = ("weighted", "rrf", "rerank")
 _MOST_HITS: Final = 1_000
+_MOST_ALL_HITS: Final = 100_000  # of a request
 _MOST_CANDIDATES: Final = 100_000
 _EXPLAINED: Final = 10_000  # documents that are read to explain a condition: 0.3 seconds
 _SCALARS: Final = "a text, a number, true or false, or a list of these"
@@ -81,6 +82,13 @@ async def search(call: Call) -> Response:
         CANDIDATES if candidates is None else candidates,
     )
     k = fields.whole("k", lowest=1, highest=_MOST_HITS) or 5
+    if k * len(queries) > _MOST_ALL_HITS:
+        raise RequestError(
+            413,
+            f'"k" times the number of queries must be at most {_MOST_ALL_HITS:,}; got '
+            f"{k * len(queries):,}; send several requests",
+            field="k",
+        )
     where, highlight = _where(fields), fields.flag("highlight", False)
     vectors, prepared = await index.encode(opened, queries, "query", call.read)
     encoded = time.perf_counter()
