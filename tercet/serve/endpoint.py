@@ -63,6 +63,16 @@ class Service:
     models: Models | None = None  # None while they are loaded
     indexes: "Indexes | None" = None
 
+    def note(
+        self, method: str, path: str, status: int, seconds: float, more: Mapping[str, Any]
+    ) -> None:
+        """Count a request that was answered, and log it."""
+        self.metrics.request(path, status, seconds)
+        if self.access_log is not None:
+            milliseconds = round(1000 * seconds, 2)
+            known = {"method": method, "path": path, "status": status, "ms": milliseconds}
+            self.access_log({**known, **more})
+
     def is_ready(self) -> bool:
         """Whether models and indexes are loaded."""
         return self.models is not None and self.indexes is not None
@@ -191,17 +201,7 @@ class Endpoint:
                 await response(scope, receive, send)
         finally:
             seconds = time.perf_counter() - began
-            self.service.metrics.request(self.path, status, seconds)
-            if self.service.access_log is not None:
-                self.service.access_log(
-                    {
-                        "method": scope["method"],
-                        "path": self.path,
-                        "status": status,
-                        "ms": round(1000 * seconds, 2),
-                        **call.notes,
-                    }
-                )
+            self.service.note(scope["method"], self.path, status, seconds, call.notes)
 
     async def _answer(self, call: Call, receive: Receive) -> Response | None:
         """Return the handler's answer or an error in the protocol's form; None if nobody waits."""

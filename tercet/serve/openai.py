@@ -91,15 +91,15 @@ async def embeddings(call: Call) -> Response:
 def _entries(models: Models, began: int) -> dict[str, dict[str, Any]]:
     """Return what is said about each name of a model; the names that say a role are listed too."""
     found = {}
-    for model in models:
+    for name, model in models.by_name.items():
         for suffix, role in {"": None, **SUFFIXES}.items():
-            found.setdefault(model.name + suffix, _entry(model, suffix, role, began))
+            found.setdefault(name + suffix, _entry(model, name + suffix, role, began))
     return found
 
 
-def _entry(model: ServedModel, suffix: str, role: Role | None, began: int) -> dict[str, Any]:
+def _entry(model: ServedModel, name: str, role: Role | None, began: int) -> dict[str, Any]:
     return {
-        "id": model.name + suffix,
+        "id": name,
         "object": "model",
         "created": began,
         "owned_by": "tercet",

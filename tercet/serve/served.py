@@ -1,7 +1,7 @@
 """Models and indexes that a server offers, by name; texts become tokens here."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import ne, or_
@@ -35,7 +35,6 @@ class Prepared:
     """Texts of a request as tokens, and what was cut."""
 
     tokens: Tokens
-    role: str
 
     @property
     def counts(self) -> list[int]:
@@ -62,8 +61,7 @@ class ServedModel:
     """A model with its queue.
 
     Args:
-        name: by which requests choose it.
-        source: what it was loaded from, as in the command.
+        name: by which requests choose it; the first, if it has several.
         embedder: the model.
         most: tokens that may wait in its queue.
         on_batch: is called after each batch that was read.
@@ -72,13 +70,12 @@ class ServedModel:
     def __init__(
         self,
         name: str,
-        source: str,
         embedder: Embedder,
         *,
         most: int,
         on_batch: Callable[[Batch], None] = lambda _: None,
     ) -> None:
-        self.name, self.source, self.embedder = name, source, embedder
+        self.name, self.embedder = name, embedder
         self.dim = embedder.dim
         self._normalizes = embedder.settings.normalize
         embedder.encode_vectors(["a"])  # what is made once, such as packed weights, is made now
@@ -145,7 +142,7 @@ class ServedModel:
         if truncate == "error" and any(tokens.cuts):
             text = tokens.cuts.index(True)
             raise self._too_long(given, text, limit)
-        return Prepared(tokens, role)
+        return Prepared(tokens)
 
     def _too_long(self, texts: Sequence[str], text: int, limit: int) -> RequestError:
         has = f"{len(texts[text]):,} characters"
@@ -289,11 +286,12 @@ def _ending(text: str, size: int) -> str:
 class Models:
     """The models of a server; the first is taken where a request names none."""
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.by_name = {model.name: model for model in models}
+    def __init__(self, by_name: Mapping[str, ServedModel]) -> None:
+        self.by_name = by_name
 
-    def __iter__(self):  # noqa: ANN204
-        return iter(self.by_name.values())
+    def __iter__(self) -> Iterator[ServedModel]:
+        """Return each model once, though it may have several names."""
+        return iter(dict.fromkeys(self.by_name.values()))
 
     def find(self, name: str | None) -> tuple[ServedModel, Role | None]:
         """Return the model of a name, and the role that the name's end says.
@@ -316,16 +314,3 @@ class Models:
         raise RequestError(
             404, f"no model is named {shown(name)}; there are: {known}", field="model"
         )
-
-    def role(self, asked: str | None, of_name: Role | None, field: str) -> str:
-        """Return the role of a request: a field's, else that of the model's name, else none.
-
-        Raises:
-            RequestError: 400 for an unknown role.
-        """
-        if asked is None:
-            return of_name or "default"
-        try:
-            return role_of(asked)
-        except RecipeError as error:
-            raise RequestError(400, f'"{field}": {error}', field=field) from error

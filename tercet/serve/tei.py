@@ -168,7 +168,7 @@ async def rerank(call: Call) -> Response:
     of_texts = await asked.prepare(texts, "document")
     weights = model.embedder.settings.weights.get("", Weights())
     kinds: list[Kind] = [kind for kind in model.kinds if weights.of(kind)]
-    both = Prepared(Tokens.join([of_query.tokens, of_texts.tokens]), "document")
+    both = Prepared(Tokens.join([of_query.tokens, of_texts.tokens]))
     answer = await asked.read_prepared([query, *texts], both, *kinds)
     sums = await asyncio.to_thread(_sums, model, answer, kinds, weights)
     scores = sums if raw else 1 / (1 + np.exp(-sums))

@@ -40,7 +40,7 @@ async def vectors(call: Call) -> Response:
     fields = call.fields(_FIELDS)
     texts = fields.texts("texts", call.limits.texts)
     model, of_name = call.models.find(fields.text("model"))
-    role = call.models.role(fields.text("role"), of_name, "role")
+    role, task = model.role_and_task(fields.text("role"), of_name, "role")
     kinds = fields.choices("kinds", KINDS) or list(model.kinds)
     dims = fields.whole("dims", lowest=1)
     model.require_dims(dims)
@@ -49,7 +49,7 @@ async def vectors(call: Call) -> Response:
     prepared = await model.prepare(
         texts,
         role,
-        task=fields.text("task"),
+        task=fields.text("task") or task,
         truncate=side if "truncate" in fields else None,
     )
     answer = await call.read(model, prepared, kinds)

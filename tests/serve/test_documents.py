@@ -449,8 +449,8 @@ def test_a_model_that_is_gone_is_an_error_at_the_start(hybrid_folder, tmp_path):
     folder = make_index(tmp_path / "index", tmp_path / "model")
     (tmp_path / "model").rename(tmp_path / "moved")
 
-    def model_of(source: str, precision: str) -> ServedModel:
-        return ServedModel("toy", source, load(source, precision), most=1)
+    def model_of(source: str, precision: str, fingerprint: str) -> ServedModel:
+        return ServedModel("toy", load(source, precision), most=1)
 
     with pytest.raises(IndexFolderError, match="its model cannot be loaded"):
         open_indexes({"docs": folder}, model_of)

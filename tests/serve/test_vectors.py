@@ -108,7 +108,7 @@ def test_long_texts_are_cut_at_the_side_that_is_asked_for(server):
         ({"texts": ["a"], "dims": 0}, 400, '"dims" must be 1 or more; got 0'),
         ({"texts": ["a"], "dims": True}, 400, '"dims" must be a whole number, 1 or more; got true'),
         ({"texts": ["a"], "dims": 99}, 400, '"dims" must be from 1 to 64, the width of hybrid'),
-        ({"texts": ["a"], "role": "quer"}, 400, 'did you mean "query"?'),
+        ({"texts": ["a"], "role": "quer"}, 400, '"query", "document", "clustering"; got "quer"'),
         ({"texts": ["a"], "task": "sts"}, 400, "no prompt for the task 'sts'"),
         ({"texts": ["a"], "model": "gpt"}, 404, 'no model is named "gpt"; there are: hybrid'),
         ({"texts": ["a"], "model": "plain", "kinds": ["sparse"]}, 422, "plain makes dense only"),
