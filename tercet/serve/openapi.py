@@ -14,11 +14,16 @@ from tercet.serve.endpoint import Call, Endpoint, Service, json_response, route
 _ERRORS: Final[Mapping[str, str]] = {
     "400": "a field is wrong; the message says which, and what it must be",
     "401": "the API key is missing or wrong",
+    "403": "the server asks for no key and is local, and Host is not this machine",
+    "404": "there is no such model, index or document",
+    "408": "the body arrived too slowly",
+    "409": "the index has become another one",
     "413": "a body, a text or a list is too large; the message names number and limit",
     "415": "the body is not application/json",
     "422": "the model or the index cannot do what was asked",
     "429": "too many tokens wait; Retry-After says when to try again",
-    "503": "models are being loaded, or the server stops",
+    "503": "models are being loaded, the server stops, or another process writes the index",
+    "504": "the answer took too long",
 }
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
