@@ -85,14 +85,31 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         found["responses"] |= {
             status: {"description": description} for status, description in _ERRORS.items()
         }
-    fields = {
-        name: {**_schema(kind), "description": about}
-        for name, (kind, about) in endpoint.fields.items()
-    }
     if endpoint.method == "POST":
+        fields = {
+            name: {**_schema(kind), "description": about}
+            for name, (kind, about) in endpoint.fields.items()
+        }
         schema = {"type": "object", "properties": fields}
         found["requestBody"] = {"content": {"application/json": {"schema": schema}}}
+    elif endpoint.fields:
+        found["parameters"] = [
+            _parameter(endpoint.path, name, kind, about)
+            for name, (kind, about) in endpoint.fields.items()
+        ]
     return found
+
+
+def _parameter(path: str, name: str, kind: str, about: str) -> dict[str, Any]:
+    """Return a parameter in the path of an endpoint or behind its question mark."""
+    in_path = f"{{{name}" in path
+    return {
+        "name": name,
+        "in": "path" if in_path else "query",
+        "required": in_path,
+        "description": about,
+        "schema": _schema(kind),
+    }
 
 
 def _schema(kind: str) -> dict[str, Any]:
@@ -121,7 +138,10 @@ def page(content: Mapping[str, Any]) -> str:
             )
             rows = [
                 f"<tr><td><code>{escape(name)}</code><td>{escape(field['description'])}"
-                for name, field in fields.items()
+                for name, field in [
+                    *fields.items(),
+                    *((each["name"], each) for each in operation.get("parameters", ())),
+                ]
             ]
             parts.append(f"<table>{''.join(rows)}</table>" if rows else "")
     return (

@@ -368,6 +368,7 @@ class Indexes:
                 404,
                 "this server has no index; make one with: tercet index FILE --model MODEL --out "
                 "FOLDER, and start the server with: tercet serve --index FOLDER",
+                field="index",
             )
         if name is None:
             return next(iter(self))
