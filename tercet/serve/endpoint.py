@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -27,6 +27,7 @@ LOCAL: Final = ("localhost", "127.0.0.1", "[::1]")
 """Names of this machine in addresses."""
 
 _GONE: Final = 499  # in log and metrics: the client closed the connection
+_PIECE: Final = 1 << 18  # bytes of an answer, which take a millisecond
 _NUMBERS: Final = orjson.OPT_SERIALIZE_NUMPY
 
 log = logging.getLogger("tercet")
@@ -149,6 +150,19 @@ def json_response(
     """Return an answer in JSON; arrays of numpy become lists."""
     content = orjson.dumps(value, option=_NUMBERS)
     return Response(content, status, headers, media_type="application/json")
+
+
+async def rows_in_json(rows: Iterable[object]) -> orjson.Fragment:
+    """Return a long list for an answer, made in pieces: others are served between them."""
+    parts: list[bytes] = []
+    size = 0
+    for row in rows:
+        parts.append(orjson.dumps(row, option=_NUMBERS))
+        size += len(parts[-1])
+        if size > _PIECE:
+            size = 0
+            await asyncio.sleep(0)
+    return orjson.Fragment(b"[%b]" % b",".join(parts))
 
 
 def route(  # noqa: PLR0913 (independent choices, each with a default)

@@ -22,6 +22,7 @@ Truncate: TypeAlias = Literal["end", "start", "error"]
 """What is cut of a text that is longer than the model reads; "error" refuses it."""
 
 TRUNCATE: Final[tuple[Truncate, ...]] = ("end", "start", "error")
+_MOST_NUMBERS: Final = 1 << 24  # of an answer's vectors of tokens: 200 MB of JSON
 _TINY: Final = np.float32(1e-12)  # the least length to divide by, as in torch
 _A_TOKEN: Final = 256  # characters, many more than usual ones have
 _HUGE: Final = 1_000_000  # characters that are read of any text
@@ -117,6 +118,9 @@ class ServedModel:
         longest: int | None,
     ) -> Prepared:
         embedder = self.embedder
+        if truncate == "start" and embedder.settings.echo:
+            problem = "reads each text twice, so only the end of long texts can be cut"
+            raise RequestError(422, f"the model {self.name} {problem}")
         limit = embedder.settings.max_tokens(role_of(role))
         limit = min(longest or limit, limit)
         given, most = texts, _A_TOKEN * limit
@@ -169,6 +173,18 @@ class ServedModel:
                     422, f"the model {self.name} makes {' and '.join(self.kinds)} only; got {need}"
                 )
         return await self.queue.read(prepared.tokens, needs)
+
+    def require_room(self, prepared: Prepared, needs: Sequence[Need]) -> None:
+        """Raise RequestError, before any work, if an answer would have too many token vectors."""
+        widths = {"multi": self.embedder.heads.width or 0, "states": self.dim}
+        numbers = prepared.total * max(widths.get(need, 0) for need in needs)
+        if numbers > _MOST_NUMBERS:
+            most = _MOST_NUMBERS * prepared.total // numbers
+            raise RequestError(
+                413,
+                f"texts must have at most {most:,} tokens together where each token has a vector; "
+                f"got {prepared.total:,}; send several requests",
+            )
 
     def dense(self, answer: Answer, dims: int | None = None) -> np.ndarray:
         """Return the dense vectors of an answer as :meth:`Embedder.encode` returns them.

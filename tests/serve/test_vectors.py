@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from tercet.serve import served
 from tercet.serve.endpoint import Limits
 from tests.serving import serving
 from tests.toy import SENTENCES
@@ -154,6 +155,15 @@ def test_without_a_key_only_names_of_this_machine_are_answered(server, hybrid_fo
         headers = {"host": "vectors.example", "authorization": "Bearer k"}
         asked = {"json": {"texts": ["a"]}, "headers": headers}
         assert running.http.post("/v1/vectors", **asked).status_code == 200
+
+
+def test_an_answer_with_too_many_token_vectors_is_refused_before_it_is_made(server, monkeypatch):
+    monkeypatch.setattr(served, "_MOST_NUMBERS", 8 * 20)  # rows of 8 numbers
+    refused = server.post("/v1/vectors", {"texts": ["read mail"] * 5})
+    assert refused.status_code == 413
+    assert "at most 20 tokens together where each token has" in refused.json()["error"]["message"]
+    dense = {"texts": ["read mail"] * 5, "kinds": ["dense", "sparse"]}
+    assert server.post("/v1/vectors", dense).status_code == 200
 
 
 def test_limits_are_named(hybrid_folder):
