@@ -6,15 +6,15 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from queue import Full, Queue
 from threading import Thread
-from typing import IO, Any, Final
+from typing import Any, Final
 
 _WAITING: Final = 10_000  # lines; more are dropped while nobody reads the stream
 _LAST: Final = 1.0  # seconds for the last lines to be written
 
 
 @contextmanager
-def access_log(stream: IO[str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Offer a function that writes lines, with the time before each, in a thread of the log."""
+def access_log(stream: Any) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Offer a function that writes lines to a text stream, with the time first, in a thread."""
     lines: Queue[str | None] = Queue(_WAITING)
 
     def write() -> None:
