@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 import numpy as np
 from jaxtyping import Float32
@@ -127,13 +127,13 @@ class _Calls:
 
     def fetch(self, ids: Sequence[str], index: str | None) -> Steps[list["Record | None"]]:
         found: list[Record | None] = []
-        of_index = "" if index is None else f"?index={quote(index, safe='')}"
+        of_index = {} if index is None else {"index": index}
         for each in checked_texts(ids, "id"):
-            path = f"/v1/documents/{quote(each, safe='')}{of_index}"
+            path = f"/v1/documents?{urlencode({'id': each, **of_index})}"
             try:
                 answer = yield from self._ask(_Ask("GET", path))
             except ServerError as error:
-                if error.status != 404 or error.field is not None:
+                if error.code != "no_document":
                     raise
                 found.append(None)
             else:

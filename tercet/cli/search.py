@@ -1,12 +1,11 @@
 """The commands index, search and serve."""
 
-import json as json_of
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -387,6 +386,7 @@ def serve(
     """
     for package in ("starlette", "uvicorn", "orjson", "prometheus_client"):
         require_package(package, "tercet serve", "serve")
+    from tercet.serve.access_log import access_log as lines_about_requests
     from tercet.serve.names import named_indexes, named_models
     from tercet.serve.server import Limits, ServeOptions
     from tercet.serve.server import serve as run_server
@@ -419,17 +419,11 @@ def serve(
         limits=limits,
         precision=chosen_dtype(dtype, device),
         load=partial(load, device=device, batch_tokens=batch_tokens),
-        access_log=_print_access if access_log else None,
     )
     if not options.is_local and key is None:
         say(f"tercet: note: {host} may be open to others; --api-key-env asks requests for a key")
-    run_server(options, say)
-
-
-def _print_access(line: Mapping[str, Any]) -> None:
-    """Print one line of JSON about a request."""
-    with suppress(OSError):  # of a pipe that nobody reads any more
-        sys.stderr.write(f"{json_of.dumps(line)}\n")
+    with lines_about_requests(sys.stderr) if access_log else nullcontext() as note:
+        run_server(replace(options, access_log=note), say)
 
 
 def _hit_record(hit: Any) -> dict[str, Any]:

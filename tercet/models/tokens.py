@@ -112,7 +112,9 @@ class Tokens:
             [ids for part in parts for ids in part.ids],
             [count for part in parts for count in part.skipped],
             sum(part.truncated for part in parts),
-            [bounds for part in parts for bounds in part.left_out or [(0, 0)] * len(part)],
+            [bounds for part in parts for bounds in part.left_out or [(0, 0)] * len(part)]
+            if any(part.left_out for part in parts)
+            else [],
             [spans for part in parts for spans in part.spans],
             [count for part in parts for count in part.read],
             [cut for part in parts for cut in part.cuts],

@@ -23,7 +23,15 @@ from starlette.routing import Route
 from tercet.errors import RecipeError
 from tercet.models.settings import Settings, quantizer_of
 from tercet.rank.quantized import CodePrecision, Codes, Quantizer
-from tercet.serve.endpoint import Call, Described, Protocol, Service, json_response, route
+from tercet.serve.endpoint import (
+    Call,
+    Described,
+    Protocol,
+    Service,
+    json_response,
+    route,
+    rows_in_json,
+)
 from tercet.serve.requests import Fields, RequestError, require_count, valid, wrong
 from tercet.serve.served import Prepared, Truncate
 
@@ -97,7 +105,7 @@ async def embed(call: Call) -> Response:
     answered = {
         "id": str(uuid4()),
         "response_type": "embeddings_by_type",
-        "embeddings": {name: _as(name, vectors, codes) for name in types},
+        "embeddings": {name: await rows_in_json(_as(name, vectors, codes)) for name in types},
         "texts": texts,
         "meta": _meta(prepared),
     }

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -27,6 +27,7 @@ LOCAL: Final = ("localhost", "127.0.0.1", "[::1]")
 """Names of this machine in addresses."""
 
 _GONE: Final = 499  # in log and metrics: the client closed the connection
+_PIECE: Final = 1 << 18  # bytes of an answer, which take a millisecond
 _NUMBERS: Final = orjson.OPT_SERIALIZE_NUMPY
 
 log = logging.getLogger("tercet")
@@ -62,6 +63,16 @@ class Service:
     access_log: Callable[[Mapping[str, Any]], None] | None = None
     models: Models | None = None  # None while they are loaded
     indexes: "Indexes | None" = None
+
+    def note(
+        self, method: str, path: str, status: int, seconds: float, more: Mapping[str, Any]
+    ) -> None:
+        """Count a request that was answered, and log it."""
+        self.metrics.request(path, status, seconds)
+        if self.access_log is not None:
+            milliseconds = round(1000 * seconds, 2)
+            known = {"method": method, "path": path, "status": status, "ms": milliseconds}
+            self.access_log({**known, **more})
 
     def is_ready(self) -> bool:
         """Whether models and indexes are loaded."""
@@ -141,6 +152,19 @@ def json_response(
     return Response(content, status, headers, media_type="application/json")
 
 
+async def rows_in_json(rows: Iterable[object]) -> orjson.Fragment:
+    """Return a long list for an answer, made in pieces: others are served between them."""
+    parts: list[bytes] = []
+    size = 0
+    for row in rows:
+        parts.append(orjson.dumps(row, option=_NUMBERS))
+        size += len(parts[-1])
+        if size > _PIECE:
+            size = 0
+            await asyncio.sleep(0)
+    return orjson.Fragment(b"[%b]" % b",".join(parts))
+
+
 def route(  # noqa: PLR0913 (independent choices, each with a default)
     service: Service,
     path: str,
@@ -191,17 +215,7 @@ class Endpoint:
                 await response(scope, receive, send)
         finally:
             seconds = time.perf_counter() - began
-            self.service.metrics.request(self.path, status, seconds)
-            if self.service.access_log is not None:
-                self.service.access_log(
-                    {
-                        "method": scope["method"],
-                        "path": self.path,
-                        "status": status,
-                        "ms": round(1000 * seconds, 2),
-                        **call.notes,
-                    }
-                )
+            self.service.note(scope["method"], self.path, status, seconds, call.notes)
 
     async def _answer(self, call: Call, receive: Receive) -> Response | None:
         """Return the handler's answer or an error in the protocol's form; None if nobody waits."""

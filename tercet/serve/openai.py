@@ -8,7 +8,15 @@ from typing import Any, Final, Literal
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tercet.serve.endpoint import Call, Described, Protocol, Service, json_response, route
+from tercet.serve.endpoint import (
+    Call,
+    Described,
+    Protocol,
+    Service,
+    json_response,
+    route,
+    rows_in_json,
+)
 from tercet.serve.requests import RequestError
 from tercet.serve.served import SUFFIXES, TRUNCATE, Models, ServedModel, Truncate
 from tercet.types import Role
@@ -75,31 +83,32 @@ async def embeddings(call: Call) -> Response:
     prepared = await model.prepare(texts, role, task=task, truncate=truncate)
     answer = await call.read(model, prepared, ["dense"])
     vectors = model.dense(answer, dims).astype("<f4", copy=False)
-    data = [
+    data = (
         {
             "object": "embedding",
             "index": place,
             "embedding": b64encode(vector.tobytes()).decode() if binary else vector,
         }
         for place, vector in enumerate(vectors)
-    ]
+    )
     usage = {"prompt_tokens": prepared.total, "total_tokens": prepared.total}
-    answered = {"object": "list", "data": data, "model": asked or model.name, "usage": usage}
+    rows, name = await rows_in_json(data), asked or model.name
+    answered = {"object": "list", "data": rows, "model": name, "usage": usage}
     return json_response(answered, headers=prepared.headers)
 
 
 def _entries(models: Models, began: int) -> dict[str, dict[str, Any]]:
     """Return what is said about each name of a model; the names that say a role are listed too."""
     found = {}
-    for model in models:
+    for name, model in models.by_name.items():
         for suffix, role in {"": None, **SUFFIXES}.items():
-            found.setdefault(model.name + suffix, _entry(model, suffix, role, began))
+            found.setdefault(name + suffix, _entry(model, name + suffix, role, began))
     return found
 
 
-def _entry(model: ServedModel, suffix: str, role: Role | None, began: int) -> dict[str, Any]:
+def _entry(model: ServedModel, name: str, role: Role | None, began: int) -> dict[str, Any]:
     return {
-        "id": model.name + suffix,
+        "id": name,
         "object": "model",
         "created": began,
         "owned_by": "tercet",

@@ -14,11 +14,16 @@ from tercet.serve.endpoint import Call, Endpoint, Service, json_response, route
 _ERRORS: Final[Mapping[str, str]] = {
     "400": "a field is wrong; the message says which, and what it must be",
     "401": "the API key is missing or wrong",
+    "403": "the server asks for no key and is local, and Host is not this machine",
+    "404": "there is no such model, index or document",
+    "408": "the body arrived too slowly",
+    "409": "the index has become another one",
     "413": "a body, a text or a list is too large; the message names number and limit",
     "415": "the body is not application/json",
     "422": "the model or the index cannot do what was asked",
     "429": "too many tokens wait; Retry-After says when to try again",
-    "503": "models are being loaded, or the server stops",
+    "503": "models are being loaded, the server stops, or another process writes the index",
+    "504": "the answer took too long",
 }
 _STYLE: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
@@ -80,14 +85,31 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         found["responses"] |= {
             status: {"description": description} for status, description in _ERRORS.items()
         }
-    fields = {
-        name: {**_schema(kind), "description": about}
-        for name, (kind, about) in endpoint.fields.items()
-    }
     if endpoint.method == "POST":
+        fields = {
+            name: {**_schema(kind), "description": about}
+            for name, (kind, about) in endpoint.fields.items()
+        }
         schema = {"type": "object", "properties": fields}
         found["requestBody"] = {"content": {"application/json": {"schema": schema}}}
+    elif endpoint.fields:
+        found["parameters"] = [
+            _parameter(endpoint.path, name, kind, about)
+            for name, (kind, about) in endpoint.fields.items()
+        ]
     return found
+
+
+def _parameter(path: str, name: str, kind: str, about: str) -> dict[str, Any]:
+    """Return a parameter in the path of an endpoint or behind its question mark."""
+    in_path = f"{{{name}" in path
+    return {
+        "name": name,
+        "in": "path" if in_path else "query",
+        "required": in_path,
+        "description": about,
+        "schema": _schema(kind),
+    }
 
 
 def _schema(kind: str) -> dict[str, Any]:
@@ -116,7 +138,10 @@ def page(content: Mapping[str, Any]) -> str:
             )
             rows = [
                 f"<tr><td><code>{escape(name)}</code><td>{escape(field['description'])}"
-                for name, field in fields.items()
+                for name, field in [
+                    *fields.items(),
+                    *((each["name"], each) for each in operation.get("parameters", ())),
+                ]
             ]
             parts.append(f"<table>{''.join(rows)}</table>" if rows else "")
     return (

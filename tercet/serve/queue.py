@@ -198,12 +198,17 @@ class PackedQueue:
             batch.append((request, request.next))
             room -= length
             self.tokens -= length
-            self._turn = turn
+            self._turn = max(self._turn, turn)
             request.next += 1
             if request.next < len(request.tokens):
                 heapq.heapreplace(self._waiting, (turn + length, number, request))
             else:
                 heapq.heappop(self._waiting)
+        # What each request got on average. Without it, requests of one text that keep coming would
+        # all begin at the same turn, and never let a second text of an earlier request through.
+        requests = {request for request, _ in batch} | {each for _, _, each in self._waiting}
+        if requests:
+            self._turn += sum(request.length(text) for request, text in batch) / len(requests)
         return batch
 
     def _read(self, batch: list[tuple[_Request, int]]) -> None:

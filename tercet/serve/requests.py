@@ -35,6 +35,7 @@ class RequestError(TercetError):
     Attributes:
         status: of HTTP, one of ``NAMES``.
         field: of the body that is wrong.
+        code: for programs, where the name of the status does not say enough.
         retry_after: seconds after which the same request may succeed.
         too_long: whether a text has more tokens than the model reads; each protocol has a status
             for that.
@@ -46,17 +47,18 @@ class RequestError(TercetError):
         message: str,
         *,
         field: str | None = None,
+        code: str | None = None,
         retry_after: int | None = None,
         too_long: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status, self.field = status, field
+        self.status, self.field, self.code = status, field, code
         self.retry_after, self.too_long = retry_after, too_long
 
     @property
     def name(self) -> str:
-        """The name of the status, for programs."""
-        return NAMES[self.status]
+        """The code of the error or the name of its status, for programs."""
+        return self.code or NAMES[self.status]
 
 
 class Fields:

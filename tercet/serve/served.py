@@ -1,7 +1,7 @@
 """Models and indexes that a server offers, by name; texts become tokens here."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import ne, or_
@@ -22,6 +22,7 @@ Truncate: TypeAlias = Literal["end", "start", "error"]
 """What is cut of a text that is longer than the model reads; "error" refuses it."""
 
 TRUNCATE: Final[tuple[Truncate, ...]] = ("end", "start", "error")
+_MOST_NUMBERS: Final = 1 << 24  # of an answer's vectors of tokens: 200 MB of JSON
 _TINY: Final = np.float32(1e-12)  # the least length to divide by, as in torch
 _A_TOKEN: Final = 256  # characters, many more than usual ones have
 _HUGE: Final = 1_000_000  # characters that are read of any text
@@ -35,7 +36,6 @@ class Prepared:
     """Texts of a request as tokens, and what was cut."""
 
     tokens: Tokens
-    role: str
 
     @property
     def counts(self) -> list[int]:
@@ -62,8 +62,7 @@ class ServedModel:
     """A model with its queue.
 
     Args:
-        name: by which requests choose it.
-        source: what it was loaded from, as in the command.
+        name: by which requests choose it; the first, if it has several.
         embedder: the model.
         most: tokens that may wait in its queue.
         on_batch: is called after each batch that was read.
@@ -72,13 +71,12 @@ class ServedModel:
     def __init__(
         self,
         name: str,
-        source: str,
         embedder: Embedder,
         *,
         most: int,
         on_batch: Callable[[Batch], None] = lambda _: None,
     ) -> None:
-        self.name, self.source, self.embedder = name, source, embedder
+        self.name, self.embedder = name, embedder
         self.dim = embedder.dim
         self._normalizes = embedder.settings.normalize
         embedder.encode_vectors(["a"])  # what is made once, such as packed weights, is made now
@@ -120,6 +118,9 @@ class ServedModel:
         longest: int | None,
     ) -> Prepared:
         embedder = self.embedder
+        if truncate == "start" and embedder.settings.echo:
+            problem = "reads each text twice, so only the end of long texts can be cut"
+            raise RequestError(422, f"the model {self.name} {problem}")
         limit = embedder.settings.max_tokens(role_of(role))
         limit = min(longest or limit, limit)
         given, most = texts, _A_TOKEN * limit
@@ -145,7 +146,7 @@ class ServedModel:
         if truncate == "error" and any(tokens.cuts):
             text = tokens.cuts.index(True)
             raise self._too_long(given, text, limit)
-        return Prepared(tokens, role)
+        return Prepared(tokens)
 
     def _too_long(self, texts: Sequence[str], text: int, limit: int) -> RequestError:
         has = f"{len(texts[text]):,} characters"
@@ -172,6 +173,18 @@ class ServedModel:
                     422, f"the model {self.name} makes {' and '.join(self.kinds)} only; got {need}"
                 )
         return await self.queue.read(prepared.tokens, needs)
+
+    def require_room(self, prepared: Prepared, needs: Sequence[Need]) -> None:
+        """Raise RequestError, before any work, if an answer would have too many token vectors."""
+        widths = {"multi": self.embedder.heads.width or 0, "states": self.dim}
+        numbers = prepared.total * max(widths.get(need, 0) for need in needs)
+        if numbers > _MOST_NUMBERS:
+            most = _MOST_NUMBERS * prepared.total // numbers
+            raise RequestError(
+                413,
+                f"texts must have at most {most:,} tokens together where each token has a vector; "
+                f"got {prepared.total:,}; send several requests",
+            )
 
     def dense(self, answer: Answer, dims: int | None = None) -> np.ndarray:
         """Return the dense vectors of an answer as :meth:`Embedder.encode` returns them.
@@ -289,11 +302,12 @@ def _ending(text: str, size: int) -> str:
 class Models:
     """The models of a server; the first is taken where a request names none."""
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.by_name = {model.name: model for model in models}
+    def __init__(self, by_name: Mapping[str, ServedModel]) -> None:
+        self.by_name = by_name
 
-    def __iter__(self):  # noqa: ANN204
-        return iter(self.by_name.values())
+    def __iter__(self) -> Iterator[ServedModel]:
+        """Return each model once, though it may have several names."""
+        return iter(dict.fromkeys(self.by_name.values()))
 
     def find(self, name: str | None) -> tuple[ServedModel, Role | None]:
         """Return the model of a name, and the role that the name's end says.
@@ -316,16 +330,3 @@ class Models:
         raise RequestError(
             404, f"no model is named {shown(name)}; there are: {known}", field="model"
         )
-
-    def role(self, asked: str | None, of_name: Role | None, field: str) -> str:
-        """Return the role of a request: a field's, else that of the model's name, else none.
-
-        Raises:
-            RequestError: 400 for an unknown role.
-        """
-        if asked is None:
-            return of_name or "default"
-        try:
-            return role_of(asked)
-        except RecipeError as error:
-            raise RequestError(400, f'"{field}": {error}', field=field) from error

@@ -4,12 +4,20 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Container,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 
 import uvicorn
@@ -21,7 +29,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tercet.errors import RecipeError, TercetError
+from tercet.errors import RecipeError
 from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
 from tercet.serve import cohere, openai, openapi, tei, vectors
@@ -128,14 +136,14 @@ class _Server(uvicorn.Server):
     """A uvicorn server that loads what it offers while it listens already."""
 
     def __init__(self, options: ServeOptions, address: str, say: Callable[[str], None]) -> None:
-        self.failure: TercetError | None = None
+        self.failure: Exception | None = None
         self.dropped = False  # whether a request was not answered when the server stopped
         self._options, self._address, self._say = options, address, say
         self._service = Service(
             limits=options.limits,
             key=options.key,
             is_local=options.key is None and options.is_local,
-            access_log=_timed(options.access_log),
+            access_log=options.access_log,
         )
         self._signals: Listener | None = None
         app = application(self._service, origins=options.origins, lifespan=self._lifespan)
@@ -172,59 +180,65 @@ class _Server(uvicorn.Server):
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(self._load())
+        Thread(target=self._load, name="load", daemon=True).start()
         yield
-        loading.cancel()
         await asyncio.to_thread(close, self._service)
 
-    async def _load(self) -> None:
+    def _load(self) -> None:
+        """Load everything, in a thread that does not hold up the end of the process."""
         began = time.monotonic()
         try:
-            await asyncio.to_thread(load, self._service, self._options)
-        except TercetError as error:
+            load(self._service, self._options)
+        except Exception as error:  # noqa: BLE001 (is raised where the server was started)
             self.failure, self.should_exit = error, True
             return
-        models = ", ".join(model.name for model in self._service.models or ())
+        models = ", ".join(self._service.models.by_name if self._service.models else ())
         self._say(f"ready after {time.monotonic() - began:.1f} s: {models} at {self._address}")
 
 
 def load(service: Service, options: ServeOptions) -> None:
-    """Load all models, and open all indexes.
+    """Load all models, each once though it may have several names, and open all indexes.
+
+    An index takes a model that is loaded already if it has the fingerprint of its own, wherever
+    that was when the index was made.
 
     Raises:
         ModelError: if a model cannot be loaded.
         IndexFolderError: if an index cannot be opened.
     """
-    found: dict[tuple[str, str], ServedModel] = {}
+    by_name: dict[str, ServedModel] = {}
+    by_place: dict[str, ServedModel] = {}
 
-    def served(name: str, source: str, precision: str) -> ServedModel:
-        place = str(Path(source).resolve()) if Path(source).exists() else source
-        if (place, precision) not in found:
-            found[place, precision] = ServedModel(
-                name,
-                source,
-                options.load(source, precision),
-                most=options.limits.queue_tokens,
-                on_batch=service.metrics.of_model(name),
-            )
-        return found[place, precision]
+    def loaded(name: str, source: str, precision: str) -> ServedModel:
+        return ServedModel(
+            name,
+            options.load(source, precision),
+            most=options.limits.queue_tokens,
+            on_batch=service.metrics.of_model(name),
+        )
+
+    def of_index(source: str, precision: str, fingerprint: str) -> ServedModel:
+        for model in by_name.values():
+            if model.embedder.fingerprint() == fingerprint:
+                return model
+        name = _free_name(name_of(source), by_name)
+        by_name[name] = loaded(name, source, precision)
+        return by_name[name]
 
     for name, source in options.models.items():
-        served(name, source, options.precision)
-
-    def of_index(source: str, precision: str) -> ServedModel:
-        return served(_free_name(name_of(source), found.values()), source, precision)
-
+        place = str(Path(source).resolve()) if Path(source).exists() else source
+        if place not in by_place:
+            by_place[place] = loaded(name, source, options.precision)
+        by_name[name] = by_place[place]
     indexes = open_indexes(options.indexes, of_index)
-    models = Models(list(found.values()))
+    models = Models(by_name)
     for model in models:
         service.metrics.watch_queue(model.name, lambda queue=model.queue: queue.tokens)
     service.models, service.indexes = models, indexes
 
 
-def _free_name(name: str, models: Iterable[ServedModel]) -> str:
+def _free_name(name: str, taken: Container[str]) -> str:
     """Return a name that no other model has."""
-    taken = {model.name for model in models}
     names = chain([name], (f"{name}-{number}" for number in count(2)))
     return next(each for each in names if each not in taken)
 
@@ -260,7 +274,7 @@ def application(
     return Starlette(
         routes=routes,
         middleware=[cross] if origins else [],
-        exception_handlers={HTTPException: _http_error},
+        exception_handlers={HTTPException: _unknown(service)},
         lifespan=lifespan,
     )
 
@@ -290,27 +304,18 @@ def _state_routes(service: Service) -> list[Route]:
     ]
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Answer a request for a path or a method that does not exist."""
-    assert isinstance(error, HTTPException), "the only kind that is registered"
-    status = error.status_code if error.status_code in NAMES else 400
-    what = {
-        404: f"there is no {request.url.path}; see /openapi.json for what there is",
-        405: f"{request.url.path} does not take {request.method}; see /openapi.json",
-    }
-    refused = RequestError(status, what.get(status, str(error.detail)))
-    return json_response(plain_error(refused), status, error.headers)
+def _unknown(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """Return what answers requests for a path or a method that does not exist."""
 
+    async def answer(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException), "the only kind that is registered"
+        status = error.status_code if error.status_code in NAMES else 400
+        what = {
+            404: f"there is no {request.url.path}; see /openapi.json for what there is",
+            405: f"{request.url.path} does not take {request.method}; see /openapi.json",
+        }
+        refused = RequestError(status, what.get(status, str(error.detail)))
+        service.note(request.method, "unknown", status, 0.0, {})
+        return json_response(plain_error(refused), status, error.headers)
 
-def _timed(
-    write: Callable[[Mapping[str, Any]], None] | None,
-) -> Callable[[Mapping[str, Any]], None] | None:
-    """Return a function that puts the time before a line of the access log."""
-    if write is None:
-        return None
-
-    def timed(line: Mapping[str, Any]) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        write({"time": now, **line})
-
-    return timed
+    return answer

@@ -20,7 +20,15 @@ from tokenizers import Encoding
 from tercet.kinds import Kind, Weights
 from tercet.models.tokens import Tokens
 from tercet.rank.scoring import scores_of
-from tercet.serve.endpoint import Call, Described, Protocol, Service, json_response, route
+from tercet.serve.endpoint import (
+    Call,
+    Described,
+    Protocol,
+    Service,
+    json_response,
+    route,
+    rows_in_json,
+)
 from tercet.serve.queue import Answer, Need
 from tercet.serve.requests import Fields, RequestError, require_count, wrong
 from tercet.serve.served import Prepared, ServedModel, Truncate
@@ -29,6 +37,7 @@ from tercet.types import RoleName
 _ErrorType: TypeAlias = Literal["Backend", "Empty", "Overloaded", "Unhealthy", "Validation"]
 _Side: TypeAlias = Literal["Left", "Right"]
 _SIDES: Final[Mapping[_Side, Truncate]] = {"Right": "end", "Left": "start"}
+_POOLINGS: Final[Mapping[str, str]] = {"last": "last_token"}  # by other names in TEI
 _TYPES: Final[Mapping[int, _ErrorType]] = {
     429: "Overloaded",
     500: "Backend",
@@ -77,7 +86,6 @@ _DECODE: Final[Described] = {
     "skip_special_tokens": ("boolean", "Leave out special tokens (default)."),
     **_MODEL,
 }
-_MOST_NUMBERS: Final = 1 << 24  # in an answer with the states of all tokens: 200 MB of JSON
 
 
 def routes(service: Service) -> list[Route]:
@@ -111,7 +119,7 @@ async def embed(call: Call) -> Response:
     answer = await asked.read(await asked.texts(), "dense")
     width = dims or asked.model.dim
     found = asked.model.dense(answer, width) if unit else np.concatenate(answer.dense)[:, :width]
-    return asked.response(np.ascontiguousarray(found))
+    return asked.response(await rows_in_json(np.ascontiguousarray(found)))
 
 
 async def embed_sparse(call: Call) -> Response:
@@ -121,24 +129,21 @@ async def embed_sparse(call: Call) -> Response:
         kinds = " and ".join(asked.model.kinds)
         raise _TypedError("Backend", f"the model {asked.model.name} makes {kinds} vectors only")
     answer = await asked.read(await asked.texts(), "sparse")
-    return asked.response(
+    rows = (
         [
-            [
-                {"index": token, "value": weight}
-                for token, weight in zip(ids.tolist(), weights.tolist(), strict=True)
-            ]
-            for ids, weights in answer.sparse
+            {"index": token, "value": weight}
+            for token, weight in zip(ids.tolist(), weights.tolist(), strict=True)
         ]
+        for ids, weights in answer.sparse
     )
+    return asked.response(await rows_in_json(rows))
 
 
 async def embed_all(call: Call) -> Response:
     """Return the state of every token, prompt and special ones included, not normalized."""
     asked = _Asked(call)
-    texts = await asked.texts()
-    width = asked.model.dim
-    answer = await asked.read(texts, "states", most=_MOST_NUMBERS // width)
-    return asked.response(answer.states)
+    answer = await asked.read(await asked.texts(), "states")
+    return asked.response(await rows_in_json(answer.states))
 
 
 async def similarity(call: Call) -> Response:
@@ -168,7 +173,7 @@ async def rerank(call: Call) -> Response:
     of_texts = await asked.prepare(texts, "document")
     weights = model.embedder.settings.weights.get("", Weights())
     kinds: list[Kind] = [kind for kind in model.kinds if weights.of(kind)]
-    both = Prepared(Tokens.join([of_query.tokens, of_texts.tokens]), "document")
+    both = Prepared(Tokens.join([of_query.tokens, of_texts.tokens]))
     answer = await asked.read_prepared([query, *texts], both, *kinds)
     sums = await asyncio.to_thread(_sums, model, answer, kinds, weights)
     scores = sums if raw else 1 / (1 + np.exp(-sums))
@@ -240,7 +245,9 @@ async def info(call: Call) -> Response:
             "model_sha": None,
             "model_dtype": str(next(embedder.parameters()).dtype).removeprefix("torch."),
             "served_model_name": model.name,
-            "model_type": {"embedding": {"pooling": settings.pooling}},
+            "model_type": {
+                "embedding": {"pooling": _POOLINGS.get(settings.pooling, settings.pooling)}
+            },
             "max_concurrent_requests": limits.queue_tokens,  # which have one token or more each
             "max_input_length": settings.document_tokens,
             "max_batch_tokens": embedder.batch_tokens,
@@ -283,15 +290,10 @@ class _Asked:
         """Return texts as tokens."""
         return await self.model.prepare(texts, role, task=self.task, truncate=self._truncate)
 
-    async def read(self, texts: Sequence[str], need: Need, *, most: int | None = None) -> Answer:
-        """Return what is needed of texts, which must have at most ``most`` tokens together."""
+    async def read(self, texts: Sequence[str], need: Need) -> Answer:
+        """Return what is needed of texts."""
         prepared = await self.prepare(texts, self.role)
-        if most is not None and prepared.total > most:
-            raise RequestError(
-                413,
-                f"texts must have at most {most:,} tokens together, of which all states are "
-                f"answered; got {prepared.total:,}; send several requests",
-            )
+        self.model.require_room(prepared, [need])
         return await self.read_prepared(texts, prepared, need)
 
     async def read_prepared(self, texts: Sequence[str], prepared: Prepared, *needs: Need) -> Answer:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tercet.kinds import KINDS, Kind
-from tercet.serve.endpoint import Call, Described, Service, json_response, route
+from tercet.serve.endpoint import Call, Described, Service, json_response, route, rows_in_json
 from tercet.serve.queue import Answer
 from tercet.serve.served import TRUNCATE, Prepared, ServedModel, Truncate
 
@@ -40,7 +40,7 @@ async def vectors(call: Call) -> Response:
     fields = call.fields(_FIELDS)
     texts = fields.texts("texts", call.limits.texts)
     model, of_name = call.models.find(fields.text("model"))
-    role = call.models.role(fields.text("role"), of_name, "role")
+    role, task = model.role_and_task(fields.text("role"), of_name, "role")
     kinds = fields.choices("kinds", KINDS) or list(model.kinds)
     dims = fields.whole("dims", lowest=1)
     model.require_dims(dims)
@@ -49,9 +49,10 @@ async def vectors(call: Call) -> Response:
     prepared = await model.prepare(
         texts,
         role,
-        task=fields.text("task"),
+        task=fields.text("task") or task,
         truncate=side if "truncate" in fields else None,
     )
+    model.require_room(prepared, kinds)
     answer = await call.read(model, prepared, kinds)
     dense = model.dense(answer, dims) if "dense" in kinds else None
     if binary:
@@ -59,12 +60,11 @@ async def vectors(call: Call) -> Response:
         return Response(
             content, headers={"x-model": model.name}, media_type="application/octet-stream"
         )
-    rows = [
-        {"tokens": count, "truncated": cut}
-        for count, cut in zip(prepared.counts, prepared.cut, strict=True)
-    ]
-    for place, row in enumerate(rows):
-        row.update(_of_text(place, model, answer, dense, kinds))
+    read = zip(prepared.counts, prepared.cut, strict=True)
+    rows = await rows_in_json(
+        {"tokens": count, "truncated": cut, **_of_text(place, model, answer, dense, kinds)}
+        for place, (count, cut) in enumerate(read)
+    )
     usage = {"texts": len(texts), "tokens": prepared.total, "truncated": sum(prepared.cut)}
     return json_response({"model": model.name, "texts": rows, "usage": usage})
 

@@ -165,6 +165,10 @@ def test_documents_are_added_replaced_fetched_and_removed(ours):
         Document("new/1?", "a violin of the moon", "Violin", {"lang": "en"}),
         Record("new 2", "chess on the moon"),
     ]
+    dots = [Record(".", "one dot"), Record("..", "two dots")]
+    assert ours.upsert(dots, index="changing") == 2
+    assert ours.fetch([".", ".."], index="changing") == dots
+    assert ours.delete([".", ".."], index="changing") == 2
     assert ours.upsert(new, index="changing") == 2
     assert ours.upsert(new, index="changing") == 0
     found = ours.fetch(["new/1?", "nothing", "new 2", "d3"], index="changing")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tercet.models.pairs import score_pairs
 from tests.serve.indexed import make_index
 from tests.serving import Running, serving
 
@@ -92,7 +93,7 @@ def test_coheres_client(run, encode):
         "haystack_integrations.components.embedders.huggingface_api",
     ],
 )
-def test_classes_of_other_libraries(run, encode, imported):
+def test_classes_of_other_libraries(server, run, encode, imported):
     names = run(imported)
     text = OTHER if "llama" in imported else QUERY
     says_no_role = imported.endswith(("text_embeddings_inference", "huggingface_api"))
@@ -105,5 +106,8 @@ def test_classes_of_other_libraries(run, encode, imported):
         true = encode([document.content], "document")[0]
         np.testing.assert_allclose(document.embedding, true, atol=1e-6)
     if "best" in names:
-        assert [each.content in TEXTS for each in names["best"]] == [True]
+        texts = TEXTS[::-1]  # as in the example
+        scores = score_pairs(server.embedder("mine"), [QUERY] * 2, texts)
+        best = int(scores["dense+sparse+multi"].argmax())
+        assert [each.content for each in names["best"]] == [texts[best]]
         assert 0 < names["best"][0].score < 1

@@ -35,6 +35,16 @@ def test_each_field_that_an_endpoint_takes_is_described(server):
     assert refused == f'unknown field "nonsense"; use {", ".join(body["properties"])}'
 
 
+def test_parameters_in_addresses_are_described(server):
+    paths = server.get("/openapi.json").json()["paths"]
+    for path, place in (("/v1/documents", "query"), ("/v1/documents/{id}", "path")):
+        for method in ("get", "delete"):
+            found = {each["name"]: each for each in paths[path][method]["parameters"]}
+            assert (found["id"]["in"], found["index"]["in"]) == (place, "query")
+            assert found["id"]["required"] == (place == "path")
+    assert "<code>id</code><td>Of the document." in server.get("/docs").text
+
+
 def test_the_page_of_endpoints_loads_nothing_from_outside(server):
     answer = server.get("/docs")
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")

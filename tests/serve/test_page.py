@@ -25,6 +25,12 @@ HURTFUL = Document(
     "<script>window.hurt = 1</script>",
     {"lang": "<i>x</i>"},
 )
+AWKWARD = Document(
+    "awkward",
+    "music with commas",
+    "Awkward",
+    {"topic": "a, b", "edge": " c ", "say": 'so "d\\', "in, on": "e=f", "none": "", "digits": "07"},
+)
 PHONE = {"width": 390, "height": 844}
 
 
@@ -33,6 +39,7 @@ def server(hybrid_folder, encoder_folder, tmp_path_factory) -> Iterator[Running]
     folder = tmp_path_factory.mktemp("pages")
     indexes = {
         "all": make_index(folder / "all", hybrid_folder, [*DOCUMENTS, HURTFUL]),
+        "awkward": make_index(folder / "awkward", hybrid_folder, [*DOCUMENTS, AWKWARD]),
         "dense only": make_index(folder / "dense", encoder_folder),
     }
     with serving(indexes=indexes) as running:
@@ -186,6 +193,23 @@ def test_filters_are_typed_or_clicked(opened, server):
     opened.page.fill("#where", "language=en")
     assert opened.search("music") == []
     assert "Where language: no document has this field" in opened.page.inner_text("#status")
+
+
+def test_a_click_on_any_value_finds_the_documents_that_have_it(opened, server):
+    opened.page.select_option("#index", "awkward")
+    opened.search("commas")
+    for field, value in AWKWARD.fields.items():
+        opened.page.fill("#where", "lang=en")
+        opened.search("commas")
+        assert "Awkward" not in opened.titles()
+        opened.page.fill("#where", "")
+        opened.search("commas")
+        opened.page.locator(".hit button", has_text=f"{field}={value}").click()
+        assert opened.titles() == ["Awkward"], opened.page.input_value("#where")
+    for field, value in AWKWARD.fields.items():  # all of them at once
+        opened.page.locator(".hit button", has_text=f"{field}={value}").click()
+        assert opened.titles() == ["Awkward"]
+    assert opened.page.input_value("#where").count("=") == len(AWKWARD.fields) + 1
 
 
 def test_a_document_that_looks_like_html_is_shown_as_text(opened, server):

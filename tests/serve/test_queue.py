@@ -41,7 +41,7 @@ class Gate:
 @contextmanager
 def served(embedder: Embedder, most: int = 1_000_000, batch_tokens: int | None = None):
     """Offer a model whose forwards wait at a gate, and the gate."""
-    model = ServedModel("toy", "toy", embedder, most=most)
+    model = ServedModel("toy", embedder, most=most)
     gate = Gate(embedder)
     embedder.batch_tokens = batch_tokens
     embedder.encode_packed = gate
@@ -59,6 +59,12 @@ async def begun(gate: Gate, model: ServedModel) -> asyncio.Task:
     first = asyncio.create_task(read(model, ["a"], ["dense"]))
     await asyncio.to_thread(gate.began.wait, 20)
     return first
+
+
+async def until(holds) -> None:
+    """Wait until a condition holds."""
+    while not holds():
+        await asyncio.sleep(0.005)
 
 
 async def read(model: ServedModel, texts, kinds, role="document"):
@@ -162,13 +168,37 @@ def test_two_long_requests_take_turns(embedder):
     assert done[fewer] == pytest.approx(expected, rel=0.15)
 
 
+def test_short_requests_that_keep_coming_do_not_starve_a_long_one(embedder):
+    length = embedder.tokenize(["read mail"], "document").lengths[0]
+    short_callers, texts = 12, 20
+    answered = []
+
+    async def ask_all(model, gate):
+        gate.opened.set()
+        long = asyncio.create_task(read(model, ["read mail"] * texts, ["dense"]))
+
+        async def ask_again():
+            while not long.done() and len(answered) < 5_000:
+                await read(model, ["read mail"], ["dense"])
+                answered.append(1)
+
+        await asyncio.gather(*(ask_again() for _ in range(short_callers)))
+        return long
+
+    # A batch holds half of the callers, so some texts of short requests always wait.
+    with served(embedder, batch_tokens=length * short_callers // 2) as (model, gate):
+        long = asyncio.run(ask_all(model, gate))
+    assert not long.cancelled()
+    # Its share is one of thirteen: each of its texts waits for about twelve others.
+    assert texts * short_callers / 3 < len(answered) < texts * short_callers * 3
+
+
 def test_a_cancelled_request_leaves_the_queue(embedder):
 
     async def ask_all(model, gate):
         first = await begun(gate, model)
         gone = asyncio.create_task(read(model, [LONG] * 30, ["dense"]))
-        await asyncio.sleep(0.05)
-        assert model.queue.tokens > 1_000
+        await until(lambda: model.queue.tokens > 1_000)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
@@ -259,7 +289,7 @@ def test_a_closed_queue_answers_what_waits_and_refuses_what_comes(embedder):
         waits = asyncio.create_task(read(model, ["x"], ["dense"]))
         await asyncio.sleep(0.05)
         closing = asyncio.create_task(asyncio.to_thread(model.close))
-        await asyncio.sleep(0.05)
+        await until(lambda: model.queue._closing)
         with pytest.raises(RequestError, match="the server is stopping") as error:
             await read(model, ["x"], ["dense"])
         gate.opened.set()

@@ -153,7 +153,17 @@ def test_a_condition_that_nothing_fulfils_is_explained(server):
         (
             {"query": "a", "weights": {"dense": -1}},
             400,
-            '"weights.dense" must be a number, 0 or more; got -1',
+            '"weights.dense" must be a number from 0 to 1,000,000; got -1',
+        ),
+        (
+            {"query": "a", "weights": {"dense": 1e39}, "candidates": 0},
+            400,
+            '"weights.dense" must be a number from 0 to 1,000,000; got 1e+39',
+        ),
+        (
+            {"query": "a", "weights": {"sparse": 1e308}},
+            400,
+            '"weights.sparse" must be a number from 0 to 1,000,000; got 1e+308',
         ),
         (
             {"query": "a", "weights": {"x": 1}},
@@ -203,13 +213,59 @@ def test_a_condition_that_nothing_fulfils_is_explained(server):
             '"k" times the number of queries must be at most 100,000; got 101,000; send several '
             "requests",
         ),
+        (
+            {"queries": ["a"] * 3, "candidates": 100_000},
+            413,
+            '"candidates" times the number of queries must be at most 250,000; got 300,000; send '
+            "several requests",
+        ),
+        (
+            {"queries": ["a"] * 101, "k": 10, "highlight": True},
+            413,
+            'with highlight, "k" times the number of queries must be at most 1,000; got 1,010; '
+            "send several requests",
+        ),
+        (
+            {"query": "a", "where": {f"f{i}": 1 for i in range(101)}},
+            413,
+            '"where" must have at most 100 conditions; got 101',
+        ),
+        (
+            {"query": "a", "where": {"year": list(range(1_000)), "lang": "en"}},
+            413,
+            '"where" must have at most 1,000 values; got 1,001',
+        ),
         ({"qeury": "a"}, 400, 'unknown field "qeury"; did you mean "query"?'),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )
 def test_what_cannot_be_searched_for_is_refused_with_a_reason(server, fields, status, message):
     answer = server.post("/v1/search", fields)
     assert (answer.status_code, answer.json()["error"]["message"]) == (status, message)
+
+
+def test_what_is_just_within_the_limits_is_searched(server, opened):
+    where = {f"f{i}": 1 for i in range(99)} | {"lang": [*range(899), "en", "de"]}
+    for fields in (
+        {"candidates": 83_000, "weights": dict.fromkeys(KINDS, 1_000_000)},
+        {"k": 333, "highlight": True},
+        {"where": where},
+    ):
+        answer = server.post("/v1/search", {"index": "all", "queries": QUERIES, **fields})
+        assert answer.status_code == 200, answer.text
+        assert any(found(answer)) == ("where" not in fields)
+
+
+def test_all_documents_are_candidates_of_few_queries_only(server, monkeypatch):
+    monkeypatch.setattr("tercet.serve.search.endpoints._MOST_ALL_CANDIDATES", 30)
+    asked = {"queries": QUERIES, "candidates": 0}
+    answer = server.post("/v1/search", asked)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        413,
+        'with "candidates" 0, the number of documents times the number of queries must be at most '
+        "30; got 36; send several requests",
+    )
+    assert server.post("/v1/search", asked | {"queries": QUERIES[:2]}).status_code == 200
 
 
 def test_a_server_without_an_index_says_how_to_make_one(hybrid_folder):
@@ -220,6 +276,7 @@ def test_a_server_without_an_index_says_how_to_make_one(hybrid_folder):
             "this server has no index; make one with: tercet index FILE --model MODEL --out "
             "FOLDER, and start the server with: tercet serve --index FOLDER"
         )
+        assert answer.json()["error"]["field"] == "index"
         assert running.get("/v1/indexes").json() == {"indexes": []}
 
 

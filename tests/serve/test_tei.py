@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tercet.models.pairs import score_pairs
-from tercet.serve import tei
+from tercet.serve import served
 from tercet.serve.endpoint import Limits
 from tests.serving import serving
 from tests.toy import SENTENCES
@@ -111,10 +111,10 @@ def test_embed_all_returns_the_state_of_every_token(server):
 
 
 def test_embed_all_refuses_an_answer_that_is_too_large(server, monkeypatch):
-    monkeypatch.setattr(tei, "_MOST_NUMBERS", 640)
+    monkeypatch.setattr(served, "_MOST_NUMBERS", 640)
     status, error_type, message = refused(server, "/embed_all", inputs=TEXTS)
     assert (status, error_type) == (413, "Validation")
-    assert message.startswith("texts must have at most 10 tokens together, of which all states")
+    assert message.startswith("texts must have at most 10 tokens together where each token")
 
 
 def test_rerank_sorts_by_the_weighted_sum_of_all_kinds(server):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from tercet.serve import served
 from tercet.serve.endpoint import Limits
 from tests.serving import serving
 from tests.toy import SENTENCES
@@ -108,7 +109,7 @@ def test_long_texts_are_cut_at_the_side_that_is_asked_for(server):
         ({"texts": ["a"], "dims": 0}, 400, '"dims" must be 1 or more; got 0'),
         ({"texts": ["a"], "dims": True}, 400, '"dims" must be a whole number, 1 or more; got true'),
         ({"texts": ["a"], "dims": 99}, 400, '"dims" must be from 1 to 64, the width of hybrid'),
-        ({"texts": ["a"], "role": "quer"}, 400, 'did you mean "query"?'),
+        ({"texts": ["a"], "role": "quer"}, 400, '"query", "document", "clustering"; got "quer"'),
         ({"texts": ["a"], "task": "sts"}, 400, "no prompt for the task 'sts'"),
         ({"texts": ["a"], "model": "gpt"}, 404, 'no model is named "gpt"; there are: hybrid'),
         ({"texts": ["a"], "model": "plain", "kinds": ["sparse"]}, 422, "plain makes dense only"),
@@ -154,6 +155,15 @@ def test_without_a_key_only_names_of_this_machine_are_answered(server, hybrid_fo
         headers = {"host": "vectors.example", "authorization": "Bearer k"}
         asked = {"json": {"texts": ["a"]}, "headers": headers}
         assert running.http.post("/v1/vectors", **asked).status_code == 200
+
+
+def test_an_answer_with_too_many_token_vectors_is_refused_before_it_is_made(server, monkeypatch):
+    monkeypatch.setattr(served, "_MOST_NUMBERS", 8 * 20)  # rows of 8 numbers
+    refused = server.post("/v1/vectors", {"texts": ["read mail"] * 5})
+    assert refused.status_code == 413
+    assert "at most 20 tokens together where each token has" in refused.json()["error"]["message"]
+    dense = {"texts": ["read mail"] * 5, "kinds": ["dense", "sparse"]}
+    assert server.post("/v1/vectors", dense).status_code == 200
 
 
 def test_limits_are_named(hybrid_folder):

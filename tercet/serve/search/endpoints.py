@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import isfinite
 from typing import Any, Final
 
 from starlette.responses import Response
@@ -38,11 +37,17 @@ _UPSERT: Final[Described] = {
     "documents": ("[object]", "Each with id and text; title and fields are optional."),
 }
 _DELETE: Final[Described] = {"index": _SEARCH["index"], "ids": ("[string]", "Of documents.")}
+_ADDRESS: Final[Described] = {"id": ("string", "Of the document."), "index": _SEARCH["index"]}
 _DOCUMENT: Final = ("id", "text", "title", "fields")
 _FUSIONS: Final[tuple[FusionName, ...]] = ("weighted", "rrf", "rerank")
 _MOST_HITS: Final = 1_000
 _MOST_ALL_HITS: Final = 100_000  # of a request
+_MOST_MARKED: Final = 1_000  # hits whose whole texts are read for highlight
 _MOST_CANDIDATES: Final = 100_000
+_MOST_ALL_CANDIDATES: Final = 250_000  # of a request
+_MOST_CONDITIONS: Final = 100
+_MOST_VALUES: Final = 1_000  # of all conditions
+_MOST_WEIGHT: Final = 1_000_000  # scores are finite
 _EXPLAINED: Final = 10_000  # documents that are read to explain a condition: 0.3 seconds
 _SCALARS: Final = "a text, a number, true or false, or a list of these"
 
@@ -53,8 +58,10 @@ def routes(service: Service) -> list[Route]:
         route(service, "/v1/search", search, fields=_SEARCH),
         route(service, "/v1/documents", upsert, fields=_UPSERT),
         route(service, "/v1/documents/delete", delete, fields=_DELETE),
-        route(service, "/v1/documents/{id:path}", fetch, method="GET"),
-        route(service, "/v1/documents/{id:path}", delete_one, method="DELETE"),
+        route(service, "/v1/documents", fetch, method="GET", fields=_ADDRESS),
+        route(service, "/v1/documents", delete_one, method="DELETE", fields=_ADDRESS),
+        route(service, "/v1/documents/{id:path}", fetch, method="GET", fields=_ADDRESS),
+        route(service, "/v1/documents/{id:path}", delete_one, method="DELETE", fields=_ADDRESS),
         route(service, "/v1/indexes", indexes, method="GET"),
         route(service, "/v1/state", state, method="GET"),
     ]
@@ -82,14 +89,17 @@ async def search(call: Call) -> Response:
         CANDIDATES if candidates is None else candidates,
     )
     k = fields.whole("k", lowest=1, highest=_MOST_HITS) or 5
-    if k * len(queries) > _MOST_ALL_HITS:
-        raise RequestError(
-            413,
-            f'"k" times the number of queries must be at most {_MOST_ALL_HITS:,}; got '
-            f"{k * len(queries):,}; send several requests",
-            field="k",
-        )
     where, highlight = _where(fields), fields.flag("highlight", False)
+    _require_few("k", '"k"', k, queries, _MOST_ALL_HITS)
+    if highlight:
+        _require_few("k", 'with highlight, "k"', k, queries, _MOST_MARKED)
+    if candidates != 0:
+        each = CANDIDATES if candidates is None else candidates
+        _require_few("candidates", '"candidates"', each, queries, _MOST_ALL_CANDIDATES)
+    elif len(queries) > 1:
+        stats = await index.run(lambda _: opened.engine.stats())
+        what = 'with "candidates" 0, the number of documents'
+        _require_few("candidates", what, stats.records, queries, _MOST_ALL_CANDIDATES)
     vectors, prepared = await index.encode(opened, queries, "query", call.read)
     encoded = time.perf_counter()
     found = await index.run(lambda _: opened.nearest(vectors, k, fusion=fusion, where=where))
@@ -109,6 +119,17 @@ async def search(call: Call) -> Response:
     times = {"encode": encoded - began, "search": searched - encoded, "total": now - began}
     answer["ms"] = {name: round(1000 * seconds, 3) for name, seconds in times.items()}
     return json_response(answer)
+
+
+def _require_few(field: str, what: str, each: int, queries: Sequence[str], most: int) -> None:
+    """Refuse more work than a request may ask for: nothing ends a search that has begun."""
+    if each * len(queries) > most:
+        raise RequestError(
+            413,
+            f"{what} times the number of queries must be at most {most:,}; got "
+            f"{each * len(queries):,}; send several requests",
+            field=field,
+        )
 
 
 def _queries(fields: Fields, most: int) -> list[str]:
@@ -134,8 +155,8 @@ def _weights(fields: Fields) -> dict[Kind, float] | None:
         if name not in KINDS:
             raise wrong("weights", f"of the kinds {', '.join(KINDS)}", name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not isfinite(value) or value < 0:
-            raise wrong(f"weights.{name}", "a number, 0 or more", value)
+        if not number or not 0 <= value <= _MOST_WEIGHT:
+            raise wrong(f"weights.{name}", f"a number from 0 to {_MOST_WEIGHT:,}", value)
         found[name] = float(value)
     return found
 
@@ -151,6 +172,15 @@ def _where(fields: Fields) -> Where | None:
         _require_value(f"where.{name}", value)
         if value == []:
             raise RequestError(400, f'"where.{name}" must not be empty', field=f"where.{name}")
+    values = sum(len(_listed(value)) for value in given.values())
+    for what, count, most in (
+        ("conditions", len(given), _MOST_CONDITIONS),
+        ("values", values, _MOST_VALUES),
+    ):
+        if count > most:
+            raise RequestError(
+                413, f'"where" must have at most {most:,} {what}; got {count:,}', field="where"
+            )
     return given
 
 
@@ -322,17 +352,28 @@ async def delete(call: Call) -> Response:
 
 
 async def delete_one(call: Call) -> Response:
-    """Remove a document."""
+    """Remove a document.
+
+    Its id is in the path, or in the query as ``?id=``, which can also be ``.`` or ``..``.
+    """
     index, name = _named(call)
     return json_response({"index": index.name, "deleted": await index.delete([name])})
 
 
 async def fetch(call: Call) -> Response:
-    """Return a document."""
+    """Return a document; an unknown id is an error 404 with the code "no_document".
+
+    Its id is in the path, or in the query as ``?id=``, which can also be ``.`` or ``..``: HTTP
+    clients remove these from a path.
+    """
     index, name = _named(call)
     (record,) = await index.fetch([name])
     if record is None:
-        raise RequestError(404, f'the index {index.name} has no document with the id "{name}"')
+        raise RequestError(
+            404,
+            f'the index {index.name} has no document with the id "{name}"',
+            code="no_document",
+        )
     return json_response(
         {"id": record.id, "text": record.text, "title": record.title, "fields": record.fields}
     )
@@ -340,8 +381,13 @@ async def fetch(call: Call) -> Response:
 
 def _named(call: Call) -> tuple[ServedIndex, str]:
     """Return the index and the id in the address of a request."""
-    index = call.indexes.find(call.request.query_params.get("index"))
-    return index, valid(call.request.path_params["id"], "id")
+    given = {**call.request.query_params, **call.request.path_params}
+    index = call.indexes.find(given.get("index"))
+    if "id" not in given:
+        raise RequestError(
+            400, '"id" is missing; give it in the address: /v1/documents?id=ID', field="id"
+        )
+    return index, valid(given["id"], "id")
 
 
 # ---- state ---------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from tercet.serve.served import Prepared, ServedModel
 from tercet.vectors import Vectors
 
 T = TypeVar("T")
-ModelOf: TypeAlias = Callable[[str, str], ServedModel]
-"""A function of a model's source and the type of its weights."""
+ModelOf: TypeAlias = Callable[[str, str, str], ServedModel]
+"""A function of a model's source, the type of its weights, and its fingerprint."""
 Read: TypeAlias = Callable[[ServedModel, Prepared, Sequence[Need]], Awaitable[Answer]]
 """A function that reads texts through the queue of a model and counts them."""
 
@@ -77,7 +77,8 @@ class ServedIndex:
         found: list[ServedModel] = []
 
         def load(source: str, precision: str) -> Embedder:
-            found.append(model_of(source, precision))
+            fingerprint = about_index(folder).setting(folder, "fingerprint")
+            found.append(model_of(source, precision, fingerprint))
             return found[0].embedder
 
         stamp = self._stamp()
@@ -367,6 +368,7 @@ class Indexes:
                 404,
                 "this server has no index; make one with: tercet index FILE --model MODEL --out "
                 "FOLDER, and start the server with: tercet serve --index FOLDER",
+                field="index",
             )
         if name is None:
             return next(iter(self))
