@@ -1,12 +1,15 @@
 """What holds for the server as a whole: loading, names, connections, its log."""
 
+import asyncio
 import json
 import os
 import shutil
 import socket
 import time
 from contextlib import closing, suppress
+from threading import Event
 
+import httpx2
 import numpy as np
 import pytest
 
@@ -14,7 +17,8 @@ from tercet.errors import IndexFolderError
 from tercet.models.embedder import Embedder
 from tercet.serve import connection
 from tercet.serve.access_log import access_log
-from tercet.serve.server import ServeOptions, serve
+from tercet.serve.endpoint import Service
+from tercet.serve.server import ServeOptions, application, serve
 from tests.serve.indexed import make_index
 from tests.serving import load, serving
 from tests.toy import SENTENCES
@@ -167,3 +171,52 @@ def test_a_log_that_nobody_reads_holds_up_nobody():
     time.sleep(0.2)  # the writer sees that
     with suppress(BrokenPipeError):
         stream.close()
+
+
+def test_requests_are_refused_while_models_are_loaded(encoder_folder):
+    opened = Event()
+
+    def load_later(source: str, precision: str) -> Embedder:
+        assert opened.wait(30)
+        return Embedder.load(source)
+
+    asked = {
+        "/v1/vectors": {"texts": ["a"]},
+        "/v1/embeddings": {"input": "a"},
+        "/v2/embed": {"texts": ["a"]},
+        "/embed": {"inputs": "a"},
+        "/v1/search": {"query": "a"},
+    }
+    with serving({"a": encoder_folder}, load=load_later, wait=False) as running:
+        try:
+            assert running.get("/health/live").status_code == 200
+            assert running.get("/health/ready").status_code == 503
+            assert running.get("/openapi.json").status_code == 200
+            for path, body in asked.items():
+                refused = running.post(path, body)
+                assert refused.status_code == 503, path
+                assert refused.headers["retry-after"] == "2", path
+                assert "models are being loaded; try again soon" in refused.text, path
+        finally:
+            opened.set()
+        until = time.monotonic() + 30
+        while running.get("/health/ready").status_code == 503 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert running.post("/v1/vectors", {"texts": ["a"]}).status_code == 200
+
+
+def test_only_pages_of_named_origins_may_send_requests():
+    async def ask(origins: list[str]) -> httpx2.Headers:
+        app = httpx2.ASGITransport(app=application(Service(), origins=origins))
+        headers = {
+            "origin": "https://page.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "content-type",
+        }
+        async with httpx2.AsyncClient(transport=app, base_url="http://localhost") as http:
+            return (await http.options("/v1/vectors", headers=headers)).headers
+
+    name = "access-control-allow-origin"
+    assert asyncio.run(ask(["https://page.example"]))[name] == "https://page.example"
+    assert name not in asyncio.run(ask(["https://other.example"]))
+    assert name not in asyncio.run(ask([]))
