@@ -355,12 +355,12 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds for an answer.", rich_help_panel=_LIMITS)
     ] = 300,
-    access_log: Annotated[
+    no_access_log: Annotated[
         bool,
         typer.Option(
-            " /--no-access-log", help="Print no line about each request.", rich_help_panel=OUTPUT
+            "--no-access-log", help="Print no line about each request.", rich_help_panel=OUTPUT
         ),
-    ] = True,
+    ] = False,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -386,7 +386,7 @@ def serve(
     """
     for package in ("starlette", "uvicorn", "orjson", "prometheus_client"):
         require_package(package, "tercet serve", "serve")
-    from tercet.serve.access_log import access_log as lines_about_requests
+    from tercet.serve.access_log import access_log
     from tercet.serve.names import named_indexes, named_models
     from tercet.serve.server import Limits, ServeOptions
     from tercet.serve.server import serve as run_server
@@ -422,7 +422,7 @@ def serve(
     )
     if not options.is_local and key is None:
         say(f"tercet: note: {host} may be open to others; --api-key-env asks requests for a key")
-    with lines_about_requests(sys.stderr) if access_log else nullcontext() as note:
+    with nullcontext() if no_access_log else access_log(sys.stderr) as note:
         run_server(replace(options, access_log=note), say)
 
 

@@ -354,7 +354,7 @@ def test_a_model_is_saved_over_a_model_of_tercet_alone(home, tmp_path, untouched
 def test_every_command_that_writes_is_in_the_table():
     from tercet.cli.app import COMMANDS
 
-    silent = {"search", "list-models", "inspect", "probe"}
+    silent = {"search", "serve", "list-models", "inspect", "probe"}
     in_place = {"tune"}  # with --save, into the settings of their model
     table = {words.partition(" ")[0] for words in FILES | FOLDERS}
     assert table | silent | in_place == set(COMMANDS)

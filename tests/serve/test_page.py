@@ -84,8 +84,7 @@ class Opened:
 
     def titles(self) -> list[str]:
         """Return the titles of the hits when the last search has been answered."""
-        self.page.wait_for_timeout(200)
-        self.page.wait_for_load_state("networkidle")
+        self.page.wait_for_selector('#hits[aria-busy="false"]', state="attached")
         return self.page.locator(".hit h3").all_inner_texts()
 
     def set_weight(self, kind: str, value: float) -> None:

