@@ -124,8 +124,8 @@ def whole(path: str, body: bytes) -> bytes:
 
 def load(port: int, pid: int, path: str, bodies: str, callers: int) -> Answer:
     """Run a load and measure it."""
-    told = json.loads(Path(bodies).read_text(encoding="utf-8"))
-    requests = [(whole(path, body.encode()), texts) for body, texts in told]
+    given = json.loads(Path(bodies).read_text(encoding="utf-8"))
+    requests = [(whole(path, body.encode()), texts) for body, texts in given]
     server = psutil.Process(pid)
     before, own, begin = cpu(server), time.process_time(), time.perf_counter()
     latencies, texts, size = uvloop.run(run(port, requests, callers))

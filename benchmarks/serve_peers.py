@@ -1,4 +1,4 @@
-"""The peers of ``serve_speed``, each a server on loopback in an environment of its own.
+"""The peers of ``serve_speed``, each a server on loopback in a separate environment.
 
     python3.11 -m venv st infinity m3    # three of them
     st/bin/pip install torch==2.13.0

@@ -17,7 +17,7 @@ request when its answer has arrived. All sides get the same requests in the same
 - Three kinds, as binary, come from MiniLM with two random heads, in a folder of BGE-M3's layout;
   ``cost``: CPU seconds for them over those for dense vectors alone, of the same server.
 
-The peers need environments of their own: ``benchmarks/serve_peers.py`` says how to make them.
+Each peer needs a separate environment: ``benchmarks/serve_peers.py`` says how to make them.
 
     python -m benchmarks.serve_speed --st st/bin/python --infinity infinity/bin/python \
         --m3 m3/bin/python
@@ -168,7 +168,7 @@ class Server:
 def serving(
     name: str, command: Sequence[str], *, port: int, model: str, ready: str, threads: int
 ) -> Iterator[Server]:
-    """Start a server in a session of its own, wait until it answers, stop it at the end."""
+    """Start a server in a new process group, wait until it answers, stop it at the end."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -439,12 +439,12 @@ def main() -> None:
     path = write_results(
         "serve_speed", rows, "starlette", "uvicorn", "uvloop", "httptools", out=given.out
     )
-    told = json.loads(path.read_text(encoding="utf-8"))
-    told |= {"seed": SEED, "repeats": given.repeats, "load_average_at_end": load}
-    told["peers"] = versions
-    for row, each in zip(told["rows"], more, strict=True):
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results |= {"seed": SEED, "repeats": given.repeats, "load_average_at_end": load}
+    results["peers"] = versions
+    for row, each in zip(results["rows"], more, strict=True):
         row |= each
-    path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     Console().print(f"wrote {path}")
 
 

@@ -228,7 +228,7 @@ class Endpoint:
         except TercetError as error:
             log.error("%s: %s", self.path, error)
             return self._refusal(RequestError(500, str(error)))
-        except Exception:
+        except Exception:  # a bug: it is logged, and the client is answered
             log.exception("%s failed", self.path)
             return self._refusal(RequestError(500, "an error of the server; see its log"))
 

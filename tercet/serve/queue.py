@@ -222,7 +222,7 @@ class PackedQueue:
             rows.setdefault(request, []).append(text)
         try:
             self._forward(rows)
-        except Exception:
+        except Exception:  # such as memory: its requests are answered, and the next ones read
             log.exception("a batch of %d texts failed", len(batch))
             error = RequestError(500, "the model failed on this batch; see the server's log")
             for request in rows:

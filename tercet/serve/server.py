@@ -199,7 +199,7 @@ class _Server(uvicorn.Server):
 def load(service: Service, options: ServeOptions) -> None:
     """Load all models, each once though it may have several names, and open all indexes.
 
-    An index takes a model that is loaded already if it has the fingerprint of its own, wherever
+    An index takes a model that is loaded already if their fingerprints are equal, wherever
     that was when the index was made.
 
     Raises:

@@ -204,7 +204,7 @@ class ServedIndex:
                     log.error("index %s stays: %s", self.name, error, exc_info=not known)
 
     def _reload(self) -> None:
-        """Open the index as it is on the disk, and let searches use that.
+        """Open what is on the disk now, and let searches use that.
 
         While another process has not finished an index, the complete one before it stays.
         """
