@@ -35,7 +35,7 @@ ASKED = {"texts": list(SENTENCES[:2]), "kinds": ["dense"]}
 @pytest.fixture(scope="module")
 def strict(hybrid_folder, encoder_folder) -> Iterator[Running]:
     """A server with low limits."""
-    limits = Limits(body_bytes=BODY, texts=50, queue_tokens=3_000, body_seconds=0.5, seconds=30)
+    limits = Limits(body_bytes=BODY, texts=50, queue_tokens=3_000, body_seconds=0.5, seconds=30.0)
     models = {"hybrid": hybrid_folder, "plain": encoder_folder}
     with serving(models, limits=limits) as running:
         yield running
