@@ -371,7 +371,7 @@ def load(
 
     from tercet.models.devices import find_device, number_type
     from tercet.models.embedder import Embedder
-    from tercet.models.network.cpu import warning_of
+    from tercet.models.network.cpu.precision import warning_of
 
     wanted = {name: value for name, value in how.items() if value}
     place = find_device(device)

@@ -28,7 +28,7 @@ from tercet.models.frozen import FrozenInHalf
 from tercet.models.network.checkpointing import layers_of, recomputed
 from tercet.models.network.chunked import Chunks, Losses
 from tercet.models.network.compiling import compile_layers
-from tercet.models.network.cpu import warning_of
+from tercet.models.network.cpu.precision import warning_of
 from tercet.objectives.objective import TextBatch
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.training import checkpoint, optimizer

@@ -24,7 +24,7 @@ from tercet.models.network.attention import (
     kernel_runs_on,
     kernel_takes_width,
 )
-from tercet.models.network.cpu import keep_freed_memory
+from tercet.models.network.cpu.memory import keep_freed_memory
 from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
 from tercet.segments import Packed, moved, offsets_of, ragged_places

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tercet.models.choices import Attention
 from tercet.models.network.backbone import Backbone, sharing_copy
-from tercet.models.network.cpu import PackedLinear, packed_layers, rounded
+from tercet.models.network.cpu.linear import PackedLinear, packed_layers
+from tercet.models.network.cpu.memory import rounded
 from tercet.models.network.heads import Heads
 from tercet.models.network.latent_attention import AttentionLayer
 from tercet.segments import Packed

@@ -1,69 +1,20 @@
-"""What makes encoding on a CPU fast: reused memory, weights laid out for its kernels, bfloat16.
+"""Linear layers on weights laid out for the kernels of a CPU.
 
 oneDNN multiplies by a weight in its preferred layout about 12 % faster than ``nn.Linear``, and
 applies a GELU while the result is still in the cache. The layout costs a second copy of the
 weights, so large models run without it. Results differ in the last bits only.
 """
 
-import timeit
-from functools import cache
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from tercet.models.network.fingerprints import WeightCache
-from tercet.segments import Packed
 
 MAX_BYTES: Final = 1 << 30  # of weights that are worth a second copy
-_KEPT: Final = (32 << 20) - (64 << 10)  # bytes; glibc learns from blocks of up to 32 MiB
-_ROWS: Final = 64  # more are rounded up, by an eighth at most; no bit of a result changes
 _TOKENS: Final = 1_024  # rows the layout is chosen for; any number works
-_CLEARLY_SLOWER: Final = 1.3  # times the time of float32
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let the process keep up to 64 MiB of freed memory for its next tensors.
-
-    Otherwise glibc fetches activations of some megabytes from the system again in every layer,
-    which clears their pages: a tenth of the time of encoding. Its limits grow with the largest
-    block freed so far: hence one of nearly 32 MiB, the most that it learns from, freed untouched.
-    """
-    torch.empty(_KEPT, dtype=torch.uint8)
-
-
-# ---- bfloat16 --------------------------------------------------------------------------------
-
-
-@cache
-def bfloat16_ratio() -> float:
-    """Return the time of a bfloat16 matrix product over that of a float32 one, measured once."""
-    x, weight = torch.randn(256, 384), torch.randn(768, 384)
-    return _seconds(x.bfloat16(), weight.bfloat16()) / _seconds(x, weight)
-
-
-def warning_of(precision: torch.dtype, device: torch.device | str) -> str | None:
-    """Return a warning if this precision costs time on this device instead of saving it."""
-    if precision != torch.bfloat16 or torch.device(device).type != "cpu":
-        return None
-    ratio = bfloat16_ratio()
-    if ratio <= _CLEARLY_SLOWER:
-        return None
-    return (
-        f"this CPU has no instructions for bfloat16, which takes {ratio:.1f} times as long as "
-        "float32 here; leave out --dtype bfloat16"
-    )
-
-
-def _seconds(x: Tensor, weight: Tensor) -> float:
-    """Return the shortest of five runs, since other processes may delay some."""
-    return min(timeit.repeat(lambda: F.linear(x, weight), number=1, repeat=5))
-
-
-# ---- prepacked weights -----------------------------------------------------------------------
 
 
 class PackedLinear:
@@ -106,24 +57,6 @@ def packed_layers(model: nn.Module) -> list[PackedLinear]:
     for activation in fused.values():
         activation.forward = lambda x: x
     return found
-
-
-def rounded(texts: Packed) -> Packed:
-    """Return the texts, and some texts of one token behind them, so that few row lengths occur.
-
-    oneDNN keeps a kernel of 100 KB and more for each number of rows. Packed batches have as many as
-    their tokens: hundreds of megabytes after some ten thousand texts. No bit of a state changes.
-    """
-    rows = len(texts.ids)
-    added = -rows % (1 << max(rows.bit_length() - 5, 3)) if rows > _ROWS else 0
-    if not added:
-        return texts
-    ends = texts.offsets[-1] + torch.arange(1, added + 1)
-    return Packed(
-        torch.cat([texts.ids, texts.ids[:1].expand(added)]),
-        torch.cat([texts.offsets, ends.to(texts.offsets.dtype)]),
-        torch.cat([texts.pooled, texts.pooled[:1].expand(added)]),
-    )
 
 
 def _suits(model: nn.Module) -> bool:

@@ -1,20 +1,16 @@
-import platform
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tercet.models.embedder import Embedder
-from tercet.models.network import cpu
+from tercet.models.network.cpu import linear
 from tests.toy import SENTENCES, save_model
 
 
 def plainly(embedder, texts, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "MAX_BYTES", 0)
+        patch.setattr(linear, "MAX_BYTES", 0)
         embedder._readers.clear()
         vectors = embedder.encode(texts)
     embedder._readers.clear()
@@ -42,7 +38,7 @@ def test_every_linear_layer_of_the_copy_that_encodes_is_packed(encoder_folder):
 
 def test_the_gelu_of_bert_is_applied_once(encoder_folder):
     model = Embedder.load(encoder_folder).backbone.model
-    found = cpu._followed_by_gelu(model)
+    found = linear._followed_by_gelu(model)
     assert len(found) == model.config.num_hidden_layers
 
 
@@ -92,62 +88,3 @@ def test_weights_changed_through_their_data_are_never_stale(encoder_folder, edit
     after = edited.encode(SENTENCES)
     np.testing.assert_array_equal(after, new.encode(SENTENCES))
     assert np.abs(after - before).max() > 1e-4
-
-
-# ---- bfloat16 --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ratio(monkeypatch):
-    """Pretend that bfloat16 takes so many times as long."""
-    return lambda value: monkeypatch.setattr(cpu, "bfloat16_ratio", lambda: value)
-
-
-def test_bfloat16_is_warned_of_where_it_takes_longer(ratio):
-    ratio(4.0)
-    said = cpu.warning_of(torch.bfloat16, "cpu")
-    assert said is not None and "4.0 times as long as float32" in said
-
-
-def test_nothing_is_said_where_it_is_fast_or_not_used_or_on_a_gpu(ratio):
-    ratio(0.5)
-    assert cpu.warning_of(torch.bfloat16, "cpu") is None
-    ratio(4.0)
-    assert cpu.warning_of(torch.float32, "cpu") is None
-    assert cpu.warning_of(torch.bfloat16, "cuda") is None
-
-
-def test_the_ratio_is_measured():
-    assert 0.05 < cpu.bfloat16_ratio() < 100
-
-
-# ---- freed memory ----------------------------------------------------------------------------
-
-COUNT = """
-import resource, torch
-from tercet.models.network.cpu import keep_freed_memory
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-if {kept}:
-    keep_freed_memory()
-for turn in range(20):
-    if turn == 15:
-        before = faults()
-    held = [torch.ones((1 << 20) + 1024 * turn) for _ in range(3)]  # 4 MiB, and a page more a turn
-    del held
-print(faults() - before)
-"""
-
-
-def faults(kept: bool) -> int:
-    """Pages that the system hands out in the last five turns, in a process of its own."""
-    code = COUNT.format(kept=kept)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these limits")
-def test_freed_memory_is_not_fetched_from_the_system_again():
-    assert faults(kept=True) < 500 < faults(kept=False)
