@@ -2,7 +2,7 @@
 
 Debian descriptions of the test split, one thread, CPU seconds, tokenizing included. Every side is a
 process that gets the same texts; they take turns, each runs once before it counts, and the best of
-the repeats is taken. Without ``--peers`` the peer is sentence-transformers alone.
+the repeats is taken. Without ``--peers`` and ``--llama`` the peer is sentence-transformers alone.
 
 - ``two words``: milliseconds of CPU of one short query, median; ``clock_ms`` by the clock.
 - ``requests of 1`` and ``of 8``: texts of all lengths in random order, one call a request.
@@ -18,7 +18,7 @@ the repeats is taken. Without ``--peers`` the peer is sentence-transformers alon
 ``benchmarks/encode_peer.py`` says how to make the peers' environments. Rows that ``--only`` leaves
 out stay in the file, each with the commit that measured it.
 
-    python -m benchmarks.encode_speed --peers peers/bin/python
+    python -m benchmarks.encode_speed --peers peers/bin/python --llama llama/bin/python
 """
 
 import argparse
@@ -26,9 +26,10 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,13 +47,13 @@ from benchmarks.common import RESULTS, Row, commit, write_results
 from benchmarks.sides import Answer, Side, memory, serve, timed
 from tercet.models.embedder import Embedder
 from tercet.models.zoo import zoo
+from tercet.models.zoo.zoo import find
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
 TITLE = "What does encoding cost on a CPU, against other libraries."
 TEXTS = 1_000
 SEED = 0
 REPEATS = 3
-LIMIT = 256  # tokens of a text
 LONG, SHORT = 120, 180  # descriptions of the sorted set
 QUERIES = 100  # calls with two words
 
@@ -123,7 +124,7 @@ def model_folder(name: str, scratch: Path) -> Path:
     return folder
 
 
-def start_ours(folder: str, precision: str, **_: str) -> Embedder:
+def start_ours(folder: str, precision: str, limit: int, **_: str) -> Embedder:
     """Our side: mean pooling, no prompts, since the texts of all sides are the same."""
     return Embedder.load(
         folder,
@@ -131,7 +132,7 @@ def start_ours(folder: str, precision: str, **_: str) -> Embedder:
         pooling="mean",
         normalize=True,
         prompts={},
-        document_tokens=LIMIT,
+        document_tokens=limit,
     )
 
 
@@ -160,6 +161,9 @@ def worker() -> None:
 # ---- cases ---------------------------------------------------------------------------------------
 
 
+SETS = "two words", "requests of 1", "requests of 8", "sorted", "control, all of 32 tokens"
+
+
 @dataclass(frozen=True)
 class TextSet:
     """Requests of a case, and what we hold ourselves to."""
@@ -185,13 +189,14 @@ def text_sets(embedder: Embedder, part: int) -> list[TextSet]:
         "OpenVINO bfloat16": "ratio >= 1.4",
         "OpenVINO int8": "ratio >= 1.25, error no larger",
     }
-    return [
-        TextSet("two words", [["short query"]] * QUERIES, query),
-        TextSet("requests of 1", [[text] for text in texts[: 60 // part]], one),
-        TextSet("requests of 8", eights[: max(1, len(eights) // part)], eight),
-        TextSet("sorted", [texts[: len(texts) // part]], many),
-        TextSet("control, all of 32 tokens", [equal_texts(embedder)[: 240 // part]], {}),
-    ]
+    sets = (
+        ([["short query"]] * QUERIES, query),
+        ([[text] for text in texts[: 60 // part]], one),
+        (eights[: len(eights) // part], eight),
+        ([texts[: len(texts) // part]], many),
+        ([equal_texts(embedder)[: 240 // part]], {}),
+    )
+    return [TextSet(name, *each) for name, each in zip(SETS, sets, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -210,13 +215,44 @@ class SideName:
         return self.precision.split("-", maxsplit=1)[0]
 
 
-OURS = [SideName("tercet", "float32"), SideName("tercet", "bfloat16")]
-PLAIN = [SideName("sentence-transformers", each) for each in ("float32", "bfloat16")]
+def sides_of(library: str, *precisions: str) -> list[SideName]:
+    """A library in several precisions."""
+    return [SideName(library, each) for each in precisions]
+
+
+EXACT = "float32", "bfloat16"
+OURS = sides_of("tercet", *EXACT)
+PLAIN = sides_of("sentence-transformers", *EXACT)
 GRAPHS = [
-    *(SideName("OpenVINO", each) for each in ("float32", "bfloat16", "int8", "int8-bfloat16")),
-    *(SideName("ONNX Runtime", each) for each in ("float32", "int8")),
+    *sides_of("OpenVINO", "float32", "bfloat16", "int8", "int8-bfloat16"),
+    *sides_of("ONNX Runtime", "float32", "int8"),
 ]
-MODELS = {"minilm": 1, "me5-small": 2, "XLM-R": 4, "ModernBERT": 4}  # part of the texts
+LLAMA = sides_of("llama.cpp", "float32", "bfloat16", "int8", "Q4_1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and how much of the texts it gets."""
+
+    name: str
+    part: int = 1  # one of this many texts
+    limit: int = 256  # tokens of a text
+
+    def sides(self, given: argparse.Namespace) -> list[SideName]:
+        """Sides that can run it."""
+        graphs = GRAPHS if given.peers and self.name != DECODER else []
+        llama = LLAMA if given.llama and self.name == DECODER else []
+        return [*OURS, *PLAIN, *graphs, *llama]
+
+
+DECODER = "smollm2"
+MODELS = (
+    Model("minilm"),
+    Model("me5-small", 2),
+    Model("XLM-R", 4),
+    Model("ModernBERT", 4),
+    Model(DECODER, 8, limit=512),  # llama.cpp cuts at what it reads at a time
+)
 
 
 @dataclass
@@ -272,7 +308,7 @@ class Bench:
                 min(run["seconds"] for run in runs[way]),
                 median(ms for run in runs[way] for ms in run["cpu_ms"]),
                 median(ms for run in runs[way] for ms in run["ms"]),
-                read[way]["slots"] / read[way]["tokens"],
+                read[way]["slots"] / read[way]["tokens"] if read[way]["tokens"] else 1.0,
                 distances(vectors[way], expected),
             )
             if way[0] not in found or measured.seconds < found[way[0]].seconds:
@@ -295,7 +331,7 @@ def rows_of(model: str, case: TextSet, found: dict[SideName, Measured]) -> Itera
     for peer, theirs in found.items():
         if peer in OURS:
             continue
-        precisions = (peer.group, "bfloat16") if peer.group == "int8" else (peer.group,)
+        precisions = (peer.group,) if peer.group in EXACT else ("int8", "bfloat16")
         for precision in precisions:
             ours = found.get(SideName("tercet", precision))
             if ours is None:
@@ -316,30 +352,27 @@ def rows_of(model: str, case: TextSet, found: dict[SideName, Measured]) -> Itera
 
 
 def started(
-    model: str,
-    names: Sequence[SideName],
-    given: argparse.Namespace,
-    scratch: Path,
-    stack: ExitStack,
+    model: Model, given: argparse.Namespace, scratch: Path, stack: ExitStack
 ) -> dict[SideName, Side]:
     """Processes with the model loaded, one for each side."""
-    folder, place = model_folder(model, scratch), scratch / f"{model}-made"
+    folder, place = model_folder(model.name, scratch), scratch / f"{model.name}-made"
     place.mkdir()
     calibration = scratch / "calibration.json"
     calibration.write_text(json.dumps(descriptions("train", LONG, SHORT)), encoding="utf-8")
     sides = {}
-    for name in names:
+    for name in model.sides(given):
         side = sides[name] = new_side(name.library, given)
         stack.callback(side.end)
         side(
             "start",
             engine=name.library,
-            folder=str(folder),
+            folder=str(gguf(model.name) if name in LLAMA else folder),
+            limit=model.limit,
             precision=name.precision,
             scratch=str(place),
             calibration=str(calibration),
         )
-        print(f"{model}: {name} has started", flush=True)
+        print(f"{model.name}: {name} has started", flush=True)
     return sides
 
 
@@ -347,28 +380,38 @@ def new_side(library: str, given: argparse.Namespace) -> Side:
     """A process of a library."""
     if library == "tercet":
         return Side(sys.executable, "-m", "benchmarks.encode_speed", "--worker")
-    return Side(given.peers or sys.executable, "-m", "benchmarks.encode_peer")
+    python = given.llama if library == "llama.cpp" else given.peers or sys.executable
+    return Side(python, "-m", "benchmarks.encode_peer")
 
 
-def speed(model: str, given: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, list[Row]]]:
+def gguf(name: str) -> Path:
+    """The file of a model of the zoo that comes as one."""
+    model = find(name)
+    assert model is not None, name
+    package, file = model.files[0].split("/", maxsplit=1)
+    return Path(str(files(package).joinpath(file)))
+
+
+def speed(
+    model: Model, given: argparse.Namespace, scratch: Path
+) -> Iterator[tuple[str, list[Row]]]:
     """Rows of all chosen cases of a model."""
-    embedder = start_ours(str(model_folder(model, scratch)), "float32")
+    if not any(is_chosen(f"{model.name}, {name}", given) for name in SETS):
+        return
+    embedder = start_ours(str(model_folder(model.name, scratch)), "float32", model.limit)
     sets = [
         each
-        for each in text_sets(embedder, MODELS[model])
-        if is_chosen(f"{model}, {each.name}", given)
+        for each in text_sets(embedder, model.part)
+        if is_chosen(f"{model.name}, {each.name}", given)
     ]
     del embedder
-    if not sets:
-        return
-    names = [*OURS, *PLAIN, *(GRAPHS if given.peers else [])]
     with ExitStack() as stack:
-        bench = Bench(started(model, names, given, scratch, stack), scratch, given.repeats)
+        bench = Bench(started(model, given, scratch, stack), scratch, given.repeats)
         for each in sets:
-            rows = list(rows_of(model, each, bench.case(each)))
+            rows = list(rows_of(model.name, each, bench.case(each)))
             for row in rows:
                 print(f"{row['name']}: {row['ours']} / {row['peer']}", flush=True)
-            yield f"{model}, {each.name}", rows
+            yield f"{model.name}, {each.name}", rows
 
 
 def is_chosen(case: str, given: argparse.Namespace) -> bool:
@@ -395,6 +438,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--peers", help="the Python of OpenVINO, ONNX Runtime and others")
+    parser.add_argument("--llama", help="the Python of llama.cpp")
     parser.add_argument("--only", nargs="+", help="words in the names of cases; default: all")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--out", type=Path, default=RESULTS / "encode_speed.json")
@@ -417,9 +461,11 @@ def main() -> None:
 
 def write(cases: dict[str, list[Row]], given: argparse.Namespace) -> None:
     """Print and write rows, with versions of the peers."""
-    peer = new_side("peer", given)
-    versions = peer("versions")
-    peer.end()
+    versions: dict[str, str] = {}
+    for library in ("llama.cpp", "OpenVINO") if given.llama else ("OpenVINO",):
+        peer = new_side(library, given)
+        versions |= peer("versions")
+        peer.end()
     path = write_results("encode_speed", with_kept(cases, given.out), out=given.out)
     results = json.loads(path.read_text(encoding="utf-8"))
     load = [round(each, 2) for each in os.getloadavg()]
