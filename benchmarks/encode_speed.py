@@ -13,6 +13,9 @@ the repeats is taken. Without ``--peers`` and ``--llama`` the peer is sentence-t
   ``peer_error`` that of the peer's; a mean stands beside each.
 - ``padding_factor``: token slots that the peer's model reads, over tokens. OpenVINO and ONNX
   Runtime run in sorted batches of 32 and in groups of equal length; the better of both counts.
+- ``memory``: the highest resident bytes of a fresh process from its start on: ``tercet encode`` and
+  ``tercet index`` beside ``encode`` of sentence-transformers in the same precision. Texts repeat
+  with a number, one of 30 is a long description.
 - ``XLM-R`` and ``ModernBERT`` have random weights: their int8 error says nothing about quality.
 
 ``benchmarks/encode_peer.py`` says how to make the peers' environments. Rows that ``--only`` leaves
@@ -24,12 +27,16 @@ out stay in the file, each with the commit that measured it.
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,6 +63,8 @@ SEED = 0
 REPEATS = 3
 LONG, SHORT = 120, 180  # descriptions of the sorted set
 QUERIES = 100  # calls with two words
+COUNTS = 3_000, 20_000, 100_000  # texts whose memory is measured
+LONGEST = COUNTS[-1]  # takes a quarter of an hour
 
 Texts = list[str]
 
@@ -414,6 +423,77 @@ def speed(
             yield f"{model.name}, {each.name}", rows
 
 
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def many_texts(count: int) -> Texts:
+    """One-line descriptions, with a number where they repeat; one of 30 is a long one."""
+    rows = pq.read_table(DATA, filters=[("split", "==", "train")]).to_pylist()
+    return [
+        f"{rows[i % len(rows)]['long' if i % 30 == 0 else 'short']} {i // len(rows) or ''}".strip()
+        for i in range(count)
+    ]
+
+
+def command_peak(command: str, texts: Path, scratch: Path, dtype: str) -> int:
+    """Bytes at most of a command of tercet."""
+    out = scratch / ("index" if command == "index" else "vectors.npy")
+    words = [command, str(texts), "--model", "minilm", "--dtype", dtype, "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tercet", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    peak = 0
+    while process.poll() is None:
+        with suppress(SystemExit, OSError):  # it may just have ended
+            peak = max(peak, memory("VmHWM", process.pid))
+        time.sleep(0.01)
+    if process.returncode:
+        assert process.stderr is not None
+        raise SystemExit(f"tercet {command} must end well; it said: {process.stderr.read()!r}")
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    return peak
+
+
+def peer_peak(texts: Path, scratch: Path, dtype: str) -> int:
+    """Bytes at most of sentence-transformers' process."""
+    side = new_side("sentence-transformers", argparse.Namespace(peers=None))
+    folder = str(zoo.resolve("minilm"))
+    side("start", engine="sentence-transformers", folder=folder, limit=256, precision=dtype)
+    saved = str(scratch / "vectors.npy")
+    answer = side("encode", requests=str(texts), grouping="32", save=saved)
+    side.end()
+    return answer["peak"]
+
+
+def peaks(count: int, dtype: str, scratch: Path) -> list[Row]:
+    """Rows of encode and index, of so many texts."""
+    texts, lines, request = many_texts(count), scratch / "texts.jsonl", scratch / "request.json"
+    lines.write_text(
+        "".join(json.dumps({"id": str(i), "text": t}) + "\n" for i, t in enumerate(texts))
+    )
+    request.write_text(json.dumps([texts]))
+    theirs = peer_peak(request, scratch, dtype)
+    rows = []
+    for command in ("encode", "index"):
+        ours = command_peak(command, lines, scratch, dtype)
+        print(f"memory, {count:,} texts, {command}, {dtype}: {ours} / {theirs}", flush=True)
+        rows.append(
+            {
+                "name": f"memory, {count:,} texts, {dtype}: {command} / encode of the peer",
+                "ours": round(ours / 1e6),
+                "peer": round(theirs / 1e6),
+                "unit": "MB at the peak",
+                "ratio": theirs / ours,
+                "target": "ratio >= 1",
+                "texts": count,
+            }
+        )
+    return rows
+
+
+# ---- what runs -----------------------------------------------------------------------------------
+
+
 def is_chosen(case: str, given: argparse.Namespace) -> bool:
     """Whether a case is to be run."""
     return not given.only or any(word in case for word in given.only)
@@ -440,6 +520,7 @@ def main() -> None:
     parser.add_argument("--peers", help="the Python of OpenVINO, ONNX Runtime and others")
     parser.add_argument("--llama", help="the Python of llama.cpp")
     parser.add_argument("--only", nargs="+", help="words in the names of cases; default: all")
+    parser.add_argument("--longest", action="store_true", help="memory of 100,000 texts, too")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--out", type=Path, default=RESULTS / "encode_speed.json")
     parser.add_argument("--worker", action="store_true", help="be our side")
@@ -455,6 +536,10 @@ def main() -> None:
             for model in MODELS:
                 for case, rows in speed(model, given, Path(folder)):
                     cases[case] = rows
+            for count, dtype in product(COUNTS, EXACT):
+                case = f"memory, {count:,} texts, {dtype}"
+                if is_chosen(case, given) and (count < LONGEST or given.longest):
+                    cases[case] = peaks(count, dtype, Path(folder))
     finally:  # what was measured before an interrupt is kept
         write(cases, given)
 
