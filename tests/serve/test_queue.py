@@ -35,7 +35,7 @@ class Gate:
         self.began.set()
         assert self.opened.wait(20)
         self.forwards.append((len(texts), tuple(kinds)))
-        return self.whole(texts, kinds, network)
+        return self.whole(texts, kinds, reader)
 
 
 @contextmanager
