@@ -24,6 +24,7 @@ from tercet.models.network.attention import (
     kernel_runs_on,
     kernel_takes_width,
 )
+from tercet.models.network.cpu.direct import DirectForward
 from tercet.models.network.cpu.memory import keep_freed_memory
 from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         self.model: Any = model
         _switch_to_packed(model)
         self._proved: set[tuple[Attention, str, bool]] = set()  # what passed the probe
+        self.direct: DirectForward | None = None  # of a copy that only reads
         self.is_decoder = _is_decoder(model)
         self.attention: Attention = _direction(model, attention)
         self.attention_dropout: float | None = None  # in training; None: the model's default
@@ -170,15 +172,16 @@ class Backbone(nn.Module):
         read = texts if is_sorted else texts.take(order)
         if hasattr(self.config, "use_cache"):
             options["use_cache"] = False
-        layout = Layout(read, dropout=self.attention_dropout)
-        with layout.in_force():
-            output = self.model(
-                input_ids=read.ids[None],
-                position_ids=read.places[None] + self.position_offset,
-                layout=layout,
-                **options,
-            )
-        states = states_of(output)
+        layout, places = Layout(read, dropout=self.attention_dropout), read.places
+        places = places + self.position_offset if self.position_offset else places
+        if self.direct is not None and not options.get("output_hidden_states"):
+            states = self.direct(read.ids, places, layout)[None]
+        else:
+            with layout.in_force():
+                output = self.model(
+                    input_ids=read.ids[None], position_ids=places[None], layout=layout, **options
+                )
+            states = states_of(output)
         if is_sorted:
             return states
         begins = offsets_of(torch.tensor([lengths[text] for text in order]))[:-1]
