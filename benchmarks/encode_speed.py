@@ -10,8 +10,8 @@ the repeats is taken. Without ``--peers`` and ``--llama`` the peer is sentence-t
 - ``sorted``: 120 long and 180 short descriptions, shuffled, in one call; each side may sort.
   Larger models get a part of the texts.
 - ``control``: texts of 32 tokens, where nobody pads.
-- ``error``: the largest 1 - cosine of our vectors to sentence-transformers' in float32,
-  ``peer_error`` that of the peer's; a mean stands beside each.
+- ``error``: the largest 1 - cosine of our vectors to sentence-transformers' in float32, for smollm2
+  to ours in float32; ``peer_error`` that of the peer's; a mean stands beside each.
 - ``padding_factor``: token slots that the peer's model reads, over tokens. OpenVINO and ONNX
   Runtime run in sorted batches of 32 and in groups of equal length; the better of both counts.
 - ``memory``: the highest resident bytes of a fresh process from its start on: ``tercet encode`` and
@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from importlib.resources import files
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -248,9 +248,9 @@ class Model:
 
     def sides(self, given: argparse.Namespace) -> list[SideName]:
         """Sides that can run it."""
-        graphs = GRAPHS if given.peers and self.name != DECODER else []
-        llama = LLAMA if given.llama and self.name == DECODER else []
-        return [*OURS, *PLAIN, *graphs, *llama]
+        if self.name == DECODER:  # sentence-transformers would apply its chat template
+            return [*OURS, *(LLAMA if given.llama else [])]
+        return [*OURS, *PLAIN, *(GRAPHS if given.peers else [])]
 
 
 DECODER = "smollm2"
@@ -397,7 +397,9 @@ def gguf(name: str) -> Path:
     model = find(name)
     assert model is not None, name
     package, file = model.files[0].split("/", maxsplit=1)
-    return Path(str(files(package).joinpath(file)))
+    spec = find_spec(package)  # importing it would need others
+    assert spec is not None and spec.submodule_search_locations, package
+    return Path(spec.submodule_search_locations[0], file)
 
 
 def speed(
