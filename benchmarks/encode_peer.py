@@ -21,7 +21,8 @@ Commands and answers are those of ``encode_speed``'s own side:
   INFERENCE_PRECISION_HINT; int8 by ``nncf.quantize`` with texts of the train split.
 - ``ONNX Runtime``: ``torch.onnx.export`` of the same module; int8 by ``quantize_dynamic``.
 - ``llama.cpp``: ``Llama.embed`` of a GGUF file, whose weights llama.cpp converts to the precision;
-  Q4_1 is the file. It packs a batch, so nothing is padded.
+  Q4_1 is the file. It packs a batch, so nothing is padded. With int8 and Q4_1 it runs without its
+  AMX kernels, which ended with an illegal instruction where this was measured.
 
 OpenVINO and ONNX Runtime sort the texts of a request by tokens, and read them in batches of 32 that
 are padded or in groups of exactly equal length.
@@ -277,6 +278,8 @@ class LlamaCpp(Engine):
                 "int8": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
             }[precision]
             llama_cpp.llama_model_quantize(folder.encode(), str(made).encode(), settings)
+        if precision in ("int8", "Q4_1"):
+            without_extra_buffers(llama_cpp.llama_cpp)
         self.model = llama_cpp.Llama(
             str(made),
             embedding=True,
@@ -292,6 +295,21 @@ class LlamaCpp(Engine):
     def encode(self, texts: Texts, grouping: str) -> np.ndarray:
         """Vectors by its own ``embed``."""
         return np.array(self.model.embed(texts, normalize=True), np.float32)
+
+
+def without_extra_buffers(library: Any) -> None:
+    """Take llama.cpp's plain kernels, without repacked weights.
+
+    Its AMX kernels ended with an illegal instruction where this was measured.
+    """
+    defaults = library.llama_model_default_params
+
+    def plain() -> Any:
+        settings = defaults()
+        settings.use_extra_bufts = False
+        return settings
+
+    library.llama_model_default_params = plain
 
 
 # ---- both sides' commands ------------------------------------------------------------------------
