@@ -132,16 +132,26 @@ def model_folder(name: str, scratch: Path) -> Path:
     return folder
 
 
-def start_ours(folder: str, precision: str, limit: int, **_: str) -> Embedder:
+def start_ours(folder: str, precision: str, limit: int, **places: str) -> Embedder:
     """Our side: mean pooling, no prompts, since the texts of all sides are the same."""
     return Embedder.load(
-        folder,
-        dtype=getattr(torch, precision),
+        quantized(folder, **places) if precision == "int8" else folder,
+        dtype=torch.float32 if precision == "float32" else torch.bfloat16,
         pooling="mean",
         normalize=True,
         prompts={},
         document_tokens=limit,
     )
+
+
+def quantized(folder: str, scratch: str, calibration: str) -> str:
+    """The model with 8-bit weights, by our command, whatever they lose."""
+    texts, out = Path(scratch, "calibration.jsonl"), str(Path(scratch, "tercet-int8"))
+    lines = json.loads(Path(calibration).read_text(encoding="utf-8"))
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    words = ["quantize", folder, "--data", str(texts), "--min-cosine", "0", "--out", out]
+    subprocess.run([sys.executable, "-m", "tercet", *words], check=True)
+    return out
 
 
 def worker() -> None:
@@ -229,7 +239,7 @@ def sides_of(library: str, *precisions: str) -> list[SideName]:
 
 
 EXACT = "float32", "bfloat16"
-OURS = sides_of("tercet", *EXACT)
+OURS = sides_of("tercet", *EXACT, "int8")
 PLAIN = sides_of("sentence-transformers", *EXACT)
 GRAPHS = [
     *sides_of("OpenVINO", "float32", "bfloat16", "int8", "int8-bfloat16"),
