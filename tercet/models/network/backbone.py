@@ -24,6 +24,8 @@ from tercet.models.network.attention import (
     kernel_runs_on,
     kernel_takes_width,
 )
+from tercet.models.network.cpu.int8 import int8_layers
+from tercet.models.network.cpu.int8_files import mark_int8, read_int8
 from tercet.models.network.cpu.memory import keep_freed_memory
 from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
@@ -209,13 +211,34 @@ class Backbone(nn.Module):
         self.model.get_input_embeddings().weight.requires_grad_(False)
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
-        """Freeze all weights and add trainable LoRA (peft) to every linear layer."""
+        """Freeze all weights and add trainable LoRA (peft) to every linear layer.
+
+        Raises:
+            ModelError: if they have 8 bits.
+        """
+        self.require_float("LoRA cannot be trained on it")
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"
         )
         self.model = get_peft_model(self.model, config)
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether linear layers have 8-bit weights."""
+        return next(int8_layers(self.model), None) is not None
+
+    def require_float(self, what: str) -> None:
+        """Raise if linear layers have 8-bit weights.
+
+        Raises:
+            ModelError: with ``what`` cannot be done.
+        """
+        if self.has_int8:
+            raise ModelError(
+                f"the model has 8-bit weights, so {what}; use the model that it was made from"
+            )
 
     def merge_lora(self) -> None:
         """Add the LoRA updates to their weights, in float32, and remove them."""
@@ -345,9 +368,11 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
         if keep_layers is not None:
             _cut_layers(config.get_text_config(), keep_layers, source)
         check_weights(Path(place), config)
+        in_8_bits = read_int8(Path(place))
         model, report = AutoModel.from_pretrained(
-            place,
+            place if in_8_bits is None else None,
             config=config,
+            state_dict=None if in_8_bits is None else in_8_bits[0],
             dtype=dtype,
             output_loading_info=True,
             trust_remote_code=False,
@@ -360,6 +385,8 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
         )
     if any("pooler" in key for key in report["missing_keys"]):
         model.pooler = None
+    if in_8_bits is not None:
+        mark_int8(model, in_8_bits[1])
     return model
 
 

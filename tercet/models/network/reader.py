@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tercet.models.choices import Attention
 from tercet.models.network.backbone import Backbone, sharing_copy
-from tercet.models.network.cpu.linear import PackedLinear, packed_layers
+from tercet.models.network.cpu.linear import Int8Linear, PackedLinear, packed_layers
 from tercet.models.network.cpu.memory import rounded
 from tercet.models.network.heads import Heads
 from tercet.models.network.latent_attention import AttentionLayer
@@ -28,7 +28,7 @@ class Network:
     backbone: Backbone
     layer: AttentionLayer | None
     heads: Heads
-    packed: tuple[PackedLinear, ...] = ()  # of a copy
+    packed: tuple[PackedLinear | Int8Linear, ...] = ()  # of a copy
 
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
         """Return one state per token, which the pooling and the heads read."""
