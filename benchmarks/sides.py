@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def spent(call: Callable[[], Answer]) -> Answer:
     answer = call()
     seconds = time.process_time() - begin
     return {"seconds": seconds, "peak": memory("VmHWM"), **answer}
+
+
+def timed(requests: list[list[str]], encode: Callable[[list[str]], Any]) -> Answer:
+    """CPU seconds of all requests, and milliseconds and CPU milliseconds of each."""
+    clock, cpu = [time.perf_counter()], [time.process_time()]
+    for texts in requests:
+        encode(texts)
+        clock.append(time.perf_counter())
+        cpu.append(time.process_time())
+    ms = [[1000 * (b - a) for a, b in pairwise(times)] for times in (clock, cpu)]
+    return {"seconds": cpu[-1] - cpu[0], "ms": ms[0], "cpu_ms": ms[1]}
 
 
 def memory(field: str) -> int:

@@ -147,9 +147,9 @@ def layer_numbers(model: Any) -> int:
 
 def encoded_tokens(model: Any, device: torch.device) -> int:
     """Return how many tokens to encode together without a graph: for the memory and the model."""
-    usual = usual_tokens(device, layer_numbers(model))
     if device.type != "cuda":
-        return usual
+        return ON_CPU
+    usual = usual_tokens(device, layer_numbers(model))
     config, weight = model.config.get_text_config(), next(model.parameters())
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     of_token = weight.element_size() * (_OF_HIDDEN * config.hidden_size + _OF_INNER * inner)

@@ -36,7 +36,7 @@ from tercet.models.network.fingerprints import add_weights
 from tercet.models.network.heads import Heads, SpecialIds
 from tercet.models.network.latent_attention import AttentionLayer, build_layer
 from tercet.models.network.pooling import POOLINGS, cls_mean, weighted_mean
-from tercet.models.network.reader import Network, Readers
+from tercet.models.network.reader import Network, Reader, Readers
 from tercet.models.network.words import Words
 from tercet.models.settings import Settings, changed
 from tercet.models.texts import checked_sentences, checked_texts, role_of
@@ -370,7 +370,7 @@ class Embedder(nn.Module):
             return text_vectors(steps, finished, nothing)
 
     def encode_packed(
-        self, texts: Packed, kinds: Sequence[Kind], network: Network | None = None
+        self, texts: Packed, kinds: Sequence[Kind], reader: Reader | None = None
     ) -> tuple[Vectors, Float[Tensor, "tokens hidden"]]:
         """Return vectors and token states of texts that are packed already, in one batch.
 
@@ -380,16 +380,16 @@ class Embedder(nn.Module):
         Args:
             texts: token ids of :meth:`tokenize`, on any device.
             kinds: of vectors.
-            network: offered by :meth:`reading` before, if no weight has changed since; looking for
+            reader: offered by :meth:`reading` before, if no weight has changed since; looking for
                 changes takes as long as reading all weights.
 
         Returns:
             Vectors and states on the model's device, which may hold NaN.
         """
         texts = texts.to(self.device)
-        with self.reading(network=network) as reader:
-            states = reader.states(texts)
-            return self._vectors(states, texts, kinds, reader.heads), states
+        with self.reading(reader=reader) as used:
+            states = used.states(texts)
+            return self._vectors(states, texts, kinds, used.heads), states
 
     def encode_words(self, sentences: Sentences, *, predictor: bool = False) -> list[np.ndarray]:
         """Return one vector for each word of each sentence.
@@ -436,7 +436,7 @@ class Embedder(nn.Module):
     @contextmanager
     def _batches(  # noqa: PLR0913 (all that one pass needs)
         self,
-        reader: Network,
+        reader: Reader,
         texts: Sequence[str],
         name: RoleName,
         settings: Settings,
@@ -478,17 +478,17 @@ class Embedder(nn.Module):
 
     @contextmanager
     def reading(
-        self, attention: Attention | None = None, *, network: Network | None = None
-    ) -> Iterator[Network]:
+        self, attention: Attention | None = None, *, reader: Reader | None = None
+    ) -> Iterator[Reader]:
         """Offer the network for inference, without changing this one: see :class:`Readers`.
 
-        A ``network`` that was offered before is used without a look for changes.
+        A ``reader`` that was offered before is used without a look for changes.
 
         Raises:
             ModelError: if an encoder is asked to be causal, or a decoder fails the probe.
         """
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            yield network or self._readers.of(self._network, attention)
+            yield reader or self._readers.of(self._network, attention)
 
     # ---- folders -----------------------------------------------------------------------------
 

@@ -106,8 +106,9 @@ class PackedQueue:
         self.most = most
         self.tokens = 0  # that wait
         self._embedder, self._on_batch = embedder, on_batch
-        with embedder.reading() as network:  # served weights never change
-            self._network = network
+        with embedder.reading() as reader:  # served weights never change
+            reader.compare()
+            self._reader = reader
         self._waiting: list[tuple[float, int, _Request]] = []  # a heap, by tokens read so far
         self._arrived = 0
         self._turn = 0.0  # tokens that a request which comes now counts as having read
@@ -247,7 +248,7 @@ class PackedQueue:
         places = {row: place for place, row in enumerate(order)}
         needs = frozenset[Need]().union(*(request.needs for request in rows))
         kinds: list[Kind] = [kind for kind in KINDS if kind in needs]
-        found, states = self._embedder.encode_packed(tokens.pack(order), kinds, self._network)
+        found, states = self._embedder.encode_packed(tokens.pack(order), kinds, self._reader)
         parts = _on_host(found.to("cpu"))
         if "states" in needs:
             parts.states = [

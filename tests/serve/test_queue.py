@@ -31,11 +31,11 @@ class Gate:
         self.forwards: list[tuple[int, tuple[str, ...]]] = []  # texts and kinds of each
         self.began, self.opened = Event(), Event()
 
-    def __call__(self, texts, kinds, network=None):
+    def __call__(self, texts, kinds, reader=None):
         self.began.set()
         assert self.opened.wait(20)
         self.forwards.append((len(texts), tuple(kinds)))
-        return self.whole(texts, kinds, network)
+        return self.whole(texts, kinds, reader)
 
 
 @contextmanager

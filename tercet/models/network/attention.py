@@ -31,6 +31,7 @@ from tercet.segments import Packed, moved, offsets_of
 
 NAME: Final = "tercet"
 KEPT_LENGTH: Final = 512  # longest text whose attention weights are kept for the backward
+_FEW: Final = 32  # tokens, of which one call takes less time than three
 _PAIRS: Final = 1 << 23  # pairs of tokens of longer texts, whose weights exist at the same time
 _WIDEST: Final = 256  # widest head that the kernel for rows of varying length supports
 _CAPABILITY: Final = 8  # of the oldest cards that it supports
@@ -192,6 +193,9 @@ def attend(
             if usual and rule.softcap is None and rule.sinks is None:
                 return _attend_row(q, k, v, layout, rule)[None], None
     pieces, groups = [], layout.groups(query.shape[1] * query.shape[3])
+    if len(layout.lengths) == 1:
+        states = _attend_run(query, key, value, rule)
+        return states.transpose(1, 2), None
     sizes = [group.tokens for group in groups]
     rows = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
     for group, (q, k, v) in zip(groups, rows, strict=True):
@@ -322,8 +326,11 @@ def _seen(
 
 def _products_are_faster(q: Tensor) -> bool:
     """Whether three plain calls beat the fused kernel: in bfloat16 on a CPU, by 1.2 to 2 times."""
-    in_cache = q.shape[2] <= 512  # the scores of a head
+    texts, _, length, _ = q.shape
+    in_cache = length <= 512  # the scores of a head
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not in_cache:
+        return False
+    if texts * length <= _FEW:
         return False
     return torch.is_inference_mode_enabled()  # training computes the same with and without a graph
 

@@ -5,7 +5,7 @@ ignore. So all flags are set, and :func:`probe` changes a token to see which sta
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -24,6 +24,7 @@ from tercet.models.network.attention import (
     kernel_runs_on,
     kernel_takes_width,
 )
+from tercet.models.network.cpu.direct import DirectForward
 from tercet.models.network.cpu.int8 import int8_layers
 from tercet.models.network.cpu.int8_files import mark_int8, read_int8
 from tercet.models.network.cpu.memory import keep_freed_memory
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
         self.model: Any = model
         _switch_to_packed(model)
         self._proved: set[tuple[Attention, str, bool]] = set()  # what passed the probe
+        self.direct: DirectForward | None = None  # of a copy that only reads
         self.is_decoder = _is_decoder(model)
         self.attention: Attention = _direction(model, attention)
         self.attention_dropout: float | None = None  # in training; None: the model's default
@@ -172,15 +174,16 @@ class Backbone(nn.Module):
         read = texts if is_sorted else texts.take(order)
         if hasattr(self.config, "use_cache"):
             options["use_cache"] = False
-        layout = Layout(read, dropout=self.attention_dropout)
-        with layout.in_force():
-            output = self.model(
-                input_ids=read.ids[None],
-                position_ids=read.places[None] + self.position_offset,
-                layout=layout,
-                **options,
-            )
-        states = states_of(output)
+        layout, places = Layout(read, dropout=self.attention_dropout), read.places
+        places = places + self.position_offset if self.position_offset else places
+        if self.direct is not None and not options.get("output_hidden_states"):
+            states = self.direct(read.ids, places, layout)[None]
+        else:
+            with layout.in_force():
+                output = self.model(
+                    input_ids=read.ids[None], position_ids=places[None], layout=layout, **options
+                )
+            states = states_of(output)
         if is_sorted:
             return states
         begins = offsets_of(torch.tensor([lengths[text] for text in order]))[:-1]
@@ -369,14 +372,7 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
             _cut_layers(config.get_text_config(), keep_layers, source)
         check_weights(Path(place), config)
         in_8_bits = read_int8(Path(place))
-        model, report = AutoModel.from_pretrained(
-            place if in_8_bits is None else None,
-            config=config,
-            state_dict=None if in_8_bits is None else in_8_bits[0],
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        model, report = _pretrained(place, config, dtype, in_8_bits[0] if in_8_bits else None)
     lost = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if lost:
         raise ModelError(
@@ -388,6 +384,18 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
     if in_8_bits is not None:
         mark_int8(model, in_8_bits[1])
     return model
+
+
+def _pretrained(
+    place: str, config: Any, dtype: torch.dtype, weights: Mapping[str, Tensor] | None
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Return a network with these weights, or those of a place, and what was missing."""
+    how: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if weights is None:
+        return AutoModel.from_pretrained(place, trust_remote_code=False, **how)
+    with torch.device("meta"):
+        kind: Any = type(AutoModel.from_config(config, trust_remote_code=False))
+    return kind.from_pretrained(None, state_dict=dict(weights), **how)
 
 
 def _cut_layers(config: Any, kept: int, source: str) -> None:

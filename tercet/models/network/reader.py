@@ -5,16 +5,19 @@ modules. So each direction has a copy that is changed once, when it is made, and
 afterwards. A copy shares the weights, so that it follows every change of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from operator import is_
 from threading import Lock
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tercet.models.choices import Attention
 from tercet.models.network.backbone import Backbone, sharing_copy
-from tercet.models.network.cpu.linear import Int8Linear, PackedLinear, packed_layers
+from tercet.models.network.cpu.direct import DirectForward
+from tercet.models.network.cpu.int8 import Int8Linear
+from tercet.models.network.cpu.linear import FEW_ROWS, PackedLinear, packed_layers
 from tercet.models.network.cpu.memory import rounded
 from tercet.models.network.heads import Heads
 from tercet.models.network.latent_attention import AttentionLayer
@@ -28,28 +31,63 @@ class Network:
     backbone: Backbone
     layer: AttentionLayer | None
     heads: Heads
-    packed: tuple[PackedLinear | Int8Linear, ...] = ()  # of a copy
 
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
         """Return one state per token, which the pooling and the heads read."""
-        read = rounded(texts) if self.packed else texts
-        states = self.backbone(read)
-        if self.layer is not None:
-            states = self.layer(states, read)
-        return states[: len(texts.ids)]
+        states = self.backbone(texts)
+        return states if self.layer is None else self.layer(states, texts)
 
     def parts(self) -> list[nn.Module]:
         """Return the modules that it consists of."""
         return [part for part in (self.backbone, self.layer, self.heads) if part is not None]
 
 
+@dataclass(slots=True)
+class Reader:
+    """A network for inference, which is only read.
+
+    It multiplies by copies of the weights in another layout, which are compared with the weights
+    when they are first needed. A few tokens are read before that by the weights themselves.
+    """
+
+    network: Network
+    layers: tuple[PackedLinear | Int8Linear, ...]  # of the network
+    plain: Network | None  # the same without copies of weights; None if it has none
+    compared: bool = False
+
+    @property
+    def heads(self) -> Heads:
+        """The heads of sparse and multi-vectors."""
+        return self.network.heads
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone, with the weights of now."""
+        self.compare()
+        return self.network.backbone
+
+    def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
+        """Return one state per token, which the pooling and the heads read."""
+        count = len(texts.ids)
+        if self.plain is not None and count <= FEW_ROWS and not self.compared:
+            return self.plain.states(texts)
+        self.compare()
+        return self.network.states(rounded(texts) if self.layers else texts)[:count]
+
+    def compare(self) -> None:
+        """Copy the weights that changed; afterwards none may change while this is used."""
+        if not self.compared:
+            for layer in self.layers:
+                layer.refresh()
+            self.compared = True
+
+
 @dataclass(frozen=True, slots=True)
 class _Copy:
     """A copy, and what the network consisted of when it was made."""
 
-    network: Network
-    objects: list[object]
-    facts: list[object]
+    reader: Reader
+    contents: "_Contents"
 
 
 class Readers:
@@ -59,26 +97,23 @@ class Readers:
         self._made: dict[Attention, _Copy] = {}
         self._lock = Lock()  # while a copy is made; running one needs no lock
 
-    def of(self, network: Network, attention: Attention | None) -> Network:
+    def of(self, network: Network, attention: Attention | None) -> Reader:
         """Return the copy that reads in this direction; None takes the network's own.
 
         It is made again if a module, a parameter or a buffer was replaced, or has another type or
-        device; numbers that changed in place are seen by packed layers.
+        device; numbers that changed in place are seen whenever a reader is asked for.
 
         Raises:
             ModelError: see :meth:`Backbone.turned`.
         """
         direction = attention or network.backbone.attention
-        objects, facts = _contents(network)
         found = self._made.get(direction)
-        if found is None or not _same(found, objects, facts):
+        if found is None or not found.contents.are_those_of(network):
             with self._lock:
                 found = self._made.get(direction)
-                if found is None or not _same(found, objects, facts):
-                    found = self._made[direction] = _copy_of(network, direction, objects, facts)
-        for layer in found.network.packed:
-            layer.refresh()
-        return found.network
+                if found is None or not found.contents.are_those_of(network):
+                    found = self._made[direction] = _copy_of(network, direction)
+        return replace(found.reader, compared=False)
 
     def clear(self) -> None:
         """Free all copies; the next use makes them again."""
@@ -89,35 +124,60 @@ class Readers:
         return Readers, ()
 
 
-def _copy_of(
-    network: Network, direction: Attention, objects: list[object], facts: list[object]
-) -> _Copy:
+def _copy_of(network: Network, direction: Attention) -> _Copy:
+    contents = _Contents(network)
     backbone = network.backbone.turned(direction).eval()
     layer = None if network.layer is None else sharing_copy(network.layer).eval()
+    made = Network(backbone, layer, sharing_copy(network.heads).eval())
+    plain = replace(made, backbone=sharing_copy(backbone)) if layer is None else None
     linear: list[nn.Module] = [backbone]
     if layer is not None:  # of a folded layer only the feed-forward runs
         linear += [layer.ff_in, layer.ff_out] if layer.folds else [layer]
-    packed = packed_layers(nn.ModuleList(linear))
-    heads = sharing_copy(network.heads).eval()
-    return _Copy(Network(backbone, layer, heads, tuple(packed)), objects, facts)
+    layers = tuple(packed_layers(nn.ModuleList(linear)))
+    if backbone.device.type == "cpu":
+        for each in (made, plain) if plain else (made,):
+            each.backbone.direct = DirectForward.of(each.backbone.model)
+    in_8_bits = any(isinstance(each, Int8Linear) for each in layers)
+    if not layers or in_8_bits:  # their products differ from those of the weights
+        plain = None
+    return _Copy(Reader(made, layers, plain), contents)
 
 
-def _contents(network: Network) -> tuple[list[object], list[object]]:
-    """Return the objects that a copy depends on, and facts about them that can change."""
-    objects: list[object] = []
-    facts: list[object] = []
-    for part in network.parts():
-        for module in part.modules():
-            tensors: list[Any] = [*module._parameters.values(), *module._buffers.values()]
-            objects += (module, *tensors)
-            facts += ((each.dtype, each.device) for each in tensors if each is not None)
-            facts += (len(module._forward_hooks), len(module._forward_pre_hooks))
-    return objects, facts
+class _Contents:
+    """The objects that a copy depends on, and facts about them that can change."""
 
+    def __init__(self, network: Network) -> None:
+        modules = [module for part in network.parts() for module in part.modules()]
+        self._parts = network.parts()
+        self._held = [
+            held
+            for module in modules
+            for held in (module._parameters, module._buffers, module._modules)
+        ]
+        self._hooks = [
+            hooks
+            for module in modules
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._objects = self._values()
+        self._tensors = [each for each in self._objects if isinstance(each, Tensor)]
+        self._facts = self._facts_now()
 
-def _same(made: _Copy, objects: list[object], facts: list[object]) -> bool:
-    return (
-        len(made.objects) == len(objects)
-        and all(map(lambda old, new: old is new, made.objects, objects))
-        and made.facts == facts
-    )
+    def are_those_of(self, network: Network) -> bool:
+        """Whether the network consists of the same objects, of the same types and devices."""
+        parts, now = network.parts(), self._values()
+        return (
+            len(parts) == len(self._parts)
+            and all(map(is_, parts, self._parts))
+            and len(now) == len(self._objects)
+            and all(map(is_, now, self._objects))
+            and self._facts_now() == self._facts
+        )
+
+    def _values(self) -> list[object]:
+        return list(chain.from_iterable(map(dict.values, self._held)))
+
+    def _facts_now(self) -> list[object]:
+        tensors = self._tensors
+        lengths = [*map(len, self._held), *map(len, self._hooks)]
+        return [lengths, [each.dtype for each in tensors], [each.device for each in tensors]]

@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor, nn
 
-from tercet.models.network.fingerprints import WeightCache
-
 LARGEST: Final = 127  # of a weight's integers
 _LEVELS: Final = 255  # of an input
 _AT_ONCE: Final = 1 << 16  # numbers of an input
@@ -113,16 +111,21 @@ class Int8Linear:
     def __init__(self, linear: nn.Linear, grid: Grid, activation: str, inputs: "_Inputs") -> None:
         self._linear, self._grid, self._activation = linear, grid, activation
         self._inputs = inputs
-        self._kept: WeightCache[Tensor] = WeightCache()
+        self._facts: tuple[object, ...] = ()
         self._zeros = torch.zeros(linear.out_features, dtype=torch.int64)
-        self._bias = None if linear.bias is None else linear.bias.detach()
         self.refresh()
 
     def refresh(self) -> None:
-        """Pack the integers again if any number of the weight changed."""
-        self._weight = self._kept.get([self._linear.weight.detach()], self._packed)
-        if self._linear.bias is not None:
-            self._bias = self._linear.bias.detach().float()
+        """Pack the integers again if the weight is at another place or was changed in place.
+
+        Its numbers are not compared, as they are for other layers: 8-bit weights are not trained.
+        """
+        weight, bias = self._linear.weight, self._linear.bias
+        version = None if weight.is_inference() else weight._version
+        facts = (weight.data_ptr(), weight.dtype, version)
+        if facts != self._facts:
+            self._facts, self._weight = facts, self._packed()
+            self._bias = None if bias is None else bias.detach().float()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's output, after the activation."""
