@@ -53,9 +53,7 @@ class Quantized:
         return float(self.cosines.min())
 
 
-def quantized(
-    embedder: Embedder, texts: Sequence[str], *, progress: bool = False
-) -> Quantized:
+def quantized(embedder: Embedder, texts: Sequence[str], *, progress: bool = False) -> Quantized:
     """Return a copy of a model whose linear layers have 8-bit weights.
 
     Every fifth text is held out, to measure dense vectors before and after.
@@ -114,7 +112,7 @@ def quantized(
 
 
 @dataclass(slots=True)
-class _Inputs:
+class _ReadRows:
     """What a layer read: extremes of each column, and some rows."""
 
     low: Tensor  # [inner]
@@ -136,20 +134,24 @@ class _Inputs:
 
 def _inputs_of_layers(
     embedder: Embedder, texts: Sequence[str], progress: bool
-) -> Iterator[tuple[list[str], list[nn.Linear], _Inputs]]:
+) -> Iterator[tuple[list[str], list[nn.Linear], _ReadRows]]:
     """Yield names and layers that read the same input, and this, as it is without quantization."""
     backbone = embedder.backbone
     named = {each: name for name, each in backbone.named_modules() if type(each) is nn.Linear}
-    found: dict[nn.Linear, _Inputs] = {}
+    found: dict[nn.Linear, _ReadRows] = {}
 
     def saw(linear: nn.Linear, _module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0]
         if linear not in found:
-            found[linear] = _Inputs(*x.new_zeros(2, x.shape[-1], dtype=torch.float32))
+            found[linear] = _ReadRows(*x.new_zeros(2, x.shape[-1], dtype=torch.float32))
         found[linear].add(x)
 
     tokens = embedder.tokenize(texts, "document")
-    with torch.inference_mode(), _hooked(named, saw), bar("calibrate", len(texts), shown=progress) as advance:
+    with (
+        torch.inference_mode(),
+        _hooked(named, saw),
+        bar("calibrate", len(texts), shown=progress) as advance,
+    ):
         for batch in batches_by_length(tokens.lengths, _BATCH_TOKENS):
             backbone(tokens.pack(batch).to(embedder.device))
             advance(len(batch))
@@ -172,14 +174,14 @@ def _hooked(layers: dict[nn.Linear, str], saw: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _are_same(a: _Inputs, b: _Inputs) -> bool:
+def _are_same(a: _ReadRows, b: _ReadRows) -> bool:
     return a.low.equal(b.low) and a.high.equal(b.high)
 
 
 # ---- the choice --------------------------------------------------------------------------------
 
 
-def _chosen(linears: list[nn.Linear], inputs: _Inputs) -> list[Grid] | None:
+def _chosen(linears: list[nn.Linear], inputs: _ReadRows) -> list[Grid] | None:
     """Return grids of layers that read the same input; None if all of them lose too much."""
     ways = []
     for by_range in (True, False):
@@ -193,7 +195,7 @@ def _chosen(linears: list[nn.Linear], inputs: _Inputs) -> list[Grid] | None:
 
 
 def _grids(
-    linears: list[nn.Linear], inputs: _Inputs, *, by_range: bool, smoothing: float | None
+    linears: list[nn.Linear], inputs: _ReadRows, *, by_range: bool, smoothing: float | None
 ) -> list[Grid]:
     """Return the grids of layers that read the same input, rounded in one way."""
     weights = [each.weight.detach().float() for each in linears]

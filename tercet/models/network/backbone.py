@@ -388,7 +388,7 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
 
 def _pretrained(
     place: str, config: Any, dtype: torch.dtype, weights: Mapping[str, Tensor] | None
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+) -> tuple[Any, Mapping[str, Any]]:
     """Return a network with these weights, or those of a place, and what was missing."""
     how: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if weights is None:

@@ -108,7 +108,9 @@ def runs_here() -> bool:
 class Int8Linear:
     """The forward of a linear layer with 8-bit weights, on packed integers."""
 
-    def __init__(self, linear: nn.Linear, grid: Grid, activation: str, inputs: "_Inputs") -> None:
+    def __init__(
+        self, linear: nn.Linear, grid: Grid, activation: str, inputs: "_RoundedInputs"
+    ) -> None:
         self._linear, self._grid, self._activation = linear, grid, activation
         self._inputs = inputs
         self._facts: tuple[object, ...] = ()
@@ -121,8 +123,11 @@ class Int8Linear:
         Its numbers are not compared, as they are for other layers: 8-bit weights are not trained.
         """
         weight, bias = self._linear.weight, self._linear.bias
-        version = None if weight.is_inference() else weight._version
-        facts = (weight.data_ptr(), weight.dtype, version)
+        facts = tuple(
+            (each.data_ptr(), each.dtype, None if each.is_inference() else each._version)
+            for each in (weight, bias)
+            if each is not None
+        )
         if facts != self._facts:
             self._facts, self._weight = facts, self._packed()
             self._bias = None if bias is None else bias.detach().float()
@@ -131,7 +136,7 @@ class Int8Linear:
         """Return the layer's output, after the activation."""
         quantized, step, zero = self._inputs.of(x)
         weight, scales = self._weight, (self._grid.scale, self._zeros)
-        if isinstance(step, float):
+        if not isinstance(step, Tensor):
             how = (x.dtype, self._activation)
             return _product(quantized, step, zero, weight, scales, self._bias, how)
         made = _product(quantized, 1.0, zero, weight, scales, None, (torch.float32, "none"))
@@ -148,7 +153,7 @@ class Int8Linear:
             return torch.ops.onednn.qlinear_prepack(integers, None)
 
 
-class _Inputs(threading.local):
+class _RoundedInputs(threading.local):
     """Inputs in 8 bits of the layers of a module that read the same one, rounded once for all."""
 
     def __init__(self, grid: Grid, readers: int) -> None:
@@ -229,7 +234,7 @@ def int8_forwards(
             else:
                 found.append(linear)
         for grid, group in groups:
-            inputs = _Inputs(grid, len(group))
+            inputs = _RoundedInputs(grid, len(group))
             for linear in group:
                 own = grid_of(linear)
                 assert own is not None, "only such layers are in groups"

@@ -24,9 +24,11 @@ def save_int8(model: nn.Module, folder: Path) -> None:
     """Write the weights of a model with 8-bit layers; bfloat16 where it holds a weight exactly."""
     weights = {name: _compact(weight) for name, weight in model.state_dict().items()}
     for name, linear, grid in int8_layers(model):
-        weights[f"{name}.weight"] = grid.integers(linear.weight.detach())
+        weights[f"{name}.weight"] = grid.integers(linear.weight.detach().cpu())
         weights |= {f"{name}{_MARK}{what}": each for what, each in grid.tensors().items()}
-    save_file({name: each.cpu().clone().contiguous() for name, each in weights.items()}, folder / FILE)
+    save_file(
+        {name: each.cpu().clone().contiguous() for name, each in weights.items()}, folder / FILE
+    )
 
 
 def _compact(weight: Tensor) -> Tensor:
