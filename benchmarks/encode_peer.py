@@ -1,15 +1,17 @@
 """The peers of ``encode_speed``, in separate environments, driven by lines of JSON.
 
-    python3.11 -m venv peers
+    python3.11 -m venv peers llama    # two of them
     peers/bin/pip install torch==2.13.0 sentence-transformers==6.2.0 openvino==2026.4.1
     peers/bin/pip install nncf==3.4.0 onnxruntime==1.32.0 onnx==1.23.2 onnxscript==0.7.2
+    llama/bin/pip install llama-cpp-python numpy    # is built there, by a C++ compiler
 
     peers/bin/python -m benchmarks.encode_peer
 
 Commands and answers are those of ``encode_speed``'s own side:
 
-    {"do": "start", "engine": E, "folder": F, "precision": P, "scratch": S, "calibration": T}
-        loads or makes the model; E is a name of ENGINES
+    {"do": "start", "engine": E, "folder": F, "precision": P, "scratch": S, "calibration": T,
+     "limit": 256}
+        loads or makes the model; E is a name of ENGINES, limit the tokens of a text at most
     {"do": "encode", "requests": R, "grouping": "32" or "equal", "save": "vectors.npy" or null}
         -> spent of ``timed``; with "save" also "slots" and "tokens" that the model read
     {"do": "versions"} -> versions of the packages by name
@@ -18,9 +20,11 @@ Commands and answers are those of ``encode_speed``'s own side:
 - ``OpenVINO``: ``convert_model`` of the stock module with its pooling, any shape; bfloat16 by
   INFERENCE_PRECISION_HINT; int8 by ``nncf.quantize`` with texts of the train split.
 - ``ONNX Runtime``: ``torch.onnx.export`` of the same module; int8 by ``quantize_dynamic``.
+- ``llama.cpp``: ``Llama.embed`` of a GGUF file, whose weights llama.cpp converts to the precision;
+  Q4_1 is the file. It packs a batch, so nothing is padded.
 
-The last two sort the texts of a request by tokens, and read them in batches of 32 that are padded
-or in groups of exactly equal length.
+OpenVINO and ONNX Runtime sort the texts of a request by tokens, and read them in batches of 32 that
+are padded or in groups of exactly equal length.
 """
 
 import json
@@ -39,9 +43,8 @@ import numpy as np
 from benchmarks.sides import Answer, memory, serve, timed
 
 PACKAGES = "torch transformers sentence-transformers tokenizers numpy openvino nncf onnxruntime"
-PACKAGES += " onnx"
+PACKAGES += " onnx llama-cpp-python"
 BATCH = 32
-TOKENS = 256  # at most, of a text
 Texts = list[str]
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask of a batch to vectors
 
@@ -67,14 +70,14 @@ class Engine:
 class SentenceTransformers(Engine):
     """sentence-transformers, as a user calls it."""
 
-    def __init__(self, folder: str, precision: str, **_: str) -> None:
+    def __init__(self, folder: str, precision: str, limit: int, **_: str) -> None:
         import torch
         from sentence_transformers import SentenceTransformer
 
         torch.set_num_threads(1)
         dtype = {"dtype": getattr(torch, precision)}
         self.model = SentenceTransformer(folder, device="cpu", model_kwargs=dtype)
-        self.model.max_seq_length = TOKENS
+        self.model.max_seq_length = limit
         last = type(self.model[-1]).__name__
         self.more: dict[str, Any] = {} if last == "Normalize" else {"normalize_embeddings": True}
         first: Any = self.model[0]
@@ -102,8 +105,8 @@ class SentenceTransformers(Engine):
 class Graph(Engine):
     """A network as a graph with its pooling: tokenizer, batches and padding are ours."""
 
-    def __init__(self, folder: str, run: Run) -> None:
-        self.tokenizer, self.run = tokenizer_of(folder), run
+    def __init__(self, folder: str, limit: int, run: Run) -> None:
+        self.tokenizer, self.run = tokenizer_of(folder, limit), run
 
     def encode(self, texts: Texts, grouping: str) -> np.ndarray:
         """Vectors of texts, sorted into batches of 32 or groups of one length."""
@@ -118,13 +121,13 @@ class Graph(Engine):
         return np.stack(found)
 
 
-def tokenizer_of(folder: str) -> Any:
-    """The tokenizer of a model, cutting at our limit."""
+def tokenizer_of(folder: str, limit: int) -> Any:
+    """The tokenizer of a model, which cuts longer texts."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
     tokenizer.no_padding()
-    tokenizer.enable_truncation(TOKENS)
+    tokenizer.enable_truncation(limit)
     return tokenizer
 
 
@@ -181,7 +184,7 @@ def example() -> tuple[Any, Any]:
     return torch.randint(5, 1_000, (3, 24)) * mask, mask
 
 
-def openvino(folder: str, precision: str, scratch: str, calibration: str) -> Engine:
+def openvino(folder: str, precision: str, limit: int, scratch: str, calibration: str) -> Engine:
     """OpenVINO; precision is float32, bfloat16, int8 or int8-bfloat16: int8, rest in bfloat16."""
     import openvino as ov  # pyright: ignore[reportMissingImports]
 
@@ -196,7 +199,7 @@ def openvino(folder: str, precision: str, scratch: str, calibration: str) -> Eng
         if int8:
             import nncf  # pyright: ignore[reportMissingImports]
 
-            tokenizer, items = tokenizer_of(folder), []
+            tokenizer, items = tokenizer_of(folder, limit), []
             for text in json.loads(Path(calibration).read_text(encoding="utf-8")):
                 ids, mask = padded([tokenizer.encode(text).ids])
                 items.append({"input_ids": ids, "attention_mask": mask})
@@ -215,10 +218,10 @@ def openvino(folder: str, precision: str, scratch: str, calibration: str) -> Eng
         given = {"input_ids": ids, "attention_mask": mask}
         return np.array(request.infer(given, share_inputs=True)[0])
 
-    return Graph(folder, run)
+    return Graph(folder, limit, run)
 
 
-def onnx(folder: str, precision: str, scratch: str, calibration: str) -> Engine:
+def onnx(folder: str, precision: str, limit: int, scratch: str, **_: str) -> Engine:
     """ONNX Runtime in float32, or with int8 weights and activations quantized at each call."""
     import onnxruntime  # pyright: ignore[reportMissingImports]
     import torch
@@ -249,7 +252,44 @@ def onnx(folder: str, precision: str, scratch: str, calibration: str) -> Engine:
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
 
-    return Graph(folder, run)
+    return Graph(folder, limit, run)
+
+
+# ---- llama.cpp -----------------------------------------------------------------------------------
+
+
+class LlamaCpp(Engine):
+    """llama.cpp by its Python package; mean pooling of states that see what is before them."""
+
+    def __init__(self, folder: str, precision: str, limit: int, scratch: str, **_: str) -> None:
+        import llama_cpp  # pyright: ignore[reportMissingImports]
+
+        made = Path(folder)
+        if precision != "Q4_1":
+            made = Path(scratch, f"{precision}.gguf")
+            settings = llama_cpp.llama_model_quantize_default_params()
+            settings.allow_requantize, settings.nthread = True, 1
+            settings.ftype = {
+                "float32": llama_cpp.LLAMA_FTYPE_ALL_F32,
+                "bfloat16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
+                "int8": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+            }[precision]
+            llama_cpp.llama_model_quantize(folder.encode(), str(made).encode(), settings)
+        self.model = llama_cpp.Llama(
+            str(made),
+            embedding=True,
+            pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,
+            n_ctx=limit,
+            n_batch=limit,
+            n_ubatch=limit,
+            n_threads=1,
+            n_threads_batch=1,
+            verbose=False,
+        )
+
+    def encode(self, texts: Texts, grouping: str) -> np.ndarray:
+        """Vectors by its own ``embed``."""
+        return np.array(self.model.embed(texts, normalize=True), np.float32)
 
 
 # ---- both sides' commands ------------------------------------------------------------------------
@@ -258,6 +298,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "sentence-transformers": SentenceTransformers,
     "OpenVINO": openvino,
     "ONNX Runtime": onnx,
+    "llama.cpp": LlamaCpp,
 }
 
 

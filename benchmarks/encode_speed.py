@@ -2,7 +2,7 @@
 
 Debian descriptions of the test split, one thread, CPU seconds, tokenizing included. Every side is a
 process that gets the same texts; they take turns, each runs once before it counts, and the best of
-the repeats is taken. Without ``--peers`` the peer is sentence-transformers alone.
+the repeats is taken. Without ``--peers`` and ``--llama`` the peer is sentence-transformers alone.
 
 - ``two words``: milliseconds of CPU of one short query, median; ``clock_ms`` by the clock.
 - ``requests of 1`` and ``of 8``: texts of all lengths in random order, one call a request.
@@ -13,22 +13,30 @@ the repeats is taken. Without ``--peers`` the peer is sentence-transformers alon
   ``peer_error`` that of the peer's; a mean stands beside each.
 - ``padding_factor``: token slots that the peer's model reads, over tokens. OpenVINO and ONNX
   Runtime run in sorted batches of 32 and in groups of equal length; the better of both counts.
+- ``memory``: the highest resident bytes of a fresh process from its start on: ``tercet encode`` and
+  ``tercet index`` beside ``encode`` of sentence-transformers in the same precision. Texts repeat
+  with a number, one of 30 is a long description.
 - ``XLM-R`` and ``ModernBERT`` have random weights: their int8 error says nothing about quality.
 
 ``benchmarks/encode_peer.py`` says how to make the peers' environments. Rows that ``--only`` leaves
 out stay in the file, each with the commit that measured it.
 
-    python -m benchmarks.encode_speed --peers peers/bin/python
+    python -m benchmarks.encode_speed --peers peers/bin/python --llama llama/bin/python
 """
 
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,15 +54,17 @@ from benchmarks.common import RESULTS, Row, commit, write_results
 from benchmarks.sides import Answer, Side, memory, serve, timed
 from tercet.models.embedder import Embedder
 from tercet.models.zoo import zoo
+from tercet.models.zoo.zoo import find
 
 DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
 TITLE = "What does encoding cost on a CPU, against other libraries."
 TEXTS = 1_000
 SEED = 0
 REPEATS = 3
-LIMIT = 256  # tokens of a text
 LONG, SHORT = 120, 180  # descriptions of the sorted set
 QUERIES = 100  # calls with two words
+COUNTS = 3_000, 20_000, 100_000  # texts whose memory is measured
+LONGEST = COUNTS[-1]  # takes a quarter of an hour
 
 Texts = list[str]
 
@@ -123,7 +133,7 @@ def model_folder(name: str, scratch: Path) -> Path:
     return folder
 
 
-def start_ours(folder: str, precision: str, **_: str) -> Embedder:
+def start_ours(folder: str, precision: str, limit: int, **_: str) -> Embedder:
     """Our side: mean pooling, no prompts, since the texts of all sides are the same."""
     return Embedder.load(
         folder,
@@ -131,7 +141,7 @@ def start_ours(folder: str, precision: str, **_: str) -> Embedder:
         pooling="mean",
         normalize=True,
         prompts={},
-        document_tokens=LIMIT,
+        document_tokens=limit,
     )
 
 
@@ -160,6 +170,9 @@ def worker() -> None:
 # ---- cases ---------------------------------------------------------------------------------------
 
 
+SETS = "two words", "requests of 1", "requests of 8", "sorted", "control, all of 32 tokens"
+
+
 @dataclass(frozen=True)
 class TextSet:
     """Requests of a case, and what we hold ourselves to."""
@@ -185,13 +198,14 @@ def text_sets(embedder: Embedder, part: int) -> list[TextSet]:
         "OpenVINO bfloat16": "ratio >= 1.4",
         "OpenVINO int8": "ratio >= 1.25, error no larger",
     }
-    return [
-        TextSet("two words", [["short query"]] * QUERIES, query),
-        TextSet("requests of 1", [[text] for text in texts[: 60 // part]], one),
-        TextSet("requests of 8", eights[: max(1, len(eights) // part)], eight),
-        TextSet("sorted", [texts[: len(texts) // part]], many),
-        TextSet("control, all of 32 tokens", [equal_texts(embedder)[: 240 // part]], {}),
-    ]
+    sets = (
+        ([["short query"]] * QUERIES, query),
+        ([[text] for text in texts[: 60 // part]], one),
+        (eights[: len(eights) // part], eight),
+        ([texts[: len(texts) // part]], many),
+        ([equal_texts(embedder)[: 240 // part]], {}),
+    )
+    return [TextSet(name, *each) for name, each in zip(SETS, sets, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -210,13 +224,44 @@ class SideName:
         return self.precision.split("-", maxsplit=1)[0]
 
 
-OURS = [SideName("tercet", "float32"), SideName("tercet", "bfloat16")]
-PLAIN = [SideName("sentence-transformers", each) for each in ("float32", "bfloat16")]
+def sides_of(library: str, *precisions: str) -> list[SideName]:
+    """A library in several precisions."""
+    return [SideName(library, each) for each in precisions]
+
+
+EXACT = "float32", "bfloat16"
+OURS = sides_of("tercet", *EXACT)
+PLAIN = sides_of("sentence-transformers", *EXACT)
 GRAPHS = [
-    *(SideName("OpenVINO", each) for each in ("float32", "bfloat16", "int8", "int8-bfloat16")),
-    *(SideName("ONNX Runtime", each) for each in ("float32", "int8")),
+    *sides_of("OpenVINO", "float32", "bfloat16", "int8", "int8-bfloat16"),
+    *sides_of("ONNX Runtime", "float32", "int8"),
 ]
-MODELS = {"minilm": 1, "me5-small": 2, "XLM-R": 4, "ModernBERT": 4}  # part of the texts
+LLAMA = sides_of("llama.cpp", "float32", "bfloat16", "int8", "Q4_1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and how much of the texts it gets."""
+
+    name: str
+    part: int = 1  # one of this many texts
+    limit: int = 256  # tokens of a text
+
+    def sides(self, given: argparse.Namespace) -> list[SideName]:
+        """Sides that can run it."""
+        graphs = GRAPHS if given.peers and self.name != DECODER else []
+        llama = LLAMA if given.llama and self.name == DECODER else []
+        return [*OURS, *PLAIN, *graphs, *llama]
+
+
+DECODER = "smollm2"
+MODELS = (
+    Model("minilm"),
+    Model("me5-small", 2),
+    Model("XLM-R", 4),
+    Model("ModernBERT", 4),
+    Model(DECODER, 8, limit=512),  # llama.cpp cuts at what it reads at a time
+)
 
 
 @dataclass
@@ -272,7 +317,7 @@ class Bench:
                 min(run["seconds"] for run in runs[way]),
                 median(ms for run in runs[way] for ms in run["cpu_ms"]),
                 median(ms for run in runs[way] for ms in run["ms"]),
-                read[way]["slots"] / read[way]["tokens"],
+                read[way]["slots"] / read[way]["tokens"] if read[way]["tokens"] else 1.0,
                 distances(vectors[way], expected),
             )
             if way[0] not in found or measured.seconds < found[way[0]].seconds:
@@ -295,7 +340,7 @@ def rows_of(model: str, case: TextSet, found: dict[SideName, Measured]) -> Itera
     for peer, theirs in found.items():
         if peer in OURS:
             continue
-        precisions = (peer.group, "bfloat16") if peer.group == "int8" else (peer.group,)
+        precisions = (peer.group,) if peer.group in EXACT else ("int8", "bfloat16")
         for precision in precisions:
             ours = found.get(SideName("tercet", precision))
             if ours is None:
@@ -316,30 +361,27 @@ def rows_of(model: str, case: TextSet, found: dict[SideName, Measured]) -> Itera
 
 
 def started(
-    model: str,
-    names: Sequence[SideName],
-    given: argparse.Namespace,
-    scratch: Path,
-    stack: ExitStack,
+    model: Model, given: argparse.Namespace, scratch: Path, stack: ExitStack
 ) -> dict[SideName, Side]:
     """Processes with the model loaded, one for each side."""
-    folder, place = model_folder(model, scratch), scratch / f"{model}-made"
+    folder, place = model_folder(model.name, scratch), scratch / f"{model.name}-made"
     place.mkdir()
     calibration = scratch / "calibration.json"
     calibration.write_text(json.dumps(descriptions("train", LONG, SHORT)), encoding="utf-8")
     sides = {}
-    for name in names:
+    for name in model.sides(given):
         side = sides[name] = new_side(name.library, given)
         stack.callback(side.end)
         side(
             "start",
             engine=name.library,
-            folder=str(folder),
+            folder=str(gguf(model.name) if name in LLAMA else folder),
+            limit=model.limit,
             precision=name.precision,
             scratch=str(place),
             calibration=str(calibration),
         )
-        print(f"{model}: {name} has started", flush=True)
+        print(f"{model.name}: {name} has started", flush=True)
     return sides
 
 
@@ -347,28 +389,109 @@ def new_side(library: str, given: argparse.Namespace) -> Side:
     """A process of a library."""
     if library == "tercet":
         return Side(sys.executable, "-m", "benchmarks.encode_speed", "--worker")
-    return Side(given.peers or sys.executable, "-m", "benchmarks.encode_peer")
+    python = given.llama if library == "llama.cpp" else given.peers or sys.executable
+    return Side(python, "-m", "benchmarks.encode_peer")
 
 
-def speed(model: str, given: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, list[Row]]]:
+def gguf(name: str) -> Path:
+    """The file of a model of the zoo that comes as one."""
+    model = find(name)
+    assert model is not None, name
+    package, file = model.files[0].split("/", maxsplit=1)
+    return Path(str(files(package).joinpath(file)))
+
+
+def speed(
+    model: Model, given: argparse.Namespace, scratch: Path
+) -> Iterator[tuple[str, list[Row]]]:
     """Rows of all chosen cases of a model."""
-    embedder = start_ours(str(model_folder(model, scratch)), "float32")
+    if not any(is_chosen(f"{model.name}, {name}", given) for name in SETS):
+        return
+    embedder = start_ours(str(model_folder(model.name, scratch)), "float32", model.limit)
     sets = [
         each
-        for each in text_sets(embedder, MODELS[model])
-        if is_chosen(f"{model}, {each.name}", given)
+        for each in text_sets(embedder, model.part)
+        if is_chosen(f"{model.name}, {each.name}", given)
     ]
     del embedder
-    if not sets:
-        return
-    names = [*OURS, *PLAIN, *(GRAPHS if given.peers else [])]
     with ExitStack() as stack:
-        bench = Bench(started(model, names, given, scratch, stack), scratch, given.repeats)
+        bench = Bench(started(model, given, scratch, stack), scratch, given.repeats)
         for each in sets:
-            rows = list(rows_of(model, each, bench.case(each)))
+            rows = list(rows_of(model.name, each, bench.case(each)))
             for row in rows:
                 print(f"{row['name']}: {row['ours']} / {row['peer']}", flush=True)
-            yield f"{model}, {each.name}", rows
+            yield f"{model.name}, {each.name}", rows
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def many_texts(count: int) -> Texts:
+    """One-line descriptions, with a number where they repeat; one of 30 is a long one."""
+    rows = pq.read_table(DATA, filters=[("split", "==", "train")]).to_pylist()
+    return [
+        f"{rows[i % len(rows)]['long' if i % 30 == 0 else 'short']} {i // len(rows) or ''}".strip()
+        for i in range(count)
+    ]
+
+
+def command_peak(command: str, texts: Path, scratch: Path, dtype: str) -> int:
+    """Bytes at most of a command of tercet."""
+    out = scratch / ("index" if command == "index" else "vectors.npy")
+    words = [command, str(texts), "--model", "minilm", "--dtype", dtype, "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tercet", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    peak = 0
+    while process.poll() is None:
+        with suppress(SystemExit, OSError):  # it may just have ended
+            peak = max(peak, memory("VmHWM", process.pid))
+        time.sleep(0.01)
+    if process.returncode:
+        assert process.stderr is not None
+        raise SystemExit(f"tercet {command} must end well; it said: {process.stderr.read()!r}")
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    return peak
+
+
+def peer_peak(texts: Path, scratch: Path, dtype: str) -> int:
+    """Bytes at most of sentence-transformers' process."""
+    side = new_side("sentence-transformers", argparse.Namespace(peers=None))
+    folder = str(zoo.resolve("minilm"))
+    side("start", engine="sentence-transformers", folder=folder, limit=256, precision=dtype)
+    saved = str(scratch / "vectors.npy")
+    answer = side("encode", requests=str(texts), grouping="32", save=saved)
+    side.end()
+    return answer["peak"]
+
+
+def peaks(count: int, dtype: str, scratch: Path) -> list[Row]:
+    """Rows of encode and index, of so many texts."""
+    texts, lines, request = many_texts(count), scratch / "texts.jsonl", scratch / "request.json"
+    lines.write_text(
+        "".join(json.dumps({"id": str(i), "text": t}) + "\n" for i, t in enumerate(texts))
+    )
+    request.write_text(json.dumps([texts]))
+    theirs = peer_peak(request, scratch, dtype)
+    rows = []
+    for command in ("encode", "index"):
+        ours = command_peak(command, lines, scratch, dtype)
+        print(f"memory, {count:,} texts, {command}, {dtype}: {ours} / {theirs}", flush=True)
+        rows.append(
+            {
+                "name": f"memory, {count:,} texts, {dtype}: {command} / encode of the peer",
+                "ours": round(ours / 1e6),
+                "peer": round(theirs / 1e6),
+                "unit": "MB at the peak",
+                "ratio": theirs / ours,
+                "target": "ratio >= 1",
+                "texts": count,
+            }
+        )
+    return rows
+
+
+# ---- what runs -----------------------------------------------------------------------------------
 
 
 def is_chosen(case: str, given: argparse.Namespace) -> bool:
@@ -395,7 +518,9 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=TITLE)
     parser.add_argument("--peers", help="the Python of OpenVINO, ONNX Runtime and others")
+    parser.add_argument("--llama", help="the Python of llama.cpp")
     parser.add_argument("--only", nargs="+", help="words in the names of cases; default: all")
+    parser.add_argument("--longest", action="store_true", help="memory of 100,000 texts, too")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--out", type=Path, default=RESULTS / "encode_speed.json")
     parser.add_argument("--worker", action="store_true", help="be our side")
@@ -411,15 +536,21 @@ def main() -> None:
             for model in MODELS:
                 for case, rows in speed(model, given, Path(folder)):
                     cases[case] = rows
+            for count, dtype in product(COUNTS, EXACT):
+                case = f"memory, {count:,} texts, {dtype}"
+                if is_chosen(case, given) and (count < LONGEST or given.longest):
+                    cases[case] = peaks(count, dtype, Path(folder))
     finally:  # what was measured before an interrupt is kept
         write(cases, given)
 
 
 def write(cases: dict[str, list[Row]], given: argparse.Namespace) -> None:
     """Print and write rows, with versions of the peers."""
-    peer = new_side("peer", given)
-    versions = peer("versions")
-    peer.end()
+    versions: dict[str, str] = {}
+    for library in ("llama.cpp", "OpenVINO") if given.llama else ("OpenVINO",):
+        peer = new_side(library, given)
+        versions |= peer("versions")
+        peer.end()
     path = write_results("encode_speed", with_kept(cases, given.out), out=given.out)
     results = json.loads(path.read_text(encoding="utf-8"))
     load = [round(each, 2) for each in os.getloadavg()]

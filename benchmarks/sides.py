@@ -67,9 +67,9 @@ def timed(requests: list[list[str]], encode: Callable[[list[str]], Any]) -> Answ
     return {"seconds": cpu[-1] - cpu[0], "ms": ms[0], "cpu_ms": ms[1]}
 
 
-def memory(field: str) -> int:
-    """Bytes, as the system counts them for this process."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+def memory(field: str, process: int | str = "self") -> int:
+    """Bytes, as the system counts them for a process."""
+    for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise SystemExit(f"the system does not tell {field}")

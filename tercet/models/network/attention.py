@@ -291,9 +291,6 @@ def _attend_equal(
     mask = _seen(length, rule, lengths, q.device) if cut else None
     if rule.softcap is not None or rule.sinks is not None:
         return _attend_explicit(q, k, v, mask, rule)
-    unmasked = mask is None and not rule.causal and rule.dropout == 0
-    if unmasked and _products_are_faster(q):
-        return _attend_by_products(q, k, v, rule.scale)
     if q.is_cuda and k.shape[1] != q.shape[1]:
         # For shared keys a GPU has two kernels: one takes no masks, the other keeps all scores.
         group = q.shape[1] // k.shape[1]
@@ -322,32 +319,6 @@ def _seen(
         return seen
     inside = (place < lengths[:, None])[:, None, None]  # [texts, 1, 1, length]
     return seen & (inside | (distance == 0))  # a place behind a text sees itself: finite weights
-
-
-def _products_are_faster(q: Tensor) -> bool:
-    """Whether three plain calls beat the fused kernel: in bfloat16 on a CPU, by 1.2 to 2 times."""
-    texts, _, length, _ = q.shape
-    in_cache = length <= 512  # the scores of a head
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not in_cache:
-        return False
-    if texts * length <= _FEW:
-        return False
-    return torch.is_inference_mode_enabled()  # training computes the same with and without a graph
-
-
-def _attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Attend by batched products; heads that share a key are rows of one product."""
-    texts, heads, length, width = q.shape
-    k, v = (x.reshape(-1, length, x.shape[-1]) for x in (k, v))  # [texts * kv_heads, length, _]
-    q = q.reshape(len(k), -1, width)  # [texts * kv_heads, group * length, width]
-    scores = torch.baddbmm(
-        q.new_empty(()).expand(*q.shape[:2], length),
-        q,
-        k.transpose(1, 2),
-        beta=0,
-        alpha=width**-0.5 if scale is None else scale,
-    )
-    return torch.bmm(scores.softmax(-1), v).view(texts, heads, length, -1)
 
 
 def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: _Rule) -> Tensor:
