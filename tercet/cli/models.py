@@ -221,6 +221,7 @@ def quantize(
         Path,
         typer.Option(
             "--data",
+            metavar="FILE",
             help="File of some hundreds of texts like those to be encoded (.txt has one a line).",
             callback=local_inputs,
             rich_help_panel=DATA,
