@@ -201,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     After Ctrl-C the status is 130, and after SIGTERM 143; one line says what is kept.
     """
     make_encodable()
+    _let_threads_sleep()
     words = _set_loudness(sys.argv[1:] if argv is None else argv)
     COMMAND.set(shlex.join(["tercet", *words]))
     with listening(in_command=True):
@@ -306,6 +307,17 @@ def _set_loudness(words: Sequence[str]) -> list[str]:
     if "--verbose" not in given:
         _quiet_libraries()
     return [*(word for word in words[:end] if word not in given), *words[end:]]
+
+
+def _let_threads_sleep() -> None:
+    """Let torch's threads wait for each other asleep, not spinning, unless the user has chosen.
+
+    While another process uses a core, two threads that spin at the end of each operation take three
+    times the time of one. GNU's OpenMP, which reads this as torch is imported, spins as briefly by
+    itself where it has more threads than cores.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _is_text(word: str) -> bool:

@@ -16,8 +16,8 @@ from tercet.cli.options import (
     BatchTokensOption,
     DeviceOption,
     DimsOption,
-    DtypeOption,
     EchoOption,
+    FastDtypeOption,
     IdFieldOption,
     KindName,
     ModelOption,
@@ -102,7 +102,7 @@ def encode(
         ),
     ] = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: FastDtypeOption = None,
     batch_tokens: BatchTokensOption = None,
     runner: RunnerChoice = "auto",
     workers: WorkersChoice = None,
@@ -137,9 +137,7 @@ def encode(
     chosen, output = in_order(kind), f"{per}s"
     wanted = {"role": role, "task": task, "dims": dims}
     how = {"device": device, "batch_tokens": batch_tokens}
-    loaded = partial(
-        load, model, dtype=dtype, **how, attention=attention, pooling=pooling, echo=echo
-    )
+    loaded = partial(load, model, **how, attention=attention, pooling=pooling, echo=echo)
     shared = runner != "auto" or (workers or 1) > 1 or address is not None
     if len(files) > 1 or files[0].is_dir() or part is not None or shared:
         from tercet.curate.jobs.encode_job import ENCODED, PART, encode_files, open_files
@@ -149,7 +147,7 @@ def encode(
         where = runner_of(runner, workers, address, device)
         sources = open_files(files, text_field)
         options = EncodeOptions(kinds=chosen or ("dense",), **wanted)
-        dtype = chosen_dtype(dtype, device)
+        dtype = chosen_dtype(dtype, device, model)
         loaded = partial(loaded, dtype=dtype)
         job = _job(loaded, dtype, sources, out, wanted=options, arrays=chosen is not None)
         _tell(out, encode_files(job, part=PART if part is None else part, runner=where))
@@ -165,7 +163,7 @@ def encode(
     # The whole file is read once before the model is: a line that is wrong shows early.
     texts = read_texts(file, text_field) if form is None else read_documents(file, fields)
     total = sum(1 for _ in texts)
-    embedder = loaded()
+    embedder = loaded(dtype=chosen_dtype(dtype, device, model))
     if form is not None:
         held: tuple[Kind, ...] = tuple(kind for kind in HELD[form] if kind in embedder.kinds)
         documents = read_documents(file, fields, keep_others=True)

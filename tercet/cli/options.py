@@ -104,6 +104,15 @@ DtypeOption = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+FastDtypeOption = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(
+        "--dtype",
+        help="Type of the weights in memory. Default: bfloat16 where it is faster and, on a CPU, "
+        "changes no cosine by more than 0.0001; else float32.",
+        rich_help_panel=MACHINE,
+    ),
+]
 BatchTokensOption = Annotated[
     int | None,
     typer.Option(
@@ -384,11 +393,20 @@ def load(
     return embedder
 
 
-def chosen_dtype(dtype: "NumberType | None", device: str | None) -> "NumberType":
-    """Return the type of weights that ``--dtype`` names, or the usual one of the device."""
-    from tercet.models.devices import find_device, number_type
+def chosen_dtype(
+    dtype: "NumberType | None", device: str | None, model: str | None = None
+) -> "NumberType":
+    """Return the type of weights that ``--dtype`` names, or the usual one of the device.
 
-    return dtype or number_type(find_device(device))
+    With a ``model``, that is the fastest one with the same vectors.
+    """
+    from tercet.models.devices import find_device, number_type
+    from tercet.models.fastest import fastest_type
+
+    place = find_device(device)
+    if dtype is not None or model is None:
+        return dtype or number_type(place)
+    return fastest_type(model, place, say)
 
 
 def runner_of(

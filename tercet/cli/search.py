@@ -18,7 +18,7 @@ from tercet.cli.options import (
     BatchTokensOption,
     DeviceOption,
     DimsOption,
-    DtypeOption,
+    FastDtypeOption,
     Figures,
     IdFieldOption,
     JsonOption,
@@ -109,7 +109,7 @@ def index(
         typer.Option(help="Name of the collection on the server.", rich_help_panel=_ENGINE),
     ] = "tercet",
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: FastDtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Encode documents and write an index folder to search in.
@@ -153,7 +153,7 @@ def index(
     kept = None if fresh else weights_of_index(out)  # an index goes on in its own type
     precision = store_as
     if store_as == "float32":
-        precision = dtype or kept or chosen_dtype(None, device)
+        precision = dtype or kept or chosen_dtype(None, device, where(model))
     options = IndexOptions(
         kinds=in_order(kind),
         task=task,
@@ -368,7 +368,7 @@ def serve(
         ),
     ] = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: FastDtypeOption = None,
     batch_tokens: BatchTokensOption = None,
 ) -> None:
     """Serve vectors of models, and search in indexes, over HTTP.
@@ -417,7 +417,7 @@ def serve(
         key=key,
         origins=cors or (),
         limits=limits,
-        precision=chosen_dtype(dtype, device),
+        precision=partial(chosen_dtype, dtype, device),
         load=partial(load, device=device, batch_tokens=batch_tokens),
     )
     if not options.is_local and key is None:

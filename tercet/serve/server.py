@@ -64,7 +64,7 @@ class ServeOptions:
         key: that requests must carry; None: no key.
         origins: that pages of other sites may have to send requests (CORS).
         limits: of requests.
-        precision: type of the weights of ``models``.
+        precision: returns the type of the weights of one of the ``models``.
         load: loads a model by its source and the type of its weights.
         access_log: is given a line about each request.
     """
@@ -76,7 +76,7 @@ class ServeOptions:
     key: str | None = None
     origins: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
-    precision: str = "float32"
+    precision: Callable[[str], str] = lambda source: "float32"
     load: Load
     access_log: Callable[[Mapping[str, Any]], None] | None = None
 
@@ -228,7 +228,7 @@ def load(service: Service, options: ServeOptions) -> None:
     for name, source in options.models.items():
         place = str(Path(source).resolve()) if Path(source).exists() else source
         if place not in by_place:
-            by_place[place] = loaded(name, source, options.precision)
+            by_place[place] = loaded(name, source, options.precision(source))
         by_name[name] = by_place[place]
     indexes = open_indexes(options.indexes, of_index)
     models = Models(by_name)

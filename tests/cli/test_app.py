@@ -207,6 +207,30 @@ def test_as_a_program_it_prints_its_results_and_nothing_else_to_a_pipe(files):
     ]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_threads_wait_asleep_unless_the_user_has_chosen_how(tercet, monkeypatch, chosen, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    assert tercet("--version").status == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_how_threads_wait_is_chosen_before_torch_reads_it():
+    code = "import sys, tercet.cli.app; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "False\n"
+
+
 # ---- output that cannot show or take everything ----------------------------------------------
 
 

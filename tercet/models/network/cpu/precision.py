@@ -2,7 +2,7 @@
 
 import timeit
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,16 @@ def bfloat16_ratio() -> float:
     return _seconds(x.bfloat16(), weight.bfloat16()) / _seconds(x, weight)
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    known = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return known and torch.backends.mkldnn.is_available()
+
+
 def warning_of(precision: torch.dtype, device: torch.device | str) -> str | None:
     """Return a warning if this precision costs time on this device instead of saving it."""
-    if precision != torch.bfloat16 or torch.device(device).type != "cpu":
+    if precision != torch.bfloat16 or torch.device(device).type != "cpu" or has_bfloat16():
         return None
     ratio = bfloat16_ratio()
     if ratio <= _CLEARLY_SLOWER:

@@ -6,7 +6,8 @@ from tercet.models.network.cpu import precision
 
 @pytest.fixture
 def ratio(monkeypatch):
-    """Pretend that bfloat16 takes so many times as long."""
+    """Pretend that there are no instructions for bfloat16, which takes so many times as long."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
     return lambda value: monkeypatch.setattr(precision, "bfloat16_ratio", lambda: value)
 
 
@@ -22,6 +23,12 @@ def test_nothing_is_said_where_it_is_fast_or_not_used_or_on_a_gpu(ratio):
     ratio(4.0)
     assert precision.warning_of(torch.float32, "cpu") is None
     assert precision.warning_of(torch.bfloat16, "cuda") is None
+
+
+def test_nothing_is_said_where_there_are_instructions_for_it(ratio, monkeypatch):
+    ratio(4.0)  # as measured while others use the cores
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
+    assert precision.warning_of(torch.bfloat16, "cpu") is None
 
 
 def test_the_ratio_is_measured():
