@@ -21,22 +21,19 @@ Commands and answers are those of ``encode_speed``'s own side:
   INFERENCE_PRECISION_HINT; int8 by ``nncf.quantize`` with texts of the train split.
 - ``ONNX Runtime``: ``torch.onnx.export`` of the same module; int8 by ``quantize_dynamic``.
 - ``llama.cpp``: ``Llama.embed`` of a GGUF file, whose weights llama.cpp converts to the precision;
-  Q4_1 is the file. It packs a batch, so nothing is padded.
+  Q4_1 is the file. It packs a batch, so nothing is padded. With int8 and Q4_1 it runs without its
+  AMX kernels, which ended with an illegal instruction where this was measured.
 
 OpenVINO and ONNX Runtime sort the texts of a request by tokens, and read them in batches of 32 that
 are padded or in groups of exactly equal length.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 
@@ -154,7 +151,7 @@ def padded(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return read, mask
 
 
-def stock(folder: str) -> Any:
+def stock(folder: str, attention: str = "sdpa") -> Any:
     """The stock module with mean pooling and unit length."""
     import torch
     from transformers import AutoModel
@@ -164,7 +161,9 @@ def stock(folder: str) -> Any:
     class Pooled(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+            self.network = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention
+            ).eval()
 
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
             states = self.network(input_ids=input_ids, attention_mask=attention_mask)[0]
@@ -192,8 +191,12 @@ def openvino(folder: str, precision: str, limit: int, scratch: str, calibration:
     file = Path(scratch, "openvino-int8.xml" if int8 else "openvino.xml")
     if not file.exists():
         with_ids, with_mask = example()
+        # of fused attention, padding that no window reaches would become NaN
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        attention = "eager" if config["model_type"] == "modernbert" else "sdpa"
         made = ov.convert_model(
-            stock(folder), example_input={"input_ids": with_ids, "attention_mask": with_mask}
+            stock(folder, attention),
+            example_input={"input_ids": with_ids, "attention_mask": with_mask},
         )
         made.reshape({port.get_any_name(): [-1, -1] for port in made.inputs})
         if int8:
@@ -275,6 +278,8 @@ class LlamaCpp(Engine):
                 "int8": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
             }[precision]
             llama_cpp.llama_model_quantize(folder.encode(), str(made).encode(), settings)
+        if precision in ("int8", "Q4_1"):
+            without_extra_buffers(llama_cpp.llama_cpp)
         self.model = llama_cpp.Llama(
             str(made),
             embedding=True,
@@ -290,6 +295,21 @@ class LlamaCpp(Engine):
     def encode(self, texts: Texts, grouping: str) -> np.ndarray:
         """Vectors by its own ``embed``."""
         return np.array(self.model.embed(texts, normalize=True), np.float32)
+
+
+def without_extra_buffers(library: Any) -> None:
+    """Take llama.cpp's plain kernels, without repacked weights.
+
+    Its AMX kernels ended with an illegal instruction where this was measured.
+    """
+    defaults = library.llama_model_default_params
+
+    def plain() -> Any:
+        settings = defaults()
+        settings.use_extra_bufts = False
+        return settings
+
+    library.llama_model_default_params = plain
 
 
 # ---- both sides' commands ------------------------------------------------------------------------

@@ -4,13 +4,14 @@ Debian descriptions of the test split, one thread, CPU seconds, tokenizing inclu
 process that gets the same texts; they take turns, each runs once before it counts, and the best of
 the repeats is taken. Without ``--peers`` and ``--llama`` the peer is sentence-transformers alone.
 
-- ``two words``: milliseconds of CPU of one short query, median; ``clock_ms`` by the clock.
+- ``two words``: milliseconds of CPU of a short query, the median of the best repeat; ``clock_ms``:
+  by the clock.
 - ``requests of 1`` and ``of 8``: texts of all lengths in random order, one call a request.
 - ``sorted``: 120 long and 180 short descriptions, shuffled, in one call; each side may sort.
   Larger models get a part of the texts.
 - ``control``: texts of 32 tokens, where nobody pads.
-- ``error``: the largest 1 - cosine of our vectors to sentence-transformers' in float32,
-  ``peer_error`` that of the peer's; a mean stands beside each.
+- ``error``: the largest 1 - cosine of our vectors to sentence-transformers' in float32, for smollm2
+  to ours in float32; ``peer_error`` that of the peer's; a mean stands beside each.
 - ``padding_factor``: token slots that the peer's model reads, over tokens. OpenVINO and ONNX
   Runtime run in sorted batches of 32 and in groups of equal length; the better of both counts.
 - ``memory``: the highest resident bytes of a fresh process from its start on: ``tercet encode`` and
@@ -35,13 +36,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from importlib.resources import files
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -249,9 +248,9 @@ class Model:
 
     def sides(self, given: argparse.Namespace) -> list[SideName]:
         """Sides that can run it."""
-        graphs = GRAPHS if given.peers and self.name != DECODER else []
-        llama = LLAMA if given.llama and self.name == DECODER else []
-        return [*OURS, *PLAIN, *graphs, *llama]
+        if self.name == DECODER:  # sentence-transformers would apply its chat template
+            return [*OURS, *(LLAMA if given.llama else [])]
+        return [*OURS, *PLAIN, *(GRAPHS if given.peers else [])]
 
 
 DECODER = "smollm2"
@@ -269,7 +268,7 @@ class Measured:
     """A side in a case, in its better grouping."""
 
     seconds: float
-    ms: float  # CPU milliseconds of a request, median
+    ms: float  # CPU milliseconds of a request: the median of the best repeat
     clock_ms: float
     padding: float
     errors: np.ndarray = field(repr=False)
@@ -315,8 +314,8 @@ class Bench:
         for way in ways:
             measured = Measured(
                 min(run["seconds"] for run in runs[way]),
-                median(ms for run in runs[way] for ms in run["cpu_ms"]),
-                median(ms for run in runs[way] for ms in run["ms"]),
+                min(median(run["cpu_ms"]) for run in runs[way]),
+                min(median(run["ms"]) for run in runs[way]),
                 read[way]["slots"] / read[way]["tokens"] if read[way]["tokens"] else 1.0,
                 distances(vectors[way], expected),
             )
@@ -398,7 +397,9 @@ def gguf(name: str) -> Path:
     model = find(name)
     assert model is not None, name
     package, file = model.files[0].split("/", maxsplit=1)
-    return Path(str(files(package).joinpath(file)))
+    spec = find_spec(package)  # importing it would need others
+    assert spec is not None and spec.submodule_search_locations, package
+    return Path(spec.submodule_search_locations[0], file)
 
 
 def speed(
@@ -440,7 +441,10 @@ def command_peak(command: str, texts: Path, scratch: Path, dtype: str) -> int:
     out = scratch / ("index" if command == "index" else "vectors.npy")
     words = [command, str(texts), "--model", "minilm", "--dtype", dtype, "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tercet", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "tercet", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     peak = 0
     while process.poll() is None:

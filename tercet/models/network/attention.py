@@ -31,7 +31,6 @@ from tercet.segments import Packed, moved, offsets_of
 
 NAME: Final = "tercet"
 KEPT_LENGTH: Final = 512  # longest text whose attention weights are kept for the backward
-_FEW: Final = 32  # tokens, of which one call takes less time than three
 _PAIRS: Final = 1 << 23  # pairs of tokens of longer texts, whose weights exist at the same time
 _WIDEST: Final = 256  # widest head that the kernel for rows of varying length supports
 _CAPABILITY: Final = 8  # of the oldest cards that it supports
