@@ -66,6 +66,10 @@ def quantized(embedder: Embedder, texts: Sequence[str], *, progress: bool = Fals
     Raises:
         RecipeError: for fewer than 16 texts.
         ModelError: if the model has 8-bit weights already, or LoRA that is not merged.
+
+    Examples:
+        >>> made = quantized(Embedder.load("minilm"), texts)
+        >>> made.embedder.save("minilm-int8")
     """
     texts = [text for text in texts if text.strip()]
     if len(texts) < FEWEST:
