@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tercet.evaluate.sets.retrieval_set import RetrievalSet
     from tercet.models.embedder import Embedder
     from tercet.models.pairs import score_pairs
+    from tercet.models.quantize import quantized
     from tercet.rank.topk import top_k
     from tercet.recipes.arctic_embed import arctic_embed
     from tercet.recipes.bge_m3 import bge_m3
@@ -69,6 +70,7 @@ _MODULES: Final = {
     "open_source": "tercet.data.files.sources",
     "open_sources": "tercet.data.files.folders",
     "open_texts": "tercet.data.files.texts",
+    "quantized": "tercet.models.quantize",
     "read_documents": "tercet.data.files.documents",
     "score_pairs": "tercet.models.pairs",
     "top_k": "tercet.rank.topk",
@@ -105,6 +107,7 @@ __all__ = [
     "open_source",
     "open_sources",
     "open_texts",
+    "quantized",
     "read_documents",
     "score_pairs",
     "top_k",

@@ -120,6 +120,9 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "retokenize": LazyCommand(
         _MODELS, "tercet.cli.models:retokenize", "Give a model another tokenizer."
     ),
+    "quantize": LazyCommand(
+        _MODELS, "tercet.cli.models:quantize", "Give a model 8-bit weights, to encode on a CPU."
+    ),
 }
 
 

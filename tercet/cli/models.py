@@ -1,4 +1,4 @@
-"""The commands on models: list-models, inspect, merge, retokenize and tune."""
+"""The commands on models: list-models, inspect, merge, retokenize, quantize and tune."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,8 +41,15 @@ from tercet.models.zoo import zoo
 
 if TYPE_CHECKING:
     from tercet.evaluate.measures.tuned_weights import Tuned
+    from tercet.evaluate.sets.retrieval_set import RetrievalSet
+    from tercet.models.embedder import Embedder
     from tercet.models.tokens import Tokenizer
 
+_LOSS: Final = "What the loss may be"  # a panel
+_NDCG: Final = "ndcg@10"
+_REMEDY: Final = (
+    "give --data more texts like those to be encoded, or keep the model in floating point"
+)
 _SEARCHING: Final = "Search for the weights"  # a panel
 _CHOSEN_BY: Final = {
     "usual": "no method: no others rank better than the usual weights",
@@ -205,6 +212,156 @@ def _mean_tokens(tokenizer: "Tokenizer", texts: Sequence[str]) -> float:
     return sum(len(encoding.ids) for encoding in tokenizer.bare(texts)) / len(texts)
 
 
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(help="Zoo name, folder or hub id.", autocompletion=model_names),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="File of some hundreds of texts like those to be encoded (.txt has one a line).",
+            callback=local_inputs,
+            rich_help_panel=DATA,
+        ),
+    ],
+    out: Annotated[Path, out_option("Folder of the model with 8-bit weights.")],
+    text_field: TextFieldOption = "text",
+    max_texts: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Maximum number of texts, taken at equal distances.", rich_help_panel=DATA
+        ),
+    ] = 500,
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            "--test",
+            help="Retrieval test set, a file of examples or a folder in the layout of BEIR: "
+            "measure nDCG@10 before and after.",
+            callback=local_inputs,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    split: SplitOption = None,
+    min_cosine: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Refuse to save if the mean cosine between vectors before and after is lower.",
+            rich_help_panel=_LOSS,
+        ),
+    ] = 0.99,
+    max_loss: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Refuse to save if nDCG@10 on the test set drops by more.",
+            rich_help_panel=_LOSS,
+        ),
+    ] = 0.005,
+    json: JsonOption = None,
+) -> None:
+    """Give a model 8-bit weights, which encode faster on a CPU.
+
+    This changes the weights, and so the vectors; "tercet tune codes" changes how vectors are stored
+    instead. Every fifth text is held out, to measure the cosine between vectors before and after.
+    The result only encodes: training, merging and retokenize refuse it, and sentence-transformers
+    cannot load it. An index of the model before does not fit it. Without VNNI instructions the CPU
+    calculates with the same weights in floating point.
+
+    Example:
+        tercet quantize minilm --data texts.txt --out minilm-int8
+    """
+    from tercet.data.files.texts import evenly_spaced, read_texts
+    from tercet.evaluate.sets.retrieval_set import RetrievalSet
+    from tercet.models.network.cpu.int8 import runs_here
+    from tercet.models.quantize import quantized
+
+    shown = Figures(json)
+    check_files([model, data, test], json=shown.file)
+    _refuse_to_replace(out, "this", [model, data, test])
+    texts = evenly_spaced(
+        (text for text in read_texts(data, text_field) if text.strip()), max_texts
+    )
+    judged = None
+    if test is not None:
+        judged = RetrievalSet.from_path(test, split)
+        judged.require_judgements("quantize --test")
+    if not runs_here():
+        say("tercet: note: this CPU has no VNNI instructions, so 8-bit weights are not faster here")
+    before = load(model, "float32", device="cpu")
+    made = quantized(before, texts, progress=True)
+    _refuse_low_cosine(made.mean, made.smallest, min_cosine)
+    record: dict[str, Any] = {
+        "by_range": made.by_range,
+        "by_token": made.by_token,
+        "float": list(made.left),
+        "texts": len(texts),
+        "mean": made.mean,
+        "smallest": made.smallest,
+    }
+    table = columns("what", "")
+    table.add_row("layers with 8-bit weights", f"{made.by_range + made.by_token}")
+    table.add_row("layers left in float", f"{len(made.left)}")
+    table.add_row("held-out texts", f"{len(made.cosines)}")
+    table.add_row("mean cosine", f"{made.mean:.5f}")
+    table.add_row("smallest cosine", f"{made.smallest:.5f}")
+    if judged is not None:
+        record |= _ndcg_of_both(judged, before, made.embedder, table)
+        _refuse_large_loss(record, max_loss)
+    shown.print(table)
+    shown.write(record)
+    about = {**before.about, "base": model, "int8": record}
+    made.embedder.save(out, about=about)
+    results().print(f"{out}", soft_wrap=True)
+    say(f"next: tercet index documents.jsonl --model {out} --out index")
+
+
+def _ndcg_of_both(
+    data: "RetrievalSet", before: "Embedder", after: "Embedder", table: Any
+) -> dict[str, Any]:
+    """Measure nDCG@10 of both models, add rows to the table, and return figures to record."""
+    from tercet.evaluate.measures.retrieval import measure
+
+    old = measure(before, data, progress=True).result
+    new = measure(after, data, progress=True).result
+    gain = new.minus(old, _NDCG)
+    table.add_row(f"{_NDCG} before", f"{old.mean(_NDCG):.4f}")
+    table.add_row(f"{_NDCG} after", f"{new.mean(_NDCG):.4f}")
+    table.add_row("after minus before", f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]")
+    return {
+        "set": data.name,
+        "before": old.mean(_NDCG),
+        "after": new.mean(_NDCG),
+        "change": asdict(gain),
+    }
+
+
+def _refuse_low_cosine(mean: float, smallest: float, bound: float) -> None:
+    """Raise if the vectors of a quantized model are too far from those before."""
+    if mean < bound:
+        raise RecipeError(
+            f"the mean cosine must be at least {bound:g} (--min-cosine); got {mean:.5f}, the "
+            f"smallest {smallest:.5f}, so nothing was saved; {_REMEDY}"
+        )
+
+
+def _refuse_large_loss(record: dict[str, Any], bound: float) -> None:
+    """Raise if the rankings of a quantized model are too much worse than those before."""
+    change = record["change"]
+    if -change["mean"] > bound:
+        raise RecipeError(
+            f"nDCG@10 must drop by at most {bound:g} (--max-loss); it dropped by "
+            f"{-change['mean']:.4f} [{-change['high']:.4f}, {-change['low']:.4f}], so nothing was "
+            f"saved; {_REMEDY}"
+        )
+
+
 def _refuse_to_replace(out: Path, what: str, inputs: Sequence[str | Path | None]) -> None:
     from tercet.models.formats.tercet_folder import MODEL
 
@@ -246,7 +403,7 @@ def codes(
     either side of it, chosen for the smallest error. Values beyond are cut. The error is the root
     mean squared distance between a vector and its decoded codes. With --save, eval and index use
     the ranges from then on; the model's vectors and the files of sentence-transformers do not
-    change.
+    change ("tercet quantize" changes the weights instead).
 
     Example:
         tercet tune codes documents.jsonl --model runs/mine/model --dims 256 --save

@@ -31,6 +31,7 @@ from tercet.models.formats.parts import ModelParts
 from tercet.models.formats.sentence_transformer_module import as_sentence_transformer
 from tercet.models.formats.tercet_folder import load_parts, save_adapter, save_parts
 from tercet.models.network.backbone import Backbone
+from tercet.models.network.cpu.int8 import int8_layers
 from tercet.models.network.fingerprints import add_weights
 from tercet.models.network.heads import Heads, SpecialIds
 from tercet.models.network.latent_attention import AttentionLayer, build_layer
@@ -620,6 +621,8 @@ class Embedder(nn.Module):
             for name, weight in self.heads.state_dict().items()
             if name.split(".")[0] in self.kinds
         }
+        for name, _, grid in int8_layers(self.backbone.model):
+            weights |= {f"{name}.int8.{what}": each for what, each in grid.tensors().items()}
         add_weights(digest, weights)
         return digest.hexdigest()
 

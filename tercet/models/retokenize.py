@@ -34,9 +34,10 @@ def with_tokenizer(embedder: Embedder, tokenizer: Any, *, rows: TokenInit = "rem
 
     Raises:
         ModelError: if the tokenizer has no fast form, or the model derives positions from the id of
-            the padding token and the new tokenizer has another one.
+            the padding token and the new tokenizer has another one; or if it has 8-bit weights.
     """
     backbone, old = embedder.backbone, embedder.tokenizer
+    backbone.require_float("its tokenizer cannot be replaced")
     settings = embedder.settings
     new = Tokenizer(tokenizer, append_end=settings.ends)
     _refuse_moved_positions(embedder, tokenizer)

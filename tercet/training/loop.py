@@ -117,6 +117,7 @@ def _begin(plan: TrainingPlan) -> tuple[TrainingPlan, Embedder]:
     device = plan.run.home
     torch.manual_seed(recipe.seed)  # for the weights of a new layer
     embedder = build(recipe.model).to(device)
+    embedder.backbone.require_float("it cannot be trained")
     for stage in recipe.stages:  # all of them, before the first is trained
         require_dims(stage.objective.traits.dims, embedder, stage.name)
     plan = replace(plan, prompt_of=prompts_of(embedder.settings))  # before those of the data

@@ -74,7 +74,7 @@ def test_an_option_has_the_same_type_in_every_command():
     for words, command in LEAVES.items():
         for each in options_of(command):
             kind = (each.metavar or each.display_type_rich(ctx=typer.Context(command))).strip("<>")
-            kind = kind.replace(" range", "")
+            kind = kind.replace(" range", "").removeprefix("[STAGE=]")
             if each.name in ANY_TYPE:
                 kind = kind.removeprefix("list[").removesuffix("]")
             if each.name not in TWO:

@@ -1,4 +1,6 @@
+import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +129,82 @@ def test_a_model_gets_another_ones_tokenizer_and_says_what_that_costs_each_langu
     made = Embedder.load(out)
     assert len(made.tokenizer.stock) == len(Embedder.load(decoder_folder).tokenizer.stock)
     assert "exists already, and this would replace it" in refused(*words)
+
+
+# --- quantize -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many_texts(tmp_path):
+    path = tmp_path / "many.txt"
+    path.write_text("\n".join(f"{a} {b}" for a in SENTENCES for b in SENTENCES[:4]) + "\n")
+    return path
+
+
+def test_a_model_gets_8_bit_weights_and_figures_of_what_that_costs(
+    tercet, encoder_folder, files, many_texts, tmp_path
+):
+    out, test = tmp_path / "made", files / "pairs.jsonl"
+    said = tercet(
+        *("quantize", encoder_folder, "--data", many_texts, "--out", out, "--test", test),
+        *("--max-loss", "1", "--json", tmp_path / "figures.json"),
+    )
+    assert said.status == 0, said.err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    shown = table(said.out)
+    assert shown["mean cosine"] == f"{figures['mean']:.5f}" and figures["mean"] > 0.99
+    assert shown["ndcg@10 after"] == f"{figures['after']:.4f}"
+    assert figures["change"]["mean"] == pytest.approx(figures["after"] - figures["before"])
+    assert said.out.rstrip().endswith(str(out))
+    inspected = table(tercet("inspect", out).out)
+    assert inspected["weights"] == "8 bits (int8): for encoding only"
+    assert inspected["base"] == str(encoder_folder)
+    assert f"mean cosine {figures['mean']:.4f}" in inspected["quantized"]
+    encoded = tercet("encode", many_texts, "--model", out, "--out", tmp_path / "vectors.npy")
+    assert encoded.status == 0, encoded.err
+
+
+def test_a_loss_beyond_the_bound_saves_nothing(
+    refused, encoder_folder, files, many_texts, tmp_path, monkeypatch
+):
+    words = ("quantize", encoder_folder, "--data", many_texts, "--out", tmp_path / "made")
+    said = refused(*words, "--min-cosine", "1")
+    assert "the mean cosine must be at least 1 (--min-cosine); got 0.99" in said
+    from tercet.evaluate.measures import retrieval
+
+    scores = iter([0.5, 0.4])
+
+    def measured(*_given, **_how):
+        values = {"ndcg@10": np.full(4, next(scores))}
+        return SimpleNamespace(result=retrieval.RetrievalResult("set", values, None))  # pyright: ignore
+
+    monkeypatch.setattr(retrieval, "measure", measured)
+    said = refused(*words, "--test", files / "pairs.jsonl")
+    assert "nDCG@10 must drop by at most 0.005 (--max-loss); it dropped by 0.1000 [0.1000" in said
+    assert "so nothing was saved; give --data more texts like those to be encoded" in said
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_cannot_be_quantized_or_trained_afterwards_is_refused(
+    tercet, refused, encoder_folder, files, many_texts, tmp_path
+):
+    out = tmp_path / "made"
+    words = ("quantize", encoder_folder, "--data", many_texts, "--out", out)
+    assert tercet(*words).status == 0
+    assert "exists already, and this would replace it" in refused(*words)
+    said = refused("quantize", out, "--data", many_texts, "--out", tmp_path / "twice")
+    assert "the model has 8-bit weights already; quantize the one it was made from" in said
+    few = tmp_path / "few.txt"
+    few.write_text("one\ntwo\n")
+    said = refused("quantize", encoder_folder, "--data", few, "--out", tmp_path / "few")
+    assert "must have at least 16 texts to calibrate on; got 2" in said
+    said = refused(
+        *("train", "finetune", "--model", out, "--data", files / "pairs.jsonl"),
+        *("--out", tmp_path / "run", "--set", "steps=1", "--set", "batch_size=2"),
+    )
+    assert "the model has 8-bit weights, so it cannot be trained; use the model that it was" in said
+    said = refused("retokenize", out, "--tokenizer", encoder_folder, "--out", tmp_path / "tokens")
+    assert "the model has 8-bit weights, so its tokenizer cannot be replaced" in said
 
 
 # --- calibrate ------------------------------------------------------------------------------------

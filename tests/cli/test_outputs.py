@@ -155,8 +155,12 @@ FOLDERS = {
     ),
     "merge": Writes("merge {h}/adapter --model {h}/model --out {out}", ("", "model", "adapter")),
     "retokenize": Writes("retokenize {h}/model --tokenizer {h}/model --out {out}", ("", "model")),
+    "quantize": Writes(
+        "quantize {h}/model --data {h}/many.txt --min-cosine 0 --out {out}",
+        ("", "model", "many.txt"),
+    ),
 }
-NEVER_AGAIN = ("merge", "retokenize")  # they replace nothing that is there
+NEVER_AGAIN = ("merge", "retokenize", "quantize")  # they replace nothing that is there
 LONG = ("demo", "diagnose")
 UNKNOWN = ("mine of several", "decontaminate of several")  # rows are like anybody's
 FOREIGN = ("letter.txt", "config.json", "index.json", "dense.npy", "model/config.json", "log.jsonl")
@@ -173,6 +177,7 @@ def home(tmp_path_factory, encoder_folder):
     write(home / "test.jsonl", *({"query": s, "positives": [f"{s}, yes"]} for s in other))
     write(home / "docs.jsonl", *({"id": s, "text": s} for s in SENTENCES))
     (home / "texts.txt").write_text("\n".join(SENTENCES) + "\n")
+    (home / "many.txt").write_text("\n".join(2 * SENTENCES) + "\n")
     labels = [{"text": f"a {s}", "label": str(n % 2)} for n, s in enumerate(SENTENCES)]
     write(home / "labelled.jsonl", *labels)
     scored = [

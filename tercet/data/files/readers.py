@@ -21,7 +21,7 @@ from tercet.files.parquet import open_parquet
 from tercet.files.records import Names, columns_of, readable
 
 CACHED_BYTES: Final = 1 << 28  # 256 MiB: two windows of one file's row groups fit into it
-KEPT_BYTES: Final = 1 << 30  # 1 GiB of row groups in memory, of all files; at least two groups
+KEPT_BYTES: Final = 1 << 30  # 1 GiB of row groups of all files that are read by rows
 WINDOW_BLOCKS: Final = 8  # are shuffled together, if two such windows fit in the cache
 LINES_BYTES: Final = 1 << 26  # 64 MiB of lines are a block of the shuffle
 
@@ -95,10 +95,11 @@ class ParquetReader:
         return row_group_cache.get((self.path, self.stamp, tuple(self.fields), group), load)
 
 
-class _RowGroupCache:
-    """The last used row groups of all files, for all threads of this process."""
+class RowGroupCache:
+    """The last used row groups of some files, for all threads of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept_bytes: int) -> None:
+        self._kept_bytes = kept_bytes  # of row groups in memory; at least two groups
         self._tables: OrderedDict[tuple[object, ...], pa.Table] = OrderedDict()
         self._bytes, self._lock = 0, Lock()
 
@@ -112,12 +113,12 @@ class _RowGroupCache:
                 self._tables[key] = table
                 self._bytes += table.nbytes
             self._tables.move_to_end(key)
-            while len(self._tables) > 2 and self._bytes > KEPT_BYTES:
+            while len(self._tables) > 2 and self._bytes > self._kept_bytes:
                 self._bytes -= self._tables.popitem(last=False)[1].nbytes
         return table
 
 
-row_group_cache: Final = _RowGroupCache()
+row_group_cache: Final = RowGroupCache(KEPT_BYTES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

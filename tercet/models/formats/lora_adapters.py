@@ -46,6 +46,7 @@ def merge_adapter(backbone: Backbone, folder: Path) -> None:
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    backbone.require_float("no adapter can be merged into it")
     config, weights = _read_adapter(folder)
     backbone.merge_lora()  # an earlier adapter, not merged yet
     prefix = f"base_model.model.{backbone.model.base_model_prefix}."

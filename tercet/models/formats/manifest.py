@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.errors import ModelError
+from tercet.models.network.cpu.int8_files import FILE as INT8_FILE
 from tercet.models.network.loading import read_object
 from tercet.models.settings import FILE, read_settings
 from tercet.models.zoo import zoo
@@ -37,6 +38,8 @@ def _lines(
         yield "architecture", ", ".join(config.get("architectures") or ["not said"])
         turned = config.get("is_causal") is False or config.get("use_bidirectional_attention")
         yield "config.json", "reads both ways" if turned else "says no direction"
+    if (place / INT8_FILE).exists():
+        yield "weights", "8 bits (int8): for encoding only"
     if saved is None:
         yield FILE, "none: tercet did not write this folder"
         return
@@ -70,6 +73,13 @@ def _history(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{stage['stage']}: {stage['steps']:,} steps of {stage['batch_size']}, "
             f"{stage['tokens']:,} tokens, {stage['seconds'] / 60:.1f} min, {kind}; "
             f"weights {stage['weights'][:12]}",
+        )
+    if made := about.get("int8"):
+        yield (
+            "quantized",
+            f"{made['by_range']} layers with inputs in a measured range, {made['by_token']} by "
+            f"token, {len(made['float'])} left in float; mean cosine {made['mean']:.4f}, smallest "
+            f"{made['smallest']:.4f}",
         )
     for number, merged in enumerate(about.get("merged", ()), start=1):
         yield f"adapter {number}", f"{merged['adapter']}; sha256 {merged['sha256'][:12]}"

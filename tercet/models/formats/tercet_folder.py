@@ -26,6 +26,8 @@ from tercet.models.formats.parts import (
 )
 from tercet.models.formats.sentence_transformers import write_modules
 from tercet.models.network.backbone import Backbone, probe
+from tercet.models.network.cpu.int8_files import FILE as INT8_FILE
+from tercet.models.network.cpu.int8_files import save_int8
 from tercet.models.network.heads import save_heads
 from tercet.models.network.latent_attention import save_layer
 from tercet.models.settings import (
@@ -44,6 +46,7 @@ _FILES: Final = (  # that earlier versions, which left no marker, wrote
     FILE,
     "*config*.json",
     "model*.safetensors*",
+    INT8_FILE,
     "adapter_model.safetensors",
     "tokenizer*",
     "vocab*",
@@ -141,7 +144,8 @@ def save_parts(parts: ModelParts, folder: Path, about: Mapping[str, Any]) -> Non
     """Write a model's folder; LoRA is merged first. See :meth:`Embedder.save`."""
     check_output(folder, kind=MODEL)
     parts.backbone.merge_lora()
-    inexpressible = parts.settings.inexpressible()
+    in_8_bits = "8-bit weights" if parts.backbone.has_int8 else None
+    inexpressible = in_8_bits or parts.settings.inexpressible()
     with replacing_folder(folder) as fresh:
         _write(parts, fresh, {"about": dict(about)})
         if inexpressible is None:
@@ -193,7 +197,11 @@ def save_adapter(parts: ModelParts, folder: Path, base: str) -> None:
 def _write(parts: ModelParts, folder: Path, more: Mapping[str, Any]) -> None:
     """Write network, tokenizer, trained layers and settings."""
     backbone, settings = parts.backbone, parts.settings
-    backbone.model.save_pretrained(folder)
+    if backbone.has_int8:
+        backbone.model.config.save_pretrained(folder)
+        save_int8(backbone.model, folder)
+    else:
+        backbone.model.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
     if parts.layer is not None:
         save_layer(folder, parts.layer)

@@ -5,7 +5,7 @@ ignore. So all flags are set, and :func:`probe` changes a token to see which sta
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -25,6 +25,8 @@ from tercet.models.network.attention import (
     kernel_takes_width,
 )
 from tercet.models.network.cpu.direct import DirectForward
+from tercet.models.network.cpu.int8 import int8_layers
+from tercet.models.network.cpu.int8_files import mark_int8, read_int8
 from tercet.models.network.cpu.memory import keep_freed_memory
 from tercet.models.network.loading import check_sizes, check_weights, loading
 from tercet.models.zoo import zoo
@@ -212,13 +214,34 @@ class Backbone(nn.Module):
         self.model.get_input_embeddings().weight.requires_grad_(False)
 
     def add_lora(self, rank: int, alpha: int, dropout: float) -> None:
-        """Freeze all weights and add trainable LoRA (peft) to every linear layer."""
+        """Freeze all weights and add trainable LoRA (peft) to every linear layer.
+
+        Raises:
+            ModelError: if they have 8 bits.
+        """
+        self.require_float("LoRA cannot be trained on it")
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"
         )
         self.model = get_peft_model(self.model, config)
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether linear layers have 8-bit weights."""
+        return next(int8_layers(self.model), None) is not None
+
+    def require_float(self, what: str) -> None:
+        """Raise if linear layers have 8-bit weights.
+
+        Raises:
+            ModelError: with ``what`` cannot be done.
+        """
+        if self.has_int8:
+            raise ModelError(
+                f"the model has 8-bit weights, so {what}; use the model that it was made from"
+            )
 
     def merge_lora(self) -> None:
         """Add the LoRA updates to their weights, in float32, and remove them."""
@@ -348,13 +371,8 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
         if keep_layers is not None:
             _cut_layers(config.get_text_config(), keep_layers, source)
         check_weights(Path(place), config)
-        model, report = AutoModel.from_pretrained(
-            place,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        in_8_bits = read_int8(Path(place))
+        model, report = _pretrained(place, config, dtype, in_8_bits[0] if in_8_bits else None)
     lost = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if lost:
         raise ModelError(
@@ -363,7 +381,21 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
         )
     if any("pooler" in key for key in report["missing_keys"]):
         model.pooler = None
+    if in_8_bits is not None:
+        mark_int8(model, in_8_bits[1])
     return model
+
+
+def _pretrained(
+    place: str, config: Any, dtype: torch.dtype, weights: Mapping[str, Tensor] | None
+) -> tuple[Any, Mapping[str, Any]]:
+    """Return a network with these weights, or those of a place, and what was missing."""
+    how: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if weights is None:
+        return AutoModel.from_pretrained(place, trust_remote_code=False, **how)
+    with torch.device("meta"):
+        kind: Any = type(AutoModel.from_config(config, trust_remote_code=False))
+    return kind.from_pretrained(None, state_dict=dict(weights), **how)
 
 
 def _cut_layers(config: Any, kept: int, source: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tercet.models.choices import Attention
 from tercet.models.network.backbone import Backbone, sharing_copy
 from tercet.models.network.cpu.direct import DirectForward
+from tercet.models.network.cpu.int8 import Int8Linear
 from tercet.models.network.cpu.linear import FEW_ROWS, PackedLinear, packed_layers
 from tercet.models.network.cpu.memory import rounded
 from tercet.models.network.heads import Heads
@@ -50,7 +51,7 @@ class Reader:
     """
 
     network: Network
-    layers: tuple[PackedLinear, ...]  # of the network
+    layers: tuple[PackedLinear | Int8Linear, ...]  # of the network
     plain: Network | None  # the same without copies of weights; None if it has none
     compared: bool = False
 
@@ -136,7 +137,10 @@ def _copy_of(network: Network, direction: Attention) -> _Copy:
     if backbone.device.type == "cpu":
         for each in (made, plain) if plain else (made,):
             each.backbone.direct = DirectForward.of(each.backbone.model)
-    return _Copy(Reader(made, layers, plain if layers else None), contents)
+    in_8_bits = any(isinstance(each, Int8Linear) for each in layers)
+    if not layers or in_8_bits:  # their products differ from those of the weights
+        plain = None
+    return _Copy(Reader(made, layers, plain), contents)
 
 
 class _Contents:

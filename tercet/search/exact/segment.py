@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, TypeAlias
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 
+from tercet.data.files.readers import RowGroupCache
 from tercet.errors import DataError, IndexFolderError
 from tercet.kinds import Kind
 from tercet.rank.coded import FACTOR, scores_of, top_k_coded
@@ -23,6 +25,7 @@ from tercet.search.engine.engine import Record, Value, Where
 
 CANDIDATES: Final = 100  # of codes, at least: their cost is negligible
 ROWS_PER_GROUP: Final = 512  # records that are read for one hit
+_ROW_GROUPS: Final = RowGroupCache(32 << 20)  # of all open indexes, for the next question's hits
 SCHEMA: Final = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "fields")])
 
 
@@ -44,6 +47,7 @@ class RecordTable:
     source: pa.Table | pq.ParquetFile
     folder: Path | None = None  # of the segment; None: in memory
     _reading: Any = field(default_factory=Lock)
+    _key: object = field(default_factory=object)  # of this table in the cache of row groups
 
     def __len__(self) -> int:
         return int(self._starts()[-1])
@@ -65,14 +69,17 @@ class RecordTable:
             yield self._group(group, columns)
 
     def read(self, rows: Int64[np.ndarray, "rows"]) -> list[Record]:
-        """Return the records of these rows; each row group is read once."""
+        """Return the records of these rows; row groups that were read last are kept in memory."""
         starts = self._starts()
         group_of = np.searchsorted(starts, rows, side="right") - 1
         found: dict[int, Record] = {}
         for group in np.unique(group_of).tolist():
             here = rows[group_of == group]
-            table = self._group(group, SCHEMA.names).take(_as_array(here - starts[group]))
-            found.update(zip(here.tolist(), self.records_of(table), strict=True))
+            load = partial(self._group, group, SCHEMA.names)
+            kept = isinstance(self.source, pq.ParquetFile)
+            table = _ROW_GROUPS.get((self._key, group), load) if kept else load()
+            chosen = table.take(_as_array(here - starts[group]))
+            found.update(zip(here.tolist(), self.records_of(chosen), strict=True))
         return [found[row] for row in rows.tolist()]
 
     def ids(self) -> Iterator[str]:

@@ -278,7 +278,7 @@ def test_the_blocks_of_parquet_are_its_row_groups_and_few_are_kept(tmp_path, mon
     assert source.examples(order) == [numbered(10)[row] for row in order]
     assert isinstance(source.reader, ParquetReader)
     assert cached_groups(path) == {0, 1, 2}
-    monkeypatch.setattr(readers, "KEPT_BYTES", 1)
+    monkeypatch.setattr(row_group_cache, "_kept_bytes", 1)
     source.examples([5, 0])
     assert cached_groups(path) == {0, 1}
 

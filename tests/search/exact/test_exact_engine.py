@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from tercet.data.files.readers import RowGroupCache
 from tercet.errors import DataError, IndexFolderError, ModelError, RecipeError, StorageError
 from tercet.kinds import Weights
 from tercet.rank.topk import top_k
 from tercet.search.engine.engine import ReciprocalRank, Record, Rerank, Weighted
-from tercet.search.exact import exact_engine, manifest, scanning
+from tercet.search.exact import exact_engine, manifest, scanning, segment
 from tercet.search.exact.exact_engine import ExactEngine
+from tercet.search.exact.segment import RecordTable
 from tercet.segments import offsets_of
 from tercet.vectors import Terms, TokenRows, Vectors
 from tests import toy
@@ -315,6 +317,25 @@ def test_a_hit_is_read_together_with_few_others_however_often_segments_were_merg
         sizes = [len(block) for block in part.segment.documents.blocks()]
         assert sizes == [512, 512, 276]
         assert ids(engine.search(Vectors(torch.eye(8)[:1]), 3)[0]) == ["id0", "id8", "id16"]
+
+
+def test_records_that_were_found_before_are_not_read_from_the_disk_again(tmp_path, monkeypatch):
+    groups: list[int] = []
+    read = RecordTable._group
+    monkeypatch.setattr(RecordTable, "_group", lambda *a: groups.append(a[1]) or read(*a))
+    monkeypatch.setattr(segment, "_ROW_GROUPS", RowGroupCache(1 << 20))
+    with closing(ExactEngine(tmp_path / "i")) as engine:
+        engine.upsert([Record("a", "one")], Vectors(torch.eye(2)[:1]))
+        engine.flush()
+    with closing(ExactEngine(tmp_path / "i", read_only=True)) as engine:
+        groups.clear()
+        first, second = (engine.search(Vectors(torch.ones(1, 2)), 1) for _ in range(2))
+        assert (first, groups) == (second, [0])
+    with closing(ExactEngine(tmp_path / "i")) as engine:
+        engine.upsert([Record("a", "two")], Vectors(torch.eye(2)[:1]))
+        engine.flush()
+    with closing(ExactEngine(tmp_path / "i", read_only=True)) as engine:
+        assert engine.search(Vectors(torch.ones(1, 2)), 1)[0][0].record.text == "two"
 
 
 def test_a_reopened_engine_writes_over_nothing(tmp_path, monkeypatch):

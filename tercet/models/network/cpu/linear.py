@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
+from tercet.models.network.cpu.int8 import Int8Linear, int8_forwards, runs_here
 from tercet.models.network.fingerprints import WeightCache
 
 MAX_BYTES: Final = 1 << 30  # of weights that are worth a second copy
@@ -41,23 +42,28 @@ class PackedLinear:
             return torch.ops.mkldnn._reorder_linear_weight(weight, _TOKENS)
 
 
-def packed_layers(model: nn.Module) -> list[PackedLinear]:
+def packed_layers(model: nn.Module) -> list[PackedLinear | Int8Linear]:
     """Change a model, for good, to run its linear layers on packed weights in inference mode.
 
-    Returns its packed layers: none, and an unchanged model, if it is too large or not on a CPU.
+    Returns its packed layers: none, and an unchanged model, if it is not on a CPU; only those with
+    8-bit weights if it is too large.
     """
-    if not _suits(model):
-        return []
     fused = _followed_by_gelu(model)
-    found = []
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            packed = PackedLinear(module, "gelu" if module in fused else "none")
-            module.forward = packed  # pyright: ignore[reportAttributeAccessIssue]
-            found.append(packed)
-    for activation in fused.values():
-        activation.forward = lambda x: x
-    return found
+    activations = dict.fromkeys(fused, "gelu")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    forwards: dict[nn.Linear, PackedLinear | Int8Linear] = {}
+    if on_cpu and runs_here():
+        forwards |= int8_forwards(model, activations)
+    if _suits(model):
+        for module in model.modules():
+            if type(module) is nn.Linear and module not in forwards:
+                forwards[module] = PackedLinear(module, activations.get(module, "none"))
+    for linear, forward in forwards.items():
+        linear.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+    for linear, activation in fused.items():
+        if linear in forwards:
+            activation.forward = lambda x: x
+    return list(forwards.values())
 
 
 def _suits(model: nn.Module) -> bool:
