@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from tercet.models.tokens import Tokenizer
 
 _LOSS: Final = "What the loss may be"  # a panel
+_MAX_LOSS: Final = 0.005
 _NDCG: Final = "ndcg@10"
 _REMEDY: Final = (
     "give --data more texts like those to be encoded, or keep the model in floating point"
@@ -256,14 +257,14 @@ def quantize(
         ),
     ] = 0.99,
     max_loss: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Refuse to save if nDCG@10 on the test set drops by more.",
+            help=f"Refuse to save if nDCG@10 on the test set drops by more. Default: {_MAX_LOSS}.",
             rich_help_panel=_LOSS,
         ),
-    ] = 0.005,
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Give a model 8-bit weights, which encode faster on a CPU.
@@ -282,6 +283,9 @@ def quantize(
     from tercet.models.network.cpu.int8 import runs_here
     from tercet.models.quantize import quantized
 
+    for name, given in (("split", split), ("max-loss", max_loss)):
+        if test is None and given is not None:
+            raise RecipeError(f"--{name} needs --test, the set that it is about; add it")
     shown = Figures(json)
     check_files([model, data, test], json=shown.file)
     _refuse_to_replace(out, "this", [model, data, test])
@@ -296,7 +300,6 @@ def quantize(
         say("tercet: note: this CPU has no VNNI instructions, so 8-bit weights are not faster here")
     before = load(model, "float32", device="cpu")
     made = quantized(before, texts, progress=True)
-    _refuse_low_cosine(made.mean, made.smallest, min_cosine)
     record: dict[str, Any] = {
         "by_range": made.by_range,
         "by_token": made.by_token,
@@ -313,8 +316,10 @@ def quantize(
     table.add_row("smallest cosine", f"{made.smallest:.5f}")
     if judged is not None:
         record |= _ndcg_of_both(judged, before, made.embedder, table)
-        _refuse_large_loss(record, max_loss)
     shown.print(table)
+    _refuse_low_cosine(made.mean, made.smallest, min_cosine)
+    if judged is not None:
+        _refuse_large_loss(record, _MAX_LOSS if max_loss is None else max_loss)
     shown.write(record)
     about = {**before.about, "base": model, "int8": record}
     made.embedder.save(out, about=about)
@@ -344,7 +349,7 @@ def _ndcg_of_both(
 
 def _refuse_low_cosine(mean: float, smallest: float, bound: float) -> None:
     """Raise if the vectors of a quantized model are too far from those before."""
-    if mean < bound:
+    if not mean >= bound:  # also for NaN
         raise RecipeError(
             f"the mean cosine must be at least {bound:g} (--min-cosine); got {mean:.5f}, the "
             f"smallest {smallest:.5f}, so nothing was saved; {_REMEDY}"
@@ -354,7 +359,7 @@ def _refuse_low_cosine(mean: float, smallest: float, bound: float) -> None:
 def _refuse_large_loss(record: dict[str, Any], bound: float) -> None:
     """Raise if the rankings of a quantized model are too much worse than those before."""
     change = record["change"]
-    if -change["mean"] > bound:
+    if not -change["mean"] <= bound:  # also for NaN
         raise RecipeError(
             f"nDCG@10 must drop by at most {bound:g} (--max-loss); it dropped by "
             f"{-change['mean']:.4f} [{-change['high']:.4f}, {-change['low']:.4f}], so nothing was "

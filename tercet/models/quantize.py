@@ -22,9 +22,10 @@ from tercet.models.embedder import Embedder
 from tercet.models.network.cpu.int8 import LARGEST, Grid, int8_layers, levels, put_on_grid
 from tercet.segments import batches_by_length
 
-FEWEST: Final = 16  # texts to calibrate on
+FEWEST: Final = 16  # texts, with those that are held out
 _HELD_OUT: Final = 5  # every fifth text is measured, not calibrated on
 _ROWS: Final = 1_024  # inputs of a layer that its ways of rounding are compared on
+_MOST_ROWS: Final = 2 * _ROWS  # that are held of a layer's inputs
 _ROWS_A_BATCH: Final = 64
 _BATCH_TOKENS: Final = 1_024
 _SMOOTHING: Final = 0.5  # the exponent: an outlier's size is halved between input and weight
@@ -65,7 +66,8 @@ def quantized(embedder: Embedder, texts: Sequence[str], *, progress: bool = Fals
 
     Raises:
         RecipeError: for fewer than 16 texts.
-        ModelError: if the model has 8-bit weights already, or LoRA that is not merged.
+        ModelError: if the model has 8-bit weights already, or LoRA that is not merged, or is not in
+            float32 on a CPU.
 
     Examples:
         >>> made = quantized(Embedder.load("minilm"), texts)
@@ -74,13 +76,10 @@ def quantized(embedder: Embedder, texts: Sequence[str], *, progress: bool = Fals
     texts = [text for text in texts if text.strip()]
     if len(texts) < FEWEST:
         raise RecipeError(
-            f"quantization must have at least {FEWEST} texts to calibrate on; got {len(texts)}; "
-            "give some hundreds that are like those to be encoded"
+            f"quantization must have at least {FEWEST} texts, of which every fifth is held out; "
+            f"got {len(texts)}; give some hundreds that are like those to be encoded"
         )
-    if next(int8_layers(embedder.backbone), None) is not None:
-        raise ModelError("the model has 8-bit weights already; quantize the one it was made from")
-    if embedder.backbone.has_lora:
-        raise ModelError("the model has LoRA that is not merged; save it first, which merges")
+    _refuse_unfit(embedder)
     held_out = texts[::_HELD_OUT]
     seen = [text for number, text in enumerate(texts) if number % _HELD_OUT]
     before = embedder.encode(held_out, "document")
@@ -112,6 +111,21 @@ def quantized(embedder: Embedder, texts: Sequence[str], *, progress: bool = Fals
     )
 
 
+def _refuse_unfit(embedder: Embedder) -> None:
+    """Raise if a model cannot be quantized."""
+    if next(int8_layers(embedder.backbone), None) is not None:
+        raise ModelError("the model has 8-bit weights already; quantize the one it was made from")
+    if embedder.backbone.has_lora:
+        raise ModelError("the model has LoRA that is not merged; save it first, which merges")
+    weight = next(embedder.backbone.parameters())
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ModelError(
+            "a model to be quantized must have float32 weights on a CPU; got "
+            f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}; "
+            "load it with dtype=torch.float32 and leave it there"
+        )
+
+
 # ---- inputs ------------------------------------------------------------------------------------
 
 
@@ -122,18 +136,22 @@ class _ReadRows:
     low: Tensor  # [inner]
     high: Tensor  # [inner]
     rows: list[Tensor] = field(default_factory=list)
+    step: int = 1  # times the distance between rows of a batch
 
     def add(self, x: Tensor) -> None:
         """Take in the inputs of one batch."""
         x = x.detach().float().reshape(-1, x.shape[-1])
         self.low, self.high = self.low.minimum(x.amin(0)), self.high.maximum(x.amax(0))
-        self.rows.append(x[:: max(1, len(x) // _ROWS_A_BATCH)].clone())
+        self.rows.append(x[:: max(1, len(x) // _ROWS_A_BATCH) * self.step].clone())
+        if sum(map(len, self.rows)) > _MOST_ROWS:
+            self.rows = [torch.cat(self.rows)[::2].clone()]
+            self.step *= 2
 
     @property
     def some(self) -> Tensor:
         """At most 1,024 rows, at equal distances."""
         rows = torch.cat(self.rows)
-        return rows[:: max(1, len(rows) // _ROWS)]
+        return rows[:: -(-len(rows) // _ROWS)]
 
 
 def _inputs_of_layers(
@@ -141,7 +159,11 @@ def _inputs_of_layers(
 ) -> Iterator[tuple[list[str], list[nn.Linear], _ReadRows]]:
     """Yield names and layers that read the same input, and this, as it is without quantization."""
     backbone = embedder.backbone
-    named = {each: name for name, each in backbone.named_modules() if type(each) is nn.Linear}
+    named = {
+        each: name
+        for name, each in backbone.named_modules()
+        if type(each) is nn.Linear and "pooler" not in name  # runs, but no vector uses it
+    }
     found: dict[nn.Linear, _ReadRows] = {}
 
     def saw(linear: nn.Linear, _module: nn.Module, args: tuple[Any, ...]) -> None:

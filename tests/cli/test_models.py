@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tercet.models.embedder import Embedder
+from tercet.rank.topk import Hits
 from tests.cli.lines import cells, table, write
 from tests.toy import SENTENCES
 
@@ -165,24 +166,47 @@ def test_a_model_gets_8_bit_weights_and_figures_of_what_that_costs(
 
 
 def test_a_loss_beyond_the_bound_saves_nothing(
-    refused, encoder_folder, files, many_texts, tmp_path, monkeypatch
+    tercet, encoder_folder, files, many_texts, tmp_path, monkeypatch
 ):
     words = ("quantize", encoder_folder, "--data", many_texts, "--out", tmp_path / "made")
-    said = refused(*words, "--min-cosine", "1")
-    assert "the mean cosine must be at least 1 (--min-cosine); got 0.99" in said
+    ended = tercet(*words, "--min-cosine", "1")
+    assert ended.status == 2 and table(ended.out)["mean cosine"].startswith("0.99")
+    assert "the mean cosine must be at least 1 (--min-cosine); got 0.99" in ended.err
     from tercet.evaluate.measures import retrieval
 
-    scores = iter([0.5, 0.4])
+    scores = iter([0.5, 0.4, 0.5, np.nan])
 
     def measured(*_given, **_how):
         values = {"ndcg@10": np.full(4, next(scores))}
-        return SimpleNamespace(result=retrieval.RetrievalResult("set", values, None))  # pyright: ignore
+        hits = Hits(np.zeros((4, 1), np.float32), np.zeros((4, 1), np.int64))
+        return SimpleNamespace(result=retrieval.RetrievalResult("set", values, hits))
 
     monkeypatch.setattr(retrieval, "measure", measured)
-    said = refused(*words, "--test", files / "pairs.jsonl")
-    assert "nDCG@10 must drop by at most 0.005 (--max-loss); it dropped by 0.1000 [0.1000" in said
-    assert "so nothing was saved; give --data more texts like those to be encoded" in said
+    ended = tercet(*words, "--test", files / "pairs.jsonl")
+    assert ended.status == 2 and table(ended.out)["ndcg@10 after"] == "0.4000"
+    said = "nDCG@10 must drop by at most 0.005 (--max-loss); it dropped by 0.1000 [0.1000"
+    assert said in ended.err
+    assert "so nothing was saved; give --data more texts like those to be encoded" in ended.err
+    ended = tercet(*words, "--test", files / "pairs.jsonl")
+    assert ended.status == 2 and "it dropped by nan" in ended.err
     assert not (tmp_path / "made").exists()
+
+
+def test_cosines_that_are_no_numbers_save_nothing_when_quantized(
+    tercet, encoder_folder, many_texts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tercet.models.quantize.Quantized.mean", np.nan)
+    ended = tercet("quantize", encoder_folder, "--data", many_texts, "--out", tmp_path / "made")
+    assert ended.status == 2 and "(--min-cosine); got nan" in ended.err
+    assert not (tmp_path / "made").exists()
+
+
+def test_options_of_the_test_set_are_refused_without_it_by_quantize(
+    refused, encoder_folder, many_texts, tmp_path
+):
+    words = ("quantize", encoder_folder, "--data", many_texts, "--out", tmp_path / "made")
+    assert refused(*words, "--max-loss", "0.005").startswith("--max-loss needs --test")
+    assert refused(*words, "--split", "test").startswith("--split needs --test")
 
 
 def test_what_cannot_be_quantized_or_trained_afterwards_is_refused(
@@ -197,7 +221,7 @@ def test_what_cannot_be_quantized_or_trained_afterwards_is_refused(
     few = tmp_path / "few.txt"
     few.write_text("one\ntwo\n")
     said = refused("quantize", encoder_folder, "--data", few, "--out", tmp_path / "few")
-    assert "must have at least 16 texts to calibrate on; got 2" in said
+    assert "must have at least 16 texts, of which every fifth is held out; got 2" in said
     said = refused(
         *("train", "finetune", "--model", out, "--data", files / "pairs.jsonl"),
         *("--out", tmp_path / "run", "--set", "steps=1", "--set", "batch_size=2"),

@@ -1,22 +1,24 @@
 """Models with 8-bit weights: near the model before, saved and loaded, and refused where unfit."""
 
+import copy
 import json
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tercet.errors import ModelError, RecipeError
 from tercet.kinds import KINDS
 from tercet.models.embedder import Embedder
 from tercet.models.network.cpu import int8, linear
 from tercet.models.network.cpu.int8_files import FILE
-from tercet.models.quantize import quantized
+from tercet.models.quantize import _MOST_ROWS, _ReadRows, quantized
 from tercet.models.retokenize import with_tokenizer
 from tests.toy import SENTENCES, save_model
 
@@ -151,7 +153,9 @@ def test_what_changes_weights_is_refused(both):
 
 
 def test_too_few_texts_are_refused(encoder_folder):
-    message = "must have at least 16 texts to calibrate on; got 2; give some hundreds"
+    message = (
+        "must have at least 16 texts, of which every fifth is held out; got 2; give some hundreds"
+    )
     with pytest.raises(RecipeError, match=message):
         quantized(Embedder.load(encoder_folder), ["a", "", "b", "  "])
 
@@ -163,6 +167,121 @@ def test_a_damaged_file_is_refused(both, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"int8.safetensors: is damaged .*; copy the folder again"):
         Embedder.load(tmp_path / "made")
+
+
+def edited(path, edit):
+    """Change the tensors of a file in place."""
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+LAYER = "encoder.layer.0.attention.self.query"
+SCALE, SMOOTH, RANGE = (f"{LAYER}.int8.{what}" for what in ("scale", "smooth", "range"))
+DAMAGES = {
+    "weights without a scale": lambda t: [
+        t.pop(name) for name in list(t) if LAYER + ".int8" in name
+    ],
+    "KeyError|'scale'": lambda t: t.pop(SCALE),
+    r"scale is not \(64,\)": lambda t: t.update({SCALE: torch.tensor(0.1)}),
+    r"scale is not \(64,\) finite": lambda t: t[SCALE].__setitem__(3, torch.nan),
+    "scale is not .* in float32": lambda t: t.update({SCALE: t[SCALE].bfloat16()}),
+    "scale is not positive": lambda t: t[SCALE].__setitem__(3, 0.0),
+    r"smooth is not \(64,\)": lambda t: t.update({SMOOTH: torch.ones(1)}),
+    "smooth is not positive": lambda t: t.update({SMOOTH: -torch.ones(64)}),
+    r"range is not \(2,\)": lambda t: t.update({RANGE: torch.ones(3)}),
+    r"range is not \(2,\) finite": lambda t: t.update({RANGE: torch.tensor([0.0, torch.inf])}),
+    "range ends below its start": lambda t: t.update({RANGE: torch.tensor([1.0, -1.0])}),
+    "not integers of 8 bits": lambda t: t.update({f"{LAYER}.weight": torch.ones(64, 64)}),
+    "not enough values": lambda t: t.update({f"{LAYER}.weight": torch.ones(64).to(torch.int8)}),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_grids_that_cannot_be_are_damage(both, tmp_path, said):
+    _, made = both
+    made.embedder.save(tmp_path / "made")
+    edited(tmp_path / "made" / FILE, DAMAGES[said])
+    with pytest.raises(ModelError, match=rf"int8.safetensors: is damaged \(.*({said})"):
+        Embedder.load(tmp_path / "made")
+
+
+@needs_vnni
+@pytest.mark.parametrize("change", ["loaded", "in place", "before the first call"])
+def test_weights_that_changed_are_refused(both, tmp_path, change):
+    before, made = both
+    made.embedder.save(tmp_path / "made")
+    embedder = Embedder.load(tmp_path / "made")
+    if change != "before the first call":
+        embedder.encode(SENTENCES)
+    with torch.no_grad():
+        if change == "in place":
+            next(int8.int8_layers(embedder.backbone.model))[1].weight.mul_(1.3)
+        else:
+            embedder.backbone.model.load_state_dict(before.backbone.model.state_dict())
+    message = "the weights of a model with 8-bit weights must not change.*quantize again"
+    for _ in range(2):  # also a second time
+        with pytest.raises(ModelError, match=message):
+            embedder.encode(SENTENCES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_types_of_numbers_encode_as_well(both, tmp_path, dtype):
+    _, made = both
+    made.embedder.save(tmp_path / "made")
+    expected = made.embedder.encode(SENTENCES)
+    for embedder in (
+        Embedder.load(tmp_path / "made", dtype=dtype),
+        Embedder.load(tmp_path / "made").to(dtype),
+    ):
+        assert (embedder.encode(SENTENCES) * expected).sum(1).min() > 0.99
+
+
+def test_only_float32_on_a_cpu_is_quantized(encoder_folder):
+    short = Embedder.load(encoder_folder, dtype=torch.bfloat16)
+    message = "must have float32 weights on a CPU; got bfloat16 on cpu; load it with dtype"
+    with pytest.raises(ModelError, match=message):
+        quantized(short, TEXTS)
+    with pytest.raises(ModelError, match="got float32 on meta"):
+        quantized(Embedder.load(encoder_folder).to("meta"), TEXTS)
+
+
+def test_a_pooler_that_no_vector_uses_stays_in_floating_point(both):
+    _, made = both
+    model = made.embedder.backbone.model
+    names = [name for name, _, _ in int8.int8_layers(model)]
+    assert hasattr(model, "pooler") and len(names) == made.by_range + made.by_token
+    assert not any("pooler" in name for name in (*names, *made.left))
+
+
+def test_inputs_held_for_calibration_are_bounded():
+    read = _ReadRows(torch.zeros(4), torch.zeros(4))
+    numbers = torch.arange(200_000.0).repeat_interleave(4).view(-1, 4)
+    for batch in numbers.split(997):
+        read.add(batch)
+        assert sum(map(len, read.rows)) <= _MOST_ROWS
+        assert len(read.some) <= 1_024
+    assert read.high[0] == 199_999 and len(read.some) > 500
+    assert read.some[:, 0].diff().max() < 997  # from every part
+
+
+@needs_vnni
+def test_inputs_are_freed_after_the_call(decoder_folder, monkeypatch):
+    made = quantized(Embedder.load(decoder_folder), TEXTS).embedder
+    for _, layer, grid in int8.int8_layers(made.backbone.model):  # all read alike
+        by_token = int8.Grid(grid.scale, None, None)
+        int8.put_on_grid(layer, by_token, by_token.integers(layer.weight.detach()))
+    rounded, seen = int8.levels, []
+
+    def noted(grid, x):
+        seen.append(weakref.ref(x))
+        return rounded(grid, x)
+
+    monkeypatch.setattr(int8, "levels", noted)
+    made = copy.deepcopy(made)  # which encodes by these grids
+    made.encode(SENTENCES)
+    assert len(seen) == 3 * 4  # q, k and v; o; gate and up; down
+    assert all(ref() is None for ref in seen)
 
 
 def test_only_the_first_layers_can_be_loaded(both, tmp_path):

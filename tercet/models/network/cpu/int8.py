@@ -4,24 +4,28 @@ A weight row is ``scale * integers / smooth``, with integers from -127 to 127. A
 multiplied by ``smooth``, column by column, and rounded to 8 bits: in one range that was measured on
 texts, or in a range of its token's own. The loaded network has weights in floating point with
 exactly these values, so that it runs where the operators are missing, more slowly, and a reading
-copy finds the integers again. No text's vector depends on its neighbours.
+copy finds the integers again. Apart from rounding, no text's vector depends on its neighbours.
 """
 
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor, nn
 
+from tercet.errors import ModelError
+
 LARGEST: Final = 127  # of a weight's integers
 _LEVELS: Final = 255  # of an input
 _AT_ONCE: Final = 1 << 16  # numbers of an input
 _ATTRIBUTE: Final = "int8"  # of a linear layer: its grid
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)  # that the operators write
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +122,13 @@ class Int8Linear:
         self.refresh()
 
     def refresh(self) -> None:
-        """Pack the integers again if the weight is at another place or was changed in place.
+        """Pack the integers again if the weight is at another place, such as after a conversion.
 
-        Its numbers are not compared, as they are for other layers: 8-bit weights are not trained.
+        Its numbers are compared only then, not at each call as for other layers: 8-bit weights are
+        not trained. Changes through ``weight.data`` are not noticed.
+
+        Raises:
+            ModelError: if the weight was noticed to be another one, which the grid does not fit.
         """
         weight, bias = self._linear.weight, self._linear.bias
         facts = tuple(
@@ -149,28 +157,37 @@ class Int8Linear:
 
     def _packed(self) -> Tensor:
         with torch.inference_mode():
-            integers = self._grid.integers(self._linear.weight.detach())
+            weight = self._linear.weight.detach()
+            integers = self._grid.integers(weight)
+            if not torch.equal(self._grid.weight(integers).to(weight.dtype), weight):
+                raise ModelError(
+                    "the weights of a model with 8-bit weights must not change; some did; load the "
+                    "model again, or change the one that it was made from and quantize again"
+                )
             return torch.ops.onednn.qlinear_prepack(integers, None)
+
+
+_Levels: TypeAlias = tuple[Tensor, float | Tensor, int]
 
 
 class _RoundedInputs(threading.local):
     """Inputs in 8 bits of the layers of a module that read the same one, rounded once for all."""
 
-    def __init__(self, grid: Grid, readers: int) -> None:
-        self._grid, self._readers = grid, readers
-        self._last: tuple[Tensor, tuple[Tensor, float | Tensor, int]] | None = None
-        self._left = 0
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._last: list[tuple[weakref.ref[Tensor], int | None, _Levels]] = []  # at most one
 
-    def of(self, x: Tensor) -> tuple[Tensor, float | Tensor, int]:
-        """Return an input's levels, the distance of two levels (of each token), and that of 0."""
-        if self._last is not None and self._last[0] is x:
-            found = self._last[1]
-            self._left -= 1
-        else:
-            found = levels(self._grid, x)
-            self._last, self._left = (x, found), self._readers - 1
-        if not self._left:
-            self._last = None
+    def of(self, x: Tensor) -> _Levels:
+        """Return an input's levels, the distance of two levels (of each token), and that of 0.
+
+        They are held until the input is freed, or another one is read.
+        """
+        version = None if x.is_inference() else x._version
+        for ref, of_version, found in self._last:
+            if ref() is x and of_version == version:
+                return found
+        last, found = self._last, levels(self._grid, x)
+        last[:] = [(weakref.ref(x, lambda _: last.clear()), version, found)]
         return found
 
 
@@ -226,7 +243,7 @@ def int8_forwards(
         groups: list[tuple[Grid, list[nn.Linear]]] = []
         for linear in linears:
             grid = grid_of(linear)
-            if grid is None:
+            if grid is None or linear.weight.dtype not in _DTYPES:
                 continue
             found = next((group for first, group in groups if _same_input(first, grid)), None)
             if found is None:
@@ -234,7 +251,7 @@ def int8_forwards(
             else:
                 found.append(linear)
         for grid, group in groups:
-            inputs = _RoundedInputs(grid, len(group))
+            inputs = _RoundedInputs(grid)
             for linear in group:
                 own = grid_of(linear)
                 assert own is not None, "only such layers are in groups"

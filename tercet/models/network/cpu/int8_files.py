@@ -18,6 +18,9 @@ from tercet.models.network.cpu.int8 import Grid, int8_layers, put_on_grid
 
 FILE: Final = "int8.safetensors"
 _MARK: Final = ".int8."  # between a layer's name and that of a tensor of its grid
+_DAMAGE: Final = (
+    *(OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, RuntimeError),
+)
 
 
 def save_int8(model: nn.Module, folder: Path) -> None:
@@ -53,10 +56,16 @@ def read_int8(folder: Path) -> tuple[dict[str, Tensor], dict[str, Grid]] | None:
         for name in [name for name in found if _MARK in name]:
             layer, _, what = name.rpartition(_MARK)
             grids.setdefault(layer, {})[what] = found.pop(name)
-        made = {layer: _grid(tensors) for layer, tensors in grids.items()}
+        made = {
+            layer: _grid(layer, tensors, found[f"{layer}.weight"])
+            for layer, tensors in grids.items()
+        }
         for layer, grid in made.items():
             found[f"{layer}.weight"] = grid.weight(found[f"{layer}.weight"])
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        for name, each in found.items():
+            if each.dtype == torch.int8:
+                raise ValueError(f"{name} has 8-bit weights without a scale")
+    except _DAMAGE as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{path}: is damaged ({line}); copy the folder again, or quantize the model again: "
@@ -65,8 +74,21 @@ def read_int8(folder: Path) -> tuple[dict[str, Tensor], dict[str, Grid]] | None:
     return {name: _wide(each) for name, each in found.items()}, made
 
 
-def _grid(tensors: Mapping[str, Tensor]) -> Grid:
-    return Grid(tensors["scale"], tensors.get("smooth"), tensors.get("range"))
+def _grid(layer: str, tensors: Mapping[str, Tensor], integers: Tensor) -> Grid:
+    """Return the grid of a layer's integers; a ValueError says what is wrong with it."""
+    if integers.dtype != torch.int8:
+        raise ValueError(f"{layer}: the weights are not integers of 8 bits")
+    out, inner = integers.shape
+    shapes = {"scale": (out,), "smooth": (inner,), "range": (2,)}
+    for what, each in tensors.items():
+        if each.dtype != torch.float32 or each.shape != shapes[what] or not each.isfinite().all():
+            raise ValueError(f"{layer}: {what} is not {shapes[what]} finite numbers in float32")
+        if what != "range" and not (each > 0).all():
+            raise ValueError(f"{layer}: {what} is not positive")
+    made = Grid(tensors["scale"], tensors.get("smooth"), tensors.get("range"))
+    if made.range is not None and made.range[0] > made.range[1]:
+        raise ValueError(f"{layer}: the range ends below its start")
+    return made
 
 
 def _wide(weight: Tensor) -> Tensor:
