@@ -19,8 +19,8 @@ the repeats is taken. Without ``--peers`` and ``--llama`` the peer is sentence-t
   with a number, one of 30 is a long description.
 - ``XLM-R`` and ``ModernBERT`` have random weights: their int8 error says nothing about quality.
 
-``benchmarks/encode_peer.py`` says how to make the peers' environments. Rows that ``--only`` leaves
-out stay in the file, each with the commit that measured it.
+``benchmarks/encode_peer.py`` says how to make the peers' environments. Rows that were
+not measured stay in the file, each with the commit that measured it.
 
     python -m benchmarks.encode_speed --peers peers/bin/python --llama llama/bin/python
 """
@@ -136,7 +136,7 @@ def start_ours(folder: str, precision: str, limit: int, **places: str) -> Embedd
     """Our side: mean pooling, no prompts, since the texts of all sides are the same."""
     return Embedder.load(
         quantized(folder, **places) if precision == "int8" else folder,
-        dtype=torch.float32 if precision == "float32" else torch.bfloat16,
+        dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
         pooling="mean",
         normalize=True,
         prompts={},
@@ -514,17 +514,13 @@ def is_chosen(case: str, given: argparse.Namespace) -> bool:
 
 
 def with_kept(cases: dict[str, list[Row]], file: Path) -> list[Row]:
-    """Measured rows, and those in the file of cases that were not run."""
+    """Measured rows, and those in the file that were not measured now."""
     now = commit()
     rows = [{**row, "commit": now} for each in cases.values() for row in each]
     if not file.exists():
         return rows
-    old = json.loads(file.read_text(encoding="utf-8"))
-    kept = [
-        {"commit": old["commit"], **row}
-        for row in old["rows"]
-        if row["name"].split(": ", maxsplit=1)[0] not in cases
-    ]
+    old, names = json.loads(file.read_text(encoding="utf-8")), {row["name"] for row in rows}
+    kept = [{"commit": old["commit"], **row} for row in old["rows"] if row["name"] not in names]
     return [*rows, *kept]
 
 

@@ -147,7 +147,7 @@ def encode(
         where = runner_of(runner, workers, address, device)
         sources = open_files(files, text_field)
         options = EncodeOptions(kinds=chosen or ("dense",), **wanted)
-        dtype = chosen_dtype(dtype, device, model)
+        dtype = chosen_dtype(dtype, device)  # the same on all machines that continue the folder
         loaded = partial(loaded, dtype=dtype)
         job = _job(loaded, dtype, sources, out, wanted=options, arrays=chosen is not None)
         _tell(out, encode_files(job, part=PART if part is None else part, runner=where))
@@ -163,7 +163,8 @@ def encode(
     # The whole file is read once before the model is: a line that is wrong shows early.
     texts = read_texts(file, text_field) if form is None else read_documents(file, fields)
     total = sum(1 for _ in texts)
-    embedder = loaded(dtype=chosen_dtype(dtype, device, model))
+    as_usual = output == "texts" and not (attention or pooling or echo)
+    embedder = loaded(dtype=chosen_dtype(dtype, device, model if as_usual else None))
     if form is not None:
         held: tuple[Kind, ...] = tuple(kind for kind in HELD[form] if kind in embedder.kinds)
         documents = read_documents(file, fields, keep_others=True)

@@ -109,7 +109,7 @@ FastDtypeOption = Annotated[
     typer.Option(
         "--dtype",
         help="Type of the weights in memory. Default: bfloat16 where it is faster and, on a CPU, "
-        "changes no cosine by more than 0.0001; else float32.",
+        "the mean cosine to float32 is at least 0.9999; else float32.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -398,7 +398,7 @@ def chosen_dtype(
 ) -> "NumberType":
     """Return the type of weights that ``--dtype`` names, or the usual one of the device.
 
-    With a ``model``, that is the fastest one with the same vectors.
+    With a ``model``, that is the fastest one with nearly the same vectors.
     """
     from tercet.models.devices import find_device, number_type
     from tercet.models.fastest import fastest_type

@@ -417,7 +417,7 @@ def serve(
         key=key,
         origins=cors or (),
         limits=limits,
-        precision=partial(chosen_dtype, dtype, device),
+        precision=lambda source, of_index: dtype or of_index or chosen_dtype(None, device, source),
         load=partial(load, device=device, batch_tokens=batch_tokens),
     )
     if not options.is_local and key is None:

@@ -255,10 +255,12 @@ def _stored_of(about: About) -> Stored | None:
 
 
 def weights_of_index(folder: Path) -> NumberType | None:
-    """Return the type of the weights that made an index; None if unknown, or if it holds codes."""
+    """Return the type of the weights that made an index, float32 for codes; None if unknown."""
     if not (folder / FILE).is_file():
         return None
     precision = about_index(folder).settings.get("precision")
+    if precision in STORED:
+        return "float32"
     return next((kind for kind in NUMBER_TYPES if kind == precision), None)
 
 

@@ -9,11 +9,12 @@ from collections.abc import (
     Awaitable,
     Callable,
     Container,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -29,9 +30,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tercet.errors import RecipeError
+from tercet.errors import RecipeError, TercetError
 from tercet.files.signals import Listener, waiting
 from tercet.models.embedder import Embedder
+from tercet.search.opening import about_index, weights_of_index
 from tercet.serve import cohere, openai, openapi, tei, vectors
 from tercet.serve.connection import Connection
 from tercet.serve.endpoint import LOCAL, Call, Limits, Service, json_response, plain_error, route
@@ -64,7 +66,8 @@ class ServeOptions:
         key: that requests must carry; None: no key.
         origins: that pages of other sites may have to send requests (CORS).
         limits: of requests.
-        precision: returns the type of the weights of one of the ``models``.
+        precision: returns the type of weights of one of the ``models``, given its source and the
+            type that an index of it was made with, or None.
         load: loads a model by its source and the type of its weights.
         access_log: is given a line about each request.
     """
@@ -76,7 +79,7 @@ class ServeOptions:
     key: str | None = None
     origins: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
-    precision: Callable[[str], str] = lambda source: "float32"
+    precision: Callable[[str, str | None], str] = lambda source, of_index: of_index or "float32"
     load: Load
     access_log: Callable[[Mapping[str, Any]], None] | None = None
 
@@ -225,16 +228,35 @@ def load(service: Service, options: ServeOptions) -> None:
         by_name[name] = loaded(name, source, precision)
         return by_name[name]
 
+    of_indexes = _types_of_indexes(options.indexes.values())
+    kinds = {*of_indexes.values()}
+    usual = kinds.pop() if len(kinds) == 1 else None  # a model may have moved since
     for name, source in options.models.items():
-        place = str(Path(source).resolve()) if Path(source).exists() else source
+        place = _place(source)
         if place not in by_place:
-            by_place[place] = loaded(name, source, options.precision(source))
+            kind = options.precision(source, of_indexes.get(place, usual))
+            by_place[place] = loaded(name, source, kind)
         by_name[name] = by_place[place]
     indexes = open_indexes(options.indexes, of_index)
     models = Models(by_name)
     for model in models:
         service.metrics.watch_queue(model.name, lambda queue=model.queue: queue.tokens)
     service.models, service.indexes = models, indexes
+
+
+def _place(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _types_of_indexes(folders: Iterable[Path]) -> dict[str, str]:
+    """Return the type of weights that indexes need of a model, so that one serves both."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        with suppress(TercetError):  # opened, and refused, later
+            model, kind = about_index(folder).settings.get("model"), weights_of_index(folder)
+            if isinstance(model, str) and kind is not None:
+                found[_place(model)] = kind
+    return found
 
 
 def _free_name(name: str, taken: Container[str]) -> str:

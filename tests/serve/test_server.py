@@ -12,10 +12,11 @@ from threading import Event
 import httpx2
 import numpy as np
 import pytest
+import torch
 
 from tercet.errors import IndexFolderError
 from tercet.models.embedder import Embedder
-from tercet.serve import connection
+from tercet.serve import connection, server
 from tercet.serve.access_log import access_log
 from tercet.serve.endpoint import Service
 from tercet.serve.server import ServeOptions, application, serve
@@ -59,6 +60,32 @@ def test_an_index_takes_its_model_from_where_the_command_says(hybrid_folder, tmp
         assert len(found["results"][0]["hits"]) == 1
     with pytest.raises(IndexFolderError, match="its model cannot be loaded"):
         serve(ServeOptions(indexes={"docs": folder}, port=0, load=load))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_model_takes_the_type_of_an_index_that_it_made(hybrid_folder, tmp_path, moved):
+    shutil.copytree(hybrid_folder, tmp_path / "then")
+    folder, place, loads = make_index(tmp_path / "index", tmp_path / "then"), tmp_path / "then", []
+    if moved:
+        place = place.rename(tmp_path / "now")
+
+    def load(source: str, precision: str) -> Embedder:
+        loads.append(precision)
+        return Embedder.load(source, dtype=getattr(torch, precision))
+
+    options = ServeOptions(
+        models={"m": str(place)},
+        indexes={"docs": folder},
+        precision=lambda source, of_index: of_index or "bfloat16",
+        load=load,
+    )
+    service = Service()
+    server.load(service, options)
+    assert service.models is not None and service.indexes is not None
+    service.indexes.close()
+    for model in service.models:
+        model.close()
+    assert loads == ["float32"] and [*service.models.by_name] == ["m"]
 
 
 def test_without_a_role_the_default_prompt_is_taken_as_by_encode(encoder_folder, tmp_path):

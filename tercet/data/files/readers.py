@@ -98,8 +98,8 @@ class ParquetReader:
 class RowGroupCache:
     """The last used row groups of some files, for all threads of this process."""
 
-    def __init__(self, kept_bytes: int) -> None:
-        self._kept_bytes = kept_bytes  # of row groups in memory; at least two groups
+    def __init__(self, kept_bytes: int, *, least: int = 2) -> None:
+        self._kept_bytes, self._least = kept_bytes, least  # of row groups in memory
         self._tables: OrderedDict[tuple[object, ...], pa.Table] = OrderedDict()
         self._bytes, self._lock = 0, Lock()
 
@@ -113,7 +113,7 @@ class RowGroupCache:
                 self._tables[key] = table
                 self._bytes += table.nbytes
             self._tables.move_to_end(key)
-            while len(self._tables) > 2 and self._bytes > self._kept_bytes:
+            while len(self._tables) > self._least and self._bytes > self._kept_bytes:
                 self._bytes -= self._tables.popitem(last=False)[1].nbytes
         return table
 

@@ -191,10 +191,9 @@ def attend(
             usual = rule.dropout == 0 or layout.dropout is None
             if usual and rule.softcap is None and rule.sinks is None:
                 return _attend_row(q, k, v, layout, rule)[None], None
-    pieces, groups = [], layout.groups(query.shape[1] * query.shape[3])
     if len(layout.lengths) == 1:
-        states = _attend_run(query, key, value, rule)
-        return states.transpose(1, 2), None
+        return _attend_run(query, key, value, rule).transpose(1, 2), None
+    pieces, groups = [], layout.groups(query.shape[1] * query.shape[3])
     sizes = [group.tokens for group in groups]
     rows = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
     for group, (q, k, v) in zip(groups, rows, strict=True):

@@ -25,7 +25,9 @@ from tercet.search.engine.engine import Record, Value, Where
 
 CANDIDATES: Final = 100  # of codes, at least: their cost is negligible
 ROWS_PER_GROUP: Final = 512  # records that are read for one hit
-_ROW_GROUPS: Final = RowGroupCache(32 << 20)  # of all open indexes, for the next question's hits
+_ROW_GROUPS: Final = RowGroupCache(
+    32 << 20, least=0
+)  # of all open indexes, for the next question's hits
 SCHEMA: Final = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "fields")])
 
 

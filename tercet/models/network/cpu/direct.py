@@ -2,7 +2,8 @@
 
 A text of a few words needs 3 ms of matrix products in MiniLM, and calling the modules around them
 takes longer. So networks of BERT's form (BERT, RoBERTa, XLM-RoBERTa) have their layers written out
-here. States are equal to those of the modules, bit by bit: the operations are the same.
+here. The operations are the same, so states are equal to those of the modules, bit by bit, but for
+products of a few rows in bfloat16.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import BertModel, RobertaModel, XLMRobertaModel
+from transformers.activations import ACT2CLS
 
 from tercet.models.network.attention import Layout, attend
 
 _KINDS = (BertModel, RobertaModel, XLMRobertaModel)
+_ACTIVATIONS = tuple(each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values())
 
 _Call = Callable[[Tensor], Tensor]
 
@@ -97,7 +100,8 @@ def _linear(layer: nn.Linear) -> _Call:
         return layer.forward
     weight, bias = layer.weight, layer.bias
     if weight.dtype == torch.bfloat16:  # faster this way round, for few rows
-        return lambda x: (weight @ x.t()).t().contiguous() + bias
+        column = bias[:, None]
+        return lambda x: torch.addmm(column, weight, x.t()).t().contiguous()
     return lambda x: F.linear(x, weight, bias)
 
 
@@ -110,11 +114,14 @@ def _is_usual(model: nn.Module) -> bool:
     """Whether every module is the stock one, without hooks, and the network is an encoder."""
     if type(model) not in _KINDS or model.config.is_decoder:  # pyright: ignore
         return False
-    for module in model.modules():
-        kind = type(module)
-        stock = kind.__module__.startswith(("torch.nn.", "transformers."))
-        if not stock or module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if hasattr(module, "dense") and type(module.dense) is not nn.Linear:
-            return False
-    return True
+    return all(map(_is_stock, model.modules()))
+
+
+def _is_stock(module: nn.Module) -> bool:
+    kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if kind in (nn.Linear, *_ACTIVATIONS):  # called by their forward, which may be replaced
+        return True
+    known = kind.__module__.startswith(("torch.nn.modules.", "transformers."))
+    return known and "forward" not in module.__dict__

@@ -18,11 +18,15 @@ def bfloat16_ratio() -> float:
     return _seconds(x.bfloat16(), weight.bfloat16()) / _seconds(x, weight)
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16."""
+def bfloat16_instructions() -> tuple[str, ...]:
+    """Return the instructions of this CPU for products of bfloat16."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    known = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return known and torch.backends.mkldnn.is_available()
+    return tuple(name for name in ("avx512_bf16", "amx_bf16") if capabilities.get(name))
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16, and torch's build uses them."""
+    return bool(bfloat16_instructions()) and torch.backends.mkldnn.is_available()
 
 
 def warning_of(precision: torch.dtype, device: torch.device | str) -> str | None:
@@ -34,7 +38,7 @@ def warning_of(precision: torch.dtype, device: torch.device | str) -> str | None
         return None
     return (
         f"this CPU has no instructions for bfloat16, which takes {ratio:.1f} times as long as "
-        "float32 here; leave out --dtype bfloat16"
+        "float32 here; take float32 (make an index again with --dtype float32)"
     )
 
 

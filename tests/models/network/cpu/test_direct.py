@@ -8,6 +8,7 @@ from transformers import RobertaConfig
 
 from tercet.models.embedder import Embedder
 from tercet.models.network.cpu.direct import DirectForward
+from tercet.models.network.cpu.linear import FEW_ROWS
 from tests.toy import ENCODERS, SENTENCES, save_model
 
 KINDS = ["bert", "roberta", "xlm-roberta"]
@@ -34,6 +35,37 @@ def test_states_are_those_of_the_modules_bit_by_bit(tmp_path, kind, dtype, monke
     for texts in (SENTENCES[:1], SENTENCES, SENTENCES[::-1] * 9):
         direct = states_of(embedder, texts, direct=True)
         assert torch.equal(direct, states_of(embedder, texts, direct=False))
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_a_short_text_is_read_by_the_weights_themselves(encoder_folder, dtype, error):
+    embedder = Embedder.load(encoder_folder, dtype=dtype)
+    short = embedder.tokenize(SENTENCES[:1], "query").pack()
+    with embedder.reading() as reader:
+        assert reader.plain is not None and len(short.ids) <= FEW_ROWS
+        alone = reader.states(short)
+        assert not reader.compared
+        expected = reader.backbone(short)  # by copies of the weights
+    assert ((alone - expected).abs().max() / expected.abs().max()).item() < error
+
+
+def test_a_network_with_a_reparametrized_layer_calls_its_modules(encoder_folder):
+    embedder = Embedder.load(encoder_folder)
+    query = embedder.backbone.model.encoder.layer[0].attention.self.query
+    nn.utils.parametrizations.weight_norm(query)
+    assert DirectForward.of(embedder.backbone.model) is None
+    before = embedder.encode(SENTENCES[:1])
+    with torch.no_grad():
+        query.parametrizations.weight.original0.mul_(-3)
+    assert np.abs(embedder.encode(SENTENCES[:1]) - before).max() > 1e-3
+
+
+def test_a_network_with_a_replaced_forward_calls_its_modules(encoder_folder):
+    model = Embedder.load(encoder_folder).backbone.model
+    assert DirectForward.of(model) is not None
+    layer = model.encoder.layer[1]
+    layer.forward = layer.forward
+    assert DirectForward.of(model) is None
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "llama"])
