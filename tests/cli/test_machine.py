@@ -7,7 +7,7 @@ import torch
 
 from tercet.cli import options
 from tercet.cli.options import load, runner_of
-from tercet.models import devices
+from tercet.models import devices, fastest
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_an_index_goes_on_in_the_type_that_it_was_made_in(
 
     assert tercet(*words).status == 0
     assert kept() == "float32"
-    monkeypatch.setattr(devices, "number_type", lambda device: "bfloat16")
+    monkeypatch.setattr(fastest, "fastest_type", lambda model, device, say: "bfloat16")
     again = tercet(*words)
     assert again.status == 0 and "0 encoded" in again.err
     assert kept() == "float32"
