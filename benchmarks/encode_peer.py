@@ -29,6 +29,7 @@ are padded or in groups of exactly equal length.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -46,15 +47,15 @@ Texts = list[str]
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask of a batch to vectors
 
 
-class Engine:
+class Engine(ABC):
     """A library with its model."""
 
     slots = tokens = 0
     counting = False  # what the model reads; it costs a little
 
+    @abstractmethod
     def encode(self, texts: Texts, grouping: str) -> np.ndarray:
         """Vectors of texts, in the order given."""
-        raise NotImplementedError
 
     def count(self, slots: int, tokens: int) -> None:
         """Add up what was read."""

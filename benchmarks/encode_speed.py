@@ -480,7 +480,7 @@ def peer_peak(texts: Path, scratch: Path, dtype: str) -> int:
 
 
 def peaks(count: int, dtype: str, scratch: Path) -> list[Row]:
-    """Rows of encode and index, of so many texts."""
+    """Rows of the memory of encode and index for this number of texts."""
     texts, lines, request = many_texts(count), scratch / "texts.jsonl", scratch / "request.json"
     lines.write_text(
         "".join(json.dumps({"id": str(i), "text": t}) + "\n" for i, t in enumerate(texts))

@@ -363,7 +363,7 @@ def one_caller(threads: int, case: Case, ours: Measured, spent: list[float]) -> 
 def commands(given: argparse.Namespace, folder: Path) -> dict[str, dict[str, list[str]]]:
     """Of each group of servers, by name: those with one kind and those with three."""
     minilm = str(zoo.resolve("minilm"))
-    tercet = [sys.executable, "-m", "tercet", "serve"]
+    tercet = [sys.executable, "-m", "tercet", "serve", "--dtype", "float32"]
     peers = "-m", "benchmarks.serve_peers"
     one, three = {OURS: [*tercet, "minilm"]}, {OURS: [*tercet, f"m3={folder}"]}
     if given.no_tercet:

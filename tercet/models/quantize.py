@@ -157,7 +157,7 @@ class _ReadRows:
 def _inputs_of_layers(
     embedder: Embedder, texts: Sequence[str], progress: bool
 ) -> Iterator[tuple[list[str], list[nn.Linear], _ReadRows]]:
-    """Yield names and layers that read the same input, and this, as it is without quantization."""
+    """Yield names of layers that read the same input, the layers, and the unquantized input."""
     backbone = embedder.backbone
     named = {
         each: name

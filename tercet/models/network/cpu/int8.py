@@ -104,6 +104,7 @@ def runs_here() -> bool:
             packed = torch.ops.onednn.qlinear_prepack(weight, None)
             ones, zeros = torch.ones(out), torch.zeros(out, dtype=torch.int64)
             made = _product(x, 1.0, 0, packed, (ones, zeros), None, (torch.float32, "none"))
+    # The operators are torch's own, so their signatures may change; a build may lack the kernels.
     except (RuntimeError, NotImplementedError, AttributeError, TypeError):
         return False
     return bool((made == inner * LARGEST * _LEVELS).all())

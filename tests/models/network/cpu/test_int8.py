@@ -10,7 +10,7 @@ from tercet.models.network.cpu import int8, linear
 from tercet.models.network.cpu.int8 import Grid, int8_forwards, levels, put_on_grid
 
 pytestmark = pytest.mark.filterwarnings("error")
-needs_vnni = pytest.mark.skipif(not int8.runs_here(), reason="a CPU with VNNI instructions")
+needs_vnni = pytest.mark.skipif(not int8.runs_here(), reason="needs a CPU with VNNI instructions")
 
 
 def layer_of(inner=48, out=32, *, smooth=False, by_range=True, bias=True):

@@ -23,7 +23,7 @@ print(faults() - before)
 
 
 def faults(kept: bool) -> int:
-    """Pages that the system hands out in the last five turns, in a process of its own."""
+    """Pages that the system hands out to a new process in the last five turns."""
     code = COUNT.format(kept=kept)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout)

@@ -6,7 +6,7 @@ from tercet.models.network.cpu import precision
 
 @pytest.fixture
 def ratio(monkeypatch):
-    """Pretend that there are no instructions for bfloat16, which takes so many times as long."""
+    """Pretend that bfloat16 has no instructions here, and what its time is over that of float32."""
     monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
     return lambda value: monkeypatch.setattr(precision, "bfloat16_ratio", lambda: value)
 
