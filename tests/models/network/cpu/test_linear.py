@@ -23,7 +23,7 @@ def test_prepacked_layers_give_the_same_vectors(tmp_path, kind, monkeypatch):
     with torch.no_grad():
         for module in embedder.backbone.modules():  # biases are 0 in a new model
             if type(module) is nn.Linear and module.bias is not None:
-                module.bias += torch.linspace(-0.5, 0.5, module.out_features)
+                module.bias.add_(torch.linspace(-0.5, 0.5, module.out_features))
     expected = plainly(embedder, SENTENCES, monkeypatch)
     np.testing.assert_allclose(embedder.encode(SENTENCES), expected, atol=1e-6)
 
