@@ -14,7 +14,7 @@ from tercet.data.files.sources import Source
 from tercet.distributed import gather_rows
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
-from tercet.losses.info_nce import info_nce
+from tercet.losses.info_nce import info_nce_losses
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.objectives.objective import Traits
@@ -61,14 +61,14 @@ class Contrastive:
         shorter = [dim for dim in self.dims if dim < width]
         if not shorter:  # scaled once, instead of every block of scores
             queries, documents = F.normalize(queries, dim=1), F.normalize(documents, dim=1)
-        loss = info_nce(
+        losses = info_nce_losses(
             queries,
             gather_rows(documents),
             batch.relation.gathered(),
             self.temperature,
             dims=(*sorted(shorter), width) if shorter else None,
         )
-        return {"loss": loss}
+        return losses if batch.relation.ignoring is not None else {"loss": losses["loss"]}
 
     def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "PairWork":
         """Bind the objective to an embedder and examples.
