@@ -32,7 +32,7 @@ class Dense:
     def rows(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
         return self.matrix[start:stop].to(device)
 
-    def false_negatives(self, *block: object) -> None:
+    def false_negatives(self, start: int, stop: int, logits: Tensor, temperature: float) -> None:
         """Every negative counts."""
 
 

@@ -53,7 +53,7 @@ class OneRow:
         assert (start, stop) == (0, 1)
         return self.whole.positive_pairs(self.row, self.row + 1)
 
-    def false_negatives(self, *block: object) -> None:
+    def false_negatives(self, start: int, stop: int, logits: Tensor, temperature: float) -> None:
         """Every negative counts."""
 
 
