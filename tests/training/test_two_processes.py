@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "in-batch": {},
     "own negatives": {"in_batch": "none"},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
+    "dense layer": {"dense_dim": 96, "objective": Contrastive(dims=(8, 80))},
     "B6 all kinds": {"objective": replace(unified(), dims=(8,))},
     "B6 own negatives": {"objective": unified(), "in_batch": "none"},
     "B6 kl": {"objective": unified(distil="kl")},
@@ -53,11 +54,19 @@ CASES: dict[str, dict[str, Any]] = {
     "false negatives": {"ignore_rule": "percent", "ignore_own": True},
     "B6 false negatives": {"objective": unified(), "ignore_rule": "margin", "ignore_value": -0.01},
 }
-IDLE = ("in-batch", "B6 all kinds", "B6 listwise", "false negatives", "B6 false negatives")
+FALSE_NEGATIVES = ("false negatives", "B6 false negatives")
+IDLE = ("in-batch", "dense layer", "B6 all kinds", "B6 listwise", *FALSE_NEGATIVES)
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
-IN_BOTH = ("in-batch", "own negatives", "matryoshka", "B6 all kinds", "B6 own negatives")
+IN_BOTH = (
+    "in-batch",
+    "own negatives",
+    "matryoshka",
+    "dense layer",
+    "B6 all kinds",
+    "B6 own negatives",
+)
 STEPS = [(case, dtype) for case in IN_BOTH for dtype in LIMITS]
 STEPS += [(case, torch.float64) for case in CASES if case not in IN_BOTH]
 
@@ -94,14 +103,21 @@ def prepare(folder: Path) -> None:
     config.write_text(json.dumps(said | off))
 
 
-def recipe(folder: Path, rate: float = 1e-4, steps: int = 6, **changes: Any) -> Recipe:
+def recipe(
+    folder: Path,
+    rate: float = 1e-4,
+    steps: int = 6,
+    dense_dim: int | None = None,
+    **changes: Any,
+) -> Recipe:
     """Batches of 8, 8 and 3; up to two of up to three positives, and of up to four negatives."""
     plain = finetune(
         model=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
     )
     stage = replace(plain.stages[0], positives=2, **changes)
     kinds = KINDS if isinstance(stage.objective, Unified) else None
-    return replace(plain, stages=(stage,), model=replace(plain.model, kinds=kinds, multi_dim=16))
+    model = replace(plain.model, kinds=kinds, multi_dim=16, dense_dim=dense_dim)
+    return replace(plain, stages=(stage,), model=model)
 
 
 def trained(folder: Path, out: str, recipe: Recipe, run: Run = QUIET, **more: Any) -> Embedder:
@@ -311,7 +327,7 @@ def test_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, case, dt
             assert gap(found, expected) < LIMITS[dtype]
 
 
-@pytest.mark.parametrize("case", ["false negatives", "B6 false negatives"])
+@pytest.mark.parametrize("case", FALSE_NEGATIVES)
 def test_two_processes_ignore_the_documents_that_one_ignores(folder, both, case):
     gradients(folder, f"one ignored {case}", case)
     shares = [
