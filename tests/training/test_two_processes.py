@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "in-batch": {},
     "own negatives": {"in_batch": "none"},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
+    "scored pairs": {"objective": Contrastive(dims=(8,))},
     "dense layer": {"dense_dim": 96, "objective": Contrastive(dims=(8, 80))},
     "B6 all kinds": {"objective": replace(unified(), dims=(8,))},
     "B6 own negatives": {"objective": unified(), "in_batch": "none"},
@@ -54,8 +55,9 @@ CASES: dict[str, dict[str, Any]] = {
     "false negatives": {"ignore_rule": "percent", "ignore_own": True},
     "B6 false negatives": {"objective": unified(), "ignore_rule": "margin", "ignore_value": -0.01},
 }
+DATA = {"scored pairs": "mixed"}  # of a case; others read the examples alone
 FALSE_NEGATIVES = ("false negatives", "B6 false negatives")
-IDLE = ("in-batch", "dense layer", "B6 all kinds", "B6 listwise", *FALSE_NEGATIVES)
+IDLE = ("in-batch", "scored pairs", "dense layer", "B6 all kinds", "B6 listwise", *FALSE_NEGATIVES)
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -97,6 +99,9 @@ def examples() -> list[Example]:
 def prepare(folder: Path) -> None:
     """Data, and a model without dropout: its masks differ by process."""
     write_examples(folder / "pairs.jsonl", examples())
+    text = toy.SENTENCES
+    scored = [Example(text[i], (text[i + 1],), task="sts", score=float(i % 4)) for i in range(10)]
+    write_examples(folder / "mixed.jsonl", [*examples()[:9], *scored])
     config = toy.save_model(folder / "base", "bert") / "config.json"
     said = json.loads(config.read_text())
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -120,8 +125,10 @@ def recipe(
     return replace(plain, stages=(stage,), model=model)
 
 
-def trained(folder: Path, out: str, recipe: Recipe, run: Run = QUIET, **more: Any) -> Embedder:
-    return train(recipe, [open_source(folder / "pairs.jsonl")], folder / out, run=run, **more)
+def trained(
+    folder: Path, out: str, recipe: Recipe, run: Run = QUIET, data: str = "pairs", **more: Any
+) -> Embedder:
+    return train(recipe, [open_source(folder / f"{data}.jsonl")], folder / out, run=run, **more)
 
 
 def weights(embedder: Embedder) -> dict[str, Tensor]:
@@ -152,7 +159,8 @@ def gradients(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "sum_gradients", recorded)
         patch.setattr(loop, "build", lambda model: build(model).to(dtype))
-        trained(folder, out, recipe(folder, rate=1e-30, steps=3, **CASES[case]), run)
+        built = recipe(folder, rate=1e-30, steps=3, **CASES[case])
+        trained(folder, out, built, run, DATA.get(case, "pairs"))
     return found
 
 
