@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -585,21 +585,32 @@ def as_positives(place: Place, lang: str) -> Path:
     return written(place.file(f"positives.{lang}.jsonl"), rows)
 
 
-def similar(job: Job, *, lang: str, rate: float | None = None) -> Found:
-    """Train on scored pairs as positives; the rate is the best one on the English dev set."""
+def graded(place: Place, lang: str) -> Path:
+    """The scored pairs themselves, which CoSENT learns."""
+    return place.sets / "sts" / f"{STS[lang]}.train.jsonl"
+
+
+STS_METHODS: Final = {"positives": as_positives, "cosent": graded}
+
+
+def similar(job: Job, *, method: str, lang: str, rate: float | None = None) -> Found:
+    """Train on scored pairs in one way; the rate is the best one on the English dev set."""
     if rate is None:
-        best = job.place.best(STS_CELLS, sts_sets("en")[1])
+        best = job.place.best(sts_cells(method), sts_sets("en")[1])
         if lang == "en" and not job.seed:
             return Found(same_as=best)
-        rate = STS_RATES[STS_CELLS.index(best)]
-    numbers = {**STS_NUMBERS, "negatives": 3}
-    recipe = finetune(model=BASES["me5-small"], learning_rate=rate, seed=job.seed, **numbers)
-    source = open_source(as_positives(job.place, lang))
+        rate = STS_RATES[sts_cells(method).index(best)]
+    recipe = finetune(
+        model=BASES["me5-small"], learning_rate=rate, seed=job.seed, negatives=3, **STS_NUMBERS
+    )
+    source = open_source(STS_METHODS[method](job.place, lang))
     facts = trained(job, recipe, {"pairs": [source]})
     return measured(job.place, load(job.folder / "model"), sts_sets(lang), rate=rate, **facts)
 
 
-STS_CELLS: Final = [f"similarity/positives-rate-{rate:g}" for rate in STS_RATES]
+def sts_cells(method: str) -> list[str]:
+    """Names of the cells of which the English dev set chooses the learning rate."""
+    return [f"similarity/{method}-rate-{rate:g}" for rate in STS_RATES]
 
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -707,11 +718,13 @@ def _similarity() -> Iterable[Cell]:
     sets = tuple(chain(*map(sts_sets, STS)))
     yield Cell("similarity/words", partial(baselines, sets=sets), 0.5)
     yield Cell("similarity/me5-small", partial(untouched, model="me5-small", sets=sets), 2)
-    for rate, name in zip(STS_RATES, STS_CELLS, strict=True):
-        yield Cell(name, partial(similar, lang="en", rate=rate), 3)
-    for lang in STS:
-        run = partial(similar, lang=lang)
-        yield Cell(f"similarity/positives-{lang}", run, 3, tuple(STS_CELLS), seeds=3)
+    for method in STS_METHODS:
+        for rate, name in zip(STS_RATES, sts_cells(method), strict=True):
+            yield Cell(name, partial(similar, method=method, lang="en", rate=rate), 3)
+    for method, lang in product(STS_METHODS, STS):
+        run = partial(similar, method=method, lang=lang)
+        needs = tuple(sts_cells(method))
+        yield Cell(f"similarity/{method}-{lang}", run, 3, needs, seeds=3)
 
 
 def _words() -> Iterable[Cell]:
@@ -811,7 +824,10 @@ def _similarity_rows() -> Iterable[Row]:
         of, base = f"sts/{lang}", "similarity/me5-small"
         yield Row("overlap of words", "similarity/words", of)
         yield Row("me5-small, untouched", base, of, "similarity/words")
-        yield Row("me5-small, pairs as positives", f"similarity/positives-{lang}", of, base)
+        positives, graded = (f"similarity/{method}-{lang}" for method in STS_METHODS)
+        yield Row("me5-small, pairs as positives", positives, of, base)
+        yield Row("me5-small, CoSENT", graded, of, base)
+        yield Row("me5-small, CoSENT", graded, of, positives)
     yield from _decoder_rows("sts/en")
 
 
