@@ -159,7 +159,9 @@ def without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
         say("training drops the base's tuned weights; find new ones (tercet tune weights)")
     if settings.ranges:
         say("training drops the base's ranges of codes; learn new ones (tercet tune codes)")
-    return replace(settings, weights={}, ranges={})
+    if settings.shares_space_with:
+        say("training moves the base's vectors out of the space of its teacher")
+    return replace(settings, weights={}, ranges={}, shares_space_with=())
 
 
 # ---- checks before the first stage -----------------------------------------------------------
