@@ -20,7 +20,6 @@ from tercet import distributed
 from tercet.data.batches.collate import Collator, example_prompt
 from tercet.data.batches.sampler import BatchRows
 from tercet.data.batches.teacher_vectors import (
-    ReadAs,
     TeacherVectors,
     role_of_row,
     teacher_vectors,
@@ -34,7 +33,7 @@ from tercet.models.tokens import Tokens
 from tercet.objectives.contrastive import backward_of_vectors, check_dims
 from tercet.objectives.objective import Traits
 from tercet.segments import Packed
-from tercet.types import Role
+from tercet.types import ReadAs, Role
 from tercet.vectors import Vectors
 
 log = logging.getLogger("tercet")

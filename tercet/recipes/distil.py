@@ -8,9 +8,9 @@ index.
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tercet.data.batches.teacher_vectors import ReadAs
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role, recorded
+from tercet.types import ReadAs
 
 if TYPE_CHECKING:
     from tercet.training.recipe import Recipe

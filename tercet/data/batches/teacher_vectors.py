@@ -8,7 +8,7 @@ read. Of a run that was killed only the last folder is lost.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 import torch
@@ -25,10 +25,7 @@ from tercet.files.artifacts import KeptResults
 from tercet.files.progress import Bars, bar
 from tercet.models.embedder import Embedder
 from tercet.models.zoo.zoo import cache_folder
-from tercet.types import Role
-
-ReadAs: TypeAlias = Literal["document", "query", "both"]
-"""How plain texts are read: as documents, as queries, or every second one as a query."""
+from tercet.types import ReadAs, Role
 
 SHARD: Final = 4096  # texts of a folder
 _ARRAY: Final = "vectors"
