@@ -135,6 +135,8 @@ def run_here(place: Place, cell: Cell, seed: int) -> None:
         "facts": found.facts,
         "answers": {name: np.round(each, 6).tolist() for name, each in found.answers.items()},
     }
+    if found.same_as:
+        record = {**(place.kept(found.same_as) or {}), "cell": cell.name, "same_as": found.same_as}
     path = place.result(cell.name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record, indent=None)
@@ -224,15 +226,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         some = [row for row in rows if row["table"] == table]
         sets = {row["set"] for row in some}
         columns = ["", *(["set"] if len(sets) > 1 else []), some[0]["metric"], "against"]
-        columns += ["difference", "verdict", "seeds", "steps", "minutes", "commit"]
+        columns += ["difference", "verdict", "seeds", "steps", "training", "minutes", "commit"]
         lines = [columns, ["---"] * len(columns)]
         for row in some:
             spread = "" if row["spread"] is None else f", spread {row['spread']:.3f}"
             cells = [row["name"], *([row["set"]] if len(sets) > 1 else [])]
             cells += [interval_text(row["figure"]), row["against"] or ""]
             cells += [interval_text(row["difference"], sign="+"), row["verdict"] or ""]
-            cells += [f"{row['seeds']}{spread}", str(row["steps"] or ""), f"{row['minutes']:g}"]
-            lines.append([*cells, row["commit"]])
+            training = "" if row["training_minutes"] is None else f"{row['training_minutes']:g}"
+            cells += [f"{row['seeds']}{spread}", str(row["steps"] or ""), training]
+            lines.append([*cells, f"{row['minutes']:g}", row["commit"]])
         text += f"\n### {table}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return text
 

@@ -225,6 +225,14 @@ def test_answers_are_kept_with_seed_minutes_and_commit_and_the_model_is_deleted(
     assert kept["answers"]["sts/en"][1] == 0.333333
 
 
+def test_a_chosen_cell_is_recorded_with_the_commit_and_minutes_of_its_training(place):
+    texts_of("a/high", [0.5], place, of="scifact")
+    judged.run_here(place, Cell("a/best", lambda job: Found(same_as="a/high"), 1), 0)
+    kept = place.kept("a/best")
+    assert kept is not None and kept["cell"] == "a/best" and kept["same_as"] == "a/high"
+    assert (kept["minutes"], kept["commit"], kept["facts"]["rate"]) == (2.0, "abc", 1e-4)
+
+
 def test_a_model_that_later_cells_need_stays(place):
     job = Job(place, "a/first", 0)
     job.folder.mkdir(parents=True)

@@ -59,9 +59,6 @@ class Distil:
             raise RecipeError(f"temperature is {self.temperature}; give a number above 0")
         if not 0 <= self.relational < inf:
             raise RecipeError(f"relational is {self.relational}; give a weight of 0 or more")
-        if self.read_as not in get_args(ReadAs):
-            known = ", ".join(get_args(ReadAs))
-            raise RecipeError(f"read_as is {self.read_as!r}; choose from {known}")
 
     @property
     def traits(self) -> Traits:
@@ -103,8 +100,8 @@ class DistilWork:
         self._teacher: Embedder | None = Embedder.load(objective.teacher)  # until then
         if self._teacher.dim != student.dim:
             raise RecipeError(
-                f"the student's vectors have {student.dim} coordinates, and those of the teacher "
-                f"({objective.teacher}) {self._teacher.dim}; both must be equal"
+                f"the student's vectors must be as wide as the teacher's; got {student.dim} and "
+                f"{self._teacher.dim} coordinates; set Model.as_wide_as to the teacher"
             )
         self.reads = {"teacher": self._teacher.fingerprint()}
         if student.fingerprint() == self.reads["teacher"]:

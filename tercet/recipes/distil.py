@@ -78,6 +78,7 @@ def distil(
             pooling=pooling,
             attention=attention,
             keep_layers=keep_layers,
+            as_wide_as=teacher,
             lora=lora_of(lora_rank),
             freeze_embeddings=freeze_embeddings,
             prompts=prompts_by_role(query_prompt, document_prompt),

@@ -51,6 +51,7 @@ def finetune(
     query_prompt: flags.QueryPrompt = None,
     document_prompt: flags.DocumentPrompt = None,
     pooling: flags.ModelsPooling = None,
+    dense_dim: flags.DenseDim = None,
     attention: flags.TurnDecoder = None,
     lora_rank: flags.LoraRank = None,
     freeze_embeddings: flags.FreezeEmbeddings = False,
@@ -66,6 +67,7 @@ def finetune(
         model=Model(
             base=model,
             pooling=pooling,
+            dense_dim=dense_dim,
             attention=attention,
             lora=lora_of(lora_rank),
             freeze_embeddings=freeze_embeddings,

@@ -57,6 +57,12 @@ TurnDecoder: TypeAlias = Annotated[
 ModelsPooling: TypeAlias = Annotated[
     PoolingName | None, "How token states become a vector. Default: the model's pooling."
 ]
+DenseDim: TypeAlias = Annotated[
+    int | None,
+    "Width of the vectors; another one than the model's adds a linear layer after the pooling. "
+    "Default: the model's width.",
+    "coordinates",
+]
 LoraRank: TypeAlias = Annotated[
     int | None, "Rank of low-rank updates (LoRA). Default: every weight is trained."
 ]

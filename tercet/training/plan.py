@@ -97,6 +97,8 @@ def build(model: Model) -> Embedder:
         keep_layers=model.keep_layers,
         **changes,
     )
+    if (width := _width_of(model)) not in (None, embedder.dim):
+        embedder.add_dense_layer(width)
     if model.positions is not None:
         extend_positions(embedder.backbone, model.positions)
         longest = model.document_tokens or model.positions
@@ -116,12 +118,22 @@ def build(model: Model) -> Embedder:
     return embedder
 
 
+def _width_of(model: Model) -> int | None:
+    """Return the width that a recipe asks of a text's vector, if it does."""
+    if model.as_wide_as is None:
+        return model.dense_dim
+    return Embedder.load(model.as_wide_as).dim
+
+
 def fingerprint_of_base(embedder: Embedder) -> str:
     """Return a fingerprint of the weights that training begins with.
 
-    Newly created heads are left out: the recipe's seed creates the same ones again.
+    Newly created heads and dense layers are left out: the recipe's seed creates the same again.
     """
-    drawn = tuple(f"heads.{kind}." for kind in embedder.heads.drawn)
+    drawn = (
+        *(f"heads.{kind}." for kind in embedder.heads.drawn),
+        *(f"dense_layers.{place}." for place in embedder.dense_layers.drawn),
+    )
     weights = embedder.state_dict()
     return fingerprint_of({name: weights[name] for name in weights if not name.startswith(drawn)})
 

@@ -60,13 +60,15 @@ class Model:
     document_tokens: int | None = None
     kinds: tuple[Kind, ...] | None = None  # of vectors that it makes; missing heads are created
     multi_dim: int | None = None  # width of a token's vector
+    dense_dim: int | None = None  # width of a text's vector; another one adds a dense layer
+    as_wide_as: str | None = None  # a model whose width that is
     cls_every: int | None = None  # repeat the start token after this many tokens
-    freeze_backbone: bool = False  # train the heads (and the layer) alone
+    freeze_backbone: bool = False  # train the heads and other new layers alone
     positions: int | None = None  # extend the position table for longer texts; train on such texts
 
     def __post_init__(self) -> None:
         at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
-        at_least(1, self, "keep_layers", "multi_dim", "cls_every", "positions")
+        at_least(1, self, "keep_layers", "multi_dim", "dense_dim", "cls_every", "positions")
         if self.lora is not None and (self.freeze_backbone or self.positions is not None):
             what = "a frozen backbone" if self.freeze_backbone else "a longer table of positions"
             raise RecipeError(f"{what} and LoRA do not go together; remove one of them")

@@ -150,6 +150,14 @@ def test_a_student_without_prompts_of_a_teacher_with_some_gets_a_warning(
     assert "set query_prompt and document_prompt" in caplog.text
 
 
+def test_a_student_of_another_width_is_refused(encoder_folder, source, teacher):
+    student = Embedder.load(encoder_folder)
+    student.add_dense_layer(48)
+    collate = Collator(tokenize=student.tokenize, prompt_of=lambda role, task: "")
+    with pytest.raises(RecipeError, match="as wide as the teacher's; got 48 and 64 coordinates"):
+        Distil(teacher=teacher).start(student, [source], collate)
+
+
 def test_a_student_that_is_its_teacher_is_refused(encoder_folder, source):
     student = Embedder.load(encoder_folder)
     collate = Collator(tokenize=student.tokenize, prompt_of=lambda role, task: "")
@@ -162,7 +170,6 @@ def test_a_student_that_is_its_teacher_is_refused(encoder_folder, source):
     [
         ({"temperature": 0.0}, "temperature is 0.0; give a number above 0"),
         ({"relational": -1.0}, "relational is -1.0; give a weight of 0 or more"),
-        ({"read_as": "title"}, "read_as is 'title'; choose from document, query, both"),
         ({"dims": (8, 8)}, "dims are"),
     ],
 )

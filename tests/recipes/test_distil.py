@@ -57,7 +57,8 @@ def prepared(folder: Path, texts: Sequence[str] = EVERY) -> Path:
 
 def recipe(folder: Path, **changes: Any) -> Recipe:
     usual: dict[str, Any] = {"keep_layers": 2, "steps": 6, "batch_size": 8, "learning_rate": 1e-3}
-    return distil(str(folder / "teacher"), str(folder / "teacher"), **{**usual, **changes})
+    usual |= {"model": str(folder / "teacher"), "teacher": str(folder / "teacher")}
+    return distil(**{**usual, **changes})
 
 
 def trained(folder: Path, out: str, run: Run = QUIET, **changes: Any) -> Embedder:
@@ -170,6 +171,25 @@ def test_a_later_training_forgets_the_space(folder):
     )
     assert model.settings.shares_space_with == ()
     assert "training moves the base's vectors out of the space of its teacher" in "\n".join(said)
+
+
+def test_a_narrower_student_gets_a_layer_that_is_saved_and_resumed(folder):
+    """Its vectors are as wide as the teacher's, and lie in its space."""
+    wide = Embedder.load(folder / "teacher")
+    wide.add_dense_layer(96)
+    wide.save(folder / "wide")
+    teacher = str(folder / "wide")
+    kill_after(3, folder, "killed", teacher=teacher)
+    whole, after = (trained(folder, out, teacher=teacher) for out in ("whole", "killed"))
+    assert whole.dim == 96 and "dense_layers.0.linear.weight" in checkpoint.trainable(whole)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(after)[name])
+    student = Embedder.load(folder / "whole/model")
+    assert student.settings.shares_space_with[0] == Embedder.load(teacher).fingerprint()
+    np.testing.assert_allclose(student.encode(SENTENCES), whole.encode(SENTENCES), atol=1e-5)
+    index(DOCUMENTS, teacher, folder / "index")
+    with open_index(folder / "index", model=str(folder / "whole/model")) as light:
+        assert len(light.search(QUESTIONS, 2)[0]) == 2
 
 
 # ---- two processes -----------------------------------------------------------------------------

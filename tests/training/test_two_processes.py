@@ -46,16 +46,24 @@ CASES: dict[str, dict[str, Any]] = {
     "in-batch": {},
     "own negatives": {"in_batch": "none"},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
+    "dense layer": {"dense_dim": 96, "objective": Contrastive(dims=(8, 80))},
     "B6 all kinds": {"objective": replace(unified(), dims=(8,))},
     "B6 own negatives": {"objective": unified(), "in_batch": "none"},
     "B6 kl": {"objective": unified(distil="kl")},
     "B6 listwise": {"objective": unified(distil="listwise")},
 }
-IDLE = ("in-batch", "B6 all kinds", "B6 listwise")
+IDLE = ("in-batch", "dense layer", "B6 all kinds", "B6 listwise")
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
-IN_BOTH = ("in-batch", "own negatives", "matryoshka", "B6 all kinds", "B6 own negatives")
+IN_BOTH = (
+    "in-batch",
+    "own negatives",
+    "matryoshka",
+    "dense layer",
+    "B6 all kinds",
+    "B6 own negatives",
+)
 STEPS = [(case, dtype) for case in IN_BOTH for dtype in LIMITS]
 STEPS += [(case, torch.float64) for case in CASES if case not in IN_BOTH]
 
@@ -92,14 +100,21 @@ def prepare(folder: Path) -> None:
     config.write_text(json.dumps(said | off))
 
 
-def recipe(folder: Path, rate: float = 1e-4, steps: int = 6, **changes: Any) -> Recipe:
+def recipe(
+    folder: Path,
+    rate: float = 1e-4,
+    steps: int = 6,
+    dense_dim: int | None = None,
+    **changes: Any,
+) -> Recipe:
     """Batches of 8, 8 and 3; up to two of up to three positives, and of up to four negatives."""
     plain = finetune(
         model=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
     )
     stage = replace(plain.stages[0], positives=2, **changes)
     kinds = KINDS if isinstance(stage.objective, Unified) else None
-    return replace(plain, stages=(stage,), model=replace(plain.model, kinds=kinds, multi_dim=16))
+    model = replace(plain.model, kinds=kinds, multi_dim=16, dense_dim=dense_dim)
+    return replace(plain, stages=(stage,), model=model)
 
 
 def trained(folder: Path, out: str, recipe: Recipe, run: Run = QUIET, **more: Any) -> Embedder:
