@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 from typing import Final
 
@@ -124,7 +123,10 @@ class PairWork:
 
     def backward(self, batch: Batch, chunks: Chunks, step: int = 0) -> Losses:
         """Embed in chunks, compute the loss over all vectors, and propagate its gradient."""
-        loss = partial(self.loss, batch=batch, step=step)
+
+        def loss(vectors: Vectors) -> Losses:
+            return self.loss(vectors, batch, step)
+
         return backward_of_vectors(self.embedder, self.kinds, batch.texts, loss, chunks)
 
 

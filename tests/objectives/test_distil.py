@@ -85,8 +85,8 @@ def test_the_loss_is_the_mean_over_all_widths_of_both_parts(
     torch.testing.assert_close(losses["loss"], expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses["distance"], torch.stack(distance).mean().detach())
     assert ("neighbours" in losses) == bool(weight)
-    weights = [p for p in student.parameters() if p.grad is not None]
-    got = [p.grad.clone() for p in weights]
+    learned = [(p, p.grad.clone()) for p in student.parameters() if p.grad is not None]
+    weights, got = ([pair[i] for pair in learned] for i in range(2))
     torch.testing.assert_close(
         got, list(torch.autograd.grad(expected, weights)), rtol=1e-4, atol=1e-6
     )
@@ -106,6 +106,7 @@ def test_the_teacher_cuts_texts_where_the_student_does(encoder_folder, source, t
     _, work = at_work(encoder_folder, source, Distil(teacher=teacher), document_tokens=6)
     work.prepare()
     batch = batch_of(work, 0)
+    assert work._stored is not None
     short = Embedder.load(teacher, document_tokens=6).encode([SENTENCES[0]])
     np.testing.assert_allclose(work._stored.of(batch.rows).numpy(), short, atol=1e-3)
     assert batch.truncated == 1

@@ -22,17 +22,21 @@ def texts(tmp_path, cache, monkeypatch):
 
 
 @pytest.fixture
-def teacher(encoder_folder, monkeypatch):
-    """It counts the texts that it encodes."""
-    teacher = Embedder.load(encoder_folder, prompts=PROMPTS)
-    teacher.encoded, encode = [], teacher.encode
+def teacher(encoder_folder):
+    return Embedder.load(encoder_folder, prompts=PROMPTS)
+
+
+@pytest.fixture
+def encoded(teacher, monkeypatch):
+    """The texts that the teacher has encoded."""
+    seen, encode = [], teacher.encode
 
     def counted(some, *args, **options):
-        teacher.encoded += some
+        seen.extend(some)
         return encode(some, *args, **options)
 
     monkeypatch.setattr(teacher, "encode", counted)
-    return teacher
+    return seen
 
 
 def rows(*places):
@@ -60,40 +64,42 @@ def test_of_both_every_second_text_is_a_query(texts):
     assert [role_of_row(row, "both") for row in range(3)] == ["document", "query", "document"]
 
 
-def test_they_are_encoded_once_and_those_of_a_killed_run_are_kept(texts, teacher, monkeypatch):
+def test_they_are_encoded_once_and_those_of_a_killed_run_are_kept(
+    texts, teacher, encoded, monkeypatch
+):
     encode = teacher.encode
 
     def dying(some, *args, **options):
-        if len(teacher.encoded) >= 10:
+        if len(encoded) >= 10:
             raise KeyboardInterrupt
         return encode(some, *args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(teacher, "encode", dying)
         teacher_vectors(teacher, texts, "document")
-    assert len(teacher.encoded) == 10
+    assert len(encoded) == 10
     stored = teacher_vectors(teacher, texts, "document")
-    assert len(teacher.encoded) == 12 + 3
+    assert len(encoded) == 12 + 3
     again = teacher_vectors(teacher, texts, "document")
-    assert len(teacher.encoded) == 12 + 3
+    assert len(encoded) == 12 + 3
     chosen = rows((0, 1), (1, 1))
     assert torch.equal(stored.of(chosen), again.of(chosen))
 
 
-def test_another_teacher_and_other_texts_are_encoded_again(texts, teacher, tmp_path):
+def test_another_teacher_and_other_texts_are_encoded_again(texts, teacher, encoded, tmp_path):
     teacher_vectors(teacher, texts, "document")
     (tmp_path / "second.txt").write_text("another text\n")
     teacher_vectors(teacher, [texts[0], open_texts(tmp_path / "second.txt")], "document")
-    assert teacher.encoded[15:] == ["another text"]
+    assert encoded[15:] == ["another text"]
     before = teacher_vectors(teacher, texts[:1], "document").of(rows((0, 0)))
     with torch.no_grad():
         for weight in teacher.backbone.parameters():
             weight += 0.01
     after = teacher_vectors(teacher, texts[:1], "document").of(rows((0, 0)))
-    assert len(teacher.encoded) == 16 + 12 and not torch.equal(before, after)
+    assert len(encoded) == 16 + 12 and not torch.equal(before, after)
 
 
-def test_a_damaged_file_is_encoded_again(texts, teacher):
+def test_a_damaged_file_is_encoded_again(texts, teacher, encoded):
     stored = teacher_vectors(teacher, texts[:1], "document")
     expected = stored.of(rows((0, 7)))
     path = stored.shards[0][1]
@@ -101,7 +107,7 @@ def test_a_damaged_file_is_encoded_again(texts, teacher):
     content[-3] ^= 0x40
     path.write_bytes(content)
     again = teacher_vectors(teacher, texts[:1], "document")
-    assert len(teacher.encoded) == 12 + 5
+    assert len(encoded) == 12 + 5
     assert torch.equal(again.of(rows((0, 7))), expected)
 
 
