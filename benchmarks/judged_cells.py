@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from tercet.recipes.distil import distil
 
 from benchmarks.llm2vec_quality import sentences_of
 from tercet.curate.convert.conversion import Conversion
@@ -31,7 +32,7 @@ from tercet.data.files.similarity import SimilaritySet
 from tercet.data.files.sources import Source, iter_examples, open_source, write_examples
 from tercet.data.files.texts import open_texts
 from tercet.evaluate.measures.latent_words import word_baselines, word_probe
-from tercet.evaluate.measures.retrieval import evaluate_hits
+from tercet.evaluate.measures.retrieval import evaluate_hits, evaluate_retrieval
 from tercet.evaluate.measures.tuned_weights import dev_candidates, tune
 from tercet.evaluate.report.intervals import Interval, pooled_interval
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
@@ -331,6 +332,16 @@ def written(path: Path, examples: Callable[[], Iterable[Example]]) -> Path:
     return path
 
 
+def written_texts(path: Path, texts: Callable[[], Iterable[str]]) -> Path:
+    """A file of plain texts, which is written if it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts())
+        with replacing_file(path) as fresh:
+            fresh.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 # ---- SciFact -------------------------------------------------------------------------------------
 
 RATES: Final = (2e-5, 5e-5, 1e-4)
@@ -382,12 +393,31 @@ MINING: Final = {
 }
 
 
-def finetuned(job: Job, *, model: str, rate: float | None = None, with_mined: bool = True) -> Found:
+IGNORE_RULES: Final = ("margin", "percent")
+RULE_CELLS: Final = [f"scifact/minilm-rule-{rule}" for rule in IGNORE_RULES]
+
+
+def with_rule(job: Job) -> Found:
+    """Fine-tune with the rule on false negatives that was the best one on the dev set."""
+    best = job.place.best(RULE_CELLS, SCIFACT_DEV)
+    if not job.seed:
+        return Found(same_as=best)
+    return finetuned(job, model="minilm", ignore_rule=IGNORE_RULES[RULE_CELLS.index(best)])
+
+
+def finetuned(
+    job: Job,
+    *,
+    model: str,
+    rate: float | None = None,
+    with_mined: bool = True,
+    **of_stage: Any,
+) -> Found:
     """Fine-tune on claims; without a rate, with the one that was the best on the dev set."""
     place = job.place
     if rate is None:
         best = place.best(rate_cells(model), SCIFACT_DEV)
-        if with_mined and not job.seed:
+        if with_mined and not of_stage and not job.seed:
             return Found(same_as=best)
         rate = RATES[rate_cells(model).index(best)]
     path = mined_claims(place, model) if with_mined else claims(place)
@@ -398,6 +428,7 @@ def finetuned(job: Job, *, model: str, rate: float | None = None, with_mined: bo
         seed=job.seed,
         **SCIFACT_NUMBERS,
     )
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], **of_stage),))
     facts = trained(job, recipe, {"pairs": [open_source(path)]})
     return measured(place, load(job.folder / "model"), (SCIFACT, *KEPT[model]), rate=rate, **facts)
 
@@ -483,6 +514,62 @@ def subset(data: RetrievalSet, rows: slice) -> RetrievalSet:
 def some_queries(found: HybridHits, rows: slice) -> HybridHits:
     """The candidates of some queries."""
     return HybridHits(found.kinds, found.rows[rows], found.parts[:, rows])
+
+
+STUDENT_LAYERS: Final = 3  # of the teacher's 12
+STUDENT_STEPS: Final = 400  # of 32 texts
+STUDENT_RATES: Final = (2e-4, 5e-4)
+STUDENT_CELLS: Final = [f"scifact/student-rate-{rate:g}" for rate in STUDENT_RATES]
+
+
+def student(job: Job, *, rate: float | None = None) -> Found:
+    """Teach the first layers of me5-small what all of it says of abstracts and titles, unlabelled.
+
+    Every second text is a title, which is read as a query.
+    """
+    place = job.place
+    if rate is None:
+        best = place.best(STUDENT_CELLS, SCIFACT_DEV)
+        if not job.seed:
+            return Found(same_as=best)
+        rate = STUDENT_RATES[STUDENT_CELLS.index(best)]
+    base = BASES["me5-small"]
+    recipe = distil(
+        model=base,
+        teacher=base,
+        keep_layers=STUDENT_LAYERS,
+        read_as="both",
+        steps=STUDENT_STEPS,
+        batch_size=STUDENT_BATCH,
+        learning_rate=rate,
+        max_tokens=LIMITS["document_tokens"],
+        seed=job.seed,
+    )
+    path = written_texts(place.file("abstracts.jsonl"), lambda: abstracts_and_titles(place.sets))
+    facts = trained(job, recipe, {"texts": [open_texts(path)]})
+    sets = (SCIFACT, *KEPT["me5-small"])
+    return measured(place, load(job.folder / "model"), sets, rate=rate, **facts)
+
+
+STUDENT_BATCH: Final = 32
+
+
+def abstracts_and_titles(sets: Path) -> Iterable[str]:
+    """Each abstract with its title, and then its title alone."""
+    for line in (sets / SCIFACT / "corpus.jsonl").read_text(encoding="utf-8").splitlines():
+        document = json.loads(line)
+        yield f"{document['title']} {document['text']}".strip()
+        yield document["title"] or document["text"]
+
+
+def asked_by_student(job: Job) -> Found:
+    """The student encodes claims, and the teacher abstracts."""
+    place, data = job.place, both_claims(job.place.sets)
+    best = place.best(STUDENT_CELLS, SCIFACT_DEV)
+    queries = load(place.model(best) / "model").encode(data.queries, "query")
+    documents = load("me5-small").encode(data.documents, "document")
+    found = evaluate_retrieval(data, queries, documents, names=["ndcg@10"])
+    return Found(split_answers(np.asarray(found.scores["ndcg@10"])))
 
 
 def one_positive(place: Place) -> Path:
@@ -639,13 +726,8 @@ def decoder_stage(job: Job, *, stage: str, base: str) -> Found:
         seed=job.seed,
     )
     known = [row for row in _packages("en").values() if row["split"] == "train"]
-    texts = {"mntp": (row["long"] for row in known), "simcse": sentences_of(known)}[stage]
-    path = job.place.file(f"{stage}.jsonl")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        with replacing_file(path) as fresh:
-            fresh.write_text("".join(lines), encoding="utf-8")
+    texts = {"mntp": (row["long"] for row in known), "simcse": sentences_of(known)}
+    path = written_texts(job.place.file(f"{stage}.jsonl"), lambda: texts[stage])
     data = {recipe.stages[0].data: [open_texts(path)]}
     facts = trained(job, recipe, data)
     model = load(job.folder / "model", **DECODER_LIMITS)
@@ -705,6 +787,15 @@ def _scifact() -> Iterable[Cell]:
         if model == "minilm":
             run = partial(finetuned, model=model, with_mined=False)
             yield Cell(f"scifact/{model}-pairs", run, 6, tuple(rates), seeds=3)
+            for rule, name in zip(IGNORE_RULES, RULE_CELLS, strict=True):
+                run = partial(finetuned, model=model, ignore_rule=rule)
+                yield Cell(name, run, minutes, tuple(rates))
+            yield Cell(f"scifact/{model}-rule", with_rule, minutes, tuple(RULE_CELLS), seeds=3)
+    teacher = ("scifact/me5-small",)
+    for rate, name in zip(STUDENT_RATES, STUDENT_CELLS, strict=True):
+        yield Cell(name, partial(student, rate=rate), 12, teacher, keeps_model=True)
+    yield Cell("scifact/student", student, 10, tuple(STUDENT_CELLS), seeds=3)
+    yield Cell("scifact/student-queries", asked_by_student, 6, tuple(STUDENT_CELLS))
     rows = ("scifact/minilm-rows",)
     yield Cell("scifact/m3-untrained", partial(three_kinds, rate=0.0), 6, rows)
     for rate, name in zip(M3_RATES, M3_CELLS, strict=True):
@@ -784,8 +875,14 @@ def _scifact_rows(of: str) -> list[Row]:
         Row("minilm, pairs", "scifact/minilm-pairs", of, base),
         Row("minilm, + mined negatives", mined, of, "scifact/minilm-pairs"),
         Row("minilm, + mined negatives", mined, of, base),
+        Row("minilm, + rule on false negatives", "scifact/minilm-rule", of, mined),
         Row("me5-small, untouched", "scifact/me5-small", of, "scifact/bm25"),
         Row("me5-small, + mined negatives", "scifact/me5-small-mined", of, "scifact/me5-small"),
+    ]
+    teacher = "scifact/me5-small"
+    rows += [
+        Row("student, 3 of 12 layers of me5-small", "scifact/student", of, teacher),
+        Row("the student's queries, me5-small's abstracts", "scifact/student-queries", of, teacher),
     ]
     for cell, title in (("m3-untrained", "untrained"), ("m3", "bge-m3")):
         for part in PARTS:
@@ -802,6 +899,8 @@ def _scifact_rows(of: str) -> list[Row]:
     if of == SCIFACT_DEV:
         for model in KEPT:
             rows += [Row(name, name, of, f"scifact/{model}") for name in rate_cells(model)]
+        rows += [Row(name, name, of, mined) for name in RULE_CELLS]
+        rows += [Row(name, name, of, teacher) for name in STUDENT_CELLS]
         rows += [Row(name, name, of, base, "tuned sum") for name in M3_CELLS]
     return rows
 
@@ -809,7 +908,7 @@ def _scifact_rows(of: str) -> list[Row]:
 def _kept_rows() -> list[Row]:
     trained = {
         "minilm": {"minilm-pairs": "pairs", "minilm-mined": "+ mined negatives", "m3": "bge-m3"},
-        "me5-small": {"me5-small-mined": "+ mined negatives"},
+        "me5-small": {"me5-small-mined": "+ mined negatives", "student": "student"},
     }
     return [
         Row(f"{model}, {title}", f"scifact/{cell}", of, f"scifact/{model}")
