@@ -247,9 +247,7 @@ class Aim:
 
     what: str
     chosen: Callable[[dict[str, Any]], bool]  # the rows that show it
-    found: Callable[
-        [list[dict[str, Any]]], tuple[str, bool]
-    ]  # what they say, and whether it is met
+    found: Callable[[Rows], Said]
 
 
 def reaches(least: float) -> Callable[[Rows], Said]:
