@@ -17,7 +17,7 @@ from tercet.distributed import gather_ints, gather_rows, world
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
 from tercet.losses.cosent import cosent
-from tercet.losses.info_nce import info_nce
+from tercet.losses.info_nce import info_nce_losses
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.objectives.objective import Traits
@@ -83,14 +83,18 @@ class Contrastive:
         shorter = [dim for dim in self.dims if dim < width]
         if not shorter:  # scaled once, instead of every block of scores
             queries, documents = F.normalize(queries, dim=1), F.normalize(documents, dim=1)
-        loss = info_nce(
+        losses = info_nce_losses(
             queries,
             gather_rows(documents),
             relation,
             self.temperature,
             dims=(*sorted(shorter), width) if shorter else None,
         )
-        return {"loss": loss} if ranked is None else {"loss": loss + ranked, "similarity": ranked}
+        if relation.ignoring is None:
+            del losses["ignored"]
+        if ranked is not None:
+            losses |= {"loss": losses["loss"] + ranked, "similarity": ranked}
+        return losses
 
     def _ranked(self, texts: Float[Tensor, "texts dim"], pairs: ScoredPairs) -> Tensor | None:
         """Return a process's share of the loss of all pairs with a score; None without such pairs.
