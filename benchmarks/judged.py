@@ -228,8 +228,8 @@ def verdict(lead: Interval) -> str:
 
 def mean_of(minutes: Iterable[float | None]) -> float | None:
     """The mean over seeds; None where nothing was spent on it."""
-    spent = list(minutes)
-    return None if None in spent else round(float(np.mean(spent)), 2)
+    spent = [each for each in minutes if each is not None]
+    return round(float(np.mean(spent)), 2) if spent else None
 
 
 def numbers(figure: Interval) -> list[float]:

@@ -444,7 +444,7 @@ def finetuned(
 ) -> Found:
     """Fine-tune on claims; without a rate, with the one that was chosen with mined negatives."""
     place = job.place
-    rate = rate or place.facts(f"scifact/{model}-mined")["rate"]
+    rate = rate or float(place.facts(f"scifact/{model}-mined")["rate"])
     of_stage = {name: numbers.pop(name) for name in ("ignore_rule",) if name in numbers}
     recipe = finetune(
         model=BASES[model],
@@ -691,7 +691,7 @@ STS_RATES: Final = by_rate(1e-5, 3e-5, 1e-4)
 
 def similar(job: Job, *, method: str, lang: str, rate: float | None = None) -> Found:
     """Train on scored pairs in one way; without a rate, with the one chosen for English."""
-    rate = rate or job.place.facts(f"similarity/{method}-en")["rate"]
+    rate = rate or float(job.place.facts(f"similarity/{method}-en")["rate"])
     recipe = finetune(
         model=BASES["me5-small"], learning_rate=rate, seed=job.seed, negatives=3, **STS_NUMBERS
     )
