@@ -62,6 +62,7 @@ class Model:
     kinds: tuple[Kind, ...] | None = None  # of vectors that it makes; missing heads are created
     multi_dim: int | None = None  # width of a token's vector
     dense_dim: int | None = None  # width of a text's vector; another one adds a dense layer
+    as_wide_as: str | None = None  # a model whose width that is
     cls_every: int | None = None  # repeat the start token after this many tokens
     freeze_backbone: bool = False  # train the heads and other new layers alone
     positions: int | None = None  # extend the position table for longer texts; train on such texts
