@@ -81,13 +81,19 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.list:
         show(place, jobs, missing)
         return
+    failed: list[str] = []
     for number, (cell, seed) in enumerate(missing, start=1):
         print(f"cell {number} of {len(missing)}: {cell.name}, seed {seed}", flush=True)
-        run_in_process(given, cell, seed)
+        if without := [need for need in cell.needs if place.kept(need) is None]:
+            failed.append(f"{cell.name}, seed {seed}: {', '.join(without)} is missing")
+        elif not run_in_process(given, cell, seed):
+            failed.append(f"{cell.name}, seed {seed}")
     rows = measured_rows(place, cells)
     write_results("judged", rows, "bm25s", "scikit-learn", out=given.results)
     if given.page:
         write_page(given.page, markdown(rows))
+    if failed:
+        raise SystemExit("\n".join(["these cells failed:", *failed]))
 
 
 # ---- running cells -------------------------------------------------------------------------------
@@ -126,12 +132,12 @@ def show(
     print(f"{len(missing)} of {len(jobs)} are left: about {left / 60:.1f} hours of one core")
 
 
-def run_in_process(given: argparse.Namespace, cell: Cell, seed: int) -> None:
-    """Run a cell in a process with one thread."""
+def run_in_process(given: argparse.Namespace, cell: Cell, seed: int) -> bool:
+    """Run a cell in a process with one thread, and return whether it succeeded."""
     command = [sys.executable, "-m", "benchmarks.judged", "--run-cell", cell.name, str(seed)]
     command += ["--sets", str(given.sets), "--out", str(given.out), "--peer", given.peer]
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run(command, check=True, env={**os.environ, **threads})
+    return not subprocess.run(command, check=False, env={**os.environ, **threads}).returncode
 
 
 def run_here(place: Place, cell: Cell, seed: int) -> None:

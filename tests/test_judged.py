@@ -195,9 +195,10 @@ def test_an_unknown_cell_is_named():
 def test_cells_that_are_done_are_not_run_again_unless_asked_for(place, monkeypatch, capsys):
     ran: list[tuple[str, int]] = []
 
-    def run(given, cell: Cell, seed: int) -> None:
+    def run(given, cell: Cell, seed: int) -> bool:
         ran.append((cell.name, seed))
         judged.run_here(place, cell, seed)
+        return True
 
     monkeypatch.setattr(judged, "all_cells", lambda: CELLS)
     monkeypatch.setattr(judged, "run_in_process", run)
@@ -218,6 +219,33 @@ def test_cells_that_are_done_are_not_run_again_unless_asked_for(place, monkeypat
     assert "1 of 4 are left: about 0.1 hours of one core" in said
     (row,) = json.loads((place.out / "judged.json").read_text())["rows"]
     assert row["set"] == "sts/en" and row["seeds"] == 1 and row["commit"]
+
+
+def test_a_cell_that_fails_stops_only_those_that_need_it(place, monkeypatch):
+    ran: list[str] = []
+
+    def run(given, cell: Cell, seed: int) -> bool:
+        ran.append(cell.name)
+        if cell.name == "a/first":
+            return False
+        judged.run_here(place, cell, seed)
+        return True
+
+    cells = {**CELLS, "c/alone": Cell("c/alone", answer, 1)}
+    monkeypatch.setattr(judged, "all_cells", lambda: cells)
+    monkeypatch.setattr(judged, "run_in_process", run)
+    monkeypatch.setattr(judged, "tables", lambda: {"T": [Row("x", "c/alone", "sts/en")]})
+    words = ["--sets", str(place.sets), "--out", str(place.out)]
+    with pytest.raises(SystemExit) as failure:
+        judged.main([*words, "--results", str(place.out / "judged.json")])
+    assert ran == ["a/first", "c/alone"]
+    said = str(failure.value).splitlines()
+    assert said[:3] == [
+        "these cells failed:",
+        "a/first, seed 0",
+        "a/second, seed 0: a/first is missing",
+    ]
+    assert json.loads((place.out / "judged.json").read_text())["rows"]
 
 
 def test_answers_are_kept_with_seed_minutes_and_commit_and_the_model_is_deleted(place):
