@@ -45,7 +45,7 @@ PAGES = [
     if page not in GENERATED  # by tests/site.py, at each build
 ]
 # Looked up, not read from beginning to end, so they may be longer than a page to read.
-REFERENCE = ("architecture", "log", "traps", "benchmarks/speed", "CHANGELOG")
+REFERENCE = ("architecture", "log", "traps", "benchmarks/speed", "evidence", "CHANGELOG")
 FOLDERS = ("tercet", "tests", "docs", "benchmarks", "examples")
 FILES_OF_OURS = ("tercet.json",)  # looks like a module, and is a file
 

@@ -1,4 +1,4 @@
-"""The choices that make up a model besides its weights: direction, windows, pooling, layer."""
+"""The choices that make up a model besides its weights: direction, windows, pooling, layers."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -10,6 +10,9 @@ Window: TypeAlias = Literal["keep", "full"]
 PoolingName: TypeAlias = Literal["mean", "weighted_mean", "first", "last"]
 LayerKind: TypeAlias = Literal["latent", "self_attention"]
 LayerInit: TypeAlias = Literal["normal", "identity"]
+Activation: TypeAlias = Literal[
+    "identity", "tanh", "relu", "gelu", "sigmoid", "silu", "elu", "selu", "softplus", "leaky_relu"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +64,27 @@ class LayerSettings:
         latents = self.kind != "latent" or self.latents == other.latents
         sizes = self.size_of_head(hidden) == other.size_of_head(hidden)
         return latents and sizes and (self.kind, self.heads) == (other.kind, other.heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSettings:
+    """A dense layer after the pooling: ``act(W x + b)``, plus x, or a projection of it."""
+
+    width: int  # of its output
+    activation: Activation = "identity"
+    bias: bool = False
+    residual: bool = False  # the input is added, projected if its width is another
+
+    def __post_init__(self) -> None:
+        if type(self.width) is not int or self.width < 1:
+            raise RecipeError(
+                f"a dense layer's width must be a whole number of at least 1; got {self.width!r}"
+            )
+        if self.activation not in get_args(Activation):
+            known = ", ".join(get_args(Activation))
+            raise RecipeError(
+                f"a dense layer's activation must be one of {known}; got {self.activation!r}"
+            )
+        for name, value in (("bias", self.bias), ("residual", self.residual)):
+            if not isinstance(value, bool):
+                raise RecipeError(f"a dense layer's {name} must be true or false; got {value!r}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tercet.errors import RecipeError
 from tercet.files.progress import bar
 from tercet.kinds import Kind
-from tercet.models.choices import Attention, PoolingName, Window
+from tercet.models.choices import Activation, Attention, DenseSettings, PoolingName, Window
 from tercet.models.devices import encoded_tokens
 from tercet.models.encode_loop import (
     Step,
@@ -32,6 +32,7 @@ from tercet.models.formats.sentence_transformer_module import as_sentence_transf
 from tercet.models.formats.tercet_folder import load_parts, save_adapter, save_parts
 from tercet.models.network.backbone import Backbone
 from tercet.models.network.cpu.int8 import int8_layers
+from tercet.models.network.dense_layers import DenseLayers
 from tercet.models.network.fingerprints import add_weights
 from tercet.models.network.heads import Heads, SpecialIds
 from tercet.models.network.latent_attention import AttentionLayer, build_layer
@@ -61,8 +62,13 @@ _LATER: Final = (
     "cls_every",
     "default_prompt",
     "rules",
+    "dense_layers",
 )
-_NOT_IN_VECTORS: Final = ("weights", "ranges")  # settings that change no vector
+_NOT_IN_VECTORS: Final = (
+    "weights",
+    "ranges",
+    "shares_space_with",
+)  # settings that change no vector
 
 log = logging.getLogger("tercet")
 
@@ -82,8 +88,8 @@ class Embedder(nn.Module):
     """A backbone, a pooling, and the settings that the model was trained with.
 
     Use ``load`` for a saved model. Made directly, it takes a ``tokenizer`` of transformers, the
-    ``layer`` that ``settings.layer`` describes and the ``heads`` of ``settings.kinds``; None makes
-    new ones with random weights, to be trained.
+    ``layer`` that ``settings.layer`` describes, the ``heads`` of ``settings.kinds`` and the
+    ``dense_layers`` of these settings; None makes new ones with random weights, to be trained.
 
     Examples:
         >>> embedder = Embedder.load("minilm")
@@ -99,6 +105,7 @@ class Embedder(nn.Module):
         settings: Settings,
         layer: AttentionLayer | None = None,
         heads: Heads | None = None,
+        dense_layers: DenseLayers | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -109,6 +116,9 @@ class Embedder(nn.Module):
         if heads is None:
             heads = Heads(backbone.hidden, settings.kinds, settings.multi_dim)
         self.heads = heads.to(weight.device, weight.dtype)
+        if dense_layers is None:
+            dense_layers = DenseLayers(backbone.hidden, settings.dense_layers)
+        self.dense_layers = dense_layers.to(weight.device, weight.dtype)
         self.tokenizer = Tokenizer(tokenizer, append_end=settings.ends)
         limit = backbone.max_tokens
         self.settings = replace(
@@ -126,7 +136,7 @@ class Embedder(nn.Module):
 
     def forward(self, texts: Packed) -> Float[Tensor, "texts dim"]:
         """Return pooled vectors, not normalized: a loss scales each width by itself."""
-        return pooled(self.states(texts), texts, self.settings)
+        return self.dense_layers(pooled(self.states(texts), texts, self.settings))
 
     def vectors(self, texts: Packed, kinds: Sequence[Kind] | None = None) -> Vectors:
         """Return vectors of these kinds, or of all that the model makes, for a loss.
@@ -135,10 +145,11 @@ class Embedder(nn.Module):
         pooled token that is not special, so the same token id may occur several times.
         """
         wanted = self.kinds if kinds is None else kinds
-        return self._vectors(self._network.states(texts), texts, wanted, self.heads)
+        network = self._network
+        return self._vectors(network.states(texts), texts, wanted, network)
 
     def _vectors(
-        self, states: Tensor, texts: Packed, kinds: Sequence[Kind], heads: Heads
+        self, states: Tensor, texts: Packed, kinds: Sequence[Kind], network: Network
     ) -> Vectors:
         if unknown := set(kinds) - {*self.kinds, "dense"}:
             raise RecipeError(
@@ -147,10 +158,13 @@ class Embedder(nn.Module):
             )
         inserted = self.settings.cls_every is not None
         special = SpecialIds.of(self.tokenizer.stock, inserted=inserted)
+        dense = None
+        if "dense" in kinds:
+            dense = network.dense_layers(pooled(states, texts, self.settings))
         return Vectors(
-            pooled(states, texts, self.settings) if "dense" in kinds else None,
-            heads.terms(states, texts, special) if "sparse" in kinds else None,
-            heads.rows(states, texts, special) if "multi" in kinds else None,
+            dense,
+            network.heads.terms(states, texts, special) if "sparse" in kinds else None,
+            network.heads.rows(states, texts, special) if "multi" in kinds else None,
         )
 
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
@@ -159,7 +173,7 @@ class Embedder(nn.Module):
 
     @property
     def _network(self) -> Network:
-        return Network(self.backbone, self.layer, self.heads)
+        return Network(self.backbone, self.layer, self.heads, self.dense_layers)
 
     def train(self, mode: bool = True) -> "Embedder":
         """Set the mode as in torch; training frees what was kept for inference."""
@@ -174,8 +188,26 @@ class Embedder(nn.Module):
 
     @property
     def dim(self) -> int:
-        """The full width of a dense vector."""
-        return self.backbone.hidden
+        """The full width of a dense vector: that of the states, or of the last dense layer."""
+        return self.dense_layers.width
+
+    def add_dense_layer(
+        self, width: int, *, activation: Activation = "identity", bias: bool = False
+    ) -> None:
+        """Append a new dense layer to those after the pooling, to be trained.
+
+        Its weight is orthogonal, so a wider space keeps all cosines until it is trained.
+
+        Raises:
+            RecipeError: for a width or an activation that a layer cannot have.
+
+        Examples:
+            >>> student = Embedder.load("minilm")  # 384 coordinates
+            >>> student.add_dense_layer(768)
+        """
+        self.dense_layers.add(DenseSettings(width=width, activation=activation, bias=bias))
+        self.dense_layers.to(self.device, next(self.backbone.parameters()).dtype)
+        self.settings = replace(self.settings, dense_layers=self.dense_layers.settings)
 
     @property
     def device(self) -> torch.device:
@@ -275,7 +307,7 @@ class Embedder(nn.Module):
                 call only.
             output: "texts" for one vector per text; "tokens" for the states of each text's pooled
                 tokens, or "words" for the mean state of each word between white space, both not
-                normalized.
+                normalized and before any dense layer.
 
         Returns:
             An array of shape [texts, dim], of unit length if ``settings.normalize``; for "tokens"
@@ -291,7 +323,8 @@ class Embedder(nn.Module):
         Examples:
             >>> vectors = embedder.encode(["a small editor"], dims=128)  # [1, 128], float32
         """
-        width = self._width(dims)
+        of_tokens = output != "texts"
+        width = self._width(dims, of_tokens=of_tokens)
         given = {"pooling": pooling, "echo": echo}
         settings = changed(self.settings, {k: v for k, v in given.items() if v is not None})
         texts, words = checked_texts(texts), output == "words"
@@ -303,11 +336,12 @@ class Embedder(nn.Module):
                 return token_states(steps, len(texts), width)
             if words:
                 return word_states(steps, [Words.of(text) for text in texts], width)
-            unit = settings.normalize or dims is not None
+            unit, network = settings.normalize or dims is not None, reader.network
             found = np.empty((len(texts), width), dtype=np.float32)
 
             def finished(step: Step) -> Vectors:
-                vectors = pooled(step.states, step.texts, settings)[:, :width].float()
+                vectors = network.dense_layers(pooled(step.states, step.texts, settings))
+                vectors = vectors[:, :width].float()
                 return Vectors(F.normalize(vectors, dim=1) if unit else vectors)
 
             for step, vectors in on_host((step, finished(step)) for step in steps):
@@ -355,7 +389,7 @@ class Embedder(nn.Module):
         unit = self.settings.normalize or dims is not None
 
         def finished(step: Step) -> Vectors:
-            made = self._vectors(step.states, step.texts, wanted, reader.heads)
+            made = self._vectors(step.states, step.texts, wanted, reader.network)
             dense, sparse = made.dense, made.sparse
             if dense is not None:
                 dense = dense[:, :width].float()
@@ -389,7 +423,7 @@ class Embedder(nn.Module):
         texts = texts.to(self.device)
         with self.reading(reader=reader) as used:
             states = used.states(texts)
-            return self._vectors(states, texts, kinds, used.heads), states
+            return self._vectors(states, texts, kinds, used.network), states
 
     def encode_words(self, sentences: Sentences, *, predictor: bool = False) -> list[np.ndarray]:
         """Return one vector for each word of each sentence.
@@ -425,12 +459,13 @@ class Embedder(nn.Module):
                 batch_by_batch(reader.states, self.device, texts, tokenize, self.batch_tokens)
             ) as steps,
         ):
-            return word_states(steps, words, self.dim, predictor=predictor)
+            return word_states(steps, words, self.backbone.hidden, predictor=predictor)
 
-    def _width(self, dims: int | None) -> int:
-        width = self.dim if dims is None else dims
-        if not 0 < width <= self.dim:
-            raise RecipeError(f"dims must be between 1 and the model's {self.dim}; got {dims}")
+    def _width(self, dims: int | None, *, of_tokens: bool = False) -> int:
+        most = self.backbone.hidden if of_tokens else self.dim
+        width = most if dims is None else dims
+        if not 0 < width <= most:
+            raise RecipeError(f"dims must be between 1 and the model's {most}; got {dims}")
         return width
 
     @contextmanager
@@ -534,7 +569,12 @@ class Embedder(nn.Module):
             keep_layers=keep_layers,
         )
         embedder = Embedder(
-            parts.backbone, parts.tokenizer, parts.settings, parts.layer, parts.heads
+            parts.backbone,
+            parts.tokenizer,
+            parts.settings,
+            parts.layer,
+            parts.heads,
+            parts.dense_layers,
         )
         embedder.about = parts.about
         return embedder.eval()
@@ -548,6 +588,7 @@ class Embedder(nn.Module):
             settings=self.settings,
             layer=self.layer,
             heads=self.heads,
+            dense_layers=self.dense_layers,
             about=self.about,
         )
 
@@ -621,6 +662,7 @@ class Embedder(nn.Module):
             for name, weight in self.heads.state_dict().items()
             if name.split(".")[0] in self.kinds
         }
+        weights |= {f"dense.{name}": each for name, each in self.dense_layers.state_dict().items()}
         for name, _, grid in int8_layers(self.backbone.model):
             weights |= {f"{name}.int8.{what}": each for what, each in grid.tensors().items()}
         add_weights(digest, weights)

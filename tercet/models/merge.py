@@ -12,7 +12,13 @@ from tercet.models.choices import Attention
 from tercet.models.embedder import Embedder
 from tercet.models.formats.llm2vec import Llm2Vec, adapter_folder, read_llm2vec
 from tercet.models.formats.lora_adapters import merge_adapter
-from tercet.models.formats.parts import settings_of, tokenizer_of, with_heads, with_layer
+from tercet.models.formats.parts import (
+    settings_of,
+    tokenizer_of,
+    with_dense_layers,
+    with_heads,
+    with_layer,
+)
 from tercet.models.formats.sentence_transformers import read_modules
 from tercet.models.network.backbone import Backbone, probe
 from tercet.models.settings import FILE, Settings, read_settings
@@ -57,16 +63,20 @@ def load_adapters(
     place = str(base or published.base)
     if not place:
         raise ModelError(f"{folders[0]}: does not name its base; give the base")
-    settings = settings or settings_of(place, Path(zoo.resolve(place)))
+    holder = folders[-1]  # of the other trained layers
+    if settings is None:
+        holder = Path(zoo.resolve(place))
+        settings = settings_of(place, holder)
     backbone = Backbone.load(place, attention=attention, window=window)
     for folder in folders:
         merge_adapter(backbone, folder)
     backbone.to(dtype).eval()
     probe(backbone)
-    settings, layer = with_layer(folders[-1], settings, {}, backbone.hidden, dtype)
-    settings, heads = with_heads(folders[-1], settings, settings, backbone.hidden)
+    settings, layer = with_layer(holder, settings, {}, backbone.hidden, dtype)
+    settings, heads = with_heads(holder, settings, settings, backbone.hidden)
+    dense_layers = with_dense_layers(holder, settings, settings, backbone.hidden)
     loaded = tokenizer_of(tokenizer or zoo.resolve(place))
-    embedder = Embedder(backbone, loaded, settings, layer, heads)
+    embedder = Embedder(backbone, loaded, settings, layer, heads, dense_layers)
     embedder.about = lineage(place, adapters)
     return embedder
 

@@ -54,7 +54,9 @@ def with_tokenizer(embedder: Embedder, tokenizer: Any, *, rows: TokenInit = "rem
         if hasattr(config, name):
             setattr(config, name, getattr(tokenizer, name, None))
     probe(backbone)
-    made = Embedder(backbone, tokenizer, settings, embedder.layer, embedder.heads)
+    made = Embedder(
+        backbone, tokenizer, settings, embedder.layer, embedder.heads, embedder.dense_layers
+    )
     made.about = dict(embedder.about)
     return made
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
 
 from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import read_json, write_json
 from tercet.kinds import KINDS, Kind, Weights
-from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
+from tercet.models.choices import Attention, DenseSettings, LayerSettings, PoolingName, Window
 from tercet.models.texts import ROLES, role_of, surrogate_in
 from tercet.models.tokens import Form
 from tercet.rank.quantized import CodePrecision, Quantizer, Ranges
@@ -24,6 +24,8 @@ Rules: TypeAlias = Literal["tercet", "sentence_transformers", "llm2vec"]
   an empty text the special tokens behind it are pooled.
 - llm2vec: no token is added, since a template ends texts; otherwise as tercet.
 """
+
+Layer = TypeVar("Layer", LayerSettings, DenseSettings)
 
 VERSION: Final = 1
 FILE: Final = "tercet.json"
@@ -40,6 +42,7 @@ class Settings:
     default_prompt: str | None = None  # name of the prompt of roles that have none
     task_prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task -> the same
     layer: LayerSettings | None = None  # trained, between token states and pooling
+    dense_layers: tuple[DenseSettings, ...] = ()  # trained, after the pooling, in order
     append_end: bool = False  # the end-of-text token after every text, part of the vector
     suffixes: Mapping[str, str] = field(default_factory=dict)  # role -> what is put after a text
     pool_prompt: bool = True  # false: a prompt is read, but not part of the vector
@@ -56,6 +59,7 @@ class Settings:
     cls_every: int | None = None  # repeat the start token every n tokens and average them (MCLS)
     weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of kinds; "": default
     ranges: Mapping[int, Ranges] = field(default_factory=dict)  # coordinates kept -> of their codes
+    shares_space_with: tuple[str, ...] = ()  # fingerprints of the model that it was distilled from
 
     def prompt(self, name: str, task: str | None = None) -> str:
         """Return what is put before a text of this role, which may be a synonym.
@@ -135,11 +139,16 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     if unknown:
         raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
     given = dict(changes)
-    for name in ("dims", "kinds"):
+    for name in ("dims", "kinds", "dense_layers", "shares_space_with"):
         if isinstance(given.get(name), list):
             given[name] = tuple(given[name])
     if isinstance(given.get("layer"), Mapping):
-        given["layer"] = _layer_of(given["layer"])
+        given["layer"] = _layer_of("layer", LayerSettings, given["layer"])
+    if isinstance(given.get("dense_layers"), tuple):
+        given["dense_layers"] = tuple(
+            _layer_of("dense_layers", DenseSettings, each) if isinstance(each, Mapping) else each
+            for each in given["dense_layers"]
+        )
     if isinstance(given.get("weights"), Mapping):
         given["weights"] = {task: _weights_of(each) for task, each in given["weights"].items()}
     if isinstance(given.get("ranges"), Mapping):
@@ -211,11 +220,11 @@ def _check(name: str, value: Any) -> None:
         raise RecipeError(f"the setting {name} must be {expected}; got {value!r}")
 
 
-def _layer_of(record: Mapping[str, Any]) -> LayerSettings:
+def _layer_of(name: str, kind: type[Layer], record: Mapping[str, Any]) -> Layer:
     try:
-        return LayerSettings(**record)
+        return kind(**record)
     except TypeError as error:
-        raise RecipeError(f"the setting layer cannot be {dict(record)}; {error}") from error
+        raise RecipeError(f"the setting {name} cannot be {dict(record)}; {error}") from error
 
 
 def _weights_of(record: Any) -> Any:
@@ -263,6 +272,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+
+
 def _are_kinds(value: Any) -> bool:
     if not isinstance(value, tuple):
         return False
@@ -282,10 +295,15 @@ _EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "suffixes": (_are_texts, "texts by role, in valid Unicode"),
     "task_prompts": (_by_name(_are_texts), "texts by task and role, in valid Unicode"),
     "layer": (lambda it: it is None or isinstance(it, LayerSettings), "a layer or null"),
+    "dense_layers": (
+        lambda it: isinstance(it, tuple) and all(isinstance(each, DenseSettings) for each in it),
+        "a list of dense layers",
+    ),
     "dims": (lambda it: isinstance(it, tuple) and all(map(_is_count, it)), "a list of widths"),
     "kinds": (_are_kinds, f"a list of kinds of vectors, from {', '.join(KINDS)}"),
     "weights": (_by_name(lambda it: isinstance(it, Weights)), "weights of the kinds by task"),
     "ranges": (lambda it: isinstance(it, Mapping), "ranges of codes by number of coordinates"),
+    "shares_space_with": (_are_names, "a list of fingerprints"),
     "query_tokens": (_is_count, "a whole number above 0"),
     "document_tokens": (_is_count, "a whole number above 0"),
     "multi_dim": (lambda it: it is None or _is_count(it), "a whole number above 0, or null"),

@@ -7,17 +7,21 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
-from tercet.data.batches.collate import Batch, Collator
+from tercet.data.batches.collate import Batch, Collator, ScoredPairs
 from tercet.data.batches.sampler import BatchRows
 from tercet.data.files.sources import Source
-from tercet.distributed import gather_rows
+from tercet.distributed import gather_ints, gather_rows, world
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
-from tercet.losses.info_nce import info_nce
+from tercet.losses.cosent import cosent
+from tercet.losses.info_nce import info_nce_losses
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.objectives.objective import Traits
+from tercet.segments import Packed
 from tercet.types import Policy
 from tercet.vectors import Vectors
 
@@ -35,40 +39,82 @@ class Contrastive:
 
     arXiv 1807.03748, eq. 4; arXiv 2205.13147, eq. 1. Each process takes its queries against the
     documents of all, so that summed gradients are those of the whole batch.
+
+    Pairs of a batch that have a similarity score learn its order by
+    :func:`tercet.losses.cosent.cosent`, over the same widths; they are neither queries nor
+    documents of InfoNCE. The loss is the sum of both.
     """
 
     temperature: float = 0.05
     dims: tuple[int, ...] = ()
+    similarity_temperature: float = 0.05
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < inf:
             raise RecipeError(f"temperature is {self.temperature}; give a number above 0")
+        if not 0 < self.similarity_temperature < inf:
+            raise RecipeError(
+                f"similarity_temperature is {self.similarity_temperature}; give a number above 0"
+            )
         check_dims(self.dims)
 
     @property
     def traits(self) -> Traits:
         """Dense vectors of queries and documents are compared."""
         return Traits(
-            kinds=("dense",), dims=self.dims, contrasts=True, cacheable=True, shardable=True
+            kinds=("dense",),
+            dims=self.dims,
+            contrasts=True,
+            ranks_pairs=True,
+            cacheable=True,
+            shardable=True,
         )
 
     def loss(self, vectors: Vectors, batch: Batch, step: int = 0) -> Losses:
         """Return the loss of the dense vectors: this process's share, if there are several."""
         dense = vectors.dense
         assert dense is not None, "embedded as dense vectors"
-        queries, documents = dense[: batch.queries], dense[batch.queries :]
+        first = len(dense) - 2 * len(batch.pairs)
+        queries, documents = dense[: batch.queries], dense[batch.queries : first]
+        relation = batch.relation.gathered()
+        ranked = self._ranked(dense[first:], batch.pairs)
+        if ranked is not None and not relation.positives:  # pairs alone
+            return {"loss": ranked, "similarity": ranked}
         width = dense.shape[1]
         shorter = [dim for dim in self.dims if dim < width]
         if not shorter:  # scaled once, instead of every block of scores
             queries, documents = F.normalize(queries, dim=1), F.normalize(documents, dim=1)
-        loss = info_nce(
+        losses = info_nce_losses(
             queries,
             gather_rows(documents),
-            batch.relation.gathered(),
+            relation,
             self.temperature,
             dims=(*sorted(shorter), width) if shorter else None,
         )
-        return {"loss": loss}
+        if relation.ignoring is None:
+            del losses["ignored"]
+        if ranked is not None:
+            losses |= {"loss": losses["loss"] + ranked, "similarity": ranked}
+        return losses
+
+    def _ranked(self, texts: Float[Tensor, "texts dim"], pairs: ScoredPairs) -> Tensor | None:
+        """Return a process's share of the loss of all pairs with a score; None without such pairs.
+
+        ``texts`` are the first texts of the pairs of this process, then the second ones. Every
+        process compares the pairs of all, and takes an equal part of the loss.
+        """
+        if not int(gather_ints(torch.tensor([len(pairs)])).sum()):
+            return None
+        scores, scales = gather_rows(pairs.scores[:, None]).squeeze(1), gather_ints(pairs.scales)
+        width = texts.shape[1]
+        widths = sorted({width, *(dim for dim in self.dims if dim < width)})
+        wide = texts.to(torch.promote_types(texts.dtype, torch.float32))
+        first, second = wide[: len(pairs)], wide[len(pairs) :]
+        with torch.autocast(texts.device.type, enabled=False):
+            own = [F.cosine_similarity(first[:, :dim], second[:, :dim]) for dim in widths]
+        cosines = gather_rows(torch.stack(own, dim=1))
+        losses = [cosent(x, scores, scales, self.similarity_temperature) for x in cosines.T]
+        return torch.stack(losses).mean() / world()
 
     def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "PairWork":
         """Bind the objective to an embedder and examples.
@@ -122,22 +168,39 @@ class PairWork:
 
     def backward(self, batch: Batch, chunks: Chunks, step: int = 0) -> Losses:
         """Embed in chunks, compute the loss over all vectors, and propagate its gradient."""
-        # A small batch is shared by others; they wait for this one.
-        if not len(batch.texts) and not chunks.in_step:
-            return self._of_no_texts(batch, step)
-        return backward_in_chunks(
-            lambda texts: self.embedder.vectors(texts, self.kinds),
-            batch.texts.to(self.embedder.device),
-            lambda vectors: self.loss(vectors, batch, step),
-            chunks=chunks,
-        )
 
-    def _of_no_texts(self, batch: Batch, step: int) -> Losses:
-        """Return the loss of an empty share: its backward answers the other processes."""
-        embedder = self.embedder
-        nothing = Vectors.of_nothing(self.kinds, embedder.dim, embedder.heads.width)
-        dtype = torch.promote_types(next(embedder.parameters()).dtype, torch.float32)
-        leaves = [t.to(embedder.device, dtype).requires_grad_() for t in nothing.tensors()]
-        losses = self.loss(nothing.to(embedder.device).with_tensors(leaves), batch, step)
-        losses["loss"].backward()
-        return {name: value.detach() for name, value in losses.items()}
+        def loss(vectors: Vectors) -> Losses:
+            return self.loss(vectors, batch, step)
+
+        return backward_of_vectors(self.embedder, self.kinds, batch.texts, loss, chunks)
+
+
+def backward_of_vectors(
+    embedder: Embedder,
+    kinds: Sequence[Kind],
+    texts: Packed,
+    loss: Callable[[Vectors], Losses],
+    chunks: Chunks,
+) -> Losses:
+    """Embed texts in chunks, compute a loss over all their vectors, and propagate its gradient."""
+    # A small batch is shared by others; they wait for this one.
+    if not len(texts) and not chunks.in_step:
+        return _of_no_texts(embedder, kinds, loss)
+    return backward_in_chunks(
+        lambda some: embedder.vectors(some, kinds),
+        texts.to(embedder.device),
+        loss,
+        chunks=chunks,
+    )
+
+
+def _of_no_texts(
+    embedder: Embedder, kinds: Sequence[Kind], loss: Callable[[Vectors], Losses]
+) -> Losses:
+    """Return the loss of an empty share: its backward answers the other processes."""
+    nothing = Vectors.of_nothing(kinds, embedder.dim, embedder.heads.width)
+    dtype = torch.promote_types(next(embedder.parameters()).dtype, torch.float32)
+    leaves = [t.to(embedder.device, dtype).requires_grad_() for t in nothing.tensors()]
+    losses = loss(nothing.to(embedder.device).with_tensors(leaves))
+    losses["loss"].backward()
+    return {name: value.detach() for name, value in losses.items()}

@@ -133,10 +133,11 @@ class MNTPWork:
         device = self.embedder.device
         bias = None if head.bias is None else head.bias.to(device)
         found = Head(head.weight.to(device), bias, head.scale, head.softcap)
-        if found.weight.shape[1] != self.embedder.dim:
+        hidden = self.embedder.backbone.hidden
+        if found.weight.shape[1] != hidden:
             raise RecipeError(
                 f"the head of {self.objective.head} takes states of {found.weight.shape[1]} "
-                f"numbers, but the model's have {self.embedder.dim}; name the model it came from"
+                f"numbers, but the model's have {hidden}; name the model it came from"
             )
         return found
 

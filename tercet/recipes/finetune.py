@@ -29,6 +29,7 @@ def finetune(
         "Course of the learning rate; wsd: warmup, stable, decay.",
     ] = "linear",
     temperature: flags.Temperature = 0.05,
+    similarity_temperature: flags.SimilarityTemperature = 0.05,
     dims: flags.ShorterDims = None,
     negatives: flags.Negatives = 8,
     in_batch: Annotated[
@@ -51,6 +52,7 @@ def finetune(
     query_prompt: flags.QueryPrompt = None,
     document_prompt: flags.DocumentPrompt = None,
     pooling: flags.ModelsPooling = None,
+    dense_dim: flags.DenseDim = None,
     attention: flags.TurnDecoder = None,
     lora_rank: flags.LoraRank = None,
     freeze_embeddings: flags.FreezeEmbeddings = False,
@@ -66,6 +68,7 @@ def finetune(
         model=Model(
             base=model,
             pooling=pooling,
+            dense_dim=dense_dim,
             attention=attention,
             lora=lora_of(lora_rank),
             freeze_embeddings=freeze_embeddings,
@@ -76,7 +79,11 @@ def finetune(
         stages=(
             Stage(
                 name="contrastive",
-                objective=Contrastive(temperature=temperature, dims=tuple(dims or ())),
+                objective=Contrastive(
+                    temperature=temperature,
+                    dims=tuple(dims or ()),
+                    similarity_temperature=similarity_temperature,
+                ),
                 epochs=epochs,
                 steps=steps,
                 batch_size=batch_size,

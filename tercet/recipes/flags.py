@@ -33,6 +33,9 @@ StageSteps: TypeAlias = Annotated[
 ]
 Stages: TypeAlias = Annotated[str, "Stages to run, in this order, with commas between."]
 Temperature: TypeAlias = Annotated[float, "Temperature of the softmax over documents."]
+SimilarityTemperature: TypeAlias = Annotated[
+    float, "Temperature of the loss of pairs with a similarity score (CoSENT)."
+]
 Negatives: TypeAlias = Annotated[int, "Maximum number of mined negatives of a query.", "documents"]
 LengthEdges: TypeAlias = Annotated[
     list[int] | None, "Borders between length groups; a batch has texts of one group.", "tokens"
@@ -56,6 +59,12 @@ TurnDecoder: TypeAlias = Annotated[
 ]
 ModelsPooling: TypeAlias = Annotated[
     PoolingName | None, "How token states become a vector. Default: the model's pooling."
+]
+DenseDim: TypeAlias = Annotated[
+    int | None,
+    "Width of the vectors; another one than the model's adds a linear layer after the pooling. "
+    "Default: the model's width.",
+    "coordinates",
 ]
 LoraRank: TypeAlias = Annotated[
     int | None, "Rank of low-rank updates (LoRA). Default: every weight is trained."

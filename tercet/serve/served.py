@@ -176,7 +176,7 @@ class ServedModel:
 
     def require_room(self, prepared: Prepared, needs: Sequence[Need]) -> None:
         """Raise RequestError, before any work, if an answer would have too many token vectors."""
-        widths = {"multi": self.embedder.heads.width or 0, "states": self.dim}
+        widths = {"multi": self.embedder.heads.width or 0, "states": self.embedder.backbone.hidden}
         numbers = prepared.total * max(widths.get(need, 0) for need in needs)
         if numbers > _MOST_NUMBERS:
             most = _MOST_NUMBERS * prepared.total // numbers

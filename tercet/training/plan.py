@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tercet.data.batches.collate import PromptOf
 from tercet.data.batches.mixture import by_language, shares_of
-from tercet.data.files.sources import Source
+from tercet.data.files.sources import Source, refuse_scored
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.retrieval import versions
 from tercet.files.artifacts import read_json, write_json
@@ -97,6 +97,8 @@ def build(model: Model) -> Embedder:
         keep_layers=model.keep_layers,
         **changes,
     )
+    if (width := _width_of(model)) not in (None, embedder.dim):
+        embedder.add_dense_layer(width)
     if model.positions is not None:
         extend_positions(embedder.backbone, model.positions)
         longest = model.document_tokens or model.positions
@@ -116,12 +118,22 @@ def build(model: Model) -> Embedder:
     return embedder
 
 
+def _width_of(model: Model) -> int | None:
+    """Return the width that a recipe asks of a text's vector, if it does."""
+    if model.as_wide_as is None:
+        return model.dense_dim
+    return Embedder.load(model.as_wide_as).dim
+
+
 def fingerprint_of_base(embedder: Embedder) -> str:
     """Return a fingerprint of the weights that training begins with.
 
-    Newly created heads are left out: the recipe's seed creates the same ones again.
+    Newly created heads and dense layers are left out: the recipe's seed creates the same again.
     """
-    drawn = tuple(f"heads.{kind}." for kind in embedder.heads.drawn)
+    drawn = (
+        *(f"heads.{kind}." for kind in embedder.heads.drawn),
+        *(f"dense_layers.{place}." for place in embedder.dense_layers.drawn),
+    )
     weights = embedder.state_dict()
     return fingerprint_of({name: weights[name] for name in weights if not name.startswith(drawn)})
 
@@ -159,7 +171,9 @@ def without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
         say("training drops the base's tuned weights; find new ones (tercet tune weights)")
     if settings.ranges:
         say("training drops the base's ranges of codes; learn new ones (tercet tune codes)")
-    return replace(settings, weights={}, ranges={})
+    if settings.shares_space_with:
+        say("training moves the base's vectors out of the space of its teacher")
+    return replace(settings, weights={}, ranges={}, shares_space_with=())
 
 
 # ---- checks before the first stage -----------------------------------------------------------
@@ -190,6 +204,19 @@ def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> No
                     every,
                     stage.name,
                 )
+
+
+def require_ranking(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
+    """Refuse pairs with a similarity score where a stage does not learn them, or mines negatives.
+
+    Raises:
+        DataError: naming the file that holds such pairs.
+    """
+    for stage, of_stage in zip(recipe.stages, sources, strict=True):
+        if not stage.objective.traits.ranks_pairs:
+            refuse_scored(of_stage, f"the stage {stage.name}")
+        if is_refreshed(stage, of_stage):
+            refuse_scored(of_stage, f"the stage {stage.name}, which mines negatives,")
 
 
 def is_refreshed(stage: Stage, sources: Sequence[Source], *, at_start: bool = False) -> bool:

@@ -37,6 +37,7 @@ AGAIN = replace(MIXED, checkpoint_activations=True)
 LORA = Lora(rank=4, dropout=0.0)
 STEPS: dict[str, tuple[str, Run]] = {  # what is trained, and how the batch is cut
     "chunks, some graphs kept": ("matryoshka", MIXED),
+    "a dense layer": ("dense layer", MIXED),
     "chunks, no graph kept": ("B6 all kinds", TWICE),
     "low-rank updates, layers computed again": ("own negatives", AGAIN),
     "masked tokens": ("in-batch", TWICE),

@@ -46,16 +46,29 @@ CASES: dict[str, dict[str, Any]] = {
     "in-batch": {},
     "own negatives": {"in_batch": "none"},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
+    "scored pairs": {"objective": Contrastive(dims=(8,))},
+    "dense layer": {"dense_dim": 96, "objective": Contrastive(dims=(8, 80))},
     "B6 all kinds": {"objective": replace(unified(), dims=(8,))},
     "B6 own negatives": {"objective": unified(), "in_batch": "none"},
     "B6 kl": {"objective": unified(distil="kl")},
     "B6 listwise": {"objective": unified(distil="listwise")},
+    "false negatives": {"ignore_rule": "percent", "ignore_own": True},
+    "B6 false negatives": {"objective": unified(), "ignore_rule": "margin", "ignore_value": -0.01},
 }
-IDLE = ("in-batch", "B6 all kinds", "B6 listwise")
+DATA = {"scored pairs": "mixed"}  # of a case; others read the examples alone
+FALSE_NEGATIVES = ("false negatives", "B6 false negatives")
+IDLE = ("in-batch", "scored pairs", "dense layer", "B6 all kinds", "B6 listwise", *FALSE_NEGATIVES)
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
-IN_BOTH = ("in-batch", "own negatives", "matryoshka", "B6 all kinds", "B6 own negatives")
+IN_BOTH = (
+    "in-batch",
+    "own negatives",
+    "matryoshka",
+    "dense layer",
+    "B6 all kinds",
+    "B6 own negatives",
+)
 STEPS = [(case, dtype) for case in IN_BOTH for dtype in LIMITS]
 STEPS += [(case, torch.float64) for case in CASES if case not in IN_BOTH]
 
@@ -86,24 +99,36 @@ def examples() -> list[Example]:
 def prepare(folder: Path) -> None:
     """Data, and a model without dropout: its masks differ by process."""
     write_examples(folder / "pairs.jsonl", examples())
+    text = toy.SENTENCES
+    scored = [Example(text[i], (text[i + 1],), task="sts", score=float(i % 4)) for i in range(10)]
+    write_examples(folder / "mixed.jsonl", [*examples()[:9], *scored])
     config = toy.save_model(folder / "base", "bert") / "config.json"
     said = json.loads(config.read_text())
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config.write_text(json.dumps(said | off))
 
 
-def recipe(folder: Path, rate: float = 1e-4, steps: int = 6, **changes: Any) -> Recipe:
+def recipe(
+    folder: Path,
+    rate: float = 1e-4,
+    steps: int = 6,
+    dense_dim: int | None = None,
+    **changes: Any,
+) -> Recipe:
     """Batches of 8, 8 and 3; up to two of up to three positives, and of up to four negatives."""
     plain = finetune(
         model=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
     )
     stage = replace(plain.stages[0], positives=2, **changes)
     kinds = KINDS if isinstance(stage.objective, Unified) else None
-    return replace(plain, stages=(stage,), model=replace(plain.model, kinds=kinds, multi_dim=16))
+    model = replace(plain.model, kinds=kinds, multi_dim=16, dense_dim=dense_dim)
+    return replace(plain, stages=(stage,), model=model)
 
 
-def trained(folder: Path, out: str, recipe: Recipe, run: Run = QUIET, **more: Any) -> Embedder:
-    return train(recipe, [open_source(folder / "pairs.jsonl")], folder / out, run=run, **more)
+def trained(
+    folder: Path, out: str, recipe: Recipe, run: Run = QUIET, data: str = "pairs", **more: Any
+) -> Embedder:
+    return train(recipe, [open_source(folder / f"{data}.jsonl")], folder / out, run=run, **more)
 
 
 def weights(embedder: Embedder) -> dict[str, Tensor]:
@@ -134,7 +159,8 @@ def gradients(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "sum_gradients", recorded)
         patch.setattr(loop, "build", lambda model: build(model).to(dtype))
-        trained(folder, out, recipe(folder, rate=1e-30, steps=3, **CASES[case]), run)
+        built = recipe(folder, rate=1e-30, steps=3, **CASES[case])
+        trained(folder, out, built, run, DATA.get(case, "pairs"))
     return found
 
 
@@ -307,6 +333,17 @@ def test_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, case, dt
     for facts in both:
         for found, expected in zip(facts["gradients"][case, dtype], one, strict=True):
             assert gap(found, expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("case", FALSE_NEGATIVES)
+def test_two_processes_ignore_the_documents_that_one_ignores(folder, both, case):
+    gradients(folder, f"one ignored {case}", case)
+    shares = [
+        [record["ignored"] for record in read(folder / run / "log.jsonl")]
+        for run in (f"two {(case, torch.float64)}", f"one ignored {case}")
+    ]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-6)
+    assert 0.05 < min(shares[1]) < 0.95
 
 
 def test_chunks_change_no_gradient(both):

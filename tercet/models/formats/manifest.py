@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from tercet.errors import ModelError
+from tercet.models.choices import DenseSettings
+from tercet.models.formats.sentence_transformers import read_modules
 from tercet.models.network.cpu.int8_files import FILE as INT8_FILE
 from tercet.models.network.loading import read_object
-from tercet.models.settings import FILE, read_settings
+from tercet.models.settings import FILE, Settings, read_settings
 from tercet.models.zoo import zoo
 
 
@@ -42,14 +44,24 @@ def _lines(
         yield "weights", "8 bits (int8): for encoding only"
     if saved is None:
         yield FILE, "none: tercet did not write this folder"
-        return
-    settings = saved["settings"]
-    yield "attention", f"{saved['attention']}, windows: {saved['window']}"
+        if (settings := read_modules(place)) is None:
+            return
+    else:
+        settings = saved["settings"]
+        yield "attention", f"{saved['attention']}, windows: {saved['window']}"
+    yield from _reading(settings)
+    yield from _history((saved or {}).get("about", {}))
+
+
+def _reading(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield how texts become vectors."""
     yield "pooling", settings.pooling + (", prompts pooled" if settings.pool_prompt else "")
     if settings.layer is not None:
         layer = settings.layer
         size = f"{layer.latents} latents, " if layer.kind == "latent" else ""
         yield "layer before pooling", f"{layer.kind}: {size}{layer.heads} heads"
+    if settings.dense_layers:
+        yield "dense layers after pooling", ", ".join(map(_dense_layer, settings.dense_layers))
     if settings.ends:
         yield "end-of-text token", "after every text"
     yield "longest text", f"{settings.query_tokens} (query), {settings.document_tokens} (document)"
@@ -58,7 +70,11 @@ def _lines(
     for task, prompts in settings.task_prompts.items():
         for role, prompt in prompts.items():
             yield f"prompt of a {role}, {task}", repr(prompt)
-    yield from _history(saved.get("about", {}))
+
+
+def _dense_layer(layer: DenseSettings) -> str:
+    activation = "" if layer.activation == "identity" else f" {layer.activation}"
+    return f"to {layer.width}{activation}{', residual' * layer.residual}"
 
 
 def _history(about: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,8 +10,9 @@ import torch
 
 from tercet.errors import ModelError
 from tercet.kinds import KINDS
-from tercet.models.formats.sentence_transformers import lowers_case, read_modules
+from tercet.models.formats.sentence_transformers import dense_folders, lowers_case, read_modules
 from tercet.models.network.backbone import Backbone
+from tercet.models.network.dense_layers import DenseLayers, load_dense_layers
 from tercet.models.network.heads import Heads, heads_in, load_heads
 from tercet.models.network.latent_attention import AttentionLayer, build_layer, load_layer
 from tercet.models.settings import FILE, Settings, read_settings
@@ -32,6 +33,7 @@ class ModelParts:
     settings: Settings
     layer: AttentionLayer | None = None
     heads: Heads | None = None
+    dense_layers: DenseLayers | None = None
     about: Mapping[str, Any] = field(default_factory=dict)  # how it was made: stages, data, seed
 
 
@@ -140,3 +142,28 @@ def with_heads(
     if heads.drawn:
         log.info("%s: new heads, to be trained: %s", folder, ", ".join(heads.drawn))
     return replace(settings, multi_dim=heads.width), heads
+
+
+def with_dense_layers(
+    folder: Path, known: Settings, settings: Settings, hidden: int
+) -> DenseLayers:
+    """Return the dense layers of the settings: those of the folder up to the first other one.
+
+    ``known`` are the folder's settings, ``settings`` the wanted ones; the others are new.
+
+    Raises:
+        ModelError: if one of the folder's layers is missing or damaged.
+    """
+    wanted, held = settings.dense_layers, known.dense_layers
+    same = 0
+    while same < min(len(wanted), len(held)) and wanted[same] == held[same]:
+        same += 1
+    places = dense_folders(folder, known)[:same] if same else ()
+    layers = load_dense_layers(places, wanted[:same], hidden)
+    for layer in wanted[same:]:
+        layers.add(layer)
+    if same < len(held):
+        log.warning("%s: %d of its dense layers are left out", folder, len(held) - same)
+    if layers.drawn:
+        log.info("%s: %d new dense layers, to be trained", folder, len(layers.drawn))
+    return layers

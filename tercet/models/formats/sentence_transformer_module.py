@@ -1,5 +1,6 @@
 """A model as a ``SentenceTransformer`` in memory, with the same weights."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,8 +14,15 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tercet.errors import MissingExtraError, ModelError
 from tercet.models.formats.parts import ModelParts
-from tercet.models.formats.sentence_transformers import LAYER, LAYER_CODE, prompt_ids, write_modules
+from tercet.models.formats.sentence_transformers import (
+    LAYER,
+    LAYER_CODE,
+    module_folders,
+    prompt_ids,
+    write_modules,
+)
 from tercet.models.network.backbone import sharing_copy
+from tercet.models.network.dense_layers import DenseLayers, save_dense_layers
 from tercet.models.network.latent_attention import AttentionLayer
 from tercet.models.network.loading import quiet
 from tercet.models.settings import named_prompts
@@ -42,7 +50,10 @@ def as_sentence_transformer(parts: ModelParts) -> Any:
         backbone.config.save_pretrained(folder)
         parts.tokenizer.save_pretrained(folder)
         save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
-        write_modules(folder, replace(settings, layer=None), backbone.hidden)
+        plain = replace(settings, layer=None)
+        write_modules(folder, plain, backbone.hidden)
+        if parts.dense_layers is not None:
+            save_dense_layers(parts.dense_layers, module_folders(folder, plain, "Dense"))
         on_meta = {"device_map": "meta", "dtype": backbone.model.dtype}
         with quiet():
             empty = SentenceTransformer(
@@ -55,6 +66,8 @@ def as_sentence_transformer(parts: ModelParts) -> Any:
         prompts = prompt_ids(folder, settings)
     modules = list(empty)
     _give_weights(modules[0], backbone.model)
+    if parts.dense_layers is not None:
+        _share_dense_layers(modules[2:], parts.dense_layers)
     if parts.layer is not None:
         modules.insert(1, _same_layer(parts.layer, prompts))
     return SentenceTransformer(
@@ -76,6 +89,14 @@ def _give_weights(transformer: Any, model: PreTrainedModel) -> None:
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     shared.set_attn_implementation("eager" if capped and attention == "sdpa" else attention)
     setattr(transformer, name, shared)
+
+
+def _share_dense_layers(modules: Sequence[nn.Module], layers: DenseLayers) -> None:
+    """Give their dense modules, the first ones of these, the parameters of ours."""
+    for module, layer in zip(modules, layers, strict=False):
+        for name, weight in layer.named_parameters():
+            place, _, last = name.rpartition(".")
+            module.get_submodule(place).register_parameter(last, weight)
 
 
 def _same_layer(layer: AttentionLayer, prompts: list[list[int]]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 - ``modules.json``: which modules a text passes through, in order
 - ``1_Pooling/config.json``: which tokens become the vector, and how
+- ``2_Dense`` and the next ones: dense layers after the pooling
 - ``1_Layer`` and ``tercet_layer.py``: a trained layer before the pooling, and the code that runs
   it; such a folder is opened with ``trust_remote_code=True``
 - ``sentence_bert_config.json``: the longest text, in tokens
@@ -20,9 +21,9 @@ from tokenizers import Tokenizer
 
 from tercet.errors import ModelError, RecipeError
 from tercet.files.artifacts import write_json
-from tercet.models.choices import LayerSettings, PoolingName
+from tercet.models.choices import Activation, DenseSettings, LayerSettings, PoolingName
 from tercet.models.network.loading import as_object, read_object, read_value
-from tercet.models.settings import Settings, changed, named_prompts
+from tercet.models.settings import FILE, Settings, changed, named_prompts
 from tercet.types import Role
 
 # Their name -> our name, and the flag that stands for it before release 6.
@@ -34,7 +35,20 @@ POOLINGS: Final[Mapping[str, tuple[PoolingName | None, str]]] = {
     "weightedmean": ("weighted_mean", "pooling_mode_weightedmean_tokens"),
     "lasttoken": ("last", "pooling_mode_lasttoken"),
 }
-MODULES: Final = ("Transformer", "Layer", "Pooling", "Normalize")
+MODULES: Final = ("Transformer", "Layer", "Pooling", "Dense", "Normalize")  # in this order
+# The functions of a dense layer by the classes that files name; nothing that they name is imported.
+ACTIVATIONS: Final[Mapping[str, Activation]] = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.GELU": "gelu",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ELU": "elu",
+    "torch.nn.modules.activation.SELU": "selu",
+    "torch.nn.modules.activation.Softplus": "softplus",
+    "torch.nn.modules.activation.LeakyReLU": "leaky_relu",
+}
 LAYER: Final = "tercet_layer.Layer"  # the layer's class, in the file that is copied into the folder
 LAYER_CODE: Final = Path(__file__).with_name("tercet_layer.py")
 WRITTEN_AS: Final = "5.0.0"  # the release whose layout is written; readers compare it with theirs
@@ -44,36 +58,36 @@ REMEDY: Final = "load the model with sentence-transformers itself, or use anothe
 def write_modules(folder: Path, settings: Settings, dim: int) -> None:
     """Make a folder with weights and tokenizer one that ``SentenceTransformer(folder)`` loads.
 
-    Of a trained layer it writes code and prompts, not sizes and weights. A tokenizer without a
-    padding token gets its end token as one, since texts are padded there.
+    Of a trained layer it writes code and prompts, not sizes and weights, and of dense layers no
+    weights. A tokenizer without a padding token gets its end token as one, since texts are padded
+    there.
     """
     _complete_tokenizer(folder / "tokenizer_config.json")
-    used = {"Transformer": True, "Pooling": True}
-    used |= {"Layer": settings.layer is not None, "Normalize": settings.normalize}
-    modules = [name for name in MODULES if used[name]]
-    paths = {name: f"{i}_{name}" if i else "" for i, name in enumerate(modules)}
+    modules = _modules(settings)
     write_json(
         folder / "modules.json",
         [
             {
                 "idx": i,
                 "name": str(i),
-                "path": paths[name],
+                "path": path,
                 "type": LAYER if name == "Layer" else f"sentence_transformers.models.{name}",
             }
-            for i, name in enumerate(modules)
+            for i, (name, path) in enumerate(modules)
         ],
     )
-    for path in paths.values():
+    for _, path in modules:
         (folder / path).mkdir(exist_ok=True)
-    if settings.layer is not None:
+    for place in module_folders(folder, settings, "Layer"):
         shutil.copyfile(LAYER_CODE, folder / LAYER_CODE.name)
-        write_json(folder / paths["Layer"] / "prompts.json", prompt_ids(folder, settings))
+        write_json(place / "prompts.json", prompt_ids(folder, settings))
     modes = {flag: ours == settings.pooling for ours, flag in POOLINGS.values()}
-    write_json(
-        folder / paths["Pooling"] / "config.json",
-        {"word_embedding_dimension": dim, **modes, "include_prompt": settings.pool_prompt},
-    )
+    for place in module_folders(folder, settings, "Pooling"):
+        write_json(
+            place / "config.json",
+            {"word_embedding_dimension": dim, **modes, "include_prompt": settings.pool_prompt},
+        )
+    _write_dense_configs(folder, settings, dim)
     longest = max(settings.query_tokens, settings.document_tokens)
     write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}
@@ -92,6 +106,44 @@ def write_modules(folder: Path, settings: Settings, dim: int) -> None:
             "similarity_fn_name": "cosine",
         },
     )
+
+
+def _modules(settings: Settings) -> list[tuple[str, str]]:
+    """Return name and subfolder of each module of a model that tercet writes, in order."""
+    used = {"Transformer": 1, "Pooling": 1, "Dense": len(settings.dense_layers)}
+    used |= {"Layer": int(settings.layer is not None), "Normalize": int(settings.normalize)}
+    names = [name for name in MODULES for _ in range(used[name])]
+    return [(name, f"{i}_{name}" if i else "") for i, name in enumerate(names)]
+
+
+def module_folders(folder: Path, settings: Settings, name: str) -> list[Path]:
+    """Return where the modules of this name are in a folder that tercet writes."""
+    return [folder / path for module, path in _modules(settings) if module == name]
+
+
+def dense_folders(folder: Path, settings: Settings) -> list[Path]:
+    """Return where the dense layers of a model with these settings are, whoever wrote it."""
+    if (folder / FILE).exists():
+        return module_folders(folder, settings, "Dense")
+    modules = _read_module_list(folder / "modules.json")
+    return [folder / path for module, path in modules if module == "Dense"]
+
+
+def _write_dense_configs(folder: Path, settings: Settings, dim: int) -> None:
+    paths = {activation: path for path, activation in ACTIVATIONS.items()}
+    places = module_folders(folder, settings, "Dense")
+    for place, layer in zip(places, settings.dense_layers, strict=True):
+        config = {
+            "in_features": dim,
+            "out_features": layer.width,
+            "bias": layer.bias,
+            "activation_function": paths[layer.activation],
+        }
+        # Releases before 5.7 refuse a name that they do not know.
+        write_json(
+            place / "config.json", config | ({"use_residual": True} if layer.residual else {})
+        )
+        dim = layer.width
 
 
 def _complete_tokenizer(path: Path) -> None:
@@ -131,15 +183,20 @@ def read_modules(folder: Path) -> Settings | None:
     if not (folder / "modules.json").is_file():
         return None
     modules = _read_module_list(folder / "modules.json")
-    pooling, pool_prompt = _read_pooling(folder / modules["Pooling"] / "config.json")
+    names = [name for name, _ in modules]
+    places = {name: folder / path for name, path in modules}
+    pooling, pool_prompt = _read_pooling(places["Pooling"] / "config.json")
+    if "Normalize" in places:
+        _require_vectors(places["Normalize"] / "config.json")
     query_tokens, document_tokens = _read_max_tokens(folder)
     found = {
         "pooling": pooling,
         "rules": "sentence_transformers",
-        "normalize": "Normalize" in modules,
-        "layer": LayerSettings()
-        if "Layer" in modules
-        else None,  # its sizes are beside its weights
+        "normalize": "Normalize" in names,
+        "layer": LayerSettings() if "Layer" in names else None,  # its sizes are beside its weights
+        "dense_layers": tuple(
+            _read_dense(folder / path / "config.json") for name, path in modules if name == "Dense"
+        ),
         **_read_prompts(folder / "config_sentence_transformers.json"),
         "pool_prompt": pool_prompt,
         "query_tokens": query_tokens,
@@ -151,8 +208,8 @@ def read_modules(folder: Path) -> Settings | None:
         raise ModelError(f"{folder}: {error}; correct the files of the model") from error
 
 
-def _read_module_list(path: Path) -> dict[str, str]:
-    """Return the subfolder of each module by its class, transformer and pooling included."""
+def _read_module_list(path: Path) -> list[tuple[str, str]]:
+    """Return class and subfolder of each module in order, transformer and pooling included."""
     try:
         found = [(module["type"], module["path"]) for module in read_value(path)]
     except (KeyError, TypeError) as error:
@@ -165,22 +222,67 @@ def _read_module_list(path: Path) -> dict[str, str]:
         if name not in MODULES or not (theirs or kind == LAYER):
             raise ModelError(f'{path}: has the module "{kind}", which tercet lacks; {REMEDY}')
     needed = {"Transformer", "Pooling"} <= {*names}
-    if not needed or names != [name for name in MODULES if name in names]:
+    single = all(name == "Dense" or names.count(name) == 1 for name in names)
+    if not needed or not single or names != sorted(names, key=MODULES.index):
         raise ModelError(
             f"{path}: has the modules {', '.join(names) or '(none)'}; tercet reads Transformer, "
-            f"Pooling, Normalize in this order, the last one optional; {REMEDY}"
+            "Pooling, any number of Dense, and Normalize in this order, the last two optional; "
+            f"{REMEDY}"
         )
     if found[0][1]:
         raise ModelError(
             f"{path}: keeps the transformer in the subfolder {found[0][1]}, as very old releases "
             "did; load and save it with a current sentence-transformers first"
         )
-    subfolders = {name: subfolder for name, (_, subfolder) in zip(names, found, strict=True)}
-    if subfolders.get("Layer", "1_Layer") != "1_Layer":
+    modules = [(name, subfolder) for name, (_, subfolder) in zip(names, found, strict=True)]
+    layer = dict(modules).get("Layer", "1_Layer")
+    if layer != "1_Layer":
+        raise ModelError(f'{path}: keeps the layer in "{layer}"; tercet reads "1_Layer": rename it')
+    return modules
+
+
+_OF_DENSE: Final = ("in_features", "out_features", "bias", "activation_function", "use_residual")
+_INPUTS: Final = ("module_input_name", "module_output_name")
+
+
+def _read_dense(path: Path) -> DenseSettings:
+    """Return the settings of a dense layer after the pooling."""
+    config = read_object(path)
+    _require_vectors(path)
+    if unknown := sorted(set(config) - {*_OF_DENSE, *_INPUTS}):
+        raise ModelError(f'{path}: sets "{unknown[0]}", which tercet does not apply; {REMEDY}')
+    named = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    known = {f"torch.nn.{_last(place)}": ours for place, ours in ACTIVATIONS.items()}
+    activation = (known | {**ACTIVATIONS}).get(named) if isinstance(named, str) else None
+    if activation is None:
         raise ModelError(
-            f'{path}: keeps the layer in "{subfolders["Layer"]}"; tercet reads "1_Layer": rename it'
+            f"{path}: activation_function must be one of {', '.join(known)}; got {named!r}; "
+            f"{REMEDY}"
         )
-    return subfolders
+    try:
+        return DenseSettings(
+            width=config["out_features"],
+            activation=activation,
+            bias=config.get("bias", True),
+            residual=config.get("use_residual", False),
+        )
+    except (KeyError, RecipeError) as error:
+        raise ModelError(f"{path}: does not describe a dense layer ({error}); {REMEDY}") from error
+
+
+def _require_vectors(path: Path) -> None:
+    """Raise if a module after the pooling reads or writes anything but the vector of a text."""
+    config = read_object(path, optional=True)
+    for name in _INPUTS:
+        if config.get(name) not in (None, "sentence_embedding"):
+            raise ModelError(
+                f'{path}: {name} must be "sentence_embedding"; got {config[name]!r}, which tercet '
+                f"lacks; {REMEDY}"
+            )
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _read_pooling(path: Path) -> tuple[PoolingName, bool]:

@@ -21,13 +21,15 @@ from tercet.models.formats.parts import (
     foreign_settings,
     settings_of,
     tokenizer_of,
+    with_dense_layers,
     with_heads,
     with_layer,
 )
-from tercet.models.formats.sentence_transformers import write_modules
+from tercet.models.formats.sentence_transformers import module_folders, write_modules
 from tercet.models.network.backbone import Backbone, probe
 from tercet.models.network.cpu.int8_files import FILE as INT8_FILE
 from tercet.models.network.cpu.int8_files import save_int8
+from tercet.models.network.dense_layers import save_dense_layers
 from tercet.models.network.heads import save_heads
 from tercet.models.network.latent_attention import save_layer
 from tercet.models.settings import (
@@ -112,6 +114,7 @@ def load_parts(
             )
     settings, layer = with_layer(folder, settings, changes, backbone.hidden, dtype)
     settings, heads = with_heads(folder, known, settings, backbone.hidden)
+    dense_layers = with_dense_layers(folder, known, settings, backbone.hidden)
     if base is not None:
         probe(backbone)
     return ModelParts(
@@ -120,6 +123,7 @@ def load_parts(
         settings=settings,
         layer=layer,
         heads=heads,
+        dense_layers=dense_layers,
         about=about,
     )
 
@@ -207,6 +211,8 @@ def _write(parts: ModelParts, folder: Path, more: Mapping[str, Any]) -> None:
         save_layer(folder, parts.layer)
     if parts.heads is not None:
         save_heads(folder, parts.heads, settings.kinds)
+    if parts.dense_layers is not None:
+        save_dense_layers(parts.dense_layers, module_folders(folder, settings, "Dense"))
     record = {
         "version": VERSION,
         "attention": backbone.attention,

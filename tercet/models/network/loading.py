@@ -53,6 +53,7 @@ _UNLOADABLE: Final = (
     SafetensorError,
     ArithmeticError,
     MemoryError,
+    EOFError,  # of torch, for an empty file
 )
 
 

@@ -19,6 +19,7 @@ from tercet.models.network.cpu.direct import DirectForward
 from tercet.models.network.cpu.int8 import Int8Linear
 from tercet.models.network.cpu.linear import FEW_ROWS, PackedLinear, packed_layers
 from tercet.models.network.cpu.memory import rounded
+from tercet.models.network.dense_layers import DenseLayers
 from tercet.models.network.heads import Heads
 from tercet.models.network.latent_attention import AttentionLayer
 from tercet.segments import Packed
@@ -31,6 +32,7 @@ class Network:
     backbone: Backbone
     layer: AttentionLayer | None
     heads: Heads
+    dense_layers: DenseLayers
 
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
         """Return one state per token, which the pooling and the heads read."""
@@ -39,7 +41,8 @@ class Network:
 
     def parts(self) -> list[nn.Module]:
         """Return the modules that it consists of."""
-        return [part for part in (self.backbone, self.layer, self.heads) if part is not None]
+        parts = (self.backbone, self.layer, self.heads, self.dense_layers)
+        return [part for part in parts if part is not None]
 
 
 @dataclass(slots=True)
@@ -55,11 +58,6 @@ class Reader:
     plain: Network | None  # the same without copies of weights; None if it has none
     few: int  # of as many tokens at most, ``plain`` reads a call
     compared: bool = False
-
-    @property
-    def heads(self) -> Heads:
-        """The heads of sparse and multi-vectors."""
-        return self.network.heads
 
     @property
     def backbone(self) -> Backbone:
@@ -129,7 +127,8 @@ def _copy_of(network: Network, direction: Attention) -> _Copy:
     contents = _Contents(network)
     backbone = network.backbone.turned(direction).eval()
     layer = None if network.layer is None else sharing_copy(network.layer).eval()
-    made = Network(backbone, layer, sharing_copy(network.heads).eval())
+    heads, dense_layers = sharing_copy(network.heads), sharing_copy(network.dense_layers)
+    made = Network(backbone, layer, heads.eval(), dense_layers.eval())
     plain = replace(made, backbone=sharing_copy(backbone)) if layer is None else None
     linear: list[nn.Module] = [backbone]
     if layer is not None:  # of a folded layer only the feed-forward runs

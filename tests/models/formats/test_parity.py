@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as t
 from peft import LoraConfig
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -41,6 +42,37 @@ POOLINGS = {
 
 
 @dataclass(frozen=True)
+class Dense:
+    """What the files of a dense module say."""
+
+    width: int
+    activation: str | None = "torch.nn.modules.linear.Identity"
+    bias: bool = True
+    more: dict[str, Any] = field(default_factory=dict)  # of its config.json
+    pickled: bool = False
+
+    def write(self, path: Path, inner: int) -> None:
+        """Write the files, without any code of tercet."""
+        config = {"in_features": inner, "out_features": self.width, "bias": self.bias, **self.more}
+        if self.activation is not None:
+            config["activation_function"] = self.activation
+        weights = {"linear.weight": torch.randn(self.width, inner) / 4}
+        if self.bias:
+            weights["linear.bias"] = torch.randn(self.width)
+        if self.more.get("use_residual") and self.width != inner:
+            weights["residual.weight"] = torch.randn(self.width, inner) / 4
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+        if self.pickled:
+            torch.save(weights, path / "pytorch_model.bin")
+        else:
+            save_file(weights, path / "model.safetensors")
+
+
+TANH = "torch.nn.modules.activation.Tanh"
+
+
+@dataclass(frozen=True)
 class Folder:
     """What the files of a model folder say."""
 
@@ -55,6 +87,7 @@ class Folder:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     shard_size: str = "5GB"
+    dense: tuple["Dense", ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -80,12 +113,16 @@ class Folder:
 
 def write_modules(path: Path, folder: Folder) -> None:
     """Write the files of sentence-transformers, without any code of tercet."""
-    kinds = ["Transformer", "Pooling", *(["Normalize"] if folder.normalize else [])]
-    places = ["", "1_Pooling", "2_Normalize"]
+    kinds = ["Transformer", "Pooling", *(["Dense"] * len(folder.dense))]
+    kinds += ["Normalize"] if folder.normalize else []
+    places = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds[1:], start=1))]
     modules = [
         {"idx": i, "name": str(i), "path": place, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, place) in enumerate(zip(kinds, places, strict=False))
+        for i, (kind, place) in enumerate(zip(kinds, places, strict=True))
     ]
+    widths = [64, *(each.width for each in folder.dense)]
+    for each, inner, place in zip(folder.dense, widths, places[2:], strict=False):
+        each.write(path / place, inner)
     for module in modules:
         (path / module["path"]).mkdir(exist_ok=True)
     pooling = {
@@ -132,6 +169,7 @@ def bytes_of(
     return t.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=eos, pad_token=pad, **sides)
 
 
+VECTOR = "sentence_embedding"
 PROMPTS: dict[str, str | None] = {"query": "find: ", "document": "read: ", "s2p": "about: "}
 FOLDERS = {
     **{f"encoder, {name}": Folder(pooling=name) for name in POOLINGS},
@@ -193,6 +231,36 @@ FOLDERS = {
         reading={"model_args": {"attn_implementation": "eager"}, "tokenizer_args": {"use_fast": 1}}
     ),
 }
+GEMMA = Folder(  # as EmbeddingGemma
+    network="gemma3 both ways",
+    tokenizer={},
+    dense=(Dense(192, bias=False), Dense(64, bias=False)),
+)
+LABSE = Folder(pooling="first", dense=(Dense(64, TANH, pickled=True),))  # as LaBSE
+DISTILUSE = Folder(normalize=False, dense=(Dense(40, TANH),))  # as distiluse
+FOLDERS |= {
+    "two dense layers": GEMMA,
+    "a dense layer, pickled": LABSE,
+    "a dense layer, not normalized": DISTILUSE,
+    "a dense layer with prompts": Folder(
+        network="llama",
+        pooling="last",
+        prompts=PROMPTS,
+        include_prompt=False,
+        dense=(Dense(96, "torch.nn.GELU"),),
+    ),
+    "a dense layer of the usual function": Folder(dense=(Dense(24, None),)),
+    "dense layers with residuals": Folder(
+        dense=(
+            Dense(64, more={"use_residual": True}),
+            Dense(80, "torch.nn.ReLU", bias=False, more={"use_residual": True}),
+        ),
+    ),
+    "a dense layer that names its input": Folder(
+        dense=(Dense(64, more=dict.fromkeys(("module_input_name", "module_output_name"), VECTOR)),)
+    ),
+    "a dense layer, bfloat16": Folder(dtype=torch.bfloat16, dense=(Dense(64, TANH),)),
+}
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -208,7 +276,9 @@ def assert_alike(found: np.ndarray, expected: np.ndarray, folder: Folder) -> Non
         )
         assert cosines.min() > 0.99
     else:
-        np.testing.assert_allclose(found, expected, atol=2e-5)
+        length = np.linalg.norm(expected, axis=1, keepdims=True) if folder.dense else 1
+        limit = 1e-6 if folder.dense else 2e-5
+        np.testing.assert_allclose(found / length, expected / length, atol=limit)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -286,7 +356,10 @@ def test_another_pooling_keeps_the_tokenizer_of_a_folder_with_one(tmp_path):
         )
 
 
-@pytest.mark.parametrize("kind", ["Dense", "WordEmbeddings", "Router"])
+@pytest.mark.parametrize(
+    "kind",
+    ["WordEmbeddings", "Router", "LayerNorm", "Dropout", "WeightedLayerPooling", "CNN", "LSTM"],
+)
 def test_folders_with_other_modules_are_refused_in_one_line(tmp_path, kind):
     path = Folder().write(tmp_path / "model")
     modules = json.loads((path / "modules.json").read_text())

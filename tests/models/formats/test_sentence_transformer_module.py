@@ -7,12 +7,16 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tercet.errors import MissingExtraError, ModelError
-from tercet.models.choices import LayerSettings
+from tercet.models.choices import DenseSettings, LayerSettings
 from tercet.models.embedder import Embedder, Settings
 from tercet.models.network.backbone import Backbone
 from tests.toy import DECODERS, ENCODERS, SENTENCES, byte_bpe, random_model, wordpiece
 
 TEXTS = [*SENTENCES, "7 days", "x", "maps " * 60]
+DENSE = (
+    DenseSettings(width=96, bias=True, residual=True),
+    DenseSettings(width=40, activation="tanh"),
+)
 KINDS = ["llama", "mistral", "gemma2", "gemma3", "bert", "xlm-roberta", "modernbert"]
 LAYERS = [
     None,
@@ -74,8 +78,16 @@ def test_an_unknown_prompt_is_counted_as_sentence_transformers_does():
     np.testing.assert_allclose(found, unknown.encode(TEXTS, "query"), atol=1e-5)
 
 
+def test_dense_layers_come_behind_the_pooling_and_a_layer_before_it():
+    embedder = embedder_of("llama", layer=LAYERS[1], dense_layers=DENSE, pooling="last")
+    model = embedder.as_sentence_transformer()
+    names = [type(module).__name__ for module in model]
+    assert names == ["Transformer", "Layer", "Pooling", "Dense", "Dense", "Normalize"]
+    np.testing.assert_allclose(model.encode(TEXTS), embedder.encode(TEXTS), atol=1e-6)
+
+
 def test_both_hold_the_same_parameters_so_that_one_learns_what_the_other_does():
-    embedder = embedder_of("llama", layer=LAYERS[1])
+    embedder = embedder_of("llama", layer=LAYERS[1], dense_layers=DENSE)
     model = embedder.as_sentence_transformer()
     assert {id(p) for p in model.parameters()} == {id(p) for p in embedder.parameters()}
     before = model.encode(TEXTS)

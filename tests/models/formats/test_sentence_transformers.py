@@ -310,8 +310,8 @@ SQRT = '{"word_embedding_dimension": 8, "pooling_mode_mean_sqrt_len_tokens": tru
     ("content", "message"),
     [
         (
-            modules_of(f"{ST}Transformer", f"{ST}Pooling", f"{ST}Dense"),
-            f'has the module "{ST}Dense"',
+            modules_of(f"{ST}Transformer", f"{ST}Pooling", f"{ST}LayerNorm"),
+            f'has the module "{ST}LayerNorm"',
         ),
         (STOCK.replace(f"{ST}T", "own_code.T"), 'has the module "own_code.Transformer"'),
         (modules_of(f"{ST}Transformer"), "has the modules Transformer; tercet reads"),

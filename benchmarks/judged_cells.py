@@ -1,0 +1,948 @@
+"""The cells of ``benchmarks/judged.py``: what each trains and measures, and the rows that show it.
+
+A cell is one process. It finds the sets, the files and models of earlier cells, and their answers
+through its :class:`Place`, and returns what its model answers to each set.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from tercet.recipes.distil import distil
+
+from benchmarks.llm2vec_quality import sentences_of
+from tercet.curate.convert.conversion import Conversion
+from tercet.curate.convert.scored_pairs import convert_similarity
+from tercet.curate.mining.miner import Mining, mine
+from tercet.curate.mining.rules import MiningRule
+from tercet.data.batches.sampler import BatchPlan, Sampler
+from tercet.data.files.beir import Folder, read_folder
+from tercet.data.files.conll import UNLABELLED, LabelledSentence, read_labelled
+from tercet.data.files.similarity import SimilaritySet
+from tercet.data.files.sources import Source, iter_examples, open_source, write_examples
+from tercet.data.files.texts import open_texts
+from tercet.evaluate.measures.latent_words import word_baselines, word_probe
+from tercet.evaluate.measures.retrieval import evaluate_hits, evaluate_retrieval
+from tercet.evaluate.measures.tuned_weights import dev_candidates, tune
+from tercet.evaluate.report.intervals import Interval, pooled_interval
+from tercet.evaluate.sets.retrieval_set import RetrievalSet
+from tercet.evaluate.suites.suite import EvaluationSet, as_evaluation_set, open_set
+from tercet.files.artifacts import read_json
+from tercet.files.atomic import replacing_file
+from tercet.kinds import KINDS, Weights
+from tercet.metrics import Judgements
+from tercet.models.embedder import Embedder
+from tercet.models.zoo.zoo import resolve
+from tercet.rank.hybrid import HybridHits, each_alone
+from tercet.recipes.bge_m3 import bge_m3
+from tercet.recipes.finetune import finetune
+from tercet.recipes.llm2vec import llm2vec
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Run
+from tercet.types import Example
+
+DEBIAN: Final = Path(__file__).parents[1] / "examples/data"  # packages.LANG.parquet
+DEV: Final = 100  # training claims of SciFact that choose settings, and are not trained on
+SPLIT_SEED: Final = 0  # that draws them
+LIMITS: Final[dict[str, Any]] = {"query_tokens": 64, "document_tokens": 256}  # of every model
+RUN: Final = Run(
+    device="cpu", dtype="bfloat16", memory_gb=3.0, save_minutes=3.0, show_progress=False
+)
+BASES: Final = {name: name for name in ("minilm", "me5-small", "smollm2")}  # what is loaded
+DATA: Final = "data"  # the folder of files that cells write for later ones
+
+Answers = dict[str, np.ndarray]  # of a model, by the name of the set
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run finds its sets and keeps its results."""
+
+    sets: Path
+    out: Path
+    peer: str = ""  # the Python that has sentence-transformers
+
+    def result(self, cell: str, seed: int) -> Path:
+        """The file of a cell's answers."""
+        return self.out / "cells" / f"{cell}.{seed}.json"
+
+    def kept(self, cell: str, seed: int = 0) -> dict[str, Any] | None:
+        """What a cell answered, with its facts; None if it has not been run."""
+        path = self.result(cell, seed)
+        return read_json(path) if path.exists() else None
+
+    def facts(self, cell: str) -> dict[str, Any]:
+        """The facts of a cell that has been run with seed 0."""
+        kept = self.kept(cell)
+        assert kept is not None, f"{cell} has to be run first"
+        return kept["facts"]
+
+    def origin(self, cell: str) -> str:
+        """The cell whose model is that of a cell: another one, if it is the best of several."""
+        return (self.kept(cell) or {}).get("same_as", cell)
+
+    def model(self, cell: str, seed: int = 0) -> Path:
+        """The folder of the training of a cell."""
+        return self.out / "models" / f"{cell}.{seed}"
+
+    def file(self, name: str) -> Path:
+        """A file that a cell writes for later ones."""
+        return self.out / DATA / name
+
+    def best(self, cells: Iterable[str], dev: str) -> str:
+        """The cell whose mean on a dev set is the highest; of equal ones the first."""
+        figures = {cell: self._dev(cell, dev) for cell in cells}
+        return max(figures, key=figures.__getitem__)
+
+    def _dev(self, cell: str, dev: str) -> float:
+        kept = self.kept(cell)
+        assert kept is not None, f"{cell} has to be run first"
+        return opened(self, dev).figure(np.array(kept["answers"][dev]), 0).mean
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a cell answers, and the facts that stand beside it."""
+
+    answers: Answers = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    same_as: str = ""  # the cell of several that was chosen, whose record this is
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell that is being run with a seed."""
+
+    place: Place
+    cell: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it trains."""
+        return self.place.model(self.cell, self.seed)
+
+    def clean(self, *, keep_model: bool) -> None:
+        """Delete what the training has written, but for a model that later cells need."""
+        if not keep_model:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model to train and measure."""
+
+    name: str  # PART/NAME
+    run: "Callable[[Job], Found]"
+    minutes: float  # of one core, estimated
+    needs: tuple[str, ...] = ()  # cells that come before
+    seeds: int = 1
+    keeps_model: bool = False  # for later cells
+
+
+# ---- sets ----------------------------------------------------------------------------------------
+
+SCIFACT: Final = "scifact"
+SCIFACT_DEV: Final = "scifact dev"
+WORDS: Final = "words/en"
+STS: Final = {"en": "en.stsb", "ko": "ko.korsts", "ja": "ja.jsts"}
+XQUAD: Final = ("de-en", "zh-en", "ru-en", "es-en", "ar-en")
+TATOEBA: Final = ("ko-en", "de-en", "ja-en", "zh-en", "fr-en", "ru-en")
+DEBIAN_TESTED: Final = {"en": 1_000, "ko": 500, "ko-en": 500}  # queries at most
+ACROSS: Final = (
+    *(f"xquad/{name}" for name in XQUAD),
+    *(f"tatoeba/{name}" for name in TATOEBA),
+    *(f"debian/{name}" for name in DEBIAN_TESTED),
+)
+
+
+@cache
+def opened(place: Place, name: str) -> EvaluationSet:
+    """The evaluation set of a name, such as ``xquad/de-en`` or ``sts/ko dev``."""
+    kind, _, rest = name.partition("/")
+    if name.startswith(SCIFACT):
+        return as_evaluation_set(both_claims(place.sets), ())
+    if kind == "words":
+        return word_set(place.sets)
+    if kind == "debian":
+        pairs = debian_pairs(rest, "test")[: DEBIAN_TESTED[rest]]
+        return as_evaluation_set(RetrievalSet.from_examples(pairs, name), ())
+    if kind == "sts":
+        lang, _, split = rest.partition(" ")
+        path = place.sets / "sts" / f"{STS[lang]}.{split or 'test'}.jsonl"
+        return as_evaluation_set(SimilaritySet.from_file(path), ())
+    folder = place.sets / name
+    return open_set(folder if folder.is_dir() else folder.with_suffix(".jsonl"))
+
+
+def both_claims(sets: Path) -> RetrievalSet:
+    """SciFact's claims of the dev set and then those of the test, so that one encoding does both.
+
+    The dev set is drawn from the training claims.
+    """
+    found: dict[str, Folder] = {s: read_folder(sets / SCIFACT, s) for s in ("train", "test")}
+    train, test = found["train"], found["test"]
+    chosen = {**{name: train for name in dev_claims(train)}, **dict.fromkeys(test.queries, test)}
+    return RetrievalSet(
+        name=SCIFACT,
+        queries=tuple(of.queries[name] for name, of in chosen.items()),
+        query_ids=tuple(f"claim {name}" for name in chosen),
+        documents=tuple(train.documents.values()),
+        document_ids=tuple(train.documents),
+        judgements=Judgements.of([of.grades[name] for name, of in chosen.items()]),
+    )
+
+
+def dev_claims(train: Folder) -> list[str]:
+    """Ids of the training claims that are put aside, in the order of their file."""
+    names = list(train.queries)
+    drawn = np.random.default_rng(SPLIT_SEED).permutation(len(names))[:DEV]
+    return [names[row] for row in sorted(drawn)]
+
+
+def split_answers(answers: np.ndarray) -> Answers:
+    """Divide the answers to all claims into those of the dev set and of the test."""
+    return {SCIFACT_DEV: answers[:DEV], SCIFACT: answers[DEV:]}
+
+
+@cache
+def labelled(sets: Path) -> tuple[list[LabelledSentence], list[LabelledSentence]]:
+    """Sentences that the probe learns from, and those that it is tested on."""
+    return tuple(read_labelled(sets / "ud" / f"en_ewt-ud-{s}.conllu") for s in ("dev", "test"))  # pyright: ignore[reportReturnType]
+
+
+def word_set(sets: Path) -> EvaluationSet:
+    """Parts of speech: for each sentence how many words have the right label, and how many count.
+
+    A linear probe on vectors of words; intervals are over sentences.
+    """
+    learn, test = labelled(sets)
+
+    def answers(embedder: Embedder, _: str | None) -> np.ndarray:
+        return tallies(test, word_probe(embedder, learn, test).predicted)
+
+    def words() -> np.ndarray:
+        return tallies(test, word_baselines(learn, test)[1].predicted)
+
+    def share(sums: np.ndarray) -> np.ndarray:
+        return sums[:, 0] / sums[:, 1]
+
+    def minus(one: np.ndarray, other: np.ndarray, seed: int) -> Interval:
+        both = np.concatenate([one, other], axis=1).astype(np.float64)
+        return pooled_interval(both, lambda s: share(s) - share(s[:, 2:]), seed=seed)
+
+    return replace(
+        as_evaluation_set(SimilaritySet.of(WORDS, []), ()),  # of which nothing is used
+        category="Classification",
+        metrics=("accuracy",),
+        baseline_name="label of the word",
+        answers=answers,
+        words=words,
+        figure=lambda found, seed: pooled_interval(found.astype(np.float64), share, seed=seed),
+        minus=minus,
+    )
+
+
+def tallies(test: Sequence[LabelledSentence], predicted: Sequence[Sequence[str]]) -> np.ndarray:
+    """Of each sentence, the words that were labelled correctly, and those that have a label."""
+    rows = [
+        [sum(a == b for a, b in zip(it.labels, guessed, strict=False) if a != UNLABELLED), counted]
+        for it, guessed in zip(test, predicted, strict=True)
+        for counted in [sum(label != UNLABELLED for label in it.labels)]
+    ]
+    return np.array(rows, np.int64).reshape(-1, 2)
+
+
+@cache
+def debian_pairs(name: str, split: str) -> tuple[Example, ...]:
+    """One-line and full descriptions of packages; of ``ko-en``: Korean line, English text."""
+    of_query, _, of_document = name.partition("-")
+    full = _packages(of_document or of_query)
+    return tuple(
+        Example(row["short"], (full[key]["long"],), task=f"debian-{name}")
+        for key, row in _packages(of_query).items()
+        if row["split"] == split and key in full
+    )
+
+
+@cache
+def _packages(lang: str) -> dict[str, dict[str, Any]]:
+    rows = pq.read_table(DEBIAN / f"packages.{lang}.parquet").to_pylist()
+    return {row["id"]: row for row in rows}
+
+
+# ---- what every cell does ------------------------------------------------------------------------
+
+
+def load(model: str | Path, **changes: Any) -> Embedder:
+    """A model in the precision in which all are measured, cut to the same lengths."""
+    source = BASES.get(str(model), model)
+    return Embedder.load(source, dtype=torch.bfloat16, **{**LIMITS, **changes})
+
+
+def measured(place: Place, embedder: Embedder, names: Iterable[str], **facts: Any) -> Found:
+    """What a model answers to these sets, with facts and the CPU minutes that each set took."""
+    answers: Answers = {}
+    minutes: dict[str, float] = {}
+    for name in names:
+        print(f"measuring {name}", flush=True)
+        evaluation = opened(place, name)
+        begin = time.process_time()
+        found = evaluation.measure(embedder)
+        minutes[name] = round((time.process_time() - begin) / 60, 2)
+        answers |= split_answers(found) if name == SCIFACT else {name: found}
+    return Found(answers, {**facts, "measuring_minutes": minutes})
+
+
+def untouched(job: Job, *, model: str, sets: Sequence[str], **changes: Any) -> Found:
+    """Measure a model before any training."""
+    return measured(job.place, load(model, **changes), sets)
+
+
+def baselines(job: Job, *, sets: Sequence[str]) -> Found:
+    """Measure what needs no model: BM25, the overlap of words, the usual label of a word."""
+    answers: Answers = {}
+    for name in sets:
+        found = opened(job.place, name).words()
+        answers |= split_answers(found) if name == SCIFACT else {name: found}
+    return Found(answers)
+
+
+def trained(
+    job: Job, recipe: Recipe, data: Mapping[str, Sequence[Source]], dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """Train, and return what was spent; goes on after a kill."""
+    run = Run(
+        device="cpu", dtype=cast("Any", dtype), memory_gb=3.0, save_minutes=3.0, show_progress=False
+    )
+    begin = time.process_time()
+    train(recipe, data, job.folder, run=run, say=lambda line: print(line, flush=True))
+    return {
+        "steps": sum(stage.steps or 0 for stage in recipe.stages),
+        "training_minutes": round((time.process_time() - begin) / 60, 2),
+        "training_precision": dtype,
+    }
+
+
+def variants(
+    name: str,
+    run: Callable[..., Found],
+    numbers: Mapping[str, Mapping[str, Any]],
+    dev: str,
+    **about: Any,
+) -> Iterator[Cell]:
+    """Cells that differ in some numbers, and one with three seeds of that which is best on dev.
+
+    They are named after it: ``NAME-LABEL``.
+    """
+    cells = {f"{name}-{label}": given for label, given in numbers.items()}
+    for cell, given in cells.items():
+        yield Cell(cell, partial(run, **given), **about)
+    best = partial(best_variant, run=run, cells=cells, dev=dev)
+    yield Cell(name, best, about["minutes"], tuple(cells), seeds=3)
+
+
+def best_variant(
+    job: Job, *, run: Callable[..., Found], cells: Mapping[str, Mapping[str, Any]], dev: str
+) -> Found:
+    """Run the variant that is the best on the dev set; with seed 0 it has been run already."""
+    best = job.place.best(cells, dev)
+    return run(job, **cells[best]) if job.seed else Found(same_as=best)
+
+
+def by_rate(*rates: float) -> dict[str, dict[str, float]]:
+    """Variants that differ in the learning rate."""
+    return {f"rate-{rate:g}": {"rate": rate} for rate in rates}
+
+
+def written(path: Path, examples: Callable[[], Iterable[Example]]) -> Path:
+    """A file of examples, which is written if it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_examples(path, examples())
+    return path
+
+
+def written_texts(path: Path, texts: Callable[[], Iterable[str]]) -> Path:
+    """A file of plain texts, which is written if it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts())
+        with replacing_file(path) as fresh:
+            fresh.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+# ---- SciFact -------------------------------------------------------------------------------------
+
+SCIFACT_STEPS: Final = {"minilm": 100, "me5-small": 50}  # twice as many layers take twice the time
+SCIFACT_NUMBERS: Final[dict[str, Any]] = {  # of every fine-tuning on claims
+    "batch_size": 16,
+    "negatives": 1,  # mined ones of a claim in a batch
+    **LIMITS,
+}
+PEER_STEPS: Final = 50  # in float32, which is slower
+PEER_RATE: Final = 5e-5
+KEPT: Final = {  # sets that training on claims is not about
+    "minilm": ("sts/en", "xquad/en"),
+    "me5-small": ("sts/en", "sts/ko", "xquad/de-en"),
+}
+PARTS: Final = (*KINDS, "usual sum", "tuned sum")  # columns of a model with three kinds
+
+
+def claims(place: Place) -> Path:
+    """The training claims, without those of the dev set, and their abstracts."""
+    train = read_folder(place.sets / SCIFACT, "train")
+    dev = {train.queries[name] for name in dev_claims(train)}
+    return written(
+        place.file("claims.jsonl"),
+        lambda: (it for it in iter_examples(place.sets / SCIFACT) if it.query not in dev),
+    )
+
+
+def mined_claims(place: Place, model: str) -> Path:
+    """The same with negatives that the untouched model mined."""
+    return place.file(f"claims.{model}.jsonl")
+
+
+def mined(job: Job, *, model: str) -> Found:
+    """Mine negatives below a share of the positive's score, in all abstracts."""
+    (report,) = mine(
+        load(model),
+        [open_source(claims(job.place))],
+        mined_claims(job.place, model),
+        mining=Mining(rule=MINING[model], negatives=8),
+        documents=both_claims(job.place.sets).documents,
+        work=job.place.file("mining"),
+    )
+    return Found(facts={"rows": report.rows, "negatives": report.negatives})
+
+
+MINING: Final = {
+    "minilm": MiningRule(kind="percent", value=0.95),
+    "me5-small": MiningRule(kind="relative", value=0.95),  # all of its cosines lie close together
+}
+
+
+def finetuned(
+    job: Job,
+    *,
+    model: str,
+    rate: float | None = None,
+    rows: Callable[[Place, str], Path] = mined_claims,
+    **numbers: Any,
+) -> Found:
+    """Fine-tune on claims; without a rate, with the one that was chosen with mined negatives."""
+    place = job.place
+    rate = rate or float(place.facts(f"scifact/{model}-mined")["rate"])
+    of_stage = {name: numbers.pop(name) for name in ("ignore_rule",) if name in numbers}
+    recipe = finetune(
+        model=BASES[model],
+        learning_rate=rate,
+        steps=SCIFACT_STEPS[model],
+        seed=job.seed,
+        **SCIFACT_NUMBERS,
+        **numbers,
+    )
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], **of_stage),))
+    facts = trained(job, recipe, {"pairs": [open_source(rows(place, model))]})
+    return measured(place, load(job.folder / "model"), (SCIFACT, *KEPT[model]), rate=rate, **facts)
+
+
+RATES: Final = by_rate(2e-5, 5e-5, 1e-4)
+RULES: Final = {rule: {"ignore_rule": rule} for rule in ("margin", "percent")}
+
+
+def three_kinds(job: Job, *, rate: float) -> Found:
+    """Train dense, sparse and multi-vectors together; a rate of 0 measures the untrained heads."""
+    place = job.place
+    if not rate:
+        torch.manual_seed(job.seed)
+        return Found(*by_kind(place, load("minilm", kinds=KINDS)))
+    recipe = bge_m3(
+        model=BASES["minilm"],
+        stages="unified",
+        unified_learning_rate=rate,
+        unified_steps=SCIFACT_STEPS["minilm"],
+        unified_batch_size=SCIFACT_NUMBERS["batch_size"],
+        unified_negatives=SCIFACT_NUMBERS["negatives"],
+        seed=job.seed,
+        **LIMITS,
+    )
+    facts = trained(job, recipe, {"examples": [open_source(mined_claims(place, "minilm"))]})
+    model = load(job.folder / "model")
+    answers, weights = by_kind(place, model)
+    kept = measured(place, model, KEPT["minilm"], rate=rate, **facts, **weights)
+    return Found({**answers, **kept.answers}, kept.facts)
+
+
+M3_RATES: Final = by_rate(2e-5, 5e-5)
+M3_DEV: Final = "scifact dev tuned"  # the tuned sum on claims that did not choose its weights
+
+
+def by_kind(place: Place, embedder: Embedder) -> tuple[Answers, dict[str, Any]]:
+    """The answers by every kind and by two sums: with usual weights, with those tuned on dev."""
+    data = both_claims(place.sets)
+    found = dev_candidates(embedder, data, tasks=(), kinds=KINDS, depth=1_000)
+    tuned = tune(subset(data, slice(DEV)), some_queries(found, slice(DEV)))
+    alone = [each_alone(KINDS)[kind] for kind in KINDS]
+    columns = [
+        evaluate_hits(data, found.hits(weights, 10), names=["ndcg@10"]).scores["ndcg@10"]
+        for weights in (*alone, Weights(), tuned.weights)
+    ]
+    answers = split_answers(np.stack(columns, axis=1))
+    weights = {kind: tuned.weights.of(kind) for kind in KINDS}
+    return {**answers, M3_DEV: tuned.scores["tuned"]}, {"weights": weights}
+
+
+def subset(data: RetrievalSet, rows: slice) -> RetrievalSet:
+    """The set with some of its queries."""
+    all_rows = range(len(data.queries))[rows]
+    judged, offsets = data.judgements, data.judgements.offsets
+    grades = [
+        dict(
+            zip(
+                judged.docs[offsets[i] : offsets[i + 1]].tolist(),
+                judged.grades[offsets[i] : offsets[i + 1]].tolist(),
+                strict=True,
+            )
+        )
+        for i in all_rows
+    ]
+    return replace(
+        data,
+        queries=data.queries[rows],
+        query_ids=data.query_ids[rows],
+        judgements=Judgements.of(grades),
+    )
+
+
+def some_queries(found: HybridHits, rows: slice) -> HybridHits:
+    """The candidates of some queries."""
+    return HybridHits(found.kinds, found.rows[rows], found.parts[:, rows])
+
+
+STUDENT_LAYERS: Final = 3  # of the teacher's 12
+STUDENT_STEPS: Final = 400  # of 32 texts
+STUDENT_RATES: Final = by_rate(2e-4, 5e-4)
+STUDENT_BATCH: Final = 32
+
+
+def student(job: Job, *, rate: float) -> Found:
+    """Teach the first layers of me5-small what all of it says of abstracts and titles, unlabelled.
+
+    Every second text is a title, which is read as a query.
+    """
+    place, base = job.place, BASES["me5-small"]
+    recipe = distil(
+        model=base,
+        teacher=base,
+        keep_layers=STUDENT_LAYERS,
+        read_as="both",
+        steps=STUDENT_STEPS,
+        batch_size=STUDENT_BATCH,
+        learning_rate=rate,
+        max_tokens=LIMITS["document_tokens"],
+        seed=job.seed,
+    )
+    path = written_texts(place.file("abstracts.jsonl"), lambda: abstracts_and_titles(place.sets))
+    facts = trained(job, recipe, {"texts": [open_texts(path)]})
+    sets = (SCIFACT, *KEPT["me5-small"])
+    return measured(place, load(job.folder / "model"), sets, rate=rate, **facts)
+
+
+def abstracts_and_titles(sets: Path) -> Iterable[str]:
+    """Each abstract with its title, and then its title alone."""
+    for line in (sets / SCIFACT / "corpus.jsonl").read_text(encoding="utf-8").splitlines():
+        document = json.loads(line)
+        yield f"{document['title']} {document['text']}".strip()
+        yield document["title"] or document["text"]
+
+
+def asked_by_student(job: Job) -> Found:
+    """The student encodes claims, and the teacher abstracts."""
+    place, data = job.place, both_claims(job.place.sets)
+    best = place.origin("scifact/student")
+    queries = load(place.model(best) / "model").encode(data.queries, "query")
+    documents = load("me5-small").encode(data.documents, "document")
+    found = evaluate_retrieval(data, queries, documents, names=["ndcg@10"])
+    return Found(split_answers(np.asarray(found.scores["ndcg@10"])))
+
+
+def one_positive(place: Place) -> Path:
+    """Rows of one positive and as many negatives as a batch takes, for both libraries."""
+    count = SCIFACT_NUMBERS["negatives"]
+    return written(
+        place.file("claims.one.jsonl"),
+        lambda: (
+            replace(
+                it,
+                positives=it.positives[:1],
+                negatives=it.negatives[:count],
+                positive_scores=None,
+                negative_scores=None,
+            )
+            for it in iter_examples(mined_claims(place, "minilm"))
+            if len(it.negatives) >= count
+        ),
+    )
+
+
+def beside_peer(job: Job) -> Found:
+    """Train in float32 on the rows that the peer gets too."""
+    rate = PEER_RATE
+    recipe = finetune(
+        model=BASES["minilm"],
+        learning_rate=rate,
+        steps=PEER_STEPS,
+        seed=job.seed,
+        **SCIFACT_NUMBERS,
+    )
+    source = open_source(one_positive(job.place))
+    facts = trained(job, recipe, {"pairs": [source]}, "float32")
+    return measured(job.place, load(job.folder / "model"), (SCIFACT,), rate=rate, **facts)
+
+
+def peer(job: Job) -> Found:
+    """Train by sentence-transformers: the same batches, loss, rate, warmup and lengths."""
+    rate, steps, size = PEER_RATE, PEER_STEPS, SCIFACT_NUMBERS["batch_size"]
+    source = open_source(one_positive(job.place))
+    rows = rows_in_order(source, steps=steps, batch_size=size, seed=job.seed)
+    task = {
+        "model": str(resolve(BASES["minilm"])),
+        "rows": rows,
+        "steps": steps,
+        "batch_size": size,
+        "learning_rate": rate,
+        "temperature": 0.05,
+        "weight_decay": 0.01,
+        "max_tokens": LIMITS["document_tokens"],
+        "seed": job.seed,
+        "out": str(job.folder / "model"),
+    }
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / "task.json"
+    path.write_text(json.dumps(task), encoding="utf-8")
+    script = Path(__file__).with_name("judged_peer.py")
+    subprocess.run([job.place.peer, str(script), str(path)], check=True)
+    facts = read_json(job.folder / "spent.json")
+    facts |= {"rate": rate, "steps": steps, "training_precision": "float32"}
+    return measured(job.place, load(job.folder / "model"), (SCIFACT,), **facts)
+
+
+def rows_in_order(source: Source, *, steps: int, batch_size: int, seed: int) -> list[list[str]]:
+    """Query, positive and negatives of each row, in the order of a training's batches."""
+    sampler = Sampler([source], BatchPlan(batch_size, seed, epochs=steps))
+    batches = (sampler.next_batch() for _ in range(steps))
+    return [
+        [it.query, *it.positives, *it.negatives]
+        for batch in batches
+        if batch is not None
+        for it in batch.examples([source])
+    ]
+
+
+# ---- similarity ----------------------------------------------------------------------------------
+
+STS_NUMBERS: Final[dict[str, Any]] = {
+    "steps": 100,
+    "batch_size": 32,
+    "query_tokens": 64,
+    "document_tokens": 64,
+}
+
+
+def sts_sets(lang: str) -> tuple[str, str]:
+    """The test and the dev set of a language."""
+    return f"sts/{lang}", f"sts/{lang} dev"
+
+
+def as_positives(place: Place, lang: str) -> Path:
+    """Rows of pairs that people scored 4 or more, with negatives by BM25, as in NV-Embed."""
+    data = SimilaritySet.from_file(place.sets / "sts" / f"{STS[lang]}.train.jsonl")
+
+    def rows() -> Iterable[Example]:
+        for it in convert_similarity(data, Conversion(task="sts", instruction="similar")).rows:
+            yield replace(it, query_prompt="query: ", document_prompt="query: ")
+
+    return written(place.file(f"positives.{lang}.jsonl"), rows)
+
+
+def graded(place: Place, lang: str) -> Path:
+    """The scored pairs themselves, which CoSENT learns."""
+    return place.sets / "sts" / f"{STS[lang]}.train.jsonl"
+
+
+STS_METHODS: Final = {"positives": as_positives, "cosent": graded}
+
+
+STS_RATES: Final = by_rate(1e-5, 3e-5, 1e-4)
+
+
+def similar(job: Job, *, method: str, lang: str, rate: float | None = None) -> Found:
+    """Train on scored pairs in one way; without a rate, with the one chosen for English."""
+    rate = rate or float(job.place.facts(f"similarity/{method}-en")["rate"])
+    recipe = finetune(
+        model=BASES["me5-small"], learning_rate=rate, seed=job.seed, negatives=3, **STS_NUMBERS
+    )
+    source = open_source(STS_METHODS[method](job.place, lang))
+    facts = trained(job, recipe, {"pairs": [source]})
+    return measured(job.place, load(job.folder / "model"), sts_sets(lang), rate=rate, **facts)
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+DECODER_SETS: Final = (WORDS, "sts/en")
+DECODER_LIMITS: Final = {"query_tokens": 128, "document_tokens": 128}
+MNTP_STEPS: Final = 50  # of 8 blocks of 256 tokens
+SIMCSE_STEPS: Final = 30  # of 64 sentences
+
+
+def decoder_stage(job: Job, *, stage: str, base: str) -> Found:
+    """Train one stage of LLM2Vec on descriptions of packages."""
+    after = BASES.get(base) or str(job.place.model(base) / "model")
+    recipe = llm2vec(
+        model=after,
+        stages=stage,
+        mntp_steps=MNTP_STEPS,
+        mntp_batch_size=8,
+        mntp_block_tokens=256,
+        mntp_learning_rate=3e-4,
+        simcse_steps=SIMCSE_STEPS,
+        simcse_batch_size=64,
+        simcse_learning_rate=1e-4,
+        simcse_max_tokens=64,
+        max_tokens=128,
+        seed=job.seed,
+    )
+    known = [row for row in _packages("en").values() if row["split"] == "train"]
+    texts = {"mntp": (row["long"] for row in known), "simcse": sentences_of(known)}
+    path = written_texts(job.place.file(f"{stage}.jsonl"), lambda: texts[stage])
+    data = {recipe.stages[0].data: [open_texts(path)]}
+    facts = trained(job, recipe, data)
+    model = load(job.folder / "model", **DECODER_LIMITS)
+    return measured(job.place, model, DECODER_SETS, **facts)
+
+
+# ---- across languages ----------------------------------------------------------------------------
+
+
+def on_packages(job: Job) -> Found:
+    """Train on descriptions of packages in English and Korean: another domain, two languages."""
+    sources = [
+        open_source(
+            written(
+                job.place.file(f"packages.{name}.jsonl"),
+                partial(debian_pairs, name, "train"),
+            )
+        )
+        for name in DEBIAN_TESTED
+    ]
+    recipe = finetune(
+        model=BASES["me5-small"],
+        steps=40,
+        batch_size=48,
+        learning_rate=3e-5,
+        query_tokens=64,
+        document_tokens=128,
+        seed=job.seed,
+    )
+    facts = trained(job, recipe, {"pairs": sources})
+    return measured(job.place, load(job.folder / "model"), ACROSS, **facts)
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+
+def all_cells() -> dict[str, Cell]:
+    """Every cell by its name, those that decide most first."""
+    parts = (_scifact(), _similarity(), _words(), _languages())
+    return {cell.name: cell for cell in chain(*parts)}
+
+
+def _scifact() -> Iterable[Cell]:
+    for model, minutes in (("minilm", 3), ("me5-small", 6)):
+        sets = (SCIFACT, *KEPT[model])
+        yield Cell(f"scifact/{model}", partial(untouched, model=model, sets=sets), minutes)
+    sets = (SCIFACT, *sorted({*chain(*KEPT.values())}))
+    yield Cell("scifact/bm25", partial(baselines, sets=sets), 1)
+    for model, minutes in (("minilm", 10), ("me5-small", 12)):
+        name, rows = f"scifact/{model}-mined", f"scifact/{model}-rows"
+        yield Cell(rows, partial(mined, model=model), minutes / 2 - 1)
+        run = partial(finetuned, model=model)
+        yield from variants(name, run, RATES, SCIFACT_DEV, minutes=minutes, needs=(rows,))
+    chosen, run = ("scifact/minilm-mined",), partial(finetuned, model="minilm")
+    plain = partial(run, rows=lambda place, _: claims(place))
+    yield Cell("scifact/minilm-pairs", plain, 6, chosen, seeds=3)
+    yield from variants("scifact/minilm-rule", run, RULES, SCIFACT_DEV, minutes=10, needs=chosen)
+    rows = ("scifact/minilm-rows",)
+    yield Cell("scifact/m3-untrained", partial(three_kinds, rate=0.0), 6)
+    about: dict[str, Any] = {"minutes": 14, "needs": rows, "keeps_model": True}
+    yield from variants("scifact/m3", three_kinds, M3_RATES, M3_DEV, **about)
+    about = {"minutes": 12, "keeps_model": True}
+    yield from variants("scifact/student", student, STUDENT_RATES, SCIFACT_DEV, **about)
+    yield Cell("scifact/student-queries", asked_by_student, 6, ("scifact/student",))
+    yield Cell("scifact/float32", beside_peer, 9, rows, seeds=3)
+    yield Cell("scifact/sentence-transformers", peer, 10, rows, seeds=3)
+
+
+def _similarity() -> Iterable[Cell]:
+    sets = tuple(chain(*map(sts_sets, STS)))
+    yield Cell("similarity/words", partial(baselines, sets=sets), 0.5)
+    yield Cell("similarity/me5-small", partial(untouched, model="me5-small", sets=sets), 2)
+    for method in STS_METHODS:
+        english, run = f"similarity/{method}-en", partial(similar, method=method)
+        dev = sts_sets("en")[1]
+        yield from variants(english, partial(run, lang="en"), STS_RATES, dev, minutes=3)
+        for lang in STS:
+            if lang != "en":
+                name = f"similarity/{method}-{lang}"
+                yield Cell(name, partial(run, lang=lang), 3, (english,), seeds=3)
+
+
+def _words() -> Iterable[Cell]:
+    yield Cell("words/label", partial(baselines, sets=DECODER_SETS), 0.5)
+    for attention in ("causal", "bidirectional"):
+        run = partial(
+            untouched, model="smollm2", sets=DECODER_SETS, attention=attention, **DECODER_LIMITS
+        )
+        yield Cell(f"words/{attention}", run, 5)
+    run = partial(decoder_stage, stage="mntp", base="smollm2")
+    yield Cell("words/mntp", run, 15, keeps_model=True)
+    run = partial(decoder_stage, stage="simcse", base="words/mntp")
+    yield Cell("words/simcse", run, 15, ("words/mntp",))
+
+
+def _languages() -> Iterable[Cell]:
+    yield Cell("languages/bm25", partial(baselines, sets=ACROSS), 1)
+    yield Cell("languages/me5-small", partial(untouched, model="me5-small", sets=ACROSS), 4)
+    yield Cell("languages/packages", on_packages, 12, seeds=3)
+
+
+# ---- rows of the tables --------------------------------------------------------------------------
+
+KEPT_TABLE: Final = "What training on SciFact does to other sets"
+BEST_DENSE: Final = "scifact/minilm-mined"  # whose dense vectors are to reach the aim
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell's figure on a set, and what it is compared with."""
+
+    title: str
+    cell: str
+    of: str  # the set
+    against: str = ""  # a cell
+    part: str = ""  # of PARTS, for a model with three kinds
+    against_part: str = ""
+
+
+def tables() -> dict[str, list[Row]]:
+    """The rows of each table, by its title."""
+    return {
+        "SciFact, 300 test claims": _scifact_rows(SCIFACT),
+        KEPT_TABLE: _kept_rows(),
+        "Similarity": list(_similarity_rows()),
+        "Words": list(_word_rows()),
+        "Across languages": list(_language_rows()),
+        "SciFact, the 100 claims of the dev set, which choose": _scifact_rows(SCIFACT_DEV),
+    }
+
+
+def _scifact_rows(of: str) -> list[Row]:
+    base, mined = "scifact/minilm", "scifact/minilm-mined"
+    rows = [
+        Row("BM25", "scifact/bm25", of),
+        Row("minilm, untouched", base, of, "scifact/bm25"),
+        Row("minilm, pairs", "scifact/minilm-pairs", of, base),
+        Row("minilm, + mined negatives", mined, of, "scifact/minilm-pairs"),
+        Row("minilm, + mined negatives", mined, of, base),
+        Row("minilm, + rule on false negatives", "scifact/minilm-rule", of, mined),
+        Row("me5-small, untouched", "scifact/me5-small", of, "scifact/bm25"),
+        Row("me5-small, + mined negatives", "scifact/me5-small-mined", of, "scifact/me5-small"),
+    ]
+    teacher = "scifact/me5-small"
+    rows += [
+        Row("student, 3 of 12 layers of me5-small", "scifact/student", of, teacher),
+        Row("the student's queries, me5-small's abstracts", "scifact/student-queries", of, teacher),
+    ]
+    for cell, title in (("m3-untrained", "untrained"), ("m3", "bge-m3")):
+        for part in PARTS:
+            name = f"minilm, {title}: {part}"
+            rows.append(Row(name, f"scifact/{cell}", of, base, part))
+    rows.append(Row("minilm, bge-m3: tuned sum", "scifact/m3", of, mined, "tuned sum"))
+    rows.append(
+        Row("minilm, bge-m3: tuned sum", "scifact/m3", of, "scifact/m3", "tuned sum", "dense")
+    )
+    ours = "scifact/float32"
+    peers = "scifact/sentence-transformers"
+    rows.append(Row("sentence-transformers, float32", peers, of, base))
+    rows.append(Row("tercet, the same batches, float32", ours, of, peers))
+    if of == SCIFACT_DEV:
+        compared = [
+            *(
+                (f"{model}-mined-{rate}", f"scifact/{model}", "")
+                for model in KEPT
+                for rate in RATES
+            ),
+            *((f"minilm-rule-{rule}", mined, "") for rule in RULES),
+            *((f"student-{rate}", teacher, "") for rate in STUDENT_RATES),
+            *((f"m3-{rate}", base, "tuned sum") for rate in M3_RATES),
+        ]
+        for name, against, part in compared:
+            rows.append(Row(name, f"scifact/{name}", of, against, part))
+    return rows
+
+
+def _kept_rows() -> list[Row]:
+    trained = {
+        "minilm": {"minilm-pairs": "pairs", "minilm-mined": "+ mined negatives", "m3": "bge-m3"},
+        "me5-small": {"me5-small-mined": "+ mined negatives", "student": "student"},
+    }
+    return [
+        Row(f"{model}, {title}", f"scifact/{cell}", of, f"scifact/{model}")
+        for model, cells in trained.items()
+        for cell, title in cells.items()
+        for of in KEPT[model]
+    ]
+
+
+def _similarity_rows() -> Iterable[Row]:
+    for lang in STS:
+        of, base = f"sts/{lang}", "similarity/me5-small"
+        yield Row("overlap of words", "similarity/words", of)
+        yield Row("me5-small, untouched", base, of, "similarity/words")
+        positives, graded = (f"similarity/{method}-{lang}" for method in STS_METHODS)
+        yield Row("me5-small, pairs as positives", positives, of, base)
+        yield Row("me5-small, CoSENT", graded, of, base)
+        yield Row("me5-small, CoSENT", graded, of, positives)
+    yield from _decoder_rows("sts/en")
+
+
+def _word_rows() -> Iterable[Row]:
+    yield Row("usual label of the word", "words/label", WORDS)
+    yield from _decoder_rows(WORDS)
+
+
+def _decoder_rows(of: str) -> Iterable[Row]:
+    yield Row("smollm2, causal", "words/causal", of, "words/label")
+    yield Row("smollm2, both ways", "words/bidirectional", of, "words/causal")
+    yield Row("smollm2, + MNTP", "words/mntp", of, "words/causal")
+    yield Row("smollm2, + MNTP + SimCSE", "words/simcse", of, "words/mntp")
+
+
+def _language_rows() -> Iterable[Row]:
+    for of in ACROSS:
+        base = "languages/me5-small"
+        yield Row("me5-small, untouched", base, of, "languages/bm25")
+        yield Row("me5-small, on packages in English and Korean", "languages/packages", of, base)
