@@ -1,8 +1,8 @@
 """What does a contrastive training step cost, against sentence-transformers.
 
 Forward and backward of MiniLM on Debian package descriptions, pairs in random order, no dropout,
-one thread, tokens made beforehand on both sides, float32 or bfloat16 by autocast. The peer's losses are
-MultipleNegativesRankingLoss, and CachedMultipleNegativesRankingLoss with the best of several
+one thread, tokens made beforehand on both sides; float32, or bfloat16 by autocast. The peer has
+MultipleNegativesRankingLoss, or CachedMultipleNegativesRankingLoss with the best of several
 mini-batch sizes. What packing saves is padding, so the padding factor (token slots of the peer,
 over tokens) stands beside every ratio, and a control row has texts of one length.
 
