@@ -57,6 +57,7 @@ LIMITS: Final[dict[str, Any]] = {"query_tokens": 64, "document_tokens": 256}  # 
 RUN: Final = Run(
     device="cpu", dtype="bfloat16", memory_gb=3.0, save_minutes=3.0, show_progress=False
 )
+BASES: Final = {name: name for name in ("minilm", "me5-small", "smollm2")}  # what is loaded
 DATA: Final = "data"  # the folder of files that cells write for later ones
 
 Answers = dict[str, np.ndarray]  # of a model, by the name of the set
@@ -274,7 +275,8 @@ def _packages(lang: str) -> dict[str, dict[str, Any]]:
 
 def load(model: str | Path, **changes: Any) -> Embedder:
     """A model in the precision in which all are measured, cut to the same lengths."""
-    return Embedder.load(model, dtype=torch.bfloat16, **{**LIMITS, **changes})
+    source = BASES.get(str(model), model)
+    return Embedder.load(source, dtype=torch.bfloat16, **{**LIMITS, **changes})
 
 
 def measured(place: Place, embedder: Embedder, names: Iterable[str]) -> Answers:
@@ -386,7 +388,7 @@ def finetuned(job: Job, *, model: str, rate: float | None = None, with_mined: bo
         rate = RATES[rate_cells(model).index(best)]
     path = mined_claims(place, model) if with_mined else claims(place)
     recipe = finetune(
-        model=model,
+        model=BASES[model],
         learning_rate=rate,
         steps=SCIFACT_STEPS[model],
         seed=job.seed,
@@ -417,14 +419,13 @@ def three_kinds(job: Job, *, rate: float | None = None) -> Found:
         torch.manual_seed(job.seed)
         return Found(*by_kind(place, load("minilm", kinds=KINDS)))
     recipe = bge_m3(
-        model="minilm",
+        model=BASES["minilm"],
         stages="unified",
         unified_learning_rate=rate,
         seed=job.seed,
-        **{
-            f"unified_{name}": SCIFACT_NUMBERS[name]
-            for name in ("steps", "batch_size", "negatives")
-        },
+        unified_steps=SCIFACT_STEPS["minilm"],
+        unified_batch_size=SCIFACT_NUMBERS["batch_size"],
+        unified_negatives=SCIFACT_NUMBERS["negatives"],
         **LIMITS,
     )
     facts = trained(job, recipe, {"examples": [open_source(mined_claims(place, "minilm"))]})
@@ -505,7 +506,11 @@ def beside_peer(job: Job) -> Found:
     """Train in float32 on the rows that the peer gets too."""
     rate = RATES[1]
     recipe = finetune(
-        model="minilm", learning_rate=rate, steps=PEER_STEPS, seed=job.seed, **SCIFACT_NUMBERS
+        model=BASES["minilm"],
+        learning_rate=rate,
+        steps=PEER_STEPS,
+        seed=job.seed,
+        **SCIFACT_NUMBERS,
     )
     source = open_source(one_positive(job.place))
     facts = trained(job, recipe, {"pairs": [source]}, "float32")
@@ -519,7 +524,7 @@ def peer(job: Job) -> Found:
     source = open_source(one_positive(job.place))
     rows = rows_in_order(source, steps=steps, batch_size=size, seed=job.seed)
     task = {
-        "model": str(resolve("minilm")),
+        "model": str(resolve(BASES["minilm"])),
         "rows": rows,
         "steps": steps,
         "batch_size": size,
@@ -587,7 +592,7 @@ def similar(job: Job, *, lang: str, rate: float | None = None) -> Found:
             return Found(same_as=best)
         rate = STS_RATES[STS_CELLS.index(best)]
     numbers = {**STS_NUMBERS, "negatives": 3}
-    recipe = finetune(model="me5-small", learning_rate=rate, seed=job.seed, **numbers)
+    recipe = finetune(model=BASES["me5-small"], learning_rate=rate, seed=job.seed, **numbers)
     source = open_source(as_positives(job.place, lang))
     facts = trained(job, recipe, {"pairs": [source]})
     found = measured(job.place, load(job.folder / "model"), sts_sets(lang))
@@ -607,7 +612,7 @@ SIMCSE_STEPS: Final = 30  # of 64 sentences
 
 def decoder_stage(job: Job, *, stage: str, base: str) -> Found:
     """Train one stage of LLM2Vec on descriptions of packages."""
-    after = base if "/" not in base else str(job.place.model(base) / "model")
+    after = BASES.get(base) or str(job.place.model(base) / "model")
     recipe = llm2vec(
         model=after,
         stages=stage,
@@ -651,7 +656,7 @@ def on_packages(job: Job) -> Found:
         for name in DEBIAN_TESTED
     ]
     recipe = finetune(
-        model="me5-small",
+        model=BASES["me5-small"],
         steps=40,
         batch_size=48,
         learning_rate=3e-5,

@@ -53,7 +53,8 @@ class Example:
     """One training record: a query, documents that match it, and some that do not.
 
     Scores, where given, are a teacher's, one for each text of the field they belong to.
-    A prompt of None means: use the model's.
+    A prompt of None means: use the model's. With ``score`` it is a pair of texts whose similarity
+    people judged: the query and its only positive, of which neither answers the other.
     """
 
     query: str
@@ -66,3 +67,4 @@ class Example:
     task: str = ""
     in_batch: InBatch | None = None  # negatives that its task allows; None: all
     lang: str = ""  # of its texts, such as "de"; empty: unknown
+    score: float | None = None  # similarity of the pair, on the scale of its task; more is closer

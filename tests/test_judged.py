@@ -1,6 +1,8 @@
 """``benchmarks/judged.py`` on tiny sets made here: what it keeps, compares and may choose by."""
 
 import json
+import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from benchmarks import judged, judged_cells
 from benchmarks.judged_cells import Cell, Found, Job, Place, Row
+from tercet.curate.mining.rules import MiningRule
 from tercet.data.batches.sampler import BatchPlan, Sampler
 from tercet.data.files.conll import LabelledSentence
 from tercet.data.files.sources import iter_examples, open_source
@@ -28,25 +31,28 @@ def lines(path: Path, rows) -> None:
 def sets(tmp_path) -> Path:
     """SciFact of 12 abstracts; training claims 0 to 7, test claims 8 to 11."""
     folder = tmp_path / "sets"
-    scifact = folder / "scifact"
-    lines(
-        scifact / "corpus.jsonl",
-        [{"_id": f"d{n}", "title": "", "text": text} for n, text in enumerate(SENTENCES)],
-    )
-    lines(
-        scifact / "queries.jsonl",
-        [{"_id": f"{n}", "text": f"claim {n}: {text[:12]}"} for n, text in enumerate(SENTENCES)],
-    )
-    for split, rows in (("train", range(8)), ("test", range(8, 12))):
-        path = scifact / "qrels" / f"{split}.tsv"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("query\tcorpus\tscore\n" + "".join(f"{n}\td{n}\t1\n" for n in rows))
+    beir(folder / "scifact", train=range(8), test=range(8, 12))
     pairs = [
         {"text1": a, "text2": b, "score": n % 6} for n, (a, b) in enumerate(pairwise(SENTENCES))
     ]
-    lines(folder / "sts/en.stsb.test.jsonl", pairs)
-    lines(folder / "sts/en.stsb.dev.jsonl", pairs)
+    for name in ("en.stsb", "ko.korsts", "ja.jsts"):
+        for split in ("train", "dev", "test"):
+            lines(folder / f"sts/{name}.{split}.jsonl", pairs)
+    for name in ("xquad/en", "xquad/de-en"):
+        beir(folder / name, test=range(12))
     return folder
+
+
+def beir(folder: Path, **splits: range) -> None:
+    """Write claims, of which each is answered by the abstract of its number."""
+    texts = list(enumerate(SENTENCES))
+    lines(folder / "corpus.jsonl", [{"_id": f"d{n}", "title": "", "text": it} for n, it in texts])
+    claims = [{"_id": f"{n}", "text": f"claim {n}: {it[:12]}"} for n, it in texts]
+    lines(folder / "queries.jsonl", claims)
+    (folder / "qrels").mkdir()
+    for split, rows in splits.items():
+        judged_pairs = "".join(f"{n}\td{n}\t1\n" for n in rows)
+        (folder / "qrels" / f"{split}.tsv").write_text(f"query\tcorpus\tscore\n{judged_pairs}")
 
 
 @pytest.fixture
@@ -336,3 +342,40 @@ def test_every_row_is_of_a_cell_that_exists_and_whose_baseline_exists():
     for cell in cells.values():
         assert all(need in cells for need in cell.needs)
         assert isinstance(cell.run, partial) or callable(cell.run)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the peer
+def test_the_cells_of_claims_and_of_similarity_run(place, encoder_folder, monkeypatch):
+    for name in ("minilm", "me5-small"):
+        monkeypatch.setitem(judged_cells.BASES, name, str(encoder_folder))
+        monkeypatch.setitem(judged_cells.SCIFACT_STEPS, name, 2)
+        monkeypatch.setitem(judged_cells.MINING, name, MiningRule(kind="naive"))
+    monkeypatch.setattr(judged_cells, "PEER_STEPS", 2)
+    monkeypatch.setattr(judged_cells, "DEV", 5)
+    monkeypatch.setitem(judged_cells.LIMITS, "document_tokens", 64)
+    for numbers in (judged_cells.SCIFACT_NUMBERS, judged_cells.STS_NUMBERS):
+        monkeypatch.setitem(numbers, "batch_size", 2)
+    monkeypatch.setitem(judged_cells.SCIFACT_NUMBERS, "document_tokens", 64)
+    monkeypatch.setitem(judged_cells.STS_NUMBERS, "steps", 2)
+    place = replace(place, peer=sys.executable)
+    cells = {
+        name: replace(cell, seeds=min(cell.seeds, 2))
+        for name, cell in judged_cells.all_cells().items()
+    }
+    for cell, seed in judged.jobs_of(cells, ["scifact/*", "similarity/*"]):
+        judged.run_here(place, cell, seed)
+    rows = judged.measured_rows(place, cells)
+    shown = {row["cell"] for row in rows}
+    assert {row.cell for row in of_parts("scifact", "similarity")} == shown
+    for row in rows:
+        low, high = row["figure"][1:]
+        assert -1 <= low <= row["figure"][0] <= high <= 1
+    trained = [row for row in rows if row["cell"] == "scifact/minilm-mined"]
+    assert trained and all(row["seeds"] == 2 and row["steps"] == 2 for row in trained)
+
+
+def of_parts(*parts: str) -> list[Row]:
+    """The rows whose cells are of these parts."""
+    rows = [row for rows in judged_cells.tables().values() for row in rows]
+    return [row for row in rows if row.cell.startswith(parts)]

@@ -56,7 +56,13 @@ from tercet.files.outputs import check_files, check_output
 from tercet.types import Role
 
 EXAMPLES: Final = Path("examples/data/packages.en.parquet")
-_COUNTS: Final = ("with_negatives", "distinct_queries", "distinct_documents", "duplicate_pairs")
+_COUNTS: Final = (
+    "scored_pairs",
+    "with_negatives",
+    "distinct_queries",
+    "distinct_documents",
+    "duplicate_pairs",
+)
 
 _RANKS, _RULES = "Ranks", "Rules without a model"  # panels
 _SHOWN: Final = 3  # names in a note

@@ -66,6 +66,7 @@ class SourceReport:
     batches: int  # per epoch, at the given batch size
     pairs: int
     duplicate_pairs: int  # exact, beyond the first of each
+    scored_pairs: int  # rows that are pairs with a similarity score
     with_negatives: int  # rows that have mined negatives
     distinct_queries: int
     distinct_documents: int
@@ -264,6 +265,7 @@ class _Tally:
     """Counts of the rows of one source and language so far."""
 
     rows: int = 0
+    scored_pairs: int = 0
     with_negatives: int = 0
     queries_as_positive: int = 0
     negatives_as_positive: int = 0
@@ -276,8 +278,9 @@ class _Tally:
 
     def add(self, row: Example, options: CheckOptions) -> None:
         self.rows += 1
+        self.scored_pairs += row.score is not None
         self.with_negatives += bool(row.negatives)
-        self.queries_as_positive += row.query in row.positives
+        self.queries_as_positive += row.score is None and row.query in row.positives
         self.negatives_as_positive += sum(text in row.positives for text in row.negatives)
         self.blank_negatives += sum(not text.strip() for text in row.negatives)
         self.queries.add((row.query,))
@@ -309,6 +312,7 @@ def _source_report(
         batches=batches_of(rows, 1.0, options.batch_size),
         pairs=len(pairs),
         duplicate_pairs=len(pairs) - len(np.unique(pairs)),
+        scored_pairs=sum(tally.scored_pairs for tally in tallies),
         with_negatives=sum(tally.with_negatives for tally in tallies),
         distinct_queries=len(np.unique(_numbers([texts.hashes for texts in queries]))),
         distinct_documents=len(np.unique(_numbers([texts.hashes for texts in documents]))),

@@ -7,13 +7,16 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
-from tercet.data.batches.collate import Batch, Collator
+from tercet.data.batches.collate import Batch, Collator, ScoredPairs
 from tercet.data.batches.sampler import BatchRows
 from tercet.data.files.sources import Source
-from tercet.distributed import gather_rows
+from tercet.distributed import gather_ints, gather_rows, world
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
+from tercet.losses.cosent import cosent
 from tercet.losses.info_nce import info_nce
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
@@ -35,28 +38,47 @@ class Contrastive:
 
     arXiv 1807.03748, eq. 4; arXiv 2205.13147, eq. 1. Each process takes its queries against the
     documents of all, so that summed gradients are those of the whole batch.
+
+    Pairs of a batch that have a similarity score learn its order by
+    :func:`tercet.losses.cosent.cosent`, over the same widths; they are neither queries nor
+    documents of InfoNCE. The loss is the sum of both.
     """
 
     temperature: float = 0.05
     dims: tuple[int, ...] = ()
+    similarity_temperature: float = 0.05
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < inf:
             raise RecipeError(f"temperature is {self.temperature}; give a number above 0")
+        if not 0 < self.similarity_temperature < inf:
+            raise RecipeError(
+                f"similarity_temperature is {self.similarity_temperature}; give a number above 0"
+            )
         check_dims(self.dims)
 
     @property
     def traits(self) -> Traits:
         """Dense vectors of queries and documents are compared."""
         return Traits(
-            kinds=("dense",), dims=self.dims, contrasts=True, cacheable=True, shardable=True
+            kinds=("dense",),
+            dims=self.dims,
+            contrasts=True,
+            ranks_pairs=True,
+            cacheable=True,
+            shardable=True,
         )
 
     def loss(self, vectors: Vectors, batch: Batch, step: int = 0) -> Losses:
         """Return the loss of the dense vectors: this process's share, if there are several."""
         dense = vectors.dense
         assert dense is not None, "embedded as dense vectors"
-        queries, documents = dense[: batch.queries], dense[batch.queries :]
+        first = len(dense) - 2 * len(batch.pairs)
+        queries, documents = dense[: batch.queries], dense[batch.queries : first]
+        relation = batch.relation.gathered()
+        ranked = self._ranked(dense[first:], batch.pairs)
+        if ranked is not None and not relation.positives:  # pairs alone
+            return {"loss": ranked, "similarity": ranked}
         width = dense.shape[1]
         shorter = [dim for dim in self.dims if dim < width]
         if not shorter:  # scaled once, instead of every block of scores
@@ -64,11 +86,30 @@ class Contrastive:
         loss = info_nce(
             queries,
             gather_rows(documents),
-            batch.relation.gathered(),
+            relation,
             self.temperature,
             dims=(*sorted(shorter), width) if shorter else None,
         )
-        return {"loss": loss}
+        return {"loss": loss} if ranked is None else {"loss": loss + ranked, "similarity": ranked}
+
+    def _ranked(self, texts: Float[Tensor, "texts dim"], pairs: ScoredPairs) -> Tensor | None:
+        """Return a process's share of the loss of all pairs with a score; None without such pairs.
+
+        ``texts`` are the first texts of the pairs of this process, then the second ones. Every
+        process compares the pairs of all, and takes an equal part of the loss.
+        """
+        if not int(gather_ints(torch.tensor([len(pairs)])).sum()):
+            return None
+        scores, scales = gather_rows(pairs.scores[:, None]).squeeze(1), gather_ints(pairs.scales)
+        width = texts.shape[1]
+        widths = sorted({width, *(dim for dim in self.dims if dim < width)})
+        wide = texts.to(torch.promote_types(texts.dtype, torch.float32))
+        first, second = wide[: len(pairs)], wide[len(pairs) :]
+        with torch.autocast(texts.device.type, enabled=False):
+            own = [F.cosine_similarity(first[:, :dim], second[:, :dim]) for dim in widths]
+        cosines = gather_rows(torch.stack(own, dim=1))
+        losses = [cosent(x, scores, scales, self.similarity_temperature) for x in cosines.T]
+        return torch.stack(losses).mean() / world()
 
     def start(self, embedder: Embedder, sources: Sequence[Source], collate: Collator) -> "PairWork":
         """Bind the objective to an embedder and examples.

@@ -24,6 +24,7 @@ class Traits:
     dims: tuple[int, ...] = ()  # shorter widths of dense vectors that it trains as well
     contrasts: bool = False  # compares each query with the documents of its batch
     needs_scores: bool = False  # learns scores of the examples' documents; mined ones have none
+    ranks_pairs: bool = False  # learns the order of pairs of texts with a similarity score
     block_tokens: int | None = None  # its batches count blocks of this length, not examples
     cacheable: bool = False  # takes its tokens from the collator, which may read them from disk
     shardable: bool = False  # honours Chunks.in_step, and uses weights by running the network only

@@ -29,6 +29,7 @@ def finetune(
         "Course of the learning rate; wsd: warmup, stable, decay.",
     ] = "linear",
     temperature: flags.Temperature = 0.05,
+    similarity_temperature: flags.SimilarityTemperature = 0.05,
     dims: flags.ShorterDims = None,
     negatives: flags.Negatives = 8,
     in_batch: Annotated[
@@ -78,7 +79,11 @@ def finetune(
         stages=(
             Stage(
                 name="contrastive",
-                objective=Contrastive(temperature=temperature, dims=tuple(dims or ())),
+                objective=Contrastive(
+                    temperature=temperature,
+                    dims=tuple(dims or ()),
+                    similarity_temperature=similarity_temperature,
+                ),
                 epochs=epochs,
                 steps=steps,
                 batch_size=batch_size,

@@ -33,6 +33,9 @@ StageSteps: TypeAlias = Annotated[
 ]
 Stages: TypeAlias = Annotated[str, "Stages to run, in this order, with commas between."]
 Temperature: TypeAlias = Annotated[float, "Temperature of the softmax over documents."]
+SimilarityTemperature: TypeAlias = Annotated[
+    float, "Temperature of the loss of pairs with a similarity score (CoSENT)."
+]
 Negatives: TypeAlias = Annotated[int, "Maximum number of mined negatives of a query.", "documents"]
 LengthEdges: TypeAlias = Annotated[
     list[int] | None, "Borders between length groups; a batch has texts of one group.", "tokens"

@@ -50,6 +50,7 @@ def nv_embed(
     temperature: Annotated[
         float, "Temperature of the softmax over documents; the paper names none."
     ] = 0.02,
+    similarity_temperature: flags.SimilarityTemperature = 0.05,
     negatives: flags.Negatives = 7,
     retrieval_in_batch: Annotated[
         Policy, "Which documents of other examples are negatives."
@@ -121,7 +122,9 @@ def nv_embed(
     steps_of = divided(steps, stages, SHARES, own)
     retrieval = Stage(
         name="retrieval",
-        objective=Contrastive(temperature=temperature),
+        objective=Contrastive(
+            temperature=temperature, similarity_temperature=similarity_temperature
+        ),
         data="retrieval",
         steps=steps_of["retrieval"],
         batch_size=batch_size,

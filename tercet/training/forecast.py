@@ -167,10 +167,10 @@ def _of_stage(
         if stage.objective.traits.contrasts:
             sizes = groups or Groups((), (min(stage.batch_size, sum(map(len, work.drawn))),))
             counts = Candidates.of(stage, sources)
-            found = [round(counts.in_batch(size)) for size in sizes.sizes]
-            ends = dict.fromkeys((found[0], found[-1]))
-            candidates = " to ".join(f"{each:,}" for each in ends)
-    names = [source.name for source in sources]
+            found = [] if counts is None else [round(counts.in_batch(x)) for x in sizes.sizes]
+            ends = dict.fromkeys((*found[:1], *found[-1:]))
+            candidates = " to ".join(f"{each:,}" for each in ends) or "-"
+    names = [f"{x.name} (scored)" if x.scored == len(x) else x.name for x in sources]
     length = max(1, round(tokens / max(1, texts)))
     share = tokens / distributed.world()
     graphs = min(share * budget.graph(length), budget.total)

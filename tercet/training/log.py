@@ -194,17 +194,27 @@ class Candidates:
     others: float  # that each other example in the batch adds
 
     @classmethod
-    def of(cls, stage: Stage, sources: Sequence[Source]) -> "Candidates":
+    def of(cls, stage: Stage, sources: Sequence[Source]) -> "Candidates | None":
         """Return the averages over a few examples of each source, weighted by their number.
 
-        A stage that mines its negatives is assumed to have as many as it asks for.
+        A stage that mines its negatives is assumed to have as many as it asks for. None if all rows
+        are pairs with a similarity score, which are not counted: no query is compared.
         """
-        found = [
-            np.mean([_counts(stage, example) for _, example in sampled(source)], axis=0)
+        sampling = [
+            [_counts(stage, example) for _, example in sampled(source) if example.score is None]
             for source in sources
         ]
-        weights = [len(source) * source.weight for source in sources]
+        found = [np.array(counts).mean(axis=0) for counts in sampling if counts]
+        if not found:
+            return None
+        weights = [
+            (len(source) - source.scored) * source.weight
+            for source, counts in zip(sources, sampling, strict=True)
+            if counts
+        ]
         positives, negatives, others = np.average(found, axis=0, weights=weights).tolist()
+        if stage.mixing == "blended":  # the pairs of a batch add no document
+            others *= sum(weights) / sum(len(source) * source.weight for source in sources)
         return cls(positives=positives, negatives=negatives, others=others)
 
     def in_batch(self, size: int) -> float:

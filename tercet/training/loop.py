@@ -32,6 +32,7 @@ from tercet.training.plan import (
     refuse_other_model,
     refuse_other_stages,
     require_negatives,
+    require_ranking,
     stage_folders,
     warn_of_idle_heads,
     with_prompts_of,
@@ -114,6 +115,7 @@ def _begin(plan: TrainingPlan) -> tuple[TrainingPlan, Embedder]:
     """Return the embedder that the first stage begins with, after checks of all stages."""
     recipe = plan.recipe
     require_negatives(recipe, plan.sources)
+    require_ranking(recipe, plan.sources)
     device = plan.run.home
     torch.manual_seed(recipe.seed)  # for the weights of a new layer
     embedder = build(recipe.model).to(device)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tercet.data.batches.collate import PromptOf
 from tercet.data.batches.mixture import by_language, shares_of
-from tercet.data.files.sources import Source
+from tercet.data.files.sources import Source, refuse_scored
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.retrieval import versions
 from tercet.files.artifacts import read_json, write_json
@@ -195,6 +195,19 @@ def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> No
                     every,
                     stage.name,
                 )
+
+
+def require_ranking(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
+    """Refuse pairs with a similarity score where a stage does not learn them, or mines negatives.
+
+    Raises:
+        DataError: naming the file that holds such pairs.
+    """
+    for stage, of_stage in zip(recipe.stages, sources, strict=True):
+        if not stage.objective.traits.ranks_pairs:
+            refuse_scored(of_stage, f"the stage {stage.name}")
+        if is_refreshed(stage, of_stage):
+            refuse_scored(of_stage, f"the stage {stage.name}, which mines negatives,")
 
 
 def is_refreshed(stage: Stage, sources: Sequence[Source], *, at_start: bool = False) -> bool:

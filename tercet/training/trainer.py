@@ -523,6 +523,11 @@ class Trainer:
         found, groups = self._candidates()
         if found is not None:
             self.say(found.summary(groups))
+        if pairs := sum(source.scored for source in self.sources):
+            self.say(
+                f"{pairs:,} of the rows are pairs with a similarity score, and learn its order "
+                "(CoSENT)"
+            )
 
     def _complaint(self, problem: str, rows: BatchRows) -> str:
         pairs = list(zip(rows.source.tolist(), rows.row.tolist(), strict=True))

@@ -46,13 +46,15 @@ CASES: dict[str, dict[str, Any]] = {
     "in-batch": {},
     "own negatives": {"in_batch": "none"},
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
+    "scored pairs": {"objective": Contrastive(dims=(8,))},
     "dense layer": {"dense_dim": 96, "objective": Contrastive(dims=(8, 80))},
     "B6 all kinds": {"objective": replace(unified(), dims=(8,))},
     "B6 own negatives": {"objective": unified(), "in_batch": "none"},
     "B6 kl": {"objective": unified(distil="kl")},
     "B6 listwise": {"objective": unified(distil="listwise")},
 }
-IDLE = ("in-batch", "dense layer", "B6 all kinds", "B6 listwise")
+DATA = {"scored pairs": "mixed"}  # of a case; others read the examples alone
+IDLE = ("in-batch", "scored pairs", "dense layer", "B6 all kinds", "B6 listwise")
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -94,6 +96,9 @@ def examples() -> list[Example]:
 def prepare(folder: Path) -> None:
     """Data, and a model without dropout: its masks differ by process."""
     write_examples(folder / "pairs.jsonl", examples())
+    text = toy.SENTENCES
+    scored = [Example(text[i], (text[i + 1],), task="sts", score=float(i % 4)) for i in range(10)]
+    write_examples(folder / "mixed.jsonl", [*examples()[:9], *scored])
     config = toy.save_model(folder / "base", "bert") / "config.json"
     said = json.loads(config.read_text())
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -117,8 +122,10 @@ def recipe(
     return replace(plain, stages=(stage,), model=model)
 
 
-def trained(folder: Path, out: str, recipe: Recipe, run: Run = QUIET, **more: Any) -> Embedder:
-    return train(recipe, [open_source(folder / "pairs.jsonl")], folder / out, run=run, **more)
+def trained(
+    folder: Path, out: str, recipe: Recipe, run: Run = QUIET, data: str = "pairs", **more: Any
+) -> Embedder:
+    return train(recipe, [open_source(folder / f"{data}.jsonl")], folder / out, run=run, **more)
 
 
 def weights(embedder: Embedder) -> dict[str, Tensor]:
@@ -149,7 +156,8 @@ def gradients(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "sum_gradients", recorded)
         patch.setattr(loop, "build", lambda model: build(model).to(dtype))
-        trained(folder, out, recipe(folder, rate=1e-30, steps=3, **CASES[case]), run)
+        built = recipe(folder, rate=1e-30, steps=3, **CASES[case])
+        trained(folder, out, built, run, DATA.get(case, "pairs"))
     return found
 
 

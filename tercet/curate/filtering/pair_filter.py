@@ -29,7 +29,7 @@ from tercet.curate.filtering.screen import ScreenedPairs, ScreenJob, screen_sour
 from tercet.curate.jobs.job import UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
 from tercet.data.files.examples import ExampleFields
-from tercet.data.files.sources import Source
+from tercet.data.files.sources import Source, refuse_scored
 from tercet.errors import RecipeError
 from tercet.files.artifacts import json_text, write_json
 from tercet.files.checksums import (
@@ -80,6 +80,7 @@ def filter_sources(
         ModelError: if the model's vectors contain NaN or infinity.
         StorageError: if the disk refuses.
     """
+    refuse_scored(sources, "the filter")
     named = {source.name: source for source in sources}
     if len(named) < len(sources):
         raise RecipeError("two sources have the same name, so the same folder; rename one")

@@ -21,7 +21,7 @@ from tercet.curate.mining.finders import COSINES, By, ByVectors, CountedShelf, E
 from tercet.curate.mining.ranks import JudgedExamples, RankedExamples, Ranker, prompt_for
 from tercet.curate.mining.relevant import Collection, blocks, read_collection
 from tercet.curate.mining.rules import ABSENT, REASONS, MiningRule
-from tercet.data.files.sources import Source, write_examples
+from tercet.data.files.sources import Source, refuse_scored, write_examples
 from tercet.errors import RecipeError
 from tercet.evaluate.measures.bm25 import by_tokens_of, by_words
 from tercet.files.forms import rows_name
@@ -241,6 +241,7 @@ class Miner:
         *,
         bars: Bars = bar,
     ) -> None:
+        refuse_scored(sources, "mining")
         self.teacher, self.finder = teacher, finder_of(mining, teacher, work)
         self._work = work
         self.sources, self.mining, self.documents, self._bars = sources, mining, documents, bars

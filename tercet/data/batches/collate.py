@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import nan
+from typing import Final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tercet.data.batches.relation import Relation, hash_of, relation_of
@@ -27,14 +28,40 @@ _DRAW, _SHUFFLE = 0xD0C, 0x5EC
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ScoredPairs:
+    """Similarity scores of pairs of texts."""
+
+    scores: Float64[Tensor, "pairs"]
+    scales: Int[Tensor, "pairs"]  # hash of each task: only scores of the same task are comparable
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "ScoredPairs":
+        """Return the scores of examples that have one."""
+        return cls(
+            torch.tensor([example.score for example in examples], dtype=torch.float64),
+            torch.tensor([hash_of(example.task) for example in examples], dtype=torch.int64),
+        )
+
+
+NO_PAIRS: Final = ScoredPairs.of(())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """The texts of a step in one packed row, queries first, and the relation between them."""
+    """The texts of a step in one packed row, queries first, and the relation between them.
+
+    After the queries come their documents, then the first texts of ``pairs``, then the second ones.
+    """
 
     texts: Packed
     queries: int
     relation: Relation
     truncated: int  # number of texts that were truncated
     teacher: Float[Tensor, "docs"] | None = None  # scores given with the documents; NaN: unknown
+    pairs: ScoredPairs = NO_PAIRS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +81,11 @@ class Collator:
         """Choose each example's documents and pack all texts.
 
         A choice depends on the seed and the query, not on the other examples: several processes
-        that share a batch choose the same texts as a single one.
+        that share a batch choose the same texts as a single one. Both texts of a pair with a
+        similarity score are read as queries, since neither answers the other.
         """
+        scored = [example for example in examples if example.score is not None]
+        examples = [example for example in examples if example.score is None]
         positives: list[tuple[str, ...]] = []
         negatives: list[tuple[str, ...]] = []
         owners: list[Example] = []  # the example of each document
@@ -76,12 +106,15 @@ class Collator:
         ]
         query_prompts = [example_prompt(e, "query", self.prompt_of) for e in examples]
         document_prompts = [example_prompt(e, "document", self.prompt_of) for e in owners]
-        tokens = Tokens.join(
-            [
-                self.tokenize(queries, "query", query_prompts),
-                self.tokenize(documents, "document", document_prompts),
-            ]
-        )
+        tokens = [
+            self.tokenize(queries, "query", query_prompts),
+            self.tokenize(documents, "document", document_prompts),
+        ]
+        if scored:
+            pairs = [e.query for e in scored] + [e.positives[0] for e in scored]
+            prompts = [example_prompt(e, "query", self.prompt_of) for e in scored]
+            tokens.append(self.tokenize(pairs, "query", prompts * 2))
+        joined = Tokens.join(tokens)
         relation = relation_of(
             queries,
             positives,
@@ -91,7 +124,14 @@ class Collator:
         )
         scores = torch.tensor(teacher, dtype=torch.float32)
         known = None if bool(scores.isnan().all()) else scores
-        return Batch(tokens.pack(), len(queries), relation, tokens.truncated, known)
+        return Batch(
+            joined.pack(),
+            len(queries),
+            relation,
+            joined.truncated,
+            known,
+            ScoredPairs.of(scored) if scored else NO_PAIRS,
+        )
 
     def _shuffled(self, query: str, texts: Sequence[str], seed: Sequence[int]) -> Sequence[str]:
         """Reorder some positives; duplicates are found among the texts before that."""

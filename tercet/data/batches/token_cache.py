@@ -24,7 +24,7 @@ from tercet.files.checksums import seal
 from tercet.files.progress import Bars, bar
 from tercet.models.tokens import Tokens
 from tercet.models.zoo.zoo import cache_folder
-from tercet.types import Role
+from tercet.types import Example, Role
 
 ROLES: Final[tuple[Role, ...]] = ("query", "document")
 _EXAMPLES_AT_ONCE: Final = 512
@@ -178,11 +178,16 @@ def _texts(
             (text, prompt)
             for example in source.examples(rows)
             for prompt in [example_prompt(example, role, prompt_of)]
-            for text in (
-                (example.query,) if role == "query" else (*example.positives, *example.negatives)
-            )
+            for text in (_texts_of(example, role))
         )
         yield [text for text, _ in pairs], [prompt for _, prompt in pairs], len(rows)
+
+
+def _texts_of(example: Example, role: Role) -> tuple[str, ...]:
+    """Return the texts of a role; of a pair with a similarity score, both are queries."""
+    if role == "document":
+        return (*example.positives, *example.negatives)
+    return (example.query,) if example.score is None else (example.query, *example.positives)
 
 
 def _each(tokens: Tokens) -> list[_TokenizedText]:

@@ -14,10 +14,12 @@ from tercet.types import Example, InBatch
 # ones are those of FlagEmbedding's files, and the usual ones those of other data sets.
 _POSITIVES: Final = ("positives", "positive", "pos")
 _NEGATIVES: Final = ("negatives", "negative", "neg")
-QUERY: Final = FieldNames(("query",), ("anchor", "question", "sentence1"), flag="--query-field")
+QUERY: Final = FieldNames(
+    ("query",), ("anchor", "question", "sentence1", "text1"), flag="--query-field"
+)
 POSITIVES: Final = FieldNames(
     _POSITIVES,
-    ("passage", "answer", "context", "document", "text", "sentence2"),
+    ("passage", "answer", "context", "document", "text", "sentence2", "text2"),
     numbered=_POSITIVES,
     flag="--positive-field",
 )
@@ -25,10 +27,10 @@ NEGATIVES: Final = FieldNames(_NEGATIVES, numbered=_NEGATIVES, flag="--negative-
 TEXT: Final = FieldNames(("text",), ("content", "body", "passage", "document"), flag="--text-field")
 TITLE: Final = FieldNames(("title",), flag="--title-field")
 ID: Final = FieldNames(("id",), ("_id",), flag="--id-field")
-# Of a pair with a score, which is no example.
+# Of a pair with a similarity score.
 TEXT1: Final = ("text1", "sentence1")
 TEXT2: Final = ("text2", "sentence2")
-SCORE: Final = ("score", "label", "similarity")
+SCORE: Final = ("score", "similarity", "label")
 POSITIVE_SCORES: Final = ("positive_scores", "pos_scores")
 NEGATIVE_SCORES: Final = ("negative_scores", "neg_scores")
 QUERY_PROMPT: Final = ("query_prompt", "prompt")
@@ -38,7 +40,7 @@ IN_BATCH: Final = ("in_batch",)
 LANG: Final = ("lang", "language")
 _OTHERS: Final = (
     *(POSITIVE_SCORES, NEGATIVE_SCORES, QUERY_PROMPT, DOCUMENT_PROMPT),
-    *(TASK, IN_BATCH, LANG),
+    *(TASK, IN_BATCH, LANG, SCORE),
 )
 EXAMPLE_FIELDS: Final[tuple[Names, ...]] = (QUERY, POSITIVES, NEGATIVES, *_OTHERS)
 
@@ -82,6 +84,7 @@ class ExampleFields:
 
 
 USUAL_FIELDS: Final = ExampleFields()
+_FIRST_TEXTS: Final = frozenset(TEXT1)
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +108,8 @@ def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS
 
     Unknown fields are ignored, and a field that is null counts as absent. ``task`` is the name
     for a record that gives none. A negative that equals a positive is kept: the relation matrix
-    ignores equal texts, and ``check`` counts them.
+    ignores equal texts, and ``check`` counts them. Two texts with a score are a pair, see
+    :class:`tercet.types.Example`.
 
     Raises:
         ValueError: naming the field; the caller adds file and line.
@@ -115,6 +119,8 @@ def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS
         (QUERY, POSITIVES, NEGATIVES) if names is USUAL_FIELDS else names.names
     )
     name, query = given(fields, query_names)
+    if name in _FIRST_TEXTS and names is USUAL_FIELDS and is_scored(fields):
+        return _pair(fields, task)
     if query is None:
         _refuse_labelled(fields)
         raise ValueError(
@@ -127,8 +133,6 @@ def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS
             f'"{positive_names.names[0]}" is missing or empty; a query needs at least one document '
             f"that it matches; if another field holds it, name it with {positive_names.flag}"
         )
-    if name == TEXT1[1]:
-        _refuse_scored(fields)
     for text in positives:
         nonblank(text, positive_names.names[0])
     negatives = _texts(fields, negative_names)
@@ -146,27 +150,70 @@ def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS
     )
 
 
-def _refuse_scored(fields: Mapping[str, Any]) -> None:
-    """Raise for a pair with a score, most of which do not match."""
-    score = next((name for name in SCORE if fields.get(name) is not None), None)
-    if score is not None and TEXT2[1] in fields:
+def is_scored(fields: Mapping[str, Any]) -> bool:
+    """Whether a record holds two texts with a similarity score."""
+    if fields.get(TEXT1[0]) is not None:  # under these names a pair has a score
+        return True
+    return fields.get(TEXT2[1]) is not None and any(name in fields for name in SCORE)
+
+
+def scored_texts(fields: Mapping[str, Any]) -> tuple[str, str, float]:
+    """Return the two texts of a record, and how similar they are.
+
+    Raises:
+        ValueError: naming the field that is missing or no such value.
+    """
+    texts = []
+    for names in (TEXT1, TEXT2):
+        name, value = given(fields, names)
+        if value is None:
+            raise ValueError(
+                f'"{name}" is missing; a pair needs "{TEXT1[0]}", "{TEXT2[0]}" and "{SCORE[0]}"'
+            )
+        texts.append(nonblank(text_of(value, name), name))
+    name, value = given(fields, SCORE)
+    if value is None:
+        raise ValueError(f'"{name}" is missing; give the similarity of the two texts as a number')
+    return texts[0], texts[1], finite(_number(value), name)
+
+
+def _pair(fields: Mapping[str, Any], task: str) -> Example:
+    """Return the pair of texts with a score that a record holds.
+
+    Raises:
+        ValueError: if the score is a label, which may be a class: those of inference (NLI) rise
+            from entailment to contradiction.
+    """
+    first, second, score = scored_texts(fields)
+    if (name := given(fields, SCORE)[0]) == "label":
         raise ValueError(
-            f'"{TEXT1[1]}", "{TEXT2[1]}" and "{score}" are a pair with a score and not an example; '
-            "make examples of them with: tercet convert scores"
+            f'"{name}" may be a class; rename it to "{SCORE[0]}" if a higher one means that the '
+            "texts are more alike, or make examples with: tercet convert scores"
         )
+    return Example(
+        query=first,
+        positives=(second,),
+        query_prompt=optional_text(fields, QUERY_PROMPT),
+        task=optional_text(fields, TASK) or task,
+        lang=optional_text(fields, LANG) or "",
+        score=score,
+    )
+
+
+def _number(value: object) -> object:
+    """Return the number that a text holds, as the cell of a table does; else the value."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _refuse_labelled(fields: Mapping[str, Any]) -> None:
-    """Raise for a text with a label, or a scored pair of texts without the names of an example."""
+    """Raise for a text with a label."""
     if "text" in fields and ("label" in fields or "labels" in fields):
         raise ValueError(
             '"text" and "label" are a labelled text and not an example; make examples of them '
             "with: tercet convert labels"
-        )
-    if TEXT1[0] in fields and TEXT2[0] in fields:
-        raise ValueError(
-            f'"{TEXT1[0]}" and "{TEXT2[0]}" are a pair with a score and not an example; make '
-            "examples of them with: tercet convert scores"
         )
 
 
@@ -177,6 +224,9 @@ def example_record(example: Example) -> dict[str, Any]:
         value = getattr(example, field.name)
         if value != field.default:
             record[field.name] = list(value) if isinstance(value, tuple) else value
+    if example.score is not None:
+        first, (second,) = record.pop("query"), record.pop("positives")
+        return {TEXT1[0]: first, TEXT2[0]: second, **record}
     return record
 
 

@@ -155,7 +155,7 @@ def open_sources(
 
 def shard_examples(shard: Shard, fields: ExampleFields | None = None) -> Iterator[Example]:
     """Yield the examples of one file of a source, with their task and language."""
-    for example in iter_examples(shard.path, shard.source, fields=fields):
+    for example in iter_examples(shard.path, shard.source, fields=fields, scored=True):
         yield in_language(example, shard.lang)
 
 

@@ -55,8 +55,8 @@ MAX_LANGUAGES: Final = 1000  # of one file
 LARGE_BYTES: Final = 1 << 23  # 8 MiB: a smaller file is read as quickly as it is looked up
 LARGE_ROWS: Final = 1 << 20  # of a source of several files, whose sizes are joined on disk
 _ENDS: Final = 1 << 16  # bytes of the beginning and of the end that have to be the same
-_VERSION: Final = 1  # raise it when another reading of the same file gives other results
-_KEPT_FACTS: Final = ("lang", "fingerprint", "prompts", "without_negatives")
+_VERSION: Final = 2  # raise it when another reading of the same file gives other results
+_KEPT_FACTS: Final = ("lang", "fingerprint", "prompts", "without_negatives", "scored")
 
 log = logging.getLogger("tercet")
 
@@ -136,6 +136,7 @@ class LanguageRows:
     fingerprint: str  # of the content of the records
     prompts: Mapping[str, Mapping[str, str]]  # task, role: the first
     without_negatives: int  # examples that have none
+    scored: int  # pairs of texts with a similarity score, which are no examples
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,6 +193,7 @@ class _GrowingRows:
     sizes: array = field(default_factory=lambda: array("i"))
     prompts: dict[str, dict[str, str]] = field(default_factory=dict)
     without_negatives: int = 0
+    scored: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def add(self, record: FileRecord, place: int, example: Example) -> None:
@@ -202,13 +204,16 @@ class _GrowingRows:
         found = {role: prompt for role, prompt in given.items() if prompt is not None}
         if found and (example.task in self.prompts or len(self.prompts) < MAX_TASKS):
             add_prompts(self.prompts.setdefault(example.task, {}), found)
-        self.without_negatives += not example.negatives
+        is_scored = example.score is not None
+        self.scored += is_scored
+        self.without_negatives += not example.negatives and not is_scored
         self.digest.update(record.content)
 
     def finished(self, lang: str) -> LanguageRows:
         where, sizes = np.frombuffer(self.where, np.int64), np.frombuffer(self.sizes, np.int32)
         digest = self.digest.hexdigest()
-        return LanguageRows(lang, where, sizes, digest, self.prompts, self.without_negatives)
+        bare, scored = self.without_negatives, self.scored
+        return LanguageRows(lang, where, sizes, digest, self.prompts, bare, scored)
 
 
 def scan(

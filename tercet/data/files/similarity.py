@@ -8,16 +8,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from tercet.data.files.examples import (
-    SCORE,
-    TEXT1,
-    TEXT2,
-    as_object,
-    finite,
-    given,
-    nonblank,
-    text_of,
-)
+from tercet.data.files.examples import SCORE, TEXT1, TEXT2, as_object, scored_texts
 from tercet.data.files.inputs import local_path
 from tercet.errors import DataError
 from tercet.files.forms import bare_name
@@ -88,24 +79,4 @@ def is_similarity_file(path: Path | str) -> bool:
 
 
 def _scored_pair(record: FileRecord) -> tuple[str, str, float]:
-    fields = as_object(record.value)
-    texts = []
-    for names in (TEXT1, TEXT2):
-        name, value = given(fields, names)
-        if value is None:
-            raise ValueError(
-                f'"{name}" is missing; a pair needs "{TEXT1[0]}", "{TEXT2[0]}" and "{SCORE[0]}"'
-            )
-        texts.append(nonblank(text_of(value, name), name))
-    name, value = given(fields, SCORE)
-    if value is None:
-        raise ValueError(f'"{name}" is missing; give the similarity of the two texts as a number')
-    return texts[0], texts[1], finite(_number(value), name)
-
-
-def _number(value: object) -> object:
-    """Return the number that a text holds, as the cell of a table does; else the value."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    return scored_texts(as_object(record.value))

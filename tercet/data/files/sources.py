@@ -16,7 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tercet.data.files.examples import ExampleFields, example_record, parse_example
+from tercet.data.files.examples import (
+    SCORE,
+    TEXT1,
+    TEXT2,
+    ExampleFields,
+    example_record,
+    parse_example,
+)
 from tercet.data.files.inputs import local_path
 from tercet.data.files.readers import WINDOW_BLOCKS, Reader, ShardReader, changed
 from tercet.data.files.scan import (
@@ -39,6 +46,7 @@ from tercet.files.records import known_suffix, parsed
 from tercet.types import Example
 
 ROWS_PER_GROUP: Final = 4096  # of a parquet file we write
+INSTEAD: Final = "make examples of such pairs with: tercet convert scores"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +68,7 @@ class Source:
     parse: Parse
     prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task, role: the first
     without_negatives: int = 0  # examples that have none
+    scored: int = 0  # pairs of texts with a similarity score; other rows are examples
     lang: str = ""  # of all its examples; empty: unknown, or several
     task: str = ""  # of examples that name none; empty: the name
 
@@ -86,9 +95,15 @@ def in_language(example: Example, lang: str) -> Example:
 
 
 def iter_examples(
-    path: Path | str, task: str | None = None, *, fields: ExampleFields | None = None
+    path: Path | str,
+    task: str | None = None,
+    *,
+    fields: ExampleFields | None = None,
+    scored: bool = False,
 ) -> Iterator[Example]:
     """Yield the examples of a file; ``task`` is the name for those that give none.
+
+    Pairs with a similarity score are yielded only if ``scored`` is set.
 
     Raises:
         DataError: at the first record that is not an example, naming the line.
@@ -96,7 +111,31 @@ def iter_examples(
     path, form = local_path(path), example_format(fields)
     name = bare_name(path) if task is None else task
     for record in form.records(path):
-        yield parsed(path, record, lambda it: form.parse(it.value, name))
+        example = parsed(path, record, lambda it: form.parse(it.value, name))
+        if example.score is not None and not scored:
+            what = "a pair with a similarity score is not an example"
+            raise DataError(path, record.line, f"{what}; {INSTEAD}")
+        yield example
+
+
+def refuse_scored(sources: Iterable[Source], what: str) -> None:
+    """Refuse pairs with a similarity score, whose texts need not match, where these cannot be used.
+
+    Args:
+        sources: what is read.
+        what: who needs examples instead, such as "mining".
+
+    Raises:
+        DataError: naming the file of the first source that has any.
+    """
+    for source in sources:
+        if source.scored:
+            raise DataError(
+                source.path,
+                None,
+                f"{source.scored:,} of {len(source):,} rows are pairs with a similarity score, and "
+                f"{what} needs queries and what answers them; {INSTEAD}",
+            )
 
 
 def open_source(
@@ -173,6 +212,7 @@ def joined_source(
         parse=parse,
         prompts=prompts,
         without_negatives=sum(part.without_negatives for part in parts),
+        scored=sum(part.scored for part in parts),
         lang=parts[0].lang,
         task=task,
     )
@@ -228,13 +268,21 @@ def _write_parquet(
     path: Path, records: Iterator[dict[str, Any]], more: Mapping[str, pa.DataType]
 ) -> None:
     text, number = pa.string(), pa.float64()
-    schema = pa.schema(
-        {
+    first = next(records, None)
+    scored = first is not None and TEXT1[0] in first
+    if scored:
+        texts = {TEXT1[0]: text, TEXT2[0]: text, SCORE[0]: number}
+    else:
+        texts = {
             "query": text,
             "positives": pa.list_(text),
             "negatives": pa.list_(text),
             "positive_scores": pa.list_(number),
             "negative_scores": pa.list_(number),
+        }
+    schema = pa.schema(
+        {
+            **texts,
             "query_prompt": text,
             "document_prompt": text,
             "task": text,
@@ -243,7 +291,14 @@ def _write_parquet(
             **more,
         }
     )
+    rest = records if first is None else chain([first], records)
     with pq.ParquetWriter(path, schema) as writer:
-        for first in records:
-            group = list(chain([first], islice(records, ROWS_PER_GROUP - 1)))
+        while group := list(islice(rest, ROWS_PER_GROUP)):
+            if any((TEXT1[0] in record) != scored for record in group):
+                raise DataError(
+                    path,
+                    None,
+                    "cannot hold both examples and pairs with a similarity score; write a .jsonl "
+                    "file, or each to a file",
+                )
             writer.write_table(pa.Table.from_pylist(group, schema))

@@ -19,7 +19,7 @@ from tercet.data.files.examples import ExampleFields
 from tercet.data.files.folders import find_groups, open_sources
 from tercet.data.files.labelled import LabelledText, read_labelled_texts
 from tercet.data.files.similarity import SimilaritySet
-from tercet.data.files.sources import iter_examples, open_source
+from tercet.data.files.sources import iter_examples, open_source, refuse_scored, write_examples
 from tercet.data.files.texts import open_texts, read_texts
 from tercet.data.report import CheckOptions, check_data
 from tercet.errors import DataError
@@ -246,17 +246,68 @@ def test_columns_may_be_named(tmp_path, suffix):
     assert check_data([path], CheckOptions(fields=fields)).errors == ()
 
 
+SCORED: list[dict[str, object]] = [
+    {"text1": "a", "text2": "b", "score": 1.5, "task": "x", "prompt": "p: ", "lang": "de"},
+    {"text1": "c", "text2": "d", "score": 0.5},
+]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("names", [("text1", "text2"), ("sentence1", "sentence2")])
+def test_two_texts_with_a_score_are_a_pair(tmp_path, suffix, names):
+    renamed: dict[str, str] = dict(zip(("text1", "text2"), names, strict=True))
+    rows = [{renamed.get(name, name): value for name, value in row.items()} for row in SCORED]
+    path = written(tmp_path, rows, suffix)
+    wanted = [
+        Example("a", ("b",), query_prompt="p: ", task="x", lang="de", score=1.5),
+        Example("c", ("d",), task="t", score=0.5),
+    ]
+    source = open_source(path)
+    assert source.examples([0, 1]) == wanted
+    assert (source.scored, source.without_negatives) == (2, 0)
+    total = check_data([path]).total
+    assert total is not None and (total.scored_pairs, total.rows) == (2, 2)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_pairs_with_scores_are_written_as_they_are_read(tmp_path, suffix):
+    pairs = open_source(written(tmp_path, SCORED, "jsonl")).examples([0, 1])
+    write_examples(tmp_path / f"again.{suffix}", pairs)
+    assert list(iter_examples(tmp_path / f"again.{suffix}", scored=True)) == pairs
+    with pytest.raises(DataError, match="cannot hold both examples and pairs with a similarity"):
+        write_examples(tmp_path / "both.parquet", [*pairs, Example("q", ("p",))])
+
+
+def test_a_score_beside_a_query_is_that_of_a_filter(tmp_path):
+    path = written(tmp_path, [{"query": "a", "positives": ["b"], "score": 0.9}], "jsonl")
+    assert open_source(path).examples([0]) == [Example("a", ("b",), task="t")]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"sentence1": "a", "sentence2": "b", "score": 1}, "tercet convert scores"),
-        ({"sentence1": "a", "sentence2": "b", "label": 0}, "tercet convert scores"),
-        ({"text1": "a", "text2": "b", "score": 1}, "tercet convert scores"),
+        ({"sentence1": "a", "sentence2": "b", "score": None}, '"score" is missing; give the'),
+        ({"text1": "a", "text2": "b"}, '"score" is missing; give the similarity of the two texts'),
+        ({"text1": "a", "score": 1}, '"text2" is missing; a pair needs "text1", "text2" and'),
+        ({"text1": "a", "text2": "b", "score": "x"}, "\"score\" must hold numbers, got 'x'"),
+        ({"text1": "a", "text2": " ", "score": 1}, '"text2" holds a blank text'),
+        ({"sentence1": "a", "sentence2": "b", "label": 2}, '"label" may be a class; rename it to'),
         ({"text": "a", "label": "b"}, "tercet convert labels"),
     ],
 )
-def test_pairs_with_scores_and_labelled_texts_are_no_examples(tmp_path, row, said):
-    assert problem(open_source, written(tmp_path, [row], "jsonl")).endswith(said)
+def test_what_is_no_pair_and_no_example_is_refused(tmp_path, row, said):
+    assert said in problem(open_source, written(tmp_path, [row], "jsonl"))
+
+
+def test_examples_are_needed_where_pairs_with_scores_teach_something_wrong(tmp_path):
+    path = written(tmp_path, SCORED, "jsonl")
+    said = problem(lambda it: list(iter_examples(it)), path)
+    assert said == (
+        ":1: a pair with a similarity score is not an example; make examples of such pairs with: "
+        "tercet convert scores"
+    )
+    with pytest.raises(DataError, match="and mining needs queries and what answers them"):
+        refuse_scored([open_source(path)], "mining")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

@@ -1,0 +1,227 @@
+"""Contrastive training with pairs that have a similarity score."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tercet.data.batches.collate import Collator
+from tercet.data.files.sources import Source, open_source, write_examples
+from tercet.errors import DataError, RecipeError
+from tercet.losses.info_nce import info_nce
+from tercet.models.embedder import Embedder
+from tercet.models.network.chunked import Chunks
+from tercet.objectives.contrastive import Contrastive
+from tercet.recipes.bge_m3 import bge_m3
+from tercet.recipes.finetune import finetune
+from tercet.recipes.nv_embed import nv_embed
+from tercet.training.batches import collator_of
+from tercet.training.log import read
+from tercet.training.loop import train
+from tercet.training.recipe import Recipe, Run
+from tercet.types import Example
+from tercet.vectors import Vectors
+from tests import toy
+
+QUIET = Run(device="cpu", show_progress=False)
+TEXT = toy.SENTENCES
+PAIRS = [
+    Example(TEXT[i % 12], (f"{TEXT[(i * 5 + 1) % 12]} {i}",), task="sts", score=float(i % 6))
+    for i in range(18)
+]
+EXAMPLES = [Example(f"{TEXT[i % 12].split()[-1]} {i}", (f"{TEXT[i % 12]} {i}",)) for i in range(18)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("contrastive")
+    toy.save_model(folder / "bert", "bert")
+    write_examples(folder / "scored.jsonl", PAIRS)
+    write_examples(folder / "pairs.jsonl", EXAMPLES)
+    return folder
+
+
+def sources(folder: Path, *names: str) -> list[Source]:
+    return [open_source(folder / f"{name}.jsonl") for name in names]
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    settings = {"batch_size": 6, "steps": 4, "mixing": "blended", **changes}
+    return finetune(model=str(folder / "bert"), **settings)
+
+
+def collator(folder: Path, **changes: Any) -> Collator:
+    stage = recipe(folder, **changes).stages[0]
+    return collator_of(Embedder.load(folder / "bert"), stage, lambda role, task: f"{role}: ")
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    return (F.normalize(first, dim=1) * F.normalize(second, dim=1)).sum(1)
+
+
+def slow_cosent(found: Tensor, pairs: list[Example], temperature: float) -> Tensor:
+    total = torch.ones((), dtype=found.dtype)
+    for i, one in enumerate(pairs):
+        for j, other in enumerate(pairs):
+            assert one.score is not None and other.score is not None
+            if one.task == other.task and one.score > other.score:
+                total = total + ((found[j] - found[i]) / temperature).exp()
+    return total.log()
+
+
+@pytest.mark.parametrize("dims", [(), (4, 9)])
+def test_a_batch_of_both_gets_the_sum_of_both_losses(folder: Path, dims: tuple[int, ...]):
+    """Each loss sees its own texts only, over each width."""
+    others = [
+        replace(pair, task="news", score=(pair.score or 0.0) * 7 - 50) for pair in PAIRS[6:10]
+    ]
+    mixed = [EXAMPLES[0], *PAIRS[:5], EXAMPLES[1], *others, EXAMPLES[2]]
+    batch = collator(folder)(mixed, [0])
+    assert len(batch.texts) == 3 + 3 + 2 * 9 and batch.queries == 3 and len(batch.pairs) == 9
+    random = torch.Generator().manual_seed(1)
+    dense = torch.randn(len(batch.texts), 16, generator=random, dtype=torch.float64)
+    dense.requires_grad_()
+    objective = Contrastive(temperature=0.1, dims=dims, similarity_temperature=0.2)
+    found = objective.loss(Vectors(dense), batch)
+    widths = [*dims, 16]
+    queries, documents = F.normalize(dense[:3], dim=1), F.normalize(dense[3:6], dim=1)
+    contrast = info_nce(
+        queries, documents, batch.relation, 0.1, dims=widths if len(widths) > 1 else None
+    )
+    scored = [example for example in mixed if example.score is not None]
+    first, second = dense[6:15], dense[15:]
+    ranked = torch.stack(
+        [slow_cosent(cosines(first[:, :d], second[:, :d]), scored, 0.2) for d in widths]
+    ).mean()
+    torch.testing.assert_close(found["similarity"], ranked, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found["loss"], contrast + ranked, rtol=1e-12, atol=1e-12)
+    (by_found,) = torch.autograd.grad(found["loss"], dense)
+    (by_expected,) = torch.autograd.grad(contrast + ranked, dense)
+    torch.testing.assert_close(by_found, by_expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_without_scored_pairs_has_the_loss_that_it_had(folder: Path):
+    batch = collator(folder)(EXAMPLES[:4], [0])
+    dense = torch.randn(8, 16)
+    found = Contrastive(temperature=0.1).loss(Vectors(dense), batch)
+    unit = F.normalize(dense, dim=1)
+    assert found.keys() == {"loss"}
+    assert torch.equal(found["loss"], info_nce(unit[:4], unit[4:], batch.relation, 0.1))
+
+
+def test_a_batch_of_scored_pairs_alone_ranks_them(folder: Path):
+    """InfoNCE would warn that no query has a positive."""
+    batch = collator(folder)(PAIRS[:6], [0])
+    dense = torch.randn(12, 16, dtype=torch.float64)
+    found = Contrastive(similarity_temperature=0.1).loss(Vectors(dense), batch)
+    expected = slow_cosent(cosines(dense[:6], dense[6:]), PAIRS[:6], 0.1)
+    torch.testing.assert_close(found["loss"], expected)
+
+
+def test_both_texts_of_a_pair_are_read_as_queries(folder: Path):
+    embedder = Embedder.load(folder / "bert")
+    pair = replace(PAIRS[1], query_prompt="alike: ")
+    batch = collator(folder)([pair, PAIRS[2]], [0])
+    prompts = ["alike: ", "query: ", "alike: ", "query: "]
+    texts = [pair.query, PAIRS[2].query, pair.positives[0], PAIRS[2].positives[0]]
+    expected = embedder.tokenize(texts, "query", prompts).pack()
+    assert torch.equal(batch.texts.ids, expected.ids)
+
+
+@pytest.mark.parametrize("mixing", ["single", "blended"])
+def test_scored_pairs_are_learned_beside_examples(folder: Path, tmp_path: Path, mixing: str):
+    built = recipe(folder, mixing=mixing, steps=12)
+    said: list[str] = []
+    train(built, sources(folder, "scored", "pairs"), tmp_path / "run", run=QUIET, say=said.append)
+    rows = [row for row in read(tmp_path / "run/log.jsonl") if "loss" in row]
+    ranked = [row for row in rows if "similarity" in row]
+    assert ranked and (len(ranked) == len(rows)) == (mixing == "blended")
+    assert "18 of the rows are pairs with a similarity score, and learn its order (CoSENT)" in said
+    others = 4 if mixing == "blended" else 6
+    assert any(f"compared with about {others} documents: 1 positive" in line for line in said)
+
+
+def test_scored_pairs_move_the_cosines_towards_their_order(folder: Path, tmp_path: Path):
+    built = recipe(folder, steps=30, batch_size=18, learning_rate=1e-3)
+    train(built, sources(folder, "scored"), tmp_path / "run", run=QUIET)
+    rows = [row["loss"] for row in read(tmp_path / "run/log.jsonl") if "loss" in row]
+    assert rows[-1] < 0.8 * rows[0]
+
+
+def test_a_killed_run_with_scored_pairs_goes_on_to_the_bit(folder: Path, tmp_path: Path):
+    class Killed(BaseException):
+        """In the middle of a run."""
+
+    def better(embedder: Embedder) -> float:
+        return float(next(measured))  # so that the last weights stay
+
+    def dying(embedder: Embedder) -> float:
+        if (tmp_path / "killed/checkpoint.pt").exists():
+            raise Killed
+        return better(embedder)
+
+    measured = itertools.count()
+    built, data = recipe(folder), sources(folder, "scored", "pairs")
+    run = replace(QUIET, save_steps=1, eval_steps=1)
+    whole = train(built, data, tmp_path / "whole", run=run, score=better)
+    with pytest.raises(Killed):
+        train(built, data, tmp_path / "killed", run=run, score=dying)
+    again = train(built, data, tmp_path / "killed", run=run, score=better)
+    base = Embedder.load(folder / "bert")
+    assert again.fingerprint() == whole.fingerprint() != base.fingerprint()
+
+
+def test_chunks_do_not_change_the_gradient(folder: Path):
+    embedder = Embedder.load(folder / "bert").eval()
+    work = Contrastive().start(embedder, [], collator(folder))
+    batch = work.collate([*PAIRS[:6], *EXAMPLES[:3]], [0])
+    found: list[list[Tensor]] = []
+    for tokens in (30, 10_000):
+        embedder.zero_grad()
+        work.backward(batch, Chunks(tokens, 0, seed=1))
+        found.append([p.grad.clone() for p in embedder.parameters() if p.grad is not None])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_of_both_texts_come_from_the_cache(folder: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
+    data = sources(folder, "scored", "pairs")
+    plain = train(recipe(folder), data, tmp_path / "plain", run=QUIET)
+    cached = replace(QUIET, cache_tokens=True)
+    again = train(recipe(folder), data, tmp_path / "cached", run=cached)
+    assert again.fingerprint() == plain.fingerprint()
+
+
+def test_blended_tasks_of_nv_embed_may_be_scored_pairs(folder: Path, tmp_path: Path):
+    toy.save_model(folder / "llama", "llama")
+    built = nv_embed(
+        model=str(folder / "llama"), stages="blended", steps=2, batch_size=8, pooling="mean"
+    )
+    mined = [replace(e, negatives=("no answer",)) for e in EXAMPLES]
+    write_examples(folder / "mined.jsonl", mined)
+    data = {"blended": sources(folder, "scored", "mined")}
+    train(built, data, tmp_path / "run", run=QUIET)
+    rows = [row for row in read(tmp_path / "run/log.jsonl") if "loss" in row]
+    assert all("similarity" in row and math.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_stage_that_cannot_rank_refuses_scored_pairs(folder: Path, tmp_path: Path):
+    built = bge_m3(model=str(folder / "bert"), stages="unified", steps=2)
+    with pytest.raises(DataError) as caught:
+        train(built, {"examples": sources(folder, "scored")}, tmp_path / "run", run=QUIET)
+    assert str(caught.value).endswith(
+        "scored.jsonl: 18 of 18 rows are pairs with a similarity score, and the stage unified needs"
+        " queries and what answers them; make examples of such pairs with: tercet convert scores"
+    )
+
+
+def test_an_impossible_temperature_is_refused():
+    with pytest.raises(RecipeError, match=r"similarity_temperature is 0\.0; give a number above 0"):
+        Contrastive(similarity_temperature=0.0)
