@@ -65,8 +65,8 @@ def foreign_settings(source: str | Path, folder: Path) -> Settings:
     if found is not None:
         return replace(found, kinds=kinds)
     if kinds != Settings.kinds:
-        limits = {"query_tokens": _M3_TOKENS, "document_tokens": _M3_TOKENS}
-        return Settings(pooling="first", kinds=kinds, **limits)
+        longest = _M3_TOKENS
+        return Settings(pooling="first", kinds=kinds, query_tokens=longest, document_tokens=longest)
     model = zoo.find(str(source))
     if model is None:
         return Settings()

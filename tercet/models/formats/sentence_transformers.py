@@ -252,8 +252,11 @@ def _read_dense(path: Path) -> DenseSettings:
     if unknown := sorted(set(config) - {*_OF_DENSE, *_INPUTS}):
         raise ModelError(f'{path}: sets "{unknown[0]}", which tercet does not apply; {REMEDY}')
     named = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    known = {f"torch.nn.{_last(place)}": ours for place, ours in ACTIVATIONS.items()}
-    activation = (known | {**ACTIVATIONS}).get(named) if isinstance(named, str) else None
+    known: dict[str, Activation] = {
+        f"torch.nn.{_last(place)}": ours for place, ours in ACTIVATIONS.items()
+    }
+    every: dict[str, Activation] = {**known, **ACTIVATIONS}
+    activation: Activation | None = every.get(named) if isinstance(named, str) else None
     if activation is None:
         raise ModelError(
             f"{path}: activation_function must be one of {', '.join(known)}; got {named!r}; "
