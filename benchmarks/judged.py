@@ -25,7 +25,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,26 @@ import numpy as np
 import torch
 
 from benchmarks.common import RESULTS, commit, write_results
-from benchmarks.judged_cells import PARTS, Cell, Job, Place, Row, all_cells, opened, tables
+from benchmarks.judged_cells import (
+    BEST_DENSE,
+    KEPT_TABLE,
+    PARTS,
+    SCIFACT,
+    Cell,
+    Job,
+    Place,
+    Row,
+    all_cells,
+    opened,
+    tables,
+)
 from tercet.evaluate.report.intervals import Interval
 from tercet.evaluate.suites.suite import FIGURES
 from tercet.files.artifacts import write_json
 from tercet.studies.tables import Column, Results
 
 HEADING = "## Tables"
+TEACHER_AND_STUDENT = ("scifact/me5-small", "scifact/student")
 NO_DIFFERENCE = "no difference shown"
 
 
@@ -67,13 +81,19 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.list:
         show(place, jobs, missing)
         return
+    failed: list[str] = []
     for number, (cell, seed) in enumerate(missing, start=1):
         print(f"cell {number} of {len(missing)}: {cell.name}, seed {seed}", flush=True)
-        run_in_process(given, cell, seed)
+        if without := [need for need in cell.needs if place.kept(need) is None]:
+            failed.append(f"{cell.name}, seed {seed}: {', '.join(without)} is missing")
+        elif not run_in_process(given, cell, seed):
+            failed.append(f"{cell.name}, seed {seed}")
     rows = measured_rows(place, cells)
     write_results("judged", rows, "bm25s", "scikit-learn", out=given.results)
     if given.page:
         write_page(given.page, markdown(rows))
+    if failed:
+        raise SystemExit("\n".join(["these cells failed:", *failed]))
 
 
 # ---- running cells -------------------------------------------------------------------------------
@@ -112,12 +132,12 @@ def show(
     print(f"{len(missing)} of {len(jobs)} are left: about {left / 60:.1f} hours of one core")
 
 
-def run_in_process(given: argparse.Namespace, cell: Cell, seed: int) -> None:
-    """Run a cell in a process with one thread."""
+def run_in_process(given: argparse.Namespace, cell: Cell, seed: int) -> bool:
+    """Run a cell in a process with one thread, and return whether it succeeded."""
     command = [sys.executable, "-m", "benchmarks.judged", "--run-cell", cell.name, str(seed)]
     command += ["--sets", str(given.sets), "--out", str(given.out), "--peer", given.peer]
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run(command, check=True, env={**os.environ, **threads})
+    return not subprocess.run(command, check=False, env={**os.environ, **threads}).returncode
 
 
 def run_here(place: Place, cell: Cell, seed: int) -> None:
@@ -181,6 +201,7 @@ def compared(results: Results, table: str, row: Row, kept: list[dict[str, Any]])
         "name": row.title,
         "cell": row.cell,
         "set": row.of,
+        "part": row.part or None,
         "metric": FIGURES[results.sets[row.of].category],
         "figure": numbers(results.figure(row.cell, column)),
         "against": " ".join(filter(None, (row.against, row.against_part))) or None,
@@ -191,7 +212,10 @@ def compared(results: Results, table: str, row: Row, kept: list[dict[str, Any]])
         "steps": max(steps, default=None),
         "rate": kept[0]["facts"].get("rate"),
         "minutes": round(sum(each["minutes"] for each in kept), 1),
-        "training_minutes": training_minutes(kept),
+        "training_minutes": mean_of(each["facts"].get("training_minutes") for each in kept),
+        "measuring_minutes": mean_of(
+            each["facts"].get("measuring_minutes", {}).get(row.of) for each in kept
+        ),
         "commit": ", ".join(sorted({each["commit"] for each in kept})),
     }
 
@@ -208,10 +232,10 @@ def verdict(lead: Interval) -> str:
     return "better" if lead.low > 0 else "worse"
 
 
-def training_minutes(kept: list[dict[str, Any]]) -> float | None:
-    """CPU minutes of one training, the mean over seeds; None without a training."""
-    spent = [each["facts"].get("training_minutes") for each in kept]
-    return None if None in spent else round(float(np.mean(spent)), 1)
+def mean_of(minutes: Iterable[float | None]) -> float | None:
+    """The mean over seeds; None where nothing was spent on it."""
+    spent = [each for each in minutes if each is not None]
+    return round(float(np.mean(spent)), 2) if spent else None
 
 
 def numbers(figure: Interval) -> list[float]:
@@ -219,9 +243,108 @@ def numbers(figure: Interval) -> list[float]:
     return [round(each, 4) for each in (figure.mean, figure.low, figure.high)]
 
 
+Rows = list[dict[str, Any]]
+Said = tuple[str, bool] | None  # what rows show, and whether it is enough; None: too few of them
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What was to be reached, and how rows of the tables show it."""
+
+    what: str
+    chosen: Callable[[dict[str, Any]], bool]  # the rows that show it
+    found: Callable[[Rows], Said]
+
+
+def reaches(least: float) -> Callable[[Rows], Said]:
+    """The figure of the first row has to be at least this."""
+
+    def found(rows: Rows) -> Said:
+        first = rows[0]
+        return f"{first['name']}: {first['figure'][0]:.3f}", first["figure"][0] >= least
+
+    return found
+
+
+def loses_at_most(most: float) -> Callable[[Rows], Said]:
+    """No row may lose more than this."""
+
+    def found(rows: Rows) -> Said:
+        worst = min(rows, key=lambda row: row["difference"][0])
+        loss = worst["difference"][0]
+        return f"{worst['name']} on {worst['set']}: {loss:+.3f}", loss >= -most
+
+    return found
+
+
+def keeps_share(least: float, faster: float) -> Callable[[Rows], Said]:
+    """The student has to keep this share of the teacher's figure, and be so many times faster."""
+
+    def found(rows: Rows) -> Said:
+        by_cell = {row["cell"]: row for row in rows}
+        if len(by_cell) < 2:
+            return None
+        teacher, student = (by_cell[name] for name in TEACHER_AND_STUDENT)
+        share = student["figure"][0] / teacher["figure"][0]
+        times = teacher["measuring_minutes"] / student["measuring_minutes"]
+        return f"{share:.1%}, {times:.1f} times", share >= least and times >= faster
+
+    return found
+
+
+def all_better(rows: Rows) -> Said:
+    """Every row has to be better than its baseline."""
+    text = ", ".join(f"{row['set']}: {row['verdict']}" for row in rows)
+    return text, all(row["verdict"] == "better" for row in rows)
+
+
+AIMS = (
+    Aim(
+        "nDCG@10 on SciFact of at least 0.71 by dense vectors of minilm",
+        lambda row: row["cell"] == BEST_DENSE and row["set"] == SCIFACT,
+        reaches(0.71),
+    ),
+    Aim(
+        "and of at least 0.74 by the sum of kinds",
+        lambda row: (row["cell"], row["set"], row["part"]) == ("scifact/m3", SCIFACT, "tuned sum"),
+        reaches(0.74),
+    ),
+    Aim(
+        "no loss of more than 0.01 on sets that were not trained for",
+        lambda row: row["table"] == KEPT_TABLE and row["cell"] != TEACHER_AND_STUDENT[1],
+        loses_at_most(0.01),
+    ),
+    Aim(
+        "a student of 3 layers keeps 95 % of its teacher on SciFact at 3 times its speed",
+        lambda row: row["cell"] in TEACHER_AND_STUDENT and row["set"] == SCIFACT,
+        keeps_share(0.95, 3.0),
+    ),
+    Aim(
+        "CoSENT above pairs as positives on all three similarity sets",
+        lambda row: "/cosent-" in row["cell"] and "/positives-" in (row["against"] or ""),
+        all_better,
+    ),
+)
+
+
+def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each aim whose rows have been measured, what was found, and whether it is met."""
+    found = [(aim, [row for row in rows if aim.chosen(row)]) for aim in AIMS]
+    return [
+        {"aim": aim.what, "found": text, "met": met}
+        for aim, some in found
+        if some
+        for text, met in filter(None, [aim.found(some)])
+    ]
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables of a page."""
     text = f"{HEADING}\n"
+    if reached := aims(rows):
+        text += "\n### Aims\n\n| aim | found | met |\n| --- | --- | --- |\n"
+        for each in reached:
+            text += f"| {each['aim']} | {each['found']} | {'yes' if each['met'] else 'no'} |\n"
     for table in dict.fromkeys(row["table"] for row in rows):
         some = [row for row in rows if row["table"] == table]
         sets = {row["set"] for row in some}
