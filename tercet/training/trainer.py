@@ -534,8 +534,8 @@ class Trainer:
             self.say(f"tercet: note: {warning}")
         if self._half and (dropout := self.embedder.backbone.dropout_left_out):
             self.say(
-                f"tercet: note: the dropout of attention weights, {dropout:g}, is left out: the "
-                "GPU's kernel has none; other dropout stays"
+                f"tercet: note: the dropout of attention weights, {dropout:g}, is left out: fused "
+                "kernels in bfloat16 have none; other dropout stays"
             )
         found, groups = self._candidates()
         if found is not None:
