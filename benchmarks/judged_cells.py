@@ -832,7 +832,7 @@ def _languages() -> Iterable[Cell]:
 # ---- rows of the tables --------------------------------------------------------------------------
 
 KEPT_TABLE: Final = "What training on SciFact does to other sets"
-BEST_DENSE: Final = "scifact/minilm-mined"  # whose dense vectors are to reach the aim
+DENSE: Final = [f"scifact/minilm-{name}" for name in ("pairs", "mined", "rule")]
 
 
 @dataclass(frozen=True)
