@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from tercet.curate.jobs.score_job import EmbedderTeacher, ScoreJob, score_rows
 
 from benchmarks.llm2vec_quality import sentences_of
 from tercet.curate.convert.conversion import Conversion
@@ -490,6 +491,27 @@ M3_RATES: Final = by_rate(2e-5, 5e-5)
 M3_DEV: Final = "scifact dev tuned"  # the tuned sum on claims that did not choose its weights
 
 
+def scored_claims(place: Place, _: str = "") -> Path:
+    """The mined rows with scores by the sum of kinds."""
+    return place.file("claims.scored.jsonl")
+
+
+def scored(job: Job) -> Found:
+    """Score the documents of the mined rows by the tuned sum of the chosen model of three kinds."""
+    place = job.place
+    model = load(place.model(place.origin("scifact/m3")) / "model")
+    teacher = EmbedderTeacher(model, "hybrid", place.facts("scifact/m3")["weights"])
+    source = open_source(mined_claims(place, "minilm"))
+    score = ScoreJob(load=lambda: teacher, fingerprint=teacher.fingerprint(), sources=[source])
+    report = score_rows(score, scored_claims(place), place.file("scoring"))
+    return Found(facts={"rows": report.rows, "positive": report.positive})
+
+
+LESSONS: Final = {  # the scores are sums of up to three cosines, so their temperature is higher
+    lesson: {"distil": lesson, "teacher_temperature": 0.1} for lesson in ("kl", "margin-mse")
+}
+
+
 def by_kind(place: Place, embedder: Embedder) -> tuple[Answers, dict[str, Any]]:
     """The answers by every kind and by two sums: with usual weights, with those tuned on dev."""
     data = both_claims(place.sets)
@@ -789,6 +811,10 @@ def _scifact() -> Iterable[Cell]:
     yield Cell("scifact/m3-untrained", partial(three_kinds, rate=0.0), 6)
     about: dict[str, Any] = {"minutes": 14, "needs": rows, "keeps_model": True}
     yield from variants("scifact/m3", three_kinds, M3_RATES, M3_DEV, **about)
+    yield Cell("scifact/m3-scores", scored, 5, ("scifact/m3",))
+    learned = partial(run, rows=scored_claims)
+    about = {"minutes": 10, "needs": (*chosen, "scifact/m3-scores")}
+    yield from variants("scifact/minilm-teacher", learned, LESSONS, SCIFACT_DEV, **about)
     about = {"minutes": 12, "keeps_model": True}
     yield from variants("scifact/student", student, STUDENT_RATES, SCIFACT_DEV, **about)
     yield Cell("scifact/student-queries", asked_by_student, 6, ("scifact/student",))
@@ -832,7 +858,7 @@ def _languages() -> Iterable[Cell]:
 # ---- rows of the tables --------------------------------------------------------------------------
 
 KEPT_TABLE: Final = "What training on SciFact does to other sets"
-DENSE: Final = [f"scifact/minilm-{name}" for name in ("pairs", "mined", "rule")]
+DENSE: Final = [f"scifact/minilm-{name}" for name in ("pairs", "mined", "rule", "teacher")]
 
 
 @dataclass(frozen=True)
@@ -868,6 +894,8 @@ def _scifact_rows(of: str) -> list[Row]:
         Row("minilm, + mined negatives", mined, of, "scifact/minilm-pairs"),
         Row("minilm, + mined negatives", mined, of, base),
         Row("minilm, + rule on false negatives", "scifact/minilm-rule", of, mined),
+        Row("minilm, + teacher (sum of kinds)", "scifact/minilm-teacher", of, mined),
+        Row("minilm, + teacher (sum of kinds)", "scifact/minilm-teacher", of, base),
         Row("me5-small, untouched", "scifact/me5-small", of, "scifact/bm25"),
         Row("me5-small, + mined negatives", "scifact/me5-small-mined", of, "scifact/me5-small"),
     ]
@@ -896,6 +924,7 @@ def _scifact_rows(of: str) -> list[Row]:
                 for rate in RATES
             ),
             *((f"minilm-rule-{rule}", mined, "") for rule in RULES),
+            *((f"minilm-teacher-{lesson}", mined, "") for lesson in LESSONS),
             *((f"student-{rate}", teacher, "") for rate in STUDENT_RATES),
             *((f"m3-{rate}", base, "tuned sum") for rate in M3_RATES),
         ]
@@ -906,7 +935,12 @@ def _scifact_rows(of: str) -> list[Row]:
 
 def _kept_rows() -> list[Row]:
     trained = {
-        "minilm": {"minilm-pairs": "pairs", "minilm-mined": "+ mined negatives", "m3": "bge-m3"},
+        "minilm": {
+            "minilm-pairs": "pairs",
+            "minilm-mined": "+ mined negatives",
+            "minilm-teacher": "+ teacher",
+            "m3": "bge-m3",
+        },
         "me5-small": {"me5-small-mined": "+ mined negatives", "student": "student"},
     }
     return [
