@@ -48,13 +48,14 @@ CASES: dict[str, dict[str, Any]] = {
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
     "scored pairs": {"objective": Contrastive(dims=(8,))},
     "dense layer": {"dense_dim": 96, "objective": Contrastive(dims=(8, 80))},
+    "margin-mse": {"objective": Contrastive(dims=(8,), distil="margin-mse", distil_weight=0.1)},
     "B6 all kinds": {"objective": replace(unified(), dims=(8,))},
     "B6 own negatives": {"objective": unified(), "in_batch": "none"},
     "B6 kl": {"objective": unified(distil="kl")},
     "B6 listwise": {"objective": unified(distil="listwise")},
 }
 DATA = {"scored pairs": "mixed"}  # of a case; others read the examples alone
-IDLE = ("in-batch", "scored pairs", "dense layer", "B6 all kinds", "B6 listwise")
+IDLE = ("in-batch", "scored pairs", "margin-mse", "dense layer", "B6 all kinds", "B6 listwise")
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
