@@ -25,7 +25,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,19 @@ import numpy as np
 import torch
 
 from benchmarks.common import RESULTS, commit, write_results
-from benchmarks.judged_cells import PARTS, Cell, Job, Place, Row, all_cells, opened, tables
+from benchmarks.judged_cells import (
+    BEST_DENSE,
+    KEPT_TABLE,
+    PARTS,
+    SCIFACT,
+    Cell,
+    Job,
+    Place,
+    Row,
+    all_cells,
+    opened,
+    tables,
+)
 from tercet.evaluate.report.intervals import Interval
 from tercet.evaluate.suites.suite import FIGURES
 from tercet.files.artifacts import write_json
@@ -181,6 +194,7 @@ def compared(results: Results, table: str, row: Row, kept: list[dict[str, Any]])
         "name": row.title,
         "cell": row.cell,
         "set": row.of,
+        "part": row.part or None,
         "metric": FIGURES[results.sets[row.of].category],
         "figure": numbers(results.figure(row.cell, column)),
         "against": " ".join(filter(None, (row.against, row.against_part))) or None,
@@ -219,9 +233,86 @@ def numbers(figure: Interval) -> list[float]:
     return [round(each, 4) for each in (figure.mean, figure.low, figure.high)]
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What was to be reached, and how rows of the tables show it."""
+
+    what: str
+    chosen: Callable[[dict[str, Any]], bool]  # the rows that show it
+    found: Callable[
+        [list[dict[str, Any]]], tuple[str, bool]
+    ]  # what they say, and whether it is met
+
+
+def reaches(least: float) -> Callable[[list[dict[str, Any]]], tuple[str, bool]]:
+    """The figure of the first row has to be at least this."""
+
+    def found(rows: list[dict[str, Any]]) -> tuple[str, bool]:
+        first = rows[0]
+        return f"{first['name']}: {first['figure'][0]:.3f}", first["figure"][0] >= least
+
+    return found
+
+
+def loses_at_most(most: float) -> Callable[[list[dict[str, Any]]], tuple[str, bool]]:
+    """No row may lose more than this."""
+
+    def found(rows: list[dict[str, Any]]) -> tuple[str, bool]:
+        worst = min(rows, key=lambda row: row["difference"][0])
+        loss = worst["difference"][0]
+        return f"{worst['name']} on {worst['set']}: {loss:+.3f}", loss >= -most
+
+    return found
+
+
+def all_better(rows: list[dict[str, Any]]) -> tuple[str, bool]:
+    """Every row has to be better than its baseline."""
+    text = ", ".join(f"{row['set']}: {row['verdict']}" for row in rows)
+    return text, all(row["verdict"] == "better" for row in rows)
+
+
+AIMS = (
+    Aim(
+        "nDCG@10 on SciFact of at least 0.71 by dense vectors of minilm",
+        lambda row: row["cell"] == BEST_DENSE and row["set"] == SCIFACT,
+        reaches(0.71),
+    ),
+    Aim(
+        "and of at least 0.74 by the sum of kinds",
+        lambda row: (row["cell"], row["set"], row["part"]) == ("scifact/m3", SCIFACT, "tuned sum"),
+        reaches(0.74),
+    ),
+    Aim(
+        "no loss of more than 0.01 on sets that were not trained for",
+        lambda row: row["table"] == KEPT_TABLE,
+        loses_at_most(0.01),
+    ),
+    Aim(
+        "CoSENT above pairs as positives on all three similarity sets",
+        lambda row: "/cosent-" in row["cell"] and "/positives-" in (row["against"] or ""),
+        all_better,
+    ),
+)
+
+
+def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each aim whose rows have been measured, what was found, and whether it is met."""
+    found = [(aim, [row for row in rows if aim.chosen(row)]) for aim in AIMS]
+    return [
+        {"aim": aim.what, "found": text, "met": met}
+        for aim, some in found
+        if some
+        for text, met in [aim.found(some)]
+    ]
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables of a page."""
     text = f"{HEADING}\n"
+    if reached := aims(rows):
+        text += "\n### Aims\n\n| aim | found | met |\n| --- | --- | --- |\n"
+        for each in reached:
+            text += f"| {each['aim']} | {each['found']} | {'yes' if each['met'] else 'no'} |\n"
     for table in dict.fromkeys(row["table"] for row in rows):
         some = [row for row in rows if row["table"] == table]
         sets = {row["set"] for row in some}

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tercet.rank.topk import top_k
     from tercet.recipes.arctic_embed import arctic_embed
     from tercet.recipes.bge_m3 import bge_m3
+    from tercet.recipes.distil import distil
     from tercet.recipes.finetune import finetune
     from tercet.recipes.llm2vec import llm2vec
     from tercet.recipes.nv_embed import nv_embed
@@ -59,6 +60,7 @@ _MODULES: Final = {
     "TercetError": "tercet.errors",
     "arctic_embed": "tercet.recipes.arctic_embed",
     "bge_m3": "tercet.recipes.bge_m3",
+    "distil": "tercet.recipes.distil",
     "finetune": "tercet.recipes.finetune",
     "index": "tercet.search.text_index",
     "llm2vec": "tercet.recipes.llm2vec",
@@ -96,6 +98,7 @@ __all__ = [
     "TercetError",
     "arctic_embed",
     "bge_m3",
+    "distil",
     "finetune",
     "index",
     "llm2vec",

@@ -45,6 +45,9 @@ Distillation: TypeAlias = Literal["none", "kl", "listwise", "margin-mse"]
 
 Vocabulary: TypeAlias = Literal["all", "seen"]
 
+ReadAs: TypeAlias = Literal["document", "query", "both"]
+"""How plain texts are read: as documents, as queries, or every second one as a query."""
+
 ScheduleName: TypeAlias = Literal["constant", "linear", "wsd", "early"]
 
 

@@ -13,6 +13,7 @@ from tercet.data.files.sources import open_source, write_examples
 from tercet.data.files.texts import open_texts
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.recipes.bge_m3 import bge_m3
+from tercet.recipes.distil import distil
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
 from tercet.recipes.nv_embed import nv_embed
@@ -58,6 +59,9 @@ BUILD: Mapping[str, Callable[[Path, int], Recipe]] = {
         max_tokens=64,
         lora_rank=4,
     ),
+    "distil": lambda f, n: distil(
+        str(f / "bert"), str(f / "wide"), keep_layers=2, steps=n, batch_size=8
+    ),
     "arctic_embed": lambda f, n: arctic_embed(
         str(f / "wide"),
         pretraining_steps=n,
@@ -82,7 +86,7 @@ class Workplace:
     def data(self, recipe: Recipe) -> dict[str, Any]:
         pairs = [open_source(self.folder / "pairs.jsonl")]
         texts = [open_texts(self.folder / "texts.txt")]
-        is_text = recipe.name == "llm2vec"
+        is_text = recipe.name in ("llm2vec", "distil")
         return {
             stage.data: texts if is_text and stage.data in ("texts", "sentences") else pairs
             for stage in recipe.stages

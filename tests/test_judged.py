@@ -315,6 +315,28 @@ def test_a_kind_of_vectors_is_a_column_of_the_answers(place, monkeypatch):
     assert over["against"] == "s/three dense" and over["difference"][0] == 0.25
 
 
+@pytest.mark.parametrize(
+    ("figure", "loss", "met"), [(0.72, -0.005, ["yes"] * 3), (0.70, -0.02, ["no"] * 3)]
+)
+def test_an_aim_is_met_or_not_by_the_rows_that_show_it(figure, loss, met):
+    common = {"part": None, "name": "x", "against": None}
+    rows = [
+        {"table": "A", "cell": judged.BEST_DENSE, "set": "scifact", "figure": [figure] * 3},
+        {"table": "A", "cell": judged.BEST_DENSE, "set": "other", "figure": [0.9] * 3},
+        *(
+            {"table": judged.KEPT_TABLE, "cell": "c", "set": of, "difference": [lost] * 3}
+            for of, lost in (("sts/en", loss), ("xquad/en", 0.1))
+        ),
+    ]
+    sign = {0.72: "better"}.get(figure, "no difference shown")
+    for of, said in (("sts/en", "better"), ("sts/ko", sign)):
+        against = {"cell": "similarity/cosent-x", "against": "similarity/positives-x"}
+        rows.append({"table": "B", "set": of, "verdict": said, **against})
+    found = judged.aims([{**common, **row} for row in rows])
+    assert [("yes" if each["met"] else "no") for each in found] == met
+    assert found[0]["found"] == f"x: {figure:.3f}" and "sts/en" in found[1]["found"]
+
+
 def test_the_tables_replace_the_last_section_of_a_page(place, monkeypatch, tmp_path):
     texts_of("s/base", [0.5, 0.4, 0.3, 0.2], place, of="scifact")
     texts_of("s/new", [0.6, 0.5, 0.4, 0.3], place, of="scifact")

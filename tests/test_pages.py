@@ -65,6 +65,7 @@ SHORT = {
         "contrastive.batch_size": 4,
         "unified.batch_size": 4,
     },
+    "distil": {"steps": 2, "batch_size": 4},
     "arctic-embed": {
         "steps": 2,
         "pretraining.batch_size": 4,
@@ -78,6 +79,7 @@ SMALLER = {
     "multi_dim=128": "multi_dim=8",
     "--dims 256": "--dims 16",
     "dims=256": "dims=16",
+    "--keep-layers 3": "--keep-layers 2",
     "steps=100": "steps=2",
     "statistics string ": "statistics",
     "numpy numpy.linalg numpy.random pyarrow pyarrow.compute": "",

@@ -35,6 +35,7 @@ from tercet.cli.options import (
     load,
     local_inputs,
     model_names,
+    model_option,
     out_option,
     require_package,
     where,
@@ -218,6 +219,12 @@ def search(
     queries: Annotated[
         list[str], typer.Argument(metavar="QUESTION", help="One or more questions.")
     ],
+    model: Annotated[
+        str | None,
+        model_option(
+            "Model that reads the questions, distilled from the index's. Default: the index's."
+        ),
+    ] = None,
     k: Annotated[
         int,
         typer.Option("--k", "-k", min=1, help="Hits for each question.", rich_help_panel=_HITS),
@@ -255,7 +262,8 @@ def search(
     """Answer questions from an index.
 
     Conditions of --where on different fields must all hold; several values for one field are
-    alternatives.
+    alternatives. With --model a small model reads the questions, if it was distilled from the model
+    that read the documents (tercet train distil).
 
     Examples:
         tercet search runs/mine/index "a small web server"
@@ -272,7 +280,8 @@ def search(
     wanted: dict[str, list[Any]] = {}
     for name, _, values in conditions:
         wanted.setdefault(name, []).extend(values)
-    with open_index(folder, load=partial(load, device=device, batch_tokens=batch_tokens)) as opened:
+    loaded = partial(load, device=device, batch_tokens=batch_tokens)
+    with open_index(folder, model=model, load=loaded) as opened:
         complete, kinds = opened.about.complete, opened.kinds
         if not complete:
             say(f"tercet: note: {folder}: some documents are missing; call tercet index again")

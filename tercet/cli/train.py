@@ -10,6 +10,7 @@ import typer
 from tercet.cli.options import (
     DATA,
     MACHINE,
+    MODEL,
     NegativeFieldOption,
     PositiveFieldOption,
     QueryFieldOption,
@@ -49,7 +50,7 @@ def train(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="finetune, llm2vec, nv-embed, bge-m3 or arctic-embed.",
+            help="finetune, llm2vec, nv-embed, bge-m3, arctic-embed or distil.",
             autocompletion=recipe_names,
         ),
     ],
@@ -94,6 +95,22 @@ def train(
     model: Annotated[
         str | None,
         model_option("Model to start from: zoo name, folder or hub id. Default: the recipe's."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Model whose vectors are learned, of recipes that have a teacher.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    keep_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Start with this many of the model's first layers. Default: the recipe's.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -165,7 +182,7 @@ def train(
     finetune: any model, on pairs of a query and a document. llm2vec: a decoder becomes an encoder,
     from plain texts. nv-embed: instruction tuning on many tasks. bge-m3: dense, sparse and
     multi-vector retrieval from one model. arctic-embed: pretraining on many sources and languages,
-    then mined negatives.
+    then mined negatives. distil: a small student learns a teacher's vectors, from plain texts.
 
     A run that was killed goes on when the same command is given again.
 
@@ -177,7 +194,8 @@ def train(
     if explain:
         _explain(recipe, entry)
         return
-    shorthand = {"model": model, "steps": steps, "seed": seed}
+    shorthand = {"model": model, "teacher": teacher, "keep_layers": keep_layers}
+    shorthand |= {"steps": steps, "seed": seed}
     shorthand |= {"run.device": device, "run.dtype": dtype}
     chosen = _training(entry, recipe, file, changes or (), shorthand)
     files = _files(data or (), entry)

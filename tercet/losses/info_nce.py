@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tercet.errors import RecipeError
+from tercet.models.network.chunked import Losses
 from tercet.segments import moved
 from tercet.types import NEGATIVE
 
@@ -44,6 +45,12 @@ class BlockwiseRelation(Protocol):
         self, start: int, stop: int
     ) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
         """Return rows, counted from ``start``, and columns of the POSITIVE pairs, on the host."""
+        ...
+
+    def false_negatives(
+        self, start: int, stop: int, logits: Float[Tensor, "rows docs"], temperature: float
+    ) -> Bool[Tensor, "rows docs"] | None:
+        """Return which NEGATIVE documents are ignored for their scores; None: no rule."""
         ...
 
 
@@ -81,6 +88,27 @@ def info_nce(
     Raises:
         RecipeError: for a temperature or dims that are impossible.
     """
+    return info_nce_losses(queries, docs, relation, temperature, dims=dims, block=block)["loss"]
+
+
+def info_nce_losses(
+    queries: Float[Tensor, "queries dim"],
+    docs: Float[Tensor, "docs dim"],
+    relation: BlockwiseRelation,
+    temperature: float,
+    *,
+    dims: Sequence[int] | Mapping[int, float] | None = None,
+    block: int | None = None,
+) -> Losses:
+    """Return the InfoNCE of :func:`info_nce` as ``"loss"``, and what its relation ignored.
+
+    A relation may ignore negatives for their scores (``false_negatives``). The scores of the full
+    width decide for all prefixes, those of the longest one if ``dims`` leaves the full width out.
+    ``"ignored"`` is the share of a query's negatives that is ignored, averaged as the loss is.
+
+    Raises:
+        RecipeError: for a temperature or dims that are impossible.
+    """
     if temperature <= 0:
         raise RecipeError(f"temperature is {temperature}; it must be above zero")
     if relation.positives == 0:
@@ -97,9 +125,13 @@ def info_nce(
             block or block_of(len(docs), len(weights), device=queries.device),
             torch.zeros_like(wide_queries) if learns and queries.requires_grad else None,
             torch.zeros_like(wide_docs) if learns and docs.requires_grad else None,
+            wide_queries.new_zeros(()),
         )
         loss = sweep.prefixes(weights, temperature) if weights else sweep.whole(temperature)
-    return finished(loss, [queries, docs], [sweep.by_queries, sweep.by_docs])
+    return {
+        "loss": finished(loss, [queries, docs], [sweep.by_queries, sweep.by_docs]),
+        "ignored": sweep.ignored / max(relation.positives, 1),
+    }
 
 
 def block_of(docs: int, prefixes: int = 0, *, device: torch.device) -> int:
@@ -149,6 +181,18 @@ class PairBlock:
         return cls(row, column, relation != NEGATIVE)
 
 
+def ignored_share(
+    negative: Bool[Tensor, "rows docs"],
+    ignored: Bool[Tensor, "rows docs"],
+    row: Int[Tensor, "positives"],
+) -> Float[Tensor, ""]:
+    """Return the share of negatives that is ignored, summed over the rows of positive pairs."""
+    every, found = (  # twice as fast as in 64 bits
+        mask.sum(1, dtype=torch.int32) for mask in (negative, negative & ignored)
+    )
+    return (found / every.clamp_min(1))[row].sum()
+
+
 def loss_and_gradient(logits: Tensor, pairs: PairBlock) -> tuple[Tensor, Tensor]:
     """Return the sum of the terms of a block, and its gradient, written over ``logits``.
 
@@ -181,13 +225,14 @@ class _InfoNceSweep:
     block: int
     by_queries: Float[Tensor, "queries dim"] | None
     by_docs: Float[Tensor, "docs dim"] | None
+    ignored: Float[Tensor, ""]  # shares of negatives, summed over positive pairs
 
     def whole(self, temperature: float) -> Tensor:
         """Return the loss of plain dot products."""
         loss = self.queries.new_zeros(())
-        for rows, pairs in self.blocks():
+        for rows in self.blocks():
             logits = (self.queries[rows] / temperature) @ self.docs.T
-            term, gradient = loss_and_gradient(logits, pairs)
+            term, gradient = loss_and_gradient(logits, self.pairs(rows, logits, temperature))
             loss += term
             self.add(gradient, rows, slice(None))
         return self.averaged(loss, by_logits=1 / temperature)
@@ -201,13 +246,17 @@ class _InfoNceSweep:
         slices = [slice(low, high) for low, high in pairwise([0, *weights])]
         of_queries, of_docs = _Prefixes(self.queries, weights), _Prefixes(self.docs, weights)
         loss = self.queries.new_zeros(())
-        for rows, pairs in self.blocks():
+        for rows in self.blocks():
             dots = self.queries.new_zeros(rows.stop - rows.start, len(self.docs))
+            scores: list[Tensor] = []  # by all prefixes; the last ones decide what is ignored
+            for i, part in enumerate(slices):
+                dots.addmm_(self.queries[rows, part], self.docs[:, part].T)
+                inverse = of_queries.inverse[i, rows, None] / temperature
+                scores.append((dots * inverse).mul_(of_docs.inverse[i]))
+            pairs = self.pairs(rows, scores[-1], temperature)
             gradients: list[Tensor] = []
             for i, weight in enumerate(weights.values()):
-                dots.addmm_(self.queries[rows, slices[i]], self.docs[:, slices[i]].T)
-                inverse = of_queries.inverse[i, rows, None] / temperature
-                logits = (dots * inverse).mul_(of_docs.inverse[i])
+                logits, inverse = scores.pop(0), of_queries.inverse[i, rows, None] / temperature
                 term, gradient = loss_and_gradient(logits.clone(), pairs)
                 loss += term * weight
                 gradient.mul_(weight)
@@ -222,13 +271,21 @@ class _InfoNceSweep:
         of_docs.remove_along(self.by_docs)
         return self.averaged(loss)
 
-    def blocks(self) -> Iterator[tuple[slice, PairBlock]]:
-        """Yield the queries of each block, and their relation to the documents."""
+    def blocks(self) -> Iterator[slice]:
+        """Yield the queries of each block."""
         for start in range(0, len(self.queries) if len(self.docs) else 0, self.block):
-            stop = min(start + self.block, len(self.queries))
-            relation = self.relation.rows(start, stop, self.docs.device)
-            pairs = self.relation.positive_pairs(start, stop)
-            yield slice(start, stop), PairBlock.of(pairs, relation)
+            yield slice(start, min(start + self.block, len(self.queries)))
+
+    def pairs(self, rows: slice, logits: Tensor, temperature: float) -> PairBlock:
+        """Return the relation of a block of queries to the documents, which have these scores."""
+        start, stop = rows.start, rows.stop
+        relation = self.relation.rows(start, stop, self.docs.device)
+        pairs = PairBlock.of(self.relation.positive_pairs(start, stop), relation)
+        ignored = self.relation.false_negatives(start, stop, logits, temperature)
+        if ignored is not None:
+            self.ignored.add_(ignored_share(~pairs.masked, ignored, pairs.row))
+            pairs.masked.logical_or_(ignored)
+        return pairs
 
     def add(self, gradient: Tensor, rows: slice, part: slice) -> None:
         """Add the gradient by dot products of these rows to that by this part of the vectors."""

@@ -11,18 +11,24 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
 from tercet.data.batches.relation import Relation
 from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Kind, Weights
-from tercet.losses.info_nce import PairBlock, block_bytes, finished, loss_and_gradient
+from tercet.losses.info_nce import (
+    PairBlock,
+    block_bytes,
+    finished,
+    ignored_share,
+    loss_and_gradient,
+)
 from tercet.losses.listwise import group_distillation, listwise, margin_mse
 from tercet.models.network.chunked import Losses
 from tercet.rank.scoring import scores_of
 from tercet.segments import moved
-from tercet.types import IGNORED, POSITIVE, Distillation
+from tercet.types import IGNORED, NEGATIVE, POSITIVE, Distillation
 from tercet.vectors import Vectors
 
 
@@ -93,6 +99,11 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     ``distil_weight``, is added to each InfoNCE: "kl" or "margin-mse"; "listwise" replaces InfoNCE
     for queries with a scored document, and "none" ignores the scores. It compares the teacher's
     scores divided by ``teacher_temperature`` with s_x / t and s_sum / t.
+
+    Where the relation ignores negatives for their scores, the dense scores of the full width decide
+    for all kinds: the softmaxes of self-distillation must be over the same documents, and only
+    cosines are on the scale of the rule. ``"ignored"`` is the share of a query's negatives that is
+    ignored, averaged over the positive pairs.
 
     ``"loss"`` is minimised, the others are parts of it, unweighted. All of them are this process's
     share: means are over ``relation.positives`` and ``queries_of_all``, which count those of all
@@ -201,6 +212,7 @@ class _UnifiedSweep:
         taught = [] if self.teacher is None else [f"{name}_taught" for name in names]
         names += taught
         names += [f"{kind}_distilled" for kind in self.kinds if soft]
+        names += [] if self.relation.ignoring is None else ["ignored"]
         self.loss = self.left.tensors()[0].new_zeros(())
         self.parts = {name: self.loss.clone() for name in names}
 
@@ -226,10 +238,10 @@ class _UnifiedSweep:
     ) -> dict[Kind, list[Tensor]]:
         """Add to the losses and return the gradients by the scores."""
         mixture = self.mixture
-        block = self._block(start, stop)
         logits: dict[Kind, list[Tensor]] = {
             kind: [x / mixture.temperature for x in each] for kind, each in scores.items()
         }
+        block = self._block(start, stop, logits)
         slopes: dict[Kind, list[Tensor]] = {
             kind: [self._hard(kind, x, block, 1 / len(each)) for x in each]
             for kind, each in logits.items()
@@ -298,9 +310,10 @@ class _UnifiedSweep:
                 self.loss += term * weight
                 slope += (known.exp() * block.asked - target) * (weight / self.queries)
 
-    def _block(self, start: int, stop: int) -> "_ScoreBlock":
+    def _block(self, start: int, stop: int, logits: Mapping[Kind, list[Tensor]]) -> "_ScoreBlock":
         device = self.loss.device
         relation = self.relation.rows(start, stop, device)
+        self._ignore(relation, start, stop, logits)
         candidates = relation != IGNORED
         asked = candidates.any(1, keepdim=True)
         pairs, taught = self.relation.positive_pairs(start, stop), None
@@ -319,6 +332,25 @@ class _UnifiedSweep:
         return _ScoreBlock(
             block, relation == POSITIVE, candidates, ~candidates & asked, asked, taught
         )
+
+    def _ignore(
+        self,
+        relation: Int8[Tensor, "rows docs"],
+        start: int,
+        stop: int,
+        logits: Mapping[Kind, list[Tensor]],
+    ) -> None:
+        """Mark the negatives that are ignored for their dense scores, for all kinds alike."""
+        if self.relation.ignoring is None:
+            return
+        dense = logits["dense"][0]
+        found = self.relation.false_negatives(start, stop, dense, self.mixture.temperature)
+        assert found is not None, "there is a rule"
+        negative = relation == NEGATIVE
+        row, _ = self.relation.positive_pairs(start, stop)
+        share = ignored_share(negative, found, moved(row, relation.device))
+        self.parts["ignored"] += share / self.pairs
+        relation.masked_fill_(negative & found, IGNORED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

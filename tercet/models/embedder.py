@@ -64,7 +64,11 @@ _LATER: Final = (
     "rules",
     "dense_layers",
 )
-_NOT_IN_VECTORS: Final = ("weights", "ranges")  # settings that change no vector
+_NOT_IN_VECTORS: Final = (
+    "weights",
+    "ranges",
+    "shares_space_with",
+)  # settings that change no vector
 
 log = logging.getLogger("tercet")
 

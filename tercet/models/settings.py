@@ -59,6 +59,7 @@ class Settings:
     cls_every: int | None = None  # repeat the start token every n tokens and average them (MCLS)
     weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of kinds; "": default
     ranges: Mapping[int, Ranges] = field(default_factory=dict)  # coordinates kept -> of their codes
+    shares_space_with: tuple[str, ...] = ()  # fingerprints of the model that it was distilled from
 
     def prompt(self, name: str, task: str | None = None) -> str:
         """Return what is put before a text of this role, which may be a synonym.
@@ -138,7 +139,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     if unknown:
         raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
     given = dict(changes)
-    for name in ("dims", "kinds", "dense_layers"):
+    for name in ("dims", "kinds", "dense_layers", "shares_space_with"):
         if isinstance(given.get(name), list):
             given[name] = tuple(given[name])
     if isinstance(given.get("layer"), Mapping):
@@ -271,6 +272,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+
+
 def _are_kinds(value: Any) -> bool:
     if not isinstance(value, tuple):
         return False
@@ -298,6 +303,7 @@ _EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "kinds": (_are_kinds, f"a list of kinds of vectors, from {', '.join(KINDS)}"),
     "weights": (_by_name(lambda it: isinstance(it, Weights)), "weights of the kinds by task"),
     "ranges": (lambda it: isinstance(it, Mapping), "ranges of codes by number of coordinates"),
+    "shares_space_with": (_are_names, "a list of fingerprints"),
     "query_tokens": (_is_count, "a whole number above 0"),
     "document_tokens": (_is_count, "a whole number above 0"),
     "multi_dim": (lambda it: it is None or _is_count(it), "a whole number above 0, or null"),

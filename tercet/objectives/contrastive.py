@@ -18,11 +18,12 @@ from tercet.distributed import gather_ints, gather_rows, world
 from tercet.errors import RecipeError
 from tercet.kinds import Kind, Weights
 from tercet.losses.cosent import cosent
-from tercet.losses.info_nce import info_nce
+from tercet.losses.info_nce import info_nce_losses
 from tercet.losses.unified import Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.objectives.objective import Traits
+from tercet.segments import Packed
 from tercet.types import Distillation, Policy
 from tercet.vectors import Vectors
 
@@ -100,26 +101,29 @@ class Contrastive:
         if ranked is not None and not relation.positives:  # pairs alone
             return {"loss": ranked, "similarity": ranked}
         if self.distil == "none":
-            found = {"loss": self._contrasted(queries, documents, relation)}
+            found = self._contrasted(queries, documents, relation)
         else:
             found = self._taught(queries, documents, relation, batch)
         if ranked is None:
             return found
         return {**found, "loss": found["loss"] + ranked, "similarity": ranked}
 
-    def _contrasted(self, queries: Tensor, documents: Tensor, relation: Relation) -> Tensor:
+    def _contrasted(self, queries: Tensor, documents: Tensor, relation: Relation) -> Losses:
         """Return the InfoNCE of these queries with the documents of all processes."""
         width = queries.shape[1]
         shorter = [dim for dim in self.dims if dim < width]
         if not shorter:  # scaled once, instead of every block of scores
             queries, documents = F.normalize(queries, dim=1), F.normalize(documents, dim=1)
-        return info_nce(
+        losses = info_nce_losses(
             queries,
             gather_rows(documents),
             relation,
             self.temperature,
             dims=(*sorted(shorter), width) if shorter else None,
         )
+        if relation.ignoring is None:
+            del losses["ignored"]
+        return losses
 
     def _taught(
         self, queries: Tensor, documents: Tensor, relation: Relation, batch: Batch
@@ -134,8 +138,8 @@ class Contrastive:
             dims=self.dims,
             teacher=scores_of_all(batch.teacher, len(documents)),
         )
-        names = {"loss": "loss", "dense": "contrast", "dense_taught": "taught"}
-        return {names[name]: value for name, value in found.items()}
+        names = {"dense": "contrast", "dense_taught": "taught"}
+        return {names.get(name, name): value for name, value in found.items()}
 
     def _ranked(self, texts: Float[Tensor, "texts dim"], pairs: ScoredPairs) -> Tensor | None:
         """Return a process's share of the loss of all pairs with a score; None without such pairs.
@@ -218,22 +222,39 @@ class PairWork:
 
     def backward(self, batch: Batch, chunks: Chunks, step: int = 0) -> Losses:
         """Embed in chunks, compute the loss over all vectors, and propagate its gradient."""
-        # A small batch is shared by others; they wait for this one.
-        if not len(batch.texts) and not chunks.in_step:
-            return self._of_no_texts(batch, step)
-        return backward_in_chunks(
-            lambda texts: self.embedder.vectors(texts, self.kinds),
-            batch.texts.to(self.embedder.device),
-            lambda vectors: self.loss(vectors, batch, step),
-            chunks=chunks,
-        )
 
-    def _of_no_texts(self, batch: Batch, step: int) -> Losses:
-        """Return the loss of an empty share: its backward answers the other processes."""
-        embedder = self.embedder
-        nothing = Vectors.of_nothing(self.kinds, embedder.dim, embedder.heads.width)
-        dtype = torch.promote_types(next(embedder.parameters()).dtype, torch.float32)
-        leaves = [t.to(embedder.device, dtype).requires_grad_() for t in nothing.tensors()]
-        losses = self.loss(nothing.to(embedder.device).with_tensors(leaves), batch, step)
-        losses["loss"].backward()
-        return {name: value.detach() for name, value in losses.items()}
+        def loss(vectors: Vectors) -> Losses:
+            return self.loss(vectors, batch, step)
+
+        return backward_of_vectors(self.embedder, self.kinds, batch.texts, loss, chunks)
+
+
+def backward_of_vectors(
+    embedder: Embedder,
+    kinds: Sequence[Kind],
+    texts: Packed,
+    loss: Callable[[Vectors], Losses],
+    chunks: Chunks,
+) -> Losses:
+    """Embed texts in chunks, compute a loss over all their vectors, and propagate its gradient."""
+    # A small batch is shared by others; they wait for this one.
+    if not len(texts) and not chunks.in_step:
+        return _of_no_texts(embedder, kinds, loss)
+    return backward_in_chunks(
+        lambda some: embedder.vectors(some, kinds),
+        texts.to(embedder.device),
+        loss,
+        chunks=chunks,
+    )
+
+
+def _of_no_texts(
+    embedder: Embedder, kinds: Sequence[Kind], loss: Callable[[Vectors], Losses]
+) -> Losses:
+    """Return the loss of an empty share: its backward answers the other processes."""
+    nothing = Vectors.of_nothing(kinds, embedder.dim, embedder.heads.width)
+    dtype = torch.promote_types(next(embedder.parameters()).dtype, torch.float32)
+    leaves = [t.to(embedder.device, dtype).requires_grad_() for t in nothing.tensors()]
+    losses = loss(nothing.to(embedder.device).with_tensors(leaves))
+    losses["loss"].backward()
+    return {name: value.detach() for name, value in losses.items()}

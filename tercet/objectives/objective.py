@@ -1,6 +1,6 @@
 """The interface between the training loop and an objective, which is all the loop knows of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,6 +73,20 @@ class Work(Protocol):
 
     def finish(self) -> None:
         """Undo changes to the embedder that only training needs."""
+        ...
+
+
+@runtime_checkable
+class PreparedWork(Work, Protocol):
+    """Work that takes long before the first step, which is not done to plan a run."""
+
+    @property
+    def reads(self) -> Mapping[str, str]:
+        """Fingerprints of what it reads besides data and weights; equal when a run goes on."""
+        ...
+
+    def prepare(self) -> None:
+        """Do it; called in every process, before the first step and when a run goes on."""
         ...
 
 

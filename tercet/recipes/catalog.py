@@ -8,6 +8,7 @@ from tercet.errors import RecipeError
 from tercet.files.records import meant
 from tercet.recipes.arctic_embed import arctic_embed
 from tercet.recipes.bge_m3 import bge_m3
+from tercet.recipes.distil import distil
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
 from tercet.recipes.nv_embed import nv_embed
@@ -85,6 +86,14 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         },
         summary="pretraining on many sources and languages, then mined negatives",
         example="arctic-embed --model me5-small --data sources/ --data finetuning=mined.jsonl "
+        "--out runs/mine",
+    ),
+    "distil": RecipeEntry(
+        function=distil,
+        stages={"distillation": StageData(mixture="texts", format="texts")},
+        format="texts",
+        summary="a small student learns a teacher's vectors, from plain texts",
+        example="distil --teacher me5-small --model me5-small --keep-layers 3 --data texts.txt "
         "--out runs/mine",
     ),
 }

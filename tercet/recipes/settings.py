@@ -28,7 +28,7 @@ _OF_THIS_MACHINE: Final = ("device", "memory_gb", "show_progress")  # not taken 
 _OF_EXAMPLES: Final = {  # numbers of a stage that mean nothing where it reads plain texts
     *("positives", "negatives", "in_batch", "mask_duplicates", "query_tokens", "document_tokens"),
     *("mixing", "length_edges", "token_budget", "batch_sizes", "batching"),
-    *("shuffle_segments", "shuffle_at"),
+    *("shuffle_segments", "shuffle_at", "ignore_rule", "ignore_value", "ignore_own"),
 }
 _NONE: Final = "none"
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -112,13 +112,13 @@ def built(entry: RecipeEntry, given: Mapping[str, Any]) -> Training:
                 f"{name} is given, but the stage {stage} does not run (stages: "
                 f"{', '.join(stages)}); remove it, or add the stage to stages"
             )
+    fields_of: dict[str, dict[str, Any]] = {name: {} for name in stages}
     for name, value in others.items():
         stage, _, field = name.rpartition(".")
-        stage = stage or next(iter(stages))
-        stages[stage] = replace(stages[stage], **{field: value})
+        fields_of[stage or next(iter(stages))][field] = value
     changed = replace(
-        recipe,
-        stages=tuple(stages[stage.name] for stage in recipe.stages),
+        recipe,  # all settings of a stage at once, since some need each other
+        stages=tuple(replace(stage, **fields_of[stage.name]) for stage in recipe.stages),
         settings={**recipe.settings, **others},
     )
     return Training(changed, Run(**run))

@@ -206,24 +206,33 @@ class TextIndex:
         self,
         folder: Path | str,
         *,
+        model: str | None = None,
         load: Load = load_embedder,
         like: "TextIndex | None" = None,
     ) -> None:
-        """Open a folder; ``like`` is the same one opened before, to read only what is new."""
+        """Open a folder; ``like`` is the same one opened before, to read only what is new.
+
+        ``model`` reads the questions instead of the index's model, from which it was distilled.
+        """
         self.folder = Path(folder)
         self.about = about = about_index(folder)
         names = ("model", "precision", "kinds", "task", "dims")
-        model, precision, kinds, task, dims = (about.setting(folder, name) for name in names)
+        own, precision, kinds, task, dims = (about.setting(folder, name) for name in names)
         weights = precision if stored_as(precision) == "float32" else "float32"
         try:
-            self.embedder = load(model, weights)
+            self.embedder = load(model or own, weights)
         except ModelError as error:
+            if model is not None:
+                raise
             raise IndexFolderError(f"{folder}: its model cannot be loaded: {error}") from error
         if like is not None and like.embedder is self.embedder:
             self.fingerprint = like.fingerprint
         else:
             self.fingerprint = self.embedder.fingerprint()
-        require(folder, about, {"fingerprint": self.fingerprint})
+        if model is None:
+            require(folder, about, {"fingerprint": self.fingerprint})
+        else:
+            self._require_space(model)
         self.kinds: tuple[Kind, ...] = tuple(kinds)
         self.task: str | None = task
         self.dims: int | None = dims
@@ -232,6 +241,22 @@ class TextIndex:
         self.engine = open_engine(
             folder, read_only=True, like=None if like is None else like.engine
         )
+
+    def _require_space(self, model: str) -> None:
+        """Refuse a model whose vectors cannot be compared with those of the index."""
+        folder, about, embedder = self.folder, self.about, self.embedder
+        theirs, name = about.setting(folder, "fingerprint"), about.setting(folder, "model")
+        if theirs not in (self.fingerprint, *embedder.settings.shares_space_with):
+            raise RecipeError(
+                f"{model} cannot search {folder}: it must be the index's model, {name}, or one "
+                "that was distilled from it (tercet train distil), and both unchanged since"
+            )
+        kinds: Sequence[Kind] = about.setting(folder, "kinds")
+        if lacking := [kind for kind in kinds if kind not in embedder.kinds]:
+            raise RecipeError(
+                f"{model} cannot search {folder}: it makes no {' and no '.join(lacking)} vectors, "
+                "which the index has; build one of dense vectors: tercet index --kind dense"
+            )
 
     def search(
         self,
@@ -282,23 +307,28 @@ class TextIndex:
         self.close()
 
 
-def open_index(folder: Path | str, *, load: Load = load_embedder) -> TextIndex:
+def open_index(
+    folder: Path | str, *, model: str | None = None, load: Load = load_embedder
+) -> TextIndex:
     """Open an index folder for searching, with the model that it was made with.
 
     Args:
         folder: the index folder.
+        model: a model that reads the questions instead: a smaller one that was distilled from the
+            index's model.
         load: loads a model by its name and the type of its weights.
 
     Raises:
         IndexFolderError: if it is not an index, is damaged, or its model has changed or is gone.
-        RecipeError: if another process has it open.
+        RecipeError: if another process has it open, or ``model`` was not distilled from the one of
+            the index.
 
     Examples:
         >>> with open_index("runs/index") as opened:
         ...     [hit.record.id for hit in opened.search(["a server for the web"], k=1)[0]]
         ['1']
     """
-    return TextIndex(folder, load=load)
+    return TextIndex(folder, model=model, load=load)
 
 
 def check_texts(queries: Sequence[str]) -> None:

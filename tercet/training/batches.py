@@ -114,6 +114,7 @@ def collator_of(embedder: Embedder, stage: Stage, prompt_of: PromptOf) -> Collat
         negatives=stage.negatives,
         in_batch=stage.in_batch,
         mask_duplicates=stage.mask_duplicates,
+        ignoring=stage.ignoring,
         shuffle_segments=stage.shuffle_segments,
         shuffle_at=stage.shuffle_at,
     )

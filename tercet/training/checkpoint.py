@@ -108,7 +108,8 @@ def _with_new_names(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
         old, new = next((pair for pair in _RENAMED if key.startswith(pair[0])), ("", ""))
         renamed = new + key.removeprefix(old)
         found[renamed if key not in now and renamed in now else key] = value
-    return found
+    # A setting that an earlier version did not have was off.
+    return {key: value for key, value in now.items() if value in ("None", "False")} | found
 
 
 def read(path: Path, *, mapped: bool = False) -> Any:

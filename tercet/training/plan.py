@@ -97,8 +97,8 @@ def build(model: Model) -> Embedder:
         keep_layers=model.keep_layers,
         **changes,
     )
-    if model.dense_dim not in (None, embedder.dim):
-        embedder.add_dense_layer(model.dense_dim)
+    if (width := _width_of(model)) not in (None, embedder.dim):
+        embedder.add_dense_layer(width)
     if model.positions is not None:
         extend_positions(embedder.backbone, model.positions)
         longest = model.document_tokens or model.positions
@@ -116,6 +116,13 @@ def build(model: Model) -> Embedder:
     if model.freeze_backbone:
         embedder.backbone.requires_grad_(False)
     return embedder
+
+
+def _width_of(model: Model) -> int | None:
+    """Return the width that a recipe asks of a text's vector, if it does."""
+    if model.as_wide_as is None:
+        return model.dense_dim
+    return Embedder.load(model.as_wide_as).dim
 
 
 def fingerprint_of_base(embedder: Embedder) -> str:
@@ -164,7 +171,9 @@ def without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
         say("training drops the base's tuned weights; find new ones (tercet tune weights)")
     if settings.ranges:
         say("training drops the base's ranges of codes; learn new ones (tercet tune codes)")
-    return replace(settings, weights={}, ranges={})
+    if settings.shares_space_with:
+        say("training moves the base's vectors out of the space of its teacher")
+    return replace(settings, weights={}, ranges={}, shares_space_with=())
 
 
 # ---- checks before the first stage -----------------------------------------------------------

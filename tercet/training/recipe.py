@@ -13,6 +13,7 @@ import torch
 from tercet import distributed
 from tercet.curate.mining.miner import Mining
 from tercet.curate.mining.rules import MiningRule
+from tercet.data.batches.false_negatives import IgnoreRule, IgnoreRuleName
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
@@ -61,6 +62,7 @@ class Model:
     kinds: tuple[Kind, ...] | None = None  # of vectors that it makes; missing heads are created
     multi_dim: int | None = None  # width of a token's vector
     dense_dim: int | None = None  # width of a text's vector; another one adds a dense layer
+    as_wide_as: str | None = None  # a model whose width that is
     cls_every: int | None = None  # repeat the start token after this many tokens
     freeze_backbone: bool = False  # train the heads and other new layers alone
     positions: int | None = None  # extend the position table for longer texts; train on such texts
@@ -131,6 +133,16 @@ class Stage:
     mask_duplicates: Annotated[
         bool, "Never take a document that equals a positive as a negative."
     ] = True
+    ignore_rule: Annotated[
+        IgnoreRuleName | None,
+        "Ignore documents of other examples that likely answer the query too: those that score "
+        "above its positive's score plus ignore_value (margin), or above that share of it "
+        "(percent).",
+    ] = None
+    ignore_value: Annotated[float | None, "Value of ignore_rule. Default: 0.1; percent 0.95."] = (
+        None
+    )
+    ignore_own: Annotated[bool, "Ignore mined negatives of the query by ignore_rule too."] = False
     query_tokens: Annotated[
         int | None, "Longer queries are cut in this stage. Default: the model's limit.", "tokens"
     ] = None
@@ -185,11 +197,13 @@ class Stage:
             )
         choices_of = {"in_batch": Policy, "mixing": Mixing, "shuffle_at": CutName}
         choices_of |= {} if self.batching is None else {"batching": Batching}
+        choices_of |= {} if self.ignore_rule is None else {"ignore_rule": IgnoreRuleName}
         for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 known = ", ".join(get_args(choices))
                 raise RecipeError(f"{name} is {getattr(self, name)!r}; choose from {known}")
         self._check_batch_sizes()
+        self._check_ignoring()
         if self.refresh is not None and self.objective.traits.needs_scores:
             raise RecipeError(
                 f"the stage {self.name} learns the scores of a reranker, and the negatives that a "
@@ -204,6 +218,32 @@ class Stage:
         if list(edges) != sorted(set(edges)) or min(edges, default=1) < 1:
             raise RecipeError(
                 f"length_edges are {edges}; give lengths above 0, each once, the smallest first"
+            )
+
+    @property
+    def ignoring(self) -> IgnoreRule | None:
+        """The rule by which likely false negatives are ignored, if there is one."""
+        if self.ignore_rule is None:
+            return None
+        return IgnoreRule(kind=self.ignore_rule, value=self.ignore_value, own=self.ignore_own)
+
+    def _check_ignoring(self) -> None:
+        if self.ignoring is None:
+            if self.ignore_value is not None or self.ignore_own:
+                name = "ignore_own" if self.ignore_own else "ignore_value"
+                raise RecipeError(
+                    f"{name} is given, but no rule; set ignore_rule to "
+                    f"{' or '.join(get_args(IgnoreRuleName))}, or leave it out"
+                )
+        elif not self.objective.traits.contrasts:
+            raise RecipeError(
+                f"the stage {self.name} compares queries with no documents, so ignore_rule has "
+                "nothing to ignore; leave it out"
+            )
+        elif self.in_batch == "none" and not self.ignore_own:
+            raise RecipeError(
+                f"in_batch is 'none' in the stage {self.name}, so ignore_rule has no documents of "
+                "other examples to ignore; leave it out, or set ignore_own to true"
             )
 
     def _check_batch_sizes(self) -> None:

@@ -128,6 +128,10 @@ def stage_charts(
             height=130,
         ),
     ]
+    if any("ignored" in record for record in steps):
+        name = "share of negatives that are ignored"
+        drawing = with_mean("each step", *curve("ignored"))
+        parts.append(line_chart(drawing, name=name, x="step", y="share", from_zero=True))
     return [*parts, side_by_side(small)]
 
 

@@ -29,7 +29,7 @@ from tercet.models.network.checkpointing import layers_of, recomputed
 from tercet.models.network.chunked import Chunks, Losses
 from tercet.models.network.compiling import compile_layers
 from tercet.models.network.cpu.precision import warning_of
-from tercet.objectives.objective import TextBatch
+from tercet.objectives.objective import PreparedWork, TextBatch
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.training import checkpoint, optimizer
 from tercet.training.batches import Groups, collator_of, groups_of, sampler_of, with_cached_tokens
@@ -107,6 +107,8 @@ class Trainer:
             None  # the next batches, up to a refresh
         )
         read = dict(begins_with) if self.refresher is None else begins_with | self.refresher.read
+        if isinstance(self.work, PreparedWork):
+            read |= self.work.reads
         self.what = identity(recipe, stage, self.sources, run, begins_with=read)
 
     @cached_property
@@ -125,6 +127,11 @@ class Trainer:
 
     def run(self, score: Score | None) -> None:
         """Train to the end."""
+        if isinstance(self.work, PreparedWork):
+            self.work.prepare()
+        self._train(score)
+
+    def _train(self, score: Score | None) -> None:
         self._check_snapshots()
         if self.progress.finished:
             self.say(f"{self.folder}: this stage is finished already; taking its weights")

@@ -32,6 +32,9 @@ class Dense:
     def rows(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
         return self.matrix[start:stop].to(device)
 
+    def false_negatives(self, start: int, stop: int, logits: Tensor, temperature: float) -> None:
+        """Every negative counts."""
+
 
 def dense(*rows: list[int]) -> Dense:
     return Dense(torch.tensor(rows, dtype=torch.int8))

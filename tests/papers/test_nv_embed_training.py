@@ -53,6 +53,9 @@ class OneRow:
         assert (start, stop) == (0, 1)
         return self.whole.positive_pairs(self.row, self.row + 1)
 
+    def false_negatives(self, start: int, stop: int, logits: Tensor, temperature: float) -> None:
+        """Every negative counts."""
+
 
 def vectors(count: int, seed: int) -> Tensor:
     torch.manual_seed(seed)

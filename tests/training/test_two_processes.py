@@ -53,9 +53,13 @@ CASES: dict[str, dict[str, Any]] = {
     "B6 own negatives": {"objective": unified(), "in_batch": "none"},
     "B6 kl": {"objective": unified(distil="kl")},
     "B6 listwise": {"objective": unified(distil="listwise")},
+    "false negatives": {"ignore_rule": "percent", "ignore_own": True},
+    "B6 false negatives": {"objective": unified(), "ignore_rule": "margin", "ignore_value": -0.01},
 }
 DATA = {"scored pairs": "mixed"}  # of a case; others read the examples alone
+FALSE_NEGATIVES = ("false negatives", "B6 false negatives")
 IDLE = ("in-batch", "scored pairs", "margin-mse", "dense layer", "B6 all kinds", "B6 listwise")
+IDLE += FALSE_NEGATIVES
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -331,6 +335,17 @@ def test_the_loop_sums_the_gradient_of_one_process_in_two(folder, both, case, dt
     for facts in both:
         for found, expected in zip(facts["gradients"][case, dtype], one, strict=True):
             assert gap(found, expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("case", FALSE_NEGATIVES)
+def test_two_processes_ignore_the_documents_that_one_ignores(folder, both, case):
+    gradients(folder, f"one ignored {case}", case)
+    shares = [
+        [record["ignored"] for record in read(folder / run / "log.jsonl")]
+        for run in (f"two {(case, torch.float64)}", f"one ignored {case}")
+    ]
+    assert shares[0] == pytest.approx(shares[1], abs=1e-6)
+    assert 0.05 < min(shares[1]) < 0.95
 
 
 def test_chunks_change_no_gradient(both):

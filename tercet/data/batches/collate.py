@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from tercet.data.batches.false_negatives import IgnoreRule
 from tercet.data.batches.relation import Relation, hash_of, relation_of
 from tercet.data.batches.shuffling import CutName, shuffled
 from tercet.models.tokens import Tokens
@@ -74,6 +75,7 @@ class Collator:
     negatives: int = 8  # mined ones of a query, at most
     in_batch: Policy = "per_row"  # which documents of other examples are negatives
     mask_duplicates: bool = True  # a text that is a positive of the query is never a negative
+    ignoring: IgnoreRule | None = None  # which negatives score so high that losses ignore them
     shuffle_segments: float = 0.0  # share of the long positives whose thirds are reordered
     shuffle_at: CutName = "characters"  # where they are cut
 
@@ -121,6 +123,7 @@ class Collator:
             negatives,
             in_batch=[self._policy(example) for example in examples],
             mask_duplicates=self.mask_duplicates,
+            ignoring=self.ignoring,
         )
         scores = torch.tensor(teacher, dtype=torch.float32)
         known = None if bool(scores.isnan().all()) else scores

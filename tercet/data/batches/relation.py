@@ -7,12 +7,14 @@ computed when a loss needs it, and dropped afterwards.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 import torch
-from jaxtyping import Bool, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
+from tercet.data.batches.false_negatives import IgnoreRule
 from tercet.distributed import gather_ints, rank, world
 from tercet.files.artifacts import fingerprint_number
 from tercet.segments import moved, ragged_places, row_of
@@ -49,7 +51,8 @@ class Relation:
     A document is a positive of the query whose example lists it as one. Never negatives are: a
     document with the text of one of the query's positives, under any id; a document of another
     example with the same query; and, by the query's policy, all documents of other examples
-    ("none"), or their mined ones ("positives"). ``relation_of`` makes a relation.
+    ("none"), or their mined ones ("positives"). ``ignoring`` adds those that score too near to the
+    positive, which ``false_negatives`` finds. ``relation_of`` makes a relation.
     """
 
     owners: Int[Tensor, "docs"]  # the query each document came with; ascending
@@ -60,6 +63,7 @@ class Relation:
     first_query: int  # the query of row 0; earlier ones belong to other processes
     mask_duplicates: bool  # false: equal texts and equal queries are ordinary negatives
     repeats: Repeats
+    ignoring: IgnoreRule | None = None  # likely false negatives, by scores
 
     @property
     def positives(self) -> int:
@@ -92,6 +96,28 @@ class Relation:
         positive = self.own[columns] == POSITIVE
         return rows[positive], columns[positive]
 
+    def false_negatives(
+        self, start: int, stop: int, logits: Float[Tensor, "rows docs"], temperature: float
+    ) -> Bool[Tensor, "rows docs"] | None:
+        """Return the documents that the rule ignores, among those that ``rows`` calls NEGATIVE.
+
+        ``logits`` are scores divided by ``temperature``; they decide, and get no gradient from it.
+        Whether documents are marked that ``rows`` does not call NEGATIVE means nothing. None: there
+        is no rule. A query without a positive keeps all its negatives.
+        """
+        if self.ignoring is None:
+            return None
+        device = logits.device
+        row, column = (moved(each, device) for each in self.positive_pairs(start, stop))
+        lowest = logits.new_full((len(logits),), inf)
+        lowest.scatter_reduce_(0, row, logits[row, column], "amin")
+        limit = self.ignoring.limit(lowest * temperature) / temperature
+        above = logits > limit[:, None]
+        if not self.ignoring.own:
+            rows, columns = self.group(start, stop)
+            above[moved(rows, device), moved(columns, device)] = False
+        return above
+
     def group(self, start: int, stop: int) -> tuple[Int[Tensor, "own"], Int[Tensor, "own"]]:
         """Return rows, counted from ``start``, and columns of the documents of their examples."""
         first = self.first_query + start
@@ -110,7 +136,7 @@ class Relation:
         first = int(queries[: rank()].sum())
         facts = torch.stack([self.owners + first, self.own, self.texts, self.questions], dim=1)
         everybody = gather_ints(facts).T.contiguous()
-        return _assembled(everybody, self.policies, first, self.mask_duplicates)
+        return _assembled(everybody, self.policies, first, self.mask_duplicates, self.ignoring)
 
 
 def relation_of(
@@ -120,13 +146,14 @@ def relation_of(
     *,
     in_batch: InBatch | Sequence[InBatch] = "all",
     mask_duplicates: bool = True,
+    ignoring: IgnoreRule | None = None,
 ) -> Relation:
     """Return the relation of a batch; columns are each example's positives, then its negatives.
 
     ``in_batch`` may differ by query, so that tasks with and without in-batch negatives can share
     a batch. Texts are compared exactly; a mined negative that equals a positive of its own query
     is ignored. Without ``mask_duplicates`` texts are not compared, as in most published training
-    code.
+    code. ``ignoring`` is the rule by which a loss ignores documents for their scores.
     """
     owners: list[int] = []
     own: list[int] = []
@@ -143,7 +170,8 @@ def relation_of(
     whose = torch.tensor(owners, dtype=torch.int64)
     facts = [whose, torch.tensor(own), torch.tensor(texts), asked[whose]]
     agreed = torch.tensor([_POLICIES[policy] for policy in in_batch], dtype=torch.int8)
-    return _assembled(torch.stack([x.to(torch.int64) for x in facts]), agreed, 0, mask_duplicates)
+    everything = torch.stack([x.to(torch.int64) for x in facts])
+    return _assembled(everything, agreed, 0, mask_duplicates, ignoring)
 
 
 def hash_of(text: str) -> int:
@@ -160,6 +188,7 @@ def _assembled(
     policies: Int8[Tensor, "queries"],
     first_query: int,
     mask_duplicates: bool,
+    ignoring: IgnoreRule | None,
 ) -> Relation:
     """Make a relation from owners, own, texts and questions of the documents of all processes."""
     owners, own, texts, questions = facts
@@ -184,6 +213,7 @@ def _assembled(
             ends=torch.cat([by_text.ends, by_question.ends + len(owners)])[order],
             columns=torch.cat([by_text.columns, by_question.columns]),
         ),
+        ignoring=ignoring,
     )
 
 
