@@ -8,16 +8,17 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from tercet.recipes.distil import distil
 
 from benchmarks.llm2vec_quality import sentences_of
 from tercet.curate.convert.conversion import Conversion
@@ -31,7 +32,7 @@ from tercet.data.files.similarity import SimilaritySet
 from tercet.data.files.sources import Source, iter_examples, open_source, write_examples
 from tercet.data.files.texts import open_texts
 from tercet.evaluate.measures.latent_words import word_baselines, word_probe
-from tercet.evaluate.measures.retrieval import evaluate_hits
+from tercet.evaluate.measures.retrieval import evaluate_hits, evaluate_retrieval
 from tercet.evaluate.measures.tuned_weights import dev_candidates, tune
 from tercet.evaluate.report.intervals import Interval, pooled_interval
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
@@ -79,6 +80,16 @@ class Place:
         """What a cell answered, with its facts; None if it has not been run."""
         path = self.result(cell, seed)
         return read_json(path) if path.exists() else None
+
+    def facts(self, cell: str) -> dict[str, Any]:
+        """The facts of a cell that has been run with seed 0."""
+        kept = self.kept(cell)
+        assert kept is not None, f"{cell} has to be run first"
+        return kept["facts"]
+
+    def origin(self, cell: str) -> str:
+        """The cell whose model is that of a cell: another one, if it is the best of several."""
+        return (self.kept(cell) or {}).get("same_as", cell)
 
     def model(self, cell: str, seed: int = 0) -> Path:
         """The folder of the training of a cell."""
@@ -323,6 +334,37 @@ def trained(
     }
 
 
+def variants(
+    name: str,
+    run: Callable[..., Found],
+    numbers: Mapping[str, Mapping[str, Any]],
+    dev: str,
+    **about: Any,
+) -> Iterator[Cell]:
+    """Cells that differ in some numbers, and one with three seeds of that which is best on dev.
+
+    They are named after it: ``NAME-LABEL``.
+    """
+    cells = {f"{name}-{label}": given for label, given in numbers.items()}
+    for cell, given in cells.items():
+        yield Cell(cell, partial(run, **given), **about)
+    best = partial(best_variant, run=run, cells=cells, dev=dev)
+    yield Cell(name, best, about["minutes"], tuple(cells), seeds=3)
+
+
+def best_variant(
+    job: Job, *, run: Callable[..., Found], cells: Mapping[str, Mapping[str, Any]], dev: str
+) -> Found:
+    """Run the variant that is the best on the dev set; with seed 0 it has been run already."""
+    best = job.place.best(cells, dev)
+    return run(job, **cells[best]) if job.seed else Found(same_as=best)
+
+
+def by_rate(*rates: float) -> dict[str, dict[str, float]]:
+    """Variants that differ in the learning rate."""
+    return {f"rate-{rate:g}": {"rate": rate} for rate in rates}
+
+
 def written(path: Path, examples: Callable[[], Iterable[Example]]) -> Path:
     """A file of examples, which is written if it is missing."""
     if not path.exists():
@@ -331,9 +373,18 @@ def written(path: Path, examples: Callable[[], Iterable[Example]]) -> Path:
     return path
 
 
+def written_texts(path: Path, texts: Callable[[], Iterable[str]]) -> Path:
+    """A file of plain texts, which is written if it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts())
+        with replacing_file(path) as fresh:
+            fresh.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 # ---- SciFact -------------------------------------------------------------------------------------
 
-RATES: Final = (2e-5, 5e-5, 1e-4)
 SCIFACT_STEPS: Final = {"minilm": 100, "me5-small": 50}  # twice as many layers take twice the time
 SCIFACT_NUMBERS: Final[dict[str, Any]] = {  # of every fine-tuning on claims
     "batch_size": 16,
@@ -341,6 +392,7 @@ SCIFACT_NUMBERS: Final[dict[str, Any]] = {  # of every fine-tuning on claims
     **LIMITS,
 }
 PEER_STEPS: Final = 50  # in float32, which is slower
+PEER_RATE: Final = 5e-5
 KEPT: Final = {  # sets that training on claims is not about
     "minilm": ("sts/en", "xquad/en"),
     "me5-small": ("sts/en", "sts/ko", "xquad/de-en"),
@@ -382,42 +434,38 @@ MINING: Final = {
 }
 
 
-def finetuned(job: Job, *, model: str, rate: float | None = None, with_mined: bool = True) -> Found:
-    """Fine-tune on claims; without a rate, with the one that was the best on the dev set."""
+def finetuned(
+    job: Job,
+    *,
+    model: str,
+    rate: float | None = None,
+    rows: Callable[[Place, str], Path] = mined_claims,
+    **numbers: Any,
+) -> Found:
+    """Fine-tune on claims; without a rate, with the one that was chosen with mined negatives."""
     place = job.place
-    if rate is None:
-        best = place.best(rate_cells(model), SCIFACT_DEV)
-        if with_mined and not job.seed:
-            return Found(same_as=best)
-        rate = RATES[rate_cells(model).index(best)]
-    path = mined_claims(place, model) if with_mined else claims(place)
+    rate = rate or float(place.facts(f"scifact/{model}-mined")["rate"])
+    of_stage = {name: numbers.pop(name) for name in ("ignore_rule",) if name in numbers}
     recipe = finetune(
         model=BASES[model],
         learning_rate=rate,
         steps=SCIFACT_STEPS[model],
         seed=job.seed,
         **SCIFACT_NUMBERS,
+        **numbers,
     )
-    facts = trained(job, recipe, {"pairs": [open_source(path)]})
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], **of_stage),))
+    facts = trained(job, recipe, {"pairs": [open_source(rows(place, model))]})
     return measured(place, load(job.folder / "model"), (SCIFACT, *KEPT[model]), rate=rate, **facts)
 
 
-def rate_cells(model: str) -> list[str]:
-    """Names of the cells of which the dev set chooses the learning rate."""
-    return [f"scifact/{model}-rate-{rate:g}" for rate in RATES]
+RATES: Final = by_rate(2e-5, 5e-5, 1e-4)
+RULES: Final = {rule: {"ignore_rule": rule} for rule in ("margin", "percent")}
 
 
-def three_kinds(job: Job, *, rate: float | None = None) -> Found:
-    """Train dense, sparse and multi-vectors together; without a rate, with the best on the dev set.
-
-    A rate of 0 measures the untrained heads.
-    """
+def three_kinds(job: Job, *, rate: float) -> Found:
+    """Train dense, sparse and multi-vectors together; a rate of 0 measures the untrained heads."""
     place = job.place
-    if rate is None:
-        best = place.best(M3_CELLS, "scifact dev tuned")
-        if not job.seed:
-            return Found(same_as=best)
-        rate = M3_RATES[M3_CELLS.index(best)]
     if not rate:
         torch.manual_seed(job.seed)
         return Found(*by_kind(place, load("minilm", kinds=KINDS)))
@@ -425,10 +473,10 @@ def three_kinds(job: Job, *, rate: float | None = None) -> Found:
         model=BASES["minilm"],
         stages="unified",
         unified_learning_rate=rate,
-        seed=job.seed,
         unified_steps=SCIFACT_STEPS["minilm"],
         unified_batch_size=SCIFACT_NUMBERS["batch_size"],
         unified_negatives=SCIFACT_NUMBERS["negatives"],
+        seed=job.seed,
         **LIMITS,
     )
     facts = trained(job, recipe, {"examples": [open_source(mined_claims(place, "minilm"))]})
@@ -438,8 +486,8 @@ def three_kinds(job: Job, *, rate: float | None = None) -> Found:
     return Found({**answers, **kept.answers}, kept.facts)
 
 
-M3_RATES: Final = (2e-5, 5e-5)
-M3_CELLS: Final = [f"scifact/m3-rate-{rate:g}" for rate in M3_RATES]
+M3_RATES: Final = by_rate(2e-5, 5e-5)
+M3_DEV: Final = "scifact dev tuned"  # the tuned sum on claims that did not choose its weights
 
 
 def by_kind(place: Place, embedder: Embedder) -> tuple[Answers, dict[str, Any]]:
@@ -454,8 +502,7 @@ def by_kind(place: Place, embedder: Embedder) -> tuple[Answers, dict[str, Any]]:
     ]
     answers = split_answers(np.stack(columns, axis=1))
     weights = {kind: tuned.weights.of(kind) for kind in KINDS}
-    # for the choice of a rate: on claims that did not choose the weights
-    return {**answers, "scifact dev tuned": tuned.scores["tuned"]}, {"weights": weights}
+    return {**answers, M3_DEV: tuned.scores["tuned"]}, {"weights": weights}
 
 
 def subset(data: RetrievalSet, rows: slice) -> RetrievalSet:
@@ -485,6 +532,53 @@ def some_queries(found: HybridHits, rows: slice) -> HybridHits:
     return HybridHits(found.kinds, found.rows[rows], found.parts[:, rows])
 
 
+STUDENT_LAYERS: Final = 3  # of the teacher's 12
+STUDENT_STEPS: Final = 400  # of 32 texts
+STUDENT_RATES: Final = by_rate(2e-4, 5e-4)
+STUDENT_BATCH: Final = 32
+
+
+def student(job: Job, *, rate: float) -> Found:
+    """Teach the first layers of me5-small what all of it says of abstracts and titles, unlabelled.
+
+    Every second text is a title, which is read as a query.
+    """
+    place, base = job.place, BASES["me5-small"]
+    recipe = distil(
+        model=base,
+        teacher=base,
+        keep_layers=STUDENT_LAYERS,
+        read_as="both",
+        steps=STUDENT_STEPS,
+        batch_size=STUDENT_BATCH,
+        learning_rate=rate,
+        max_tokens=LIMITS["document_tokens"],
+        seed=job.seed,
+    )
+    path = written_texts(place.file("abstracts.jsonl"), lambda: abstracts_and_titles(place.sets))
+    facts = trained(job, recipe, {"texts": [open_texts(path)]})
+    sets = (SCIFACT, *KEPT["me5-small"])
+    return measured(place, load(job.folder / "model"), sets, rate=rate, **facts)
+
+
+def abstracts_and_titles(sets: Path) -> Iterable[str]:
+    """Each abstract with its title, and then its title alone."""
+    for line in (sets / SCIFACT / "corpus.jsonl").read_text(encoding="utf-8").splitlines():
+        document = json.loads(line)
+        yield f"{document['title']} {document['text']}".strip()
+        yield document["title"] or document["text"]
+
+
+def asked_by_student(job: Job) -> Found:
+    """The student encodes claims, and the teacher abstracts."""
+    place, data = job.place, both_claims(job.place.sets)
+    best = place.origin("scifact/student")
+    queries = load(place.model(best) / "model").encode(data.queries, "query")
+    documents = load("me5-small").encode(data.documents, "document")
+    found = evaluate_retrieval(data, queries, documents, names=["ndcg@10"])
+    return Found(split_answers(np.asarray(found.scores["ndcg@10"])))
+
+
 def one_positive(place: Place) -> Path:
     """Rows of one positive and as many negatives as a batch takes, for both libraries."""
     count = SCIFACT_NUMBERS["negatives"]
@@ -506,7 +600,7 @@ def one_positive(place: Place) -> Path:
 
 def beside_peer(job: Job) -> Found:
     """Train in float32 on the rows that the peer gets too."""
-    rate = RATES[1]
+    rate = PEER_RATE
     recipe = finetune(
         model=BASES["minilm"],
         learning_rate=rate,
@@ -521,7 +615,7 @@ def beside_peer(job: Job) -> Found:
 
 def peer(job: Job) -> Found:
     """Train by sentence-transformers: the same batches, loss, rate, warmup and lengths."""
-    rate, steps, size = RATES[1], PEER_STEPS, SCIFACT_NUMBERS["batch_size"]
+    rate, steps, size = PEER_RATE, PEER_STEPS, SCIFACT_NUMBERS["batch_size"]
     source = open_source(one_positive(job.place))
     rows = rows_in_order(source, steps=steps, batch_size=size, seed=job.seed)
     task = {
@@ -560,7 +654,6 @@ def rows_in_order(source: Source, *, steps: int, batch_size: int, seed: int) -> 
 
 # ---- similarity ----------------------------------------------------------------------------------
 
-STS_RATES: Final = (1e-5, 3e-5, 1e-4)
 STS_NUMBERS: Final[dict[str, Any]] = {
     "steps": 100,
     "batch_size": 32,
@@ -593,24 +686,18 @@ def graded(place: Place, lang: str) -> Path:
 STS_METHODS: Final = {"positives": as_positives, "cosent": graded}
 
 
+STS_RATES: Final = by_rate(1e-5, 3e-5, 1e-4)
+
+
 def similar(job: Job, *, method: str, lang: str, rate: float | None = None) -> Found:
-    """Train on scored pairs in one way; the rate is the best one on the English dev set."""
-    if rate is None:
-        best = job.place.best(sts_cells(method), sts_sets("en")[1])
-        if lang == "en" and not job.seed:
-            return Found(same_as=best)
-        rate = STS_RATES[sts_cells(method).index(best)]
+    """Train on scored pairs in one way; without a rate, with the one chosen for English."""
+    rate = rate or float(job.place.facts(f"similarity/{method}-en")["rate"])
     recipe = finetune(
         model=BASES["me5-small"], learning_rate=rate, seed=job.seed, negatives=3, **STS_NUMBERS
     )
     source = open_source(STS_METHODS[method](job.place, lang))
     facts = trained(job, recipe, {"pairs": [source]})
     return measured(job.place, load(job.folder / "model"), sts_sets(lang), rate=rate, **facts)
-
-
-def sts_cells(method: str) -> list[str]:
-    """Names of the cells of which the English dev set chooses the learning rate."""
-    return [f"similarity/{method}-rate-{rate:g}" for rate in STS_RATES]
 
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -639,13 +726,8 @@ def decoder_stage(job: Job, *, stage: str, base: str) -> Found:
         seed=job.seed,
     )
     known = [row for row in _packages("en").values() if row["split"] == "train"]
-    texts = {"mntp": (row["long"] for row in known), "simcse": sentences_of(known)}[stage]
-    path = job.place.file(f"{stage}.jsonl")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        with replacing_file(path) as fresh:
-            fresh.write_text("".join(lines), encoding="utf-8")
+    texts = {"mntp": (row["long"] for row in known), "simcse": sentences_of(known)}
+    path = written_texts(job.place.file(f"{stage}.jsonl"), lambda: texts[stage])
     data = {recipe.stages[0].data: [open_texts(path)]}
     facts = trained(job, recipe, data)
     model = load(job.folder / "model", **DECODER_LIMITS)
@@ -692,24 +774,24 @@ def _scifact() -> Iterable[Cell]:
     for model, minutes in (("minilm", 3), ("me5-small", 6)):
         sets = (SCIFACT, *KEPT[model])
         yield Cell(f"scifact/{model}", partial(untouched, model=model, sets=sets), minutes)
-    yield Cell(
-        "scifact/bm25", partial(baselines, sets=(SCIFACT, *sorted({*chain(*KEPT.values())}))), 1
-    )
+    sets = (SCIFACT, *sorted({*chain(*KEPT.values())}))
+    yield Cell("scifact/bm25", partial(baselines, sets=sets), 1)
     for model, minutes in (("minilm", 10), ("me5-small", 12)):
-        yield Cell(f"scifact/{model}-rows", partial(mined, model=model), minutes / 2 - 1)
-        rows, rates = (f"scifact/{model}-rows",), rate_cells(model)
-        for rate, name in zip(RATES, rates, strict=True):
-            yield Cell(name, partial(finetuned, model=model, rate=rate), minutes, rows)
+        name, rows = f"scifact/{model}-mined", f"scifact/{model}-rows"
+        yield Cell(rows, partial(mined, model=model), minutes / 2 - 1)
         run = partial(finetuned, model=model)
-        yield Cell(f"scifact/{model}-mined", run, minutes, tuple(rates), seeds=3)
-        if model == "minilm":
-            run = partial(finetuned, model=model, with_mined=False)
-            yield Cell(f"scifact/{model}-pairs", run, 6, tuple(rates), seeds=3)
+        yield from variants(name, run, RATES, SCIFACT_DEV, minutes=minutes, needs=(rows,))
+    chosen, run = ("scifact/minilm-mined",), partial(finetuned, model="minilm")
+    plain = partial(run, rows=lambda place, _: claims(place))
+    yield Cell("scifact/minilm-pairs", plain, 6, chosen, seeds=3)
+    yield from variants("scifact/minilm-rule", run, RULES, SCIFACT_DEV, minutes=10, needs=chosen)
     rows = ("scifact/minilm-rows",)
-    yield Cell("scifact/m3-untrained", partial(three_kinds, rate=0.0), 6, rows)
-    for rate, name in zip(M3_RATES, M3_CELLS, strict=True):
-        yield Cell(name, partial(three_kinds, rate=rate), 14, rows, keeps_model=True)
-    yield Cell("scifact/m3", three_kinds, 14, tuple(M3_CELLS), seeds=3)
+    yield Cell("scifact/m3-untrained", partial(three_kinds, rate=0.0), 6)
+    about: dict[str, Any] = {"minutes": 14, "needs": rows, "keeps_model": True}
+    yield from variants("scifact/m3", three_kinds, M3_RATES, M3_DEV, **about)
+    about = {"minutes": 12, "keeps_model": True}
+    yield from variants("scifact/student", student, STUDENT_RATES, SCIFACT_DEV, **about)
+    yield Cell("scifact/student-queries", asked_by_student, 6, ("scifact/student",))
     yield Cell("scifact/float32", beside_peer, 9, rows, seeds=3)
     yield Cell("scifact/sentence-transformers", peer, 10, rows, seeds=3)
 
@@ -719,12 +801,13 @@ def _similarity() -> Iterable[Cell]:
     yield Cell("similarity/words", partial(baselines, sets=sets), 0.5)
     yield Cell("similarity/me5-small", partial(untouched, model="me5-small", sets=sets), 2)
     for method in STS_METHODS:
-        for rate, name in zip(STS_RATES, sts_cells(method), strict=True):
-            yield Cell(name, partial(similar, method=method, lang="en", rate=rate), 3)
-    for method, lang in product(STS_METHODS, STS):
-        run = partial(similar, method=method, lang=lang)
-        needs = tuple(sts_cells(method))
-        yield Cell(f"similarity/{method}-{lang}", run, 3, needs, seeds=3)
+        english, run = f"similarity/{method}-en", partial(similar, method=method)
+        dev = sts_sets("en")[1]
+        yield from variants(english, partial(run, lang="en"), STS_RATES, dev, minutes=3)
+        for lang in STS:
+            if lang != "en":
+                name = f"similarity/{method}-{lang}"
+                yield Cell(name, partial(run, lang=lang), 3, (english,), seeds=3)
 
 
 def _words() -> Iterable[Cell]:
@@ -784,8 +867,14 @@ def _scifact_rows(of: str) -> list[Row]:
         Row("minilm, pairs", "scifact/minilm-pairs", of, base),
         Row("minilm, + mined negatives", mined, of, "scifact/minilm-pairs"),
         Row("minilm, + mined negatives", mined, of, base),
+        Row("minilm, + rule on false negatives", "scifact/minilm-rule", of, mined),
         Row("me5-small, untouched", "scifact/me5-small", of, "scifact/bm25"),
         Row("me5-small, + mined negatives", "scifact/me5-small-mined", of, "scifact/me5-small"),
+    ]
+    teacher = "scifact/me5-small"
+    rows += [
+        Row("student, 3 of 12 layers of me5-small", "scifact/student", of, teacher),
+        Row("the student's queries, me5-small's abstracts", "scifact/student-queries", of, teacher),
     ]
     for cell, title in (("m3-untrained", "untrained"), ("m3", "bge-m3")):
         for part in PARTS:
@@ -800,16 +889,25 @@ def _scifact_rows(of: str) -> list[Row]:
     rows.append(Row("sentence-transformers, float32", peers, of, base))
     rows.append(Row("tercet, the same batches, float32", ours, of, peers))
     if of == SCIFACT_DEV:
-        for model in KEPT:
-            rows += [Row(name, name, of, f"scifact/{model}") for name in rate_cells(model)]
-        rows += [Row(name, name, of, base, "tuned sum") for name in M3_CELLS]
+        compared = [
+            *(
+                (f"{model}-mined-{rate}", f"scifact/{model}", "")
+                for model in KEPT
+                for rate in RATES
+            ),
+            *((f"minilm-rule-{rule}", mined, "") for rule in RULES),
+            *((f"student-{rate}", teacher, "") for rate in STUDENT_RATES),
+            *((f"m3-{rate}", base, "tuned sum") for rate in M3_RATES),
+        ]
+        for name, against, part in compared:
+            rows.append(Row(name, f"scifact/{name}", of, against, part))
     return rows
 
 
 def _kept_rows() -> list[Row]:
     trained = {
         "minilm": {"minilm-pairs": "pairs", "minilm-mined": "+ mined negatives", "m3": "bge-m3"},
-        "me5-small": {"me5-small-mined": "+ mined negatives"},
+        "me5-small": {"me5-small-mined": "+ mined negatives", "student": "student"},
     }
     return [
         Row(f"{model}, {title}", f"scifact/{cell}", of, f"scifact/{model}")

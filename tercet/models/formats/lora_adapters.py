@@ -16,21 +16,27 @@ from tercet.models.network.loading import Shapes, loading, misfits, read_object,
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and not a whole model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds an adapter; transformers then takes no other weights from it."""
+    return (folder / "adapter_config.json").is_file()
 
 
 def base_of(folder: Path) -> str:
     """Return the model that an adapter changes: a folder or a hub id.
 
     Raises:
-        ModelError: if the adapter does not name it.
+        ModelError: if the adapter does not name it, or names its own folder.
     """
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"{folder}: does not name the model that it changes; set base_model_name_or_path in "
             "adapter_config.json, or merge it with a base: tercet merge --model"
+        )
+    if Path(base).resolve() == folder.resolve():
+        raise ModelError(
+            f"{folder}: holds an adapter that names its own folder as its base; move "
+            "adapter_config.json and the adapter's weights into another folder, and merge them: "
+            "tercet merge"
         )
     return base
 

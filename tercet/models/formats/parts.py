@@ -57,14 +57,16 @@ def foreign_settings(source: str | Path, folder: Path) -> Settings:
     """Return the settings of a model without ``tercet.json``.
 
     They come from the sentence-transformers files, else from the zoo, else they are the defaults. A
-    folder with a layer for sparse or multi vectors is a BGE-M3 of FlagEmbedding.
+    folder with a layer for sparse or multi vectors is a BGE-M3 of FlagEmbedding, whose dense
+    vectors are those of the sentence-transformers files, if it has such.
     """
     found = read_modules(folder) if folder.is_dir() else None
-    if folder.is_dir() and heads_in(folder):
-        longest = _M3_TOKENS if found is None else found.document_tokens
-        return Settings(pooling="first", kinds=KINDS, query_tokens=longest, document_tokens=longest)
+    kinds = KINDS if folder.is_dir() and heads_in(folder) else Settings.kinds
     if found is not None:
-        return found
+        return replace(found, kinds=kinds)
+    if kinds != Settings.kinds:
+        longest = _M3_TOKENS
+        return Settings(pooling="first", kinds=kinds, query_tokens=longest, document_tokens=longest)
     model = zoo.find(str(source))
     if model is None:
         return Settings()

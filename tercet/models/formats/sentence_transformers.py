@@ -252,8 +252,11 @@ def _read_dense(path: Path) -> DenseSettings:
     if unknown := sorted(set(config) - {*_OF_DENSE, *_INPUTS}):
         raise ModelError(f'{path}: sets "{unknown[0]}", which tercet does not apply; {REMEDY}')
     named = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    known = {f"torch.nn.{_last(place)}": ours for place, ours in ACTIVATIONS.items()}
-    activation = (known | {**ACTIVATIONS}).get(named) if isinstance(named, str) else None
+    known: dict[str, Activation] = {
+        f"torch.nn.{_last(place)}": ours for place, ours in ACTIVATIONS.items()
+    }
+    every: dict[str, Activation] = {**known, **ACTIVATIONS}
+    activation: Activation | None = every.get(named) if isinstance(named, str) else None
     if activation is None:
         raise ModelError(
             f"{path}: activation_function must be one of {', '.join(known)}; got {named!r}; "
@@ -344,6 +347,8 @@ def _read_max_tokens(folder: Path) -> tuple[int, int]:
         raise ModelError(
             f'{path}: transformer_task must be feature-extraction; got "{task}"; {REMEDY}'
         )
+    if wrong := _other_output(path, config):
+        raise ModelError(f"{path}: {wrong}, and tercet pools the last states of tokens; {REMEDY}")
     if unknown := _unknown_options(config):
         raise ModelError(
             f"{path}: sets {unknown}, which tercet does not apply, so its vectors would differ; "
@@ -364,6 +369,18 @@ def _read_max_tokens(folder: Path) -> tuple[int, int]:
     return config.get("query_length") or longest, config.get("document_length") or longest
 
 
+def _other_output(path: Path, config: Mapping[str, Any]) -> str | None:
+    """Return which output of the network a folder pools, in words, if it is not the last states."""
+    modalities = as_object(path, config.get("modality_config") or {})
+    of_text = as_object(path, modalities.get("text") or {})
+    usual = {"method": "forward", "method_output_name": "last_hidden_state"}
+    for name, value in usual.items():
+        if of_text.get(name, value) != value:
+            return f'{name} of text is "{of_text[name]}"'
+    output = config.get("module_output_name") or "token_embeddings"
+    return None if output == "token_embeddings" else f'module_output_name is "{output}"'
+
+
 def _unknown_options(config: Mapping[str, Any]) -> str | None:
     """Return the first entry in use that may change vectors and that tercet does not read."""
     for name, value in config.items():
@@ -376,6 +393,16 @@ def _unknown_options(config: Mapping[str, Any]) -> str | None:
             if option not in (*_OPTIONS[kind], *_HARMLESS):
                 return f'"{option}" in "{name}"'
     return None
+
+
+def other_similarity(folder: Path, settings: Settings) -> str | None:
+    """Return the similarity that a folder asks for, unless inner products rank alike."""
+    if not (folder / "modules.json").is_file():
+        return None
+    config = read_object(folder / "config_sentence_transformers.json", optional=True)
+    named = str(config.get("similarity_fn_name") or "cosine")
+    alike = ("cosine", "dot", "euclidean") if settings.normalize else ("dot",)
+    return None if named in alike else named
 
 
 def _read_prompts(path: Path) -> dict[str, Any]:

@@ -25,7 +25,11 @@ from tercet.models.formats.parts import (
     with_heads,
     with_layer,
 )
-from tercet.models.formats.sentence_transformers import module_folders, write_modules
+from tercet.models.formats.sentence_transformers import (
+    module_folders,
+    other_similarity,
+    write_modules,
+)
 from tercet.models.network.backbone import Backbone, probe
 from tercet.models.network.cpu.int8_files import FILE as INT8_FILE
 from tercet.models.network.cpu.int8_files import save_int8
@@ -102,6 +106,8 @@ def load_parts(
     if base is not None:
         merge_adapter(backbone, folder)
     settings = changed(known, changes)
+    if saved is None:
+        _warn_of_similarity(source, folder, settings)
     for name in ("query_tokens", "document_tokens"):
         # A recipe's default may exceed the model's limit; a larger number was asked for.
         if changes.get(name, 0) > max(backbone.max_tokens, getattr(Settings, name)):
@@ -126,6 +132,20 @@ def load_parts(
         dense_layers=dense_layers,
         about=about,
     )
+
+
+def _warn_of_similarity(source: str | Path, folder: Path, settings: Settings) -> None:
+    """Log that a folder of sentence-transformers asks for another order of documents."""
+    named = other_similarity(folder, settings)
+    if named is not None:
+        remedy = "; load it with normalize=True to rank by cosines" * (named == "cosine")
+        log.warning(
+            "%s: its vectors keep their length, and its similarity is %s, while tercet ranks by "
+            "inner products%s",
+            source,
+            named,
+            remedy,
+        )
 
 
 def known_kinds(source: str | Path) -> tuple[Kind, ...]:

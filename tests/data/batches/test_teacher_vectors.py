@@ -99,6 +99,13 @@ def test_another_teacher_and_other_texts_are_encoded_again(texts, teacher, encod
     assert len(encoded) == 16 + 12 and not torch.equal(before, after)
 
 
+def test_texts_that_are_read_in_another_role_are_encoded_again(texts, teacher, encoded):
+    found = [
+        teacher_vectors(teacher, texts[:1], each).of(rows((0, 0))) for each in ("document", "query")
+    ]
+    assert len(encoded) == 24 and not torch.equal(*found)
+
+
 def test_a_damaged_file_is_encoded_again(texts, teacher, encoded):
     stored = teacher_vectors(teacher, texts[:1], "document")
     expected = stored.of(rows((0, 7)))

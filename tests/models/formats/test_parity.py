@@ -5,6 +5,8 @@ pooling, lengths, lower case, types, shards and adapters.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -376,3 +378,97 @@ def test_a_default_prompt_that_is_not_there_is_refused(tmp_path):
         ModelError, match=r"default_prompt_name must be one of query, .*; got 'sp2'"
     ):
         Embedder.load(path)
+
+
+@pytest.mark.parametrize(
+    ("reading", "message"),
+    [
+        ({"module_output_name": "sentence_embedding"}, 'module_output_name is "sentence_embeddi'),
+        (
+            {"modality_config": {"text": {"method": "get_text_features"}}},
+            'method of text is "get_text_features"',
+        ),
+        (
+            {"modality_config": {"text": {"method_output_name": "pooler_output"}}},
+            'method_output_name of text is "pooler_output"',
+        ),
+        ({"modality_config": [1]}, "must hold a JSON object; got list"),
+    ],
+)
+def test_a_folder_that_pools_another_output_of_the_network_is_refused(tmp_path, reading, message):
+    path = Folder(reading=reading).write(tmp_path / "model")
+    with pytest.raises(ModelError, match=message):
+        Embedder.load(path)
+
+
+def test_a_folder_of_the_newest_release_names_the_usual_output(tmp_path):
+    folder = Folder(dense=(Dense(40, TANH),), prompts=PROMPTS)
+    path = folder.write(tmp_path / "model")
+    peer = SentenceTransformer(str(path), device="cpu")
+    peer.save_pretrained(str(tmp_path / "again"))
+    assert "last_hidden_state" in (tmp_path / "again" / "sentence_bert_config.json").read_text()
+    found = Embedder.load(tmp_path / "again").encode(TEXTS, "query")
+    assert_alike(found, alone(peer.encode_query, TEXTS), folder)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "normalize", "said"),
+    [
+        (None, False, "similarity is cosine, .* inner products; load it with normalize=True"),
+        ("euclidean", False, "similarity is euclidean, while tercet ranks by inner products$"),
+        ("dot", False, ""),
+        ("cosine", True, ""),
+        ("euclidean", True, ""),
+        ("manhattan", True, "similarity is manhattan"),
+    ],
+)
+def test_a_folder_that_ranks_otherwise_than_inner_products_is_warned_of(
+    tmp_path, caplog, similarity, normalize, said
+):
+    path = Folder(normalize=normalize).write(tmp_path / "model")
+    if similarity is not None:
+        named = path / "config_sentence_transformers.json"
+        config = json.loads(named.read_text())
+        named.write_text(json.dumps({**config, "similarity_fn_name": similarity}))
+    Embedder.load(path)
+    assert re.search(said, caplog.text.strip()) if said else caplog.text == ""
+    caplog.clear()
+    Embedder.load(path, normalize=True).save(tmp_path / "saved")
+    caplog.clear()
+    Embedder.load(tmp_path / "saved")
+    assert caplog.text == ""
+
+
+def with_adapter(tmp_path: Path, folder: Folder) -> tuple[Any, Path]:
+    """A model with an adapter, and a folder that holds both it and its base."""
+    path = folder.write(tmp_path / "base")
+    peer = SentenceTransformer(str(path), device="cpu")
+    peer.add_adapter(LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=["query"]))
+    with torch.no_grad():
+        for name, weight in peer.named_parameters():
+            if "lora" in name:
+                weight.normal_(std=0.3)
+    network: Any = peer[0]
+    network.auto_model.save_pretrained(tmp_path / "adapter")
+    both = shutil.copytree(path, tmp_path / "both")
+    for file in (tmp_path / "adapter").glob("adapter*"):
+        shutil.copy(file, both)
+    return peer, both
+
+
+def test_a_folder_with_a_model_and_an_adapter_is_read_and_saved_with_both(tmp_path):
+    folder = Folder(pooling="first")
+    peer, both = with_adapter(tmp_path, folder)
+    embedder = Embedder.load(both)
+    embedder.save(tmp_path / "saved")
+    for found in (embedder, Embedder.load(tmp_path / "saved")):
+        assert_alike(found.encode(TEXTS), alone(peer.encode, TEXTS), folder)
+
+
+def test_an_adapter_that_is_its_own_base_is_refused(tmp_path):
+    _, both = with_adapter(tmp_path, Folder())
+    config = json.loads((both / "adapter_config.json").read_text())
+    named = {**config, "base_model_name_or_path": str(both)}
+    (both / "adapter_config.json").write_text(json.dumps(named))
+    with pytest.raises(ModelError, match="names its own folder as its base; move"):
+        Embedder.load(both)

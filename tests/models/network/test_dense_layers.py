@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from tercet.errors import ModelError, RecipeError
+from tercet.kinds import KINDS
 from tercet.models.choices import DenseSettings
 from tercet.models.embedder import Embedder
 from tercet.models.formats.manifest import manifest
 from tercet.models.formats.sentence_transformers import ACTIVATIONS
 from tercet.models.merge import load_adapters
 from tercet.models.network.dense_layers import DenseLayer, DenseLayers
+from tercet.models.network.heads import Heads, save_heads
 from tercet.models.quantize import quantized
 from tercet.models.retokenize import with_tokenizer
 from tercet.segments import Packed
@@ -352,3 +355,15 @@ def test_no_layers_draw_no_random_numbers():
     before = torch.get_rng_state()
     assert DenseLayers(64).width == 64
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_of_flagembedding_keeps_what_its_modules_json_says(tmp_path: Path):
+    dense = (Dense(40),)
+    path = Folder(prompts={"query": "find: "}, normalize=False, dense=dense).write(tmp_path / "m3")
+    save_heads(path, Heads(64, KINDS), KINDS)
+    embedder = Embedder.load(path)
+    assert embedder.kinds == KINDS
+    peer = SentenceTransformer(str(path), device="cpu")
+    found = embedder.encode_vectors(TEXTS, "query").dense
+    assert found is not None
+    np.testing.assert_allclose(found.numpy(), peer.encode_query(TEXTS), atol=2e-5)
