@@ -310,7 +310,7 @@ def score(
     query_field: QueryFieldOption = None,
     positive_field: PositiveFieldOption = None,
     negative_field: NegativeFieldOption = None,
-    teacher: Annotated[
+    architecture: Annotated[
         Literal["auto", "cross-encoder", "embedder"],
         typer.Option(help="What the model is. auto: what config.json says.", rich_help_panel=MODEL),
     ] = "auto",
@@ -347,7 +347,9 @@ def score(
     shown = Figures(json)
     check_files([*files, model], json=shown.file)
     check_output(out, [*files, model])
-    crosses = teacher == "cross-encoder" or (teacher == "auto" and is_cross_encoder(model))
+    crosses = architecture == "cross-encoder" or (
+        architecture == "auto" and is_cross_encoder(model)
+    )
     if crosses and (score_by is not None or kind_weight):
         raise RecipeError(
             "--score-by and --kind-weight are of embedders; a cross-encoder has one score"

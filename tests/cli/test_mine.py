@@ -229,5 +229,5 @@ def test_score_adds_the_scores_of_an_embedder_or_a_cross_encoder(
     assert first.positive_scores == pytest.approx(expected, abs=1e-5)
     said = refused(*words, "--model", reranker, "--score-by", "dense")
     assert said == "--score-by and --kind-weight are of embedders; a cross-encoder has one score"
-    said = refused(*words, "--model", encoder_folder, "--teacher", "cross-encoder")
+    said = refused(*words, "--model", encoder_folder, "--architecture", "cross-encoder")
     assert "a reranker must have 1 label" in said
