@@ -36,10 +36,11 @@ import torch
 
 from benchmarks.common import RESULTS, commit, write_results
 from benchmarks.judged_cells import (
-    BEST_DENSE,
+    DENSE,
     KEPT_TABLE,
     PARTS,
     SCIFACT,
+    SCIFACT_DEV,
     Cell,
     Job,
     Place,
@@ -260,8 +261,23 @@ def reaches(least: float) -> Callable[[Rows], Said]:
     """The figure of the first row has to be at least this."""
 
     def found(rows: Rows) -> Said:
+        if not rows:
+            return None
         first = rows[0]
         return f"{first['name']}: {first['figure'][0]:.3f}", first["figure"][0] >= least
+
+    return found
+
+
+def best_reaches(least: float) -> Callable[[Rows], Said]:
+    """Of some cells, that with the best dev figure has to reach this on the test."""
+
+    def found(rows: Rows) -> Said:
+        dev = [row for row in rows if row["set"] == SCIFACT_DEV]
+        best = max(dev, key=lambda row: row["figure"][0], default={})
+        return reaches(least)(
+            [row for row in rows if row["set"] == SCIFACT and row["cell"] == best.get("cell")]
+        )
 
     return found
 
@@ -300,9 +316,9 @@ def all_better(rows: Rows) -> Said:
 
 AIMS = (
     Aim(
-        "nDCG@10 on SciFact of at least 0.71 by dense vectors of minilm",
-        lambda row: row["cell"] == BEST_DENSE and row["set"] == SCIFACT,
-        reaches(0.71),
+        "nDCG@10 on SciFact of at least 0.71 by dense vectors of minilm, of the best on dev",
+        lambda row: row["cell"] in DENSE and row["set"] in (SCIFACT, SCIFACT_DEV),
+        best_reaches(0.71),
     ),
     Aim(
         "and of at least 0.74 by the sum of kinds",

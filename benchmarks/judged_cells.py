@@ -18,7 +18,6 @@ from typing import Any, Final, cast
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from tercet.recipes.distil import distil
 
 from benchmarks.llm2vec_quality import sentences_of
 from tercet.curate.convert.conversion import Conversion
@@ -45,6 +44,7 @@ from tercet.models.embedder import Embedder
 from tercet.models.zoo.zoo import resolve
 from tercet.rank.hybrid import HybridHits, each_alone
 from tercet.recipes.bge_m3 import bge_m3
+from tercet.recipes.distil import distil
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
 from tercet.training.loop import train
@@ -832,7 +832,7 @@ def _languages() -> Iterable[Cell]:
 # ---- rows of the tables --------------------------------------------------------------------------
 
 KEPT_TABLE: Final = "What training on SciFact does to other sets"
-BEST_DENSE: Final = "scifact/minilm-mined"  # whose dense vectors are to reach the aim
+DENSE: Final = [f"scifact/minilm-{name}" for name in ("pairs", "mined", "rule")]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What does a contrastive training step cost, against sentence-transformers.
 
-Forward and backward of MiniLM on Debian package descriptions, pairs in random order, float32, no
-dropout, one thread, tokens made beforehand on both sides. The peer's losses are
-MultipleNegativesRankingLoss, and CachedMultipleNegativesRankingLoss with the best of several
+Forward and backward of MiniLM on Debian package descriptions, pairs in random order, no dropout,
+one thread, tokens made beforehand on both sides; float32, or bfloat16 by autocast. The peer has
+MultipleNegativesRankingLoss, or CachedMultipleNegativesRankingLoss with the best of several
 mini-batch sizes. What packing saves is padding, so the padding factor (token slots of the peer,
 over tokens) stands beside every ratio, and a control row has texts of one length.
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,7 +39,9 @@ DATA = Path(__file__).parents[1] / "examples/data/packages.en.parquet"
 TEMPERATURE = 0.05
 LIMIT = 256  # tokens of a text; the model's own
 SEED = 0
+NEARLY_NO_DROPOUT = 1e-7
 Pairs = list[tuple[str, str]]
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Case:
     documents: list[np.ndarray]
     target: str
     kept_shares: tuple[float, ...] = ()  # of our graphs; with these the peer's loss is cached
+    half: bool = False  # in bfloat16, by autocast
+    peer_half: bool = False
 
     @property
     def tokens(self) -> int:
@@ -73,8 +77,12 @@ def cases() -> list[Case]:
     both = [pair if i % 2 else pair[::-1] for i, pair in enumerate(pairs)]
     draw = np.random.default_rng(SEED)
     equal = [draw.integers(1_000, 30_000, 64).astype(np.int32) for _ in range(128)]
+    usual = _case("64 pairs, short -> long", pairs[:64], "ratio >= 5")
+    half = replace(usual, half=True, target="")
     return [
-        _case("64 pairs, short -> long", pairs[:64], "ratio >= 5"),
+        usual,
+        replace(half, name=f"{usual.name}, bfloat16", peer_half=True),
+        replace(half, name=f"{usual.name}, bfloat16 / float32"),
         _case("64 pairs, both directions mixed", both[:64], "ratio >= 5"),
         Case("control: 64 pairs, all of 64 tokens", equal[:64], equal[64:], "about 1"),
         _case("256 pairs, in chunks", pairs[:256], "ratio >= 4", kept_shares=(1.0, 0.5, 0.0)),
@@ -88,8 +96,16 @@ def _case(name: str, pairs: Pairs, target: str, kept_shares: tuple[float, ...] =
 
 
 def embedder() -> Embedder:
-    """MiniLM, packed; in eval mode, so that there is no dropout on this side."""
-    return Embedder.load("minilm")
+    """MiniLM, packed, without dropout."""
+    return without_dropout(Embedder.load("minilm"))
+
+
+def without_dropout(model: Model, of_attention: float = 0.0) -> Model:
+    """Return a model in training mode that drops nothing, but for some attention weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = of_attention if name.endswith("attention.self.dropout") else 0.0
+    return model.train()
 
 
 def our_step(case: Case, kept: float = 1.0) -> Callable[[], float]:
@@ -105,9 +121,10 @@ def our_step(case: Case, kept: float = 1.0) -> Callable[[], float]:
 
     def step() -> float:
         model.zero_grad()
-        found = backward_in_chunks(
-            model, texts, lambda v: objective.loss(Vectors(v), batch), chunks=chunks
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.half):
+            found = backward_in_chunks(
+                model, texts, lambda v: objective.loss(Vectors(v), batch), chunks=chunks
+            )
         step.gradient = _gradient(model)  # pyright: ignore[reportFunctionMemberAccess]
         return float(found["loss"])
 
@@ -116,7 +133,9 @@ def our_step(case: Case, kept: float = 1.0) -> Callable[[], float]:
 
 def peer_step(case: Case, mini_batch: int | None = None) -> Callable[[], float]:
     """Loss and gradients by sentence-transformers, padded as its collator pads."""
-    model = SentenceTransformer(str(zoo.resolve("minilm")), device="cpu").eval()
+    model = SentenceTransformer(str(zoo.resolve("minilm")), device="cpu")
+    # With dropout torch avoids a kernel whose backward pass is slow in bfloat16.
+    without_dropout(model, NEARLY_NO_DROPOUT if case.peer_half else 0.0)
     scale = 1 / TEMPERATURE
     if mini_batch is None:
         loss: Any = losses.MultipleNegativesRankingLoss(model, scale=scale)
@@ -128,7 +147,8 @@ def peer_step(case: Case, mini_batch: int | None = None) -> Callable[[], float]:
 
     def step() -> float:
         model.zero_grad()
-        value = loss([dict(column) for column in features], None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.peer_half):
+            value = loss([dict(column) for column in features], None)
         value.backward()
         step.gradient = _gradient(model)  # pyright: ignore[reportFunctionMemberAccess]
         return float(value.detach())

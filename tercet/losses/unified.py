@@ -340,11 +340,12 @@ class _UnifiedSweep:
         stop: int,
         logits: Mapping[Kind, list[Tensor]],
     ) -> None:
-        """Mark the negatives that are ignored for their dense scores, for all kinds alike."""
+        """Mark negatives that are ignored by dense scores or a guide's, for all kinds alike."""
         if self.relation.ignoring is None:
             return
-        dense = logits["dense"][0]
-        found = self.relation.false_negatives(start, stop, dense, self.mixture.temperature)
+        kind = "dense" if "dense" in logits else self.kinds[0]  # without dense, a guide decides
+        by = logits[kind][0]
+        found = self.relation.false_negatives(start, stop, by, self.mixture.temperature)
         assert found is not None, "there is a rule"
         negative = relation == NEGATIVE
         row, _ = self.relation.positive_pairs(start, stop)

@@ -66,8 +66,7 @@ class Unified:
         """Bind the objective to an embedder and examples.
 
         Raises:
-            RecipeError: if the model does not make one of ``kinds``, or vectors of ``dims``, or if
-                negatives are to be ignored for dense scores that are not trained.
+            RecipeError: if the model does not make one of ``kinds``, or vectors of ``dims``.
         """
         if missing := [kind for kind in self.kinds if kind not in {*embedder.kinds, "dense"}]:
             raise RecipeError(
@@ -75,11 +74,6 @@ class Unified:
                 f"it makes {', '.join(embedder.kinds)}"
             )
         require_dims(self.dims, embedder)
-        if collate.ignoring is not None and "dense" not in self.kinds:
-            raise RecipeError(
-                "ignore_rule compares dense scores, which this stage does not train; add dense to "
-                "kinds, or leave ignore_rule out"
-            )
         unit = f"{unit_of(collate)}, by {' and '.join(self.kinds)} vectors"
         return PairWork(self.loss, embedder, sources, collate, unit, kinds=self.kinds)
 

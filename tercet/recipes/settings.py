@@ -28,7 +28,7 @@ _OF_THIS_MACHINE: Final = ("device", "memory_gb", "show_progress")  # not taken 
 _OF_EXAMPLES: Final = {  # numbers of a stage that mean nothing where it reads plain texts
     *("positives", "negatives", "in_batch", "mask_duplicates", "query_tokens", "document_tokens"),
     *("mixing", "length_edges", "token_budget", "batch_sizes", "batching"),
-    *("shuffle_segments", "shuffle_at", "ignore_rule", "ignore_value", "ignore_own"),
+    *("shuffle_segments", "shuffle_at", "ignore_rule", "ignore_value", "ignore_own", "guide"),
 }
 _NONE: Final = "none"
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

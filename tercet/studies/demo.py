@@ -34,7 +34,9 @@ from tercet.evaluate.report.page import (
 )
 from tercet.evaluate.sets.retrieval_set import METRICS, RetrievalSet
 from tercet.files.outputs import check_output, mark
+from tercet.models.devices import NumberType, find_device
 from tercet.models.embedder import Embedder
+from tercet.models.fastest import fastest_type
 from tercet.recipes.finetune import finetune
 from tercet.search.engine.engine import Hit, Record
 from tercet.search.indexing import settings_of
@@ -78,13 +80,16 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
     test = RetrievalSet.from_examples(out / "data/test.jsonl")
     say(f"measuring BM25 and {BASE} on the {len(test.queries):,} packages of the test split")
     lexical = measure_bm25(test)
-    before = measure(Embedder.load(BASE), test, progress=True)
+    device = find_device(None)
+    dtype = fastest_type(BASE, device, say)
+    before = measure(_loaded(BASE, dtype, device), test, progress=True)
 
     sources = [open_source(path) for path in paths]
     dev = RetrievalSet.from_examples(_first(_examples(packages, "dev"), DEV_EXAMPLES), "dev")
     recipe = finetune(model=BASE, steps=steps, seed=seed, learning_rate=1e-4, temperature=0.03)
-    run = Run(eval_steps=max(1, steps // 2)).resolved()
-    embedder = train(recipe, sources, out, score=dev_score(dev), run=run, say=say)
+    run = Run(dtype=dtype, eval_steps=max(1, steps // 2)).resolved()
+    train(recipe, sources, out, score=dev_score(dev), run=run, say=say)
+    embedder = _loaded(str(out / "model"), dtype, device)
 
     say("measuring the trained model on the same test split")
     after = measure(embedder, test, progress=True)
@@ -107,6 +112,10 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
     )
     write_page(out / "report.html", page)
     _last_screen(out, console, comparison, found)
+
+
+def _loaded(model: str, dtype: NumberType, device: torch.device) -> Embedder:
+    return Embedder.load(model, dtype=getattr(torch, dtype)).to(device)
 
 
 @dataclass(frozen=True, slots=True)

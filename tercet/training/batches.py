@@ -12,6 +12,7 @@ from typing import Final, get_args
 import numpy as np
 
 from tercet import distributed
+from tercet.curate.mining.guide import Guide
 from tercet.data.batches.collate import Collator, PromptOf
 from tercet.data.batches.sampler import BatchPlan, Drawable, Sampler
 from tercet.data.batches.token_cache import CachedTokens, stored_tokens
@@ -21,8 +22,9 @@ from tercet.files.artifacts import fingerprint
 from tercet.models.embedder import Embedder
 from tercet.models.network.attention import KEPT_LENGTH
 from tercet.models.tokens import Tokens
+from tercet.models.zoo.zoo import cache_folder
 from tercet.training.memory import COPIES, MemoryBudget, least_of_all
-from tercet.training.recipe import LEAST, Batching, Stage
+from tercet.training.recipe import LEAST, Batching, Run, Stage
 from tercet.types import Example, Role
 
 SAMPLE: Final = 64  # examples of a source that are looked at
@@ -141,6 +143,21 @@ def with_cached_tokens(
 
     stored = stored_tokens(sources, made_with, collate.tokenize, collate.prompt_of)
     return replace(collate, tokenize=CachedTokens(collate.tokenize, stored))
+
+
+def guide_of(name: str, sources: Sequence[Source], run: Run) -> tuple[Guide, dict[str, str]]:
+    """Return a guide that has encoded all texts, and the fingerprint of its weights by name.
+
+    All processes have to call this.
+
+    Raises:
+        ModelError: if there is no such model, or a vector of it contains NaN or infinity.
+        StorageError: if the disk refuses.
+    """
+    model = Embedder.load(name).to(run.find_device())
+    return Guide(model, sources, cache_folder() / "guide"), {
+        "weights of guide": model.fingerprint()
+    }
 
 
 def max_tokens_of(stage: Stage, embedder: Embedder, role: Role) -> int:

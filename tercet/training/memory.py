@@ -130,7 +130,7 @@ def step_memory(
             token_graph=graph_bytes(
                 backbone, layer=layer, half=half, recomputed=recomputed, lora=has_lora
             ),
-            pair_graph=0 if recomputed else pair_bytes(backbone),
+            pair_graph=0 if recomputed else pair_bytes(backbone, half=half),
             kinds=kinds,
             dim=embedder.dim,
             width=embedder.heads.width,
@@ -220,7 +220,7 @@ def graph_bytes(
     return round(numbers * (of_half if half and not recomputed else 4))
 
 
-def pair_bytes(backbone: Backbone) -> int:
+def pair_bytes(backbone: Backbone, *, half: bool = False) -> int:
     """Estimate the bytes that the graph of one token takes for each token of a short text.
 
     Zero with a fused kernel, which keeps no attention weights. Otherwise they are up to half of a
@@ -229,7 +229,7 @@ def pair_bytes(backbone: Backbone) -> int:
     config = backbone.config.get_text_config()
     dropout = backbone.attention_dropout
     if dropout is None:
-        dropout = backbone.usual_dropout
+        dropout = backbone.usual_dropout - (backbone.dropout_left_out if half else 0)
     sinks = any(name.endswith("sinks") for name, _ in backbone.named_parameters())
     capped = sinks or getattr(config, "attn_logit_softcapping", None) is not None
     if not capped and not keeps_weights(backbone.device, dropout):

@@ -142,6 +142,11 @@ class Stage:
     ignore_value: Annotated[float | None, "Value of ignore_rule. Default: 0.1; percent 0.95."] = (
         None
     )
+    guide: Annotated[
+        str | None,
+        "Model whose scores ignore_rule compares; it encodes all texts before the training. "
+        "Default: the model in training.",
+    ] = None
     ignore_own: Annotated[bool, "Ignore mined negatives of the query by ignore_rule too."] = False
     query_tokens: Annotated[
         int | None, "Longer queries are cut in this stage. Default: the model's limit.", "tokens"
@@ -229,10 +234,10 @@ class Stage:
 
     def _check_ignoring(self) -> None:
         if self.ignoring is None:
-            if self.ignore_value is not None or self.ignore_own:
-                name = "ignore_own" if self.ignore_own else "ignore_value"
+            names = ("ignore_value", "ignore_own", "guide")
+            if given := [name for name in names if getattr(self, name) not in (None, False)]:
                 raise RecipeError(
-                    f"{name} is given, but no rule; set ignore_rule to "
+                    f"{given[0]} is given, but no rule; set ignore_rule to "
                     f"{' or '.join(get_args(IgnoreRuleName))}, or leave it out"
                 )
         elif not self.objective.traits.contrasts:
@@ -244,6 +249,16 @@ class Stage:
             raise RecipeError(
                 f"in_batch is 'none' in the stage {self.name}, so ignore_rule has no documents of "
                 "other examples to ignore; leave it out, or set ignore_own to true"
+            )
+        elif self.guide is None and "dense" not in self.objective.traits.kinds:
+            raise RecipeError(
+                f"ignore_rule compares dense scores, which the stage {self.name} does not train; "
+                "add dense to its kinds, name a guide, or leave ignore_rule out"
+            )
+        elif self.guide is not None and self.refresh is not None:
+            raise RecipeError(
+                f"the stage {self.name} mines negatives during training, which a guide has not "
+                "encoded; remove the guide, so that the model in training decides"
             )
 
     def _check_batch_sizes(self) -> None:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -32,7 +32,14 @@ from tercet.models.network.cpu.precision import warning_of
 from tercet.objectives.objective import PreparedWork, TextBatch
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.training import checkpoint, optimizer
-from tercet.training.batches import Groups, collator_of, groups_of, sampler_of, with_cached_tokens
+from tercet.training.batches import (
+    Groups,
+    collator_of,
+    groups_of,
+    guide_of,
+    sampler_of,
+    with_cached_tokens,
+)
 from tercet.training.log import LOG, Candidates, Log, SparseAlarm
 from tercet.training.memory import step_memory
 from tercet.training.plan import CHECKPOINT, MADE_WITH, TrainingPlan, identity, is_refreshed
@@ -78,7 +85,10 @@ class Trainer:
         collate = collator_of(embedder, stage, plan.prompt_of)
         if run.cache_tokens:
             collate = with_cached_tokens(collate, embedder, stage, self.sources)
-        self.refresher = None
+        self.refresher, guided = None, dict[str, str]()
+        if stage.guide is not None:
+            guide, guided = guide_of(stage.guide, self.sources, run)
+            collate = replace(collate, guide=guide)
         if stage.refresh is not None and is_refreshed(stage, self.sources):
             self.refresher = Refresher(stage.refresh, self.sources, folder, recipe.seed)
             self.sources = self.refresher.sources
@@ -106,7 +116,7 @@ class Trainer:
         self._made: Generator[MadeBatch, None, None] | None = (
             None  # the next batches, up to a refresh
         )
-        read = dict(begins_with) if self.refresher is None else begins_with | self.refresher.read
+        read = begins_with | guided | ({} if self.refresher is None else self.refresher.read)
         if isinstance(self.work, PreparedWork):
             read |= self.work.reads
         self.what = identity(recipe, stage, self.sources, run, begins_with=read)
@@ -524,8 +534,8 @@ class Trainer:
             self.say(f"tercet: note: {warning}")
         if self._half and (dropout := self.embedder.backbone.dropout_left_out):
             self.say(
-                f"tercet: note: the dropout of attention weights, {dropout:g}, is left out: the "
-                "GPU's kernel has none; other dropout stays"
+                f"tercet: note: the dropout of attention weights, {dropout:g}, is left out: fused "
+                "kernels in bfloat16 have none; other dropout stays"
             )
         found, groups = self._candidates()
         if found is not None:

@@ -1,5 +1,6 @@
 """Documents that losses ignore for their scores, against a full square of cosines in float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.data.batches.false_negatives import IgnoreRule
-from tercet.data.batches.relation import Relation, relation_of
+from tercet.data.batches.relation import GuideVectors, Relation, relation_of
 from tercet.kinds import KINDS
 from tercet.losses.info_nce import info_nce, info_nce_losses
 from tercet.losses.unified import Mixture, unified_loss
@@ -130,6 +131,29 @@ def test_in_the_loss_of_all_kinds_the_dense_scores_decide_for_every_kind(
         if not dims:
             slow = slow_loss(queries, docs, known.matrix, mixture, KINDS)
             assert_same(fast["loss"], slow, [queries, docs])
+    assert ignored > 0.1
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("block", [1, 4, None])
+def test_a_guides_cosines_decide_in_place_of_the_models(name: str, block: int | None):
+    mixture, ignored = Mixture(temperature=0.3), 0.0
+    for seed in range(4):
+        relation = batch(RULES[name])
+        seen = [unit(x.detach()) for x in sides(relation, seed + 50)]
+        relation = replace(relation, guide=GuideVectors(*seen))
+        known = slow_relation(relation, seen[0] @ seen[1].T)
+        queries, docs = sides(relation, seed)
+        fast = info_nce(queries, docs, relation, 0.3, dims={2: 0.5, 7: 2.0}, block=block)
+        slow = slow_matryoshka(queries, docs, known, 0.3, {2: 0.5, 7: 2.0})
+        assert_same_loss_and_gradients(fast, slow, [queries, docs])
+        kinds = ("sparse", "multi")  # no dense scores of their own
+        ours = leaves(made(SIX, seed=seed).only(kinds))
+        theirs = leaves(made(len(relation.owners), seed=9).only(kinds))
+        found = unified_loss(ours, theirs, relation, mixture, queries_of_all=SIX, block=block)
+        expected = slow_loss(ours, theirs, known.matrix, mixture, kinds)
+        assert_same(found["loss"], expected, [ours, theirs])
+        ignored += float(found["ignored"])
     assert ignored > 0.1
 
 

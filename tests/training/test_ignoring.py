@@ -1,12 +1,14 @@
 """Likely false negatives are ignored in training, by settings of a stage."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
 import pytest
 import torch
 
+from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.objectives import contrastive
@@ -18,7 +20,7 @@ from tercet.recipes.settings import built, from_words, settings_of
 from tercet.training.checkpoint import changed
 from tercet.training.log import read
 from tercet.training.loop import train
-from tercet.training.recipe import Recipe, Run, Stage
+from tercet.training.recipe import Recipe, Refresh, Run, Stage
 from tercet.training.run_report import stage_charts
 
 QUIET = Run(device="cpu", show_progress=False, save_steps=2)
@@ -31,6 +33,23 @@ def weights(embedder: Embedder) -> dict[str, torch.Tensor]:
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def die_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    backward, done = contrastive.backward_in_chunks, []
+
+    def dying(*args: Any, **options: Any) -> Any:
+        done.append(1)
+        if len(done) == step:
+            raise KeyboardInterrupt
+        return backward(*args, **options)
+
+    patch.setattr(contrastive, "backward_in_chunks", dying)
+
+
+def train_until_killed(recipe: Recipe, data: Source, out: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, [data], out, run=QUIET)
 
 
 def ignoring(recipe: Recipe, **changes: Any) -> Recipe:
@@ -76,17 +95,9 @@ def test_chunks_that_are_embedded_twice_ignore_the_same(data, recipe, tmp_path, 
 def test_a_killed_run_ignores_the_same_after_it_goes_on(data, recipe, tmp_path, monkeypatch):
     ruled = ignoring(recipe)
     whole = weights(train(ruled, [data], tmp_path / "whole", run=QUIET))
-    backward, done = contrastive.backward_in_chunks, []
-
-    def dying(*args: Any, **options: Any) -> Any:
-        done.append(1)
-        if len(done) == 4:
-            raise KeyboardInterrupt
-        return backward(*args, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(contrastive, "backward_in_chunks", dying)
-        train(ruled, [data], tmp_path / "killed", run=QUIET)
+    with monkeypatch.context() as patch:
+        die_at(patch, 4)
+        train_until_killed(ruled, data, tmp_path / "killed")
     assert same_bits(whole, weights(train(ruled, [data], tmp_path / "killed", run=QUIET)))
     logs = [read(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
     assert [r["ignored"] for r in logs[0]] == [r["ignored"] for r in logs[1]]
@@ -129,6 +140,11 @@ def test_each_stage_that_compares_examples_takes_the_rule(name):
             "^in_batch is 'none' in the stage toy, so ignore_rule has no documents of other exam",
         ),
         ({"ignore_rule": "percent", "ignore_value": 95.0}, "^ignore_value must be above 0 and"),
+        ({"guide": "minilm"}, "^guide is given, but no rule; set ignore_rule to margin or percent"),
+        (
+            {"ignore_rule": "margin", "guide": "minilm", "refresh": Refresh(every=3)},
+            "^the stage toy mines negatives during training, which a guide has not encoded; remove",
+        ),
     ],
 )
 def test_a_stage_refuses_what_has_no_meaning(monkeypatch, changes, message):
@@ -145,8 +161,38 @@ def test_a_stage_without_comparisons_refuses_the_rule():
         replace(retromae, ignore_rule="margin")
 
 
-def test_all_kinds_need_dense_scores_that_decide(data, recipe, tmp_path):
-    ruled = ignoring(recipe, objective=Unified(kinds=("sparse", "multi")))
-    ruled = replace(ruled, model=replace(ruled.model, kinds=("dense", "sparse", "multi")))
-    with pytest.raises(RecipeError, match=r"^ignore_rule compares dense scores, which this stage "):
-        train(ruled, [data], tmp_path / "run", run=QUIET)
+def test_kinds_without_dense_need_a_guide(data, recipe, encoder_folder, tmp_path):
+    objective = Unified(kinds=("sparse", "multi"))
+    with pytest.raises(RecipeError, match=r"^ignore_rule compares dense scores, which the stage "):
+        ignoring(recipe, objective=objective)
+    guided = ignoring(recipe, objective=objective, guide=str(encoder_folder))
+    guided = replace(guided, model=replace(guided.model, kinds=("dense", "sparse", "multi")))
+    train(guided, [data], tmp_path / "run", run=QUIET)
+    assert all(0 < record["ignored"] < 1 for record in read(tmp_path / "run/log.jsonl"))
+
+
+def test_the_base_as_guide_decides_as_the_model_does_before_it_has_learned(
+    data, recipe, encoder_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Embedder, "train", lambda self, mode=True: self)  # no dropout
+    shares = []
+    for name, guide in (("own", None), ("guided", str(encoder_folder))):
+        ruled = ignoring(recipe, guide=guide, learning_rate=0.3)
+        train(ruled, [data], tmp_path / name, run=QUIET)
+        shares.append([record["ignored"] for record in read(tmp_path / name / "log.jsonl")])
+    assert shares[0][0] == pytest.approx(shares[1][0], abs=1e-6)
+    assert shares[0][1:] != pytest.approx(shares[1][1:], abs=1e-2)  # it learns, the guide does not
+
+
+def test_a_run_goes_on_with_the_guide_that_it_began_with(
+    data, recipe, encoder_folder, decoder_folder, tmp_path, monkeypatch
+):
+    guided = ignoring(recipe, guide=str(encoder_folder))
+    whole = weights(train(guided, [data], tmp_path / "whole", run=QUIET))
+    with monkeypatch.context() as patch:
+        die_at(patch, 4)
+        train_until_killed(guided, data, tmp_path / "killed")
+    assert same_bits(whole, weights(train(guided, [data], tmp_path / "killed", run=QUIET)))
+    other = ignoring(recipe, guide=str(decoder_folder))
+    with pytest.raises(RecipeError, match=r"holds a run with other settings \(guide was"):
+        train(other, [data], tmp_path / "killed", run=QUIET)

@@ -148,8 +148,9 @@ def models(tmp_path_factory) -> dict[str, Embedder]:
 @pytest.mark.parametrize("name", ["bert", "gemma2"])
 def test_the_estimate_of_a_graph_is_on_the_safe_side_and_not_far_off(models, name, half):
     embedder = models[name]
-    estimate, pair = graph_bytes(embedder.backbone, half=half), pair_bytes(embedder.backbone)
-    assert pair > 0
+    backbone = embedder.backbone
+    estimate, pair = graph_bytes(backbone, half=half), pair_bytes(backbone, half=half)
+    assert (pair > 0) == (name == "gemma2" or not half)  # a fused kernel keeps no weights
     for length in (32, 128, 512):
         saved = saved_bytes(embedder, *[length] * (1024 // length), half=half)
         assert 0.9 * saved < estimate + pair * length < 2.2 * saved

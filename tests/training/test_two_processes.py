@@ -54,10 +54,11 @@ CASES: dict[str, dict[str, Any]] = {
     "B6 kl": {"objective": unified(distil="kl")},
     "B6 listwise": {"objective": unified(distil="listwise")},
     "false negatives": {"ignore_rule": "percent", "ignore_own": True},
+    "guide": {"ignore_rule": "margin", "ignore_value": -0.01, "guide": "base"},
     "B6 false negatives": {"objective": unified(), "ignore_rule": "margin", "ignore_value": -0.01},
 }
 DATA = {"scored pairs": "mixed"}  # of a case; others read the examples alone
-FALSE_NEGATIVES = ("false negatives", "B6 false negatives")
+FALSE_NEGATIVES = ("false negatives", "guide", "B6 false negatives")
 IDLE = ("in-batch", "scored pairs", "margin-mse", "dense layer", "B6 all kinds", "B6 listwise")
 IDLE += FALSE_NEGATIVES
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
@@ -121,6 +122,8 @@ def recipe(
     plain = finetune(
         model=str(folder / "base"), batch_size=8, learning_rate=rate, steps=steps, negatives=2
     )
+    if "guide" in changes:
+        changes["guide"] = str(folder / changes["guide"])
     stage = replace(plain.stages[0], positives=2, **changes)
     kinds = KINDS if isinstance(stage.objective, Unified) else None
     model = replace(plain.model, kinds=kinds, multi_dim=16, dense_dim=dense_dim)

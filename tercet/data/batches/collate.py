@@ -1,7 +1,7 @@
 """Make batches of examples: choose texts, add prompts, tokenize, and relate them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Final
 
@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from tercet.data.batches.false_negatives import IgnoreRule
-from tercet.data.batches.relation import Relation, hash_of, relation_of
+from tercet.data.batches.relation import GuideVectors, Relation, hash_of, relation_of
 from tercet.data.batches.shuffling import CutName, shuffled
 from tercet.models.tokens import Tokens
 from tercet.segments import Packed
@@ -22,6 +22,10 @@ Tokenize = Callable[[Sequence[str], Role, Sequence[str]], Tokens]
 
 PromptOf = Callable[[Role, str], str]
 """A function from role and task to the prompt that the model uses."""
+
+
+GuideOf = Callable[[Sequence[str], Role, Sequence[Example]], Float[Tensor, "texts dim"]]
+"""A function from texts, their role and the examples that they are of to a guide's vectors."""
 
 
 # Separate the random draws of texts and of their shuffling from other uses of the same seed.
@@ -76,6 +80,7 @@ class Collator:
     in_batch: Policy = "per_row"  # which documents of other examples are negatives
     mask_duplicates: bool = True  # a text that is a positive of the query is never a negative
     ignoring: IgnoreRule | None = None  # which negatives score so high that losses ignore them
+    guide: GuideOf | None = None  # whose scores decide that; None: those of the model in training
     shuffle_segments: float = 0.0  # share of the long positives whose thirds are reordered
     shuffle_at: CutName = "characters"  # where they are cut
 
@@ -125,6 +130,16 @@ class Collator:
             mask_duplicates=self.mask_duplicates,
             ignoring=self.ignoring,
         )
+        if self.guide is not None:
+            given = [
+                text
+                for pair in zip(positives, negatives, strict=True)
+                for text in (*pair[0], *pair[1])
+            ]
+            vectors = GuideVectors(
+                self.guide(queries, "query", examples), self.guide(given, "document", owners)
+            )
+            relation = replace(relation, guide=vectors)
         scores = torch.tensor(teacher, dtype=torch.float32)
         known = None if bool(scores.isnan().all()) else scores
         return Batch(

@@ -6,7 +6,7 @@ computed when a loss needs it, and dropped afterwards.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Final
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
 from tercet.data.batches.false_negatives import IgnoreRule
-from tercet.distributed import gather_ints, rank, world
+from tercet.distributed import gather_ints, gather_rows, rank, world
 from tercet.files.artifacts import fingerprint_number
 from tercet.segments import moved, ragged_places, row_of
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, InBatch
@@ -45,6 +45,19 @@ class Repeats:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class GuideVectors:
+    """Vectors by which a guide decides what is ignored, of unit length and without gradient."""
+
+    queries: Float[Tensor, "queries dim"]
+    docs: Float[Tensor, "docs dim"]
+
+    def scores(self, start: int, stop: int, device: torch.device) -> Float[Tensor, "rows docs"]:
+        """Return the cosines of these queries with all documents."""
+        with torch.autocast(device.type, enabled=False):
+            return moved(self.queries[start:stop], device) @ moved(self.docs, device).T
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Relation:
     """The relation of each document to each query: POSITIVE, NEGATIVE or IGNORED.
 
@@ -64,6 +77,7 @@ class Relation:
     mask_duplicates: bool  # false: equal texts and equal queries are ordinary negatives
     repeats: Repeats
     ignoring: IgnoreRule | None = None  # likely false negatives, by scores
+    guide: GuideVectors | None = None  # whose scores these are; None: the model's in training
 
     @property
     def positives(self) -> int:
@@ -102,12 +116,15 @@ class Relation:
         """Return the documents that the rule ignores, among those that ``rows`` calls NEGATIVE.
 
         ``logits`` are scores divided by ``temperature``; they decide, and get no gradient from it.
+        Where the relation has a guide, its cosines decide instead.
         Whether documents are marked that ``rows`` does not call NEGATIVE means nothing. None: there
         is no rule. A query without a positive keeps all its negatives.
         """
         if self.ignoring is None:
             return None
         device = logits.device
+        if self.guide is not None:
+            logits, temperature = self.guide.scores(start, stop, device), 1.0
         row, column = (moved(each, device) for each in self.positive_pairs(start, stop))
         lowest = logits.new_full((len(logits),), inf)
         lowest.scatter_reduce_(0, row, logits[row, column], "amin")
@@ -136,7 +153,11 @@ class Relation:
         first = int(queries[: rank()].sum())
         facts = torch.stack([self.owners + first, self.own, self.texts, self.questions], dim=1)
         everybody = gather_ints(facts).T.contiguous()
-        return _assembled(everybody, self.policies, first, self.mask_duplicates, self.ignoring)
+        found = _assembled(everybody, self.policies, first, self.mask_duplicates, self.ignoring)
+        if self.guide is None:
+            return found
+        docs = gather_rows(self.guide.docs)
+        return replace(found, guide=GuideVectors(self.guide.queries, docs))
 
 
 def relation_of(

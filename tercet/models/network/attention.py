@@ -3,11 +3,12 @@
 An unmodified transformers model calls it in every layer. The row of tokens is cut where texts
 begin, so only the future (when causal) and what lies outside a sliding window are masked.
 
-On a GPU in 16 bits, also under autocast, one kernel for rows of varying length does the whole row
-at once. It has no dropout, so the dropout that a model usually puts on its attention weights is
-left out there. Where it cannot run (float32, soft-capped scores, sinks, dropout that was asked for,
-a card before compute capability 8) texts are attended in groups: those of one length without a
-mask, and on a GPU those of similar lengths padded, where that costs less than one call more.
+Training in 16 bits, also under autocast, uses fused kernels, which do not keep attention weights.
+They have no dropout, so the dropout that a model usually puts on its attention weights is left out
+there. On a GPU one kernel for rows of varying length does the whole row at once. Where it cannot
+run (float32, soft-capped scores, sinks, dropout that was asked for, a card before compute
+capability 8) texts are attended in groups: those of one length without a mask, and on a GPU those
+of similar lengths padded, where that costs less than one call more.
 """
 
 from collections.abc import Iterator, Sequence
@@ -183,13 +184,21 @@ def attend(
             "call the model through tercet.models.network.backbone.Backbone"
         )
     rule = _rule_of(module, options, layout.dropout)
+    usual = rule.dropout == 0 or layout.dropout is None
+    fused = usual and rule.softcap is None and rule.sinks is None
+    if fused and module.training and _in_16_bits_on_cpu(query):
+        # Torch's kernel has a backward pass in 16 bits that takes 4 times as long as in 32.
+        wide = (x.float() for x in (query, key, value))
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+        with torch.autocast("cpu", enabled=False):
+            states, _ = attend(module, *wide, layout=layout, **options | {"dropout": 0.0})
+        return states.to(dtype), None
     if query.is_cuda:
         # Under autocast, rotary positions and norms of heads leave queries and keys in float32.
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         q, k, v = (x if dtype is None else x.to(dtype) for x in (query, key, value))
         if _kernel_takes(q, k, v):
-            usual = rule.dropout == 0 or layout.dropout is None
-            if usual and rule.softcap is None and rule.sinks is None:
+            if fused:
                 return _attend_row(q, k, v, layout, rule)[None], None
     if len(layout.lengths) == 1:
         return _attend_run(query, key, value, rule).transpose(1, 2), None
@@ -269,6 +278,11 @@ def _attend_run(
         else:
             pieces.append(_attend_equal(*given))
     return torch.cat(pieces, dim=1)
+
+
+def _in_16_bits_on_cpu(states: Tensor) -> bool:
+    half = torch.is_autocast_enabled("cpu") or states.dtype in (torch.float16, torch.bfloat16)
+    return half and states.device.type == "cpu"
 
 
 def keeps_weights(device: torch.device, dropout: float) -> bool:

@@ -112,14 +112,16 @@ class Backbone(nn.Module):
 
     @property
     def dropout_left_out(self) -> float:
-        """The usual dropout of attention weights, if a GPU's kernel without one trains it."""
-        if not kernel_runs_on(self.device) or self.attention_dropout is not None:
+        """The usual dropout of attention weights that training in 16 bits leaves out here."""
+        if self.attention_dropout is not None:
             return 0.0
         config = self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or 1
         width = getattr(config, "head_dim", None) or self.hidden // heads
         capped = getattr(config, "attn_logit_softcapping", None) is not None
-        return self.usual_dropout if kernel_takes_width(width) and not capped else 0.0
+        on_gpu = kernel_runs_on(self.device) and kernel_takes_width(width)
+        fused = on_gpu or self.device.type == "cpu"
+        return self.usual_dropout if fused and not capped else 0.0
 
     @property
     def usual_dropout(self) -> float:

@@ -56,6 +56,7 @@ class Reader:
     network: Network
     layers: tuple[PackedLinear | Int8Linear, ...]  # of the network
     plain: Network | None  # the same without copies of weights; None if it has none
+    few: int  # of as many tokens at most, ``plain`` reads a call
     compared: bool = False
 
     @property
@@ -67,7 +68,7 @@ class Reader:
     def states(self, texts: Packed) -> Float[Tensor, "tokens hidden"]:
         """Return one state per token, which the pooling and the heads read."""
         count = len(texts.ids)
-        if self.plain is not None and count <= FEW_ROWS and not self.compared:
+        if self.plain is not None and count <= self.few and not self.compared:
             return self.plain.states(texts)
         self.compare()
         return self.network.states(rounded(texts) if self.layers else texts)[:count]
@@ -139,7 +140,8 @@ def _copy_of(network: Network, direction: Attention) -> _Copy:
     in_8_bits = any(isinstance(each, Int8Linear) for each in layers)
     if not layers or in_8_bits:  # their products differ from those of the weights
         plain = None
-    return _Copy(Reader(made, layers, plain), contents)
+    few = FEW_ROWS.get(next(backbone.parameters()).dtype, 0)
+    return _Copy(Reader(made, layers, plain, few), contents)
 
 
 class _Contents:

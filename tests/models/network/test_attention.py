@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tercet.models.network import attention
 from tercet.models.network.attention import _attend_equal, _attend_run, _Rule
-from tests.toy import pack, random_texts
+from tercet.models.network.backbone import Backbone
+from tests.toy import ENCODERS, pack, random_model, random_texts
 
 RULES = {
     "dropout": _Rule(causal=False, limit=None, scale=None, dropout=0.3),
@@ -57,6 +58,45 @@ def test_heads_that_are_taken_in_turn_have_one_dropout_with_a_graph_and_without(
         torch.testing.assert_close(states, plain)
         for found, expected in zip(their_gradients, gradients, strict=True):
             torch.testing.assert_close(found, expected)
+
+
+def trained(asked: float | None, how: str) -> list[list[Tensor]]:
+    """States and gradients of two steps on a CPU, of a BERT whose only dropout is attention's."""
+    torch.manual_seed(0)
+    model = random_model(ENCODERS["bert"])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and not name.endswith("attention.self.dropout"):
+            module.p = 0.0
+    network = Backbone(model).train()
+    network.attention_dropout = asked
+    if how == "bfloat16 weights":
+        network.to(torch.bfloat16)
+    texts = pack(*random_texts(7, 31, 13, 13))
+    found = []
+    for _ in range(2):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            states = network(texts).float()
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        gradients = [each.grad.float() for each in network.parameters() if each.grad is not None]
+        found.append([states.detach(), *gradients])
+    return found
+
+
+@pytest.mark.parametrize(("how", "error"), [("autocast", 0.03), ("bfloat16 weights", 0.05)])
+def test_training_in_bfloat16_on_a_cpu_leaves_out_the_usual_dropout_of_attention(how, error):
+    exact, _ = trained(0.0, "float32")
+    first, second = trained(None, how)
+    assert all(map(torch.equal, first, second))
+    checked = first if how == "autocast" else first[:1]  # gradients in bfloat16 are rough
+    for found, expected in zip(checked, exact, strict=False):
+        assert (found - expected).norm() < error * expected.norm() + 1e-2
+
+
+@pytest.mark.parametrize(("asked", "how"), [(0.3, "autocast"), (None, "float32")])
+def test_dropout_of_attention_stays_where_it_was_asked_for_and_in_float32(asked, how):
+    first, second = trained(asked, how)
+    assert not torch.equal(first[0], second[0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

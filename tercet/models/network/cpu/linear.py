@@ -15,7 +15,8 @@ from tercet.models.network.cpu.int8 import Int8Linear, int8_forwards, runs_here
 from tercet.models.network.fingerprints import WeightCache
 
 MAX_BYTES: Final = 1 << 30  # of weights that are worth a second copy
-FEW_ROWS: Final = 40  # of as many, products by the weights take less time than comparing them
+# Up to as many rows, products by the weights take less time than comparing them.
+FEW_ROWS: Final = {torch.float32: 128, torch.bfloat16: 64}
 _TOKENS: Final = 1_024  # rows the layout is chosen for; any number works
 
 

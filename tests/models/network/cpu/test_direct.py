@@ -8,7 +8,6 @@ from transformers import RobertaConfig
 
 from tercet.models.embedder import Embedder
 from tercet.models.network.cpu.direct import DirectForward
-from tercet.models.network.cpu.linear import FEW_ROWS
 from tests.toy import ENCODERS, SENTENCES, save_model
 
 KINDS = ["bert", "roberta", "xlm-roberta"]
@@ -52,7 +51,7 @@ def test_a_short_text_is_read_by_the_weights_themselves(encoder_folder, dtype, e
     embedder = varied(Embedder.load(encoder_folder, dtype=dtype))
     short = embedder.tokenize(SENTENCES[:1], "query").pack()
     with embedder.reading() as reader:
-        assert reader.plain is not None and len(short.ids) <= FEW_ROWS
+        assert reader.plain is not None and len(short.ids) <= reader.few
         alone = reader.states(short)
         assert not reader.compared
         expected = reader.backbone(short)  # by copies of the weights
