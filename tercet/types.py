@@ -40,7 +40,7 @@ Policy: TypeAlias = Literal["all", "positives", "none", "per_row"]
 
 Mixing: TypeAlias = Literal["single", "blended"]
 
-Distillation: TypeAlias = Literal["none", "kl", "listwise"]
+Distillation: TypeAlias = Literal["none", "kl", "listwise", "margin-mse"]
 """How the scores of a reranker are learned. Not for the cosines of mining, which teach little."""
 
 Vocabulary: TypeAlias = Literal["all", "seen"]

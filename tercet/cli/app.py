@@ -64,6 +64,9 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "mine": LazyCommand(
         _DATA, "tercet.cli.mine:mine", "Add hard negatives to training pairs.", _UNITS
     ),
+    "score": LazyCommand(
+        _DATA, "tercet.cli.mine:score", "Add a teacher's scores to training rows.", _UNITS
+    ),
     "filter": LazyCommand(
         _DATA, "tercet.cli.data:filter_pairs", "Drop bad training pairs.", _UNITS
     ),

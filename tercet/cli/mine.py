@@ -1,6 +1,6 @@
-"""The command mine: hard negatives for training pairs."""
+"""The commands mine and score: hard negatives and a teacher's scores for training pairs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ import typer
 
 from tercet.cli.options import (
     DATA,
+    MODEL,
     AddressChoice,
     BatchTokensOption,
     DeviceOption,
@@ -38,11 +39,14 @@ from tercet.cli.options import (
 from tercet.data.files.beir import is_judged_folder
 from tercet.data.files.documents import Fields, read_documents
 from tercet.errors import RecipeError
-from tercet.files.console import columns, say
+from tercet.files.console import columns, count_table, say
 from tercet.files.outputs import check_files, check_output
+from tercet.kinds import Kind
 
 if TYPE_CHECKING:
+    from tercet.curate.jobs.score_job import EmbedderTeacher, ScoredBy
     from tercet.curate.mining.miner import MiningReport
+    from tercet.models.formats.cross_encoder import CrossEncoder
 
 _RANKING, _RULE, _CHOICE = "Candidates", "Rule", "Negatives"  # panels
 _MANY: Final = 0.5  # of the candidates dropped as too close: worth a note
@@ -289,3 +293,120 @@ def _advise(reports: Sequence["MiningReport"], negatives: int, *, keep: bool) ->
                 f"and {report.short:,} rows have fewer than {negatives} negatives; raise --depth, "
                 "or try other values with --sweep"
             )
+
+
+def score(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files of examples, folders of them or of BEIR.", callback=local_inputs
+        ),
+    ],
+    model: Annotated[
+        str, model_option("Teacher: folder or hub id of a cross-encoder, or any embedder.")
+    ],
+    out: Annotated[Path, out_option("The rows with scores: a .jsonl or .parquet file.")],
+    json: JsonOption = None,
+    query_field: QueryFieldOption = None,
+    positive_field: PositiveFieldOption = None,
+    negative_field: NegativeFieldOption = None,
+    architecture: Annotated[
+        Literal["auto", "cross-encoder", "embedder"],
+        typer.Option(help="What the model is. auto: what config.json says.", rich_help_panel=MODEL),
+    ] = "auto",
+    score_by: Annotated[
+        Literal["dense", "sparse", "multi", "hybrid"] | None,
+        typer.Option(
+            help="Scores of an embedder; hybrid: a weighted sum of its kinds. Default: hybrid, or "
+            "dense where there is no other kind.",
+            rich_help_panel=_RANKING,
+        ),
+    ] = None,
+    kind_weight: KindWeightOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    batch_tokens: BatchTokensOption = None,
+    work: WorkOption = Path("runs/scores"),
+    runner: RunnerChoice = "auto",
+    workers: WorkersChoice = None,
+    address: AddressChoice = None,
+) -> None:
+    """Add a teacher's score of each positive and negative to training rows.
+
+    A cross-encoder of transformers (one label) reads query and document together; its scores are
+    logits. An embedder scores by its vectors, with its own prompts. Scores that rows have already
+    are replaced. The same command continues a killed run.
+
+    Example:
+        tercet score mined.jsonl --model minilm --out scored-rows.jsonl
+    """
+    from tercet.curate.jobs.score_job import ScoreJob, score_rows
+    from tercet.models.formats.cross_encoder import is_cross_encoder
+
+    where = runner_of(runner, workers, address, device)
+    shown = Figures(json)
+    check_files([*files, model], json=shown.file)
+    check_output(out, [*files, model])
+    crosses = architecture == "cross-encoder" or (
+        architecture == "auto" and is_cross_encoder(model)
+    )
+    if crosses and (score_by is not None or kind_weight):
+        raise RecipeError(
+            "--score-by and --kind-weight are of embedders; a cross-encoder has one score"
+        )
+    kind = chosen_dtype(dtype, device)
+    machine = {"device": device, "batch_tokens": batch_tokens}
+    if crosses:
+        loaded = partial(_cross_encoder, model, kind, **machine)
+    else:
+        loaded = partial(
+            _embedder_teacher, model, kind, score_by, changed_weights(kind_weight), **machine
+        )
+    fields = fields_of(query_field, positive_field, negative_field)
+    sources = [source for file in files for source in opened(file, fields=fields)]
+    job = ScoreJob(load=loaded, fingerprint=loaded().fingerprint(), sources=sources)
+    report = score_rows(job, out, work, runner=where)
+    counts: dict[str, int | str] = {
+        "rows": report.rows,
+        "documents": report.documents,
+        "mean score of positives": f"{report.positive:.4g}",
+    }
+    if report.negatives:
+        counts["mean score of negatives"] = f"{report.negative:.4g}"
+        counts["rows with a positive first"] = f"{report.first / report.with_negatives:.1%}"
+    shown.print(count_table("what", "count", counts))
+    shown.write(
+        {**asdict(report), "positive_score": report.positive, "negative_score": report.negative}
+    )
+    if report.replaced:
+        say(f"{report.replaced:,} rows had scores before: replaced")
+    if not report.negatives:
+        say("no row has negatives, so there is nothing to compare with; mine some: tercet mine")
+
+
+def _cross_encoder(
+    model: str, dtype: str, *, device: str | None, batch_tokens: int | None
+) -> "CrossEncoder":
+    import torch
+
+    from tercet.models.devices import find_device
+    from tercet.models.formats.cross_encoder import CrossEncoder
+
+    place = find_device(device)
+    kind = getattr(torch, dtype)
+    return CrossEncoder.load(model, dtype=kind, device=place, batch_tokens=batch_tokens)
+
+
+def _embedder_teacher(
+    model: str,
+    dtype: str,
+    by: "ScoredBy | None",
+    weights: "Mapping[Kind, float] | None",
+    *,
+    device: str | None,
+    batch_tokens: int | None,
+) -> "EmbedderTeacher":
+    from tercet.curate.jobs.score_job import EmbedderTeacher
+
+    embedder = load(model, dtype, device=device, batch_tokens=batch_tokens)
+    return EmbedderTeacher(embedder, by, weights)

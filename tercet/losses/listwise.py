@@ -1,7 +1,7 @@
 """Losses that learn a teacher's scores of documents, such as those of a reranker.
 
-``scores`` are NaN where the teacher gave none. Both functions return the sum of the losses over the
-queries, and its gradient by the logits.
+``scores`` are NaN where the teacher gave none. Each function returns the sum of the losses over the
+queries, and its gradient by the logits: the student's scores divided by the temperature of InfoNCE.
 """
 
 from math import inf
@@ -63,3 +63,37 @@ def listwise(
         loss = (target * gaps).sum()
         (slope,) = torch.autograd.grad(loss, learned)
     return loss.detach(), slope
+
+
+def margin_mse(
+    logits: Float[Tensor, "rows docs"],
+    scores: Float[Tensor, "rows docs"],
+    positives: Bool[Tensor, "rows docs"],
+    candidates: Bool[Tensor, "rows docs"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "rows docs"]]:
+    """Return the squared difference between the student's and the teacher's margins.
+
+    MarginMSE (arXiv 2010.02666, sec. 3), with x the logits and T the teacher's scores:
+
+        mean over scored positives p and scored negatives n of ((x_p - x_n) - (T_p - T_n))^2
+
+    Both sides have to be on one scale. There the student's scores are dot products without bounds;
+    cosines are at most 2 apart, and logits of rerankers 10 or more, so the logits are compared. A
+    query without a scored positive and a scored negative has a loss of zero.
+    """
+    judged = ~scores.isnan() & candidates
+    right, wrong = judged & positives, judged & ~positives
+    both = right.any(1, keepdim=True) & wrong.any(1, keepdim=True)
+    right, wrong = right & both, wrong & both
+
+    def mean(values: Tensor, of: Tensor) -> Tensor:
+        return (values * of).sum(1, keepdim=True) / of.sum(1, keepdim=True).clamp_min(1)
+
+    # With d = x - T, the mean of (d_p - d_n)^2 is the variance of d_p plus the mean square of d_n
+    # around the mean of d_p. So no matrix of positives and negatives is needed.
+    gap = (logits - scores.nan_to_num()).masked_fill(~(right | wrong), 0)
+    gap = gap - mean(gap, right)
+    loss = mean(gap.square(), right) + mean(gap.square(), wrong)
+    of_right = (gap - mean(gap, wrong)) * right / right.sum(1, keepdim=True).clamp_min(1)
+    of_wrong = gap * wrong / wrong.sum(1, keepdim=True).clamp_min(1)
+    return loss.sum(), 2 * (of_right + of_wrong)

@@ -24,11 +24,11 @@ from tercet.losses.info_nce import (
     ignored_share,
     loss_and_gradient,
 )
-from tercet.losses.listwise import group_distillation, listwise
+from tercet.losses.listwise import group_distillation, listwise, margin_mse
 from tercet.models.network.chunked import Losses
 from tercet.rank.scoring import scores_of
 from tercet.segments import moved
-from tercet.types import IGNORED, NEGATIVE, Distillation
+from tercet.types import IGNORED, NEGATIVE, POSITIVE, Distillation
 from tercet.vectors import Vectors
 
 
@@ -46,12 +46,23 @@ class Mixture:
     distilled: float = 1.0  # of self-distillation, relative to the other losses
     in_distilled: Weights | None = None  # of self-distillation by kind; None: those of in_loss
     distil: Distillation = "none"  # how the scores of a reranker are learned, if there are any
+    distil_weight: float = 1.0  # of that loss, beside InfoNCE
+    teacher_temperature: float = 1.0  # the scores of the reranker are divided by it
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < inf:
             raise RecipeError(f"temperature is {self.temperature}; give a number above 0")
+        if not 0 < self.teacher_temperature < inf:
+            raise RecipeError(
+                f"teacher_temperature is {self.teacher_temperature}; give a number above 0"
+            )
         weights = (self.in_sum, self.in_loss, self.in_distilled or self.in_loss)
-        shares = [self.of_sum, self.distilled, *(w.of(kind) for w in weights for kind in KINDS)]
+        shares = [
+            self.of_sum,
+            self.distilled,
+            self.distil_weight,
+            *(w.of(kind) for w in weights for kind in KINDS),
+        ]
         if not all(0 <= share < inf for share in shares):
             raise RecipeError(f"every weight must be 0 or more; got {self}")
 
@@ -84,8 +95,10 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     Dense vectors of any length are normalised here; with ``dims`` their losses are means over
     prefixes of these lengths and the full one (Matryoshka). Weights of terms and vectors of tokens
     are used unchanged. ``teacher`` has a reranker's score of each document for the query that it
-    came with, NaN if it has none; distil "kl" adds to each InfoNCE, "listwise" replaces those
-    of queries with a scored document, and "none" ignores the scores.
+    came with, NaN if it has none. The lesson by ``distil``, a mean over all queries times
+    ``distil_weight``, is added to each InfoNCE: "kl" or "margin-mse"; "listwise" replaces InfoNCE
+    for queries with a scored document, and "none" ignores the scores. It compares the teacher's
+    scores divided by ``teacher_temperature`` with s_x / t and s_sum / t.
 
     Where the relation ignores negatives for their scores, the dense scores of the full width decide
     for all kinds: the softmaxes of self-distillation must be over the same documents, and only
@@ -194,6 +207,8 @@ class _UnifiedSweep:
         names = [*self.kinds, *(["sum"] if several else [])]
         if self.mixture.distil == "none":
             self.teacher = None
+        if self.teacher is not None:
+            self.teacher = self.teacher / self.mixture.teacher_temperature
         taught = [] if self.teacher is None else [f"{name}_taught" for name in names]
         names += taught
         names += [f"{kind}_distilled" for kind in self.kinds if soft]
@@ -254,13 +269,26 @@ class _UnifiedSweep:
         term, slope = total / self.pairs, by_logits / self.pairs
         self.parts[name] += term * part
         if block.teacher is not None:
-            learn = group_distillation if self.mixture.distil == "kl" else listwise
-            total, by_logits = learn(logits, block.teacher, block.candidates)
-            term, slope = term + total / self.queries, slope + by_logits / self.queries
+            share = self.mixture.distil_weight
+            total, by_logits = self._lesson(logits, block.teacher, block)
+            term = term + total / self.queries * share
+            slope = slope + by_logits / self.queries * share
             self.parts[f"{name}_taught"] += total / self.queries * part
         weight = self.mixture.of_sum if name == "sum" else self.mixture.in_loss.of(name)
         self.loss += term * (part * weight * self.of_hard)
         return slope * (part * weight * self.of_hard)
+
+    def _lesson(
+        self,
+        logits: Float[Tensor, "rows docs"],
+        scores: Float[Tensor, "rows docs"],
+        block: "_ScoreBlock",
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss by a reranker's scores, and its gradient by the logits."""
+        if self.mixture.distil == "margin-mse":
+            return margin_mse(logits, scores, block.positive, block.candidates)
+        learn = group_distillation if self.mixture.distil == "kl" else listwise
+        return learn(logits, scores, block.candidates)
 
     def _distil(
         self,
@@ -301,7 +329,9 @@ class _UnifiedSweep:
                 others = ~judged[pairs[0]]
                 pairs = pairs[0][others], pairs[1][others]
         block = PairBlock.of(pairs, relation)
-        return _ScoreBlock(block, candidates, ~candidates & asked, asked, taught)
+        return _ScoreBlock(
+            block, relation == POSITIVE, candidates, ~candidates & asked, asked, taught
+        )
 
     def _ignore(
         self,
@@ -329,6 +359,7 @@ class _ScoreBlock:
     """The relation of a block of queries to the documents."""
 
     pairs: PairBlock  # that are learned by InfoNCE
+    positive: Bool[Tensor, "rows docs"]
     candidates: Bool[Tensor, "rows docs"]  # positives and negatives
     masked: Bool[Tensor, "rows docs"]  # the others; nothing in a row without candidates
     asked: Bool[Tensor, "rows 1"]  # which rows have candidates

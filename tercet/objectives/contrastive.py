@@ -11,18 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tercet.data.batches.collate import Batch, Collator, ScoredPairs
+from tercet.data.batches.relation import Relation
 from tercet.data.batches.sampler import BatchRows
 from tercet.data.files.sources import Source
 from tercet.distributed import gather_ints, gather_rows, world
 from tercet.errors import RecipeError
-from tercet.kinds import Kind
+from tercet.kinds import Kind, Weights
 from tercet.losses.cosent import cosent
 from tercet.losses.info_nce import info_nce_losses
+from tercet.losses.unified import Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses, backward_in_chunks
 from tercet.objectives.objective import Traits
 from tercet.segments import Packed
-from tercet.types import Policy
+from tercet.types import Distillation, Policy
 from tercet.vectors import Vectors
 
 _AGAINST: Final[Mapping[Policy, str]] = {
@@ -43,11 +45,17 @@ class Contrastive:
     Pairs of a batch that have a similarity score learn its order by
     :func:`tercet.losses.cosent.cosent`, over the same widths; they are neither queries nor
     documents of InfoNCE. The loss is the sum of both.
+
+    With ``distil``, the examples' scores of documents are learned as well, see
+    :func:`tercet.losses.unified.unified_loss`; examples without scores learn by InfoNCE alone.
     """
 
     temperature: float = 0.05
     dims: tuple[int, ...] = ()
     similarity_temperature: float = 0.05
+    distil: Distillation = "none"
+    distil_weight: float = 1.0
+    teacher_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < inf:
@@ -57,6 +65,17 @@ class Contrastive:
                 f"similarity_temperature is {self.similarity_temperature}; give a number above 0"
             )
         check_dims(self.dims)
+        _ = self._mixture  # checks its numbers
+
+    @property
+    def _mixture(self) -> Mixture:
+        return Mixture(
+            temperature=self.temperature,
+            in_loss=Weights(1.0, 0.0, 0.0),
+            distil=self.distil,
+            distil_weight=self.distil_weight,
+            teacher_temperature=self.teacher_temperature,
+        )
 
     @property
     def traits(self) -> Traits:
@@ -66,6 +85,7 @@ class Contrastive:
             dims=self.dims,
             contrasts=True,
             ranks_pairs=True,
+            needs_scores=self.distil != "none",
             cacheable=True,
             shardable=True,
         )
@@ -80,7 +100,17 @@ class Contrastive:
         ranked = self._ranked(dense[first:], batch.pairs)
         if ranked is not None and not relation.positives:  # pairs alone
             return {"loss": ranked, "similarity": ranked}
-        width = dense.shape[1]
+        if self.distil == "none":
+            found = self._contrasted(queries, documents, relation)
+        else:
+            found = self._taught(queries, documents, relation, batch)
+        if ranked is None:
+            return found
+        return {**found, "loss": found["loss"] + ranked, "similarity": ranked}
+
+    def _contrasted(self, queries: Tensor, documents: Tensor, relation: Relation) -> Losses:
+        """Return the InfoNCE of these queries with the documents of all processes."""
+        width = queries.shape[1]
         shorter = [dim for dim in self.dims if dim < width]
         if not shorter:  # scaled once, instead of every block of scores
             queries, documents = F.normalize(queries, dim=1), F.normalize(documents, dim=1)
@@ -93,9 +123,23 @@ class Contrastive:
         )
         if relation.ignoring is None:
             del losses["ignored"]
-        if ranked is not None:
-            losses |= {"loss": losses["loss"] + ranked, "similarity": ranked}
         return losses
+
+    def _taught(
+        self, queries: Tensor, documents: Tensor, relation: Relation, batch: Batch
+    ) -> Losses:
+        """Return the loss with that by the scores of a reranker, and both parts of it."""
+        found = unified_loss(
+            Vectors(queries),
+            Vectors(gather_rows(documents)),
+            relation,
+            self._mixture,
+            queries_of_all=int(gather_ints(torch.tensor([batch.queries])).sum()),
+            dims=self.dims,
+            teacher=scores_of_all(batch.teacher, len(documents)),
+        )
+        names = {"dense": "contrast", "dense_taught": "taught"}
+        return {names.get(name, name): value for name, value in found.items()}
 
     def _ranked(self, texts: Float[Tensor, "texts dim"], pairs: ScoredPairs) -> Tensor | None:
         """Return a process's share of the loss of all pairs with a score; None without such pairs.
@@ -124,6 +168,16 @@ class Contrastive:
         """
         require_dims(self.dims, embedder)
         return PairWork(self.loss, embedder, sources, collate, unit_of(collate))
+
+
+def scores_of_all(
+    teacher: Float[Tensor, "docs"] | None, docs: int
+) -> Float[Tensor, "docs_of_all"] | None:
+    """Return the scores of all processes' documents, NaN where unknown; None without any."""
+    if not bool(gather_ints(torch.tensor([int(teacher is not None)])).any()):
+        return None
+    own = torch.full((docs,), torch.nan) if teacher is None else teacher
+    return gather_rows(own[:, None]).squeeze(1)
 
 
 def check_dims(dims: Sequence[int]) -> None:

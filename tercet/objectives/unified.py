@@ -14,7 +14,7 @@ from tercet.kinds import KINDS, Kind
 from tercet.losses.unified import Mixture, unified_loss
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Losses
-from tercet.objectives.contrastive import PairWork, check_dims, require_dims, unit_of
+from tercet.objectives.contrastive import PairWork, check_dims, require_dims, scores_of_all, unit_of
 from tercet.objectives.objective import Traits
 from tercet.segments import maximum, offsets_of
 from tercet.vectors import Terms, TokenRows, Vectors
@@ -90,7 +90,7 @@ class Unified:
             mixture,
             queries_of_all=int(gather_ints(torch.tensor([batch.queries])).sum()),
             dims=self.dims,
-            teacher=None if ignored else _scores_of_all(batch.teacher, len(docs)),
+            teacher=None if ignored else scores_of_all(batch.teacher, len(docs)),
         )
         return {**losses, **_share_of_empty(docs)}
 
@@ -104,14 +104,6 @@ def gathered(vectors: Vectors) -> Vectors:
     if multi is not None:
         multi = TokenRows(gather_rows(multi.vectors), _offsets(multi.offsets))
     return Vectors(None if dense is None else gather_rows(dense), sparse, multi)
-
-
-def _scores_of_all(teacher: Tensor | None, docs: int) -> Tensor | None:
-    """Return the scores of all processes' documents; None if no process has any."""
-    if not bool(gather_ints(torch.tensor([int(teacher is not None)])).any()):
-        return None
-    own = torch.full((docs,), torch.nan) if teacher is None else teacher
-    return gather_rows(own[:, None]).squeeze(1)
 
 
 def _offsets(own: Tensor) -> Tensor:

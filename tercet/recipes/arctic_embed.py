@@ -107,6 +107,9 @@ def arctic_embed(
     pretraining_document_tokens: Annotated[int, "Longer documents are cut.", "tokens"] = 256,
     finetuning_max_tokens: flags.MaxTokens = 512,
     finetuning_negatives: flags.Negatives = 10,
+    finetuning_distil: flags.Distil = "none",
+    finetuning_distil_weight: flags.DistilWeight = 1.0,
+    finetuning_teacher_temperature: flags.TeacherTemperature = 1.0,
     finetuning_threshold: Annotated[
         float,
         "Where the model mines: a negative scores below this share of the positive's score.",
@@ -162,7 +165,11 @@ def arctic_embed(
         "finetuning": Stage(
             name="finetuning",
             objective=Contrastive(
-                temperature=temperature, dims=() if matryoshka == "none" else shorter
+                temperature=temperature,
+                dims=() if matryoshka == "none" else shorter,
+                distil=finetuning_distil,
+                distil_weight=finetuning_distil_weight,
+                teacher_temperature=finetuning_teacher_temperature,
             ),
             data="mined",
             steps=steps_of["finetuning"] or usual.finetuning_steps,
@@ -171,7 +178,10 @@ def arctic_embed(
             in_batch="none",
             query_tokens=finetuning_max_tokens,
             document_tokens=finetuning_max_tokens,
-            refresh=_mined_at_start(finetuning_negatives, finetuning_threshold),
+            # Negatives that are mined here have no scores of a reranker.
+            refresh=_mined_at_start(finetuning_negatives, finetuning_threshold)
+            if finetuning_distil == "none"
+            else None,
             learning_rate=finetuning_learning_rate or usual.finetuning_learning_rate,
             schedule=finetuning_schedule,
             warmup=0.0,

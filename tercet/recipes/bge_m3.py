@@ -14,7 +14,7 @@ from tercet.errors import RecipeError
 from tercet.kinds import KINDS, Kind, Weights, parse_kinds
 from tercet.recipes import flags
 from tercet.recipes.flags import divided, lora_of, prompts_by_role, recorded
-from tercet.types import Distillation, Vocabulary
+from tercet.types import Vocabulary
 
 if TYPE_CHECKING:
     from tercet.training.recipe import Recipe, Refresh
@@ -76,11 +76,9 @@ def bge_m3(
     unified_sparse_loss: Annotated[float, "Weight of the sparse loss."] = 0.1,
     unified_multi_loss: Annotated[float, "Weight of the multi-vector loss."] = 1.0,
     unified_sum_loss: Annotated[float, "Weight of the loss of the sum."] = 1.0,
-    unified_distil: Annotated[
-        Distillation,
-        "Learn from the scores in the examples, if they come from a reranker (not the cosines of "
-        "mining).",
-    ] = "none",
+    unified_distil: flags.Distil = "none",
+    unified_distil_weight: flags.DistilWeight = 1.0,
+    unified_teacher_temperature: flags.TeacherTemperature = 1.0,
     dims: flags.ShorterDims = None,
     batching: Annotated[
         ByLength | None,
@@ -177,6 +175,8 @@ def bge_m3(
                     if unified_distillation_weights is None
                     else Weights.parse(unified_distillation_weights),
                     distil=unified_distil,
+                    distil_weight=unified_distil_weight,
+                    teacher_temperature=unified_teacher_temperature,
                 ),
                 distil_after=unified_distil_after,
                 dims=tuple(dims or ()),

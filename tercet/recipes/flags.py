@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final, ParamSpec, TypeAlias
 
 from tercet.errors import RecipeError
 from tercet.models.choices import Attention, PoolingName
+from tercet.types import Distillation
 
 if TYPE_CHECKING:
     from tercet.training.recipe import Lora, Recipe
@@ -35,6 +36,19 @@ Stages: TypeAlias = Annotated[str, "Stages to run, in this order, with commas be
 Temperature: TypeAlias = Annotated[float, "Temperature of the softmax over documents."]
 SimilarityTemperature: TypeAlias = Annotated[
     float, "Temperature of the loss of pairs with a similarity score (CoSENT)."
+]
+Distil: TypeAlias = Annotated[
+    Distillation,
+    "Learn the scores in the examples, if they come from a reranker (not the cosines of mining): "
+    "their softmax (kl), their order (listwise) or their margins (margin-mse).",
+]
+DistilWeight: TypeAlias = Annotated[
+    float, "Weight of the loss by a reranker's scores, beside the other one."
+]
+TeacherTemperature: TypeAlias = Annotated[
+    float,
+    "The reranker's scores are divided by it, and then compared with cosines divided by the "
+    "temperature.",
 ]
 Negatives: TypeAlias = Annotated[int, "Maximum number of mined negatives of a query.", "documents"]
 LengthEdges: TypeAlias = Annotated[

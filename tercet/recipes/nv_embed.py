@@ -51,6 +51,9 @@ def nv_embed(
         float, "Temperature of the softmax over documents; the paper names none."
     ] = 0.02,
     similarity_temperature: flags.SimilarityTemperature = 0.05,
+    distil: flags.Distil = "none",
+    distil_weight: flags.DistilWeight = 1.0,
+    teacher_temperature: flags.TeacherTemperature = 1.0,
     negatives: flags.Negatives = 7,
     retrieval_in_batch: Annotated[
         Policy, "Which documents of other examples are negatives."
@@ -123,7 +126,11 @@ def nv_embed(
     retrieval = Stage(
         name="retrieval",
         objective=Contrastive(
-            temperature=temperature, similarity_temperature=similarity_temperature
+            temperature=temperature,
+            similarity_temperature=similarity_temperature,
+            distil=distil,
+            distil_weight=distil_weight,
+            teacher_temperature=teacher_temperature,
         ),
         data="retrieval",
         steps=steps_of["retrieval"],

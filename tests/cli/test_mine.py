@@ -1,7 +1,9 @@
 import json
+import shutil
 from typing import cast
 
 import pytest
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tercet.curate.mining.finders import By
 from tercet.curate.mining.miner import Mining, mine
@@ -9,6 +11,8 @@ from tercet.curate.mining.rules import MiningRule
 from tercet.data.files.sources import iter_examples, open_source
 from tercet.kinds import KINDS, Weights
 from tercet.models.embedder import Embedder
+from tercet.models.formats.cross_encoder import CrossEncoder
+from tercet.models.pairs import score_pairs
 from tests.cli.lines import cells, write
 from tests.toy import SENTENCES
 
@@ -198,3 +202,32 @@ def test_wrong_words_are_refused_before_the_teacher_is_loaded(refused, files, tm
     )
     assert refused("mine", files / "pairs.csv", *words[2:], *out).startswith(f"{files}/pairs.csv: ")
     assert "lost: no such folder" in refused(*words, *out)
+
+
+def test_score_adds_the_scores_of_an_embedder_or_a_cross_encoder(
+    tercet, refused, files, encoder_folder, tmp_path
+):
+    out, more = tmp_path / "scored.jsonl", ("--work", tmp_path / "work", "--device", "cpu")
+    words = ("score", files / "pairs.jsonl", "--out", out, *more)
+    ended = tercet(*words, "--model", encoder_folder, "--json", tmp_path / "figures.json")
+    assert ended.status == 0, ended
+    assert "no row has negatives, so there is nothing to compare with" in ended.err
+    (first, *_) = iter_examples(out)
+    embedder = Embedder.load(encoder_folder)
+    expected = score_pairs(embedder, [first.query], list(first.positives))["dense"].tolist()
+    assert first.positive_scores == pytest.approx(expected, abs=1e-5)
+    assert json.loads((tmp_path / "figures.json").read_text())["documents"] == 24
+
+    reranker = shutil.copytree(encoder_folder, tmp_path / "reranker")
+    config = AutoConfig.from_pretrained(reranker, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(reranker)
+    ended = tercet(*words, "--model", reranker)
+    assert ended.status == 0, ended
+    (first, *_) = iter_examples(out)
+    teacher = CrossEncoder.load(str(reranker))
+    expected = teacher.score([first.query], list(first.positives)).tolist()
+    assert first.positive_scores == pytest.approx(expected, abs=1e-5)
+    said = refused(*words, "--model", reranker, "--score-by", "dense")
+    assert said == "--score-by and --kind-weight are of embedders; a cross-encoder has one score"
+    said = refused(*words, "--model", encoder_folder, "--architecture", "cross-encoder")
+    assert "a reranker must have 1 label" in said

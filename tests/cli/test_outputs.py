@@ -80,6 +80,11 @@ FILES = {
     "mine": Writes(
         MINE + "--corpus {h}/docs.jsonl --out {out}", ("pairs.jsonl", "docs.jsonl"), "out.jsonl"
     ),
+    "score": Writes(
+        "score {h}/pairs.jsonl --model {h}/model --device cpu --work {h}/../work --out {out}",
+        ("pairs.jsonl",),
+        "out.jsonl",
+    ),
     "synthesize": Writes(
         "synthesize {h}/docs.jsonl --model {h}/model --out {out}",
         ("docs.jsonl",),

@@ -1,6 +1,7 @@
 """The loss over all kinds of vectors, against the equations written out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tercet.data.batches.relation import Relation, relation_of
 from tercet.kinds import KINDS, Kind, Weights
+from tercet.losses.listwise import margin_mse
 from tercet.losses.unified import Mixture, unified_loss
 from tercet.segments import offsets_of
 from tercet.types import IGNORED, NEGATIVE, POSITIVE, Distillation, InBatch
@@ -231,7 +233,7 @@ def test_a_row_without_candidates_or_positives_counts_for_nothing():
         assert tensor.grad is None or not tensor.grad.any()
 
 
-@pytest.mark.parametrize("distil", ["none", "kl", "listwise"])
+@pytest.mark.parametrize("distil", ["none", "kl", "listwise", "margin-mse"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_scored_in_float32(dtype: torch.dtype, distil: Distillation):
     """Trap B9 of BGE-M3.
@@ -256,7 +258,7 @@ def test_half_precision_is_scored_in_float32(dtype: torch.dtype, distil: Distill
             assert tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("distil", ["kl", "listwise"])
+@pytest.mark.parametrize("distil", ["kl", "listwise", "margin-mse"])
 @pytest.mark.parametrize("unjudged", [[], [1, 4], [0, 1, 2, 3, 4, 5]])
 def test_an_outside_teacher(distil: Distillation, unjudged: list[int]):
     """``kl`` adds to every InfoNCE, that of the sum too; ``listwise`` takes their place.
@@ -275,7 +277,7 @@ def test_an_outside_teacher(distil: Distillation, unjudged: list[int]):
     known = matrix(relation)
     logits = {k: slow_scores(k, queries, docs) / TEMPERATURE for k in KINDS}
     together = torch.stack([mixture.in_sum.of(k) * logits[k] for k in KINDS]).sum(0)
-    slow = slow_kl if distil == "kl" else slow_listwise
+    slow = {"kl": slow_kl, "listwise": slow_listwise, "margin-mse": slow_margin_mse}[distil]
     weights = [*(mixture.in_loss.of(k) for k in KINDS), 1.0]
     hard = [
         weight * slow(x, teacher, relation, known)
@@ -329,7 +331,56 @@ def slow_listwise(logits: Tensor, teacher: Tensor, relation: Relation, known: Te
     return torch.stack(terms).sum() / SIX + by_labels
 
 
-@pytest.mark.parametrize("distil", ["kl", "listwise"])
+def slow_margins(logits: Tensor, teacher: Tensor, relation: Relation, known: Tensor) -> Tensor:
+    """The mean over all queries; those without a scored positive and negative count as zero."""
+    terms = [logits.new_zeros(())]
+    for row in range(SIX):
+        own = judged(row, teacher, relation, known)
+        right = [j for j in own if known[row, j] == POSITIVE]
+        wrong = [j for j in own if known[row, j] == NEGATIVE]
+        squares = [
+            ((logits[row, p] - logits[row, n]) - (teacher[p] - teacher[n])) ** 2
+            for p in right
+            for n in wrong
+        ]
+        if squares:
+            terms.append(torch.stack(squares).mean())
+    return torch.stack(terms).sum() / SIX
+
+
+def slow_margin_mse(logits: Tensor, teacher: Tensor, relation: Relation, known: Tensor) -> Tensor:
+    return slow_info_nce(logits, known) + slow_margins(logits, teacher, relation, known)
+
+
+@pytest.mark.parametrize("distil", ["kl", "listwise", "margin-mse"])
+def test_weight_and_temperature_of_a_lesson(distil: Distillation):
+    """The weight scales the lesson alone; the temperature divides the teacher's scores."""
+    relation = examples()
+    queries, docs = made(SIX, seed=1), made(len(relation.owners), seed=2)
+    teacher = torch.linspace(-3, 5, len(docs), dtype=torch.float64)
+    how: dict[str, Any] = {"queries_of_all": SIX}
+    plain = Mixture(temperature=TEMPERATURE, distil=distil)
+    divided = unified_loss(queries, docs, relation, plain, teacher=teacher / 4, **how)
+    mixture = replace(plain, teacher_temperature=4.0, distil_weight=0.5)
+    found = unified_loss(queries, docs, relation, mixture, teacher=teacher, **how)
+    torch.testing.assert_close(found["dense_taught"], divided["dense_taught"])
+    bare = unified_loss(
+        queries, docs, relation, replace(mixture, distil_weight=0.0), teacher=teacher, **how
+    )
+    torch.testing.assert_close(2 * (found["loss"] - bare["loss"]), divided["loss"] - bare["loss"])
+
+
+def test_margins_by_hand():
+    """A positive at 3 and negatives at 1 and 2, by the teacher 5, 4 and 0: (2 - 1)^2, (1 - 5)^2."""
+    logits = torch.tensor([[3.0, 1.0, 2.0, 9.0]])
+    scores = torch.tensor([[5.0, 4.0, 0.0, torch.nan]])
+    positive = torch.tensor([[True, False, False, False]])
+    loss, slope = margin_mse(logits, scores, positive, torch.ones(1, 4, dtype=torch.bool))
+    assert float(loss) == pytest.approx((1 + 16) / 2)
+    torch.testing.assert_close(slope, torch.tensor([[1.0 - 4.0, -1.0, 4.0, 0.0]]))
+
+
+@pytest.mark.parametrize("distil", ["kl", "listwise", "margin-mse"])
 def test_the_order_of_passages_does_not_matter(distil: Distillation):
     """Trap B13 of BGE-M3."""
     scores = torch.tensor([3.0, 1.0, 2.0, 0.0, 4.0], dtype=torch.float64)

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.data.batches.collate import Collator
+from tercet.data.batches.collate import Batch, Collator
 from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import DataError, RecipeError
 from tercet.losses.info_nce import info_nce
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks
 from tercet.objectives.contrastive import Contrastive
+from tercet.recipes.arctic_embed import arctic_embed
 from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.finetune import finetune
 from tercet.recipes.nv_embed import nv_embed
@@ -225,3 +226,101 @@ def test_a_stage_that_cannot_rank_refuses_scored_pairs(folder: Path, tmp_path: P
 def test_an_impossible_temperature_is_refused():
     with pytest.raises(RecipeError, match=r"similarity_temperature is 0\.0; give a number above 0"):
         Contrastive(similarity_temperature=0.0)
+
+
+# ---- scores of a reranker ----------------------------------------------------------------------
+
+JUDGED = [
+    replace(
+        example,
+        negatives=(f"wrong {i}", f"other {i}"),
+        positive_scores=(6.0 + i % 3,) if i % 4 else None,
+        negative_scores=(float(i % 5), -2.0) if i % 4 else None,
+    )
+    for i, example in enumerate(EXAMPLES)
+]
+
+
+def slow_lesson(lesson: str, logits: Tensor, batch: Batch, rows: int) -> Tensor:
+    """Documents of a row: its positive, then its two negatives."""
+    terms = []
+    assert batch.teacher is not None
+    for row in range(rows):
+        own = slice(3 * row, 3 * row + 3)
+        teacher, learned = batch.teacher[own].double() / 2, logits[row, own]
+        if bool(teacher.isnan().any()):
+            continue
+        if lesson == "kl":
+            terms.append(-(teacher.softmax(0) * learned.log_softmax(0)).sum())
+        else:
+            gaps = (learned[0] - learned[1:]) - (teacher[0] - teacher[1:])
+            terms.append(gaps.square().mean())
+    return torch.stack(terms).sum() / rows
+
+
+@pytest.mark.parametrize("lesson", ["kl", "margin-mse"])
+@pytest.mark.parametrize("dims", [(), (4, 9)])
+def test_the_scores_of_a_reranker_are_learned_beside_infonce(
+    folder: Path, lesson: Any, dims: tuple[int, ...]
+):
+    """Over each width; a row without scores learns by InfoNCE alone."""
+    batch = collator(folder)(JUDGED[:5], [0])
+    random = torch.Generator().manual_seed(1)
+    dense = torch.randn(len(batch.texts), 16, generator=random, dtype=torch.float64)
+    dense.requires_grad_()
+    how: dict[str, Any] = {"distil": lesson, "distil_weight": 0.5, "teacher_temperature": 2.0}
+    found = Contrastive(temperature=0.1, dims=dims, **how).loss(Vectors(dense), batch)
+    contrast, taught = [], []
+    for dim in (*dims, 16):
+        unit = F.normalize(dense[:, :dim], dim=1)
+        contrast.append(info_nce(unit[:5], unit[5:], batch.relation, 0.1))
+        taught.append(slow_lesson(lesson, unit[:5] @ unit[5:].T / 0.1, batch, 5))
+    torch.testing.assert_close(found["contrast"], torch.stack(contrast).mean())
+    torch.testing.assert_close(found["taught"], torch.stack(taught).mean())
+    expected = torch.stack(contrast).mean() + 0.5 * torch.stack(taught).mean()
+    torch.testing.assert_close(found["loss"], expected)
+    (by_found,) = torch.autograd.grad(found["loss"], dense)
+    (by_expected,) = torch.autograd.grad(expected, dense)
+    torch.testing.assert_close(by_found, by_expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("lesson", ["kl", "listwise", "margin-mse"])
+def test_a_run_logs_what_the_reranker_taught(folder: Path, tmp_path: Path, lesson: Any):
+    write_examples(folder / "judged.jsonl", JUDGED)
+    data = sources(folder, "judged", "scored")
+    built = recipe(folder, batch_size=12, distil=lesson, distil_weight=0.1)
+    taught = train(built, data, tmp_path / "taught", run=QUIET)
+    plain = train(recipe(folder, batch_size=12), data, tmp_path / "plain", run=QUIET)
+    assert taught.fingerprint() != plain.fingerprint()
+    for row in read(tmp_path / "taught/log.jsonl"):
+        if "loss" in row:
+            parts = row["contrast"] + 0.1 * row["taught"] + row["similarity"]
+            assert row["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_scores_are_not_learned_unless_asked_for(folder: Path):
+    """Those that mining leaves in the rows are cosines."""
+    batch = collator(folder)(JUDGED[:5], [0])
+    bare = replace(batch, teacher=None)
+    dense = torch.randn(len(batch.texts), 16)
+    objective = Contrastive()
+    with_scores, without = (objective.loss(Vectors(dense), each) for each in (batch, bare))
+    assert torch.equal(with_scores["loss"], without["loss"])
+
+
+def test_impossible_numbers_of_a_lesson_are_refused():
+    with pytest.raises(RecipeError, match=r"teacher_temperature is 0\.0; give a number above 0"):
+        Contrastive(teacher_temperature=0.0)
+    with pytest.raises(RecipeError, match="every weight must be 0 or more"):
+        Contrastive(distil_weight=-1.0)
+
+
+def test_every_recipe_of_pairs_learns_from_a_reranker():
+    stages = [
+        finetune(distil="kl").stages[0],
+        *nv_embed(distil="margin-mse").stages,
+        arctic_embed(finetuning_distil="margin-mse").stages[1],
+        bge_m3(unified_distil="margin-mse").stages[2],
+    ]
+    assert all(stage.objective.traits.needs_scores for stage in stages)
+    assert stages[3].refresh is None  # what it would mine has no scores

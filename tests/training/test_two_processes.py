@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "matryoshka": {"objective": Contrastive(dims=(8, 32))},
     "scored pairs": {"objective": Contrastive(dims=(8,))},
     "dense layer": {"dense_dim": 96, "objective": Contrastive(dims=(8, 80))},
+    "margin-mse": {"objective": Contrastive(dims=(8,), distil="margin-mse", distil_weight=0.1)},
     "B6 all kinds": {"objective": replace(unified(), dims=(8,))},
     "B6 own negatives": {"objective": unified(), "in_batch": "none"},
     "B6 kl": {"objective": unified(distil="kl")},
@@ -58,7 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 DATA = {"scored pairs": "mixed"}  # of a case; others read the examples alone
 FALSE_NEGATIVES = ("false negatives", "guide", "B6 false negatives")
-IDLE = ("in-batch", "scored pairs", "dense layer", "B6 all kinds", "B6 listwise", *FALSE_NEGATIVES)
+IDLE = ("in-batch", "scored pairs", "margin-mse", "dense layer", "B6 all kinds", "B6 listwise")
+IDLE += FALSE_NEGATIVES
 # How far gradients may be apart, as a share of their length. In float32 one process that takes
 # its texts in other chunks is 5e-7 away from itself.
 LIMITS = {torch.float64: 1e-13, torch.float32: 2e-6}
