@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tercet import distributed
-from tercet.data.files.sources import open_source, write_examples
+from tercet.data.files.sources import Source, open_source, write_examples
 from tercet.errors import StorageError
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
@@ -175,12 +175,18 @@ def source(tmp_path):
     return open_source(tmp_path / "pairs.jsonl")
 
 
+def averages(stage: Stage, sources: list[Source]) -> Candidates:
+    found = Candidates.of(stage, sources)
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize(
     ("policy", "seen"),
     [("all", 8 * (1.5 + 1.5)), ("positives", 8 * 1.5 + 1.5), ("none", 3.0), ("per_row", 24.0)],
 )
 def test_a_query_sees_its_own_documents_and_those_that_the_policy_allows(source, policy, seen):
-    assert Candidates.of(replace(STAGE, in_batch=policy), [source]).in_batch(8) == seen
+    assert averages(replace(STAGE, in_batch=policy), [source]).in_batch(8) == seen
 
 
 def test_what_a_row_says_of_itself_counts(tmp_path, source):
@@ -188,18 +194,18 @@ def test_what_a_row_says_of_itself_counts(tmp_path, source):
         tmp_path / "own.jsonl", [Example(f"q{i}", ("a",), (), in_batch="none") for i in range(4)]
     )
     own = open_source(tmp_path / "own.jsonl")
-    assert Candidates.of(STAGE, [own]).in_batch(8) == 1
-    both = Candidates.of(STAGE, [source, replace(own, weight=3.0)])
+    assert averages(STAGE, [own]).in_batch(8) == 1
+    both = averages(STAGE, [source, replace(own, weight=3.0)])
     assert both.in_batch(8) == pytest.approx(0.25 * 24 + 0.75 * 1)
 
 
 def test_negatives_that_will_be_mined_are_as_many_as_are_asked_for(source):
-    found = Candidates.of(replace(STAGE, refresh=Refresh(every=2)), [source])
+    found = averages(replace(STAGE, refresh=Refresh(every=2)), [source])
     assert (found.positives, found.negatives) == (1.5, 3.0)
 
 
 def test_it_is_said_for_people(source, monkeypatch):
-    found = Candidates.of(STAGE, [source])
+    found = averages(STAGE, [source])
     assert found.summary(Groups((), (8,))) == (
         "each query is compared with about 24 documents: 1.5 positive, 1.5 mined negatives, and "
         "those of the other queries"
@@ -208,5 +214,5 @@ def test_it_is_said_for_people(source, monkeypatch):
     told = found.summary(Groups((100,), (1_000, 8)))
     assert "about 3,000 (short texts) to 24 (long) documents" in told
     assert told.endswith("those of the other queries in all 4 processes")
-    alone = Candidates.of(replace(STAGE, in_batch="none"), [source])
+    alone = averages(replace(STAGE, in_batch="none"), [source])
     assert alone.summary(Groups((), (8,))).endswith("and none of other queries")
