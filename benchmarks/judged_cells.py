@@ -18,11 +18,11 @@ from typing import Any, Final, cast
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from tercet.curate.jobs.score_job import EmbedderTeacher, ScoreJob, score_rows
 
 from benchmarks.llm2vec_quality import sentences_of
 from tercet.curate.convert.conversion import Conversion
 from tercet.curate.convert.scored_pairs import convert_similarity
+from tercet.curate.jobs.score_job import EmbedderTeacher, ScoreJob, score_rows
 from tercet.curate.mining.miner import Mining, mine
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.batches.sampler import BatchPlan, Sampler
