@@ -125,11 +125,11 @@ def show(
     for cell, seed in jobs:
         kept = place.kept(cell.name, seed)
         if (cell, seed) in missing or kept is None:
-            state = f"about {cell.minutes:g} min"
+            state = f"about {cell.estimate(seed):g} min"
         else:
             state = f"done in {kept['minutes']:g} min, commit {kept['commit']}"
         print(f"{cell.name}, seed {seed}: {state}")
-    left = sum(cell.minutes for cell, _ in missing)
+    left = sum(cell.estimate(seed) for cell, seed in missing)
     print(f"{len(missing)} of {len(jobs)} are left: about {left / 60:.1f} hours of one core")
 
 

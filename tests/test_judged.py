@@ -187,6 +187,13 @@ def test_a_cell_is_run_after_those_that_it_needs_and_once():
     assert found == [("a/first", 0), ("a/second", 0), ("b/other", 0), ("a/second", 1)]
 
 
+def test_the_first_seed_of_a_chosen_cell_takes_no_time():
+    cells = judged_cells.all_cells()
+    mined = cells["scifact/minilm-mined"]
+    assert mined.estimate(0) < 1 < mined.estimate(1)
+    assert cells["scifact/minilm-pairs"].estimate(0) > 1
+
+
 def test_an_unknown_cell_is_named():
     with pytest.raises(SystemExit, match="no cell is named c/x; --list shows all"):
         judged.jobs_of(CELLS, ["c/x"])

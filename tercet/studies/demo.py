@@ -93,7 +93,7 @@ def run_demo(out: Path, data: Path, *, steps: int, seed: int, console: Console, 
 
     say("measuring the trained model on the same test split")
     after = measure(embedder, test, progress=True)
-    found = _search(out, packages, embedder, after.documents)
+    found = _search(out, packages, embedder, after.documents, dtype)
     comparison = _compare(before, after, lexical)
     seconds = time.monotonic() - began
     page = Page(
@@ -181,7 +181,11 @@ def _first(examples: Iterator[Example], count: int) -> list[Example]:
 
 
 def _search(
-    out: Path, packages: Sequence[dict[str, Any]], embedder: Embedder, vectors: np.ndarray
+    out: Path,
+    packages: Sequence[dict[str, Any]],
+    embedder: Embedder,
+    vectors: np.ndarray,
+    dtype: NumberType,
 ) -> list[tuple[str, list[Hit]]]:
     """Index the test split by the vectors that it was measured with, and ask three questions."""
     chosen = [package for package in packages if package["split"] == "test"]
@@ -189,7 +193,8 @@ def _search(
         Record(p["id"], p["long"], f"{p['id']}: {p['short']}", {"section": p["section"]})
         for p in chosen
     ]
-    settings = settings_of(embedder, model=str((out / "model").resolve()), kinds=("dense",))
+    model = str((out / "model").resolve())
+    settings = settings_of(embedder, model=model, kinds=("dense",), precision=dtype)
     about = About(settings=settings)
     with closing(make_engine(out / "index", about, fresh=True)) as engine:
         engine.upsert(records, Vectors(dense=torch.from_numpy(vectors)))

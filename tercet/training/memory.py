@@ -230,11 +230,10 @@ def pair_bytes(backbone: Backbone, *, half: bool = False) -> int:
     dropout = backbone.attention_dropout
     if dropout is None:
         dropout = backbone.usual_dropout - (backbone.dropout_left_out if half else 0)
-    sinks = any(name.endswith("sinks") for name, _ in backbone.named_parameters())
-    capped = sinks or getattr(config, "attn_logit_softcapping", None) is not None
-    if not capped and not keeps_weights(backbone.device, dropout):
+    changed = backbone.changes_scores
+    if not changed and not keeps_weights(backbone.device, dropout):
         return 0
-    return config.num_hidden_layers * config.num_attention_heads * (_CAPPED if capped else _WEIGHT)
+    return config.num_hidden_layers * config.num_attention_heads * (_CAPPED if changed else _WEIGHT)
 
 
 def memory_for(

@@ -38,9 +38,11 @@ def packages(tmp_path):
     return tmp_path / "packages.parquet"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_demo_trains_measures_searches_and_reports(
-    packages, encoder_folder, tmp_path, monkeypatch, capsys
+    packages, encoder_folder, tmp_path, monkeypatch, capsys, dtype
 ):
+    monkeypatch.setattr(demo, "fastest_type", lambda model, device, say: dtype)
     monkeypatch.setattr(demo, "BASE", str(encoder_folder))
     said = []
     out = tmp_path / "run"

@@ -118,10 +118,15 @@ class Backbone(nn.Module):
         config = self.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or 1
         width = getattr(config, "head_dim", None) or self.hidden // heads
-        capped = getattr(config, "attn_logit_softcapping", None) is not None
         on_gpu = kernel_runs_on(self.device) and kernel_takes_width(width)
         fused = on_gpu or self.device.type == "cpu"
-        return self.usual_dropout if fused and not capped else 0.0
+        return self.usual_dropout if fused and not self.changes_scores else 0.0
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether attention scores are capped or have sinks, for which no kernel is fused."""
+        capped = getattr(self.config.get_text_config(), "attn_logit_softcapping", None) is not None
+        return capped or any(name.endswith("sinks") for name, _ in self.named_parameters())
 
     @property
     def usual_dropout(self) -> float:
