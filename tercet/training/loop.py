@@ -139,12 +139,12 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -
     refuse_other_stages(out, folders)
     device = run.home
     plan, embedder = _begin(plan)
-    embedder.settings = without_tuning(embedder.settings, plan.say)
     _announce(plan, embedder, folders)
     begins_with = {"base": fingerprint_of_base(embedder)}
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     kinds, untrained = embedder.kinds, {*embedder.heads.drawn}
     for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
+        embedder.settings = without_tuning(embedder.settings, plan.say)
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
             lora = recipe.model.lora
             torch.manual_seed(recipe.seed + number)
@@ -193,10 +193,15 @@ def _describe_model(
     embedder: Embedder,
     record: Mapping[str, Any],
 ) -> None:
-    """Add to an embedder the widths that a stage trains, and the record of how it was made."""
+    """Add to an embedder the widths that a stage trains, and the record of how it was made.
+
+    A distilled one gets its own fingerprints too, by which a later change is noticed.
+    """
     if short := {dim for dim in stage.objective.traits.dims if dim < embedder.dim}:
         known = {*embedder.settings.dims, *short}
         embedder.settings = replace(embedder.settings, dims=tuple(sorted(known)))
+    if embedder.settings.shares_space_with:
+        embedder.settings = replace(embedder.settings, distilled_as=embedder.fingerprints())
     recipe = plan.recipe
     about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
     embedder.about = {**about, "stages": [*before, record], "run": asdict(plan.run)}

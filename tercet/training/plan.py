@@ -166,14 +166,14 @@ def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> 
 
 
 def without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
-    """Return the settings without what was tuned for the vectors of the base."""
+    """Return the settings without what was tuned for the vectors that a stage begins with."""
     if settings.weights:
         say("training drops the base's tuned weights; find new ones (tercet tune weights)")
     if settings.ranges:
         say("training drops the base's ranges of codes; learn new ones (tercet tune codes)")
     if settings.shares_space_with:
         say("training moves the base's vectors out of the space of its teacher")
-    return replace(settings, weights={}, ranges={}, shares_space_with=())
+    return replace(settings, weights={}, ranges={}, shares_space_with=(), distilled_as=())
 
 
 # ---- checks before the first stage -----------------------------------------------------------

@@ -12,7 +12,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -86,6 +86,11 @@ class RecordFormat:
     parse: Parse = parse_example
     fields: tuple[Names, ...] = EXAMPLE_FIELDS  # columns of a parquet file that are read
     plain: Callable[[str], object] | None = None  # a line of a .txt file, if such are read
+    named: str = ""  # fields that are read instead of the usual ones
+
+    def fingerprint(self, content: str) -> str:
+        """Return the fingerprint of rows whose records have this one: it changes with fields."""
+        return fingerprint(content, self.named) if self.named else content
 
     @property
     def kinds(self) -> tuple[FormKind, ...]:
@@ -111,6 +116,7 @@ def example_format(fields: ExampleFields | None) -> RecordFormat:
         records=partial(example_records, fields=fields),
         parse=partial(parse_example, names=fields),
         fields=fields.columns,
+        named=f"examples {fields}",
     )
 
 
@@ -135,7 +141,7 @@ class LanguageRows:
     lang: str
     where: np.ndarray  # [rows] int64, ascending: the byte of each line, or the row of a parquet
     sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text
-    fingerprint: str  # of the content of the records
+    fingerprint: str  # of the content of the records, and of fields that were named
     prompts: Mapping[str, Mapping[str, str]]  # task, role: the first
     without_negatives: int  # examples that have none
     scored: int  # pairs of texts with a similarity score, which are no examples
@@ -162,7 +168,8 @@ class FileScan:
 
     def readable(self, record_format: RecordFormat) -> list[ReadableRows]:
         """Return the rows of each language with their reader."""
-        form = known_form(self.path)
+        form, fingerprint_of = known_form(self.path), record_format.fingerprint
+        parts = [replace(part, fingerprint=fingerprint_of(part.fingerprint)) for part in self.parts]
         if form is None or form.kind != "parquet":
             decode, lines, stamp = record_format.decode(self.path), self.path, self.stamp
             if is_packed(self.path):
@@ -174,17 +181,17 @@ class FileScan:
                 ReadableRows(
                     part, LineReader(lines, stamp, part.where, decode), *line_blocks(part.where)
                 )
-                for part in self.parts
+                for part in parts
             ]
         blocks, window = row_groups(self.path)
         whole = ParquetReader(self.path, self.stamp, blocks, record_format.fields)
-        if len(self.parts) == 1:
-            return [ReadableRows(self.parts[0], whole, blocks, window)]
+        if len(parts) == 1:
+            return [ReadableRows(parts[0], whole, blocks, window)]
         return [
             ReadableRows(
                 part, ChosenReader(whole, part.where), blocks_among(part.where, blocks), window
             )
-            for part in self.parts
+            for part in parts
         ]
 
 

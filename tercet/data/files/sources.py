@@ -63,7 +63,7 @@ class Source:
     sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text, a stand-in for its tokens
     blocks: np.ndarray  # [blocks] int64, the first row of each block that is cheap to read whole
     window: int  # blocks that are cheap to read in turns
-    fingerprint: str  # of the content of the records
+    fingerprint: str  # of the content of the records, and of fields that were named
     reader: Reader
     parse: Parse
     prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task, role: the first

@@ -66,6 +66,7 @@ _FILES: Final = (  # that earlier versions, which left no marker, wrote
     "modules.json",
     "*_linear.pt",
     "[0-9]_*/*",
+    "[0-9][0-9]_*/*",
     "tercet_layer.py",
 )
 

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from tercet.errors import ModelError, RecipeError
+from tercet.files.outputs import MARK
 from tercet.kinds import KINDS
 from tercet.models.choices import DenseSettings
 from tercet.models.embedder import Embedder
@@ -238,6 +239,22 @@ def test_inspect_names_the_layers_whoever_wrote_the_folder(saved: Path, tmp_path
     assert found == "to 96, to 40 tanh, to 40 gelu, residual"
     path = Folder(dense=(Dense(96),)).write(tmp_path / "foreign")
     assert manifest(str(path))["dense layers after pooling"] == "to 96"
+
+
+def test_ten_modules_without_a_marker_are_known_as_a_model(encoder_folder, tmp_path: Path):
+    embedder = Embedder.load(encoder_folder, dense_layers=[{"width": 8}] * 9)
+    embedder.save(tmp_path / "deep")
+    assert (tmp_path / "deep/10_Dense").is_dir()
+    (tmp_path / "deep" / MARK).unlink()
+    embedder.save(tmp_path / "deep")  # which would refuse to replace anything else
+
+
+def test_bfloat16_is_multiplied_in_float32():
+    layer = DenseLayer(DenseSettings(width=8), 64).bfloat16()
+    x = torch.randn(3, 64).bfloat16()
+    found = layer(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, x.float() @ _weight(layer).float().T)
 
 
 # ---- what is refused ---------------------------------------------------------------------------
