@@ -13,6 +13,7 @@ from tercet.files.atomic import LOCK, sole_writer
 from tercet.files.outputs import mark
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
+from tercet.models.zoo import zoo
 from tercet.objectives.contrastive import require_dims
 from tercet.training.forecast import StageForecast, lines_of
 from tercet.training.forecast import forecast as forecast_stages
@@ -33,6 +34,7 @@ from tercet.training.plan import (
     refuse_other_stages,
     require_negatives,
     require_ranking,
+    require_scores,
     stage_folders,
     warn_of_idle_heads,
     with_prompts_of,
@@ -116,6 +118,10 @@ def _begin(plan: TrainingPlan) -> tuple[TrainingPlan, Embedder]:
     recipe = plan.recipe
     require_negatives(recipe, plan.sources)
     require_ranking(recipe, plan.sources)
+    require_scores(recipe, plan.sources)
+    for stage in recipe.stages:
+        if stage.guide is not None:  # a slip is found before the stages that come first
+            zoo.resolve(stage.guide)
     device = plan.run.home
     torch.manual_seed(recipe.seed)  # for the weights of a new layer
     embedder = build(recipe.model).to(device)

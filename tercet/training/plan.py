@@ -206,6 +206,22 @@ def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> No
                 )
 
 
+def require_scores(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
+    """Refuse examples without a teacher's scores in a stage that learns these.
+
+    Raises:
+        RecipeError: if no example of a stage has scores of two documents or more.
+    """
+    for stage, of_stage in zip(recipe.stages, sources, strict=True):
+        if stage.objective.traits.needs_scores and not any(source.taught for source in of_stage):
+            paths = " ".join(dict.fromkeys(str(source.path) for source in of_stage))
+            raise RecipeError(
+                f"the stage {stage.name} learns a teacher's scores (distil), and no example has "
+                f"scores of two documents; write them: tercet score {paths} --model TEACHER --out "
+                "scored-rows.jsonl; or set distil to none"
+            )
+
+
 def require_ranking(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
     """Refuse pairs with a similarity score where a stage does not learn them, or mines negatives.
 

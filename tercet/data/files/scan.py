@@ -23,6 +23,7 @@ from tercet.data.files.beir import is_judged_folder, training_files, training_re
 from tercet.data.files.examples import (
     EXAMPLE_FIELDS,
     OUR_FIELDS,
+    SCORE,
     USUAL_FIELDS,
     ExampleFields,
     parse_example,
@@ -55,8 +56,9 @@ MAX_LANGUAGES: Final = 1000  # of one file
 LARGE_BYTES: Final = 1 << 23  # 8 MiB: a smaller file is read as quickly as it is looked up
 LARGE_ROWS: Final = 1 << 20  # of a source of several files, whose sizes are joined on disk
 _ENDS: Final = 1 << 16  # bytes of the beginning and of the end that have to be the same
-_VERSION: Final = 2  # raise it when another reading of the same file gives other results
-_KEPT_FACTS: Final = ("lang", "fingerprint", "prompts", "without_negatives", "scored")
+_VERSION: Final = 3  # raise it when another reading of the same file gives other results
+_COUNTS: Final = ("without_negatives", "scored", "taught")
+_KEPT_FACTS: Final = ("lang", "fingerprint", "prompts", *_COUNTS)
 
 log = logging.getLogger("tercet")
 
@@ -72,7 +74,7 @@ def example_records(path: Path, fields: ExampleFields = USUAL_FIELDS) -> Iterato
     if is_judged_folder(path):
         return training_records(path)
     needs = fields.names[:2]
-    return iter_records(path, fields.columns, needs=needs, known=OUR_FIELDS)
+    return iter_records(path, fields.columns, needs=needs, known=OUR_FIELDS, null=SCORE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class LanguageRows:
     prompts: Mapping[str, Mapping[str, str]]  # task, role: the first
     without_negatives: int  # examples that have none
     scored: int  # pairs of texts with a similarity score, which are no examples
+    taught: int  # examples with a teacher's scores of two documents or more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,6 +204,7 @@ class _GrowingRows:
     prompts: dict[str, dict[str, str]] = field(default_factory=dict)
     without_negatives: int = 0
     scored: int = 0
+    taught: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def add(self, record: FileRecord, place: int, example: Example) -> None:
@@ -214,13 +218,15 @@ class _GrowingRows:
         is_scored = example.score is not None
         self.scored += is_scored
         self.without_negatives += not example.negatives and not is_scored
+        scores = (*(example.positive_scores or ()), *(example.negative_scores or ()))
+        self.taught += len(scores) > 1
         self.digest.update(record.content)
 
     def finished(self, lang: str) -> LanguageRows:
         where, sizes = np.frombuffer(self.where, np.int64), np.frombuffer(self.sizes, np.int32)
         digest = self.digest.hexdigest()
-        bare, scored = self.without_negatives, self.scored
-        return LanguageRows(lang, where, sizes, digest, self.prompts, bare, scored)
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return LanguageRows(lang, where, sizes, digest, self.prompts, **counts)
 
 
 def scan(
