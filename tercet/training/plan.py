@@ -15,7 +15,7 @@ from tercet.files.artifacts import read_json, write_json
 from tercet.files.outputs import FolderKind, check_output, json_object
 from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.tercet_folder import MODEL, known_kinds
+from tercet.models.formats.tercet_folder import MODEL, known_kinds, known_width
 from tercet.models.network.fingerprints import fingerprint_of
 from tercet.models.network.positions import extend_positions
 from tercet.models.settings import FILE
@@ -122,7 +122,7 @@ def _width_of(model: Model) -> int | None:
     """Return the width that a recipe asks of a text's vector, if it does."""
     if model.as_wide_as is None:
         return model.dense_dim
-    return Embedder.load(model.as_wide_as).dim
+    return known_width(model.as_wide_as) or Embedder.load(model.as_wide_as).dim
 
 
 def fingerprint_of_base(embedder: Embedder) -> str:

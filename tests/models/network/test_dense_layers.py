@@ -19,6 +19,7 @@ from tercet.models.choices import DenseSettings
 from tercet.models.embedder import Embedder
 from tercet.models.formats.manifest import manifest
 from tercet.models.formats.sentence_transformers import ACTIVATIONS
+from tercet.models.formats.tercet_folder import known_width
 from tercet.models.merge import load_adapters
 from tercet.models.network.dense_layers import DenseLayer, DenseLayers
 from tercet.models.network.heads import Heads, save_heads
@@ -255,6 +256,19 @@ def test_bfloat16_is_multiplied_in_float32():
     found = layer(x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, x.float() @ _weight(layer).float().T)
+
+
+def test_the_width_is_known_without_the_weights(saved: Path, encoder_folder, tmp_path: Path):
+    assert known_width(saved) == 40 and known_width(encoder_folder) == 64
+    stock = Folder(dense=(Dense(96),)).write(tmp_path / "st")
+    for path in stock.rglob("*.safetensors"):
+        path.unlink()
+    assert known_width(stock) == 96
+    (stock / "modules.json").unlink()
+    config = stock / "config.json"
+    held = json.loads(config.read_text())
+    config.write_text(json.dumps({"text_config": held}))  # which part is used is not known here
+    assert known_width(stock) is None
 
 
 # ---- what is refused ---------------------------------------------------------------------------
