@@ -116,6 +116,7 @@ def iter_records(
     *,
     needs: Sequence[Names],
     known: Sequence[str] | None = None,
+    null: Collection[str] = (),
 ) -> Iterator[FileRecord]:
     """Yield the records of a file of any format, without blank lines.
 
@@ -123,7 +124,8 @@ def iter_records(
     columns of ``fields`` are read. Of parquet and tables, a column for each of ``needs`` is
     required. A record that cannot be read is one with a problem, so that a caller who collects
     problems can continue. If ``known`` is given, fields that are neither in it nor read are
-    reported at the end, with the number of records that have them.
+    reported at the end, with the number of records that have them. An empty cell of a table is an
+    absent field; in the columns of ``null`` it is None.
 
     Raises:
         DataError: if the file cannot be read at all, or holds no record.
@@ -132,7 +134,13 @@ def iter_records(
     groups = [FieldNames.of(each) for each in fields]
     unknown = None if known is None else _UnknownFields(groups, known)
     empty = True
-    for record in _records(path, form, groups, [FieldNames.of(each) for each in needs], unknown):
+    needed = [FieldNames.of(each) for each in needs]
+    if form.kind == "parquet":
+        records = _parquet_records(path, groups, needed, unknown)
+    else:
+        is_table = form.kind != "jsonl"
+        records = _table_records(path, form, needed, null) if is_table else _jsonl_records(path)
+    for record in records:
         empty = False
         if unknown is not None and isinstance(record.value, dict):
             unknown.add(record.value)
@@ -148,18 +156,6 @@ _NO_RECORDS: Final[dict[str, str]] = {
     "csv": "holds no records; write the names of the columns, and a row for each record",
     "tsv": "holds no records; write the names of the columns, and a row for each record",
 }
-
-
-def _records(
-    path: Path,
-    form: FileForm,
-    fields: Sequence[FieldNames],
-    needs: Sequence[FieldNames],
-    unknown: "_UnknownFields | None",
-) -> Iterator[FileRecord]:
-    if form.kind == "parquet":
-        return _parquet_records(path, fields, needs, unknown)
-    return _jsonl_records(path) if form.kind == "jsonl" else _table_records(path, form, needs)
 
 
 class _UnknownFields:
@@ -365,8 +361,10 @@ class _TextLines:
         self._lines.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _table_records(path: Path, form: FileForm, needs: Sequence[FieldNames]) -> Iterator[FileRecord]:
-    """Yield the rows of a CSV or TSV file as records of texts; an empty cell is an absent field.
+def _table_records(
+    path: Path, form: FileForm, needs: Sequence[FieldNames], null: Collection[str]
+) -> Iterator[FileRecord]:
+    """Yield the rows of a CSV or TSV file as records of texts; see :func:`iter_records`.
 
     The content of a record is its line of JSON, so it does not depend on how cells are quoted.
     """
@@ -403,7 +401,9 @@ def _table_records(path: Path, form: FileForm, needs: Sequence[FieldNames]) -> I
                 )
             value = {name: cell for name, cell in zip(header, cells, strict=False) if name and cell}
             content = json.dumps(value, ensure_ascii=False).encode()
-            yield FileRecord(line, offset, done, content, None if problem else value, problem)
+            absent = {name: None for name in header if name in null and name not in value}
+            full = None if problem else {**value, **absent}
+            yield FileRecord(line, offset, done, content, full, problem)
             offset += len(content) + 1
     finally:
         lines.close()

@@ -68,6 +68,7 @@ _NOT_IN_VECTORS: Final = (
     "weights",
     "ranges",
     "shares_space_with",
+    "distilled_as",
 )  # settings that change no vector
 
 log = logging.getLogger("tercet")
@@ -196,7 +197,8 @@ class Embedder(nn.Module):
     ) -> None:
         """Append a new dense layer to those after the pooling, to be trained.
 
-        Its weight is orthogonal, so a wider space keeps all cosines until it is trained.
+        Its weight is orthogonal, so a wider space keeps all cosines until it is trained. What the
+        settings say of the vectors before is dropped: shorter widths, ranges of codes, a teacher.
 
         Raises:
             RecipeError: for a width or an activation that a layer cannot have.
@@ -207,7 +209,14 @@ class Embedder(nn.Module):
         """
         self.dense_layers.add(DenseSettings(width=width, activation=activation, bias=bias))
         self.dense_layers.to(self.device, next(self.backbone.parameters()).dtype)
-        self.settings = replace(self.settings, dense_layers=self.dense_layers.settings)
+        self.settings = replace(
+            self.settings,
+            dense_layers=self.dense_layers.settings,
+            dims=(),
+            ranges={},
+            shares_space_with=(),
+            distilled_as=(),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -640,10 +649,11 @@ class Embedder(nn.Module):
         """
         return as_sentence_transformer(self.parts).train(self.training)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, dtype: torch.dtype | None = None) -> str:
         """Return a fingerprint of weights and settings, by which an index recognizes its model.
 
-        Reads only both ends of each weight, so that it costs nothing for large models.
+        Reads only both ends of each weight, so that it costs nothing for large models. With a
+        ``dtype`` it is that of the same model loaded in this type.
         """
         usual, settings = Settings(), asdict(self.settings)
         if "multi" not in self.kinds:  # a head that is still to be trained makes no vectors
@@ -665,8 +675,14 @@ class Embedder(nn.Module):
         weights |= {f"dense.{name}": each for name, each in self.dense_layers.state_dict().items()}
         for name, _, grid in int8_layers(self.backbone.model):
             weights |= {f"{name}.int8.{what}": each for what, each in grid.tensors().items()}
-        add_weights(digest, weights)
+        add_weights(digest, weights, dtype)
         return digest.hexdigest()
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """Return the fingerprints by which indexes of any type of weights recognize the model."""
+        if self.backbone.has_int8:
+            return (self.fingerprint(),)
+        return self.fingerprint(torch.float32), self.fingerprint(torch.bfloat16)
 
 
 def pooled(

@@ -8,7 +8,7 @@ equation 4), or not. A layer that loses too much in every way stays in floating 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
@@ -101,6 +101,8 @@ def quantized(embedder: Embedder, texts: Sequence[str], *, progress: bool = Fals
     if not by_range + by_token:
         raise ModelError("no linear layer can have 8-bit weights without losing too much")
     after = made.encode(held_out, "document")
+    if embedder.fingerprint() in embedder.settings.distilled_as:
+        made.settings = replace(made.settings, distilled_as=made.fingerprints())
     cosines = (before * after).sum(1) / np.linalg.norm(before, axis=1)
     return Quantized(
         embedder=made,

@@ -60,6 +60,7 @@ class Settings:
     weights: Mapping[str, Weights] = field(default_factory=dict)  # task -> of kinds; "": default
     ranges: Mapping[int, Ranges] = field(default_factory=dict)  # coordinates kept -> of their codes
     shares_space_with: tuple[str, ...] = ()  # fingerprints of the model that it was distilled from
+    distilled_as: tuple[str, ...] = ()  # its own when distilled; once changed, it shares no space
 
     def prompt(self, name: str, task: str | None = None) -> str:
         """Return what is put before a text of this role, which may be a synonym.
@@ -139,7 +140,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     if unknown:
         raise RecipeError(f"no such setting: {', '.join(sorted(unknown))}; known: {sorted(known)}")
     given = dict(changes)
-    for name in ("dims", "kinds", "dense_layers", "shares_space_with"):
+    for name in ("dims", "kinds", "dense_layers", "shares_space_with", "distilled_as"):
         if isinstance(given.get(name), list):
             given[name] = tuple(given[name])
     if isinstance(given.get("layer"), Mapping):
@@ -304,6 +305,7 @@ _EXPECTED: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "weights": (_by_name(lambda it: isinstance(it, Weights)), "weights of the kinds by task"),
     "ranges": (lambda it: isinstance(it, Mapping), "ranges of codes by number of coordinates"),
     "shares_space_with": (_are_names, "a list of fingerprints"),
+    "distilled_as": (_are_names, "a list of fingerprints"),
     "query_tokens": (_is_count, "a whole number above 0"),
     "document_tokens": (_is_count, "a whole number above 0"),
     "multi_dim": (lambda it: it is None or _is_count(it), "a whole number above 0, or null"),

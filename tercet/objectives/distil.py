@@ -26,6 +26,7 @@ from tercet.data.batches.teacher_vectors import (
 )
 from tercet.data.files.sources import Source
 from tercet.errors import RecipeError
+from tercet.files.progress import Bars, bar
 from tercet.losses.matching import Matched, cosine_distance, relational
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses
@@ -104,22 +105,23 @@ class DistilWork:
                 f"{self._teacher.dim} coordinates; set Model.as_wide_as to the teacher"
             )
         self.reads = {"teacher": self._teacher.fingerprint()}
+        self._space, self._its = self._teacher.fingerprints(), self._teacher.settings
         if student.fingerprint() == self.reads["teacher"]:
             raise RecipeError(
                 f"student and teacher are the same model, {objective.teacher}; give fewer layers "
                 "(keep_layers), or another model or teacher"
             )
-        self.widths = tuple(sorted({*objective.dims, *self._teacher.settings.dims, student.dim}))
+        self.widths = tuple(sorted({*objective.dims, *self._its.dims, student.dim}))
 
-    def prepare(self) -> None:
-        """Encode the texts that the teacher has not encoded yet, and note whose space is learned.
+    def prepare(self, bars: Bars = bar) -> None:
+        """Encode the texts that the teacher has not encoded yet.
 
-        The teacher cuts texts where the student does. The student takes over its ranges of codes.
+        The teacher cuts texts where the student does.
         """
         teacher, student = self._teacher, self.student
         if teacher is None:
             return
-        own, its = student.settings, teacher.settings
+        own, its = student.settings, self._its
         if any(its.prompts.values()) and not any(own.prompts.values()):
             log.warning(
                 "the teacher reads texts after prompts and the student has none; it learns to tell "
@@ -131,14 +133,15 @@ class DistilWork:
             document_tokens=min(its.document_tokens, own.document_tokens),
         )
         teacher.to(student.device)
-        self._stored = teacher_vectors(teacher, self.drawn, self.objective.read_as)
-        self._teacher, teacher.settings = None, its
-        space = [self.reads["teacher"]]
-        if not teacher.backbone.has_int8:  # an index may be made with weights in bfloat16
-            space.append(teacher.to(torch.bfloat16).fingerprint())
+        self._stored = teacher_vectors(teacher, self.drawn, self.objective.read_as, bars=bars)
+        self._teacher = None
+
+    def settle(self) -> None:
+        """Note whose space the student learns, and take over the teacher's ranges of codes."""
+        student = self.student
         shorter = tuple(width for width in self.widths if width < student.dim)
         student.settings = replace(
-            own, dims=shorter, ranges=its.ranges, shares_space_with=tuple(space)
+            student.settings, dims=shorter, ranges=self._its.ranges, shares_space_with=self._space
         )
 
     def batch(self, rows: BatchRows, seed: Sequence[int]) -> DistilBatch:

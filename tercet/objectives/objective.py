@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from tercet.data.batches.collate import Collator
 from tercet.data.batches.sampler import BatchRows, Drawable
 from tercet.data.files.sources import Source
+from tercet.files.progress import Bars, bar
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
 from tercet.models.network.chunked import Chunks, Losses
@@ -85,8 +86,12 @@ class PreparedWork(Work, Protocol):
         """Fingerprints of what it reads besides data and weights; equal when a run goes on."""
         ...
 
-    def prepare(self) -> None:
-        """Do it; called in every process, before the first step and when a run goes on."""
+    def prepare(self, bars: Bars = bar) -> None:
+        """Do it; called in every process before steps are taken, also when a run goes on."""
+        ...
+
+    def settle(self) -> None:
+        """Set what the embedder's settings get from this stage, even if that is finished."""
         ...
 
 

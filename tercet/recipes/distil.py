@@ -25,7 +25,10 @@ def distil(
         str, "Model whose vectors are learned: a zoo name, a local folder or a hub id."
     ] = "me5-small",
     keep_layers: Annotated[
-        int | None, "Start with this many of the student's first layers. Default: all.", "layers"
+        int | None,
+        "Start with this many of the student's first layers. Default: 3 if student and teacher are "
+        "the same model, otherwise all.",
+        "layers",
     ] = None,
     read_as: Annotated[
         ReadAs,
@@ -71,6 +74,8 @@ def distil(
     from tercet.objectives.distil import Distil
     from tercet.training.recipe import Model, Recipe, Stage
 
+    if keep_layers is None and model == teacher:
+        keep_layers = 3
     return Recipe(
         name="distil",
         model=Model(

@@ -246,16 +246,27 @@ class TextIndex:
         """Refuse a model whose vectors cannot be compared with those of the index."""
         folder, about, embedder = self.folder, self.about, self.embedder
         theirs, name = about.setting(folder, "fingerprint"), about.setting(folder, "model")
-        if theirs not in (self.fingerprint, *embedder.settings.shares_space_with):
+        if theirs == self.fingerprint:
+            return
+        settings = embedder.settings
+        unchanged = self.fingerprint in settings.distilled_as
+        if theirs not in settings.shares_space_with or not unchanged:
             raise RecipeError(
                 f"{model} cannot search {folder}: it must be the index's model, {name}, or one "
                 "that was distilled from it (tercet train distil), and both unchanged since"
             )
         kinds: Sequence[Kind] = about.setting(folder, "kinds")
-        if lacking := [kind for kind in kinds if kind not in embedder.kinds]:
+        if others := [kind for kind in kinds if kind != "dense"]:
             raise RecipeError(
-                f"{model} cannot search {folder}: it makes no {' and no '.join(lacking)} vectors, "
-                "which the index has; build one of dense vectors: tercet index --kind dense"
+                f"{model} cannot search {folder}: it learned the dense vectors of {name} alone, "
+                f"and the index has {' and '.join(others)} vectors; build one of dense vectors: "
+                "tercet index --kind dense"
+            )
+        task: str | None = about.setting(folder, "task")
+        if task is not None and task not in (*settings.task_prompts, *settings.prompts):
+            raise RecipeError(
+                f"{model} cannot search {folder}: the index was made for the task {task}, and the "
+                "model has no prompt for it; build an index without --task"
             )
 
     def search(

@@ -92,7 +92,7 @@ def language_of(source: Source) -> str:
     """Return the language of a source's examples, or of its file's name; empty if mixed."""
     if source.lang or source.path.is_dir():
         return source.lang
-    languages = {example.lang for example in iter_examples(source.path)}
+    languages = {example.lang for example in iter_examples(source.path, scored=True)}
     if languages == {""}:
         return bare_name(source.path)
     return languages.pop() if len(languages) == 1 else ""

@@ -17,6 +17,8 @@ from tercet.errors import RecipeError
 from tercet.files.atomic import replacing_file
 from tercet.files.checksums import is_whole_archive, seal_archive
 from tercet.files.limits import unreadable
+from tercet.losses.unified import Mixture
+from tercet.objectives.contrastive import Contrastive
 from tercet.sharding import kept_by_main, part_of
 
 VERSION: Final = 1
@@ -27,6 +29,14 @@ _RENAMED: Final = (
     ("objective.lesson", "objective.mixture.distil"),
     ("objective.", "objective.mixture."),
 )
+# Settings that runs of earlier versions do not name; their defaults change nothing.
+_NEW: Final = ("similarity_temperature", "distil", "distil_weight", "teacher_temperature")
+_DEFAULTS: Final = {
+    f"{prefix}{name}": repr(value)
+    for prefix, objective in (("objective.", Contrastive()), ("objective.mixture.", Mixture()))
+    for name, value in asdict(objective).items()
+    if name in _NEW
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,8 +118,9 @@ def _with_new_names(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
         old, new = next((pair for pair in _RENAMED if key.startswith(pair[0])), ("", ""))
         renamed = new + key.removeprefix(old)
         found[renamed if key not in now and renamed in now else key] = value
-    # A setting that an earlier version did not have was off.
-    return {key: value for key, value in now.items() if value in ("None", "False")} | found
+    # A setting that an earlier version did not have was off, or had its default.
+    off = {key: value for key, value in now.items() if value in ("None", "False")}
+    return off | {key: value for key, value in _DEFAULTS.items() if key in now} | found
 
 
 def read(path: Path, *, mapped: bool = False) -> Any:

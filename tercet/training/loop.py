@@ -13,6 +13,7 @@ from tercet.files.atomic import LOCK, sole_writer
 from tercet.files.outputs import mark
 from tercet.kinds import Kind
 from tercet.models.embedder import Embedder
+from tercet.models.zoo import zoo
 from tercet.objectives.contrastive import require_dims
 from tercet.training.forecast import StageForecast, lines_of
 from tercet.training.forecast import forecast as forecast_stages
@@ -33,6 +34,7 @@ from tercet.training.plan import (
     refuse_other_stages,
     require_negatives,
     require_ranking,
+    require_scores,
     stage_folders,
     warn_of_idle_heads,
     with_prompts_of,
@@ -116,6 +118,10 @@ def _begin(plan: TrainingPlan) -> tuple[TrainingPlan, Embedder]:
     recipe = plan.recipe
     require_negatives(recipe, plan.sources)
     require_ranking(recipe, plan.sources)
+    require_scores(recipe, plan.sources)
+    for stage in recipe.stages:
+        if stage.guide is not None:  # a slip is found before the stages that come first
+            zoo.resolve(stage.guide)
     device = plan.run.home
     torch.manual_seed(recipe.seed)  # for the weights of a new layer
     embedder = build(recipe.model).to(device)
@@ -133,12 +139,12 @@ def _train(plan: TrainingPlan, out: Path, score: Score | None, *, begun: bool) -
     refuse_other_stages(out, folders)
     device = run.home
     plan, embedder = _begin(plan)
-    embedder.settings = without_tuning(embedder.settings, plan.say)
     _announce(plan, embedder, folders)
     begins_with = {"base": fingerprint_of_base(embedder)}
     done: list[dict[str, Any]] = list(embedder.about.get("stages", []))
     kinds, untrained = embedder.kinds, {*embedder.heads.drawn}
     for number, (stage, folder) in enumerate(zip(recipe.stages, folders, strict=True), start=1):
+        embedder.settings = without_tuning(embedder.settings, plan.say)
         if recipe.model.lora is not None and not embedder.backbone.has_lora:
             lora = recipe.model.lora
             torch.manual_seed(recipe.seed + number)
@@ -187,10 +193,15 @@ def _describe_model(
     embedder: Embedder,
     record: Mapping[str, Any],
 ) -> None:
-    """Add to an embedder the widths that a stage trains, and the record of how it was made."""
+    """Add to an embedder the widths that a stage trains, and the record of how it was made.
+
+    A distilled one gets its own fingerprints too, by which a later change is noticed.
+    """
     if short := {dim for dim in stage.objective.traits.dims if dim < embedder.dim}:
         known = {*embedder.settings.dims, *short}
         embedder.settings = replace(embedder.settings, dims=tuple(sorted(known)))
+    if embedder.settings.shares_space_with:
+        embedder.settings = replace(embedder.settings, distilled_as=embedder.fingerprints())
     recipe = plan.recipe
     about = {"recipe": recipe.name, "base": recipe.model.base, "seed": recipe.seed}
     embedder.about = {**about, "stages": [*before, record], "run": asdict(plan.run)}

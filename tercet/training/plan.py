@@ -15,7 +15,7 @@ from tercet.files.artifacts import read_json, write_json
 from tercet.files.outputs import FolderKind, check_output, json_object
 from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder, Settings
-from tercet.models.formats.tercet_folder import MODEL, known_kinds
+from tercet.models.formats.tercet_folder import MODEL, known_kinds, known_width
 from tercet.models.network.fingerprints import fingerprint_of
 from tercet.models.network.positions import extend_positions
 from tercet.models.settings import FILE
@@ -122,7 +122,7 @@ def _width_of(model: Model) -> int | None:
     """Return the width that a recipe asks of a text's vector, if it does."""
     if model.as_wide_as is None:
         return model.dense_dim
-    return Embedder.load(model.as_wide_as).dim
+    return known_width(model.as_wide_as) or Embedder.load(model.as_wide_as).dim
 
 
 def fingerprint_of_base(embedder: Embedder) -> str:
@@ -166,14 +166,14 @@ def with_prompts_of(sources: Sequence[Sequence[Source]], settings: Settings) -> 
 
 
 def without_tuning(settings: Settings, say: Callable[[str], None]) -> Settings:
-    """Return the settings without what was tuned for the vectors of the base."""
+    """Return the settings without what was tuned for the vectors that a stage begins with."""
     if settings.weights:
         say("training drops the base's tuned weights; find new ones (tercet tune weights)")
     if settings.ranges:
         say("training drops the base's ranges of codes; learn new ones (tercet tune codes)")
     if settings.shares_space_with:
         say("training moves the base's vectors out of the space of its teacher")
-    return replace(settings, weights={}, ranges={}, shares_space_with=())
+    return replace(settings, weights={}, ranges={}, shares_space_with=(), distilled_as=())
 
 
 # ---- checks before the first stage -----------------------------------------------------------
@@ -204,6 +204,22 @@ def require_negatives(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> No
                     every,
                     stage.name,
                 )
+
+
+def require_scores(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
+    """Refuse examples without a teacher's scores in a stage that learns these.
+
+    Raises:
+        RecipeError: if no example of a stage has scores of two documents or more.
+    """
+    for stage, of_stage in zip(recipe.stages, sources, strict=True):
+        if stage.objective.traits.needs_scores and not any(source.taught for source in of_stage):
+            paths = " ".join(dict.fromkeys(str(source.path) for source in of_stage))
+            raise RecipeError(
+                f"the stage {stage.name} learns a teacher's scores (distil), and no example has "
+                f"scores of two documents; write them: tercet score {paths} --model TEACHER --out "
+                "scored-rows.jsonl; or set distil to none"
+            )
 
 
 def require_ranking(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:

@@ -70,6 +70,11 @@ class Model:
     def __post_init__(self) -> None:
         at_least(4, self, "query_tokens", "document_tokens")  # two may be special tokens
         at_least(1, self, "keep_layers", "multi_dim", "dense_dim", "cls_every", "positions")
+        if self.dense_dim is not None and self.as_wide_as is not None:
+            raise RecipeError(
+                f"dense_dim is {self.dense_dim}, and as_wide_as takes the width of "
+                f"{self.as_wide_as}; remove one of them"
+            )
         if self.lora is not None and (self.freeze_backbone or self.positions is not None):
             what = "a frozen backbone" if self.freeze_backbone else "a longer table of positions"
             raise RecipeError(f"{what} and LoRA do not go together; remove one of them")

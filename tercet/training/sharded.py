@@ -17,8 +17,8 @@ from tercet.training.recipe import Stage
 class ShardedEmbedder:
     """Shards the network's weights over the processes, and makes the embedder whole again.
 
-    Heads and a trained layer are small and stay whole in each process. Their gradients are summed
-    as usual.
+    Heads, a trained layer and dense layers are small and stay whole in each process. Their
+    gradients are summed as usual.
     """
 
     def __init__(self, embedder: Embedder, device: torch.device) -> None:

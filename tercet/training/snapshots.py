@@ -39,6 +39,7 @@ class Snapshots:
     def keep(self, embedder: Embedder, step: int, record: Mapping[str, Any]) -> None:
         """Save a copy of the embedder, with low-rank updates merged."""
         model = deepcopy(embedder) if embedder.backbone.has_lora else copy(embedder)
+        model.backbone.merge_lora()
         self.describe(model, record)
         model.save(self.folder / str(step))
 

@@ -138,7 +138,10 @@ class Trainer:
     def run(self, score: Score | None) -> None:
         """Train to the end."""
         if isinstance(self.work, PreparedWork):
-            self.work.prepare()
+            if not self.progress.finished:
+                shown = self.options.show_progress and distributed.is_main()
+                self.work.prepare(partial(bar, shown=shown))
+            self.work.settle()
         self._train(score)
 
     def _train(self, score: Score | None) -> None:

@@ -24,7 +24,7 @@ from tercet.recipes.finetune import finetune
 from tercet.recipes.nv_embed import nv_embed
 from tercet.training.batches import collator_of
 from tercet.training.log import read
-from tercet.training.loop import train
+from tercet.training.loop import forecast, train
 from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
 from tercet.vectors import Vectors
@@ -296,6 +296,28 @@ def test_a_run_logs_what_the_reranker_taught(folder: Path, tmp_path: Path, lesso
         if "loss" in row:
             parts = row["contrast"] + 0.1 * row["taught"] + row["similarity"]
             assert row["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_rows_without_scores_are_refused_where_they_are_to_be_learned(folder: Path, tmp_path: Path):
+    bare: dict[str, Any] = {"positive_scores": None, "negative_scores": None}
+    write_examples(folder / "bare.jsonl", [replace(row, **bare) for row in JUDGED])
+    one = Example("q", ("p",), positive_scores=(1.0,))  # has nothing to be compared with
+    write_examples(folder / "lone.jsonl", [one] * 4)
+    built = recipe(folder, distil="margin-mse")
+    data = sources(folder, "bare", "lone")
+    with pytest.raises(RecipeError) as caught:
+        train(built, data, tmp_path / "taught", run=QUIET)
+    assert str(caught.value) == (
+        f"the stage {built.stages[0].name} learns a teacher's scores (distil), and no example has "
+        f"scores of two documents; write them: tercet score {folder}/bare.jsonl "
+        f"{folder}/lone.jsonl --model TEACHER --out scored-rows.jsonl; or set distil to none"
+    )
+    with pytest.raises(RecipeError, match="no example has scores of two documents"):
+        forecast(built, data, run=QUIET)
+    write_examples(folder / "judged.jsonl", JUDGED)
+    counts = [source.taught for source in sources(folder, "judged", "bare", "lone")]
+    assert (counts[0] > 0, counts[1:]) == (True, [0, 0])
+    forecast(built, sources(folder, "judged", "bare"), run=QUIET)
 
 
 def test_scores_are_not_learned_unless_asked_for(folder: Path):

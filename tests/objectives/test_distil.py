@@ -125,7 +125,7 @@ def test_a_student_takes_over_widths_and_ranges_and_says_whose_space_it_shares(
     objective = Distil(teacher=folder, dims=(32,))
     student, work = at_work(encoder_folder, source, objective)
     before = student.settings
-    work.prepare()
+    work.settle()
     settings = student.settings
     assert settings.dims == (16, 32) and list(settings.ranges) == [64]
     one, half = (Embedder.load(folder, dtype=each) for each in (torch.float32, torch.bfloat16))

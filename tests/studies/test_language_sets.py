@@ -39,6 +39,8 @@ def test_rows_name_their_language_or_the_file_does_and_families_stay_together(tm
         english_and_others(sets[:1])
     assert language_of(open_source(tmp_path / "fr.jsonl")) == "fr"
     assert language_of(open_source(tmp_path / "mixed.jsonl")) == ""
+    write_examples(tmp_path / "da.jsonl", [Example("a", ("b",), score=1.0)])
+    assert language_of(open_source(tmp_path / "da.jsonl")) == "da"
 
 
 def test_rows_without_a_language_are_refused(tmp_path):

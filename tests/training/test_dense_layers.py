@@ -11,10 +11,11 @@ from sentence_transformers import SentenceTransformer
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.objectives.contrastive import Contrastive
+from tercet.rank.quantized import Ranges
 from tercet.recipes.finetune import finetune
 from tercet.training.loop import train
 from tercet.training.memory import trained_numbers
-from tercet.training.recipe import Lora, Recipe, Run
+from tercet.training.recipe import Lora, Model, Recipe, Run
 from tests.toy import SENTENCES
 from tests.training.test_loop import Killed, same_bits, stop_after, weights
 
@@ -102,3 +103,18 @@ def test_dims_beyond_the_layer_are_refused_before_training(data, wide, tmp_path)
 def test_a_width_must_be_positive(encoder_folder):
     with pytest.raises(RecipeError, match="dense_dim"):
         finetune(model=str(encoder_folder), dense_dim=0)
+
+
+def test_a_width_and_a_model_of_that_width_exclude_each_other():
+    with pytest.raises(RecipeError, match="dense_dim is 96, and as_wide_as takes the width of me5"):
+        Model(base="minilm", dense_dim=96, as_wide_as="me5-small")
+
+
+def test_a_narrower_layer_drops_the_widths_and_ranges_of_the_vectors_before(encoder_folder):
+    embedder = Embedder.load(encoder_folder, dims=(16,), shares_space_with=("a",))
+    ranges = {64: Ranges.learned(embedder.encode(SENTENCES))}
+    embedder.settings = replace(embedder.settings, ranges=ranges, distilled_as=("b",))
+    embedder.add_dense_layer(8)
+    after = embedder.settings
+    assert (after.dims, after.ranges) == ((), {})
+    assert after.shares_space_with == after.distilled_as == ()

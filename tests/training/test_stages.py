@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from tercet.data.files.sources import Source, open_source, write_examples
-from tercet.errors import RecipeError
+from tercet.errors import ModelError, RecipeError
 from tercet.kinds import KINDS
 from tercet.models.choices import LayerSettings
 from tercet.models.embedder import Embedder
+from tercet.recipes.arctic_embed import arctic_embed
+from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.finetune import finetune
-from tercet.training.loop import train
+from tercet.recipes.llm2vec import llm2vec
+from tercet.recipes.nv_embed import nv_embed
+from tercet.training.checkpoint import changed
+from tercet.training.loop import forecast, train
+from tercet.training.plan import identity
 from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
 from tests import toy
@@ -51,6 +57,34 @@ def refusal(recipe: Recipe, data: Source, out: Path) -> str:
 
 def vectors(folder: Path) -> list[list[float]]:
     return Embedder.load(folder).encode(SENTENCES).tolist()
+
+
+LATER = ("similarity_temperature", "distil", "distil_weight", "teacher_temperature")
+
+
+@pytest.mark.parametrize("built", [finetune(), nv_embed(), arctic_embed(), bge_m3(), llm2vec()])
+def test_a_run_of_a_version_without_some_settings_is_the_same_run_with_their_defaults(data, built):
+    for stage in built.stages:
+        now = identity(built, stage, [data], QUIET.resolved(), begins_with={"base": "x"})
+        was = {key: value for key, value in now.items() if key.rpartition(".")[2] not in LATER}
+        assert changed(was, now) == ""
+        for key in now.keys() - was.keys():
+            assert changed(was, {**now, key: "0.7"}) == f"{key} was {now[key]!r}, now '0.7'"
+        others = [key for key in was if was[key] not in ("None", "False")]
+        assert all(changed({k: v for k, v in was.items() if k != key}, now) for key in others)
+
+
+def test_a_slip_in_the_guide_of_a_later_stage_is_found_before_the_first_one_is_trained(
+    data, encoder_folder, tmp_path
+):
+    recipe = recipe_on(encoder_folder, 1e-3, 1e-3)
+    guided = replace(recipe.stages[1], ignore_rule="margin", guide="minilmm")
+    recipe = replace(recipe, stages=(recipe.stages[0], guided))
+    with pytest.raises(ModelError, match=r'there is no model "minilmm"; did you mean minilm\?'):
+        train(recipe, [data], tmp_path / "run", run=QUIET)
+    assert not list(tmp_path.glob("run/*/checkpoint.pt"))
+    with pytest.raises(ModelError, match="minilmm"):
+        forecast(recipe, [data], run=QUIET)
 
 
 def test_a_stage_s_model_of_other_settings_is_no_longer_kept_when_its_checkpoint_is_gone(

@@ -69,11 +69,15 @@ class Guide:
     def __call__(
         self, texts: Sequence[str], role: Role, examples: Sequence[Example]
     ) -> Float[Tensor, "texts dim"]:
-        """Return the vectors of texts of these examples, of unit length; from any thread."""
+        """Return the vectors of texts of these examples, of unit length; from any thread.
+
+        A blank text, which a negative may be, has a vector of zeros.
+        """
         of_prompt: dict[str, list[int]] = defaultdict(list)
         for place, example in enumerate(examples):
-            of_prompt[prompt_for(self._settings, example, role, "row")].append(place)
-        found = torch.empty(len(texts), self._dim)
+            if texts[place].strip():
+                of_prompt[prompt_for(self._settings, example, role, "row")].append(place)
+        found = torch.zeros(len(texts), self._dim)
         for prompt, places in of_prompt.items():
             pool = self._pools[role, prompt]
             rows = np.array([pool.rows[text_key(texts[place])] for place in places])

@@ -85,6 +85,7 @@ class ExampleFields:
 
 USUAL_FIELDS: Final = ExampleFields()
 _FIRST_TEXTS: Final = frozenset(TEXT1)
+_EITHER_TEXT: Final = frozenset((*TEXT1, *TEXT2))
 
 
 @lru_cache(maxsize=64)
@@ -119,7 +120,8 @@ def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS
         (QUERY, POSITIVES, NEGATIVES) if names is USUAL_FIELDS else names.names
     )
     name, query = given(fields, query_names)
-    if name in _FIRST_TEXTS and names is USUAL_FIELDS and is_scored(fields):
+    if name in _FIRST_TEXTS and _is_scored(fields, name, names):
+        _refuse_documents(fields, positive_names, negative_names)
         return _pair(fields, task)
     if query is None:
         _refuse_labelled(fields)
@@ -127,15 +129,19 @@ def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS
             f'"{name}" is missing; an example needs a "query" and its "positives"; if another '
             f"field holds the query, name it with {query_names.flag}"
         )
-    positives = _texts(fields, positive_names)
+    positive_name, value = given(fields, positive_names)
+    positives = _texts(value, positive_name)
     if not positives:
         raise ValueError(
             f'"{positive_names.names[0]}" is missing or empty; a query needs at least one document '
             f"that it matches; if another field holds it, name it with {positive_names.flag}"
         )
+    if positive_name in _EITHER_TEXT:
+        _refuse_score(fields, name, positive_name)
     for text in positives:
         nonblank(text, positive_names.names[0])
-    negatives = _texts(fields, negative_names)
+    negative_name, value = given(fields, negative_names)
+    negatives = _texts(value, negative_name)
     return Example(
         query=nonblank(text_of(query, name), name),
         positives=positives,
@@ -150,11 +156,35 @@ def parse_example(record: object, task: str, names: ExampleFields = USUAL_FIELDS
     )
 
 
-def is_scored(fields: Mapping[str, Any]) -> bool:
-    """Whether a record holds two texts with a similarity score."""
-    if fields.get(TEXT1[0]) is not None:  # under these names a pair has a score
+def _is_scored(fields: Mapping[str, Any], first: str, names: ExampleFields) -> bool:
+    """Whether a record, whose query is read from the field ``first``, is a pair with a score."""
+    if first == TEXT1[0] and names.query != first:  # under this name a pair has a score
         return True
-    return fields.get(TEXT2[1]) is not None and any(name in fields for name in SCORE)
+    has_score = any(name in fields for name in SCORE)
+    return has_score and any(fields.get(name) is not None for name in TEXT2)
+
+
+def _refuse_documents(fields: Mapping[str, Any], *documents: FieldNames) -> None:
+    """Raise for what a pair with a score has no use for: other documents, and how these count."""
+    of_examples = (POSITIVE_SCORES, NEGATIVE_SCORES, DOCUMENT_PROMPT, IN_BATCH)
+    for names in (*documents, *of_examples):
+        name, value = given(fields, names)
+        if value and name not in TEXT2:
+            raise ValueError(
+                f'"{name}" is not read beside two texts with a similarity score; remove it, or the '
+                "score if the second text answers the first"
+            )
+
+
+def _refuse_score(fields: Mapping[str, Any], query: str, positive: str) -> None:
+    """Raise for a similarity score of texts of which one would be read as a positive."""
+    score = next((name for name in SCORE if fields.get(name) is not None), None)
+    if score is not None:
+        raise ValueError(
+            f'"{positive}" with a "{score}" is a text of a pair with a similarity score, and would '
+            f'be read as a positive of "{query}"; remove "{query}" if "{TEXT1[0]}" and '
+            f'"{TEXT2[0]}" are the pair, or "{score}" if every "{positive}" answers its query'
+        )
 
 
 def scored_texts(fields: Mapping[str, Any]) -> tuple[str, str, float]:
@@ -342,8 +372,7 @@ def _policy(fields: Mapping[str, Any]) -> InBatch | None:
     return value
 
 
-def _texts(fields: Mapping[str, Any], names: FieldNames) -> tuple[str, ...]:
-    name, value = given(fields, names)
+def _texts(value: object, name: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):

@@ -12,7 +12,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -23,6 +23,7 @@ from tercet.data.files.beir import is_judged_folder, training_files, training_re
 from tercet.data.files.examples import (
     EXAMPLE_FIELDS,
     OUR_FIELDS,
+    SCORE,
     USUAL_FIELDS,
     ExampleFields,
     parse_example,
@@ -55,8 +56,9 @@ MAX_LANGUAGES: Final = 1000  # of one file
 LARGE_BYTES: Final = 1 << 23  # 8 MiB: a smaller file is read as quickly as it is looked up
 LARGE_ROWS: Final = 1 << 20  # of a source of several files, whose sizes are joined on disk
 _ENDS: Final = 1 << 16  # bytes of the beginning and of the end that have to be the same
-_VERSION: Final = 2  # raise it when another reading of the same file gives other results
-_KEPT_FACTS: Final = ("lang", "fingerprint", "prompts", "without_negatives", "scored")
+_VERSION: Final = 3  # raise it when another reading of the same file gives other results
+_COUNTS: Final = ("without_negatives", "scored", "taught")
+_KEPT_FACTS: Final = ("lang", "fingerprint", "prompts", *_COUNTS)
 
 log = logging.getLogger("tercet")
 
@@ -72,7 +74,7 @@ def example_records(path: Path, fields: ExampleFields = USUAL_FIELDS) -> Iterato
     if is_judged_folder(path):
         return training_records(path)
     needs = fields.names[:2]
-    return iter_records(path, fields.columns, needs=needs, known=OUR_FIELDS)
+    return iter_records(path, fields.columns, needs=needs, known=OUR_FIELDS, null=SCORE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,11 @@ class RecordFormat:
     parse: Parse = parse_example
     fields: tuple[Names, ...] = EXAMPLE_FIELDS  # columns of a parquet file that are read
     plain: Callable[[str], object] | None = None  # a line of a .txt file, if such are read
+    named: str = ""  # fields that are read instead of the usual ones
+
+    def fingerprint(self, content: str) -> str:
+        """Return the fingerprint of rows whose records have this one: it changes with fields."""
+        return fingerprint(content, self.named) if self.named else content
 
     @property
     def kinds(self) -> tuple[FormKind, ...]:
@@ -109,6 +116,7 @@ def example_format(fields: ExampleFields | None) -> RecordFormat:
         records=partial(example_records, fields=fields),
         parse=partial(parse_example, names=fields),
         fields=fields.columns,
+        named=f"examples {fields}",
     )
 
 
@@ -133,10 +141,11 @@ class LanguageRows:
     lang: str
     where: np.ndarray  # [rows] int64, ascending: the byte of each line, or the row of a parquet
     sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text
-    fingerprint: str  # of the content of the records
+    fingerprint: str  # of the content of the records, and of fields that were named
     prompts: Mapping[str, Mapping[str, str]]  # task, role: the first
     without_negatives: int  # examples that have none
     scored: int  # pairs of texts with a similarity score, which are no examples
+    taught: int  # examples with a teacher's scores of two documents or more
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,7 +168,8 @@ class FileScan:
 
     def readable(self, record_format: RecordFormat) -> list[ReadableRows]:
         """Return the rows of each language with their reader."""
-        form = known_form(self.path)
+        form, fingerprint_of = known_form(self.path), record_format.fingerprint
+        parts = [replace(part, fingerprint=fingerprint_of(part.fingerprint)) for part in self.parts]
         if form is None or form.kind != "parquet":
             decode, lines, stamp = record_format.decode(self.path), self.path, self.stamp
             if is_packed(self.path):
@@ -171,17 +181,17 @@ class FileScan:
                 ReadableRows(
                     part, LineReader(lines, stamp, part.where, decode), *line_blocks(part.where)
                 )
-                for part in self.parts
+                for part in parts
             ]
         blocks, window = row_groups(self.path)
         whole = ParquetReader(self.path, self.stamp, blocks, record_format.fields)
-        if len(self.parts) == 1:
-            return [ReadableRows(self.parts[0], whole, blocks, window)]
+        if len(parts) == 1:
+            return [ReadableRows(parts[0], whole, blocks, window)]
         return [
             ReadableRows(
                 part, ChosenReader(whole, part.where), blocks_among(part.where, blocks), window
             )
-            for part in self.parts
+            for part in parts
         ]
 
 
@@ -194,6 +204,7 @@ class _GrowingRows:
     prompts: dict[str, dict[str, str]] = field(default_factory=dict)
     without_negatives: int = 0
     scored: int = 0
+    taught: int = 0
     digest: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def add(self, record: FileRecord, place: int, example: Example) -> None:
@@ -207,13 +218,15 @@ class _GrowingRows:
         is_scored = example.score is not None
         self.scored += is_scored
         self.without_negatives += not example.negatives and not is_scored
+        scores = (*(example.positive_scores or ()), *(example.negative_scores or ()))
+        self.taught += len(scores) > 1
         self.digest.update(record.content)
 
     def finished(self, lang: str) -> LanguageRows:
         where, sizes = np.frombuffer(self.where, np.int64), np.frombuffer(self.sizes, np.int32)
         digest = self.digest.hexdigest()
-        bare, scored = self.without_negatives, self.scored
-        return LanguageRows(lang, where, sizes, digest, self.prompts, bare, scored)
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return LanguageRows(lang, where, sizes, digest, self.prompts, **counts)
 
 
 def scan(

@@ -63,12 +63,13 @@ class Source:
     sizes: np.ndarray  # [rows] int32, UTF-8 bytes of the longest text, a stand-in for its tokens
     blocks: np.ndarray  # [blocks] int64, the first row of each block that is cheap to read whole
     window: int  # blocks that are cheap to read in turns
-    fingerprint: str  # of the content of the records
+    fingerprint: str  # of the content of the records, and of fields that were named
     reader: Reader
     parse: Parse
     prompts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # task, role: the first
     without_negatives: int = 0  # examples that have none
     scored: int = 0  # pairs of texts with a similarity score; other rows are examples
+    taught: int = 0  # examples with a teacher's scores of two documents or more
     lang: str = ""  # of all its examples; empty: unknown, or several
     task: str = ""  # of examples that name none; empty: the name
 
@@ -213,6 +214,7 @@ def joined_source(
         prompts=prompts,
         without_negatives=sum(part.without_negatives for part in parts),
         scored=sum(part.scored for part in parts),
+        taught=sum(part.taught for part in parts),
         lang=parts[0].lang,
         task=task,
     )
@@ -250,7 +252,16 @@ def write_records(
 
 
 def _checked_records(path: Path, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    kinds: set[bool] = set()  # whether a record is a pair with a score
     for row, record in enumerate(records, start=1):
+        kinds.add(TEXT1[0] in record)
+        if len(kinds) > 1 and path.suffix == ".parquet":
+            raise DataError(
+                path,
+                None,
+                "cannot hold both examples and pairs with a similarity score; write a .jsonl "
+                "file, or each to a file",
+            )
         try:
             parse_example(record, "")
         except ValueError as error:
@@ -294,11 +305,4 @@ def _write_parquet(
     rest = records if first is None else chain([first], records)
     with pq.ParquetWriter(path, schema) as writer:
         while group := list(islice(rest, ROWS_PER_GROUP)):
-            if any((TEXT1[0] in record) != scored for record in group):
-                raise DataError(
-                    path,
-                    None,
-                    "cannot hold both examples and pairs with a similarity score; write a .jsonl "
-                    "file, or each to a file",
-                )
             writer.write_table(pa.Table.from_pylist(group, schema))

@@ -74,6 +74,7 @@ def text_format(field: str = "text", *, blank: bool = False) -> RecordFormat:
         parse=partial(_as_example, field=names, blank=blank),
         fields=(names,),
         plain=partial(_line_as_record, field=field),
+        named="" if names == TEXT else f"texts {field!r}",
     )
 
 

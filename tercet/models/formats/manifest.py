@@ -44,7 +44,12 @@ def _lines(
         yield "weights", "8 bits (int8): for encoding only"
     if saved is None:
         yield FILE, "none: tercet did not write this folder"
-        if (settings := read_modules(place)) is None:
+        try:
+            settings = read_modules(place)
+        except ModelError as error:
+            yield "cannot be loaded", str(error)
+            return
+        if settings is None:
             return
     else:
         settings = saved["settings"]

@@ -36,6 +36,7 @@ from tercet.models.network.cpu.int8_files import save_int8
 from tercet.models.network.dense_layers import save_dense_layers
 from tercet.models.network.heads import save_heads
 from tercet.models.network.latent_attention import save_layer
+from tercet.models.network.loading import read_object
 from tercet.models.settings import (
     FILE,
     VERSION,
@@ -66,6 +67,7 @@ _FILES: Final = (  # that earlier versions, which left no marker, wrote
     "modules.json",
     "*_linear.pt",
     "[0-9]_*/*",
+    "[0-9][0-9]_*/*",
     "tercet_layer.py",
 )
 
@@ -152,6 +154,20 @@ def known_kinds(source: str | Path) -> tuple[Kind, ...]:
     """Return the kinds of vectors that a model makes, read from its folder's settings alone."""
     folder = Path(zoo.resolve(str(source)))
     return Settings.kinds if is_nv_embed(folder) else settings_of(source, folder).kinds
+
+
+def known_width(source: str | Path) -> int | None:
+    """Return the width of a model's dense vectors, read from its folder's settings alone.
+
+    None if they do not say it, as those of a hub id or an adapter: load the model to know.
+    """
+    folder = Path(zoo.resolve(str(source)))
+    config = read_object(folder / "config.json", optional=True)
+    if is_nv_embed(folder) or not config:
+        return None
+    layers = settings_of(source, folder).dense_layers
+    width = layers[-1].width if layers else config.get("hidden_size")
+    return width if isinstance(width, int) else None
 
 
 def _is_older(folder: Path) -> bool:

@@ -99,8 +99,8 @@ class DenseLayers(nn.ModuleList):
 
 
 def _product(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Return ``W x + b`` in the wider type of both."""
-    wide = torch.promote_types(x.dtype, linear.weight.dtype)
+    """Return ``W x + b`` in the wider type of both, at least float32."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, linear.weight.dtype), torch.float32)
     bias = None if linear.bias is None else linear.bias.to(wide)
     return F.linear(x.to(wide), linear.weight.to(wide), bias)
 

@@ -13,14 +13,20 @@ _ENDS: Final = 256  # numbers
 _SUMS: Final = 1_021  # of a weight's numbers; prime, so that exchanged rows change them too
 
 
-def add_weights(digest: "hashlib.blake2b", weights: Mapping[str, Tensor]) -> None:
+def add_weights(
+    digest: "hashlib.blake2b", weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
     """Feed the names, shapes and both ends of weights to a digest: training moves them all.
 
-    It costs nothing for large models; an edit in the middle of a weight goes unnoticed.
+    With a ``dtype``, weights count as they are when loaded in it. It costs nothing for large
+    models; an edit in the middle of a weight goes unnoticed.
     """
     for name, weight in weights.items():
         flat = weight.detach().flatten()
-        ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]]).float().cpu()
+        ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]])
+        if dtype is not None and ends.is_floating_point():
+            ends = ends.to(dtype)
+        ends = ends.float().cpu()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + ends.numpy().tobytes())
 
 

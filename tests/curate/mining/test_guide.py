@@ -66,6 +66,18 @@ def test_each_text_has_the_vector_that_the_guide_gives_it_after_its_prompt(model
         assert guide([], role, []).shape == (0, model.dim)
 
 
+@pytest.mark.parametrize("prompt", [None, "only blank ones: "])
+def test_a_blank_negative_has_a_vector_of_zeros(model, tmp_path, prompt):
+    rows = [
+        Example("a", ("b",), negatives=("", " \n", "c")),
+        Example("d", ("e",), negatives=("",), document_prompt=prompt),
+    ]
+    write_examples(tmp_path / "rows.jsonl", rows)
+    guide = Guide(model, [open_source(tmp_path / "rows.jsonl")], tmp_path / "guide")
+    found = guide(["", " \n", "c", ""], "document", [rows[0], rows[0], rows[0], rows[1]])
+    torch.testing.assert_close(found.norm(dim=1), torch.tensor([0.0, 0.0, 1.0, 0.0]))
+
+
 def test_each_distinct_text_is_encoded_once_and_never_again(model, source, tmp_path, monkeypatch):
     encoded: list[str] = []
     encode = Embedder.encode

@@ -99,6 +99,17 @@ def test_another_teacher_and_other_texts_are_encoded_again(texts, teacher, encod
     assert len(encoded) == 16 + 12 and not torch.equal(before, after)
 
 
+def test_another_field_of_the_same_file_is_encoded_again(tmp_path, teacher, encoded, cache):
+    path = tmp_path / "fields.jsonl"
+    path.write_text('{"text": "a body", "title": "a head"}\n')
+    found = [
+        teacher_vectors(teacher, [open_texts(path, field=field)], "document").of(rows((0, 0)))
+        for field in ("text", "title", "text")
+    ]
+    assert encoded == ["a body", "a head"]
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
 def test_texts_that_are_read_in_another_role_are_encoded_again(texts, teacher, encoded):
     found = [
         teacher_vectors(teacher, texts[:1], each).of(rows((0, 0))) for each in ("document", "query")

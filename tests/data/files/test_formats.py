@@ -55,7 +55,8 @@ def table(rows, mark):
     out = io.StringIO(newline="")
     writer = csv.writer(out, delimiter=mark)
     writer.writerow(names)
-    writer.writerows([[row.get(name) or "" for name in names] for row in rows])
+    cells = [["" if row.get(name) is None else row[name] for name in names] for row in rows]
+    writer.writerows(cells)
     return out.getvalue().encode()
 
 
@@ -274,8 +275,80 @@ def test_pairs_with_scores_are_written_as_they_are_read(tmp_path, suffix):
     pairs = open_source(written(tmp_path, SCORED, "jsonl")).examples([0, 1])
     write_examples(tmp_path / f"again.{suffix}", pairs)
     assert list(iter_examples(tmp_path / f"again.{suffix}", scored=True)) == pairs
-    with pytest.raises(DataError, match="cannot hold both examples and pairs with a similarity"):
+    with pytest.raises(DataError) as caught:
         write_examples(tmp_path / "both.parquet", [*pairs, Example("q", ("p",))])
+    assert str(caught.value) == (
+        f"{tmp_path}/both.parquet: cannot hold both examples and pairs with a similarity score; "
+        "write a .jsonl file, or each to a file"
+    )
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    ("names", "fields"),
+    [
+        (("text1", "text2"), ExampleFields(negatives="neg2")),
+        (("sentence1", "sentence2"), ExampleFields(negatives="hard")),
+        (("sentence1", "sentence2"), ExampleFields(query="sentence1", positives="sentence2")),
+        (("sentence1", "text2"), ExampleFields()),
+        (("text1", "sentence2"), ExampleFields()),
+    ],
+)
+def test_a_pair_with_a_score_is_no_example_whatever_fields_are_named(
+    tmp_path, suffix, names, fields
+):
+    path = written(tmp_path, [dict(zip((*names, "score"), ("a", "b", 0.0), strict=True))], suffix)
+    source = open_source(path, fields=fields)
+    assert source.scored == 1
+    assert source.examples([0]) == [Example("a", ("b",), task="t", score=0.0)]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_score_is_not_dropped_where_one_of_its_texts_would_be_a_positive(tmp_path, suffix):
+    row = {"query": "id7", "text1": "a", "text2": "b", "score": 0.0}
+    assert problem(open_source, written(tmp_path, [row], suffix)).endswith(
+        '"text2" with a "score" is a text of a pair with a similarity score, and would be read as '
+        'a positive of "query"; remove "query" if "text1" and "text2" are the pair, or "score" if '
+        'every "text2" answers its query'
+    )
+    row = {"query": "a", "text1": "b", "score": 0.0}
+    path = written(tmp_path, [row], suffix, "first")
+    fields = ExampleFields(positives="text1")
+    assert '"text1" with a "score"' in problem(lambda it: open_source(it, fields=fields), path)
+
+
+def test_text1_is_a_query_without_a_score_where_it_is_named(tmp_path):
+    path = written(tmp_path, [{"text1": "a", "text2": "b"}], "jsonl")
+    source = open_source(path, fields=ExampleFields(query="text1", positives="text2"))
+    assert source.examples([0]) == [Example("a", ("b",), task="t")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv.gz"])
+@pytest.mark.parametrize("names", [("text1", "text2"), ("sentence1", "sentence2")])
+def test_an_empty_cell_for_a_score_is_a_missing_score(tmp_path, suffix, names):
+    rows = [dict(zip((*names, "score"), ("a", "b", score), strict=True)) for score in (1.5, "")]
+    said = problem(open_source, written(tmp_path, rows, suffix))
+    assert said == ':3: "score" is missing; give the similarity of the two texts as a number'
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("negatives", ["c"]),
+        ("negative_1", "c"),
+        ("positives", ["c"]),
+        ("negative_scores", [1.0]),
+        ("document_prompt", "p: "),
+        ("in_batch", "none"),
+    ],
+)
+def test_what_a_pair_with_a_score_does_not_use_is_refused(tmp_path, name, value):
+    row = {"sentence1": "a", "sentence2": "b", "score": 1.0, name: value}
+    said = problem(open_source, written(tmp_path, [row], "jsonl"))
+    assert said == (
+        f':1: "{name}" is not read beside two texts with a similarity score; remove it, or the '
+        "score if the second text answers the first"
+    )
 
 
 def test_a_score_beside_a_query_is_that_of_a_filter(tmp_path):

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import pickle
@@ -12,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tercet.data.files import readers, scan, sources
+from tercet.data.files.examples import ExampleFields
 from tercet.data.files.readers import ParquetReader, row_group_cache
 from tercet.data.files.sources import iter_examples, open_source, write_examples
+from tercet.data.files.texts import open_texts
 from tercet.errors import DataError, StorageError
 from tercet.files import parquet, records
 from tercet.types import Example, InBatch
@@ -146,6 +149,26 @@ def test_the_fingerprint_follows_the_content_and_nothing_else(tmp_path, suffix):
     assert open_source(copy).fingerprint == before
     write_examples(path, [*numbered(2), Example("query 2", ("another",), task="t")])
     assert open_source(path).fingerprint != before
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "csv.gz"])
+def test_fields_that_a_user_names_change_the_fingerprint_and_the_usual_ones_do_not(
+    tmp_path, suffix
+):
+    path = tmp_path / f"a.{suffix}"
+    record = {"query": "q", "positives": "p", "title": "t", "text": "x"}
+    lines = {"jsonl": [json.dumps(record)], "csv": [",".join(record), ",".join(record.values())]}
+    write = gzip.open if suffix.endswith("gz") else open
+    with write(path, "wt") as file:
+        file.write("\n".join(lines[suffix.partition(".")[0]]) + "\n")
+    usual, texts = open_source(path).fingerprint, open_texts(path).fingerprint
+    assert usual == texts == open_texts(path, field="text", blank_lines=True).fingerprint
+    named = ExampleFields(query="title")
+    others = [open_texts(path, field="title"), open_source(path, fields=named)]
+    assert len({usual, *(each.fingerprint for each in others)}) == 3
+    assert open_source(path, fields=ExampleFields()).fingerprint == usual
+    again = open_texts(path, field="title")
+    assert again.fingerprint == others[0].fingerprint
 
 
 def test_a_byte_order_mark_blank_lines_and_windows_line_ends_are_no_content(tmp_path):

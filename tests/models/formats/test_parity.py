@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tercet.errors import ModelError
 from tercet.models.embedder import Embedder
+from tercet.models.formats.manifest import manifest
 from tercet.models.merge import load_adapters
 from tests.toy import DECODERS, ENCODERS, SENTENCES, random_model, wordpiece
 
@@ -370,6 +371,8 @@ def test_folders_with_other_modules_are_refused_in_one_line(tmp_path, kind):
     with pytest.raises(ModelError, match=f'has the module ".*{kind}", which tercet lacks') as error:
         Embedder.load(path)
     assert "\n" not in str(error.value)
+    said = manifest(str(path))
+    assert said["cannot be loaded"] == str(error.value) and said["architecture"] == "BertModel"
 
 
 def test_a_default_prompt_that_is_not_there_is_refused(tmp_path):

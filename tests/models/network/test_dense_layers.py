@@ -13,11 +13,13 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from tercet.errors import ModelError, RecipeError
+from tercet.files.outputs import MARK
 from tercet.kinds import KINDS
 from tercet.models.choices import DenseSettings
 from tercet.models.embedder import Embedder
 from tercet.models.formats.manifest import manifest
 from tercet.models.formats.sentence_transformers import ACTIVATIONS
+from tercet.models.formats.tercet_folder import known_width
 from tercet.models.merge import load_adapters
 from tercet.models.network.dense_layers import DenseLayer, DenseLayers
 from tercet.models.network.heads import Heads, save_heads
@@ -238,6 +240,35 @@ def test_inspect_names_the_layers_whoever_wrote_the_folder(saved: Path, tmp_path
     assert found == "to 96, to 40 tanh, to 40 gelu, residual"
     path = Folder(dense=(Dense(96),)).write(tmp_path / "foreign")
     assert manifest(str(path))["dense layers after pooling"] == "to 96"
+
+
+def test_ten_modules_without_a_marker_are_known_as_a_model(encoder_folder, tmp_path: Path):
+    embedder = Embedder.load(encoder_folder, dense_layers=[{"width": 8}] * 9)
+    embedder.save(tmp_path / "deep")
+    assert (tmp_path / "deep/10_Dense").is_dir()
+    (tmp_path / "deep" / MARK).unlink()
+    embedder.save(tmp_path / "deep")  # which would refuse to replace anything else
+
+
+def test_bfloat16_is_multiplied_in_float32():
+    layer = DenseLayer(DenseSettings(width=8), 64).bfloat16()
+    x = torch.randn(3, 64).bfloat16()
+    found = layer(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, x.float() @ _weight(layer).float().T)
+
+
+def test_the_width_is_known_without_the_weights(saved: Path, encoder_folder, tmp_path: Path):
+    assert known_width(saved) == 40 and known_width(encoder_folder) == 64
+    stock = Folder(dense=(Dense(96),)).write(tmp_path / "st")
+    for path in stock.rglob("*.safetensors"):
+        path.unlink()
+    assert known_width(stock) == 96
+    (stock / "modules.json").unlink()
+    config = stock / "config.json"
+    held = json.loads(config.read_text())
+    config.write_text(json.dumps({"text_config": held}))  # which part is used is not known here
+    assert known_width(stock) is None
 
 
 # ---- what is refused ---------------------------------------------------------------------------
