@@ -22,6 +22,7 @@ measured becomes ``benchmarks/results/judged.json``, and with ``--page`` the las
 import argparse
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ from benchmarks.judged_cells import (
     PARTS,
     SCIFACT,
     SCIFACT_DEV,
+    Answers,
     Cell,
     Job,
     Place,
@@ -87,8 +89,11 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"cell {number} of {len(missing)}: {cell.name}, seed {seed}", flush=True)
         if without := [need for need in cell.needs if place.kept(need) is None]:
             failed.append(f"{cell.name}, seed {seed}: {', '.join(without)} is missing")
-        elif not run_in_process(given, cell, seed):
-            failed.append(f"{cell.name}, seed {seed}")
+        else:
+            if given.again:  # a finished model would be taken as it is
+                shutil.rmtree(place.model(cell.name, seed), ignore_errors=True)
+            if not run_in_process(given, cell, seed):
+                failed.append(f"{cell.name}, seed {seed}")
     rows = measured_rows(place, cells)
     write_results("judged", rows, "bm25s", "scikit-learn", out=given.results)
     if given.page:
@@ -127,7 +132,8 @@ def show(
         if (cell, seed) in missing or kept is None:
             state = f"about {cell.estimate(seed):g} min"
         else:
-            state = f"done in {kept['minutes']:g} min, commit {kept['commit']}"
+            minutes = "" if kept["minutes"] is None else f" in {kept['minutes']:g} min"
+            state = f"done{minutes}, commit {kept['commit']}"
         print(f"{cell.name}, seed {seed}: {state}")
     left = sum(cell.estimate(seed) for cell, seed in missing)
     print(f"{len(missing)} of {len(jobs)} are left: about {left / 60:.1f} hours of one core")
@@ -145,14 +151,17 @@ def run_here(place: Place, cell: Cell, seed: int) -> None:
     """Run a cell and keep what it answers."""
     torch.set_num_threads(1)
     job, begin = Job(place, cell.name, seed), time.time()
+    was_begun = job.was_begun  # then the minutes of this process are not all of them
     found = cell.run(job)
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     record = {
         "cell": cell.name,
         "seed": seed,
         "commit": commit(),
-        "minutes": round(sum(each.ru_utime + each.ru_stime for each in spent) / 60, 2),
-        "clock_minutes": round((time.time() - begin) / 60, 2),
+        "minutes": None
+        if was_begun
+        else round(sum(each.ru_utime + each.ru_stime for each in spent) / 60, 2),
+        "clock_minutes": None if was_begun else round((time.time() - begin) / 60, 2),
         "facts": found.facts,
         "answers": {name: np.round(each, 6).tolist() for name, each in found.answers.items()},
     }
@@ -167,26 +176,41 @@ def run_here(place: Place, cell: Cell, seed: int) -> None:
 # ---- results -------------------------------------------------------------------------------------
 
 
+Runs = dict[int, dict[str, Any]]  # what a cell answered, by seed
+
+
 def measured_rows(place: Place, cells: dict[str, Cell]) -> list[dict[str, Any]]:
     """A row for each comparison whose cells have been run."""
-    kept = {
-        name: [each for seed in range(cell.seeds) if (each := place.kept(name, seed)) is not None]
+    kept: dict[str, Runs] = {
+        name: {n: each for n in range(cell.seeds) if (each := place.kept(name, n)) is not None}
         for name, cell in cells.items()
     }
-    answers = {
-        name: [[{of: np.array(found) for of, found in each["answers"].items()}] for each in runs]
-        for name, runs in kept.items()
-        if runs
-    }
-    names = {row.of for rows in tables().values() for row in rows}
-    done = {of for runs in answers.values() for (stage,) in runs for of in stage}
-    results = Results({name: opened(place, name) for name in sorted(names & done)}, answers)
-    return [
-        compared(results, title, row, kept[row.cell])
-        for title, rows in tables().items()
-        for row in rows
-        if results.has(row.cell, *([row.against] if row.against else []))
-    ]
+    measured: list[dict[str, Any]] = []
+    for title, rows in tables().items():
+        for row in rows:
+            runs = {name: kept[name] for name in (row.cell, row.against) if name}
+            runs = of_common_seeds(runs, cells)
+            if all(runs.values()):
+                answers = {name: [[answers_of(each)] for each in runs[name]] for name in runs}
+                results = Results({row.of: opened(place, row.of)}, answers)
+                measured.append(compared(results, title, row, runs[row.cell]))
+    return measured
+
+
+def of_common_seeds(
+    runs: dict[str, Runs], cells: dict[str, Cell]
+) -> dict[str, list[dict[str, Any]]]:
+    """Leave out seeds that not all cells have, if all of them were to be run with several."""
+    several = [found for name, found in runs.items() if cells[name].seeds > 1]
+    if len(several) < len(runs):
+        return {name: list(found.values()) for name, found in runs.items()}
+    common = sorted(set[int].intersection(*map(set, several)))
+    return {name: [found[seed] for seed in common] for name, found in runs.items()}
+
+
+def answers_of(kept: dict[str, Any]) -> Answers:
+    """The answers of a cell, by the name of the set."""
+    return {of: np.array(found) for of, found in kept["answers"].items()}
 
 
 def compared(results: Results, table: str, row: Row, kept: list[dict[str, Any]]) -> dict[str, Any]:
@@ -212,7 +236,7 @@ def compared(results: Results, table: str, row: Row, kept: list[dict[str, Any]])
         "spread": None if spread is None else round(spread, 4),
         "steps": max(steps, default=None),
         "rate": kept[0]["facts"].get("rate"),
-        "minutes": round(sum(each["minutes"] for each in kept), 1),
+        "minutes": sum_of([each["minutes"] for each in kept]),
         "training_minutes": mean_of(each["facts"].get("training_minutes") for each in kept),
         "measuring_minutes": mean_of(
             each["facts"].get("measuring_minutes", {}).get(row.of) for each in kept
@@ -239,6 +263,12 @@ def mean_of(minutes: Iterable[float | None]) -> float | None:
     return round(float(np.mean(spent)), 2) if spent else None
 
 
+def sum_of(minutes: Sequence[float | None]) -> float | None:
+    """The sum over seeds; None if those of one are not known."""
+    spent = [each for each in minutes if each is not None]
+    return round(sum(spent), 1) if len(spent) == len(minutes) else None
+
+
 def numbers(figure: Interval) -> list[float]:
     """A mean and the bounds of its interval."""
     return [round(each, 4) for each in (figure.mean, figure.low, figure.high)]
@@ -253,7 +283,7 @@ class Aim:
     """What was to be reached, and how rows of the tables show it."""
 
     what: str
-    chosen: Callable[[dict[str, Any]], bool]  # the rows that show it
+    chosen: Callable[[dict[str, Any]], bool]  # the rows that show it, also of :func:`expected`
     found: Callable[[Rows], Said]
 
 
@@ -261,8 +291,6 @@ def reaches(least: float) -> Callable[[Rows], Said]:
     """The figure of the first row has to be at least this."""
 
     def found(rows: Rows) -> Said:
-        if not rows:
-            return None
         first = rows[0]
         return f"{first['name']}: {first['figure'][0]:.3f}", first["figure"][0] >= least
 
@@ -274,10 +302,8 @@ def best_reaches(least: float) -> Callable[[Rows], Said]:
 
     def found(rows: Rows) -> Said:
         dev = [row for row in rows if row["set"] == SCIFACT_DEV]
-        best = max(dev, key=lambda row: row["figure"][0], default={})
-        return reaches(least)(
-            [row for row in rows if row["set"] == SCIFACT and row["cell"] == best.get("cell")]
-        )
+        best = max(dev, key=lambda row: row["figure"][0])["cell"]
+        return reaches(least)([row for row in rows if (row["set"], row["cell"]) == (SCIFACT, best)])
 
     return found
 
@@ -298,10 +324,10 @@ def keeps_share(least: float, faster: float) -> Callable[[Rows], Said]:
 
     def found(rows: Rows) -> Said:
         by_cell = {row["cell"]: row for row in rows}
-        if len(by_cell) < 2:
-            return None
         teacher, student = (by_cell[name] for name in TEACHER_AND_STUDENT)
         share = student["figure"][0] / teacher["figure"][0]
+        if not (teacher["measuring_minutes"] and student["measuring_minutes"]):
+            return None
         times = teacher["measuring_minutes"] / student["measuring_minutes"]
         return f"{share:.1%}, {times:.1f} times", share >= least and times >= faster
 
@@ -316,27 +342,28 @@ def all_better(rows: Rows) -> Said:
 
 AIMS = (
     Aim(
-        "nDCG@10 on SciFact of at least 0.71 by dense vectors of minilm, of the best on dev",
+        "The way of training minilm's dense vectors that is the best on the dev set reaches an "
+        "nDCG@10 of at least 0.71 on SciFact.",
         lambda row: row["cell"] in DENSE and row["set"] in (SCIFACT, SCIFACT_DEV),
         best_reaches(0.71),
     ),
     Aim(
-        "and of at least 0.74 by the sum of kinds",
+        "The tuned sum of three kinds of vectors reaches at least 0.74 on SciFact.",
         lambda row: (row["cell"], row["set"], row["part"]) == ("scifact/m3", SCIFACT, "tuned sum"),
         reaches(0.74),
     ),
     Aim(
-        "no loss of more than 0.01 on sets that were not trained for",
+        "Training on SciFact loses at most 0.01 on each set that it is not about.",
         lambda row: row["table"] == KEPT_TABLE and row["cell"] != TEACHER_AND_STUDENT[1],
         loses_at_most(0.01),
     ),
     Aim(
-        "a student of 3 layers keeps 95 % of its teacher on SciFact at 3 times its speed",
+        "A student of 3 layers keeps 95 % of its teacher's figure on SciFact at 3 times its speed.",
         lambda row: row["cell"] in TEACHER_AND_STUDENT and row["set"] == SCIFACT,
         keeps_share(0.95, 3.0),
     ),
     Aim(
-        "CoSENT above pairs as positives on all three similarity sets",
+        "CoSENT is better than pairs as positives on all three similarity sets.",
         lambda row: "/cosent-" in row["cell"] and "/positives-" in (row["against"] or ""),
         all_better,
     ),
@@ -344,21 +371,45 @@ AIMS = (
 
 
 def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each aim whose rows have been measured, what was found, and whether it is met."""
-    found = [(aim, [row for row in rows if aim.chosen(row)]) for aim in AIMS]
+    """Each aim that all of its cells decide, with all seeds: what was found, and whether met."""
+    seeds = {identity(row): row["seeds"] for row in rows}
+    found: list[dict[str, Any]] = []
+    for aim in AIMS:
+        needed = [row for row in expected() if aim.chosen(row)]
+        if needed and all(seeds.get(identity(row), 0) >= row["seeds"] for row in needed):
+            if said := aim.found([row for row in rows if aim.chosen(row)]):
+                found.append({"aim": aim.what, "found": said[0], "met": said[1]})
+    return found
+
+
+def expected() -> Rows:
+    """What is known of each row before any cell has been run."""
+    cells = all_cells()
     return [
-        {"aim": aim.what, "found": text, "met": met}
-        for aim, some in found
-        if some
-        for text, met in filter(None, [aim.found(some)])
+        {
+            "table": title,
+            "cell": row.cell,
+            "set": row.of,
+            "part": row.part or None,
+            "against": " ".join(filter(None, (row.against, row.against_part))) or None,
+            "seeds": cells[row.cell].seeds,
+        }
+        for title, rows in tables().items()
+        for row in rows
+        if row.cell in cells
     ]
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a row this one."""
+    return tuple(row[name] for name in ("table", "cell", "set", "part", "against"))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables of a page."""
     text = f"{HEADING}\n"
     if reached := aims(rows):
-        text += "\n### Aims\n\n| aim | found | met |\n| --- | --- | --- |\n"
+        text += "\n### Targets set beforehand\n\n| target | found | met |\n| --- | --- | --- |\n"
         for each in reached:
             text += f"| {each['aim']} | {each['found']} | {'yes' if each['met'] else 'no'} |\n"
     for table in dict.fromkeys(row["table"] for row in rows):
@@ -374,7 +425,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             cells += [interval_text(row["difference"], sign="+"), row["verdict"] or ""]
             training = "" if row["training_minutes"] is None else f"{row['training_minutes']:g}"
             cells += [f"{row['seeds']}{spread}", str(row["steps"] or ""), training]
-            lines.append([*cells, f"{row['minutes']:g}", row["commit"]])
+            minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
+            lines.append([*cells, minutes, row["commit"]])
         text += f"\n### {table}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return text
 

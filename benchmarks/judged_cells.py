@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.llm2vec_quality import sentences_of
 from tercet.curate.convert.conversion import Conversion
-from tercet.curate.convert.scored_pairs import convert_similarity
+from tercet.curate.convert.scored_pairs import ALIKE, UNLIKE, convert_similarity
 from tercet.curate.jobs.score_job import EmbedderTeacher, ScoreJob, score_rows
 from tercet.curate.mining.miner import Mining, mine
 from tercet.curate.mining.rules import MiningRule
@@ -30,7 +30,7 @@ from tercet.data.files.beir import Folder, read_folder
 from tercet.data.files.conll import UNLABELLED, LabelledSentence, read_labelled
 from tercet.data.files.similarity import SimilaritySet
 from tercet.data.files.sources import Source, iter_examples, open_source, write_examples
-from tercet.data.files.texts import open_texts
+from tercet.data.files.texts import normal_form, open_texts
 from tercet.evaluate.measures.latent_words import word_baselines, word_probe
 from tercet.evaluate.measures.retrieval import evaluate_hits, evaluate_retrieval
 from tercet.evaluate.measures.tuned_weights import dev_candidates, tune
@@ -49,6 +49,7 @@ from tercet.recipes.distil import distil
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
 from tercet.training.loop import train
+from tercet.training.optimizer import factor
 from tercet.training.plan import CHECKPOINT
 from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
@@ -97,9 +98,11 @@ class Place:
         """The folder of the training of a cell."""
         return self.out / "models" / f"{cell}.{seed}"
 
-    def file(self, name: str) -> Path:
-        """A file that a cell writes for later ones."""
-        return self.out / DATA / name
+    def file(self, name: str, **numbers: Any) -> Path:
+        """A file that a cell writes for later ones; the numbers that decide it are in its name."""
+        path = self.out / DATA / name
+        decided = "".join(f".{key}-{value}" for key, value in numbers.items())
+        return path.with_name(f"{path.stem}{decided}{path.suffix}")
 
     def best(self, cells: Iterable[str], dev: str) -> str:
         """The cell whose mean on a dev set is the highest; of equal ones the first."""
@@ -133,6 +136,11 @@ class Job:
     def folder(self) -> Path:
         """Where it trains."""
         return self.place.model(self.cell, self.seed)
+
+    @property
+    def was_begun(self) -> bool:
+        """Whether an earlier process has trained a part of it, of which no minutes are known."""
+        return (self.folder / "model").exists() or any(self.folder.rglob(CHECKPOINT))
 
     def clean(self, *, keep_model: bool) -> None:
         """Delete what the training has written, but for a model that later cells need."""
@@ -329,10 +337,8 @@ def trained(
     job: Job, recipe: Recipe, data: Mapping[str, Sequence[Source]], dtype: str = "bfloat16"
 ) -> dict[str, Any]:
     """Train, and return what was spent; goes on after a kill."""
-    run = Run(
-        device="cpu", dtype=cast("Any", dtype), memory_gb=3.0, save_minutes=3.0, show_progress=False
-    )
-    resumed, begin = (job.folder / CHECKPOINT).exists(), time.process_time()
+    run = replace(RUN, dtype=cast("Any", dtype))
+    resumed, begin = job.was_begun, time.process_time()
     train(recipe, data, job.folder, run=run, say=lambda line: print(line, flush=True))
     minutes = round((time.process_time() - begin) / 60, 2)
     return {
@@ -381,14 +387,19 @@ def written(path: Path, examples: Callable[[], Iterable[Example]]) -> Path:
     return path
 
 
-def written_texts(path: Path, texts: Callable[[], Iterable[str]]) -> Path:
-    """A file of plain texts, which is written if it is missing."""
+def written_records(path: Path, records: Callable[[], Iterable[Mapping[str, Any]]]) -> Path:
+    """A file of records, which is written if it is missing."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts())
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records())
         with replacing_file(path) as fresh:
             fresh.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def written_texts(path: Path, texts: Callable[[], Iterable[str]]) -> Path:
+    """A file of plain texts, which is written if it is missing."""
+    return written_records(path, lambda: ({"text": text} for text in texts()))
 
 
 # ---- SciFact -------------------------------------------------------------------------------------
@@ -409,18 +420,42 @@ PARTS: Final = (*KINDS, "usual sum", "tuned sum")  # columns of a model with thr
 
 
 def claims(place: Place) -> Path:
-    """The training claims, without those of the dev set, and their abstracts."""
-    train = read_folder(place.sets / SCIFACT, "train")
-    dev = {train.queries[name] for name in dev_claims(train)}
-    return written(
-        place.file("claims.jsonl"),
-        lambda: (it for it in iter_examples(place.sets / SCIFACT) if it.query not in dev),
-    )
+    """The training claims and their abstracts, without claims of the dev set and of the test.
+
+    A claim that equals one of these but for case and spaces is left out too.
+    """
+
+    def rows() -> Iterable[Example]:
+        train = read_folder(place.sets / SCIFACT, "train")
+        dev = {train.queries[name] for name in dev_claims(train)}
+        ours = [it for it in iter_examples(place.sets / SCIFACT) if it.query not in dev]
+        measured_on = {normal_form(query) for query in both_claims(place.sets).queries}
+        kept = [it for it in ours if normal_form(it.query) not in measured_on]
+        print(f"claims: {left_out(ours, kept)}", flush=True)
+        return kept
+
+    return written(place.file("claims.jsonl", **split()), rows)
+
+
+def split() -> dict[str, int]:
+    """The numbers that decide which claims are trained on."""
+    return {"dev": DEV, "seed": SPLIT_SEED}
+
+
+def left_out(rows: Sequence[object], kept: Sequence[object]) -> str:
+    """What was left out, for the output of a cell."""
+    return f"{len(rows) - len(kept)} of {len(rows)} rows equal one of the dev set or the test"
 
 
 def mined_claims(place: Place, model: str) -> Path:
     """The same with negatives that the untouched model mined."""
-    return place.file(f"claims.{model}.jsonl")
+    return place.file(f"claims.{model}.jsonl", **mining_numbers(model))
+
+
+def mining_numbers(model: str) -> dict[str, Any]:
+    """The numbers that decide the mined negatives."""
+    rule = MINING[model]
+    return {**split(), rule.kind: rule.value, "negatives": MINED}
 
 
 def mined(job: Job, *, model: str) -> Found:
@@ -429,13 +464,14 @@ def mined(job: Job, *, model: str) -> Found:
         load(model),
         [open_source(claims(job.place))],
         mined_claims(job.place, model),
-        mining=Mining(rule=MINING[model], negatives=8),
+        mining=Mining(rule=MINING[model], negatives=MINED),
         documents=both_claims(job.place.sets).documents,
-        work=job.place.file("mining"),
+        work=job.place.file(f"mining-{model}", **mining_numbers(model)),
     )
     return Found(facts={"rows": report.rows, "negatives": report.negatives})
 
 
+MINED: Final = 8  # negatives of a claim
 MINING: Final = {
     "minilm": MiningRule(kind="percent", value=0.95),
     "me5-small": MiningRule(kind="relative", value=0.95),  # all of its cosines lie close together
@@ -500,7 +536,7 @@ M3_DEV: Final = "scifact dev tuned"  # the tuned sum on claims that did not choo
 
 def scored_claims(place: Place, _: str = "") -> Path:
     """The mined rows with scores by the sum of kinds."""
-    return place.file("claims.scored.jsonl")
+    return place.file("claims.scored.jsonl", **mining_numbers("minilm"))
 
 
 def scored(job: Job) -> Found:
@@ -612,7 +648,7 @@ def one_positive(place: Place) -> Path:
     """Rows of one positive and as many negatives as a batch takes, for both libraries."""
     count = SCIFACT_NUMBERS["negatives"]
     return written(
-        place.file("claims.one.jsonl"),
+        place.file("claims.one.jsonl", **mining_numbers("minilm"), taken=count),
         lambda: (
             replace(
                 it,
@@ -628,31 +664,36 @@ def one_positive(place: Place) -> Path:
 
 
 def beside_peer(job: Job) -> Found:
-    """Train in float32 on the rows that the peer gets too."""
-    rate = PEER_RATE
+    """Train in float32 as the peer does; see :func:`peer`."""
     recipe = finetune(
         model=BASES["minilm"],
-        learning_rate=rate,
+        learning_rate=PEER_RATE,
         steps=PEER_STEPS,
         seed=job.seed,
-        **SCIFACT_NUMBERS,
+        **{**SCIFACT_NUMBERS, "query_tokens": LIMITS["document_tokens"]},
     )
+    stage = replace(recipe.stages[0], mask_duplicates=False)
     source = open_source(one_positive(job.place))
-    facts = trained(job, recipe, {"pairs": [source]}, "float32")
-    return measured(job.place, load(job.folder / "model"), (SCIFACT,), rate=rate, **facts)
+    facts = trained(job, replace(recipe, stages=(stage,)), {"pairs": [source]}, "float32")
+    model = load(job.folder / "model")
+    return measured(job.place, model, (SCIFACT,), rate=PEER_RATE, **facts)
 
 
 def peer(job: Job) -> Found:
-    """Train by sentence-transformers: the same batches, loss, rate, warmup and lengths."""
-    rate, steps, size = PEER_RATE, PEER_STEPS, SCIFACT_NUMBERS["batch_size"]
+    """Train by sentence-transformers under the conditions of :func:`beside_peer`.
+
+    Equal are the batches, the loss (equal texts stay negatives of each other), the lengths (256
+    tokens, of queries too), the rate and its course, weight decay and clipping. The random numbers
+    of dropout differ, and how each library sums.
+    """
+    size = SCIFACT_NUMBERS["batch_size"]
     source = open_source(one_positive(job.place))
-    rows = rows_in_order(source, steps=steps, batch_size=size, seed=job.seed)
+    warmup = round(0.1 * PEER_STEPS)  # as a stage of ours
     task = {
         "model": str(resolve(BASES["minilm"])),
-        "rows": rows,
-        "steps": steps,
-        "batch_size": size,
-        "learning_rate": rate,
+        "batches": batches_in_order(source, steps=PEER_STEPS, batch_size=size, seed=job.seed),
+        "learning_rate": PEER_RATE,
+        "course": [factor("linear", n, PEER_STEPS, warmup=warmup) for n in range(PEER_STEPS)],
         "temperature": 0.05,
         "weight_decay": 0.01,
         "max_tokens": LIMITS["document_tokens"],
@@ -665,19 +706,23 @@ def peer(job: Job) -> Found:
     script = Path(__file__).with_name("judged_peer.py")
     subprocess.run([job.place.peer, str(script), str(path)], check=True)
     facts = read_json(job.folder / "spent.json")
-    facts |= {"rate": rate, "steps": steps, "training_precision": "float32"}
+    facts |= {"rate": PEER_RATE, "steps": PEER_STEPS, "training_precision": "float32"}
     return measured(job.place, load(job.folder / "model"), (SCIFACT,), **facts)
 
 
-def rows_in_order(source: Source, *, steps: int, batch_size: int, seed: int) -> list[list[str]]:
-    """Query, positive and negatives of each row, in the order of a training's batches."""
+def batches_in_order(
+    source: Source, *, steps: int, batch_size: int, seed: int
+) -> list[list[list[str]]]:
+    """The batches of a training: query, positive and negatives of each row.
+
+    The last batch of an epoch can be smaller.
+    """
     sampler = Sampler([source], BatchPlan(batch_size, seed, epochs=steps))
     batches = (sampler.next_batch() for _ in range(steps))
     return [
-        [it.query, *it.positives, *it.negatives]
+        [[it.query, *it.positives, *it.negatives] for it in batch.examples([source])]
         for batch in batches
         if batch is not None
-        for it in batch.examples([source])
     ]
 
 
@@ -696,20 +741,48 @@ def sts_sets(lang: str) -> tuple[str, str]:
     return f"sts/{lang}", f"sts/{lang} dev"
 
 
+def unseen(place: Place, lang: str) -> SimilaritySet:
+    """The training pairs, without those of the dev set and of the test.
+
+    A pair is equal to another one in either order, but for case and spaces.
+    """
+    train, *others = (
+        SimilaritySet.from_file(place.sets / "sts" / f"{STS[lang]}.{split}.jsonl")
+        for split in ("train", "dev", "test")
+    )
+    measured_on = {pair for other in others for pair in unordered(other)}
+    rows = [row for row, pair in enumerate(unordered(train)) if pair not in measured_on]
+    print(f"sts/{lang}: {left_out(train.scores, rows)}", flush=True)  # pyright: ignore[reportArgumentType]
+    return replace(train, pairs=train.pairs[rows], scores=train.scores[rows])
+
+
+def unordered(data: SimilaritySet) -> list[frozenset[str]]:
+    """The two texts of each pair, in the form in which equal ones are found."""
+    forms = [normal_form(text) for text in data.texts]
+    return [frozenset(forms[text] for text in pair) for pair in data.pairs.tolist()]
+
+
 def as_positives(place: Place, lang: str) -> Path:
     """Rows of pairs that people scored 4 or more, with negatives by BM25, as in NV-Embed."""
-    data = SimilaritySet.from_file(place.sets / "sts" / f"{STS[lang]}.train.jsonl")
+    conversion = Conversion(task="sts", instruction="similar")
 
     def rows() -> Iterable[Example]:
-        for it in convert_similarity(data, Conversion(task="sts", instruction="similar")).rows:
+        for it in convert_similarity(unseen(place, lang), conversion).rows:
             yield replace(it, query_prompt="query: ", document_prompt="query: ")
 
-    return written(place.file(f"positives.{lang}.jsonl"), rows)
+    numbers = {"alike": ALIKE, "unlike": UNLIKE, "negatives": conversion.negatives}
+    return written(place.file(f"unseen.positives.{lang}.jsonl", **numbers), rows)
 
 
 def graded(place: Place, lang: str) -> Path:
     """The scored pairs themselves, which CoSENT learns."""
-    return place.sets / "sts" / f"{STS[lang]}.train.jsonl"
+
+    def records() -> Iterable[dict[str, Any]]:
+        data = unseen(place, lang)
+        for (one, other), score in zip(data.pairs.tolist(), data.scores.tolist(), strict=True):
+            yield {"text1": data.texts[one], "text2": data.texts[other], "score": score}
+
+    return written_records(place.file(f"unseen.graded.{lang}.jsonl"), records)
 
 
 STS_METHODS: Final = {"positives": as_positives, "cosent": graded}

@@ -4,14 +4,16 @@
 
 The peer of ``benchmarks/judged.py``, in an environment with sentence-transformers, datasets and
 accelerate. It saves the model, and writes CPU minutes and versions to ``spent.json`` beside the
-task. float32, AdamW, gradients clipped at 1, a linear rise over a tenth of the steps and a linear
-fall, as tercet does it.
+task. float32, AdamW, gradients clipped at 1; the task has the batches, and of each step the share
+of the learning rate, so that both are those of tercet.
 """
 
 import json
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +25,35 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, SequentialSampler
+
+
+class GivenBatches(BatchSampler):
+    """Yields the rows of a data set in their order, in batches of the given sizes."""
+
+    def __init__(self, dataset: Any, sizes: list[int]) -> None:
+        super().__init__(SequentialSampler(dataset), max(sizes), drop_last=False)
+        self.sizes = sizes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = iter(self.sampler)
+        return (list(islice(rows, size)) for size in self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+class OnCourse(SentenceTransformerTrainer):
+    """The trainer with a given share of the learning rate for each step."""
+
+    course: list[float]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Make the schedule; it is asked once more after the last step."""
+        shares = [*self.course, 0.0]
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: shares[step])
+        return self.lr_scheduler
 
 
 def main(task: dict[str, Any], folder: Path) -> None:
@@ -31,19 +61,19 @@ def main(task: dict[str, Any], folder: Path) -> None:
     torch.set_num_threads(1)
     model = SentenceTransformer(task["model"], device="cpu", model_kwargs={"dtype": torch.float32})
     model.max_seq_length = task["max_tokens"]
-    columns = ["query", "positive", *(f"negative_{n}" for n in range(len(task["rows"][0]) - 2))]
-    rows = {name: [row[at] for row in task["rows"]] for at, name in enumerate(columns)}
+    rows = [row for batch in task["batches"] for row in batch]
+    columns = ["query", "positive", *(f"negative_{n}" for n in range(len(rows[0]) - 2))]
+    data = {name: [row[at] for row in rows] for at, name in enumerate(columns)}
+    sizes = [len(batch) for batch in task["batches"]]
 
-    def in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
-        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+    def in_order(dataset: Any, **_: Any) -> BatchSampler:
+        return GivenBatches(dataset, sizes)
 
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "trainer"),
-        max_steps=task["steps"],
-        per_device_train_batch_size=task["batch_size"],
+        max_steps=len(sizes),
+        per_device_train_batch_size=max(sizes),
         learning_rate=task["learning_rate"],
-        lr_scheduler_type="linear",
-        warmup_steps=round(task["steps"] * 0.1),
         seed=task["seed"],
         weight_decay=task["weight_decay"],
         batch_sampler=cast("Any", in_order),
@@ -53,7 +83,8 @@ def main(task: dict[str, Any], folder: Path) -> None:
         disable_tqdm=True,
     )
     loss = MultipleNegativesRankingLoss(model, scale=1 / task["temperature"])
-    trainer = SentenceTransformerTrainer(model, arguments, Dataset.from_dict(rows), loss=loss)
+    trainer = OnCourse(model, arguments, Dataset.from_dict(data), loss=loss)
+    trainer.course = task["course"]
     begin = time.process_time()
     trainer.train()
     minutes = (time.process_time() - begin) / 60

@@ -36,8 +36,11 @@ def sets(tmp_path) -> Path:
         {"text1": a, "text2": b, "score": n % 6} for n, (a, b) in enumerate(pairwise(SENTENCES))
     ]
     for name in ("en.stsb", "ko.korsts", "ja.jsts"):
-        for split in ("train", "dev", "test"):
+        for split in ("dev", "test"):
             lines(folder / f"sts/{name}.{split}.jsonl", pairs)
+        others = zip(SENTENCES, SENTENCES[2:], strict=False)  # not those of the test
+        trained = [{"text1": a, "text2": b, "score": 5 - n % 6} for n, (a, b) in enumerate(others)]
+        lines(folder / f"sts/{name}.train.jsonl", trained)
     for name in ("xquad/en", "xquad/de-en"):
         beir(folder / name, test=range(12))
     return folder
@@ -122,27 +125,64 @@ def test_a_part_of_the_queries_keeps_its_judgements(place):
     ]
 
 
-def test_the_peer_gets_the_batches_of_our_training(place, monkeypatch):
-    monkeypatch.setattr(judged_cells, "SCIFACT_NUMBERS", {"batch_size": 2, "negatives": 1})
+def test_training_claims_that_equal_measured_ones_are_left_out_and_counted(place, capsys):
+    path = place.sets / "scifact" / "queries.jsonl"
+    queries = [json.loads(line) for line in path.read_text().splitlines()]
+    before = [row.query for row in iter_examples(judged_cells.claims(place))]
+    same = next(each for each in queries if each["text"] == before[0])
+    same["text"] = f"  {queries[8]['text'].upper()} "  # a test claim, but for case and spaces
+    lines(path, queries)
+    judged_cells.claims(place).unlink()
+    capsys.readouterr()
+    after = [row.query for row in iter_examples(judged_cells.claims(place))]
+    assert after == before[1:]
+    assert "claims: 1 of 5 rows equal one of the dev set or the test" in capsys.readouterr().out
+
+
+def test_training_pairs_that_equal_measured_ones_in_either_order_are_left_out(place, capsys):
+    path = place.sets / "sts" / f"{judged_cells.STS['ko']}.train.jsonl"
+    clean = [json.loads(line) for line in path.read_text().splitlines()]
+    swapped = {"text1": SENTENCES[1].upper(), "text2": f" {SENTENCES[0]}", "score": 5}
+    lines(path, [swapped, *clean])
+    graded = judged_cells.graded(place, "ko")
+    assert [json.loads(line) for line in graded.read_text().splitlines()] == clean
+    assert f"1 of {len(clean) + 1} rows equal one of the dev set or the" in capsys.readouterr().out
+    rows = list(iter_examples(judged_cells.as_positives(place, "ko")))
+    high = {frozenset((it["text1"], it["text2"])) for it in clean if it["score"] >= 4}
+    assert rows and {frozenset((row.query, *row.positives)) for row in rows} <= high
+
+
+def test_a_file_for_later_cells_is_named_after_the_numbers_that_decide_it(place, monkeypatch):
+    before = judged_cells.claims(place), judged_cells.mined_claims(place, "minilm")
+    monkeypatch.setattr(judged_cells, "DEV", 4)
+    assert before[0].name == "claims.dev-3.seed-0.jsonl"
+    assert judged_cells.claims(place) != before[0]
+    assert len(list(iter_examples(judged_cells.claims(place)))) == 4
+    assert judged_cells.mined_claims(place, "minilm") != before[1]
+    monkeypatch.setitem(judged_cells.MINING, "minilm", MiningRule(kind="percent", value=0.5))
+    assert "percent-0.5" in judged_cells.mined_claims(place, "minilm").name
+
+
+@pytest.mark.parametrize(("rows", "size", "sizes"), [(7, 2, [2, 2, 2]), (8, 3, [3, 3, 2])])
+def test_the_peer_gets_the_batches_of_our_training(place, rows, size, sizes):
     path = judged_cells.mined_claims(place, "minilm")
-    lines(
-        path,
-        [
-            {"query": f"q{n}", "positives": [f"p{n}", "more"], "negatives": ["a", "b"][: n % 3]}
-            for n in range(9)
-        ],
-    )
+    texts = [
+        {"query": f"q{n}", "positives": [f"p{n}", "more"], "negatives": ["a", "b"]}
+        for n in range(rows)
+    ]
+    # a row without a negative would leave a hole in the peer's columns
+    lines(path, [*texts, {"query": "q", "positives": ["p"]}])
     source = open_source(judged_cells.one_positive(place))
-    assert len(source) == 6  # rows without a negative would leave a hole in the peer's columns
-    rows = judged_cells.rows_in_order(source, steps=5, batch_size=2, seed=3)
-    sampler, expected = Sampler([source], BatchPlan(2, 3, epochs=5)), []
+    assert len(source) == rows
+    found = judged_cells.batches_in_order(source, steps=5, batch_size=size, seed=3)
+    sampler, expected = Sampler([source], BatchPlan(size, 3, epochs=5)), []
     for _ in range(5):
         batch = sampler.next_batch()
         assert batch is not None
-        expected += [
-            [it.query, it.positives[0], it.negatives[0]] for it in batch.examples([source])
-        ]
-    assert rows == expected and len({len(row) for row in rows}) == 1
+        expected.append(
+            [[it.query, it.positives[0], it.negatives[0]] for it in batch.examples([source])]
+        )
+    assert found == expected and [len(batch) for batch in found] == [*sizes, *sizes[:2]]
 
 
 def test_a_sentence_counts_its_labelled_words_also_where_the_model_cut_it():
@@ -228,6 +268,39 @@ def test_cells_that_are_done_are_not_run_again_unless_asked_for(place, monkeypat
     assert row["set"] == "sts/en" and row["seeds"] == 1 and row["commit"]
 
 
+def test_a_cell_that_is_run_again_is_trained_again(place, monkeypatch):
+    cell = Cell("a/kept", answer, 1, keeps_model=True)
+    folder = place.model("a/kept")
+    found: list[bool] = []
+
+    def run(given, cell: Cell, seed: int) -> bool:
+        found.append(folder.exists())
+        judged.run_here(place, cell, seed)
+        return True
+
+    monkeypatch.setattr(judged, "all_cells", lambda: {cell.name: cell})
+    monkeypatch.setattr(judged, "run_in_process", run)
+    monkeypatch.setattr(judged, "tables", dict)
+    words = ["--sets", str(place.sets), "--out", str(place.out), "--again"]
+    (folder / "model").mkdir(parents=True)
+    judged.main([*words, "--results", str(place.out / "judged.json")])
+    assert found == [False]
+
+
+@pytest.mark.parametrize("left", ["model/weights", "checkpoint.pt"])
+def test_a_training_that_was_begun_before_has_no_minutes(place, left, capsys):
+    job = Job(place, "a/first", 0)
+    (job.folder / left).parent.mkdir(parents=True)
+    (job.folder / left).touch()
+    assert job.was_begun
+    judged.run_here(place, CELLS["a/first"], 0)
+    kept = place.kept("a/first")
+    assert kept is not None and kept["minutes"] is None
+    judged.show(place, [(CELLS["a/first"], 0)], [])
+    assert "a/first, seed 0: done, commit" in capsys.readouterr().out
+    assert judged.sum_of([2.0, None]) is None and judged.sum_of([2.0, 1.5]) == 3.5
+
+
 def test_a_cell_that_fails_stops_only_those_that_need_it(place, monkeypatch):
     ran: list[str] = []
 
@@ -299,7 +372,8 @@ def test_a_verdict_follows_from_the_interval(bounds, said):
 
 def rows_of(place: Place, monkeypatch, *rows: Row) -> list[dict]:
     monkeypatch.setattr(judged, "tables", lambda: {"SciFact": list(rows)})
-    cells = {row.cell: Cell(row.cell, answer, 1, seeds=2) for row in rows}
+    seeds = {row.cell: 2 if place.result(row.cell, 1).exists() else 1 for row in rows}
+    cells = {cell: Cell(cell, answer, 1, seeds=count) for cell, count in seeds.items()}
     return judged.measured_rows(place, cells)
 
 
@@ -318,6 +392,32 @@ def test_a_row_compares_the_mean_over_seeds_query_by_query(place, monkeypatch):
     assert new["seeds"] == 2 and new["minutes"] == 4.0 and new["training_minutes"] == 1.0
     assert new["spread"] == pytest.approx(0.0354, abs=1e-4)  # of 0.65 and 0.6
     assert (new["metric"], new["commit"], new["steps"]) == ("nDCG@10", "abc", 5)
+
+
+def test_two_cells_are_compared_on_the_seeds_that_both_have(place, monkeypatch):
+    for seed, score in ((0, 0.5), (2, 0.7)):  # seed 1 failed
+        texts_of("s/base", [score] * 4, place, of="scifact", seed=seed)
+    for seed, score in ((0, 0.6), (1, 0.0), (2, 0.9)):
+        texts_of("s/new", [score] * 4, place, of="scifact", seed=seed)
+    monkeypatch.setattr(judged, "tables", lambda: {"T": [Row("new", "s/new", "scifact", "s/base")]})
+    cells = {name: Cell(name, answer, 1, seeds=3) for name in ("s/base", "s/new")}
+    (row,) = judged.measured_rows(place, cells)
+    assert row["seeds"] == 2 and row["figure"][0] == 0.75
+    assert row["difference"][0] == pytest.approx(0.15)
+    cells["s/base"] = Cell("s/base", answer, 1)  # of one seed, which all are compared with
+    (row,) = judged.measured_rows(place, cells)
+    assert row["seeds"] == 3 and row["figure"][0] == 0.5 and row["difference"][0] == 0.0
+
+
+def test_similarity_is_compared_on_the_seeds_that_both_have(place, monkeypatch):
+    gold = np.arange(11) % 6 / 10
+    for cell, seeds in (("s/base", (0, 2)), ("s/new", (0, 1, 2))):
+        for seed in seeds:
+            texts_of(cell, gold.tolist(), place, of="sts/en", seed=seed)
+    monkeypatch.setattr(judged, "tables", lambda: {"T": [Row("new", "s/new", "sts/en", "s/base")]})
+    cells = {name: Cell(name, answer, 1, seeds=3) for name in ("s/base", "s/new")}
+    (row,) = judged.measured_rows(place, cells)
+    assert row["seeds"] == 2 and row["difference"] == [0.0, 0.0, 0.0]
 
 
 def test_a_row_that_brings_nothing_stays_and_one_without_answers_waits(place, monkeypatch):
@@ -350,36 +450,57 @@ def test_a_kind_of_vectors_is_a_column_of_the_answers(place, monkeypatch):
     assert over["against"] == "s/three dense" and over["difference"][0] == 0.25
 
 
+def all_measured(figure: float, loss: float, verdict: str) -> list[dict[str, Any]]:
+    """Every row of the tables; the dev set chooses ``scifact/minilm-mined``."""
+    rows: list[dict[str, Any]] = []
+    for row in judged.expected():
+        reached = figure if "mined" in row["cell"] or row["cell"] == "scifact/m3" else 0.9
+        if row["set"] == "scifact dev":
+            reached = 0.6 if row["cell"] == "scifact/minilm-mined" else 0.5
+        if row["cell"] == "scifact/student":
+            reached = figure + 0.15
+        minutes = 1.0 if row["cell"] == "scifact/student" else 3.6
+        more = {"name": "x", "figure": [reached] * 3, "measuring_minutes": minutes}
+        rows.append({**row, **more, "difference": [0.1] * 3, "verdict": "better"})
+    kept = [row for row in rows if row["table"] == judged.KEPT_TABLE]
+    kept[0]["difference"] = [loss] * 3
+    for row in rows:
+        if row["cell"] == "similarity/cosent-ja":
+            row["verdict"] = verdict
+    return rows
+
+
 @pytest.mark.parametrize(
-    ("figure", "loss", "met"), [(0.72, -0.005, ["yes"] * 4), (0.69, -0.02, ["no"] * 4)]
+    ("figure", "loss", "verdict", "met"),
+    [
+        (0.75, -0.005, "better", [True] * 5),
+        (0.69, -0.02, "no difference shown", [False] * 5),
+    ],
 )
-def test_an_aim_is_met_or_not_by_the_rows_that_show_it(figure, loss, met):
-    common = {"part": None, "name": "x", "against": None}
-    rows = [
-        {"table": "A", "cell": cell, "set": of, "figure": [reached] * 3}
-        for cell, of, reached in (
-            ("scifact/minilm-mined", "scifact", figure),
-            ("scifact/minilm-pairs", "scifact", 0.9),  # which the dev set does not choose
-            ("scifact/minilm-mined", "scifact dev", 0.6),
-            ("scifact/minilm-pairs", "scifact dev", 0.5),
-        )
-    ]
-    rows += [
-        *(
-            {"table": judged.KEPT_TABLE, "cell": "c", "set": of, "difference": [lost] * 3}
-            for of, lost in (("sts/en", loss), ("xquad/en", 0.1))
-        ),
-    ]
-    for name, reached, minutes in (("me5-small", 0.7, 3.6), ("student", figure - 0.03, 1.0)):
-        cell = {"table": "A", "cell": f"scifact/{name}", "set": "scifact"}
-        rows.append({**cell, "figure": [reached] * 3, "measuring_minutes": minutes})
-    sign = {0.72: "better"}.get(figure, "no difference shown")
-    for of, said in (("sts/en", "better"), ("sts/ko", sign)):
-        against = {"cell": "similarity/cosent-x", "against": "similarity/positives-x"}
-        rows.append({"table": "B", "set": of, "verdict": said, **against})
-    found = judged.aims([{**common, **row} for row in rows])
-    assert [("yes" if each["met"] else "no") for each in found] == met
-    assert found[0]["found"] == f"x: {figure:.3f}" and "sts/en" in found[1]["found"]
+def test_an_aim_is_met_or_not_by_the_rows_that_show_it(figure, loss, verdict, met):
+    found = judged.aims(all_measured(figure, loss, verdict))
+    assert [each["met"] for each in found] == met
+    assert found[0]["found"] == f"x: {figure:.3f}" and f"{loss:+.3f}" in found[2]["found"]
+    assert all(each["aim"][0].isupper() and each["aim"][-1] == "." for each in found)
+
+
+@pytest.mark.parametrize(
+    ("cell", "undecided"),
+    [
+        ("scifact/minilm-rule", 0),
+        ("scifact/m3", 1),
+        ("scifact/minilm-pairs", 2),
+        ("scifact/student", 3),
+        ("similarity/cosent-ja", 4),
+    ],
+)
+def test_an_aim_is_not_decided_until_all_of_its_cells_and_seeds_are_there(cell, undecided):
+    rows = all_measured(0.75, -0.005, "better")
+    everything = [each["aim"] for each in judged.aims(rows)]
+    without = [row for row in rows if row["cell"] != cell]
+    assert everything[undecided] not in [each["aim"] for each in judged.aims(without)]
+    fewer = [{**row, "seeds": row["seeds"] - (row["cell"] == cell)} for row in rows]
+    assert everything[undecided] not in [each["aim"] for each in judged.aims(fewer)]
 
 
 def test_the_tables_replace_the_last_section_of_a_page(place, monkeypatch, tmp_path):
@@ -409,6 +530,14 @@ def test_every_row_is_of_a_cell_that_exists_and_whose_baseline_exists():
     for cell in cells.values():
         assert all(need in cells for need in cell.needs)
         assert isinstance(cell.run, partial) or callable(cell.run)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the peer
+def test_the_peer_trains_on_given_batches_also_where_an_epoch_ends_with_a_small_one():
+    peer = pytest.importorskip("benchmarks.judged_peer")
+    batches = peer.GivenBatches(range(11), [3, 3, 2, 3])
+    assert list(batches) == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9, 10]] and len(batches) == 4
 
 
 @pytest.mark.slow
