@@ -52,8 +52,9 @@ class OnCourse(SentenceTransformerTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Make the schedule; it is asked once more after the last step."""
         shares = [*self.course, 0.0]
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: shares[step])
-        return self.lr_scheduler
+        made = LambdaLR(cast("Any", optimizer or self.optimizer), lambda step: shares[step])
+        self.lr_scheduler = made
+        return made
 
 
 def main(task: dict[str, Any], folder: Path) -> None:
