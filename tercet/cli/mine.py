@@ -38,7 +38,7 @@ from tercet.cli.options import (
 )
 from tercet.data.files.beir import is_judged_folder
 from tercet.data.files.documents import Fields, read_documents
-from tercet.errors import RecipeError
+from tercet.errors import ModelError, RecipeError
 from tercet.files.console import columns, count_table, say
 from tercet.files.outputs import check_files, check_output
 from tercet.kinds import Kind
@@ -334,14 +334,14 @@ def score(
     """Add a teacher's score of each positive and negative to training rows.
 
     A cross-encoder of transformers (one label) reads query and document together; its scores are
-    logits. An embedder scores by its vectors, with its own prompts. Scores that rows have already
-    are replaced. The same command continues a killed run.
+    logits, by default in float32. An embedder scores by its vectors, with its own prompts. Scores
+    that rows have already are replaced. The same command continues a killed run.
 
     Example:
         tercet score mined.jsonl --model minilm --out scored-rows.jsonl
     """
-    from tercet.curate.jobs.score_job import ScoreJob, score_rows
-    from tercet.models.formats.cross_encoder import is_cross_encoder
+    from tercet.curate.jobs.score_job import EmbedderTeacher, ScoreJob, score_rows
+    from tercet.models.formats.cross_encoder import is_cross_encoder, names_classifier
 
     where = runner_of(runner, workers, address, device)
     shown = Figures(json)
@@ -354,7 +354,8 @@ def score(
         raise RecipeError(
             "--score-by and --kind-weight are of embedders; a cross-encoder has one score"
         )
-    kind = chosen_dtype(dtype, device)
+    usual = "float32" if crosses else None  # logits of 8 to 16 have steps of 1/16 in bfloat16
+    kind = chosen_dtype(dtype or usual, device)
     machine = {"device": device, "batch_tokens": batch_tokens}
     if crosses:
         loaded = partial(_cross_encoder, model, kind, **machine)
@@ -364,7 +365,14 @@ def score(
         )
     fields = fields_of(query_field, positive_field, negative_field)
     sources = [source for file in files for source in opened(file, fields=fields)]
-    job = ScoreJob(load=loaded, fingerprint=loaded().fingerprint(), sources=sources)
+    teacher = loaded()
+    if architecture == "auto" and isinstance(teacher, EmbedderTeacher):
+        if names_classifier(teacher.embedder.backbone.model.config.architectures):
+            raise ModelError(
+                f"{model}: its config names a classifier, such as a reranker, whose vectors were "
+                "not trained; give --architecture cross-encoder, or embedder if they were"
+            )
+    job = ScoreJob(load=loaded, fingerprint=teacher.fingerprint(), sources=sources)
     report = score_rows(job, out, work, runner=where)
     counts: dict[str, int | str] = {
         "rows": report.rows,

@@ -95,7 +95,7 @@ def unified_loss(  # noqa: PLR0913 (what is not data has a name or a default)
     Dense vectors of any length are normalised here; with ``dims`` their losses are means over
     prefixes of these lengths and the full one (Matryoshka). Weights of terms and vectors of tokens
     are used unchanged. ``teacher`` has a reranker's score of each document for the query that it
-    came with, NaN if it has none. The lesson by ``distil``, a mean over all queries times
+    came with, NaN if it has none. The loss by them (``distil``), a mean over all queries times
     ``distil_weight``, is added to each InfoNCE: "kl" or "margin-mse"; "listwise" replaces InfoNCE
     for queries with a scored document, and "none" ignores the scores. It compares the teacher's
     scores divided by ``teacher_temperature`` with s_x / t and s_sum / t.
@@ -270,7 +270,7 @@ class _UnifiedSweep:
         self.parts[name] += term * part
         if block.teacher is not None:
             share = self.mixture.distil_weight
-            total, by_logits = self._lesson(logits, block.teacher, block)
+            total, by_logits = self._by_teacher(logits, block.teacher, block)
             term = term + total / self.queries * share
             slope = slope + by_logits / self.queries * share
             self.parts[f"{name}_taught"] += total / self.queries * part
@@ -278,7 +278,7 @@ class _UnifiedSweep:
         self.loss += term * (part * weight * self.of_hard)
         return slope * (part * weight * self.of_hard)
 
-    def _lesson(
+    def _by_teacher(
         self,
         logits: Float[Tensor, "rows docs"],
         scores: Float[Tensor, "rows docs"],

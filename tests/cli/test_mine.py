@@ -3,6 +3,7 @@ import shutil
 from typing import cast
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from tercet.curate.mining.finders import By
@@ -231,3 +232,34 @@ def test_score_adds_the_scores_of_an_embedder_or_a_cross_encoder(
     assert said == "--score-by and --kind-weight are of embedders; a cross-encoder has one score"
     said = refused(*words, "--model", encoder_folder, "--architecture", "cross-encoder")
     assert "a reranker must have 1 label" in said
+
+
+def test_a_cross_encoder_scores_in_float32_and_is_never_taken_for_an_embedder(
+    tercet, refused, files, encoder_folder, tmp_path, monkeypatch
+):
+    reranker = shutil.copytree(encoder_folder, tmp_path / "reranker")
+    config = AutoConfig.from_pretrained(reranker, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(reranker)
+    monkeypatch.setattr("tercet.models.devices.number_type", lambda device: "bfloat16")
+    loaded: list[torch.dtype] = []
+    load = CrossEncoder.load
+
+    def noted(*args, dtype, **options):
+        loaded.append(dtype)
+        return load(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr(CrossEncoder, "load", noted)
+    words = ("score", files / "pairs.jsonl", "--out", tmp_path / "scored.jsonl", "--device", "cpu")
+    words = (*words, "--work", tmp_path / "work", "--model", reranker)
+    assert tercet(*words).status == 0
+    assert {*loaded} == {torch.float32}
+    assert tercet(*words, "--dtype", "bfloat16").status == 0
+    assert loaded[-1] == torch.bfloat16
+
+    place = "tercet.models.formats.cross_encoder.is_cross_encoder"
+    monkeypatch.setattr(place, lambda model: False)  # as if its config could not be read then
+    assert refused(*words) == (
+        f"{reranker}: its config names a classifier, such as a reranker, whose vectors were not "
+        "trained; give --architecture cross-encoder, or embedder if they were"
+    )
+    assert tercet(*words, "--architecture", "embedder").status == 0

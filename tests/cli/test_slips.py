@@ -27,6 +27,10 @@ ROOT = Path(__file__).parents[2]
         ("encode minilm a.txt --out v.npy", "tercet encode a.txt --out v.npy --model minilm?"),
         ("eval minilm a.txt", "Did you mean: tercet eval a.txt --model minilm?"),
         ("index minilm a.txt --out I", "Did you mean: tercet index a.txt --out I --model minilm?"),
+        (
+            "score minilm a.jsonl --out o.jsonl",
+            "Did you mean: tercet score a.jsonl --out o.jsonl --model minilm?",
+        ),
         ("search question folder", "the index comes first: tercet search folder question"),
         (
             "encode a.txt --model minilm --out v.npy --device tpu9",

@@ -7,9 +7,10 @@ from typing import Any, Final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
 from tercet.errors import ModelError
+from tercet.files.artifacts import fingerprint
 from tercet.models.foreign_code import refuse_code, refuse_code_in
 from tercet.models.network.fingerprints import fingerprint_of
 from tercet.models.network.loading import check_sizes, check_weights, loading, quiet, read_object
@@ -23,12 +24,26 @@ _BATCH_TOKENS: Final = 4096  # with padding
 
 
 def is_cross_encoder(source: str) -> bool:
-    """Whether a folder holds a classifier of sequences, by the architectures in its config."""
-    folder = Path(source)
-    if not (folder / "config.json").is_file():
+    """Whether a folder or hub id holds a classifier of sequences, by its config's architectures.
+
+    False where the config cannot be read; loading says why.
+    """
+    place = zoo.resolve(source)
+    try:
+        if Path(place).is_dir():
+            config: Mapping[str, Any] = read_object(Path(place) / "config.json")
+        else:
+            with quiet():
+                config, _ = PreTrainedConfig.get_config_dict(str(place))
+    except (OSError, ValueError, ModelError):
         return False
-    named = read_object(folder / "config.json").get("architectures")
-    return isinstance(named, list) and any(str(name).endswith(_SUFFIX) for name in named)
+    return names_classifier(config.get("architectures"))
+
+
+def names_classifier(architectures: object) -> bool:
+    """Whether the architectures in a config name a classifier of sequences."""
+    named = architectures if isinstance(architectures, list) else []
+    return any(str(name).endswith(_SUFFIX) for name in named)
 
 
 class CrossEncoder:
@@ -87,8 +102,12 @@ class CrossEncoder:
         return cls(model.to(device), tokenizer, batch_tokens)
 
     def fingerprint(self) -> str:
-        """Return a fingerprint that changes with any weight, and with the longest pair."""
-        return f"{fingerprint_of(self.model.state_dict())} {self.max_tokens}"
+        """Return a fingerprint of weights, their type, the tokenizer and the longest pair."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = self.tokenizer.get_vocab() if fast is None else fast.to_str()
+        read = fingerprint(repr((words, self.tokenizer.init_kwargs.get("do_lower_case"))))
+        dtype = next(self.model.parameters()).dtype
+        return f"{fingerprint_of(self.model.state_dict())} {self.max_tokens} {dtype} {read}"
 
     @torch.no_grad()
     def score(self, queries: Sequence[str], documents: Sequence[str]) -> Float[Tensor, "pairs"]:

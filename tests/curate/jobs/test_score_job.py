@@ -142,6 +142,16 @@ def test_a_dense_model_scores_by_its_cosines(tmp_path):
         EmbedderTeacher(model, "hybrid", {"dense": 0.0})
 
 
+def test_the_fingerprint_of_an_embedder_changes_with_type_attention_and_window(tmp_path):
+    toy.save_model(tmp_path / "decoder", "llama")
+
+    def found(**how) -> str:
+        return EmbedderTeacher(Embedder.load(tmp_path / "decoder", **how)).fingerprint()
+
+    ways = ({}, {"dtype": torch.bfloat16}, {"attention": "bidirectional"}, {"attention": "causal"})
+    assert len({found(**how) for how in (*ways, {})}) == 3
+
+
 def test_a_job_can_be_sent_to_other_processes(tmp_path, rows):
     import pickle
 

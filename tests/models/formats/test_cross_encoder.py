@@ -83,6 +83,30 @@ def test_the_architecture_says_what_a_folder_holds(folder: Path, tmp_path: Path)
     assert not is_cross_encoder("minilm")
 
 
+def test_the_config_of_a_hub_id_is_read_as_transformers_reads_it(folder: Path, monkeypatch):
+    def found(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        if name != "owner/reranker":
+            raise OSError(f"{name} is not a model of the hub")
+        return json.loads((folder / "config.json").read_text()), {}
+
+    monkeypatch.setattr(t.PreTrainedConfig, "get_config_dict", found)
+    assert is_cross_encoder("owner/reranker")
+    assert not is_cross_encoder("owner/lost")
+
+
+def test_the_fingerprint_changes_with_the_type_and_the_tokenizer(folder: Path):
+    teacher = CrossEncoder.load(str(folder))
+    half = CrossEncoder.load(str(folder), dtype=torch.bfloat16)
+    assert teacher.fingerprint() == CrossEncoder.load(str(folder)).fingerprint()
+    whole = CrossEncoder(half.model.float(), half.tokenizer)
+    assert len({teacher.fingerprint(), whole.fingerprint()}) == 2  # other weights
+    before = whole.fingerprint()
+    assert CrossEncoder(whole.model.bfloat16(), whole.tokenizer).fingerprint() != before
+    changed = CrossEncoder.load(str(folder))
+    changed.tokenizer.add_tokens(["nginx"])
+    assert changed.fingerprint() != teacher.fingerprint()
+
+
 def test_a_changed_weight_changes_the_fingerprint(folder: Path):
     teacher = CrossEncoder.load(str(folder))
     before = teacher.fingerprint()
