@@ -986,5 +986,6 @@ def _decoder_rows(of: str) -> Iterable[Row]:
 def _language_rows() -> Iterable[Row]:
     for of in ACROSS:
         base = "languages/me5-small"
+        yield Row("BM25", "languages/bm25", of)
         yield Row("me5-small, untouched", base, of, "languages/bm25")
         yield Row("me5-small, on packages in English and Korean", "languages/packages", of, base)
