@@ -36,21 +36,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import RESULTS, commit, write_results
-from benchmarks.judged_cells import (
-    DENSE,
-    KEPT_TABLE,
-    PARTS,
-    SCIFACT,
-    SCIFACT_DEV,
-    Answers,
-    Cell,
-    Job,
-    Place,
-    Row,
-    all_cells,
-    opened,
-    tables,
-)
+from benchmarks.judged_cells import PARTS, all_cells
+from benchmarks.judged_rows import DENSE, KEPT_TABLE, Row, tables
+from benchmarks.judged_sets import SCIFACT, SCIFACT_DEV, Answers, Cell, Job, Place, opened
 from tercet.evaluate.report.intervals import Interval
 from tercet.evaluate.suites.suite import FIGURES
 from tercet.files.artifacts import write_json

@@ -1,24 +1,54 @@
-"""The cells of ``benchmarks/judged.py``: what each trains and measures, and the rows that show it.
+"""The cells of ``benchmarks/judged.py``: what each trains and measures.
 
 A cell is one process. It finds the sets, the files and models of earlier cells, and their answers
 through its :class:`Place`, and returns what its model answers to each set.
 """
 
 import json
-import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
+from benchmarks.judged_sets import (
+    ACROSS,
+    DEBIAN_TESTED,
+    SCIFACT,
+    SCIFACT_DEV,
+    STS,
+    WORDS,
+    Answers,
+    Cell,
+    Found,
+    Job,
+    Place,
+    both_claims,
+    debian_pairs,
+    dev_claims,
+    packages,
+    split,
+    split_answers,
+)
+from benchmarks.judged_training import (
+    BASES,
+    LIMITS,
+    baselines,
+    by_rate,
+    load,
+    measured,
+    trained,
+    untouched,
+    variants,
+    written,
+    written_records,
+    written_texts,
+)
 from benchmarks.llm2vec_quality import sentences_of
 from tercet.curate.convert.conversion import Conversion
 from tercet.curate.convert.scored_pairs import ALIKE, UNLIKE, convert_similarity
@@ -26,19 +56,14 @@ from tercet.curate.jobs.score_job import EmbedderTeacher, ScoreJob, score_rows
 from tercet.curate.mining.miner import Mining, mine
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.batches.sampler import BatchPlan, Sampler
-from tercet.data.files.beir import Folder, read_folder
-from tercet.data.files.conll import UNLABELLED, LabelledSentence, read_labelled
+from tercet.data.files.beir import read_folder
 from tercet.data.files.similarity import SimilaritySet
-from tercet.data.files.sources import Source, iter_examples, open_source, write_examples
+from tercet.data.files.sources import Source, iter_examples, open_source
 from tercet.data.files.texts import normal_form, open_texts
-from tercet.evaluate.measures.latent_words import word_baselines, word_probe
 from tercet.evaluate.measures.retrieval import evaluate_hits, evaluate_retrieval
 from tercet.evaluate.measures.tuned_weights import dev_candidates, tune
-from tercet.evaluate.report.intervals import Interval, pooled_interval
 from tercet.evaluate.sets.retrieval_set import RetrievalSet
-from tercet.evaluate.suites.suite import EvaluationSet, as_evaluation_set, open_set
 from tercet.files.artifacts import read_json
-from tercet.files.atomic import replacing_file
 from tercet.kinds import KINDS, Weights
 from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
@@ -48,359 +73,8 @@ from tercet.recipes.bge_m3 import bge_m3
 from tercet.recipes.distil import distil
 from tercet.recipes.finetune import finetune
 from tercet.recipes.llm2vec import llm2vec
-from tercet.training.loop import train
 from tercet.training.optimizer import factor
-from tercet.training.plan import CHECKPOINT
-from tercet.training.recipe import Recipe, Run
 from tercet.types import Example
-
-DEBIAN: Final = Path(__file__).parents[1] / "examples/data"  # packages.LANG.parquet
-DEV: Final = 100  # training claims of SciFact that choose settings, and are not trained on
-SPLIT_SEED: Final = 0  # that draws them
-LIMITS: Final[dict[str, Any]] = {"query_tokens": 64, "document_tokens": 256}  # of every model
-RUN: Final = Run(
-    device="cpu", dtype="bfloat16", memory_gb=3.0, save_minutes=3.0, show_progress=False
-)
-BASES: Final = {name: name for name in ("minilm", "me5-small", "smollm2")}  # what is loaded
-DATA: Final = "data"  # the folder of files that cells write for later ones
-
-Answers = dict[str, np.ndarray]  # of a model, by the name of the set
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run finds its sets and keeps its results."""
-
-    sets: Path
-    out: Path
-    peer: str = ""  # the Python that has sentence-transformers
-
-    def result(self, cell: str, seed: int) -> Path:
-        """The file of a cell's answers."""
-        return self.out / "cells" / f"{cell}.{seed}.json"
-
-    def kept(self, cell: str, seed: int = 0) -> dict[str, Any] | None:
-        """What a cell answered, with its facts; None if it has not been run."""
-        path = self.result(cell, seed)
-        return read_json(path) if path.exists() else None
-
-    def facts(self, cell: str) -> dict[str, Any]:
-        """The facts of a cell that has been run with seed 0."""
-        kept = self.kept(cell)
-        assert kept is not None, f"{cell} has to be run first"
-        return kept["facts"]
-
-    def origin(self, cell: str) -> str:
-        """The cell whose model is that of a cell: another one, if it is the best of several."""
-        return (self.kept(cell) or {}).get("same_as", cell)
-
-    def model(self, cell: str, seed: int = 0) -> Path:
-        """The folder of the training of a cell."""
-        return self.out / "models" / f"{cell}.{seed}"
-
-    def file(self, name: str, **numbers: Any) -> Path:
-        """A file that a cell writes for later ones; the numbers that decide it are in its name."""
-        path = self.out / DATA / name
-        decided = "".join(f".{key}-{value}" for key, value in numbers.items())
-        return path.with_name(f"{path.stem}{decided}{path.suffix}")
-
-    def best(self, cells: Iterable[str], dev: str) -> str:
-        """The cell whose mean on a dev set is the highest; of equal ones the first."""
-        figures = {cell: self._dev(cell, dev) for cell in cells}
-        return max(figures, key=figures.__getitem__)
-
-    def _dev(self, cell: str, dev: str) -> float:
-        kept = self.kept(cell)
-        assert kept is not None, f"{cell} has to be run first"
-        return opened(self, dev).figure(np.array(kept["answers"][dev]), 0).mean
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a cell answers, and the facts that stand beside it."""
-
-    answers: Answers = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    same_as: str = ""  # the cell of several that was chosen, whose record this is
-
-
-@dataclass(frozen=True)
-class Job:
-    """A cell that is being run with a seed."""
-
-    place: Place
-    cell: str
-    seed: int
-
-    @property
-    def folder(self) -> Path:
-        """Where it trains."""
-        return self.place.model(self.cell, self.seed)
-
-    @property
-    def was_begun(self) -> bool:
-        """Whether an earlier process has trained a part of it, of which no minutes are known."""
-        return (self.folder / "model").exists() or any(self.folder.rglob(CHECKPOINT))
-
-    def clean(self, *, keep_model: bool) -> None:
-        """Delete what the training has written, but for a model that later cells need."""
-        if not keep_model:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model to train and measure."""
-
-    name: str  # PART/NAME
-    run: "Callable[[Job], Found]"
-    minutes: float  # of one core, estimated
-    needs: tuple[str, ...] = ()  # cells that come before
-    seeds: int = 1
-    keeps_model: bool = False  # for later cells
-    is_best_of: bool = False  # seed 0 is the best one of the cells that it needs
-
-    def estimate(self, seed: int) -> float:
-        """CPU minutes that a seed takes."""
-        return 0.1 if self.is_best_of and not seed else self.minutes
-
-
-# ---- sets ----------------------------------------------------------------------------------------
-
-SCIFACT: Final = "scifact"
-SCIFACT_DEV: Final = "scifact dev"
-WORDS: Final = "words/en"
-STS: Final = {"en": "en.stsb", "ko": "ko.korsts", "ja": "ja.jsts"}
-XQUAD: Final = ("de-en", "zh-en", "ru-en", "es-en", "ar-en")
-TATOEBA: Final = ("ko-en", "de-en", "ja-en", "zh-en", "fr-en", "ru-en")
-DEBIAN_TESTED: Final = {"en": 1_000, "ko": 500, "ko-en": 500}  # queries at most
-ACROSS: Final = (
-    *(f"xquad/{name}" for name in XQUAD),
-    *(f"tatoeba/{name}" for name in TATOEBA),
-    *(f"debian/{name}" for name in DEBIAN_TESTED),
-)
-
-
-@cache
-def opened(place: Place, name: str) -> EvaluationSet:
-    """The evaluation set of a name, such as ``xquad/de-en`` or ``sts/ko dev``."""
-    kind, _, rest = name.partition("/")
-    if name.startswith(SCIFACT):
-        return as_evaluation_set(both_claims(place.sets), ())
-    if kind == "words":
-        return word_set(place.sets)
-    if kind == "debian":
-        pairs = debian_pairs(rest, "test")[: DEBIAN_TESTED[rest]]
-        return as_evaluation_set(RetrievalSet.from_examples(pairs, name), ())
-    if kind == "sts":
-        lang, _, split = rest.partition(" ")
-        path = place.sets / "sts" / f"{STS[lang]}.{split or 'test'}.jsonl"
-        return as_evaluation_set(SimilaritySet.from_file(path), ())
-    folder = place.sets / name
-    return open_set(folder if folder.is_dir() else folder.with_suffix(".jsonl"))
-
-
-def both_claims(sets: Path) -> RetrievalSet:
-    """SciFact's claims of the dev set and then those of the test, so that one encoding does both.
-
-    The dev set is drawn from the training claims.
-    """
-    found: dict[str, Folder] = {s: read_folder(sets / SCIFACT, s) for s in ("train", "test")}
-    train, test = found["train"], found["test"]
-    chosen = {**{name: train for name in dev_claims(train)}, **dict.fromkeys(test.queries, test)}
-    return RetrievalSet(
-        name=SCIFACT,
-        queries=tuple(of.queries[name] for name, of in chosen.items()),
-        query_ids=tuple(f"claim {name}" for name in chosen),
-        documents=tuple(train.documents.values()),
-        document_ids=tuple(train.documents),
-        judgements=Judgements.of([of.grades[name] for name, of in chosen.items()]),
-    )
-
-
-def dev_claims(train: Folder) -> list[str]:
-    """Ids of the training claims that are put aside, in the order of their file."""
-    names = list(train.queries)
-    drawn = np.random.default_rng(SPLIT_SEED).permutation(len(names))[:DEV]
-    return [names[row] for row in sorted(drawn)]
-
-
-def split_answers(answers: np.ndarray) -> Answers:
-    """Divide the answers to all claims into those of the dev set and of the test."""
-    return {SCIFACT_DEV: answers[:DEV], SCIFACT: answers[DEV:]}
-
-
-@cache
-def labelled(sets: Path) -> tuple[list[LabelledSentence], list[LabelledSentence]]:
-    """Sentences that the probe learns from, and those that it is tested on."""
-    return tuple(read_labelled(sets / "ud" / f"en_ewt-ud-{s}.conllu") for s in ("dev", "test"))  # pyright: ignore[reportReturnType]
-
-
-def word_set(sets: Path) -> EvaluationSet:
-    """Parts of speech: for each sentence how many words have the right label, and how many count.
-
-    A linear probe on vectors of words; intervals are over sentences.
-    """
-    learn, test = labelled(sets)
-
-    def answers(embedder: Embedder, _: str | None) -> np.ndarray:
-        return tallies(test, word_probe(embedder, learn, test).predicted)
-
-    def words() -> np.ndarray:
-        return tallies(test, word_baselines(learn, test)[1].predicted)
-
-    def share(sums: np.ndarray) -> np.ndarray:
-        return sums[:, 0] / sums[:, 1]
-
-    def minus(one: np.ndarray, other: np.ndarray, seed: int) -> Interval:
-        both = np.concatenate([one, other], axis=1).astype(np.float64)
-        return pooled_interval(both, lambda s: share(s) - share(s[:, 2:]), seed=seed)
-
-    return replace(
-        as_evaluation_set(SimilaritySet.of(WORDS, []), ()),  # of which nothing is used
-        category="Classification",
-        metrics=("accuracy",),
-        baseline_name="label of the word",
-        answers=answers,
-        words=words,
-        figure=lambda found, seed: pooled_interval(found.astype(np.float64), share, seed=seed),
-        minus=minus,
-    )
-
-
-def tallies(test: Sequence[LabelledSentence], predicted: Sequence[Sequence[str]]) -> np.ndarray:
-    """Of each sentence, the words that were labelled correctly, and those that have a label."""
-    rows = [
-        [sum(a == b for a, b in zip(it.labels, guessed, strict=False) if a != UNLABELLED), counted]
-        for it, guessed in zip(test, predicted, strict=True)
-        for counted in [sum(label != UNLABELLED for label in it.labels)]
-    ]
-    return np.array(rows, np.int64).reshape(-1, 2)
-
-
-@cache
-def debian_pairs(name: str, split: str) -> tuple[Example, ...]:
-    """One-line and full descriptions of packages; of ``ko-en``: Korean line, English text."""
-    of_query, _, of_document = name.partition("-")
-    full = _packages(of_document or of_query)
-    return tuple(
-        Example(row["short"], (full[key]["long"],), task=f"debian-{name}")
-        for key, row in _packages(of_query).items()
-        if row["split"] == split and key in full
-    )
-
-
-@cache
-def _packages(lang: str) -> dict[str, dict[str, Any]]:
-    rows = pq.read_table(DEBIAN / f"packages.{lang}.parquet").to_pylist()
-    return {row["id"]: row for row in rows}
-
-
-# ---- what every cell does ------------------------------------------------------------------------
-
-
-def load(model: str | Path, **changes: Any) -> Embedder:
-    """A model in the precision in which all are measured, cut to the same lengths."""
-    source = BASES.get(str(model), model)
-    return Embedder.load(source, dtype=torch.bfloat16, **{**LIMITS, **changes})
-
-
-def measured(place: Place, embedder: Embedder, names: Iterable[str], **facts: Any) -> Found:
-    """What a model answers to these sets, with facts and the CPU minutes that each set took."""
-    answers: Answers = {}
-    minutes: dict[str, float] = {}
-    for name in names:
-        print(f"measuring {name}", flush=True)
-        evaluation = opened(place, name)
-        begin = time.process_time()
-        found = evaluation.measure(embedder)
-        minutes[name] = round((time.process_time() - begin) / 60, 2)
-        answers |= split_answers(found) if name == SCIFACT else {name: found}
-    return Found(answers, {**facts, "measuring_minutes": minutes})
-
-
-def untouched(job: Job, *, model: str, sets: Sequence[str], **changes: Any) -> Found:
-    """Measure a model before any training."""
-    return measured(job.place, load(model, **changes), sets)
-
-
-def baselines(job: Job, *, sets: Sequence[str]) -> Found:
-    """Measure what needs no model: BM25, the overlap of words, the usual label of a word."""
-    answers: Answers = {}
-    for name in sets:
-        found = opened(job.place, name).words()
-        answers |= split_answers(found) if name == SCIFACT else {name: found}
-    return Found(answers)
-
-
-def trained(
-    job: Job, recipe: Recipe, data: Mapping[str, Sequence[Source]], dtype: str = "bfloat16"
-) -> dict[str, Any]:
-    """Train, and return what was spent; goes on after a kill."""
-    run = replace(RUN, dtype=cast("Any", dtype))
-    resumed, begin = job.was_begun, time.process_time()
-    train(recipe, data, job.folder, run=run, say=lambda line: print(line, flush=True))
-    minutes = round((time.process_time() - begin) / 60, 2)
-    return {
-        "steps": sum(stage.steps or 0 for stage in recipe.stages),
-        "training_minutes": None if resumed else minutes,  # which would be those since the kill
-        "training_precision": dtype,
-    }
-
-
-def variants(
-    name: str,
-    run: Callable[..., Found],
-    numbers: Mapping[str, Mapping[str, Any]],
-    dev: str,
-    **about: Any,
-) -> Iterator[Cell]:
-    """Cells that differ in some numbers, and one with three seeds of that which is best on dev.
-
-    They are named after it: ``NAME-LABEL``.
-    """
-    cells = {f"{name}-{label}": given for label, given in numbers.items()}
-    for cell, given in cells.items():
-        yield Cell(cell, partial(run, **given), **about)
-    best = partial(best_variant, run=run, cells=cells, dev=dev)
-    yield Cell(name, best, about["minutes"], tuple(cells), seeds=3, is_best_of=True)
-
-
-def best_variant(
-    job: Job, *, run: Callable[..., Found], cells: Mapping[str, Mapping[str, Any]], dev: str
-) -> Found:
-    """Run the variant that is the best on the dev set; with seed 0 it has been run already."""
-    best = job.place.best(cells, dev)
-    return run(job, **cells[best]) if job.seed else Found(same_as=best)
-
-
-def by_rate(*rates: float) -> dict[str, dict[str, float]]:
-    """Variants that differ in the learning rate."""
-    return {f"rate-{rate:g}": {"rate": rate} for rate in rates}
-
-
-def written(path: Path, examples: Callable[[], Iterable[Example]]) -> Path:
-    """A file of examples, which is written if it is missing."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_examples(path, examples())
-    return path
-
-
-def written_records(path: Path, records: Callable[[], Iterable[Mapping[str, Any]]]) -> Path:
-    """A file of records, which is written if it is missing."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records())
-        with replacing_file(path) as fresh:
-            fresh.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def written_texts(path: Path, texts: Callable[[], Iterable[str]]) -> Path:
-    """A file of plain texts, which is written if it is missing."""
-    return written_records(path, lambda: ({"text": text} for text in texts()))
-
 
 # ---- SciFact -------------------------------------------------------------------------------------
 
@@ -435,11 +109,6 @@ def claims(place: Place) -> Path:
         return kept
 
     return written(place.file("claims.jsonl", **split()), rows)
-
-
-def split() -> dict[str, int]:
-    """The numbers that decide which claims are trained on."""
-    return {"dev": DEV, "seed": SPLIT_SEED}
 
 
 def left_out(rows: Sequence[object], kept: Sequence[object]) -> str:
@@ -559,7 +228,8 @@ def by_kind(place: Place, embedder: Embedder) -> tuple[Answers, dict[str, Any]]:
     """The answers by every kind and by two sums: with usual weights, with those tuned on dev."""
     data = both_claims(place.sets)
     found = dev_candidates(embedder, data, tasks=(), kinds=KINDS, depth=1_000)
-    tuned = tune(subset(data, slice(DEV)), some_queries(found, slice(DEV)))
+    dev = slice(split()["dev"])
+    tuned = tune(subset(data, dev), some_queries(found, dev))
     alone = [each_alone(KINDS)[kind] for kind in KINDS]
     columns = [
         evaluate_hits(data, found.hits(weights, 10), names=["ndcg@10"]).scores["ndcg@10"]
@@ -827,7 +497,7 @@ def decoder_stage(job: Job, *, stage: str, base: str) -> Found:
         max_tokens=128,
         seed=job.seed,
     )
-    known = [row for row in _packages("en").values() if row["split"] == "train"]
+    known = [row for row in packages("en").values() if row["split"] == "train"]
     texts = {"mntp": (row["long"] for row in known), "simcse": sentences_of(known)}
     path = written_texts(job.place.file(f"{stage}.jsonl"), lambda: texts[stage])
     data = {recipe.stages[0].data: [open_texts(path)]}
@@ -934,131 +604,3 @@ def _languages() -> Iterable[Cell]:
     yield Cell("languages/bm25", partial(baselines, sets=ACROSS), 1)
     yield Cell("languages/me5-small", partial(untouched, model="me5-small", sets=ACROSS), 4)
     yield Cell("languages/packages", on_packages, 10, seeds=3)
-
-
-# ---- rows of the tables --------------------------------------------------------------------------
-
-KEPT_TABLE: Final = "What training on SciFact does to other sets"
-DENSE: Final = [f"scifact/minilm-{name}" for name in ("pairs", "mined", "rule", "teacher")]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A cell's figure on a set, and what it is compared with."""
-
-    title: str
-    cell: str
-    of: str  # the set
-    against: str = ""  # a cell
-    part: str = ""  # of PARTS, for a model with three kinds
-    against_part: str = ""
-
-
-def tables() -> dict[str, list[Row]]:
-    """The rows of each table, by its title."""
-    return {
-        "SciFact, 300 test claims": _scifact_rows(SCIFACT),
-        KEPT_TABLE: _kept_rows(),
-        "Similarity": list(_similarity_rows()),
-        "Words": list(_word_rows()),
-        "Across languages": list(_language_rows()),
-        "SciFact, the 100 claims of the dev set, which choose": _scifact_rows(SCIFACT_DEV),
-    }
-
-
-def _scifact_rows(of: str) -> list[Row]:
-    base, mined = "scifact/minilm", "scifact/minilm-mined"
-    rows = [
-        Row("BM25", "scifact/bm25", of),
-        Row("minilm, untouched", base, of, "scifact/bm25"),
-        Row("minilm, pairs", "scifact/minilm-pairs", of, base),
-        Row("minilm, + mined negatives", mined, of, "scifact/minilm-pairs"),
-        Row("minilm, + mined negatives", mined, of, base),
-        Row("minilm, + rule on false negatives", "scifact/minilm-rule", of, mined),
-        Row("minilm, + teacher (sum of kinds)", "scifact/minilm-teacher", of, mined),
-        Row("minilm, + teacher (sum of kinds)", "scifact/minilm-teacher", of, base),
-        Row("me5-small, untouched", "scifact/me5-small", of, "scifact/bm25"),
-        Row("me5-small, + mined negatives", "scifact/me5-small-mined", of, "scifact/me5-small"),
-    ]
-    teacher = "scifact/me5-small"
-    rows += [
-        Row("student, 3 of 12 layers of me5-small", "scifact/student", of, teacher),
-        Row("the student's queries, me5-small's abstracts", "scifact/student-queries", of, teacher),
-    ]
-    for cell, title in (("m3-untrained", "untrained"), ("m3", "bge-m3")):
-        for part in PARTS:
-            name = f"minilm, {title}: {part}"
-            rows.append(Row(name, f"scifact/{cell}", of, base, part))
-    rows.append(Row("minilm, bge-m3: tuned sum", "scifact/m3", of, mined, "tuned sum"))
-    rows.append(
-        Row("minilm, bge-m3: tuned sum", "scifact/m3", of, "scifact/m3", "tuned sum", "dense")
-    )
-    ours = "scifact/float32"
-    peers = "scifact/sentence-transformers"
-    rows.append(Row("sentence-transformers, float32", peers, of, base))
-    rows.append(Row("tercet, the same batches, float32", ours, of, peers))
-    if of == SCIFACT_DEV:
-        compared = [
-            *(
-                (f"{model}-mined-{rate}", f"scifact/{model}", "")
-                for model in KEPT
-                for rate in RATES[model]
-            ),
-            *((f"minilm-rule-{rule}", mined, "") for rule in RULES),
-            *((f"minilm-teacher-{lesson}", mined, "") for lesson in LESSONS),
-            *((f"student-{rate}", teacher, "") for rate in STUDENT_RATES),
-            *((f"m3-{rate}", base, "tuned sum") for rate in M3_RATES),
-        ]
-        for name, against, part in compared:
-            rows.append(Row(name, f"scifact/{name}", of, against, part))
-    return rows
-
-
-def _kept_rows() -> list[Row]:
-    trained = {
-        "minilm": {
-            "minilm-pairs": "pairs",
-            "minilm-mined": "+ mined negatives",
-            "minilm-teacher": "+ teacher",
-            "m3": "bge-m3",
-        },
-        "me5-small": {"me5-small-mined": "+ mined negatives", "student": "student"},
-    }
-    return [
-        Row(f"{model}, {title}", f"scifact/{cell}", of, f"scifact/{model}")
-        for model, cells in trained.items()
-        for cell, title in cells.items()
-        for of in KEPT[model]
-    ]
-
-
-def _similarity_rows() -> Iterable[Row]:
-    for lang in STS:
-        of, base = f"sts/{lang}", "similarity/me5-small"
-        yield Row("overlap of words", "similarity/words", of)
-        yield Row("me5-small, untouched", base, of, "similarity/words")
-        positives, graded = (f"similarity/{method}-{lang}" for method in STS_METHODS)
-        yield Row("me5-small, pairs as positives", positives, of, base)
-        yield Row("me5-small, CoSENT", graded, of, base)
-        yield Row("me5-small, CoSENT", graded, of, positives)
-    yield from _decoder_rows("sts/en")
-
-
-def _word_rows() -> Iterable[Row]:
-    yield Row("usual label of the word", "words/label", WORDS)
-    yield from _decoder_rows(WORDS)
-
-
-def _decoder_rows(of: str) -> Iterable[Row]:
-    yield Row("smollm2, causal", "words/causal", of, "words/label")
-    yield Row("smollm2, both ways", "words/bidirectional", of, "words/causal")
-    yield Row("smollm2, + MNTP", "words/mntp", of, "words/causal")
-    yield Row("smollm2, + MNTP + SimCSE", "words/simcse", of, "words/mntp")
-
-
-def _language_rows() -> Iterable[Row]:
-    for of in ACROSS:
-        base = "languages/me5-small"
-        yield Row("BM25", "languages/bm25", of)
-        yield Row("me5-small, untouched", base, of, "languages/bm25")
-        yield Row("me5-small, on packages in English and Korean", "languages/packages", of, base)

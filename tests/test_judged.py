@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import judged, judged_cells
-from benchmarks.judged_cells import Cell, Found, Job, Place, Row
+from benchmarks import judged, judged_cells, judged_rows, judged_sets, judged_training
+from benchmarks.judged_rows import Row
+from benchmarks.judged_sets import Cell, Found, Job, Place
 from tercet.curate.mining.rules import MiningRule
 from tercet.data.batches.sampler import BatchPlan, Sampler
 from tercet.data.files.conll import LabelledSentence
@@ -60,8 +61,8 @@ def beir(folder: Path, **splits: range) -> None:
 
 @pytest.fixture
 def place(sets, tmp_path, monkeypatch) -> Place:
-    monkeypatch.setattr(judged_cells, "DEV", 3)
-    judged_cells.opened.cache_clear()
+    monkeypatch.setattr(judged_sets, "DEV", 3)
+    judged_sets.opened.cache_clear()
     return Place(sets, tmp_path / "out")
 
 
@@ -84,7 +85,7 @@ def texts_of(cell: str, scores: Any, place: Place, *, of: str, seed: int = 0) ->
 
 
 def test_no_model_trains_on_claims_of_the_dev_set_or_of_the_test(place):
-    data = judged_cells.both_claims(place.sets)
+    data = judged_sets.both_claims(place.sets)
     rows = list(iter_examples(judged_cells.claims(place)))
     assert len(rows) == 5 and len(data.queries) == 3 + 4
     assert not {row.query for row in rows} & {*data.queries}
@@ -93,8 +94,8 @@ def test_no_model_trains_on_claims_of_the_dev_set_or_of_the_test(place):
 
 
 def test_both_sets_of_claims_are_measured_as_each_alone(place):
-    answers = judged_cells.split_answers(judged_cells.opened(place, "scifact").words())
-    test = judged_cells.open_set(place.sets / "scifact", split="test")
+    answers = judged_sets.split_answers(judged_sets.opened(place, "scifact").words())
+    test = judged_sets.open_set(place.sets / "scifact", split="test")
     assert np.allclose(answers["scifact"], test.words())
     assert len(answers["scifact dev"]) == 3
 
@@ -117,7 +118,7 @@ def test_the_dev_set_of_a_similarity_chooses_by_its_correlation(place):
 
 
 def test_a_part_of_the_queries_keeps_its_judgements(place):
-    data = judged_cells.both_claims(place.sets)
+    data = judged_sets.both_claims(place.sets)
     dev = judged_cells.subset(data, slice(3))
     assert dev.queries == data.queries[:3] and len(dev.judgements) == 3
     assert [int(row) for row in dev.judgements.docs] == [
@@ -140,7 +141,7 @@ def test_training_claims_that_equal_measured_ones_are_left_out_and_counted(place
 
 
 def test_training_pairs_that_equal_measured_ones_in_either_order_are_left_out(place, capsys):
-    path = place.sets / "sts" / f"{judged_cells.STS['ko']}.train.jsonl"
+    path = place.sets / "sts" / f"{judged_sets.STS['ko']}.train.jsonl"
     clean = [json.loads(line) for line in path.read_text().splitlines()]
     swapped = {"text1": SENTENCES[1].upper(), "text2": f" {SENTENCES[0]}", "score": 5}
     lines(path, [swapped, *clean])
@@ -154,7 +155,7 @@ def test_training_pairs_that_equal_measured_ones_in_either_order_are_left_out(pl
 
 def test_a_file_for_later_cells_is_named_after_the_numbers_that_decide_it(place, monkeypatch):
     before = judged_cells.claims(place), judged_cells.mined_claims(place, "minilm")
-    monkeypatch.setattr(judged_cells, "DEV", 4)
+    monkeypatch.setattr(judged_sets, "DEV", 4)
     assert before[0].name == "claims.dev-3.seed-0.jsonl"
     assert judged_cells.claims(place) != before[0]
     assert len(list(iter_examples(judged_cells.claims(place)))) == 4
@@ -190,7 +191,7 @@ def test_a_sentence_counts_its_labelled_words_also_where_the_model_cut_it():
         LabelledSentence(("a", "b", "c"), ("X", "_", "Y")),
         LabelledSentence(("d",), ("X",)),
     ]
-    assert judged_cells.tallies(test, [("X", "X"), ("Y",)]).tolist() == [[1, 2], [0, 1]]
+    assert judged_sets.tallies(test, [("X", "X"), ("Y",)]).tolist() == [[1, 2], [0, 1]]
 
 
 def test_the_difference_of_two_probes_is_that_of_their_accuracies(place):
@@ -199,7 +200,7 @@ def test_the_difference_of_two_probes_is_that_of_their_accuracies(place):
         path = place.sets / "ud" / f"en_ewt-ud-{split}.conllu"
         word = "\t".join(["1", "word", "word", "NOUN", *"_" * 6])
         path.write_text(f"{word}\n\n")
-    words = judged_cells.word_set(place.sets)
+    words = judged_sets.word_set(place.sets)
     one, other = np.array([[3, 4], [1, 1]]), np.array([[1, 4], [1, 1]])
     assert words.figure(one, 0).mean == pytest.approx(4 / 5)
     assert words.minus(one, other, 0).mean == pytest.approx(2 / 5)
@@ -525,7 +526,7 @@ def test_the_tables_replace_the_last_section_of_a_page(place, monkeypatch, tmp_p
 
 def test_every_row_is_of_a_cell_that_exists_and_whose_baseline_exists():
     cells = judged_cells.all_cells()
-    for row in (row for rows in judged_cells.tables().values() for row in rows):
+    for row in (row for rows in judged_rows.tables().values() for row in rows):
         assert row.cell in cells and (not row.against or row.against in cells), row
     for cell in cells.values():
         assert all(need in cells for need in cell.needs)
@@ -544,12 +545,12 @@ def test_the_peer_trains_on_given_batches_also_where_an_epoch_ends_with_a_small_
 @pytest.mark.filterwarnings("ignore")  # of the peer
 def test_the_cells_of_claims_and_of_similarity_run(place, encoder_folder, monkeypatch):
     for name in ("minilm", "me5-small"):
-        monkeypatch.setitem(judged_cells.BASES, name, str(encoder_folder))
+        monkeypatch.setitem(judged_training.BASES, name, str(encoder_folder))
         monkeypatch.setitem(judged_cells.SCIFACT_STEPS, name, 2)
         monkeypatch.setitem(judged_cells.MINING, name, MiningRule(kind="naive"))
     monkeypatch.setattr(judged_cells, "PEER_STEPS", 2)
-    monkeypatch.setattr(judged_cells, "DEV", 5)
-    monkeypatch.setitem(judged_cells.LIMITS, "document_tokens", 64)
+    monkeypatch.setattr(judged_sets, "DEV", 5)
+    monkeypatch.setitem(judged_training.LIMITS, "document_tokens", 64)
     for numbers in (judged_cells.SCIFACT_NUMBERS, judged_cells.STS_NUMBERS):
         monkeypatch.setitem(numbers, "batch_size", 2)
     monkeypatch.setitem(judged_cells.SCIFACT_NUMBERS, "document_tokens", 64)
@@ -575,5 +576,5 @@ def test_the_cells_of_claims_and_of_similarity_run(place, encoder_folder, monkey
 
 def of_parts(*parts: str) -> list[Row]:
     """The rows whose cells are of these parts."""
-    rows = [row for rows in judged_cells.tables().values() for row in rows]
+    rows = [row for rows in judged_rows.tables().values() for row in rows]
     return [row for row in rows if row.cell.startswith(parts)]
