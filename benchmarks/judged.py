@@ -78,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if without := [need for need in cell.needs if place.kept(need) is None]:
             failed.append(f"{cell.name}, seed {seed}: {', '.join(without)} is missing")
         else:
-            if given.again:  # a finished model would be taken as it is
+            if given.again:  # or the finished model would be measured
                 shutil.rmtree(place.model(cell.name, seed), ignore_errors=True)
             if not run_in_process(given, cell, seed):
                 failed.append(f"{cell.name}, seed {seed}")
@@ -308,7 +308,7 @@ def loses_at_most(most: float) -> Callable[[Rows], Said]:
 
 
 def keeps_share(least: float, faster: float) -> Callable[[Rows], Said]:
-    """The student has to keep this share of the teacher's figure, and be so many times faster."""
+    """The student has to keep this share of the teacher's figure, at this multiple of its speed."""
 
     def found(rows: Rows) -> Said:
         by_cell = {row["cell"]: row for row in rows}
