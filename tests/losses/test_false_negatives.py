@@ -147,7 +147,7 @@ def test_a_guides_cosines_decide_in_place_of_the_models(name: str, block: int | 
         fast = info_nce(queries, docs, relation, 0.3, dims={2: 0.5, 7: 2.0}, block=block)
         slow = slow_matryoshka(queries, docs, known, 0.3, {2: 0.5, 7: 2.0})
         assert_same_loss_and_gradients(fast, slow, [queries, docs])
-        kinds = ("sparse", "multi")  # no dense scores of their own
+        kinds = ("sparse", "multi")  # the model makes no dense vectors
         ours = leaves(made(SIX, seed=seed).only(kinds))
         theirs = leaves(made(len(relation.owners), seed=9).only(kinds))
         found = unified_loss(ours, theirs, relation, mixture, queries_of_all=SIX, block=block)

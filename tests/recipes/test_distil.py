@@ -268,7 +268,7 @@ def test_a_narrower_student_gets_a_layer_that_is_saved_and_resumed(folder):
 
 
 def run_of_two(folder: Path) -> None:
-    """Train with a cache of its own, in folders of 5 texts, and note which of them are encoded."""
+    """Train with a fresh cache of 5 texts a folder, and note which of them are encoded."""
     os.environ["TERCET_CACHE"] = str(folder / "cache-of-two")
     encode, starts = stored._encoded, list[int]()
 
