@@ -99,6 +99,13 @@ def test_dropout_of_attention_stays_where_it_was_asked_for_and_in_float32(asked,
     assert not torch.equal(first[0], second[0])
 
 
+def test_no_dropout_is_left_out_of_scores_with_sinks():
+    network = Backbone(random_model(ENCODERS["bert"]))
+    assert network.dropout_left_out == 0.1
+    network.model.encoder.layer[0].sinks = nn.Parameter(torch.zeros(4))
+    assert network.changes_scores and network.dropout_left_out == 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_bfloat16_attention_keeps_little_memory_for_each_length_of_text():
     """Batched products keep 1.4 MB for each length and number of texts: 300 MB here."""
