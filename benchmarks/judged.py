@@ -7,6 +7,7 @@ FOLDER has the sets, which are not part of the repository (``docs/evidence.md`` 
 cell trains and measures one model in a process with one thread; what it answers to each query is
 kept in ``OUT/cells``, so that it is not run again, and a killed training goes on. All that has been
 measured becomes ``benchmarks/results/judged.json``, and with ``--page`` the last section of a page.
+Rows of this file that were not measured now stay, each with the commit that measured it.
 
 - An interval is the middle 95 % of a paired bootstrap over the queries, pairs or sentences of the
   set. Of several seeds, the scores of a query are averaged first (of similarity, the intervals
@@ -41,7 +42,7 @@ from benchmarks.judged_rows import DENSE, KEPT_TABLE, Row, tables
 from benchmarks.judged_sets import SCIFACT, SCIFACT_DEV, Answers, Cell, Job, Place, opened
 from tercet.evaluate.report.intervals import Interval
 from tercet.evaluate.suites.suite import FIGURES
-from tercet.files.artifacts import write_json
+from tercet.files.artifacts import read_json, write_json
 from tercet.studies.tables import Column, Results
 
 HEADING = "## Tables"
@@ -82,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 shutil.rmtree(place.model(cell.name, seed), ignore_errors=True)
             if not run_in_process(given, cell, seed):
                 failed.append(f"{cell.name}, seed {seed}")
-    rows = measured_rows(place, cells)
+    rows = with_kept(measured_rows(place, cells), given.results)
     write_results("judged", rows, "bm25s", "scikit-learn", out=given.results)
     if given.page:
         write_page(given.page, markdown(rows))
@@ -386,6 +387,13 @@ def expected() -> Rows:
         for row in rows
         if row.cell in cells
     ]
+
+
+def with_kept(rows: Rows, file: Path) -> Rows:
+    """The rows and, of the file, those that were not measured now, in the order of the tables."""
+    old = read_json(file)["rows"] if file.exists() else []
+    known = {identity(row): row for row in [*old, *rows]}
+    return [known[each] for each in map(identity, expected()) if each in known]
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -504,6 +504,18 @@ def test_an_aim_is_not_decided_until_all_of_its_cells_and_seeds_are_there(cell, 
     assert everything[undecided] not in [each["aim"] for each in judged.aims(fewer)]
 
 
+def test_rows_of_the_file_that_were_not_measured_now_stay_in_the_order_of_the_tables(tmp_path):
+    first, second, third = judged.expected()[:3]
+    gone = {**first, "cell": "scifact/gone"}  # which no table shows any more
+    file = tmp_path / "judged.json"
+    old = [{**row, "commit": "old"} for row in (gone, third, second, first)]
+    file.write_text(json.dumps({"rows": old}))
+    found = judged.with_kept([{**second, "commit": "new"}], file)
+    assert [row["commit"] for row in found] == ["old", "new", "old"]
+    assert list(map(judged.identity, found)) == list(map(judged.identity, (first, second, third)))
+    assert judged.with_kept([second], tmp_path / "missing.json") == [second]
+
+
 def test_the_tables_replace_the_last_section_of_a_page(place, monkeypatch, tmp_path):
     texts_of("s/base", [0.5, 0.4, 0.3, 0.2], place, of="scifact")
     texts_of("s/new", [0.6, 0.5, 0.4, 0.3], place, of="scifact")
