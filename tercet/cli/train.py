@@ -108,7 +108,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Start with this many of the model's first layers. Default: the recipe's.",
+            help="Start with this many of the model's layers. Default: the recipe's.",
             rich_help_panel=MODEL,
         ),
     ] = None,

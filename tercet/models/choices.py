@@ -8,6 +8,8 @@ from tercet.errors import RecipeError
 Attention: TypeAlias = Literal["causal", "bidirectional"]
 Window: TypeAlias = Literal["keep", "full"]
 PoolingName: TypeAlias = Literal["mean", "weighted_mean", "first", "last"]
+WhichLayers: TypeAlias = Literal["first", "even"]
+"""Which layers of a network are kept: the first ones, or some at equal distances."""
 LayerKind: TypeAlias = Literal["latent", "self_attention"]
 LayerInit: TypeAlias = Literal["normal", "identity"]
 Activation: TypeAlias = Literal[

@@ -42,16 +42,18 @@ log = logging.getLogger("tercet")
 
 @dataclass(frozen=True, kw_only=True)
 class Distil:
-    """The cosine distance to a teacher's vectors, plus ``relational`` times that of neighbours.
+    """The cosine distance to a teacher's vectors, and how different the neighbours are.
 
-    Both are averaged over the full width, ``dims``, and the shorter widths that the teacher was
-    trained for (Matryoshka).
+    The loss is ``distance + relational * temperature * neighbours``: the gradient of the neighbours
+    grows as the temperature falls, and would otherwise leave the distance unlearned. Both parts are
+    averaged over the full width, ``dims``, and the shorter widths that the teacher was trained for
+    (Matryoshka).
     """
 
     teacher: str  # zoo name, folder or hub id
     dims: tuple[int, ...] = ()
-    relational: float = 1.0  # weight of the loss of neighbours
-    temperature: float = 0.05  # of the distribution over the other texts of a batch
+    relational: float = 1.0  # weight of the neighbours; 0: the distance alone
+    temperature: float = 0.02  # of the distribution over the other texts of a batch
     read_as: ReadAs = "document"
 
     def __post_init__(self) -> None:
@@ -185,7 +187,8 @@ class DistilWork:
             if self.objective.relational:
                 part = relational(own, its, self.objective.temperature, first=first)
                 neighbours = neighbours + share * part
-        losses = {"loss": distance + self.objective.relational * neighbours, "distance": distance}
+        weight = self.objective.relational * self.objective.temperature
+        losses = {"loss": distance + weight * neighbours, "distance": distance}
         return losses | ({"neighbours": neighbours} if self.objective.relational else {})
 
     def finish(self) -> None:

@@ -8,6 +8,7 @@ index.
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from tercet.models.choices import WhichLayers
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role, recorded
 from tercet.types import ReadAs
@@ -26,10 +27,14 @@ def distil(
     ] = "me5-small",
     keep_layers: Annotated[
         int | None,
-        "Start with this many of the student's first layers. Default: 3 if student and teacher are "
-        "the same model, otherwise all.",
+        "Start with this many of the student's layers. Default: 3 if student and teacher are the "
+        "same model, otherwise all.",
         "layers",
     ] = None,
+    which_layers: Annotated[
+        WhichLayers,
+        "Which layers these are; even: at equal distances, the first and the last among them.",
+    ] = "even",
     read_as: Annotated[
         ReadAs,
         "How texts are read, by teacher and student, each with its prompts; both: every second one "
@@ -46,11 +51,13 @@ def distil(
         "Course of the learning rate; wsd: warmup, stable, decay.",
     ] = "linear",
     relational: Annotated[
-        float, "Weight of the loss of similarities between texts; 0: each text alone."
+        float,
+        "Weight of the loss of similarities between texts, times the temperature; 0: each text "
+        "alone.",
     ] = 1.0,
     temperature: Annotated[
         float, "Temperature of the softmax over the other texts of a batch."
-    ] = 0.05,
+    ] = 0.02,
     dims: Annotated[
         list[int] | None,
         "Shorter vector widths to train as well, besides those of the teacher (Matryoshka).",
@@ -83,6 +90,7 @@ def distil(
             pooling=pooling,
             attention=attention,
             keep_layers=keep_layers,
+            which_layers=which_layers,
             as_wide_as=teacher,
             lora=lora_of(lora_rank),
             freeze_embeddings=freeze_embeddings,

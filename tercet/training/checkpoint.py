@@ -31,7 +31,7 @@ _RENAMED: Final = (
 )
 # Settings that runs of earlier versions do not name; their defaults change nothing.
 _NEW: Final = ("similarity_temperature", "distil", "distil_weight", "teacher_temperature")
-_DEFAULTS: Final = {
+_DEFAULTS: Final = {"model.which_layers": repr("first")} | {
     f"{prefix}{name}": repr(value)
     for prefix, objective in (("objective.", Contrastive()), ("objective.mixture.", Mixture()))
     for name, value in asdict(objective).items()

@@ -14,7 +14,8 @@ from tercet.models.embedder import Embedder
 from tercet.models.frozen import linear_numbers
 from tercet.models.network.attention import KEPT_LENGTH, keeps_weights
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.checkpointing import layers_of, recomputable
+from tercet.models.network.checkpointing import recomputable
+from tercet.models.network.layers import layers_of
 from tercet.segments import Packed
 from tercet.sharding import is_sharded, numbers_here
 from tercet.training.recipe import Lora, Run

@@ -17,6 +17,7 @@ from tercet.kinds import KINDS, Kind
 from tercet.models.embedder import Embedder, Settings
 from tercet.models.formats.tercet_folder import MODEL, known_kinds, known_width
 from tercet.models.network.fingerprints import fingerprint_of
+from tercet.models.network.layers import keep_even_layers
 from tercet.models.network.positions import extend_positions
 from tercet.models.settings import FILE
 from tercet.training import checkpoint
@@ -94,9 +95,11 @@ def build(model: Model) -> Embedder:
         model.base,
         attention=model.attention,
         window=model.window,
-        keep_layers=model.keep_layers,
+        keep_layers=model.keep_layers if model.which_layers == "first" else None,
         **changes,
     )
+    if model.which_layers == "even" and model.keep_layers is not None:
+        keep_even_layers(embedder.backbone, model.keep_layers)
     if (width := _width_of(model)) not in (None, embedder.dim):
         embedder.add_dense_layer(width)
     if model.positions is not None:

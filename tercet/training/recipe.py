@@ -17,7 +17,7 @@ from tercet.data.batches.false_negatives import IgnoreRule, IgnoreRuleName
 from tercet.data.batches.shuffling import CutName
 from tercet.errors import RecipeError
 from tercet.kinds import Kind
-from tercet.models.choices import Attention, LayerSettings, PoolingName, Window
+from tercet.models.choices import Attention, LayerSettings, PoolingName, WhichLayers, Window
 from tercet.models.devices import NumberType, find_device, number_type
 from tercet.objectives.objective import Objective
 from tercet.types import Mixing, Policy, ScheduleName
@@ -51,7 +51,8 @@ class Model:
     attention: Attention | None = None
     window: Window | None = None
     layer: LayerSettings | Literal["none"] | None = None  # trained, between states and pooling
-    keep_layers: int | None = None  # only the first ones of the network; None: all
+    keep_layers: int | None = None  # this many layers of the network; None: all
+    which_layers: WhichLayers = "first"
     lora: Lora | None = None  # None: every weight is trained
     freeze_embeddings: bool = False  # do not train the token table
     prompts: Mapping[str, str] | None = None  # role -> what is put before its texts

@@ -9,7 +9,7 @@ from torch import nn
 from tercet.errors import RecipeError
 from tercet.models.embedder import Embedder
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.checkpointing import layers_of
+from tercet.models.network.layers import layers_of
 from tercet.sharding import Sharded
 from tercet.training.recipe import Stage
 

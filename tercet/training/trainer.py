@@ -25,10 +25,10 @@ from tercet.files.progress import Advance, bar, notes
 from tercet.files.signals import Interrupted, Listener, Stopped, stopped, waiting
 from tercet.models.embedder import Embedder
 from tercet.models.frozen import FrozenInHalf
-from tercet.models.network.checkpointing import layers_of, recomputed
+from tercet.models.network.checkpointing import recomputed
 from tercet.models.network.chunked import Chunks, Losses
-from tercet.models.network.compiling import compile_layers
 from tercet.models.network.cpu.precision import warning_of
+from tercet.models.network.layers import compile_layers, layers_of
 from tercet.objectives.objective import PreparedWork, TextBatch
 from tercet.sharding import clip_gradients, is_sharded
 from tercet.training import checkpoint, optimizer

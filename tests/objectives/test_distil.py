@@ -81,7 +81,7 @@ def test_the_loss_is_the_mean_over_all_widths_of_both_parts(
         own, its = found[:, :width], wanted[:, :width]
         distance.append(1 - F.cosine_similarity(own, its).mean())
         neighbours.append(slow_relational(own, its, 0.1))
-    expected = torch.stack(distance).mean() + weight * torch.stack(neighbours).mean()
+    expected = torch.stack(distance).mean() + weight * 0.1 * torch.stack(neighbours).mean()
     torch.testing.assert_close(losses["loss"], expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses["distance"], torch.stack(distance).mean().detach())
     assert ("neighbours" in losses) == bool(weight)

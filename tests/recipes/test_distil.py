@@ -106,6 +106,20 @@ def test_a_student_of_its_own_teacher_has_three_layers_and_another_one_all(folde
 # ---- training ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("which", "places"), [("even", (0, 2)), ("first", (0, 1))])
+def test_a_student_starts_from_layers_at_equal_distances_or_from_the_first(folder, which, places):
+    teacher = Embedder.load(folder / "teacher").backbone.model.encoder.layer
+    slow = {"which_layers": which, "learning_rate": 1e-12, "steps": 1}
+    student = trained(folder, which, **slow)
+    layers = student.backbone.model.encoder.layer
+    assert len(teacher) == 3 and len(layers) == 2
+    for layer, place in zip(layers, places, strict=True):
+        found, expected = layer.state_dict(), teacher[place].state_dict()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    saved = Embedder.load(folder / which / "model")
+    assert np.array_equal(saved.encode(SENTENCES), student.encode(SENTENCES))
+
+
 def test_a_student_of_fewer_layers_comes_nearer_to_its_teacher(folder):
     before = Embedder.load(folder / "teacher", keep_layers=2)
     student = trained(folder, "run", steps=20)
@@ -306,7 +320,7 @@ def searched(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TERCET_CACHE", str(folder / "cache"))
         prepared(folder, SENTENCES)
-        trained(folder, "run", steps=80, batch_size=12, learning_rate=3e-3)
+        trained(folder, "run", steps=120, batch_size=12, learning_rate=3e-3)
         index(DOCUMENTS, str(folder / "teacher"), folder / "index")
         yield folder
 

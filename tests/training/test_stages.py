@@ -59,7 +59,7 @@ def vectors(folder: Path) -> list[list[float]]:
     return Embedder.load(folder).encode(SENTENCES).tolist()
 
 
-LATER = ("similarity_temperature", "distil", "distil_weight", "teacher_temperature")
+LATER = ("similarity_temperature", "distil", "distil_weight", "teacher_temperature", "which_layers")
 
 
 @pytest.mark.parametrize("built", [finetune(), nv_embed(), arctic_embed(), bge_m3(), llm2vec()])

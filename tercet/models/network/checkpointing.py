@@ -12,13 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tercet.errors import RecipeError
 from tercet.models.network.attention import layout_in_force
 from tercet.models.network.backbone import Backbone
-
-
-def layers_of(backbone: Backbone) -> list[nn.Module]:
-    """Return its layers, first to last; an empty list if one runs several times, as in ALBERT."""
-    count = backbone.config.get_text_config().num_hidden_layers
-    lists = [list(m) for m in backbone.model.modules() if isinstance(m, nn.ModuleList)]
-    return next((found for found in lists if len(found) == count == len({*found})), [])
+from tercet.models.network.layers import layers_of
 
 
 def recomputable(backbone: Backbone) -> list[nn.Module]:

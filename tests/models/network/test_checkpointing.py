@@ -7,8 +7,9 @@ from torch import Tensor
 
 from tercet.errors import RecipeError
 from tercet.models.network.backbone import Backbone
-from tercet.models.network.checkpointing import layers_of, recomputable, recomputed
+from tercet.models.network.checkpointing import recomputable, recomputed
 from tercet.models.network.chunked import own_random_state
+from tercet.models.network.layers import layers_of
 from tercet.training.memory import graph_bytes
 from tests import toy
 
