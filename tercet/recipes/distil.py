@@ -45,7 +45,7 @@ def distil(
         int | None, "Budget of the whole run. Default: as many as epochs need.", "steps"
     ] = None,
     batch_size: Annotated[int, "Texts in a step, over all processes.", "texts"] = 64,
-    learning_rate: Annotated[float, "Learning rate at its peak."] = 2e-4,
+    learning_rate: Annotated[float, "Learning rate at its peak."] = 1e-3,
     schedule: Annotated[
         Literal["constant", "linear", "wsd"],
         "Course of the learning rate; wsd: warmup, stable, decay.",
