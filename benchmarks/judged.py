@@ -410,13 +410,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             text += f"| {each['aim']} | {each['found']} | {'yes' if each['met'] else 'no'} |\n"
     for table in dict.fromkeys(row["table"] for row in rows):
         some = [row for row in rows if row["table"] == table]
-        sets = {row["set"] for row in some}
-        columns = ["", *(["set"] if len(sets) > 1 else []), some[0]["metric"], "against"]
+        sets, metrics = ({row[name] for row in some} for name in ("set", "metric"))
+        metric = some[0]["metric"] if len(metrics) == 1 else "figure"
+        columns = ["", *(["set"] if len(sets) > 1 else []), metric, "against"]
         columns += ["difference", "verdict", "seeds", "steps", "training", "minutes", "commit"]
         lines = [columns, ["---"] * len(columns)]
         for row in some:
             spread = "" if row["spread"] is None else f", spread {row['spread']:.3f}"
-            cells = [row["name"], *([row["set"]] if len(sets) > 1 else [])]
+            of = row["set"] if len(metrics) == 1 else f"{row['set']}, {row['metric']}"
+            cells = [row["name"], *([of] if len(sets) > 1 else [])]
             cells += [interval_text(row["figure"]), row["against"] or ""]
             cells += [interval_text(row["difference"], sign="+"), row["verdict"] or ""]
             training = "" if row["training_minutes"] is None else f"{row['training_minutes']:g}"

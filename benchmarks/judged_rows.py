@@ -7,12 +7,10 @@ from typing import Final
 from benchmarks.judged_cells import (
     KEPT,
     LESSONS,
-    M3_RATES,
     PARTS,
     RATES,
     RULES,
     STS_METHODS,
-    STUDENT_RATES,
 )
 from benchmarks.judged_sets import ACROSS, SCIFACT, SCIFACT_DEV, STS, WORDS
 
@@ -84,8 +82,6 @@ def _scifact_rows(of: str) -> list[Row]:
             ),
             *((f"minilm-rule-{rule}", mined, "") for rule in RULES),
             *((f"minilm-teacher-{lesson}", mined, "") for lesson in LESSONS),
-            *((f"student-{rate}", teacher, "") for rate in STUDENT_RATES),
-            *((f"m3-{rate}", base, "tuned sum") for rate in M3_RATES),
         ]
         for name, against, part in compared:
             rows.append(Row(name, f"scifact/{name}", of, against, part))

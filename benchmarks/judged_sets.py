@@ -54,10 +54,6 @@ class Place:
         assert kept is not None, f"{cell} has to be run first"
         return kept["facts"]
 
-    def origin(self, cell: str) -> str:
-        """The cell whose model is that of a cell: another one, if it is the best of several."""
-        return (self.kept(cell) or {}).get("same_as", cell)
-
     def model(self, cell: str, seed: int = 0) -> Path:
         """The folder of the training of a cell."""
         return self.out / "models" / f"{cell}.{seed}"

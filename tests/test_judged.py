@@ -531,6 +531,12 @@ def test_the_tables_replace_the_last_section_of_a_page(place, monkeypatch, tmp_p
     text = page.read_text()
     assert text.startswith("# Page\n\nText.\n\n## Tables\n\n### SciFact\n") and "old" not in text
     assert "| new | 0.450 [0.350, 0.550] | s/base | +0.100 [+0.100, +0.100] | better |" in text
+    mixed = [rows[0], {**rows[1], "set": "sts/en", "metric": "Spearman"}]
+    text = judged.markdown(mixed)
+    assert "|  | set | figure | against |" in text
+    assert (
+        "| base | scifact, nDCG@10 | 0.350" in text and "| new | sts/en, Spearman | 0.450" in text
+    )
     page.write_text("# Page\n")
     with pytest.raises(SystemExit, match="has no line '## Tables'"):
         judged.write_page(page, "")
