@@ -34,9 +34,10 @@ def keep_even_layers(backbone: Backbone, count: int) -> None:
     for place in reversed(range(most)):
         if place not in chosen:
             del held[place]
+    for key, value in list(vars(config).items()):  # layer_types, no_rope_layers and others
+        if isinstance(value, list) and len(value) == most:
+            setattr(config, key, [value[place] for place in chosen])
     config.num_hidden_layers = count
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[place] for place in chosen]
     with torch.device("meta"):
         if _shapes(model) != _shapes(type(model)(model.config)):
             raise ModelError(

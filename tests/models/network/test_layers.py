@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AlbertConfig, AttentionInterface, Qwen2MoeConfig
+from transformers import (
+    AlbertConfig,
+    AttentionInterface,
+    AutoModel,
+    Qwen2MoeConfig,
+    SmolLM3Config,
+)
 
 from tercet.errors import ModelError, RecipeError
 from tercet.models.network.attention import NAME, attend
@@ -107,6 +113,19 @@ def test_kept_layers_are_at_equal_distances_the_first_and_the_last_among_them(ke
     before = layers_of(backbone)
     keep_even_layers(backbone, kept)
     assert layers_of(backbone) == [before[place] for place in places]
+
+
+def test_layers_without_rotary_positions_stay_without_them(tmp_path):
+    small: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": 300}
+    small |= {"num_hidden_layers": 4, "num_key_value_heads": 2, "intermediate_size": 16}
+    config = SmolLM3Config(**small, pad_token_id=0, no_rope_layers=[1, 1, 0, 0])
+    backbone = Backbone(toy.random_model(config))
+    keep_even_layers(backbone, 2)
+    backbone.model.save_pretrained(tmp_path)
+    texts = toy.pack(*toy.random_texts(5, 9, 3))
+    saved = Backbone(AutoModel.from_pretrained(tmp_path))
+    torch.testing.assert_close(saved(texts), backbone(texts), rtol=0, atol=1e-6)
+    assert backbone.config.no_rope_layers == [1, 0]
 
 
 def test_layers_that_cannot_be_kept_are_refused():
