@@ -117,7 +117,7 @@ def test_a_training_on_a_gpu_has_the_losses_of_the_cpu(name, place, runs, tmp_pa
     expected = trained(place, name, tmp_path / "run", SHORT).losses
     got = runs(name, "float32", SHORT).losses
     assert len(got) == SHORT * len(place.recipe(name, 1).stages)
-    near = 0.05 if name == "llm2vec" else 1e-5  # the dropout of SimCSE draws other numbers
+    near = 0.05 if name == "llm2vec" else 1e-4  # the dropout of SimCSE draws other numbers
     np.testing.assert_allclose(got, expected, rtol=near)
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
@@ -367,9 +367,9 @@ torch.set_num_threads(1)
 for _ in sys.stdin:
     if not (child := os.fork()):
         options = ServeOptions(indexes={"docs": Path(sys.argv[1])}, port=0, load=load)
-        serve(options, lambda line: print(line, flush=True))
+        serve(options, lambda line: os.write(1, f"{line}\\n".encode()))
         os._exit(0)
-    print("process", child, flush=True)
+    os.write(1, f"process {child}\\n".encode())  # in one piece, unlike print
     os.waitpid(child, 0)
 """
 
@@ -403,6 +403,16 @@ def acknowledged(url: str, prefix: str, begun: Event) -> tuple[dict[str, str], s
     return there, gone
 
 
+@contextmanager
+def killed_at_the_end(starter: subprocess.Popen[str]) -> Iterator[None]:
+    """A test that fails does not wait for its processes."""
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(starter.pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_a_kill_in_the_middle_of_upserts_loses_no_acknowledged_document(folder, hybrid_folder):
     """Eight times, at random moments, with four clients that write."""
@@ -410,7 +420,10 @@ def test_a_kill_in_the_middle_of_upserts_loses_no_acknowledged_document(folder, 
     kept, lost = {document.id: document.text for document in DOCUMENTS}, set[str]()
     pipe = subprocess.PIPE
     chance = random.Random(17)
-    with subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as starter:
+    started = subprocess.Popen(
+        words, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+    )
+    with started as starter, killed_at_the_end(starter):
         assert starter.stdin is not None and starter.stdout is not None
         for round_ in range(8):
             starter.stdin.write("go\n")
