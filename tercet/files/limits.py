@@ -51,11 +51,18 @@ def unreadable_inside(folder: Path) -> str | None:
     those count that such a library needs.
     """
     within = [folder, *(each for each in folder.iterdir() if each.is_dir())]
-    for path in sorted(each for place in within for each in place.iterdir()):
+    for path in sorted(each for place in within for each in _entries(place)):
         problem = unreadable(path)
         if problem and (path.exists() or path.suffix in _NEEDED):
             return f"{path}: {problem}"
     return None
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:  # another process dropped it meanwhile
+        return []
 
 
 def read_text(path: Path) -> str:

@@ -20,7 +20,7 @@ from tercet.data.files.texts import read_texts
 from tercet.data.report import check_data
 from tercet.errors import DataError, IndexFolderError, ModelError, TercetError
 from tercet.files.artifacts import fingerprint_of_file, read_json
-from tercet.files.limits import MAX_RECORD_BYTES
+from tercet.files.limits import MAX_RECORD_BYTES, unreadable_inside
 from tercet.files.records import iter_lines
 from tercet.models.embedder import Embedder
 from tercet.search.text_index import IndexOptions, index, open_index
@@ -307,3 +307,17 @@ def test_a_checkpoint_that_lacks_keys_or_is_a_pipe_is_damaged(tmp_path):
     os.mkfifo(path)
     with pytest.raises(TercetError, match="this file of an earlier run is gone or damaged"):
         checkpoint.load(path, {})
+
+
+def test_a_folder_that_another_process_drops_meanwhile_is_no_problem(tmp_path, monkeypatch):
+    (tmp_path / "segment").mkdir()
+    listed = Path.iterdir
+
+    def dropped(folder: Path):
+        if folder.name == "segment":
+            folder.rmdir()
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", dropped)
+    assert unreadable_inside(tmp_path) is None
+    assert not (tmp_path / "segment").exists()
