@@ -83,7 +83,7 @@ SCIFACT_NUMBERS: Final[dict[str, Any]] = {  # of every fine-tuning on claims
     "batch_size": 16,
     "negatives": 3,  # mined ones of a claim in a batch
     "query_tokens": 64,
-    "document_tokens": 96,  # in training alone; three negatives cost as much as one of 256
+    "document_tokens": 96,  # in training alone
     "freeze_embeddings": True,
 }
 PEER_STEPS: Final = 30  # in float32, which is slower
@@ -283,7 +283,7 @@ def some_queries(found: HybridHits, rows: slice) -> HybridHits:
 
 STUDENT_LAYERS: Final = 3  # of the teacher's 12
 STUDENT_STEPS: Final = 400
-STUDENT_RATE: Final = 1e-3  # of 2e-4, 1e-3 and 3e-3 the best on the dev set, in shorter runs
+STUDENT_RATE: Final = 1e-3  # better than 2e-4 on the dev set, in shorter runs (docs/log.md)
 STUDENT_BATCH: Final = 64  # texts of at most 128 tokens, the teacher's too
 
 

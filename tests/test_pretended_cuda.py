@@ -117,7 +117,9 @@ def test_a_training_on_a_gpu_has_the_losses_of_the_cpu(name, place, runs, tmp_pa
     expected = trained(place, name, tmp_path / "run", SHORT).losses
     got = runs(name, "float32", SHORT).losses
     assert len(got) == SHORT * len(place.recipe(name, 1).stages)
-    near = 0.05 if name == "llm2vec" else 1e-4  # the dropout of SimCSE draws other numbers
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
+    # Adam lets the rounding of the first step grow, on some CPUs to 2e-5 in the fourth one.
+    near = 0.05 if name == "llm2vec" else 5e-5  # the dropout of SimCSE draws other numbers
     np.testing.assert_allclose(got, expected, rtol=near)
 
 

@@ -51,7 +51,7 @@ class Model:
     attention: Attention | None = None
     window: Window | None = None
     layer: LayerSettings | Literal["none"] | None = None  # trained, between states and pooling
-    keep_layers: int | None = None  # this many layers of the network; None: all
+    keep_layers: int | None = None  # number of layers of the network; None: all
     which_layers: WhichLayers = "first"
     lora: Lora | None = None  # None: every weight is trained
     freeze_embeddings: bool = False  # do not train the token table

@@ -21,7 +21,8 @@ def keep_even_layers(backbone: Backbone, count: int) -> None:
     a saved folder is an ordinary one.
 
     Raises:
-        ModelError: if there are not so many layers, or a kept one cannot stand at its new place.
+        ModelError: if the model has fewer layers, shares one among several places, or differs in
+            the shapes of its layers' weights.
     """
     model, config, held = backbone.model, backbone.config.get_text_config(), _held(backbone)
     name, most = type(model).__name__, config.num_hidden_layers
