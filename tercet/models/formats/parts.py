@@ -15,9 +15,11 @@ from tercet.models.network.backbone import Backbone
 from tercet.models.network.dense_layers import DenseLayers, load_dense_layers
 from tercet.models.network.heads import Heads, heads_in, load_heads
 from tercet.models.network.latent_attention import AttentionLayer, build_layer, load_layer
+from tercet.models.network.loading import read_object
 from tercet.models.settings import FILE, Settings, read_settings
 from tercet.models.tokens import load_tokenizer
 from tercet.models.zoo import zoo
+from tercet.models.zoo.loaders import STATED_POOLING
 
 _M3_TOKENS: Final = 8_192  # BGE-M3's limit; a model with fewer positions takes as many as it has
 
@@ -56,9 +58,10 @@ def tokenizer_of(place: str | Path) -> Any:
 def foreign_settings(source: str | Path, folder: Path) -> Settings:
     """Return the settings of a model without ``tercet.json``.
 
-    They come from the sentence-transformers files, else from the zoo, else they are the defaults. A
-    folder with a layer for sparse or multi vectors is a BGE-M3 of FlagEmbedding, whose dense
-    vectors are those of the sentence-transformers files, if it has such.
+    They come from the sentence-transformers files, else from the zoo, else they are the defaults,
+    with the pooling that a GGUF file states. A folder with a layer for sparse or multi vectors is a
+    BGE-M3 of FlagEmbedding, whose dense vectors are those of the sentence-transformers files, if it
+    has such.
     """
     found = read_modules(folder) if folder.is_dir() else None
     kinds = KINDS if folder.is_dir() and heads_in(folder) else Settings.kinds
@@ -69,7 +72,10 @@ def foreign_settings(source: str | Path, folder: Path) -> Settings:
         return Settings(pooling="first", kinds=kinds, query_tokens=longest, document_tokens=longest)
     model = zoo.find(str(source))
     if model is None:
-        return Settings()
+        if Path(source).suffix != ".gguf":
+            return Settings()
+        config = read_object(folder / "config.json")
+        return Settings(pooling=config.get(STATED_POOLING, Settings.pooling))
     return Settings(
         pooling=model.pooling,
         prompts=dict(model.prompts),

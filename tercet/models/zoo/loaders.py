@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 Loaded: TypeAlias = "tuple[PreTrainedModel, PreTrainedTokenizerBase]"
 
+STATED_POOLING: Final = "tercet_pooling"  # in config.json: the pooling that a GGUF file states
+_POOLINGS: Final = {1: "mean", 2: "first", 3: "last"}  # by pooling_type of GGUF; 0: none stated
+_RANKS: Final = 4
+
 # Names of BERT's parts in the container: "l3.ao.w" is encoder.layer.3.attention.output.dense.
 E5_NAMES: Final = {
     "embeddings.word_embeddings.weight": "emb.word",
@@ -50,13 +54,21 @@ def no_progress_bars() -> redirect_stderr[StringIO]:
 
 
 def load_gguf(file: Path) -> Loaded:
-    """Return the model and tokenizer of a GGUF file, its quantized numbers as float32."""
+    """Return the model and tokenizer of a GGUF file, its quantized numbers as float32.
+
+    The pooling and the direction of attention that the file states are kept in the config.
+
+    Raises:
+        ModelError: if the file is damaged, of an unknown architecture, or a reranker.
+        MissingExtraError: if the package ``gguf`` is not installed.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"reading {file.name}", "gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
+        stated = _stated(file)
         with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -67,6 +79,8 @@ def load_gguf(file: Path) -> Loaded:
             f"{file}: cannot be read ({error}); if its download was cut off, fetch it again, "
             "otherwise use the same model as a transformers folder"
         ) from error
+    for name, value in stated.items():
+        setattr(model.config, name, value)
     # From here on it is an ordinary model: transformers must not read the GGUF file again.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
@@ -76,6 +90,25 @@ def load_gguf(file: Path) -> Loaded:
     if tokenizer.pad_token is None:  # other libraries pad
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _stated(file: Path) -> dict[str, Any]:
+    """What a GGUF file says of how its states become a vector, as entries of a config."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+
+    def entry(name: str) -> Any:
+        return next((it.contents() for key, it in fields.items() if key.endswith(name)), None)
+
+    pooling = entry(".pooling_type")
+    if pooling == _RANKS:
+        raise ModelError(
+            f"{file}: is a reranker (pooling_type 4), which makes no vectors; name an embedding "
+            "model, or give the reranker's transformers folder to tercet score"
+        )
+    found = {} if pooling not in _POOLINGS else {STATED_POOLING: _POOLINGS[pooling]}
+    return found if entry(".attention.causal") is not False else {**found, "is_causal": False}
 
 
 def load_gemma(scratch: Path) -> Loaded:

@@ -29,7 +29,7 @@ Notify: TypeAlias = Callable[[str], None]
 
 _NEAR: Final = 0.8  # of 1: how alike two names are if one is a slip of the other
 HUB_ID: Final = r"\w[\w.-]*(/\w[\w.-]*)?"  # "model" or "owner/model"
-CONVERSION: Final = 1  # part of a cached folder's name: raise it when a conversion changes
+CONVERSION: Final = 2  # part of a cached folder's name: raise it when a conversion changes
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from tercet.errors import MissingExtraError, ModelError
+from tercet.models.embedder import Embedder
 from tercet.models.zoo import loaders, zoo
 
 TEXTS = ["The cat sat on the mat.", "고양이가 매트 위에 앉아 있다.", "def f(x):\n    return x**2\n"]
@@ -49,7 +50,9 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path: Path, pad: bool = True) -> Qwen2ForCausalLM:
+def write_gguf(
+    path: Path, pad: bool = True, pooling: int | None = None, causal: bool | None = None
+) -> Qwen2ForCausalLM:
     """A tiny random model, the same as it is in the file."""
     gguf = pytest.importorskip("gguf")
     tokens = byte_level_tokenizer().get_vocab()
@@ -73,6 +76,10 @@ def write_gguf(path: Path, pad: bool = True) -> Qwen2ForCausalLM:
     writer.add_head_count_kv(2)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if pooling is not None:
+        writer.add_pooling_type(gguf.PoolingType(pooling))
+    if causal is not None:
+        writer.add_causal_attention(causal)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(tokens, key=lambda token: tokens[token]))
     writer.add_token_types([3 if token == "<end>" else 1 for token in sorted(tokens)])
@@ -125,6 +132,41 @@ def test_a_gguf_file_is_converted_once_until_it_changes(tmp_path, cache):
     write_gguf(file)
     assert zoo.resolve(file, reports.append) != folder and len(reports) == 2
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 2
+
+
+@pytest.mark.parametrize(
+    ("pooling", "ours"), [(None, "mean"), (0, "mean"), (1, "mean"), (2, "first"), (3, "last")]
+)
+def test_a_gguf_file_states_its_pooling(tmp_path, pooling, ours):
+    """The vector is the state of that token, or the mean of all."""
+    file = tmp_path / "tiny.gguf"
+    original = write_gguf(file, pooling=pooling)
+    model = Embedder.load(file)
+    assert model.settings.pooling == ours
+    ids = torch.tensor([byte_level_tokenizer().encode(TEXTS[0]).ids])
+    if ours == "last":  # the end-of-text token, which such models were trained to pool
+        end = byte_level_tokenizer().get_vocab()["<end>"]
+        ids = torch.cat([ids, torch.tensor([[end]])], dim=1)
+    states = original.model(ids).last_hidden_state[0]
+    pooled = {"mean": states.mean(0), "first": states[0], "last": states[-1]}[ours]
+    expected = torch.nn.functional.normalize(pooled, dim=0).detach().numpy()
+    np.testing.assert_allclose(model.encode([TEXTS[0]])[0], expected, atol=1e-6)
+    model.save(tmp_path / "saved")
+    assert Embedder.load(tmp_path / "saved").settings.pooling == ours
+
+
+@pytest.mark.parametrize(
+    ("causal", "ours"), [(None, "causal"), (True, "causal"), (False, "bidirectional")]
+)
+def test_a_gguf_file_states_the_direction_of_its_attention(tmp_path, causal, ours):
+    write_gguf(tmp_path / "tiny.gguf", causal=causal)
+    assert Embedder.load(tmp_path / "tiny.gguf").backbone.attention == ours
+
+
+def test_a_reranker_in_a_gguf_file_is_refused(tmp_path):
+    write_gguf(tmp_path / "ranks.gguf", pooling=4)
+    with pytest.raises(ModelError, match=r"ranks.gguf: is a reranker \(pooling_type 4\)"):
+        Embedder.load(tmp_path / "ranks.gguf")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model", None])

@@ -120,7 +120,7 @@ zoo._converted("toy", "1.0", load=lambda _: (Killer(), Killer()), report=zoo._si
     killed = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent)
     assert killed.returncode == -signal.SIGKILL
     (left,) = (path for path in cache.iterdir() if path.is_dir())
-    assert left.name.startswith(".toy-1.0-1.new-")
+    assert left.name.startswith(f".toy-1.0-{zoo.CONVERSION}.new-")
 
     loads = []
     folder = convert(loads)
@@ -156,7 +156,7 @@ def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_nothing(cache)
     def load(_: Path) -> Any:
         return Full(), Full()
 
-    with pytest.raises(ModelError, match=r"toy-1.0-1: cannot be written .*No space.*TERCET_CACHE"):
+    with pytest.raises(ModelError, match=r"toy-1.0-\d: cannot be written .*No space.*TERCET_CACHE"):
         zoo._converted("toy", "1.0", load=load, report=zoo._silent)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
