@@ -235,7 +235,7 @@ class Client:
         options = {"kinds": _listed(kinds), "task": task, "dims": dims, "model": model}
         return self._run(self._calls.encode_vectors(texts, role, options))
 
-    def search(
+    def search(  # noqa: PLR0913 (independent choices, each with a default)
         self,
         queries: Texts,
         k: int = 5,
@@ -244,6 +244,7 @@ class Client:
         where: "Where | None" = None,
         fusion: str | None = None,
         index: str | None = None,
+        model: str | None = None,
     ) -> "list[list[Hit]]":
         """Return the ``k`` best documents of each query, best first.
 
@@ -254,8 +255,10 @@ class Client:
             where: conditions by field: a document has one of the values of each.
             fusion: how scores of several kinds are combined: "weighted", "rrf" or "rerank".
             index: name of an index; None takes the first.
+            model: reads the queries: one that was distilled from the index's model. None takes the
+                index's model.
         """
-        rest = {"k": k, "where": where, "fusion": fusion, "index": index}
+        rest = {"k": k, "where": where, "fusion": fusion, "index": index, "model": model}
         return self._run(self._calls.search(queries, weights, rest))
 
     def upsert(self, documents: "Iterable[Document | Record]", *, index: str | None = None) -> int:
@@ -351,7 +354,7 @@ class AsyncClient:
         options = {"kinds": _listed(kinds), "task": task, "dims": dims, "model": model}
         return await self._run(self._calls.encode_vectors(texts, role, options))
 
-    async def search(
+    async def search(  # noqa: PLR0913 (independent choices, each with a default)
         self,
         queries: Texts,
         k: int = 5,
@@ -360,9 +363,10 @@ class AsyncClient:
         where: "Where | None" = None,
         fusion: str | None = None,
         index: str | None = None,
+        model: str | None = None,
     ) -> "list[list[Hit]]":
         """Return the ``k`` best documents of each query; see :meth:`Client.search`."""
-        rest = {"k": k, "where": where, "fusion": fusion, "index": index}
+        rest = {"k": k, "where": where, "fusion": fusion, "index": index, "model": model}
         return await self._run(self._calls.search(queries, weights, rest))
 
     async def upsert(

@@ -232,7 +232,7 @@ class TextIndex:
         if model is None:
             require(folder, about, {"fingerprint": self.fingerprint})
         else:
-            self._require_space(model)
+            self.require_reader(model, self.embedder)
         self.kinds: tuple[Kind, ...] = tuple(kinds)
         self.task: str | None = task
         self.dims: int | None = dims
@@ -242,14 +242,20 @@ class TextIndex:
             folder, read_only=True, like=None if like is None else like.engine
         )
 
-    def _require_space(self, model: str) -> None:
-        """Refuse a model whose vectors cannot be compared with those of the index."""
-        folder, about, embedder = self.folder, self.about, self.embedder
+    def require_reader(self, model: str, embedder: Embedder) -> None:
+        """Check that a model's vectors of questions can be compared with those of the index.
+
+        Raises:
+            RecipeError: unless it is the index's model, or was distilled from it and has what the
+                index was made with.
+        """
+        folder, about = self.folder, self.about
         theirs, name = about.setting(folder, "fingerprint"), about.setting(folder, "model")
-        if theirs == self.fingerprint:
+        own = self.fingerprint if embedder is self.embedder else embedder.fingerprint()
+        if theirs == own:
             return
         settings = embedder.settings
-        unchanged = self.fingerprint in settings.distilled_as
+        unchanged = own in settings.distilled_as
         if theirs not in settings.shares_space_with or not unchanged:
             raise RecipeError(
                 f"{model} cannot search {folder}: it must be the index's model, {name}, or one "

@@ -1,11 +1,14 @@
 """Search over HTTP: its answers are those of the index itself."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tercet.client import Client
 from tercet.kinds import KINDS, Weights
+from tercet.models.embedder import Embedder
 from tercet.search.engine.engine import ReciprocalRank, Rerank, Weighted
 from tercet.search.text_index import TextIndex, open_index
 from tests.serve.indexed import DOCUMENTS, found, make_index
@@ -317,3 +320,39 @@ def test_the_model_of_an_index_takes_no_name_that_is_given_to_another(folders, e
         assert [model["name"] for model in state["models"]] == ["hybrid", "hybrid-2"]
         assert state["indexes"][0]["model"] == "hybrid-2"
         assert found(running.post("/v1/search", {"query": "music", "k": 1}))
+
+
+def test_a_student_reads_the_queries_of_its_teacher_s_index(folders, encoder_folder, tmp_path):
+    """A request names it; other models are refused, and requests without a name get the teacher."""
+    student = Embedder.load(encoder_folder, keep_layers=1)
+    theirs = Embedder.load(encoder_folder).fingerprints()
+    student.settings = replace(
+        student.settings, shares_space_with=theirs, distilled_as=student.fingerprints()
+    )
+    student.save(tmp_path / "student")
+    Embedder.load(encoder_folder, keep_layers=1).save(tmp_path / "other")
+    place, models = folders["plain"], {name: tmp_path / name for name in ("student", "other")}
+    with serving(models=models, indexes={"plain": place, "all": folders["all"]}) as running:
+        asked = {"queries": QUERIES, "k": 4}
+        with open_index(place, load=load) as usual:
+            expected = usual.search(QUERIES, 4)
+            same(running.post("/v1/search", asked), expected)
+            same(running.post("/v1/search", asked | {"model": encoder_folder.name}), expected)
+        with open_index(place, model=str(tmp_path / "student"), load=load) as light:
+            expected = light.search(QUERIES, 4)
+        for _ in range(2):  # checked at first, and then known
+            same(running.post("/v1/search", asked | {"model": "student"}), expected)
+        for asked_for, status, message in (
+            ({"model": "other"}, 422, "it must be the index's model, "),
+            ({"model": "student", "index": "all"}, 422, "it must be the index's model, "),
+            ({"model": "nobody"}, 404, 'no model is named "nobody"'),
+            ({"model": 3}, 400, '"model" must be a string'),
+        ):
+            refused = running.post("/v1/search", asked | asked_for)
+            assert refused.status_code == status
+            assert message in refused.json()["error"]["message"]
+        with Client(running.url) as client:
+            found_by_it = client.search(QUERIES, 4, model="student")
+        assert [[hit.record.id for hit in hits] for hits in found_by_it] == [
+            [hit.record.id for hit in hits] for hits in expected
+        ]

@@ -23,6 +23,7 @@ from tercet.vectors import Vectors
 
 _SEARCH: Final[Described] = {
     "index": ("string", "Name of the index. Default: the first."),
+    "model": ("string", "Who reads the queries: distilled from the index's model, the default."),
     "queries": ("[string]", "What to look for."),
     "query": ("string", "One query, instead of queries."),
     "k": ("integer", "Hits of each query. Default: 5."),
@@ -80,7 +81,10 @@ async def search(call: Call) -> Response:
     fields = call.fields(_SEARCH)
     queries = _queries(fields, call.limits.texts)
     index = call.indexes.find(fields.text("index"))
-    opened = index.opened()
+    opened, model = index.opened(), index.model
+    if (name := fields.text("model")) is not None:
+        model, _ = call.models.find(name)
+        await index.require_reader(opened, model)
     candidates = fields.whole("candidates", lowest=0, highest=_MOST_CANDIDATES)
     fusion = fusion_of(
         fields.choice("fusion", _FUSIONS, "weighted"),
@@ -100,7 +104,7 @@ async def search(call: Call) -> Response:
         stats = await index.run(lambda _: opened.engine.stats())
         what = 'with "candidates" 0, the number of documents'
         _require_few("candidates", what, stats.records, queries, _MOST_ALL_CANDIDATES)
-    vectors, prepared = await index.encode(opened, queries, "query", call.read)
+    vectors, prepared = await index.encode(opened, queries, "query", call.read, model)
     encoded = time.perf_counter()
     found = await index.run(lambda _: opened.nearest(vectors, k, fusion=fusion, where=where))
     searched = time.perf_counter()

@@ -86,6 +86,7 @@ class ServedIndex:
         self._read_at, self._seen = stamp, stamp
         self.loaded = datetime.now(UTC)
         self.model = found[0]
+        self._readers: dict[str, Mapping[str, Any]] = {}  # of which settings each was checked
         engine = self._index.engine
         self._is_exact = isinstance(engine, ExactEngine)
         # Qdrant's engines are open once, for searches and changes.
@@ -117,15 +118,39 @@ class ServedIndex:
 
         return await asyncio.to_thread(work_in_turn)
 
+    async def require_reader(self, opened: TextIndex, model: ServedModel) -> None:
+        """Check that a model may read the questions; see :meth:`TextIndex.require_reader`.
+
+        Raises:
+            RequestError: 422 if it may not.
+        """
+        settings = opened.about.settings
+        if model is self.model or self._readers.get(model.name) == settings:
+            return
+        try:
+            await asyncio.to_thread(opened.require_reader, model.name, model.embedder)
+        except RecipeError as error:
+            raise RequestError(422, str(error), field="model") from error
+        self._readers[model.name] = settings
+
     async def encode(
-        self, opened: TextIndex, texts: Sequence[str], role: str, read: Read
+        self,
+        opened: TextIndex,
+        texts: Sequence[str],
+        role: str,
+        read: Read,
+        model: ServedModel | None = None,
     ) -> tuple[Vectors, Prepared]:
-        """Return the vectors of texts as the index has them, and what was read of them."""
-        prepared = await self.model.prepare(texts, role, task=opened.task)
-        answer = await read(self.model, prepared, opened.kinds)
+        """Return the vectors of texts as the index has them, and what was read of them.
+
+        ``model`` None takes the model of the index.
+        """
+        model = model or self.model
+        prepared = await model.prepare(texts, role, task=opened.task)
+        answer = await read(model, prepared, opened.kinds)
         vectors = answer.vectors()
         if "dense" in opened.kinds:
-            dense = torch.from_numpy(self.model.dense(answer, opened.dims))
+            dense = torch.from_numpy(model.dense(answer, opened.dims))
             vectors = replace(vectors, dense=dense)
         return vectors, prepared
 
