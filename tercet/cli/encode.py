@@ -138,6 +138,9 @@ def encode(
     wanted = {"role": role, "task": task, "dims": dims}
     how = {"device": device, "batch_tokens": batch_tokens}
     loaded = partial(load, model, **how, attention=attention, pooling=pooling, echo=echo)
+    for flag, name in (("title", title_field), ("id", id_field)):
+        if form is None and name != flag:
+            raise RecipeError(f"--{flag}-field needs --format, whose rows have it; leave it out")
     shared = runner != "auto" or (workers or 1) > 1 or address is not None
     if len(files) > 1 or files[0].is_dir() or part is not None or shared:
         from tercet.curate.jobs.encode_job import ENCODED, PART, encode_files, open_files
@@ -194,13 +197,7 @@ def _job(
     """What each process does; the model is loaded here to know it, and let go."""
     from tercet.curate.jobs.encode_job import EncodeJob
 
-    embedder = opened()
-    about = {
-        "model": embedder.fingerprint(),
-        "attention": embedder.backbone.attention,
-        "window": embedder.backbone.window,
-        "precision": dtype,
-    }
+    about = {"model": opened().fingerprint(), "precision": dtype}
     return EncodeJob(
         load=opened, about=about, sources=sources, out=out, wanted=wanted, arrays=arrays
     )

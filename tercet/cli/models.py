@@ -186,7 +186,7 @@ def retokenize(
     if texts is not None:
         _show_lengths(texts, before, made.tokenizer, shown)
     made.save(out, about={**made.about, "base": model, "tokenizer": tokenizer, "rows": new_rows})
-    results().print(f"{out}", soft_wrap=True)
+    shown.print(f"{out}", soft_wrap=True)
     say(f"next: tercet train arctic-embed --model {out} --data pairs.jsonl --out runs/mine")
 
 
@@ -317,13 +317,13 @@ def quantize(
     if judged is not None:
         record |= _ndcg_of_both(judged, before, made.embedder, table)
     shown.print(table)
+    shown.write(record)
     _refuse_low_cosine(made.mean, made.smallest, min_cosine)
     if judged is not None:
         _refuse_large_loss(record, _MAX_LOSS if max_loss is None else max_loss)
-    shown.write(record)
     about = {**before.about, "base": model, "int8": record}
     made.embedder.save(out, about=about)
-    results().print(f"{out}", soft_wrap=True)
+    shown.print(f"{out}", soft_wrap=True)
     say(f"next: tercet index documents.jsonl --model {out} --out index")
 
 

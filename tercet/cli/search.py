@@ -194,6 +194,8 @@ def _verify(folder: Path, *, given: bool) -> None:
     found = verify_index(folder)
     how = "as they were written" if found.checked else "readable; there are no checksums of them"
     results().print(f"{folder}: {found.records:,} documents, {how}", soft_wrap=True)
+    if not found.complete:
+        say("it is not complete: tercet index was stopped; run the same command again")
 
 
 def _dense_size(precision: str, width: int, held: int, engine: str) -> str:
@@ -285,6 +287,10 @@ def search(
         complete, kinds = opened.about.complete, opened.kinds
         if not complete:
             say(f"tercet: note: {folder}: some documents are missing; call tercet index again")
+        if others := [kind for kind in given or () if kind not in kinds]:
+            raise RecipeError(
+                f"--kind-weight {others[0]}: {folder} has no {others[0]} vectors; leave it out"
+            )
         how = fusion_of(fusion, given, opened.weights, candidates)
         found = opened.search(queries, k, fusion=how, where=wanted)
         if not any(found) or len(conditions) > len(wanted):  # one of several values may be wrong

@@ -650,10 +650,11 @@ class Embedder(nn.Module):
         return as_sentence_transformer(self.parts).train(self.training)
 
     def fingerprint(self, dtype: torch.dtype | None = None) -> str:
-        """Return a fingerprint of weights and settings, by which an index recognizes its model.
+        """Return a fingerprint by which an index recognizes its model.
 
-        Reads only both ends of each weight, so that it costs nothing for large models. With a
-        ``dtype`` it is that of the same model loaded in this type.
+        It changes with weights and their type, settings, direction of attention, windows, and
+        tokens. Reads only both ends of each weight and some of the tokens, so that it costs nothing
+        for large models. With a ``dtype`` it is that of the same model loaded in this type.
         """
         usual, settings = Settings(), asdict(self.settings)
         if "multi" not in self.kinds:  # a head that is still to be trained makes no vectors
@@ -663,7 +664,9 @@ class Embedder(nn.Module):
         for name in (*_LATER, *_NOT_IN_VECTORS):
             if name in _NOT_IN_VECTORS or settings[name] == getattr(usual, name):
                 del settings[name]
-        digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
+        kind = dtype or next(self.backbone.parameters()).dtype
+        read = [str(kind), *self.backbone.facts(), *self.tokenizer.sample()]
+        digest = hashlib.blake2b(repr((sorted(settings.items()), read)).encode(), digest_size=8)
         weights = self.backbone.model.state_dict()
         if self.layer is not None:
             weights |= {f"layer.{name}": weight for name, weight in self.layer.state_dict().items()}

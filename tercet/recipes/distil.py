@@ -8,6 +8,7 @@ index.
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from tercet.errors import RecipeError
 from tercet.models.choices import WhichLayers
 from tercet.recipes import flags
 from tercet.recipes.flags import lora_of, prompts_by_role, recorded
@@ -83,6 +84,11 @@ def distil(
 
     if keep_layers is None and model == teacher:
         keep_layers = 3
+    if keep_layers is None and which_layers != "even":
+        raise RecipeError(
+            f"which_layers is {which_layers}, and all layers are kept; set keep_layers, or leave "
+            "which_layers out"
+        )
     return Recipe(
         name="distil",
         model=Model(

@@ -6,8 +6,8 @@ The engine keeps its files in a folder beside it, or its records on a server.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
@@ -112,11 +112,6 @@ def write_about(folder: Path | str, about: About) -> None:
     write_json(Path(folder) / FILE, asdict(about))
 
 
-def mark_complete(folder: Path | str) -> None:
-    """Mark the index as complete."""
-    write_about(folder, replace(about_index(folder), complete=True))
-
-
 def require(folder: Path | str, about: About, expected: Mapping[str, Any]) -> None:
     """Check that an index was made with these settings, such as the model's fingerprint.
 
@@ -160,6 +155,58 @@ def check_index_place(folder: Path, inputs: Iterable[Path | str], *, fresh: bool
         about_index(folder)
 
 
+@contextmanager
+def building(
+    folder: Path | str, about: About, *, fresh: bool, say: Callable[[str], None]
+) -> Iterator[Engine]:
+    """Open an index to write documents to, and mark it as complete at the end.
+
+    A ``fresh`` one is built beside a complete one and takes its place at the end; after a kill the
+    same call goes on. On a server it replaces the old one at once. Errors are those of
+    :func:`make_engine`.
+    """
+    folder = Path(folder)
+    beside = fresh and about.engine != "cluster" and _is_worth_keeping(folder)
+    place = folder.resolve().with_name(f".{folder.resolve().name}.fresh") if beside else folder
+    if beside:
+        _require_unused(folder)
+        say(f"{folder} stays until the new index is whole; it is built in {place}")
+    goes_on = beside and _is_begun(place, about)
+    with closing(make_engine(place, about, fresh=fresh and not goes_on)) as engine:
+        yield engine
+    write_about(place, replace(about_index(place), complete=True))
+    if beside:
+        _require_unused(folder)
+        with replacing_folder(folder) as empty:
+            for entry in list(place.iterdir()):
+                entry.rename(empty / entry.name)
+        place.rmdir()
+
+
+def _is_worth_keeping(folder: Path) -> bool:
+    """Whether a folder holds a complete index, which is not on a server."""
+    with suppress(IndexFolderError):
+        found = about_index(folder)
+        return found.complete and found.engine != "cluster"
+    return False
+
+
+def _is_begun(folder: Path, about: About) -> bool:
+    """Whether a folder holds a part of this very index."""
+    with suppress(IndexFolderError):
+        found = about_index(folder)
+        return _place_of(found) == _place_of(about) and found.settings == about.settings
+    return False
+
+
+def _require_unused(folder: Path) -> None:
+    """Raise RecipeError if another process writes to an index."""
+    for name in ("exact", "qdrant"):
+        if (folder / name).is_dir():
+            with sole_writer(folder / name):
+                pass
+
+
 def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Engine:
     """Open a new index, or an existing one of the same settings, to write documents to.
 
@@ -182,10 +229,8 @@ def make_engine(folder: Path | str, about: About, *, fresh: bool = False) -> Eng
     known = (folder / FILE).is_file()
     if known and not fresh:
         return _continued(folder, about)
-    for name in ("exact", "qdrant"):
-        if known and (folder / name).is_dir():
-            with sole_writer(folder / name):
-                pass  # no other process has it open
+    if known:
+        _require_unused(folder)
     if about.engine == "cluster":
         engine = _begun_on_server(folder, about, found)
     else:
@@ -322,6 +367,7 @@ class Verified:
 
     records: int
     checked: bool  # by checksums; not what earlier versions wrote
+    complete: bool  # whether tercet index has finished it
 
 
 def verify_index(folder: Path | str) -> Verified:
@@ -336,7 +382,8 @@ def verify_index(folder: Path | str) -> Verified:
         found, held = sum(1 for _ in engine.scan()), engine.stats().records
         if found != held:
             raise _unusable(Path(folder), f"it holds {found} of {held} records")
-        return Verified(found, isinstance(engine, ExactEngine) and engine.is_sealed)
+        checked = isinstance(engine, ExactEngine) and engine.is_sealed
+        return Verified(found, checked, about_index(folder).complete)
 
 
 def _unusable(folder: Path, problem: str) -> IndexFolderError:

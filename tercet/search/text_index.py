@@ -1,7 +1,6 @@
 """Documents indexed with a model, and questions answered from that index."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -28,9 +27,8 @@ from tercet.search.indexing import (
 from tercet.search.opening import (
     About,
     about_index,
+    building,
     check_index_place,
-    make_engine,
-    mark_complete,
     open_engine,
     require,
     stored_as,
@@ -62,7 +60,7 @@ class IndexOptions:
         url: address of a Qdrant server to store the vectors on.
         collection: name of the collection on that server.
         keep: keep documents of the index that are not among the given ones.
-        fresh: discard an index that is in the folder already.
+        fresh: discard an index that is in the folder already, once the new one is whole.
     """
 
     kinds: Sequence[Kind] | None = None
@@ -153,12 +151,11 @@ def index(
     ranges = cache(partial(_ranges, embedder, width, learn, say))
     if in_codes and options.fresh:
         ranges()  # raises before the old index is replaced, where nothing can be learned
-    with closing(make_engine(folder, about, fresh=options.fresh)) as engine:
+    with building(folder, about, fresh=options.fresh, say=say) as engine:
         if in_codes and isinstance(engine, ExactEngine) and not engine.is_settled:
             engine.settle(ranges())
         done = index_documents(engine, read(), encode, total=count, keep=options.keep)
         held = engine.stats().records
-    mark_complete(folder)
     return IndexReport(held, done, kinds, width)
 
 
@@ -172,6 +169,8 @@ def _kinds_to_keep(options: IndexOptions, made: Sequence[Kind]) -> tuple[Kind, .
         raise RecipeError(
             f"precision {options.precision} needs dense vectors; got the kinds {', '.join(chosen)}"
         )
+    if options.dims is not None and "dense" not in chosen:
+        raise RecipeError(f"dims is {options.dims}, and no dense vectors are kept; leave it out")
     return chosen
 
 

@@ -2,12 +2,14 @@
 
 import asyncio
 import hmac
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import numpy as np
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
@@ -148,8 +150,18 @@ def json_response(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return an answer in JSON; arrays of numpy become lists."""
-    content = orjson.dumps(value, option=_NUMBERS)
+    try:
+        content = orjson.dumps(value, option=_NUMBERS)
+    except orjson.JSONEncodeError:  # an integer beyond 64 bits, or half a character, in a document
+        content = json.dumps(value, default=_plain).encode()
     return Response(content, status, headers, media_type="application/json")
+
+
+def _plain(value: object) -> object:
+    """Return the numbers of an array; others cannot be in an answer."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"an answer must be of values of JSON; got {type(value).__name__}")
 
 
 async def rows_in_json(rows: Iterable[object]) -> orjson.Fragment:

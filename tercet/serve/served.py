@@ -122,6 +122,14 @@ class ServedModel:
             problem = "reads each text twice, so only the end of long texts can be cut"
             raise RequestError(422, f"the model {self.name} {problem}")
         limit = embedder.settings.max_tokens(role_of(role))
+        around = sum(map(len, embedder.tokenizer.around))
+        if longest is not None and longest <= around:
+            raise RequestError(
+                400,
+                f'"max_tokens" must be above {around}, the special tokens of each text; got '
+                f"{longest}",
+                field="max_tokens",
+            )
         limit = min(longest or limit, limit)
         given, most = texts, _A_TOKEN * limit
         if (truncate or embedder.tokenizer.cuts) == "start":  # all of a text would be read
@@ -272,6 +280,8 @@ class ServedModel:
     def text_of(self, ids: Sequence[Any], name: str, *, special: bool = False) -> str:
         """Return the text that token ids stand for, without special tokens or with them.
 
+        The unknown token stays, so that the text has the tokens that were given.
+
         Raises:
             RequestError: 400 for an id that is not in the vocabulary.
         """
@@ -284,7 +294,9 @@ class ServedModel:
                     f"{size - 1}; got {shown(each)}",
                     field=name,
                 )
-        return self.embedder.tokenizer.stock.decode(list(ids), skip_special_tokens=not special)
+        stock = self.embedder.tokenizer.stock
+        left_out = set() if special else {*stock.all_special_ids} - {stock.unk_token_id}
+        return stock.decode([each for each in ids if each not in left_out])
 
     def close(self) -> None:
         """Answer what waits, and end the queue."""

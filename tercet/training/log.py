@@ -25,6 +25,7 @@ from tercet.types import Example
 
 LOG: Final = "log.jsonl"
 MESSAGES: Final = "messages.jsonl"
+_FIRST: Final = 10  # steps after which it is clear whether anything is learned
 _RECENT: Final = 32  # batches over which the share of empty vectors is averaged
 _RISE: Final = 0.1  # of that mean; on a dev set, whose texts stay the same, EMPTY is enough
 _DEVIATIONS: Final = 1.5  # standard deviations of single batches that a rise must exceed as well
@@ -182,6 +183,45 @@ class SparseAlarm:
             what,
             100 * self.lowest[what],
             100 * share,
+        )
+
+
+@dataclass(slots=True)
+class FirstSteps:
+    """Notices when the first steps of a stage teach nothing, or nothing of a teacher's scores.
+
+    A single batch may have nothing to compare, such as pairs of equal scores.
+    """
+
+    done: int  # steps before this process began
+    learned: bool = False  # whether a step had a gradient
+    taught: bool = False  # whether a teacher's scores were compared
+
+    def __post_init__(self) -> None:
+        self.learned = self.taught = self.done > 0  # what came before is not known
+
+    def after_step(self, last: int, norm: float, losses: Mapping[str, float]) -> str | None:
+        """Return why nothing is learned, once that is clear; ``last`` is the stage's last step."""
+        self.done += 1
+        self.learned |= norm > 0
+        parts = [value for name, value in losses.items() if name.endswith("taught")]
+        self.taught |= not parts or any(parts)
+        if self.done != min(_FIRST, last):
+            return None
+        if not self.taught:
+            log.warning(
+                "the first %d steps compared no teacher's scores: no query had two documents with "
+                "scores in its batch, so the distil loss teaches nothing; score the negatives too "
+                "(tercet score), and take more of them (negatives) or of the positives",
+                self.done,
+            )
+        if self.learned:
+            return None
+        if losses.get("ignored") == 1:
+            return "ignore_rule ignored every document; set an ignore_value that ignores fewer"
+        return (
+            f"no weight got a gradient in {self.done} steps, so nothing is learned; examples need "
+            "something to compare, such as documents of other examples or scores that differ"
         )
 
 

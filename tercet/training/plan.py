@@ -217,7 +217,8 @@ def require_scores(recipe: Recipe, sources: Sequence[Sequence[Source]]) -> None:
     """
     for stage, of_stage in zip(recipe.stages, sources, strict=True):
         if stage.objective.traits.needs_scores and not any(source.taught for source in of_stage):
-            paths = " ".join(dict.fromkeys(str(source.path) for source in of_stage))
+            rows = [source for source in of_stage if source.scored < len(source)]  # not pairs alone
+            paths = " ".join(dict.fromkeys(str(source.path) for source in rows)) or "FILE"
             raise RecipeError(
                 f"the stage {stage.name} learns a teacher's scores (distil), and no example has "
                 f"scores of two documents; write them: tercet score {paths} --model TEACHER --out "

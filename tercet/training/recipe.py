@@ -241,7 +241,8 @@ class Stage:
     def _check_ignoring(self) -> None:
         if self.ignoring is None:
             names = ("ignore_value", "ignore_own", "guide")
-            if given := [name for name in names if getattr(self, name) not in (None, False)]:
+            values = {name: getattr(self, name) for name in names}
+            if given := [name for name, it in values.items() if it is not None and it is not False]:
                 raise RecipeError(
                     f"{given[0]} is given, but no rule; set ignore_rule to "
                     f"{' or '.join(get_args(IgnoreRuleName))}, or leave it out"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +41,8 @@ class Snapshots:
         model = deepcopy(embedder) if embedder.backbone.has_lora else copy(embedder)
         model.backbone.merge_lora()
         self.describe(model, record)
+        if step == 0:  # it has not learned a teacher's space yet
+            model.settings = replace(model.settings, shares_space_with=(), distilled_as=())
         model.save(self.folder / str(step))
 
 

@@ -40,7 +40,7 @@ from tercet.training.batches import (
     sampler_of,
     with_cached_tokens,
 )
-from tercet.training.log import LOG, Candidates, Log, SparseAlarm
+from tercet.training.log import LOG, Candidates, FirstSteps, Log, SparseAlarm
 from tercet.training.memory import step_memory
 from tercet.training.plan import CHECKPOINT, MADE_WITH, TrainingPlan, identity, is_refreshed
 from tercet.training.recipe import Stage
@@ -110,6 +110,7 @@ class Trainer:
         if run.dtype == "bfloat16" and self.sharded is None:
             self.frozen = FrozenInHalf(embedder.backbone.model)
         self.progress, self.alarm = checkpoint.StageProgress(), SparseAlarm()
+        self._first = FirstSteps(0)
         self.groups: Groups | None = None  # batch sizes by length
         self.sampler: Sampler  # made by resume(), unless the stage is finished
         self._place: Mapping[str, int]  # of the sampler, after the batch that was trained last
@@ -157,7 +158,7 @@ class Trainer:
         self._keep_model()
         saved_at = started = time.monotonic()
         log, step = None, self.progress.step
-        self._place = self.sampler.state()
+        self._place, self._first = self.sampler.state(), FirstSteps(step)
         shown = self.options.show_progress and distributed.is_main()
         with ExitStack() as stack:
             if distributed.is_main():  # one file has one writer
@@ -230,10 +231,8 @@ class Trainer:
             raise TrainingError(self._complaint(f"the loss is {loss}", rows))
         if not math.isfinite(norm):
             raise TrainingError(self._complaint(f"the norm of the gradient is {norm}", rows))
-        if step == 0 and norm == 0:
-            raise TrainingError(
-                self._complaint("no weight gets a gradient, so nothing would be learned", rows)
-            )
+        if (idle := self._first.after_step(self.steps, norm, losses)) is not None:
+            raise TrainingError(f"the stage {self.stage.name}: {idle} (tercet check)")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -384,6 +383,8 @@ class Trainer:
         if log is not None:
             log.write(progress.step, **figures)
         self.alarm.after_evaluation(progress.step, figures)
+        if progress.step == 0 and isinstance(self.work, PreparedWork):
+            return  # not in the space of the model whose vectors it learns
         if progress.best_score is None or value > progress.best_score:
             progress.best_score, progress.best_step, progress.stale = value, progress.step, 0
             weights = checkpoint.weights_of(self.embedder) if self.stage.keep == "best" else None

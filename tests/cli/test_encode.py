@@ -253,3 +253,13 @@ def test_a_folder_of_files_becomes_a_folder_of_vectors(tercet, encoder_folder, f
 def test_what_parts_are_not_for_is_refused(refused, encoder_folder, files, flags, said):
     words = ["encode", files / "texts.txt", "--model", encoder_folder, "--part", "5"]
     assert refused(*words, *flags).startswith(said)
+
+
+@pytest.mark.parametrize("flag", ["title", "id"])
+@pytest.mark.parametrize("more", [[], ["--part", "5"]])
+def test_fields_that_only_rows_have_are_refused_elsewhere(
+    refused, encoder_folder, files, tmp_path, flag, more
+):
+    words = ["encode", files / "texts.txt", "--model", encoder_folder, "--out", tmp_path / "v.npy"]
+    said = refused(*words, f"--{flag}-field", "other", *more)
+    assert said == f"--{flag}-field needs --format, whose rows have it; leave it out"

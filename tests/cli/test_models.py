@@ -165,6 +165,12 @@ def test_a_model_gets_8_bit_weights_and_figures_of_what_that_costs(
     assert encoded.status == 0, encoded.err
 
 
+def test_figures_in_json_are_all_of_the_output(tercet, encoder_folder, many_texts, tmp_path):
+    words = ("quantize", encoder_folder, "--data", many_texts, "--out", tmp_path / "made")
+    ended = tercet(*words, "--json", "-")
+    assert ended.status == 0 and json.loads(ended.out)["texts"] > 0
+
+
 def test_a_loss_beyond_the_bound_saves_nothing(
     tercet, encoder_folder, files, many_texts, tmp_path, monkeypatch
 ):
@@ -172,6 +178,8 @@ def test_a_loss_beyond_the_bound_saves_nothing(
     ended = tercet(*words, "--min-cosine", "1")
     assert ended.status == 2 and table(ended.out)["mean cosine"].startswith("0.99")
     assert "the mean cosine must be at least 1 (--min-cosine); got 0.99" in ended.err
+    ended = tercet(*words, "--min-cosine", "1", "--json", "-")
+    assert ended.status == 2 and json.loads(ended.out)["mean"] < 1  # figures of what was refused
     from tercet.evaluate.measures import retrieval
 
     scores = iter([0.5, 0.4, 0.5, np.nan])

@@ -20,6 +20,33 @@ def test_an_index_cut_to_dims_is_searched_with_as_many(tercet, encoder_folder, f
     assert cells(ended.out.splitlines()[2])[:2] == ["1.000", "d5"]
 
 
+def test_what_dense_vectors_or_other_kinds_are_needed_for_is_refused(
+    tercet, refused, hybrid, tmp_path
+):
+    out = tmp_path / "index"
+    words = ["index", hybrid / "docs.jsonl", "--model", hybrid / "model", "--out", out]
+    said = refused(*words, "--kind", "sparse", "--dims", "8")
+    assert said == "dims is 8, and no dense vectors are kept; leave it out"
+    assert tercet(*words, "--kind", "dense").status == 0
+    said = refused("search", out, "music", "--kind-weight", "sparse=5")
+    assert said == f"--kind-weight sparse: {out} has no sparse vectors; leave it out"
+
+
+def test_an_unfinished_index_says_so_when_verified(tercet, encoder_folder, files, tmp_path):
+    out = tmp_path / "index"
+    words = ["index", files / "texts.txt", "--model", encoder_folder, "--out", out]
+    assert tercet(*words).status == 0
+    about = json.loads((out / "index.json").read_text())
+    assert tercet("index", "--verify", "--out", out).err == ""
+    (out / "index.json").write_text(json.dumps({**about, "complete": False}))
+    said = "it is not complete: tercet index was stopped; run the same command again\n"
+    assert tercet("index", "--verify", "--out", out).err == said
+    ended = tercet(*words, "--fresh")  # nothing is kept aside of what is incomplete
+    assert ended.status == 0 and "stays until" not in ended.err
+    ended = tercet(*words, "--fresh")
+    assert ended.status == 0 and f"{out} stays until the new index is whole" in ended.err
+
+
 def test_fields_of_other_names_are_indexed(tercet, encoder_folder, tmp_path):
     file = write(tmp_path / "faq.jsonl", {"key": 7, "body": "play music", "head": "Music"})
     fields = ["--text-field", "body", "--title-field", "head", "--id-field", "key"]

@@ -92,6 +92,8 @@ def test_a_folder_is_smaller_says_what_it_is_and_loads_with_the_same_bits(both, 
     caplog.clear()
     made.embedder.save(tmp_path / "made")
     assert "sentence-transformers cannot express 8-bit weights, so no modules.json" in caplog.text
+    with pytest.raises(ModelError, match="cannot express 8-bit weights; use encode, or the model"):
+        made.embedder.as_sentence_transformer()
     names = {path.name for path in (tmp_path / "made").iterdir()}
     assert FILE in names and not {"model.safetensors", "modules.json"} & names
     sizes = [

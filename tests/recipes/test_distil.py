@@ -251,6 +251,27 @@ def test_a_later_stage_of_the_same_run_forgets_the_space_and_the_ranges(folder):
     assert (last.shares_space_with, last.distilled_as, last.ranges) == ((), (), {})
 
 
+def test_untrained_weights_are_never_taken_for_a_student_s(folder):
+    """They are in no space of the teacher's, however well they rank in their own."""
+    falls = iter(range(100, 0, -1))
+    data = {"texts": [open_texts(folder / "texts.txt")]}
+    run = replace(QUIET, eval_steps=3, models_at=(0, 3))
+    train(recipe(folder), data, folder / "run", run=run, score=lambda _: next(falls) / 100)
+    (untrained, third), chosen = (
+        [Embedder.load(folder / f"run/steps/{step}") for step in (0, 3)],
+        Embedder.load(folder / "run/model"),
+    )
+    assert np.array_equal(chosen.encode(SENTENCES), third.encode(SENTENCES))
+    assert not np.allclose(chosen.encode(SENTENCES), untrained.encode(SENTENCES), atol=1e-4)
+    assert (untrained.settings.shares_space_with, untrained.settings.distilled_as) == ((), ())
+    assert third.settings.shares_space_with == chosen.settings.shares_space_with != ()
+
+
+def test_layers_are_chosen_only_where_some_are_left_out():
+    with pytest.raises(RecipeError, match="which_layers is first, and all layers are kept; set"):
+        distil(model="minilm", teacher="me5-small", which_layers="first")
+
+
 @pytest.mark.parametrize("rank", [None, 4])
 def test_a_saved_student_and_its_snapshots_know_their_own_fingerprints(folder, rank):
     trained(folder, "run", replace(QUIET, models_at=(3,)), lora_rank=rank)

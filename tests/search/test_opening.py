@@ -6,7 +6,16 @@ import pytest
 
 from tercet.errors import IndexFolderError, MissingExtraError, RecipeError
 from tercet.search.exact.exact_engine import ExactEngine
-from tercet.search.opening import About, about_index, make_engine, open_engine, require, write_about
+from tercet.search.opening import (
+    About,
+    about_index,
+    building,
+    make_engine,
+    open_engine,
+    require,
+    verify_index,
+    write_about,
+)
 from tercet.search.qdrant.qdrant_engine import QdrantEngine
 from tests.search import conformance as c
 
@@ -109,6 +118,43 @@ def test_an_index_that_a_kill_left_under_another_name_is_not_begun_anew(tmp_path
     (tmp_path / "index").rename(tmp_path / ".index.old-host-1-2")
     with closing(make_engine(tmp_path / "index", ABOUT)) as opened:
         assert opened.stats().records == c.RECORDS
+
+
+def test_an_index_stays_until_the_one_that_replaces_it_is_whole(tmp_path):
+    folder, beside, said = tmp_path / "index", tmp_path / ".index.fresh", list[str]()
+    make(folder)
+    assert verify_index(folder).complete
+    other = About(settings={"model": "n", "fingerprint": "xyz"})
+
+    def rebuild(about: About, done: int | None, there: int = 0) -> None:
+        with building(folder, about, fresh=True, say=said.append) as engine:
+            assert engine.stats().records == there
+            engine.upsert(c.records()[:1], c.DOCUMENTS.take([0]))
+            engine.flush()
+            if done is None:
+                raise KeyboardInterrupt
+            engine.upsert(c.records()[:done], c.DOCUMENTS.take(slice(done)))
+
+    for about, there in ((other, 0), (other, 1), (ABOUT, 0), (other, 0)):
+        with pytest.raises(KeyboardInterrupt):
+            rebuild(about, None, there)
+        assert about_index(folder) == ABOUT
+        assert verify_index(folder).records == c.RECORDS
+        found = verify_index(beside)
+        assert (found.records, found.complete) == (1, False)
+    assert set(said) == {f"{folder} stays until the new index is whole; it is built in {beside}"}
+    with closing(open_engine(folder)), pytest.raises(RecipeError, match="is writing there"):
+        rebuild(other, 2, 1)  # it is being written to
+    rebuild(other, 2, 1)
+    assert about_index(folder) == other
+    found = verify_index(folder)
+    assert (found.records, found.complete) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    with closing(make_engine(folder, other, fresh=True)):
+        pass
+    with building(folder, ABOUT, fresh=True, say=said.append) as engine:  # nothing to keep
+        assert (engine.stats().records, beside.exists()) == (0, False)
+    assert len(said) == 5
 
 
 def test_a_folder_of_other_things_is_not_overwritten_not_even_fresh(tmp_path):

@@ -146,6 +146,9 @@ def test_max_tokens_is_a_lower_limit(client):
     assert found.meta.warnings == ["5 of 5 texts were cut to 6 tokens"]
     with pytest.raises(cohere.BadRequestError, match="at most 6 tokens"):
         embed(client, TEXTS, max_tokens=6, truncate="NONE")
+    for few in (1, 2):  # special tokens alone would be one vector for all texts
+        with pytest.raises(cohere.BadRequestError, match=f"must be above 2, the special .* {few}"):
+            embed(client, TEXTS, max_tokens=few)
     assert embed(client, [LONG], max_tokens=1_000).meta.billed_units.input_tokens == 64
 
 

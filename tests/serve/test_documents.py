@@ -15,6 +15,7 @@ from threading import Event
 import httpx2
 import pytest
 
+from tercet.data.files.documents import Document
 from tercet.errors import IndexFolderError
 from tercet.models.embedder import Embedder
 from tercet.search.exact import manifest
@@ -491,3 +492,14 @@ def test_a_model_that_is_gone_is_an_error_at_the_start(hybrid_folder, tmp_path):
 
     with pytest.raises(IndexFolderError, match="its model cannot be loaded"):
         open_indexes({"docs": folder}, model_of)
+
+
+def test_fields_that_json_hardly_holds_are_answered(hybrid_folder, tmp_path):
+    """A whole number beyond 64 bits, and half of a character."""
+    fields = {"isbn": 123456789012345678901, "note": "\ud800 half"}
+    folder = make_index(tmp_path / "index", hybrid_folder, [Document("1", NEW, fields=fields)])
+    with serving(indexes={"docs": folder}) as running:
+        answer = running.post("/v1/search", {"query": NEW})
+        assert found(answer) == [["1"]]
+        assert answer.json()["results"][0]["hits"][0]["fields"] == fields
+        assert running.get("/v1/documents?id=1").json()["fields"] == fields

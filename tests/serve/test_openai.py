@@ -93,6 +93,11 @@ def test_token_ids_are_read_as_the_text_they_stand_for(server, client):
     np.testing.assert_allclose(
         vectors(client.embeddings.create(model="hybrid", input=ids[0])), true[:1], atol=1e-6
     )
+    strange = "mountains \u2603 and a server"
+    ids = [embedder.tokenizer.stock(strange, add_special_tokens=False)["input_ids"]]
+    assert embedder.tokenizer.stock.unk_token_id in ids[0]
+    found = vectors(client.embeddings.create(model="hybrid", input=ids))
+    np.testing.assert_allclose(found, embedder.encode([strange]), atol=1e-6)
     with pytest.raises(openai.BadRequestError, match=r'"input\[1\]" must hold token ids of hybrid'):
         client.embeddings.create(model="hybrid", input=[ids[0], [1, 100_000]])
     with pytest.raises(openai.BadRequestError, match=r"whole numbers from 0 to .*; got -1"):

@@ -134,6 +134,7 @@ def test_each_stage_that_compares_examples_takes_the_rule(name):
     [
         ({"ignore_rule": "near"}, "^ignore_rule is 'near'; choose from margin, percent$"),
         ({"ignore_value": 0.1}, "^ignore_value is given, but no rule; set ignore_rule to margin"),
+        ({"ignore_value": 0.0}, "^ignore_value is given, but no rule; set ignore_rule to margin"),
         ({"ignore_own": True}, "^ignore_own is given, but no rule; set ignore_rule to margin or"),
         (
             {"ignore_rule": "margin", "in_batch": "none"},

@@ -1,16 +1,18 @@
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tercet import distributed
 from tercet.data.files.sources import Source, open_source, write_examples
-from tercet.errors import StorageError
+from tercet.errors import StorageError, TrainingError
 from tercet.objectives import contrastive
 from tercet.objectives.contrastive import Contrastive
 from tercet.recipes.finetune import finetune
 from tercet.training.batches import Groups
-from tercet.training.log import Candidates, Log, SparseAlarm, read
+from tercet.training.log import Candidates, FirstSteps, Log, SparseAlarm, read
 from tercet.training.loop import train
 from tercet.training.recipe import Refresh, Run, Stage
 from tercet.types import Example
@@ -216,3 +218,67 @@ def test_it_is_said_for_people(source, monkeypatch):
     assert told.endswith("those of the other queries in all 4 processes")
     alone = averages(replace(STAGE, in_batch="none"), [source])
     assert alone.summary(Groups((), (8,))).endswith("and none of other queries")
+
+
+# ---- the first steps ---------------------------------------------------------------------------
+
+
+def told(
+    norms: list[float], losses: dict[str, float] | None = None, *, last: int = 100, before: int = 0
+) -> list[str | None]:
+    first = FirstSteps(before)
+    return [first.after_step(last, norm, losses or {}) for norm in norms]
+
+
+def test_a_stage_that_learns_nothing_in_ten_steps_is_stopped():
+    assert told([0.0] * 9) == [None] * 9
+    *early, said = told([0.0] * 10)
+    assert set(early) == {None}
+    assert said is not None and said.startswith("no weight got a gradient in 10 steps, so nothing")
+    assert told([0.0] * 3, last=3)[-1] is not None  # a shorter stage
+    for some in ([0.0] * 9 + [0.1], [0.1] + [0.0] * 19):
+        assert set(told(some)) == {None}
+    assert set(told([0.0] * 20, before=4)) == {None}  # a run that goes on has learned before
+
+
+def test_a_rule_that_ignores_everything_is_named():
+    assert told([0.0] * 10, {"ignored": 1.0})[-1] == (
+        "ignore_rule ignored every document; set an ignore_value that ignores fewer"
+    )
+
+
+@pytest.mark.parametrize("name", ["taught", "dense_taught"])
+def test_scores_that_are_never_compared_are_warned_of_once(caplog, name):
+    assert set(told([0.1] * 20, {name: 0.0})) == {None}
+    assert caplog.text.count("the first 10 steps compared no teacher's scores") == 1
+    caplog.clear()
+    first = FirstSteps(0)
+    for step in range(20):
+        first.after_step(100, 0.1, {name: float(step == 3), "multi_taught": 0.0})
+    told([0.1] * 20, {"contrast": 1.0})  # no scores are to be learned
+    assert not caplog.text
+
+
+def graded(path: Path, scores: list[float]) -> Source:
+    """Pairs of neighbouring sentences with these scores."""
+    pairs = zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], scores, strict=True)
+    lines = [json.dumps({"text1": a, "text2": b, "score": score}) for a, b, score in pairs]
+    path.write_text("\n".join(lines) + "\n")
+    return open_source(path)
+
+
+def test_graded_pairs_train_though_the_first_batch_has_equal_scores(encoder_folder, tmp_path):
+    """One of twelve differs, so two of three batches of four compare nothing."""
+    run, first = Run(device="cpu", show_progress=False), list[float]()
+    data = graded(tmp_path / "one.jsonl", [1.0, *[0.0] * 11])
+    for seed in range(4):
+        recipe = finetune(model=str(encoder_folder), steps=3, batch_size=4, seed=seed)
+        train(recipe, [data], tmp_path / str(seed), run=run)
+        norms = [row["gradient_norm"] for row in read(tmp_path / str(seed) / "log.jsonl")]
+        assert sum(norm > 0 for norm in norms) == 1
+        first.append(norms[0])
+    assert 0 in first
+    equal = graded(tmp_path / "equal.jsonl", [1.0] * 12)
+    recipe = finetune(model=str(encoder_folder), steps=3, batch_size=4)
+    with pytest.raises(TrainingError, match="no weight got a gradient in 3 steps"):
+        train(recipe, [equal], tmp_path / "equal", run=run)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tercet.curate.jobs.job import DoUnit, UnitReport, WorkUnit, run_units
 from tercet.curate.jobs.runners import LOOP, Runner
-from tercet.data.batches.teacher_vectors import identity_of
 from tercet.data.files.sources import Source, refuse_scored, write_examples
 from tercet.errors import ModelError, RecipeError
 from tercet.files.outputs import check_output
@@ -78,7 +77,7 @@ class EmbedderTeacher:
 
     def fingerprint(self) -> str:
         """Return what changes with the scores."""
-        return f"{identity_of(self.embedder)} {self._by} {self._weights}"
+        return f"{self.embedder.fingerprint()} {self._by} {self._weights}"
 
     def score(self, queries: Sequence[str], documents: Sequence[str]) -> Float[Tensor, "pairs"]:
         """Return the score of each query with the document at its position."""

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Bool, Float32, Int, Int64, UInt64
 
 from tercet import distributed
-from tercet.data.batches.teacher_vectors import identity_of
 from tercet.data.files.texts import text_key
 from tercet.files.arrays import mapped_array
 from tercet.files.artifacts import fingerprint
@@ -230,7 +229,7 @@ def encode_shard(
 
 def shard_name(teacher: Embedder, texts: Sequence[str], role: Role, prompts: Sequence[str]) -> str:
     """Return a fingerprint of all that a teacher's vectors of these texts depend on."""
-    parts = [repr((_VERSION, *identity_of(teacher), role, len(texts))).encode()]
+    parts = [repr((_VERSION, teacher.fingerprint(), role, len(texts))).encode()]
     for text in (*prompts, *texts):
         content = text.encode()
         parts += [len(content).to_bytes(8, "little"), content]

@@ -8,7 +8,7 @@ read. Of a run that was killed only the last folder is lost.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Final, get_args
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def teacher_vectors(
         StorageError: if the disk refuses, or the processes do not share the folder of the cache;
             TERCET_CACHE says where it is.
     """
-    cache = KeptResults(cache_folder() / "teacher", _VERSION, *identity_of(teacher), mapped=True)
+    cache = KeptResults(cache_folder() / "teacher", _VERSION, teacher.fingerprint(), mapped=True)
     shards: list[list[Path]] = []
     for source in sources:
         starts = range(0, len(source), SHARD)
@@ -89,13 +89,6 @@ def teacher_vectors(
             raise StorageError(cache_folder(), "vectors of another process are not there")
         shards.append([cache.path(*key) / f"{_ARRAY}.npy" for key in keys])
     return TeacherVectors(shards, teacher.dim)
-
-
-def identity_of(embedder: Embedder) -> tuple[Any, ...]:
-    """Return all that the vectors of a model depend on besides texts and how these are read."""
-    backbone = embedder.backbone
-    dtype = next(backbone.parameters()).dtype
-    return embedder.fingerprint(), backbone.attention, backbone.window, dtype
 
 
 def _task(teacher: Embedder, source: Source) -> str | None:

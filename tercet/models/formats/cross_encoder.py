@@ -99,6 +99,9 @@ class CrossEncoder:
                 f"{source}: the tokenizer has no padding token, which batches of pairs need; name "
                 "one in tokenizer_config.json"
             )
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id
+        )  # a decoder's score is before the padding
         return cls(model.to(device), tokenizer, batch_tokens)
 
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ from tercet.models.network.cpu.int8_files import FILE as INT8_FILE
 from tercet.models.network.loading import read_object
 from tercet.models.settings import FILE, Settings, read_settings
 from tercet.models.zoo import zoo
+from tercet.models.zoo.loaders import STATED_POOLING
 
 
 def manifest(source: str) -> dict[str, str]:
@@ -50,6 +51,8 @@ def _lines(
             yield "cannot be loaded", str(error)
             return
         if settings is None:
+            if STATED_POOLING in config:
+                yield "pooling", f"{config[STATED_POOLING]}, as the GGUF file states"
             return
     else:
         settings = saved["settings"]

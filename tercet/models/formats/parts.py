@@ -72,7 +72,7 @@ def foreign_settings(source: str | Path, folder: Path) -> Settings:
         return Settings(pooling="first", kinds=kinds, query_tokens=longest, document_tokens=longest)
     model = zoo.find(str(source))
     if model is None:
-        if Path(source).suffix != ".gguf":
+        if Path(source).suffix.lower() != ".gguf":
             return Settings()
         config = read_object(folder / "config.json")
         return Settings(pooling=config.get(STATED_POOLING, Settings.pooling))

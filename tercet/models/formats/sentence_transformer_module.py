@@ -43,6 +43,11 @@ def as_sentence_transformer(parts: ModelParts) -> Any:
         raise ModelError(
             f"sentence-transformers cannot express {inexpressible}; use encode instead"
         )
+    if backbone.has_int8:
+        raise ModelError(
+            "sentence-transformers cannot express 8-bit weights; use encode, or the model before "
+            "tercet quantize"
+        )
     if backbone.has_lora:
         raise ModelError("the LoRA on this model is not merged; call backbone.merge_lora() first")
     with TemporaryDirectory() as name:

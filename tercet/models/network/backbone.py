@@ -5,6 +5,7 @@ ignore. So all flags are set, and :func:`probe` changes a token to see which sta
 """
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -28,13 +29,23 @@ from tercet.models.network.cpu.direct import DirectForward
 from tercet.models.network.cpu.int8 import int8_layers
 from tercet.models.network.cpu.int8_files import mark_int8, read_int8
 from tercet.models.network.cpu.memory import keep_freed_memory
-from tercet.models.network.loading import check_sizes, check_weights, loading
+from tercet.models.network.loading import check_sizes, check_weights, loading, quiet
 from tercet.models.zoo import zoo
 from tercet.segments import Packed, moved, offsets_of, ragged_places
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _PROBED_WINDOW: Final = 2_048  # wider ones are not probed: the text would be longer
+_IN_STATES: Final = (  # numbers of a config that change states and no weight
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "hidden_activation",
+    "layer_norm_eps",
+    "norm_eps",
+    "rms_norm_eps",
+    "rope_parameters",
+)
 _DROPOUTS: Final = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 
 
@@ -102,6 +113,17 @@ class Backbone(nn.Module):
         if what not in self._proved:
             probe(self)
             self._proved.add(what)
+
+    def facts(self) -> list[object]:
+        """Return what states depend on besides weights: direction, windows, and some of the config.
+
+        These are the entries that people change.
+        """
+        config = self.config.get_text_config()
+        slides = any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
+        window = self.window if slides else None
+        entries = [getattr(config, name, None) for name in _IN_STATES]
+        return [self.attention, window, json.dumps(entries, sort_keys=True, default=str)]
 
     @property
     def uses_kernel(self) -> bool:
@@ -369,7 +391,7 @@ def _load_model(source: str, dtype: torch.dtype, keep_layers: int | None = None)
     hint = f"; {source!r} is no local folder, nor one of {', '.join(m.name for m in zoo.MODELS)}"
     if Path(source).exists():
         hint = "; is it a complete transformers folder (config.json, model.safetensors, tokenizer)?"
-    with loading(f"{source}: cannot be loaded", hint):
+    with loading(f"{source}: cannot be loaded", hint), quiet():  # what is missing is checked below
         refuse_code(place, "config.json")
         check_sizes(Path(place))
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)

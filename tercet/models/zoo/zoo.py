@@ -146,11 +146,11 @@ def resolve(name: str | Path, report: Notify = _silent) -> Path | str:
     path = Path(name).expanduser()
     if path.is_dir():
         return _checked_folder(path)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         stem = re.sub(r"[^\w.-]", "_", path.stem)
         version = _fingerprint(path)
         return _converted(stem, version, load=lambda _: load_gguf(path), report=report)
-    if isinstance(name, Path) or path.suffix == ".gguf" or not re.fullmatch(HUB_ID, name):
+    if isinstance(name, Path) or path.suffix.lower() == ".gguf" or not re.fullmatch(HUB_ID, name):
         zoo = ", ".join(known.name for known in MODELS)
         raise ModelError(f"{name}: no such folder or file; check the path, or use one of: {zoo}")
     if near := get_close_matches(name, [known.name for known in MODELS], 1, cutoff=_NEAR):

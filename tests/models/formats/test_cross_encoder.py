@@ -77,6 +77,19 @@ def test_positions_of_roberta_begin_after_those_of_padding(folder: Path):
     assert limit == min(config["max_position_embeddings"] - reserved, 512)
 
 
+@pytest.mark.parametrize("padding", [None, 5])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_decoder_scores_the_last_token_whatever_its_config_calls_padding(
+    tmp_path: Path, kind: str, padding: int | None
+):
+    folder = reranker(tmp_path, kind)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": padding}))
+    teacher = CrossEncoder.load(str(folder))
+    expected = slow(folder, teacher.max_tokens)
+    torch.testing.assert_close(teacher.score(QUERIES, DOCUMENTS), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_architecture_says_what_a_folder_holds(folder: Path, tmp_path: Path):
     assert is_cross_encoder(str(folder))
     assert not is_cross_encoder(str(toy.save_model(tmp_path / "bert", "bert")))

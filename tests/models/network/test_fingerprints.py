@@ -1,9 +1,14 @@
 import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tercet.models.embedder import Embedder
 from tercet.models.network.fingerprints import add_weights, fingerprint_of
+from tests import toy
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -59,3 +64,56 @@ def test_an_index_s_fingerprint_reads_the_ends_of_a_weight():
     first, middle = table.clone(), table.clone()
     first[0, 0], middle[20, 25] = 1.0, 1.0
     assert ends(first) != ends(table) == ends(middle)
+
+
+def changed_folder(kind: str, folder: Path, change: str) -> None:
+    """Change what a folder's model reads, and none of its weights."""
+    if change == "tokens":
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        first, second = list(vocabulary)[-2:]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        path.write_text(json.dumps(content))
+    elif change == "config":
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config["layer_norm_eps" if kind == "bert" else "rms_norm_eps"] = 0.1
+        path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "how"),
+    [
+        ("bert", "tokens", {}),
+        ("bert", "config", {}),
+        ("llama", "tokens", {}),
+        ("llama", "config", {}),
+        ("llama", "direction", {"attention": "bidirectional"}),
+        ("mistral", "windows", {"attention": "bidirectional", "window": "keep"}),
+    ],
+)
+def test_models_of_equal_weights_that_make_other_vectors_have_other_fingerprints(
+    tmp_path, kind, change, how
+):
+    folder = toy.save_model(tmp_path / "model", kind)
+    usual: dict[str, Any] = {"attention": "bidirectional"} if change == "windows" else {}
+    before = Embedder.load(folder, **usual)
+    changed_folder(kind, folder, change)
+    after = Embedder.load(folder, **how)
+    assert after.fingerprint() != before.fingerprint()
+    assert set(after.fingerprints()).isdisjoint(before.fingerprints())
+    assert Embedder.load(folder, **how).fingerprint() == after.fingerprint()
+    after.save(tmp_path / "saved")
+    assert Embedder.load(tmp_path / "saved").fingerprint() == after.fingerprint()
+
+
+def test_weights_in_another_type_have_another_fingerprint_though_their_numbers_are_equal(tmp_path):
+    folder = toy.save_model(tmp_path / "model", "llama")
+    Embedder.load(folder, dtype=torch.bfloat16).save(tmp_path / "half")
+    whole, half = (
+        Embedder.load(tmp_path / "half", dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert whole.fingerprints() == half.fingerprints()
+    assert whole.fingerprint() == whole.fingerprints()[0] != half.fingerprint()
+    assert half.fingerprint() == half.fingerprints()[1]

@@ -15,6 +15,7 @@ from transformers import (
 
 from tercet.errors import MissingExtraError, ModelError
 from tercet.models.embedder import Embedder
+from tercet.models.formats.manifest import manifest
 from tercet.models.zoo import loaders, zoo
 
 TEXTS = ["The cat sat on the mat.", "고양이가 매트 위에 앉아 있다.", "def f(x):\n    return x**2\n"]
@@ -143,6 +144,8 @@ def test_a_gguf_file_states_its_pooling(tmp_path, pooling, ours):
     original = write_gguf(file, pooling=pooling)
     model = Embedder.load(file)
     assert model.settings.pooling == ours
+    said = manifest(str(file)).get("pooling")
+    assert said == (f"{ours}, as the GGUF file states" if pooling else None)
     ids = torch.tensor([byte_level_tokenizer().encode(TEXTS[0]).ids])
     if ours == "last":  # the end-of-text token, which such models were trained to pool
         end = byte_level_tokenizer().get_vocab()["<end>"]
@@ -159,8 +162,8 @@ def test_a_gguf_file_states_its_pooling(tmp_path, pooling, ours):
     ("causal", "ours"), [(None, "causal"), (True, "causal"), (False, "bidirectional")]
 )
 def test_a_gguf_file_states_the_direction_of_its_attention(tmp_path, causal, ours):
-    write_gguf(tmp_path / "tiny.gguf", causal=causal)
-    assert Embedder.load(tmp_path / "tiny.gguf").backbone.attention == ours
+    write_gguf(tmp_path / "tiny.GGUF", causal=causal)
+    assert Embedder.load(tmp_path / "tiny.GGUF").backbone.attention == ours
 
 
 def test_a_reranker_in_a_gguf_file_is_refused(tmp_path):
