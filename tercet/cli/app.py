@@ -115,7 +115,9 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
         _MODELS, "tercet.cli.models:inspect", "Describe a model and how it was made."
     ),
     "tune": LazyCommand(
-        _MODELS, "tercet.cli.models:tune", "Choose weights of kinds, or ranges of codes of 8, 4 and 1 bits."
+        _MODELS,
+        "tercet.cli.models:tune",
+        "Choose weights of kinds, or ranges of codes of 8, 4 and 1 bits.",
     ),
     "merge": LazyCommand(
         _MODELS, "tercet.cli.models:merge", "Merge adapters into their base model."

@@ -171,8 +171,11 @@ def building(
     if beside:
         _require_unused(folder)
         say(f"{folder} stays until the new index is whole; it is built in {place}")
-    goes_on = beside and _is_begun(place, about)
-    with closing(make_engine(place, about, fresh=fresh and not goes_on)) as engine:
+    engine: Engine | None = None
+    if beside and _is_begun(place, about):
+        with suppress(IndexFolderError):  # if it is damaged, it is begun again
+            engine = make_engine(place, about)
+    with closing(engine or make_engine(place, about, fresh=fresh)) as engine:
         yield engine
     write_about(place, replace(about_index(place), complete=True))
     if beside:

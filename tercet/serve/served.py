@@ -280,7 +280,8 @@ class ServedModel:
     def text_of(self, ids: Sequence[Any], name: str, *, special: bool = False) -> str:
         """Return the text that token ids stand for, without special tokens or with them.
 
-        The unknown token stays, so that the text has the tokens that were given.
+        An unknown token stays, unless it also begins, ends or pads texts, so that the text has the
+        tokens that were given.
 
         Raises:
             RequestError: 400 for an id that is not in the vocabulary.
@@ -295,7 +296,11 @@ class ServedModel:
                     field=name,
                 )
         stock = self.embedder.tokenizer.stock
-        left_out = set() if special else {*stock.all_special_ids} - {stock.unk_token_id}
+        left_out = set[int]()
+        if not special:
+            around = ("bos", "eos", "pad", "cls", "sep", "mask")
+            left_out = {*stock.all_special_ids} - {stock.unk_token_id}
+            left_out |= {getattr(stock, f"{name}_token_id") for name in around}
         return stock.decode([each for each in ids if each not in left_out])
 
     def close(self) -> None:

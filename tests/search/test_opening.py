@@ -150,11 +150,16 @@ def test_an_index_stays_until_the_one_that_replaces_it_is_whole(tmp_path):
     found = verify_index(folder)
     assert (found.records, found.complete) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    with pytest.raises(KeyboardInterrupt):
+        rebuild(ABOUT, None)
+    for path in (beside / "exact").glob("segment-*/*"):
+        path.write_bytes(b"damaged")
+    rebuild(ABOUT, 1)  # begins again
     with closing(make_engine(folder, other, fresh=True)):
         pass
     with building(folder, ABOUT, fresh=True, say=said.append) as engine:  # nothing to keep
         assert (engine.stats().records, beside.exists()) == (0, False)
-    assert len(said) == 5
+    assert len(said) == 7
 
 
 def test_a_folder_of_other_things_is_not_overwritten_not_even_fresh(tmp_path):

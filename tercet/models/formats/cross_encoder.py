@@ -99,9 +99,8 @@ class CrossEncoder:
                 f"{source}: the tokenizer has no padding token, which batches of pairs need; name "
                 "one in tokenizer_config.json"
             )
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id
-        )  # a decoder's score is before the padding
+        # A decoder's score is at the last token that is none of padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
         return cls(model.to(device), tokenizer, batch_tokens)
 
     def fingerprint(self) -> str:
