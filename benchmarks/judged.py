@@ -360,14 +360,17 @@ AIMS = (
 
 
 def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each aim that all of its cells decide, with all seeds: what was found, and whether met."""
+    """What was found of each aim, and whether it is met: None until all cells and seeds are run."""
     seeds = {identity(row): row["seeds"] for row in rows}
     found: list[dict[str, Any]] = []
     for aim in AIMS:
         needed = [row for row in expected() if aim.chosen(row)]
-        if needed and all(seeds.get(identity(row), 0) >= row["seeds"] for row in needed):
-            if said := aim.found([row for row in rows if aim.chosen(row)]):
-                found.append({"aim": aim.what, "found": said[0], "met": said[1]})
+        done = [seeds.get(identity(row), 0) >= row["seeds"] for row in needed]
+        if not done:  # tables without it
+            continue
+        said = aim.found([row for row in rows if aim.chosen(row)]) if all(done) else None
+        text, met = said or (f"{sum(done)} of {len(done)} rows have all of their seeds", None)
+        found.append({"aim": aim.what, "found": text, "met": met})
     return found
 
 
@@ -404,10 +407,11 @@ def identity(row: dict[str, Any]) -> tuple[Any, ...]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables of a page."""
     text = f"{HEADING}\n"
-    if reached := aims(rows):
+    if decided := aims(rows):
         text += "\n### Targets set beforehand\n\n| target | found | met |\n| --- | --- | --- |\n"
-        for each in reached:
-            text += f"| {each['aim']} | {each['found']} | {'yes' if each['met'] else 'no'} |\n"
+    for each in decided:
+        met = {None: "not decided", True: "yes", False: "no"}[each["met"]]
+        text += f"| {each['aim']} | {each['found']} | {met} |\n"
     for table in dict.fromkeys(row["table"] for row in rows):
         some = [row for row in rows if row["table"] == table]
         sets, metrics = ({row[name] for row in some} for name in ("set", "metric"))

@@ -497,11 +497,13 @@ def test_an_aim_is_met_or_not_by_the_rows_that_show_it(figure, loss, verdict, me
 )
 def test_an_aim_is_not_decided_until_all_of_its_cells_and_seeds_are_there(cell, undecided):
     rows = all_measured(0.75, -0.005, "better")
-    everything = [each["aim"] for each in judged.aims(rows)]
     without = [row for row in rows if row["cell"] != cell]
-    assert everything[undecided] not in [each["aim"] for each in judged.aims(without)]
     fewer = [{**row, "seeds": row["seeds"] - (row["cell"] == cell)} for row in rows]
-    assert everything[undecided] not in [each["aim"] for each in judged.aims(fewer)]
+    for some in (without, fewer):
+        met = [each["met"] for each in judged.aims(some)]
+        assert met[undecided] is None
+        assert " have all of their seeds" in judged.aims(some)[undecided]["found"]
+    assert None not in [each["met"] for each in judged.aims(rows)]
 
 
 def test_rows_of_the_file_that_were_not_measured_now_stay_in_the_order_of_the_tables(tmp_path):
