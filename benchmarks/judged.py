@@ -407,9 +407,9 @@ def identity(row: dict[str, Any]) -> tuple[Any, ...]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The tables of a page."""
     text = f"{HEADING}\n"
-    if decided := aims(rows):
+    if listed := aims(rows):
         text += "\n### Targets set beforehand\n\n| target | found | met |\n| --- | --- | --- |\n"
-    for each in decided:
+    for each in listed:
         met = {None: "not decided", True: "yes", False: "no"}[each["met"]]
         text += f"| {each['aim']} | {each['found']} | {met} |\n"
     for table in dict.fromkeys(row["table"] for row in rows):
