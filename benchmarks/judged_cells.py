@@ -67,6 +67,7 @@ from tercet.files.artifacts import read_json
 from tercet.kinds import KINDS, Weights
 from tercet.metrics import Judgements
 from tercet.models.embedder import Embedder
+from tercet.models.quantize import quantized
 from tercet.models.zoo.zoo import resolve
 from tercet.rank.hybrid import HybridHits, each_alone
 from tercet.recipes.bge_m3 import bge_m3
@@ -547,12 +548,33 @@ def on_packages(job: Job) -> Found:
     return measured(job.place, load(job.folder / "model"), ACROSS, **facts)
 
 
+# ---- 8-bit weights -------------------------------------------------------------------------------
+
+CALIBRATING: Final = 500  # descriptions in each language
+IN_8_BITS: Final = {"minilm": ("en",), "me5-small": ("en", "ko")}  # languages of these
+MEASURED_IN_8_BITS: Final = {
+    "minilm": (SCIFACT, *KEPT["minilm"]),
+    "me5-small": (SCIFACT, *(f"debian/{name}" for name in DEBIAN_TESTED)),
+}
+
+
+def in_8_bits(job: Job, *, model: str) -> Found:
+    """Measure an untouched model with 8-bit weights, calibrated on descriptions of packages."""
+    texts: list[str] = []
+    for lang in IN_8_BITS[model]:
+        known = [row["long"] for row in packages(lang).values() if row["split"] == "train"]
+        texts += known[:: max(1, len(known) // CALIBRATING)][:CALIBRATING]
+    made = quantized(Embedder.load(BASES[model], **LIMITS), texts)
+    facts = {"mean_cosine": round(made.mean, 6), "layers_in_float": len(made.left)}
+    return measured(job.place, made.embedder, MEASURED_IN_8_BITS[model], **facts)
+
+
 # ---- all of them ---------------------------------------------------------------------------------
 
 
 def all_cells() -> dict[str, Cell]:
     """Every cell by its name, those that decide most first."""
-    parts = (_scifact(), _similarity(), _words(), _languages())
+    parts = (_scifact(), _similarity(), _words(), _languages(), _int8())
     return {cell.name: cell for cell in chain(*parts)}
 
 
@@ -616,3 +638,8 @@ def _languages() -> Iterable[Cell]:
     yield Cell("languages/bm25", partial(baselines, sets=ACROSS), 1)
     yield Cell("languages/me5-small", partial(untouched, model="me5-small", sets=ACROSS), 4)
     yield Cell("languages/packages", on_packages, 10, seeds=3)
+
+
+def _int8() -> Iterable[Cell]:
+    for model, minutes in (("minilm", 5), ("me5-small", 10)):
+        yield Cell(f"int8/{model}", partial(in_8_bits, model=model), minutes)

@@ -7,6 +7,7 @@ from typing import Final
 from benchmarks.judged_cells import (
     KEPT,
     LESSONS,
+    MEASURED_IN_8_BITS,
     PARTS,
     RATES,
     RULES,
@@ -14,6 +15,7 @@ from benchmarks.judged_cells import (
 )
 from benchmarks.judged_sets import ACROSS, SCIFACT, SCIFACT_DEV, STS, WORDS
 
+INT8_TABLE: Final = "8-bit weights"
 KEPT_TABLE: Final = "What training on SciFact does to other sets"
 DENSE: Final = [f"scifact/minilm-{name}" for name in ("pairs", "mined", "rule", "teacher")]
 
@@ -38,6 +40,7 @@ def tables() -> dict[str, list[Row]]:
         "Similarity": list(_similarity_rows()),
         "Words": list(_word_rows()),
         "Across languages": list(_language_rows()),
+        INT8_TABLE: list(_int8_rows()),
         "SciFact, the 100 claims of the dev set, which choose": _scifact_rows(SCIFACT_DEV),
     }
 
@@ -136,3 +139,10 @@ def _language_rows() -> Iterable[Row]:
         yield Row("BM25", "languages/bm25", of)
         yield Row("me5-small, untouched", base, of, "languages/bm25")
         yield Row("me5-small, on packages in English and Korean", "languages/packages", of, base)
+
+
+def _int8_rows() -> Iterable[Row]:
+    for model, sets in MEASURED_IN_8_BITS.items():
+        for of in sets:
+            base = "languages" if of.startswith("debian/") else "scifact"
+            yield Row(f"{model}, 8-bit weights", f"int8/{model}", of, f"{base}/{model}")
