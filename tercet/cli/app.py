@@ -117,7 +117,7 @@ COMMANDS: Final[Mapping[str, LazyCommand]] = {
     "tune": LazyCommand(
         _MODELS,
         "tercet.cli.models:tune",
-        "Choose weights of kinds, or ranges of codes of 8, 4 and 1 bits.",
+        "Choose weights of kinds, or ranges of 8, 4 and 1 bits.",
     ),
     "merge": LazyCommand(
         _MODELS, "tercet.cli.models:merge", "Merge adapters into their base model."
