@@ -223,7 +223,7 @@ def test_it_is_said_for_people(source, monkeypatch):
 # ---- the first steps ---------------------------------------------------------------------------
 
 
-def told(
+def reasons(
     norms: list[float], losses: dict[str, float] | None = None, *, last: int = 100, before: int = 0
 ) -> list[str | None]:
     first = FirstSteps(before)
@@ -231,31 +231,31 @@ def told(
 
 
 def test_a_stage_that_learns_nothing_in_ten_steps_is_stopped():
-    assert told([0.0] * 9) == [None] * 9
-    *early, said = told([0.0] * 10)
+    assert reasons([0.0] * 9) == [None] * 9
+    *early, said = reasons([0.0] * 10)
     assert set(early) == {None}
     assert said is not None and said.startswith("no weight got a gradient in 10 steps, so nothing")
-    assert told([0.0] * 3, last=3)[-1] is not None  # a shorter stage
+    assert reasons([0.0] * 3, last=3)[-1] is not None  # a shorter stage
     for some in ([0.0] * 9 + [0.1], [0.1] + [0.0] * 19):
-        assert set(told(some)) == {None}
-    assert set(told([0.0] * 20, before=4)) == {None}  # a run that goes on has learned before
+        assert set(reasons(some)) == {None}
+    assert set(reasons([0.0] * 20, before=4)) == {None}  # a run that goes on has learned before
 
 
 def test_a_rule_that_ignores_everything_is_named():
-    assert told([0.0] * 10, {"ignored": 1.0})[-1] == (
+    assert reasons([0.0] * 10, {"ignored": 1.0})[-1] == (
         "ignore_rule ignored every document; set an ignore_value that ignores fewer"
     )
 
 
 @pytest.mark.parametrize("name", ["taught", "dense_taught"])
 def test_scores_that_are_never_compared_are_warned_of_once(caplog, name):
-    assert set(told([0.1] * 20, {name: 0.0})) == {None}
+    assert set(reasons([0.1] * 20, {name: 0.0})) == {None}
     assert caplog.text.count("the first 10 steps compared no teacher's scores") == 1
     caplog.clear()
     first = FirstSteps(0)
     for step in range(20):
         first.after_step(100, 0.1, {name: float(step == 3), "multi_taught": 0.0})
-    told([0.1] * 20, {"contrast": 1.0})  # no scores are to be learned
+    reasons([0.1] * 20, {"contrast": 1.0})  # no scores are to be learned
     assert not caplog.text
 
 

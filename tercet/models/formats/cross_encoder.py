@@ -99,7 +99,7 @@ class CrossEncoder:
                 f"{source}: the tokenizer has no padding token, which batches of pairs need; name "
                 "one in tokenizer_config.json"
             )
-        # A decoder's score is at the last token that is none of padding.
+        # A decoder scores a pair at its last token before the padding.
         model.config.pad_token_id = tokenizer.pad_token_id
         return cls(model.to(device), tokenizer, batch_tokens)
 

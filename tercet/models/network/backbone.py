@@ -115,13 +115,13 @@ class Backbone(nn.Module):
             self._proved.add(what)
 
     def facts(self) -> list[object]:
-        """Return what states depend on besides weights: direction, windows, and some of the config.
+        """Return what states depend on besides the weights.
 
-        These are the entries that people change.
+        That is the direction of attention, the windows, and the entries of the config that people
+        change.
         """
         config = self.config.get_text_config()
-        slides = any(getattr(config, name, None) for name in ("sliding_window", "local_attention"))
-        window = self.window if slides else None
+        window = None if _windows(self.model) is None else self.window
         entries = [getattr(config, name, None) for name in _IN_STATES]
         return [self.attention, window, json.dumps(entries, sort_keys=True, default=str)]
 
@@ -356,8 +356,9 @@ def _probed_length(backbone: Backbone) -> int:
 
 
 def _windows(model: nn.Module) -> int | None:
-    """Return the smallest sliding window of a model."""
-    found = [getattr(module, "sliding_window", None) for module in model.modules()]
+    """Return the smallest sliding window of a model, which modules or the config alone state."""
+    parts = (model.config.get_text_config(), *model.modules())  # pyright: ignore
+    found = [getattr(part, "sliding_window", None) for part in parts]
     return min((each for each in found if isinstance(each, int)), default=None)
 
 
