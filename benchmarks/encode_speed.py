@@ -17,6 +17,8 @@ the repeats is taken. Without ``--peers`` and ``--llama`` the peer is sentence-t
 - ``memory``: the highest resident bytes of a fresh process from its start on: ``tercet encode`` and
   ``tercet index`` beside ``encode`` of sentence-transformers in the same precision. Texts repeat
   with a number, one of 30 is a long description.
+- ``tercet`` is frozen (``Embedder.freeze``), as the models of ``tercet serve`` and of an index are;
+  ``tercet, not frozen`` looks for changed weights at each call.
 - ``XLM-R`` and ``ModernBERT`` have random weights: their int8 error says nothing about quality.
 
 ``benchmarks/encode_peer.py`` says how to make the peers' environments. Rows that were
@@ -162,8 +164,9 @@ def worker() -> None:
 
     def answer(do: str, **given: Any) -> Answer:
         if do == "start":
-            given.pop("engine")
-            started.append(start_ours(**given))
+            unfrozen = given.pop("engine") == UNFROZEN
+            embedder = start_ours(**given)
+            started.append(embedder if unfrozen else embedder.freeze())
             return {}
         embedder, requests = started[0], json.loads(Path(given["requests"]).read_text("utf-8"))
         if given["save"]:
@@ -192,6 +195,8 @@ class TextSet:
 
     def target(self, peer: str, precision: str) -> str | None:
         """What a row should reach."""
+        if peer == UNFROZEN:
+            return None
         return self.targets.get(f"{peer} {precision}", self.targets.get(precision))
 
 
@@ -240,6 +245,7 @@ def sides_of(library: str, *precisions: str) -> list[SideName]:
 
 EXACT = "float32", "bfloat16"
 OURS = sides_of("tercet", *EXACT, "int8")
+UNFROZEN = "tercet, not frozen"  # a row like those of peers
 PLAIN = sides_of("sentence-transformers", *EXACT)
 GRAPHS = [
     *sides_of("OpenVINO", "float32", "bfloat16", "int8", "int8-bfloat16"),
@@ -258,9 +264,10 @@ class Model:
 
     def sides(self, given: argparse.Namespace) -> list[SideName]:
         """Sides that can run it."""
+        ours = [*OURS, *sides_of(UNFROZEN, *EXACT)]
         if self.name == DECODER:  # sentence-transformers would apply its chat template
-            return [*OURS, *(LLAMA if given.llama else [])]
-        return [*OURS, *PLAIN, *(GRAPHS if given.peers else [])]
+            return [*ours, *(LLAMA if given.llama else [])]
+        return [*ours, *PLAIN, *(GRAPHS if given.peers else [])]
 
 
 DECODER = "smollm2"
@@ -396,7 +403,7 @@ def started(
 
 def new_side(library: str, given: argparse.Namespace) -> Side:
     """A process of a library."""
-    if library == "tercet":
+    if library in ("tercet", UNFROZEN):
         return Side(sys.executable, "-m", "benchmarks.encode_speed", "--worker")
     python = given.llama if library == "llama.cpp" else given.peers or sys.executable
     return Side(python, "-m", "benchmarks.encode_peer")

@@ -42,8 +42,8 @@ Documents = Callable[[], Iterable[Document]] | Sequence[Document]
 
 
 def load_embedder(model: str, dtype: str) -> Embedder:
-    """Load a model for encoding, on a GPU where there is one."""
-    return Embedder.load(model, dtype=getattr(torch, dtype)).to(find_device())
+    """Load a model for encoding, frozen, on a GPU where there is one."""
+    return Embedder.load(model, dtype=getattr(torch, dtype)).freeze().to(find_device())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,9 +106,8 @@ class PackedQueue:
         self.most = most
         self.tokens = 0  # that wait
         self._embedder, self._on_batch = embedder, on_batch
-        with embedder.reading() as reader:  # served weights never change
-            reader.compare()
-            self._reader = reader
+        with embedder.freeze().reading():  # makes the copy that encodes before the first request
+            pass
         self._waiting: list[tuple[float, int, _Request]] = []  # a heap, by tokens read so far
         self._arrived = 0
         self._turn = 0.0  # tokens that a request which comes now counts as having read
@@ -248,7 +247,7 @@ class PackedQueue:
         places = {row: place for place, row in enumerate(order)}
         needs = frozenset[Need]().union(*(request.needs for request in rows))
         kinds: list[Kind] = [kind for kind in KINDS if kind in needs]
-        found, states = self._embedder.encode_packed(tokens.pack(order), kinds, self._reader)
+        found, states = self._embedder.encode_packed(tokens.pack(order), kinds)
         parts = _on_host(found.to("cpu"))
         if "states" in needs:
             parts.states = [

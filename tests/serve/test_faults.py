@@ -239,10 +239,10 @@ def held(running: Running, name: str) -> Iterator[Event]:
     embedder, opened, began = running.embedder(name), Event(), Event()
     whole = embedder.encode_packed
 
-    def waiting(texts: Any, kinds: Any, reader: Any = None) -> Any:
+    def waiting(texts: Any, kinds: Any) -> Any:
         began.set()
         assert opened.wait(30)
-        return whole(texts, kinds, reader)
+        return whole(texts, kinds)
 
     embedder.encode_packed = waiting
     first = Thread(target=running.post, args=("/v1/vectors", {"model": name, "texts": ["a"]}))

@@ -31,11 +31,11 @@ class Gate:
         self.forwards: list[tuple[int, tuple[str, ...]]] = []  # texts and kinds of each
         self.began, self.opened = Event(), Event()
 
-    def __call__(self, texts, kinds, reader=None):
+    def __call__(self, texts, kinds):
         self.began.set()
         assert self.opened.wait(20)
         self.forwards.append((len(texts), tuple(kinds)))
-        return self.whole(texts, kinds, reader)
+        return self.whole(texts, kinds)
 
 
 @contextmanager
@@ -237,10 +237,10 @@ def test_what_would_wait_too_long_is_refused_with_the_numbers(embedder):
 def test_a_broken_forward_answers_its_requests_and_leaves_the_next_ones(embedder, caplog):
     broken = [True]
 
-    def fails_once(texts, kinds, reader, whole=embedder.encode_packed):
+    def fails_once(texts, kinds, whole=embedder.encode_packed):
         if broken.pop() if broken else False:
             raise RuntimeError("out of memory")
-        return whole(texts, kinds, reader)
+        return whole(texts, kinds)
 
     async def ask_all(model, gate):
         gate.whole = fails_once
@@ -257,8 +257,8 @@ def test_a_broken_forward_answers_its_requests_and_leaves_the_next_ones(embedder
 
 
 def test_a_text_with_nan_fails_its_request_only(embedder):
-    def with_nan(texts, kinds, reader, whole=embedder.encode_packed):
-        found, states = whole(texts, kinds, reader)
+    def with_nan(texts, kinds, whole=embedder.encode_packed):
+        found, states = whole(texts, kinds)
         assert found.dense is not None
         if len(texts) > 1:
             with torch.inference_mode():

@@ -58,7 +58,7 @@ class WeightCache(Generic[T]):
         """
         facts: list[object] = []
         for weight in weights:
-            facts += (weight.data_ptr(), _version(weight), weight.dtype, weight.device)
+            facts += (weight.data_ptr(), version_of(weight), weight.dtype, weight.device)
             facts += (weight.shape, weight.stride())
         held = self._held
         if held is None or held[0] != facts or not all(sums.same() for sums in held[1]):
@@ -99,6 +99,6 @@ class _Sums:
         return bits[:end].view(-1 if end else 0, _SUMS).sum(0), bits[end:]
 
 
-def _version(weight: Tensor) -> int | None:
+def version_of(weight: Tensor) -> int | None:
     """Return how often a weight was changed in place; unknown if made in inference mode."""
     return None if weight.is_inference() else weight._version

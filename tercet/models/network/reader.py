@@ -20,6 +20,7 @@ from tercet.models.network.cpu.int8 import Int8Linear
 from tercet.models.network.cpu.linear import FEW_ROWS, PackedLinear, packed_layers
 from tercet.models.network.cpu.memory import rounded
 from tercet.models.network.dense_layers import DenseLayers
+from tercet.models.network.fingerprints import version_of
 from tercet.models.network.heads import Heads
 from tercet.models.network.latent_attention import AttentionLayer
 from tercet.segments import Packed
@@ -95,12 +96,14 @@ class Readers:
     def __init__(self) -> None:
         self._made: dict[Attention, _Copy] = {}
         self._lock = Lock()  # while a copy is made; running one needs no lock
+        self._frozen = False
 
     def of(self, network: Network, attention: Attention | None) -> Reader:
         """Return the copy that reads in this direction; None takes the network's own.
 
         It is made again if a module, a parameter or a buffer was replaced, or has another type or
-        device; numbers that changed in place are seen whenever a reader is asked for.
+        device; numbers that changed in place are seen whenever a reader is asked for. Of frozen
+        weights only those changes are seen that torch counts (``Tensor._version``).
 
         Raises:
             ModelError: see :meth:`Backbone.turned`.
@@ -111,8 +114,17 @@ class Readers:
             with self._lock:
                 found = self._made.get(direction)
                 if found is None or not found.contents.are_those_of(network):
-                    found = self._made[direction] = _copy_of(network, direction)
-        return replace(found.reader, compared=False)
+                    found = _copy_of(network, direction, with_versions=self._frozen)
+                    if self._frozen:
+                        found.reader.compare()
+                    self._made[direction] = found
+        return found.reader if self._frozen else replace(found.reader, compared=False)
+
+    def freeze(self) -> None:
+        """Compare no copy with its weights from now on."""
+        if not self._frozen:
+            self._frozen = True
+            self.clear()
 
     def clear(self) -> None:
         """Free all copies; the next use makes them again."""
@@ -123,8 +135,8 @@ class Readers:
         return Readers, ()
 
 
-def _copy_of(network: Network, direction: Attention) -> _Copy:
-    contents = _Contents(network)
+def _copy_of(network: Network, direction: Attention, *, with_versions: bool) -> _Copy:
+    contents = _Contents(network, with_versions=with_versions)
     backbone = network.backbone.turned(direction).eval()
     layer = None if network.layer is None else sharing_copy(network.layer).eval()
     heads, dense_layers = sharing_copy(network.heads), sharing_copy(network.dense_layers)
@@ -147,7 +159,8 @@ def _copy_of(network: Network, direction: Attention) -> _Copy:
 class _Contents:
     """The objects that a copy depends on, and facts about them that can change."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, *, with_versions: bool) -> None:
+        self._with_versions = with_versions
         modules = [module for part in network.parts() for module in part.modules()]
         self._parts = network.parts()
         self._held = [
@@ -181,4 +194,6 @@ class _Contents:
     def _facts_now(self) -> list[object]:
         tensors = self._tensors
         lengths = [*map(len, self._held), *map(len, self._hooks)]
-        return [lengths, [each.dtype for each in tensors], [each.device for each in tensors]]
+        versions = [version_of(each) for each in tensors] if self._with_versions else []
+        types, devices = [each.dtype for each in tensors], [each.device for each in tensors]
+        return [lengths, types, devices, versions]

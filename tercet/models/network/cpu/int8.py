@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor, nn
 
 from tercet.errors import ModelError
+from tercet.models.network.fingerprints import version_of
 
 LARGEST: Final = 127  # of a weight's integers
 _LEVELS: Final = 255  # of an input
@@ -133,7 +134,7 @@ class Int8Linear:
         """
         weight, bias = self._linear.weight, self._linear.bias
         facts = tuple(
-            (each.data_ptr(), each.dtype, None if each.is_inference() else each._version)
+            (each.data_ptr(), each.dtype, version_of(each))
             for each in (weight, bias)
             if each is not None
         )
@@ -183,7 +184,7 @@ class _RoundedInputs(threading.local):
 
         They are held until the input is freed, or another one is read.
         """
-        version = None if x.is_inference() else x._version
+        version = version_of(x)
         for ref, of_version, found in self._last:
             if ref() is x and of_version == version:
                 return found

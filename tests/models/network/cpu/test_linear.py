@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,55 @@ def test_weights_changed_through_their_data_are_never_stale(encoder_folder, edit
     after = edited.encode(SENTENCES)
     np.testing.assert_array_equal(after, new.encode(SENTENCES))
     assert np.abs(after - before).max() > 1e-4
+
+
+def changed_by_hand(embedder):
+    with torch.inference_mode():
+        next(embedder.backbone.parameters()).mul_(-1)
+
+
+def loaded(embedder):
+    state = {name: value.flip(0) for name, value in embedder.backbone.state_dict().items()}
+    embedder.backbone.load_state_dict(state)
+
+
+def replaced(embedder):
+    layer = next(m for m in embedder.backbone.modules() if type(m) is nn.Linear)
+    layer.weight = nn.Parameter(-layer.weight.detach())
+
+
+def stepped(embedder):
+    optimizer = torch.optim.AdamW(embedder.parameters(), lr=0.01)
+    embedder(embedder.tokenize(SENTENCES, "query").pack()).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("change", [changed_by_hand, loaded, replaced, stepped])
+def test_a_frozen_model_still_follows_changes_that_torch_counts(encoder_folder, change):
+    frozen, usual = Embedder.load(encoder_folder).freeze(), Embedder.load(encoder_folder)
+    before = frozen.encode(SENTENCES)
+    for embedder in (frozen, usual):
+        change(embedder)
+    after = frozen.encode(SENTENCES)
+    np.testing.assert_array_equal(after, usual.encode(SENTENCES))
+    assert np.abs(after - before).max() > 1e-4
+
+
+def test_a_frozen_model_compares_no_weights_once_its_copy_is_made(encoder_folder, monkeypatch):
+    embedder = Embedder.load(encoder_folder).freeze()
+    expected = embedder.encode(SENTENCES)
+
+    def fail(self):
+        raise AssertionError("a weight was compared")
+
+    monkeypatch.setattr(linear.PackedLinear, "refresh", fail)
+    for texts in (SENTENCES, SENTENCES[:1]):  # a few tokens are read by the copies as well
+        np.testing.assert_allclose(embedder.encode(texts), expected[: len(texts)], atol=1e-6)
+    with embedder.reading() as one, embedder.reading() as other:
+        assert one is other and one.compared
+
+
+def test_a_copy_of_a_frozen_model_is_not_frozen(encoder_folder):
+    embedder = copy.deepcopy(Embedder.load(encoder_folder).freeze())
+    with embedder.reading() as one, embedder.reading() as other:
+        assert one is not other
