@@ -41,10 +41,14 @@ class Side:
         return json.loads(line)
 
     def end(self) -> None:
-        """Close its input and wait."""
+        """Close its input, and wait; a process that does not end within a minute is killed."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:  # it has answered everything
+            self._process.kill()
+            self._process.wait()
 
 
 def spent(call: Callable[[], Answer]) -> Answer:
